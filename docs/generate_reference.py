@@ -5,9 +5,8 @@ from __future__ import annotations
 import dataclasses
 from pathlib import Path
 
-from lorakeet.cli.flags import shown_default
 from lorakeet.config import RunConfig
-from lorakeet.settings import describe, fields_of
+from lorakeet.settings import describe, fields_of, shown_default
 
 PAGE = Path(__file__).parent / "reference" / "config.md"
 

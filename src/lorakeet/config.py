@@ -156,8 +156,9 @@ def read_yaml(path: Path) -> dict[str, Any]:
 
 
 def dump_yaml(config: Any) -> str:
-    """Returns the resolved configuration as a YAML run file, keys in the order of the dataclasses."""
-    return yaml.dump(to_mapping(config), Dumper=_Dumper, sort_keys=False, allow_unicode=True, width=120)
+    """Returns a configuration, or a mapping of some of its keys, as a YAML run file; keys in the order of the dataclasses."""
+    mapping = config if isinstance(config, Mapping) else to_mapping(config)
+    return yaml.dump(mapping, Dumper=_Dumper, sort_keys=False, allow_unicode=True, width=120)
 
 
 class _Dumper(yaml.SafeDumper):

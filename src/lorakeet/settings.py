@@ -25,7 +25,7 @@ from lorakeet.errors import ConfigError, Problems, nearest
 if TYPE_CHECKING:
     from _typeshed import DataclassInstance
 
-__all__ = ["Setting", "choices", "describe", "fields_of", "load", "override", "to_mapping"]
+__all__ = ["Setting", "choices", "describe", "fields_of", "load", "override", "shown_default", "to_mapping"]
 
 T = TypeVar("T", bound="DataclassInstance")
 
@@ -120,6 +120,19 @@ def describe(kind: Any) -> str:
 def choices(kind: Any) -> tuple[str, ...]:
     """The texts that a Literal type allows, also inside `Literal[...] | None`; empty for other types."""
     return tuple(choice for arm in _arms(kind) if typing.get_origin(arm) is Literal for choice in typing.get_args(arm))
+
+
+def shown_default(value: Any) -> str:
+    """Returns a default value as it would be typed."""
+    if value is None or value in ("", (), {}):
+        return "none"
+    if isinstance(value, bool):
+        return str(value).lower()
+    if isinstance(value, (tuple, list)):
+        return ",".join(map(str, value))
+    if isinstance(value, dict):
+        return ",".join(f"{name}={item}" for name, item in value.items())
+    return repr(value) if isinstance(value, str) and not value.isprintable() else str(value)
 
 
 class _Misfit(ValueError):

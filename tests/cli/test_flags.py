@@ -8,9 +8,9 @@ from typing import Any, Literal
 import click
 import pytest
 
-from lorakeet.cli.flags import SettingFlag, SettingsCommand, given_values, option_flags, setting_flags, shown_default
+from lorakeet.cli.flags import SettingFlag, SettingsCommand, given_values, option_flags, setting_flags
 from lorakeet.config import RunConfig
-from lorakeet.settings import Setting, fields_of
+from lorakeet.settings import Setting, fields_of, shown_default
 from lorakeet.workflows.options import EvaluateOptions, MergeOptions
 
 

@@ -195,6 +195,15 @@ def test_photos_and_generate(tiny_sd_folder: Path, tmp_path: Path, monkeypatch: 
     assert abs(whole - again).max() <= 2 and abs(whole - base).sum() >= abs(half - base).sum()
 
 
+def test_studio(desk: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    from lorakeet.studio.start import StudioServer
+
+    monkeypatch.chdir(desk)
+    monkeypatch.setattr(StudioServer, "run", lambda server, sockets: [listening.close() for listening in sockets])
+    assert [main(command) for command in commands_of("studio.sh")] == [0]
+    assert "/?token=" in capsys.readouterr().out and (desk / "runs" / ".studio" / "token").is_file()
+
+
 def test_doctor(capsys: pytest.CaptureFixture[str]) -> None:
     assert [main(command) for command in commands_of("doctor.sh")] in ([0], [2])  # 2 where this machine lacks something
     assert "python" in capsys.readouterr().out

@@ -100,8 +100,7 @@ def used_definitions() -> set[tuple[str, str]]:
     by a string or from a template."""
     found = {tuple(place.split(":")) for place in lorakeet._PLACES.values()}
     for verb in VERBS:
-        module, _, name = (verb.function or f"{verb.name}:{verb.name}").partition(":")
-        found |= {(f"lorakeet.workflows.{module}", name), (f"lorakeet.workflows.{verb.name}", "config_path")}
+        found |= {verb.place, (f"lorakeet.workflows.{verb.name}", "config_path")}
     tables, attributes = set[str](), set[str]()
     for path in source_files():
         uses, values, names = used_in(module_name(path), parsed(path))

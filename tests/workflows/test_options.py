@@ -45,8 +45,8 @@ LATE = ("rich.console", "lorakeet.workflows.finetune")  # whose names some verbs
 
 @pytest.mark.parametrize("verb", VERBS, ids=lambda verb: verb.name)
 def test_a_function_takes_the_options_class_of_its_verb_and_no_option_besides(verb: Verb) -> None:
-    module, _, name = (verb.function or f"{verb.name}:{verb.name}").partition(":")
-    function = getattr(importlib.import_module(f"lorakeet.workflows.{module}"), name)
+    module, name = verb.place
+    function = getattr(importlib.import_module(module), name)
     parameters = {key: one for key, one in inspect.signature(function).parameters.items() if key not in CALLBACKS}
     assert list(parameters) == [*(["config"] if verb.config != "none" else []), "options", "console"]
     late = {key: value for name in LATE for key, value in vars(importlib.import_module(name)).items()}

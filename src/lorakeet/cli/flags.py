@@ -11,13 +11,13 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from lorakeet.errors import nearest
-from lorakeet.settings import Setting, choices, fields_of
+from lorakeet.settings import Setting, choices, fields_of, shown_default
 
 if TYPE_CHECKING:
     from _typeshed import DataclassInstance
     from click.shell_completion import CompletionItem
 
-__all__ = ["SettingFlag", "SettingsCommand", "given_values", "nearest_flag", "option_flags", "setting_flags", "shown_default"]
+__all__ = ["SettingFlag", "SettingsCommand", "given_values", "nearest_flag", "option_flags", "setting_flags"]
 
 _METAVARS = {bool: "true|false", int: "N", float: "X", str: "TEXT", Path: "PATH"}
 
@@ -162,16 +162,3 @@ def _help(setting: Setting) -> str:
     if setting.default is dataclasses.MISSING:
         return f"{setting.help} (required)"
     return f"{setting.help} ({shown_default(setting.default)})"
-
-
-def shown_default(value: Any) -> str:
-    """Returns a default value as it would be typed."""
-    if value is None or value in ("", (), {}):
-        return "none"
-    if isinstance(value, bool):
-        return str(value).lower()
-    if isinstance(value, (tuple, list)):
-        return ",".join(map(str, value))
-    if isinstance(value, dict):
-        return ",".join(f"{name}={item}" for name, item in value.items())
-    return repr(value) if isinstance(value, str) and not value.isprintable() else str(value)

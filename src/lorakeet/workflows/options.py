@@ -339,6 +339,17 @@ class ChatOptions:
 
 
 @dataclass(frozen=True)
+class StudioOptions:
+    """Options of `lorakeet studio`."""
+
+    runs: Path = setting(Path("runs"), "Folder of the runs that the page lists, and where it puts new ones.")
+    folder: tuple[Path, ...] = setting(
+        (), "Folder from which models and rows may be chosen; may be repeated; the default is this folder."
+    )
+    port: int = setting(8017, "Port to listen on, on this machine's own address alone; 0 picks a free one.")
+
+
+@dataclass(frozen=True)
 class CheckOptions:
     """Options of `lorakeet check`."""
 
@@ -388,7 +399,10 @@ def non_default(options: Any) -> dict[str, Any]:
 
 @dataclass(frozen=True)
 class Verb:
-    """One verb: `run` calls the function of the same name in the module of the same name, unless `function` names another."""
+    """One verb: `run` calls the function of the same name in the module of the same name, unless `function` names another.
+
+    A module without a dot is one of `workflows`; the studio stands above them.
+    """
 
     name: str
     summary: str
@@ -400,11 +414,17 @@ class Verb:
     ends_itself: bool = False  # whether it handles SIGTERM itself
     checks: str = ""  # the verb whose early checks it has (workflows/runs/early_checks); empty for none
 
+    @property
+    def place(self) -> tuple[str, str]:
+        """The module of the verb's function, and its name."""
+        module, _, name = (self.function or f"{self.name}:{self.name}").partition(":")
+        return module if "." in module else f"lorakeet.workflows.{module}", name
+
     def run(self, options: Any, *, config: Any = None, console: Any) -> Any:
         """Returns the result of the verb's function; imports the module that does the work only now."""
-        module, _, name = (self.function or f"{self.name}:{self.name}").partition(":")
+        module, name = self.place
         with without_triton():
-            function = getattr(_imported(f"lorakeet.workflows.{module}"), name)
+            function = getattr(_imported(module), name)
             return function(options, console=console) if self.config == "none" else function(config, options, console=console)
 
     def shipped_config(self) -> Path:
@@ -461,6 +481,7 @@ VERBS = (
     Verb("generate", "Draw pictures with an image model and its adapters.", GenerateOptions, checks="generate"),
     Verb("chat", "Talk to a run, an adapter, a model or a server in the terminal.", ChatOptions, checks="chat"),
     Verb("serve", "Serve one base with many adapters over HTTP.", ServeOptions, ends_itself=True, checks="serve"),
+    Verb("studio", "Do it all in the browser.", StudioOptions, function="lorakeet.studio.start:studio", checks="studio"),
     Verb("push", "Share a run on a model hub, with its certificate.", PushOptions, function="push:push_run", checks="push"),
     Verb("doctor", "Check this machine: what is missing, and how to install it.", DoctorOptions),
 )

@@ -41,6 +41,7 @@ from lorakeet.workflows.runs.output_paths import require_absent, require_empty, 
 from lorakeet.workflows.runs.pushing_options import require_pushable
 from lorakeet.workflows.runs.quickstart_packages import missing_packages
 from lorakeet.workflows.runs.serving_options import named_paths, require_servable, vllm_flags
+from lorakeet.workflows.runs.studio_options import require_studio
 
 
 def require_new_run(run: RunFolder) -> None:
@@ -205,6 +206,7 @@ _CHECKS: dict[str, Callable[..., None]] = {
     "generate": _before_generate,
     "serve": _before_serve,
     "chat": require_chattable,
+    "studio": require_studio,
     "push": _before_push,
 }
 

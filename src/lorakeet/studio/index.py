@@ -1,0 +1,186 @@
+"""What the list of runs shows of each run folder, with a cache in SQLite that may be deleted at any time."""
+
+from __future__ import annotations
+
+import json
+import os
+import sqlite3
+import threading
+from contextlib import closing, suppress
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from lorakeet.config import read_yaml
+from lorakeet.errors import DataError, LorakeetError
+from lorakeet.evaluate.values import from_text, to_text
+from lorakeet.train.log import read_metrics
+from lorakeet.train.run import RunFolder
+
+TAGS = ".studio.json"  # in a run folder
+VERSION = 1  # of what is cached
+_SPARK = 40  # points of a small curve
+
+
+@dataclass(frozen=True)
+class RunSummary:
+    """One run, by its files. `ended` is why it is over: done, stopped, or an empty text before the first step."""
+
+    name: str
+    made: float = 0.0  # seconds since 1970
+    model: str = ""
+    rows: str = ""
+    objective: str = "sft"
+    ended: str = ""
+    step: int = 0
+    loss: float | None = None
+    held_out: float | None = None
+    best: float | None = None
+    base: float | None = None
+    verdict: str = ""
+    tone: str = ""
+    passed: bool | None = None
+    spark: tuple[float, ...] = ()
+    tags: tuple[str, ...] = ()
+    problem: str = ""  # why its files cannot be read
+
+
+class Index:
+    """The summaries of all runs in a folder."""
+
+    def __init__(self, runs: Path, cache: Path) -> None:
+        self.runs, self.cache = runs, cache
+        self._lock = threading.Lock()
+
+    def names(self) -> list[str]:
+        """The names of the run folders."""
+        with suppress(FileNotFoundError), os.scandir(self.runs) as entries:
+            found = [entry.name for entry in entries if not entry.name.startswith(".") and entry.is_dir(follow_symlinks=False)]
+            return sorted(name for name in found if (self.runs / name / "config.yaml").is_file())
+        return []
+
+    def summaries(self, most: int | None = None) -> list[RunSummary]:
+        """The newest runs first. What has not changed comes from the cache; of the others at most `most` are read."""
+        stamps = {name: _stamp(self.runs / name) for name in self.names()}
+        with self._lock:
+            known = self._load()
+            found = {name: known[name][1] for name, stamp in stamps.items() if name in known and known[name][0] == stamp}
+            missing = [name for name in stamps if name not in found][:most]
+            fresh = {name: summary_of(self.runs / name) for name in missing}
+            if fresh or known.keys() - stamps.keys():
+                self._store({name: (stamps[name], summary) for name, summary in {**found, **fresh}.items()})
+        return sorted({**found, **fresh}.values(), key=lambda one: (-one.made, one.name))
+
+    def _load(self) -> dict[str, tuple[str, RunSummary]]:
+        """What the cache has; nothing where it is missing, damaged, or of another version."""
+        if not self.cache.is_file():
+            return {}
+        try:
+            with closing(sqlite3.connect(self.cache, timeout=5)) as base:
+                if base.execute("pragma user_version").fetchone()[0] != VERSION:
+                    return {}
+                rows = base.execute("select name, stamp, summary from runs").fetchall()
+            return {name: (stamp, from_text(RunSummary, text, where=str(self.cache))) for name, stamp, text in rows}
+        except (sqlite3.Error, DataError):
+            return {}
+
+    def _store(self, summaries: dict[str, tuple[str, RunSummary]]) -> None:
+        rows = [(name, stamp, to_text(summary)) for name, (stamp, summary) in summaries.items()]
+        try:
+            self._write(rows)
+        except sqlite3.DatabaseError:  # a damaged file
+            with suppress(OSError, sqlite3.Error):
+                self.cache.unlink(missing_ok=True)
+                self._write(rows)
+
+    def _write(self, rows: list[tuple[str, str, str]]) -> None:
+        with closing(sqlite3.connect(self.cache, timeout=5)) as base, base:
+            base.execute("create table if not exists runs (name text primary key, stamp text, summary text)")
+            base.execute(f"pragma user_version = {VERSION}")
+            base.execute("delete from runs")
+            base.executemany("insert into runs values (?, ?, ?)", rows)
+
+
+def summary_of(folder: Path) -> RunSummary:
+    """What the files of a run say; a file that cannot be read is named in `problem`."""
+    run, problem = RunFolder(folder), ""
+    settings: dict[str, Any] = {}
+    metrics: list[dict[str, Any]] = []
+    report: dict[str, Any] = {}
+    made = 0.0
+    try:
+        made = run.config.stat().st_mtime
+        settings = read_yaml(run.config)
+        metrics = [record for record in read_metrics(run.metrics) if isinstance(record, dict)]
+        if run.report.is_file():
+            report = json.loads(run.report.read_bytes())
+    except (LorakeetError, OSError, ValueError) as error:
+        problem = str(error)
+    held_out = [float(record["held_out_loss"]) for record in metrics if record.get("held_out_loss") is not None]
+    losses = [float(record["loss"]) for record in metrics if record.get("loss") is not None]
+    verdict = report.get("verdict") or {}
+    ended = "done" if report else "stopped" if metrics else ""
+    return RunSummary(
+        name=folder.name,
+        made=made,
+        model=str(_inner(settings, "model", "path")),
+        rows=str(_inner(settings, "data", "train")),
+        objective=str(_inner(settings, "train", "objective") or "sft"),
+        ended=ended,
+        step=max((int(record.get("step", 0)) for record in metrics), default=0),
+        loss=losses[-1] if losses else None,
+        held_out=held_out[-1] if held_out else None,
+        best=min(held_out) if held_out else None,
+        base=held_out[0] if held_out else None,
+        verdict=_sentence(verdict),
+        tone=str(verdict.get("tone", "")),
+        passed=_passed(run.certificate),
+        spark=_thinned(losses),
+        tags=tags_of(folder),
+        problem=problem,
+    )
+
+
+def tags_of(folder: Path) -> tuple[str, ...]:
+    """The tags of a run."""
+    try:
+        return tuple(str(tag) for tag in json.loads((folder / TAGS).read_bytes())["tags"])
+    except (OSError, ValueError, KeyError, TypeError):
+        return ()
+
+
+def _stamp(folder: Path) -> str:
+    """Changes whenever a file that the summary is made of does."""
+    parts = []
+    for name in ("config.yaml", "metrics.jsonl", "report.json", "certificate.json", TAGS):
+        try:
+            about = (folder / name).stat()
+            parts.append(f"{about.st_mtime_ns}:{about.st_size}")
+        except OSError:
+            parts.append("-")
+    return " ".join(parts)
+
+
+def _inner(mapping: dict[str, Any], section: str, name: str) -> Any:
+    inner = mapping.get(section)
+    return inner.get(name, "") if isinstance(inner, dict) else inner or ""
+
+
+def _sentence(verdict: dict[str, Any]) -> str:
+    """The headline of a report, as evaluate/verdict words it."""
+    parts = (f"{part.get('text', '')} ({part.get('interval', '')})" for part in verdict.get("phrases", ()))
+    return f"{''.join(parts)}." if verdict else ""
+
+
+def _passed(path: Path) -> bool | None:
+    try:
+        return bool(json.loads(path.read_bytes())["passed"])
+    except (OSError, ValueError, KeyError, TypeError):
+        return None
+
+
+def _thinned(values: list[float]) -> tuple[float, ...]:
+    """At most so many means of neighbours."""
+    each = max(1, -(-len(values) // _SPARK))
+    parts = [values[start : start + each] for start in range(0, len(values), each)]
+    return tuple(sum(part) / len(part) for part in parts)

@@ -1,0 +1,247 @@
+"""Jobs: processes of the command line, each with a folder of its own, and the queue that starts them.
+
+    .studio/jobs/NAME/job.json   what runs, written once
+                      run.yaml   the run file, where there is one
+                      alive      locked by the process and all it starts, as long as one of them lives
+                      pid        the leader of their process group
+                      log        all that they print
+                      code       the exit code
+                      cancelled  it was taken out of the queue
+
+The lock is the truth: it ends with the process, whatever ends that, and a number that was given to another process does not have
+it. So jobs outlive the studio, a restarted one finds them, and of two studios on a folder only one starts a job (queue.lock).
+"""
+
+from __future__ import annotations
+
+import fcntl
+import json
+import os
+import secrets
+import signal
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Literal
+
+from lorakeet.disk import open_in_place, write_new, write_whole, written_whole
+from lorakeet.errors import ConfigError
+from lorakeet.studio.places import NotHere
+
+State = Literal["waiting", "running", "done", "stopped", "failed", "killed", "cancelled"]
+STOPPED = (4, 130, 143)  # exit codes of a run that ended early, Ctrl-C, SIGTERM
+_AUTO = "auto"
+_STARTING = 5.0  # seconds that the start of a process may take
+_LOG_END = 20_000  # characters of a log that a page shows
+# The shell outlives Ctrl-C, which reaches the whole group, and writes the exit code even if no studio runs then.
+_SCRIPT = 'trap : INT TERM; echo $$ > "$0/pid"; "$@"; code=$?; echo $code > "$0/code.partial"; mv "$0/code.partial" "$0/code"'
+
+
+@dataclass(frozen=True)
+class Job:
+    """One command of the queue."""
+
+    folder: Path
+    words: tuple[str, ...]  # the arguments of lorakeet
+    title: str
+    run: str = ""  # the run folder's name, where it makes or resumes one
+    device: str = _AUTO
+    made: float = 0.0  # seconds since 1970
+
+    @property
+    def name(self) -> str:
+        return self.folder.name
+
+    @property
+    def code(self) -> int | None:
+        """The exit code; None while it runs, and of a process that was killed together with its shell."""
+        text = _text(self.folder / "code").strip()
+        return int(text) if text.isdigit() else None
+
+    @property
+    def state(self) -> State:
+        """What has become of it, by its files."""
+        if (self.folder / "cancelled").exists():
+            return "cancelled"
+        if not (self.folder / "alive").exists():
+            return "waiting"
+        if self.code is None and _locked(self.folder / "alive"):
+            return "running"
+        if (code := self.code) is None:  # it is written before the lock ends, and was read before it
+            return "killed" if (self.folder / "pid").exists() or self._age() > _STARTING else "running"
+        if code > 128 and code not in STOPPED:
+            return "killed"
+        return "done" if code == 0 else "stopped" if code in STOPPED else "failed"
+
+    def _age(self) -> float:
+        """Seconds since its start."""
+        try:
+            return time.time() - (self.folder / "alive").stat().st_mtime
+        except OSError:
+            return _STARTING + 1
+
+    @property
+    def log(self) -> str:
+        """The end of what it printed."""
+        return _text(self.folder / "log")[-_LOG_END:]
+
+    @property
+    def error(self) -> str:
+        """The command line's own message, from the last "Error: " on."""
+        _, found, message = self.log.rpartition("Error: ")
+        return message.strip() if found else ""
+
+
+class Queue:
+    """The jobs of one folder."""
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+        self.jobs_folder = folder / "jobs"
+        self.jobs_folder.mkdir(parents=True, exist_ok=True)
+
+    def add(
+        self, words: Sequence[str], *, title: str, run: str = "", device: str = _AUTO, files: Mapping[str, str] | None = None
+    ) -> Job:
+        """Puts a command into the queue. `{folder}` in a word becomes the job's folder, where `files` are written by name."""
+        made = time.time()
+        folder = self.jobs_folder / f"{time.strftime('%Y%m%d-%H%M%S')}-{int(made * 1e6) % 10**6:06d}-{secrets.token_hex(3)}"
+        job = Job(folder, tuple(word.replace("{folder}", str(folder)) for word in words), title, run, device, made)
+        with written_whole(folder) as place:
+            place.mkdir()
+            for name, text in (files or {}).items():
+                write_new(place / name, text.encode())
+            about = {name: value for name, value in asdict(job).items() if name != "folder"}
+            write_new(place / "job.json", json.dumps(about).encode())
+        return job
+
+    def jobs(self) -> list[Job]:
+        """All jobs, the oldest first."""
+        found = (read_job(folder) for folder in sorted(self.jobs_folder.iterdir()) if not folder.name.startswith("."))
+        return [job for job in found if job is not None]
+
+    def job(self, name: str) -> Job:
+        """The job `name`. Raises NotHere."""
+        found = read_job(self.jobs_folder / name) if name.replace("-", "").isalnum() else None
+        if found is None:
+            raise NotHere(f"There is no job '{name:.80}'.")
+        return found
+
+    def of_run(self, name: str) -> Job | None:
+        """The newest job that made or resumed the run `name`."""
+        return next((job for job in reversed(self.jobs()) if job.run == name), None)
+
+    def start_waiting(self) -> list[Job]:
+        """Starts the oldest waiting job of each device on which none runs; returns what was started."""
+        started = []
+        with self._alone():
+            jobs = [(job, job.state) for job in self.jobs()]
+            busy = [job.device for job, state in jobs if state == "running"]
+            for job in (job for job, state in jobs if state == "waiting"):
+                if not any(_AUTO in (job.device, other) or job.device == other for other in busy):
+                    self._start(job)
+                    started.append(job)
+                busy.append(job.device)  # later ones of the device wait behind it
+        return started
+
+    def stop(self, job: Job) -> None:
+        """Takes a waiting job out of the queue; sends a running one the signal of Ctrl-C. ConfigError if it does neither."""
+        with self._alone():
+            state = job.state
+            if state == "waiting":
+                write_whole(job.folder / "cancelled", b"")
+                return
+        if state != "running":
+            raise ConfigError(f"'{job.title}' does not run any more: it is {state}.")
+        for _ in range(100):  # the shell writes its number first of all
+            if (number := _text(job.folder / "pid").strip()).isdigit():
+                os.killpg(int(number), signal.SIGINT)
+                return
+            time.sleep(0.02)
+        raise ConfigError(f"'{job.title}' has just been started. Try again in a moment.")
+
+    def _start(self, job: Job) -> None:
+        given = {**os.environ, "PYTHONUNBUFFERED": "1", "COLUMNS": "100"}
+        command = ["/bin/sh", "-c", _SCRIPT, str(job.folder), sys.executable, "-m", "lorakeet", *job.words]
+        with open_in_place(job.folder / "log") as log, open_in_place(job.folder / "alive") as alive:
+            fcntl.flock(alive, fcntl.LOCK_EX)
+            process = subprocess.Popen(
+                command, stdin=subprocess.DEVNULL, stdout=log, stderr=log, env=given, start_new_session=True,
+                pass_fds=(alive.fileno(),),
+            )  # fmt: skip
+        threading.Thread(target=process.wait, name=f"studio-{job.name}", daemon=True).start()  # so that no zombie stays
+
+    @contextmanager
+    def _alone(self) -> Iterator[None]:
+        """A context in which no other studio, and no other thread of this one, starts or cancels a job."""
+        with open_in_place(self.folder / "queue.lock") as lock:
+            fcntl.flock(lock, fcntl.LOCK_EX)
+            yield
+
+
+class Starter:
+    """A thread that starts waiting jobs, as long as the context lasts."""
+
+    def __init__(self, tick: Callable[[], object], every: float = 0.5) -> None:
+        self._tick, self._every, self._end = tick, every, threading.Event()
+        self._thread = threading.Thread(target=self._run, name="studio-queue", daemon=True)
+
+    def __enter__(self) -> Starter:
+        self._thread.start()
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        self._end.set()
+        self._thread.join()
+
+    def _run(self) -> None:
+        while not self._end.wait(self._every):
+            try:
+                self._tick()
+            except OSError as error:  # a full disk, a folder that vanished: it is tried again
+                print(f"The queue waits: {error}", file=sys.stderr)
+
+
+def read_job(folder: Path) -> Job | None:
+    """The job in `folder`; None where there is none, or what there is cannot be read."""
+    try:
+        about = json.loads((folder / "job.json").read_bytes())
+        words = tuple(map(str, about["words"]))
+        return Job(folder, words, str(about["title"]), str(about["run"]), str(about["device"]), float(about["made"]))
+    except (OSError, ValueError, KeyError, TypeError):
+        return None
+
+
+def read_lock(path: Path) -> bool:
+    """True if a process has the lock of a run folder, where the system lists locks: a probe of its own would keep a run out."""
+    try:
+        about = path.stat()
+        locks = Path("/proc/locks").read_text(encoding="ascii")
+    except OSError:
+        return False
+    place = f"{os.major(about.st_dev):02x}:{os.minor(about.st_dev):02x}:{about.st_ino}"
+    return any(place in line.split() for line in locks.splitlines() if "FLOCK" in line and "->" not in line)
+
+
+def _locked(path: Path) -> bool:
+    """True if a process has the lock of the file `path`."""
+    try:
+        with path.open("rb") as file:
+            fcntl.flock(file, fcntl.LOCK_SH | fcntl.LOCK_NB)
+    except BlockingIOError:
+        return True
+    except OSError:
+        return False
+    return False
+
+
+def _text(path: Path) -> str:
+    try:
+        return path.read_bytes().decode("utf-8", "replace")
+    except OSError:
+        return ""

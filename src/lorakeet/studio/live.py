@@ -1,0 +1,192 @@
+"""A run as it goes on, from the files of its folder and of its job; all of it can be read again after a reload."""
+
+from __future__ import annotations
+
+import json
+from collections import deque
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+from lorakeet.config import RunConfig, read_run
+from lorakeet.disk import open_regular
+from lorakeet.errors import LorakeetError
+from lorakeet.studio.jobs import Job, Queue, read_lock
+from lorakeet.studio.places import NotHere, Places
+from lorakeet.train.run import RunFolder
+
+_AT_ONCE = 1 << 22  # bytes of metrics in one event
+_WORDS = {
+    "waiting": "Waits in the queue",
+    "starting": "Reads the model and the rows",
+    "training": "Trains",
+    "measuring": "Answers the held-out rows and measures",
+    "running": "Runs, started outside of this studio",
+    "done": "Done",
+    "stopped": "Stopped; what it has learned so far is kept",
+    "failed": "Could not go on",
+    "killed": "Was ended from outside",
+    "cancelled": "Was taken out of the queue",
+    "unfinished": "Is not finished",
+}
+
+
+@dataclass(frozen=True)
+class LiveRun:
+    """What a page shows of one run beside its curves. Times are seconds, memory is bytes."""
+
+    name: str
+    state: str  # one of the keys of _WORDS
+    said: str  # in words
+    message: str = ""  # the command line's own, of a run that ended early
+    step: int = 0
+    total: int | None = None
+    seconds_left: float | None = None
+    tokens_per_second: float | None = None
+    memory: int | None = None
+    budget: int | None = None
+    base: float | None = None
+    best: float | None = None
+    best_step: int | None = None
+    ahead: int = 0  # jobs before it in the queue
+    can_stop: bool = False
+    can_resume: bool = False
+
+
+class RunNumbers:
+    """What a page shows of the lines of metrics.jsonl, fed as they come, so that a long file is read once."""
+
+    def __init__(self) -> None:
+        self.recent: deque[dict[str, Any]] = deque(maxlen=20)  # steps
+        self.base: float | None = None
+        self.best: float | None = None
+        self.best_step: int | None = None
+        self.memory: int | None = None
+
+    def feed(self, records: list[dict[str, Any]]) -> None:
+        """Takes the next records."""
+        for record in records:
+            if record.get("loss") is not None:
+                self.recent.append(record)
+                self.memory = max(self.memory or 0, int(record.get("memory_bytes") or 0)) or None
+            if (value := record.get("held_out_loss")) is not None:
+                self.base = value if record.get("step") == 0 else self.base
+                if self.best is None or value < self.best:
+                    self.best, self.best_step = value, record.get("step")
+
+    @property
+    def last(self) -> dict[str, Any]:
+        """The last step."""
+        return self.recent[-1] if self.recent else {}
+
+    @property
+    def pace(self) -> float | None:
+        """Seconds of a step, held-out evaluations included; None before there are two."""
+        if len(self.recent) < 2:
+            return None
+        return float(self.recent[-1]["seconds"] - self.recent[0]["seconds"]) / (len(self.recent) - 1)
+
+    @property
+    def speed(self) -> float | None:
+        """Tokens per second, the mean of recent steps."""
+        found = [float(record["tokens_per_second"]) for record in self.recent if record.get("tokens_per_second")]
+        return sum(found) / len(found) if found else None
+
+
+def live_run(places: Places, queue: Queue, name: str, numbers: RunNumbers | None = None) -> LiveRun:
+    """The run `name` as it is now; `numbers` are those of its metrics, where they are read already.
+
+    Raises NotHere where there is neither a folder nor a job.
+    """
+    folder, job = places.new_run(name), queue.of_run(name)
+    run = RunFolder.at(folder)
+    if run is None and job is None:
+        raise NotHere(f"There is no run '{name}' in {places.runs}. It may have been deleted or moved.")
+    if numbers is None:
+        numbers = RunNumbers()
+        numbers.feed(new_records(folder, 0)[0])
+    step = int(numbers.last.get("step", 0))
+    total, budget = _bounds(run, numbers.last)
+    state = _state(run, job, step, total)
+    ended = state in ("stopped", "failed", "killed")
+    return LiveRun(
+        name=name,
+        state=state,
+        said=_WORDS[state],
+        message=job.error if job is not None and ended else "",
+        step=step,
+        total=total,
+        seconds_left=(total - step) * numbers.pace if state == "training" and total and numbers.pace else None,
+        tokens_per_second=numbers.speed,
+        memory=numbers.memory,
+        budget=budget,
+        base=numbers.base,
+        best=numbers.best,
+        best_step=numbers.best_step,
+        ahead=sum(other.state in ("waiting", "running") for other in queue.jobs() if job and other.made < job.made),
+        can_stop=state in ("waiting", "starting", "training", "measuring"),
+        can_resume=run is not None and (ended or state == "unfinished"),
+    )
+
+
+def thinned(records: list[dict[str, Any]], most: int = 4000) -> list[dict[str, Any]]:
+    """All held-out records, and so many steps that a curve needs no more."""
+    each = max(1, -(-len(records) // most))
+    return [record for number, record in enumerate(records) if number % each == 0 or "held_out_loss" in record]
+
+
+def new_records(folder: Path, offset: int) -> tuple[list[dict[str, Any]], int]:
+    """The whole lines of metrics.jsonl from byte `offset` on, and where they end; from the start if the file is shorter now."""
+    try:
+        with open_regular(folder / "metrics.jsonl") as file:
+            size = file.seek(0, 2)
+            begin = offset if 0 <= offset <= size else 0
+            file.seek(begin)
+            data = file.read(_AT_ONCE) or b""
+    except OSError:
+        return [], 0
+    whole = data[: data.rfind(b"\n") + 1]
+    records = []
+    for line in whole.splitlines():
+        try:
+            record = json.loads(line)
+        except ValueError:
+            continue  # of a disk that was full
+        if isinstance(record, dict):
+            records.append(record)
+    return records, begin + len(whole)
+
+
+def drawn_samples(folder: Path) -> list[str]:
+    """The samples that an image run has drawn so far, as paths below RUN/progress."""
+    progress = folder / "progress"
+    return [str(path.relative_to(progress)) for path in sorted(progress.glob("step-*/*.png"))][-60:]
+
+
+def plain_values(live: LiveRun) -> dict[str, Any]:
+    """The run as JSON."""
+    return asdict(live)
+
+
+def _state(run: RunFolder | None, job: Job | None, step: int, total: int | None) -> str:
+    state = "" if job is None else job.state
+    if state in ("waiting", "cancelled"):
+        return state
+    if state == "running":
+        return "starting" if not step else "measuring" if total and step >= total else "training"
+    if run is not None and read_lock(run.path / ".lock"):
+        return "running"
+    if run is not None and run.report.is_file() and state in ("", "done"):
+        return "done"
+    return state or "unfinished"
+
+
+def _bounds(run: RunFolder | None, last: dict[str, Any]) -> tuple[int | None, int | None]:
+    """The steps of the whole run, and its memory budget in bytes; None where they are not known."""
+    try:
+        config = RunConfig() if run is None else read_run(run.config)
+    except LorakeetError:
+        return None, None
+    each = round(last["step"] / last["epoch"]) if last.get("epoch") else None
+    total = config.train.steps if each is None else config.train.total_steps(each)
+    return total, config.memory.limit.limit

@@ -1,0 +1,97 @@
+"""Models and rows that a page can offer: in the chosen folders, in installed packages, and in the hub's cache."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+from packaging.requirements import Requirement
+from starlette.requests import Request
+from starlette.responses import JSONResponse, Response
+from starlette.routing import Route
+
+from lorakeet.disk import create, erase, written_whole
+from lorakeet.errors import ConfigError
+from lorakeet.studio.pages import studio_of
+from lorakeet.studio.places import Places
+from lorakeet.studio.safety import LARGEST_UPLOAD
+from lorakeet.workflows.runs.quickstart_packages import QUICKSTART_PACKAGES, installed_version
+
+ROWS = (".jsonl", ".json", ".csv", ".tsv", ".txt", ".parquet", ".zip", ".gz")
+_DEPTH = 3  # folders below a chosen one
+_MOST = 200  # of each kind
+_ENTRIES = 20_000  # that are read in all
+_LEFT_OUT = {"node_modules", "__pycache__", "site-packages", "checkpoints", "adapter"}
+
+
+@dataclass(frozen=True)
+class Offers:
+    """Names that can be typed into a form as they are."""
+
+    models: tuple[str, ...]
+    rows: tuple[str, ...]
+
+
+def offers(places: Places) -> Offers:
+    """What lies in the folders, in few levels; then models of installed packages and those that the hub's cache has."""
+    models: list[str] = []
+    rows: list[str] = [str(path) for path in sorted((places.own / "rows").glob("*")) if not path.name.startswith(".")]
+    left = _ENTRIES
+    for folder in places.folders:
+        for path, names in _walk(folder, places.runs, _DEPTH):
+            left -= len(names)
+            if "config.json" in names or "model_index.json" in names:
+                models.append(str(path))
+            else:
+                rows += [str(path / name) for name in names if name.lower().endswith(ROWS)]
+            models += [str(path / name) for name in names if name.lower().endswith(".gguf")]
+            if left < 0:
+                break
+    models += [f"package:{need.name}" for need in map(Requirement, QUICKSTART_PACKAGES[:1]) if installed_version(need)]
+    models += _cached()
+    return Offers(tuple(dict.fromkeys(models))[:_MOST], tuple(dict.fromkeys(rows))[:_MOST])
+
+
+def _walk(folder: Path, runs: Path, depth: int) -> Iterator[tuple[Path, list[str]]]:
+    """Each folder with the names of its files; neither hidden ones, nor links, nor the runs."""
+    try:
+        entries = sorted(os.scandir(folder), key=lambda entry: entry.name)
+    except OSError:
+        return
+    yield folder, [entry.name for entry in entries if entry.is_file(follow_symlinks=False) and not entry.name.startswith(".")]
+    for entry in entries:
+        inner = Path(entry.path)
+        left_out = entry.name.startswith(".") or entry.name in _LEFT_OUT or inner == runs
+        if depth and entry.is_dir(follow_symlinks=False) and not left_out:
+            yield from _walk(inner, runs, depth - 1)
+
+
+def _cached() -> list[str]:
+    """The models in the hub's cache, by id."""
+    home = Path(os.environ.get("HF_HOME", "~/.cache/huggingface")).expanduser()
+    cache = Path(os.environ.get("HF_HUB_CACHE", home / "hub")).expanduser()
+    return sorted(path.name.removeprefix("models--").replace("--", "/", 1) for path in cache.glob("models--*--*"))
+
+
+async def _receive(request: Request) -> Response:
+    """Keeps a file of rows that the browser sends; answers with its path."""
+    name = str(request.path_params["name"])
+    places = studio_of(request).places
+    if not name.lower().endswith(ROWS) or len(name.encode()) > 200 or name.startswith(".") or not name.isprintable():
+        raise ConfigError(f"The file's name is {name!r:.80}; expected a plain name that ends with {', '.join(ROWS)}.")
+    path = places.own / "rows" / name
+    if path.exists():
+        erase(path)  # the same file, sent again
+    size = 0
+    with written_whole(path) as made, create(made) as file:
+        async for piece in request.stream():
+            size += len(piece)
+            if size > LARGEST_UPLOAD:
+                raise ConfigError(f"{name} has more than {LARGEST_UPLOAD:,} bytes. Put it into a folder of the studio instead.")
+            file.write(piece)
+    return JSONResponse({"path": str(path), "bytes": size})
+
+
+UPLOAD = Route("/rows/{name}", _receive, methods=["PUT"])

@@ -1,0 +1,143 @@
+"""What every screen uses: the studio that a request is for, its templates, and answers."""
+
+from __future__ import annotations
+
+import json
+import threading
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from functools import cache
+from importlib.resources import files
+from typing import Any, cast
+from urllib.parse import urlencode
+
+import jinja2
+from starlette.requests import Request
+from starlette.responses import HTMLResponse, JSONResponse, RedirectResponse, Response, StreamingResponse
+from starlette.routing import Route
+
+from lorakeet.errors import LorakeetError
+from lorakeet.evaluate.wording import bytes_text, duration_text, number, signed
+from lorakeet.studio.forms import command_line, given_settings
+from lorakeet.studio.index import Index
+from lorakeet.studio.jobs import Queue
+from lorakeet.studio.places import NotHere, Places
+from lorakeet.studio.safety import FORM, csrf_of
+
+THEME = "lorakeet-theme"  # a cookie: light or dark; without it the browser's own
+
+
+@dataclass(frozen=True)
+class Studio:
+    """All that the screens share."""
+
+    places: Places
+    queue: Queue
+    index: Index
+    token: str
+    closing: threading.Event = field(default_factory=threading.Event)
+
+
+@dataclass(frozen=True)
+class Screen:
+    """One entry of the navigation and its routes. With `draft` its links carry the settings of the run that is being prepared."""
+
+    title: str
+    path: str
+    routes: tuple[Route, ...]
+    draft: bool = False
+
+
+def studio_of(request: Request) -> Studio:
+    """The studio that answers this request."""
+    return cast(Studio, request.app.state.studio)
+
+
+def form_of(request: Request) -> dict[str, str]:
+    """The fields of a posted form; its csrf token was checked."""
+    return dict(request.scope.get(FORM, {}))
+
+
+def draft_of(request: Request) -> dict[str, str]:
+    """The settings of the run that is being prepared, from the page's address or the posted form."""
+    return given_settings({**request.query_params, **form_of(request)})
+
+
+def page(request: Request, template: str, status: int = 200, **values: Any) -> Response:
+    """A page made by a template; everything in `values` is escaped."""
+    draft, studio = draft_of(request), studio_of(request)
+    links = [
+        (screen.title, screen.path + (f"?{urlencode(draft)}" if screen.draft and draft else ""), _here(request, screen))
+        for screen in request.app.state.screens
+    ]
+    theme = request.cookies.get(THEME, "")
+    text = _templates().get_template(template).render(
+        links=links,
+        csrf=csrf_of(studio.token),
+        theme=theme if theme in ("light", "dark") else "",
+        draft=draft,
+        query=urlencode(draft),
+        **values,
+    )
+    return HTMLResponse(text, status)
+
+
+def moved(path: str, query: Mapping[str, str] | None = None) -> Response:
+    """Leads the browser to another page after a form was carried out."""
+    return RedirectResponse(path + (f"?{urlencode(query)}" if query else ""), 303)
+
+
+def refused_page(request: Request, error: LorakeetError) -> Response:
+    """The command line's own message, as a page; as JSON for a script."""
+    status = 404 if isinstance(error, NotHere) else 400
+    if request.headers.get("accept") == "application/json":
+        return JSONResponse({"message": str(error)}, status)
+    return page(request, "error.html", status, message=str(error))
+
+
+def problems_of(error: LorakeetError) -> list[str]:
+    """The problems of a message, one by one."""
+    lines = str(error).split("\n  - ")
+    return lines[1:] or lines
+
+
+def event_stream(make: Callable[[], Any]) -> Response:
+    """Server-sent events from an async iterator of texts that `event` has made."""
+    return StreamingResponse(make(), media_type="text/event-stream", headers={"x-accel-buffering": "no"})
+
+
+def event(value: Any, *, name: str = "", id: str = "") -> str:
+    """One server-sent event with JSON."""
+    head = (f"event: {name}\n" if name else "") + (f"id: {id}\n" if id else "")
+    return f"{head}data: {json.dumps(value, ensure_ascii=True)}\n\n"
+
+
+def _here(request: Request, screen: Screen) -> bool:
+    path = request.url.path
+    return path == screen.path or (screen.path != "/" and path.startswith(f"{screen.path}/"))
+
+
+def asset(folder: str, name: str) -> str:
+    """A file of the package: a template or a static file."""
+    return (files("lorakeet.studio") / folder / name).read_text(encoding="utf-8")
+
+
+@cache
+def _templates() -> jinja2.Environment:
+    environment = jinja2.Environment(
+        autoescape=True,
+        undefined=jinja2.StrictUndefined,
+        trim_blocks=True,
+        lstrip_blocks=True,
+        loader=jinja2.FunctionLoader(lambda name: asset("templates", name)),
+    )
+    filters: dict[str, Callable[..., str]] = {
+        "number": number, "signed": signed, "bytes": bytes_text, "duration": duration_text, "command": _command
+    }  # fmt: skip
+    environment.filters.update(filters)
+    environment.policies["json.dumps_kwargs"] = {"sort_keys": False}
+    return environment
+
+
+def _command(words: Sequence[str]) -> str:
+    return command_line(words)

@@ -1,0 +1,91 @@
+"""The folders that the studio's pages may name: the runs, and the folders of models and rows that were chosen at its start."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+
+from lorakeet.errors import ConfigError, LorakeetError, Problems
+
+OWN = ".studio"  # the studio's own folder within that of the runs
+_REMOTE = ("package:", "hub:")
+_LOCAL = ("model.path", "data.train", "data.held_out", "data.test", "images.prior", "model.config")  # settings that are paths
+
+
+class NotHere(LorakeetError):
+    """There is no such page, run or job."""
+
+
+@dataclass(frozen=True)
+class Places:
+    """The folder of the runs, and those from which models and rows may be chosen; absolute, without links."""
+
+    runs: Path
+    folders: tuple[Path, ...]
+
+    @classmethod
+    def of(cls, runs: Path, folders: tuple[Path, ...]) -> Places:
+        """The places of these paths; without `folders` the working folder."""
+        return cls(_whole(runs), tuple(map(_whole, folders or (Path(),))))
+
+    @property
+    def own(self) -> Path:
+        """The studio's own folder: jobs, the index, deleted runs, uploaded rows."""
+        return self.runs / OWN
+
+    def run(self, name: str) -> Path:
+        """The folder of the run `name`. NotHere unless it is a folder within that of the runs."""
+        path = self.new_run(name)
+        if not path.is_dir() or path.resolve().parent != self.runs:
+            raise NotHere(f"There is no run '{name}' in {self.runs}. It may have been deleted or moved.")
+        return path
+
+    def new_run(self, name: str) -> Path:
+        """The folder of a run `name`, which may be missing. ConfigError for what is no plain name."""
+        if not name or len(name.encode()) > 200 or not name.isprintable() or name.startswith(".") or "/" in name or "\\" in name:
+            raise ConfigError(
+                f"The run's name is {name!r:.80}; expected a plain name such as first-run: no slash, and no dot at its beginning."
+            )
+        return self.runs / name
+
+    def within(self, path: Path) -> bool:
+        """True if `path`, with links followed, lies in one of the folders."""
+        whole = _whole(path)
+        return any(whole == folder or whole.is_relative_to(folder) for folder in (self.runs, *self.folders))
+
+    def require(self, settings: Mapping[str, str]) -> None:
+        """Raises ConfigError for every setting, by dotted path, that names something outside of the folders."""
+        problems = Problems("These paths cannot be used here")
+        shown = ", ".join(map(str, dict.fromkeys((*self.folders, self.runs))))
+        for name, text in settings.items():
+            path = _path_of(text)
+            if path is None or self.within(path):
+                continue
+            if _exists(path) or (name in _LOCAL and path.is_absolute()):
+                problems.add(
+                    f"{name} is {text!r:.200}, which lies outside of the folders of this studio: {shown}. Copy it there, or "
+                    "start the studio with --folder."
+                )
+        problems.raise_if_any()
+
+
+def _path_of(text: str) -> Path | None:
+    """The path in a setting, without a member of an archive or a split; None for what is none."""
+    if not text or text.startswith(_REMOTE) or "\n" in text or "\0" in text:
+        return None
+    return Path(text.partition("!")[0]).expanduser()
+
+
+def _exists(path: Path) -> bool:
+    try:
+        return path.exists()
+    except OSError:  # a name that is too long is none
+        return False
+
+
+def _whole(path: Path) -> Path:
+    try:
+        return path.expanduser().resolve()
+    except (OSError, RuntimeError):  # a circle of links, an unknown user
+        return path.absolute()

@@ -1,0 +1,152 @@
+"""Who may use the studio: this machine's browser that was given the token, from the studio's own pages alone.
+
+    Host     a loopback name                        against names that were pointed at this machine (DNS rebinding)
+    token    in the printed address, then a cookie  HttpOnly, SameSite=Strict
+    Origin   of every POST is that of the page      against pages of other sites
+    csrf     a field or header of every POST        against what the two above may miss
+
+Every answer forbids inline scripts, other sites' frames and all that is not served from here.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import hmac
+import secrets
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+from urllib.parse import parse_qs, parse_qsl, urlencode, urlsplit
+
+from starlette.responses import PlainTextResponse, RedirectResponse, Response
+from starlette.types import ASGIApp, Message, Receive, Scope, Send
+
+from lorakeet.disk import write_whole
+
+HOSTS = ("127.0.0.1", "localhost", "::1")
+LARGEST_FORM = 1 << 20  # bytes of a posted form
+LARGEST_UPLOAD = 1 << 30  # bytes of uploaded rows
+FORM = "studio.form"  # where a request's scope has the fields of a posted form
+SAFE = ("GET", "HEAD")
+POLICY = (
+    "default-src 'none'; script-src 'self'; style-src 'self'; img-src 'self' data:; connect-src 'self'; frame-src 'self'; "
+    "form-action 'self'; base-uri 'none'; frame-ancestors 'self'"
+)
+HEADERS = {
+    "content-security-policy": POLICY,
+    "x-content-type-options": "nosniff",
+    "referrer-policy": "same-origin",
+    "cross-origin-opener-policy": "same-origin",
+    "cross-origin-resource-policy": "same-origin",
+    "cache-control": "no-store",
+}
+
+
+def token_of(own: Path) -> str:
+    """The token of the studios on one folder: open pages go on after a restart. It is in a file that its owner alone can read."""
+    own.mkdir(parents=True, exist_ok=True)
+    own.chmod(0o700)
+    path = own / "token"
+    found = path.read_text(encoding="ascii").strip() if path.is_file() else ""
+    if len(found) < 32:
+        found = secrets.token_urlsafe(32)
+        write_whole(path, found.encode())
+    return found
+
+
+def csrf_of(token: str) -> str:
+    """What every form and request that changes something repeats; it tells nothing of the token."""
+    return hmac.new(token.encode(), b"csrf", hashlib.sha256).hexdigest()
+
+
+class Guard:
+    """An ASGI application that lets through to `app` what is permitted, with the fields of posted forms in its scope."""
+
+    def __init__(self, app: ASGIApp, token: str) -> None:
+        self.app, self.token, self.csrf = app, token, csrf_of(token)
+        self.cookie = f"lorakeet-{hashlib.sha256(token.encode()).hexdigest()[:8]}"  # other studios have others
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        if scope["type"] == "lifespan":
+            await self.app(scope, receive, send)
+            return
+        if scope["type"] != "http":
+            await send({"type": "websocket.close", "code": 1008})
+            return
+        guarded = _with_headers(send)
+        headers = {name.decode("latin-1").lower(): value.decode("latin-1") for name, value in scope["headers"]}
+        refused = self._refusal(scope, headers)
+        if refused is None and scope["method"] not in SAFE:
+            refused, receive = await self._posted(scope, headers, receive)
+        await (refused or self.app)(scope, receive, guarded)
+
+    def _refusal(self, scope: Scope, headers: Mapping[str, str]) -> Response | None:
+        host = headers.get("host", "")
+        if _name(host) not in HOSTS:
+            return PlainTextResponse(f"This is no name of this machine: {host[:100]}. Open the studio as 127.0.0.1.", 403)
+        query = parse_qsl(scope["query_string"].decode("latin-1"), keep_blank_values=True)
+        given = dict(query).get("token")
+        if given is not None and scope["method"] in SAFE:
+            if not hmac.compare_digest(given.encode(), self.token.encode()):
+                return _closed()
+            rest = urlencode([(name, value) for name, value in query if name != "token"])
+            welcome = RedirectResponse(scope["path"] + (f"?{rest}" if rest else ""), 303)
+            welcome.set_cookie(self.cookie, self.token, httponly=True, samesite="strict", path="/")
+            return welcome
+        if scope["path"].startswith("/static/") and scope["method"] in SAFE:
+            return None
+        if not hmac.compare_digest(_cookies(headers).get(self.cookie, "").encode(), self.token.encode()):
+            return _closed()
+        if scope["method"] not in SAFE:
+            origin = headers.get("origin", "")
+            if urlsplit(origin).netloc != host or not origin:
+                return PlainTextResponse(f"Pages of {origin[:100] or 'an unknown origin'} may change nothing here.", 403)
+        return None
+
+    async def _posted(self, scope: Scope, headers: Mapping[str, str], receive: Receive) -> tuple[Response | None, Receive]:
+        """A refusal, or the form's fields in the scope; the body of anything else is left to its handler."""
+        given = headers.get("x-csrf", "")
+        if headers.get("content-type", "").startswith("application/x-www-form-urlencoded"):
+            body, more = bytearray(), True
+            while more:
+                message = await receive()
+                body += message.get("body", b"")
+                more = message["type"] == "http.request" and message.get("more_body", False)
+                if len(body) > LARGEST_FORM:
+                    return PlainTextResponse(f"The form has more than {LARGEST_FORM:,} bytes.", 413), receive
+            fields = parse_qs(body.decode("utf-8", "replace"), keep_blank_values=True)
+            scope[FORM] = {name: values[-1] for name, values in fields.items()}
+            given = given or scope[FORM].pop("csrf", "")
+        if not hmac.compare_digest(given.encode(), self.csrf.encode()):
+            said = "This form is not of this studio, or it is old. Reload the page and send it again."
+            return PlainTextResponse(said, 403), receive
+        return None, receive
+
+
+def _closed() -> Response:
+    said = "The studio is closed to this browser. Open the whole address that `lorakeet studio` printed, with its token."
+    return PlainTextResponse(said, 401)
+
+
+def _name(host: str) -> str:
+    try:
+        return urlsplit(f"//{host}").hostname or ""
+    except ValueError:
+        return ""
+
+
+def _cookies(headers: Mapping[str, str]) -> dict[str, str]:
+    """By name; whatever other programs of this machine have put beside ours is no reason to refuse it."""
+    parts = (part.partition("=") for part in headers.get("cookie", "").split(";"))
+    return {name.strip(): value.strip() for name, _, value in parts}
+
+
+def _with_headers(send: Send) -> Any:
+    async def sent(message: Message) -> None:
+        if message["type"] == "http.response.start":
+            own = {name.lower() for name, _ in message["headers"]}
+            more = [(name.encode(), value.encode()) for name, value in HEADERS.items() if name.encode() not in own]
+            message = {**message, "headers": [*message["headers"], *more]}
+        await send(message)
+
+    return sent

@@ -1,0 +1,42 @@
+"""The first page: what can be done, the quickstart first, and the newest runs."""
+
+from __future__ import annotations
+
+import time
+
+from starlette.requests import Request
+from starlette.responses import Response
+from starlette.routing import Route
+
+from lorakeet.config import RunConfig, read_run
+from lorakeet.studio.pages import Screen, moved, page, studio_of
+from lorakeet.train.run import RunFolder
+from lorakeet.workflows.options import VERBS
+from lorakeet.workflows.runs.early_checks import require_new_run
+from lorakeet.workflows.runs.quickstart_packages import missing_packages
+
+_NEWEST = 5
+
+
+def quickstart_config(out: str = "") -> RunConfig:
+    """The run of `lorakeet quickstart`, to be written to `out`."""
+    verb = next(verb for verb in VERBS if verb.name == "quickstart")
+    return read_run(verb.shipped_config(), {"out": out} if out else {})
+
+
+def _home(request: Request) -> Response:
+    newest = studio_of(request).index.summaries(_NEWEST)[:_NEWEST]
+    return page(request, "home.html", runs=newest, missing=missing_packages(quickstart_config()))
+
+
+def _quickstart(request: Request) -> Response:
+    studio = studio_of(request)
+    name = f"quickstart-{time.strftime('%Y-%m-%d-%H%M%S')}"
+    folder = studio.places.new_run(name)
+    require_new_run(RunFolder(folder))
+    words = ["quickstart", "--out", str(folder)]
+    studio.queue.add(words, title=f"Quickstart into {name}", run=name)
+    return moved(f"/run/{name}")
+
+
+SCREEN = Screen("Start", "/", (Route("/", _home), Route("/quickstart", _quickstart, methods=["POST"])))

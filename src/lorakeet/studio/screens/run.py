@@ -1,0 +1,190 @@
+"""Run: a run is prepared, started, followed, stopped and resumed; and the queue."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import AsyncIterator
+from functools import partial
+from pathlib import Path
+
+from starlette.requests import Request
+from starlette.responses import JSONResponse, Response
+from starlette.routing import Route
+
+from lorakeet.config import RunConfig
+from lorakeet.disk import open_regular
+from lorakeet.errors import ConfigError, LorakeetError
+from lorakeet.studio.forms import (
+    command_line,
+    first_fields,
+    given_settings,
+    more_fields,
+    run_config,
+    run_file,
+    run_words,
+    settings_of,
+)  # fmt: skip
+from lorakeet.studio.jobs import Job
+from lorakeet.studio.live import RunNumbers, drawn_samples, live_run, new_records, plain_values, thinned
+from lorakeet.studio.offers import UPLOAD, offers
+from lorakeet.studio.pages import Screen, Studio, draft_of, event, event_stream, form_of, moved, page, problems_of, studio_of
+from lorakeet.studio.places import NotHere
+from lorakeet.workflows.options import FinetuneOptions
+from lorakeet.workflows.runs.early_checks import check_early
+
+EVERY = 0.4  # seconds between two reads of a run's files
+
+
+def prepared(studio: Studio, given: dict[str, str]) -> RunConfig:
+    """The run of a form's settings, checked as the command checks it before it starts. LorakeetError lists what is wrong."""
+    settings = {name: text for name, text in given.items() if name != "out"}
+    out = studio.places.new_run(given.get("out") or free_name(studio, given))
+    studio.places.require(settings)
+    config = run_config(settings, out)
+    check_early("finetune", FinetuneOptions(), config)
+    if any(job.run == out.name and job.state in ("waiting", "running") for job in studio.queue.jobs()):
+        raise ConfigError(f"A run '{out.name}' waits or runs already. Choose another name.")
+    return config
+
+
+def free_name(studio: Studio, given: dict[str, str]) -> str:
+    """A name for a run that is not taken, after its rows."""
+    stem = "".join(letter if letter.isalnum() else "-" for letter in Path(given.get("data.train", "")).name.partition(".")[0])
+    name, number = stem.strip("-").lower() or "run", 1
+    taken = {job.run for job in studio.queue.jobs()}
+    while (found := f"{name}-{number}") in taken or (studio.places.runs / found).exists():
+        number += 1
+    return found
+
+
+def _prepare(request: Request, problems: list[str] | None = None, status: int = 200) -> Response:
+    studio, draft = studio_of(request), draft_of(request)
+    more = more_fields()
+    return page(
+        request, "run_form.html", status, fields=first_fields(), more=more, problems=problems or [], offers=offers(studio.places),
+        changed={section for section, fields in more.items() if any(field.path in draft for field in fields)},
+        name=draft.get("out") or free_name(studio, draft), queue=queue_of(studio),
+    )  # fmt: skip
+
+
+def _check(request: Request) -> Response:
+    """What is missing, and the command and the run file that do the same: live, while the form changes."""
+    studio, given = studio_of(request), given_settings(form_of(request))
+    try:
+        config = prepared(studio, given)
+    except LorakeetError as error:
+        return JSONResponse({"problems": problems_of(error)})
+    return JSONResponse({"problems": [], "command": command_line(run_words(config)), "file": run_file(config), "out": config.out})
+
+
+def _start(request: Request) -> Response:
+    studio, given = studio_of(request), given_settings(form_of(request))
+    try:
+        config = prepared(studio, given)
+    except LorakeetError as error:
+        return _prepare(request, problems_of(error), 400)
+    out = Path(config.out)
+    words, files = ["finetune", "{folder}/run.yaml"], {"run.yaml": run_file(config)}
+    studio.queue.add(words, title=f"Fine-tune into {out.name}", run=out.name, device=config.model.device, files=files)
+    return moved(f"/run/{out.name}")
+
+
+def queue_of(studio: Studio) -> list[tuple[Job, str]]:
+    """The jobs that run or wait, with their state."""
+    states = [(job, job.state) for job in studio.queue.jobs()]
+    return [(job, state) for job, state in states if state in ("running", "waiting")]
+
+
+def _name(request: Request) -> str:
+    return str(request.path_params["name"])
+
+
+def _follow(request: Request) -> Response:
+    studio, name = studio_of(request), _name(request)
+    live = live_run(studio.places, studio.queue, name)
+    folder = studio.places.new_run(name)
+    job = studio.queue.of_run(name)
+    return page(
+        request, "run_live.html", live=live, settings=settings_of(folder if job is None else job.folder, folder),
+        words=list(job.words) if job else ["finetune", str(folder / "config.yaml")], log=job.log if job else "",
+        resume=["finetune", "--resume", str(folder)], pictures=drawn_samples(folder),
+    )  # fmt: skip
+
+
+def _stop(request: Request) -> Response:
+    studio, name = studio_of(request), _name(request)
+    job = studio.queue.of_run(name)
+    if job is None:
+        raise ConfigError(f"'{name}' was not started here. Stop it where it was started, with Ctrl-C.")
+    studio.queue.stop(job)
+    return moved(f"/run/{name}")
+
+
+def _resume(request: Request) -> Response:
+    studio, name = studio_of(request), _name(request)
+    live = live_run(studio.places, studio.queue, name)
+    if not live.can_resume:
+        raise ConfigError(f"'{name}' cannot be resumed: {live.said.lower()}.")
+    device = settings_of(studio.places.run(name)).get("model.device", "auto")
+    words = ["finetune", "--resume", str(studio.places.run(name))]
+    studio.queue.add(words, title=f"Resume {name}", run=name, device=device)
+    return moved(f"/run/{name}")
+
+
+def _events(request: Request) -> Response:
+    studio, name = studio_of(request), _name(request)
+    studio.places.new_run(name)
+    return event_stream(partial(_stream, studio, name))
+
+
+async def _stream(studio: Studio, name: str) -> AsyncIterator[str]:
+    """The run and what is new in its metrics, whenever something changed; the first event has all of them."""
+    before, log, offset, first = "", "", 0, True
+    numbers = RunNumbers()
+    while not studio.closing.is_set():
+        records, end = await asyncio.to_thread(new_records, studio.places.runs / name, offset)
+        restarted = first or end < offset
+        if end < offset:  # resumed from an earlier checkpoint
+            numbers = RunNumbers()
+            records, end = await asyncio.to_thread(new_records, studio.places.runs / name, 0)
+        numbers.feed(records)
+        try:
+            live = await asyncio.to_thread(live_run, studio.places, studio.queue, name, numbers)
+        except LorakeetError as error:
+            yield event({"message": str(error)}, name="gone")
+            return
+        job = studio.queue.of_run(name)
+        text = job.log if job else ""
+        if records or restarted or str(live) != before or text != log:
+            changed = text if text != log or first else None
+            values = {"run": plain_values(live), "records": thinned(records), "restarted": restarted, "log": changed}
+            yield event(values, name="run")
+        offset, before, log, first = end, str(live), text, False
+        await asyncio.sleep(EVERY)
+
+
+def _picture(request: Request) -> Response:
+    """One sample of an image run."""
+    folder, file = studio_of(request).places.run(_name(request)), str(request.path_params["file"])
+    if file not in drawn_samples(folder):
+        raise NotHere(f"There is no sample {file:.200}.")
+    with open_regular(folder / "progress" / file) as found:
+        return Response(found.readall(), media_type="image/png")
+
+
+SCREEN = Screen(
+    "Run",
+    "/run",
+    (
+        Route("/run", _prepare, methods=["GET"]),
+        Route("/run", _start, methods=["POST"]),
+        Route("/run-check", _check, methods=["POST"]),
+        Route("/run/{name}", _follow),
+        Route("/run/{name}/stop", _stop, methods=["POST"]),
+        Route("/run/{name}/resume", _resume, methods=["POST"]),
+        Route("/run/{name}/events", _events),
+        Route("/run/{name}/sample/{file:path}", _picture),
+        UPLOAD,
+    ),
+    draft=True,
+)

@@ -1,0 +1,69 @@
+"""`lorakeet studio`: the page of this machine's runs, in the browser."""
+
+from __future__ import annotations
+
+import logging
+from contextlib import suppress
+from dataclasses import dataclass
+from pathlib import Path
+from types import FrameType
+from typing import Any
+
+import uvicorn
+from rich.console import Console
+
+from lorakeet.serve.listening import listening_socket
+from lorakeet.studio.app import make_studio, studio_app
+from lorakeet.studio.jobs import Starter
+from lorakeet.studio.pages import Studio
+from lorakeet.studio.places import Places
+from lorakeet.workflows.options import StudioOptions
+from lorakeet.workflows.runs.studio_options import LOOPBACK_ADDRESS, require_studio
+
+
+@dataclass(frozen=True)
+class Studied:
+    """Where the studio was."""
+
+    runs: Path
+
+    def to_mapping(self) -> dict[str, Any]:
+        """Plain values for --json."""
+        return {"runs": str(self.runs)}
+
+
+class StudioServer(uvicorn.Server):
+    """uvicorn's server; streams of events end when it does."""
+
+    def __init__(self, studio: Studio) -> None:
+        config = uvicorn.Config(
+            studio_app(studio), ws="none", lifespan="off", log_level=logging.ERROR, access_log=False, server_header=False,
+            timeout_graceful_shutdown=2,
+        )  # fmt: skip
+        super().__init__(config)
+        self._studio = studio
+
+    def handle_exit(self, sig: int, frame: FrameType | None) -> None:
+        """Begins to stop."""
+        self._studio.closing.set()
+        super().handle_exit(sig, frame)
+
+
+def studio(options: StudioOptions, *, console: Console) -> Studied:
+    """Serves the page to this machine's browser until Ctrl-C. Jobs that run go on without it.
+
+    Raises ConfigError and EnvironmentProblem for a port that cannot be used, and for packages or folders that are missing.
+    """
+    require_studio(options)
+    found = make_studio(Places.of(options.runs, options.folder))
+    listening = listening_socket(LOOPBACK_ADDRESS, options.port)
+    port = listening.getsockname()[1]
+    console.print(f"The studio of {found.places.runs} is open at", soft_wrap=True)
+    console.print(f"  http://{LOOPBACK_ADDRESS}:{port}/?token={found.token}", soft_wrap=True)
+    said = "The address is a key: share it with no other user of this machine. Ctrl-C closes the studio; jobs that run go on."
+    console.print(said, soft_wrap=True)
+    server = StudioServer(found)
+    with Starter(found.queue.start_waiting), suppress(KeyboardInterrupt):
+        server.run([listening])
+    console.print("The studio is closed.")
+    return Studied(found.places.runs)

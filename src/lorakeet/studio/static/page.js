@@ -1,0 +1,48 @@
+// What every page does: copy buttons, light and dark, forms that ask before they delete.
+
+/** The token that every request that changes something repeats. */
+export const csrf = document.querySelector('meta[name="csrf"]').content;
+
+/** Sends a form to the studio and returns its JSON; an error has the studio's own message. */
+export async function post(path, fields = {}) {
+  const response = await fetch(path, {
+    method: "POST",
+    headers: { "content-type": "application/x-www-form-urlencoded", "x-csrf": csrf, accept: "application/json" },
+    body: new URLSearchParams(fields),
+  });
+  const kind = response.headers.get("content-type") || "";
+  const found = kind.startsWith("application/json") ? await response.json() : { message: await response.text() };
+  if (!response.ok) throw new Error(found.message || `The studio answered ${response.status}.`);
+  return found;
+}
+
+/** A new element; `attributes` of null are left out, `children` are elements or texts, never HTML. */
+export function make(name, attributes = {}, ...children) {
+  const element = document.createElement(name);
+  for (const [key, value] of Object.entries(attributes)) if (value !== null && value !== undefined) element.setAttribute(key, value);
+  element.append(...children);
+  return element;
+}
+
+function copyOf(button) {
+  const code = button.closest(".cmd, .file").querySelector("code");
+  const done = () => { button.textContent = "Copied"; setTimeout(() => { button.textContent = "Copy"; }, 1500); };
+  const select = () => getSelection().selectAllChildren(code);
+  if (navigator.clipboard) navigator.clipboard.writeText(code.textContent).then(done, select);
+  else select();
+}
+
+function switchTheme() {
+  const root = document.documentElement;
+  const dark = root.dataset.theme ? root.dataset.theme === "dark" : matchMedia("(prefers-color-scheme: dark)").matches;
+  root.dataset.theme = dark ? "light" : "dark";
+  document.cookie = `lorakeet-theme=${root.dataset.theme}; path=/; max-age=31536000; samesite=strict`;
+}
+
+document.documentElement.classList.add("js");
+document.addEventListener("click", (event) => {
+  const button = event.target.closest("button");
+  if (!button) return;
+  if (button.classList.contains("copy")) copyOf(button);
+  if (button.hasAttribute("data-theme-button")) switchTheme();
+});

@@ -1,0 +1,76 @@
+// A run as it goes on: events of the studio become numbers, a curve and a memory bar. All of it is drawn again after a reload.
+import { make } from "./page.js";
+import { bytes, duration, lineChart, meter, short } from "./svg.js";
+
+const live = document.getElementById("live");
+const by = (id) => document.getElementById(id);
+let records = [];
+let seen = "";
+
+function numbers(run) {
+  const shown = [
+    ["Step", run.total ? `${run.step} of ${run.total}` : run.step || "–"],
+    ["Time left", run.state === "training" ? `about ${duration(run.seconds_left)}` : "–"],
+    ["Tokens per second", short(run.tokens_per_second)],
+    ["Held-out loss of the base", short(run.base)],
+    ["Best held-out loss", run.best === null ? "–" : `${short(run.best)} at step ${run.best_step}`],
+    ["Jobs before it", run.ahead],
+  ];
+  by("numbers").replaceChildren(...shown.map(([name, value]) => make("div", {}, make("dt", {}, name), make("dd", {}, String(value)))));
+}
+
+function curve(run) {
+  const train = records.filter((r) => r.loss !== undefined).map((r) => ({ x: r.step, y: r.loss ?? NaN }));
+  const held = records.filter((r) => r.held_out_loss !== undefined).map((r) => ({ x: r.step, y: r.held_out_loss ?? NaN, low: r.low, high: r.high }));
+  if (!train.length && !held.length) { by("curve").replaceChildren(make("p", { class: "soft" }, "The first numbers come when the model is loaded.")); return; }
+  const says = `${train.length} steps, the last loss ${short(train.at(-1)?.y)}; held-out loss ${short(held.at(-1)?.y)}, of the base ${short(run.base)}.`;
+  const open = by("curve").querySelector("details")?.open;
+  const lines = run.base === null ? [] : [{ y: run.base, name: "base", kind: "base" }];
+  by("curve").replaceChildren(lineChart({
+    name: "Loss by step", says, lines,
+    series: [{ name: "training rows", kind: "train", points: train }, { name: "held-out rows, with interval", kind: "held-out", points: held, dots: true }],
+  }));
+  if (open) by("curve").querySelector("details").open = true;
+}
+
+function memory(run) {
+  const text = run.memory === null ? "Not known before the first step." : run.budget ? `${bytes(run.memory)} at most so far, of a budget of ${bytes(run.budget)}.` : `${bytes(run.memory)} at most so far. No budget was set.`;
+  by("memory").replaceChildren(run.memory === null ? make("p", { class: "soft" }, text) : meter({ name: "Memory", value: run.memory, limit: run.budget, text }));
+}
+
+function show(run) {
+  by("said").textContent = run.state === "waiting" && run.ahead ? `${run.said}, after ${run.ahead} other ${run.ahead === 1 ? "job" : "jobs"}` : run.said;
+  by("said").dataset.state = run.state;
+  by("message").hidden = !run.message;
+  by("message").textContent = run.message;
+  by("progress").max = run.total || 1;
+  by("progress").value = run.step;
+  by("stop").hidden = !run.can_stop;
+  by("resume").hidden = !run.can_resume;
+  by("result").hidden = run.state !== "done";
+  document.title = `${run.state === "training" && run.total ? `${Math.floor((100 * run.step) / run.total)} % ` : ""}${run.name} · Lorakeet studio`;
+  numbers(run);
+  memory(run);
+}
+
+const source = new EventSource(live.dataset.events);
+source.addEventListener("run", (event) => {
+  const found = JSON.parse(event.data);
+  if (found.restarted) records = [];
+  for (const record of found.records) {
+    while (records.length && records.at(-1).step > record.step) records.pop(); // it was resumed from an earlier step
+    records.push(record);
+  }
+  show(found.run);
+  const now = `${records.length} ${records.at(-1)?.step} ${found.run.base}`;
+  if (now !== seen || found.restarted) curve(found.run);
+  seen = now;
+  if (found.log !== null) by("log").textContent = found.log;
+});
+source.addEventListener("gone", (event) => {
+  source.close();
+  by("said").textContent = JSON.parse(event.data).message;
+  by("said").dataset.state = "gone";
+});
+source.onerror = () => { by("said").dataset.lost = "true"; };
+source.onopen = () => { delete by("said").dataset.lost; };

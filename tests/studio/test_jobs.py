@@ -1,0 +1,144 @@
+"""`studio.jobs`: the queue on disk; jobs outlive the studio, and of two studios one starts them."""
+
+from __future__ import annotations
+
+import os
+import signal
+import time
+from collections.abc import Callable, Iterator
+from contextlib import suppress
+from pathlib import Path
+
+import pytest
+
+from lorakeet.errors import ConfigError
+from lorakeet.studio import jobs as module
+from lorakeet.studio.jobs import Job, Queue, Starter, read_job
+from lorakeet.studio.places import NotHere
+
+
+@pytest.fixture
+def queue(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Queue]:
+    """A queue whose command is a shell script: `sleep` sleeps until Ctrl-C, `end N` ends with code N."""
+    command = tmp_path / "python"
+    command.write_text(
+        '#!/bin/sh\nshift 2\necho "words: $*"\nif [ "$1" = end ]; then echo "Error: no rows"; exit "$2"; fi\n'
+        "trap 'kill $!; exit 4' INT\nsleep 60 & wait\n"
+    )
+    command.chmod(0o755)
+    monkeypatch.setattr(module.sys, "executable", str(command))
+    queue = Queue(tmp_path / "own")
+    yield queue
+    for number in (path.read_text() for path in queue.jobs_folder.glob("*/pid")):
+        with suppress(ProcessLookupError):
+            os.killpg(int(number), signal.SIGKILL)
+
+
+def until(reached: Callable[[], bool]) -> None:
+    for _ in range(1000):
+        if reached():
+            return
+        time.sleep(0.01)
+    raise AssertionError("it was not reached")
+
+
+def works(job: Job) -> bool:
+    return job.state == "running" and "words" in job.log
+
+
+CODES = [(0, "done"), (2, "failed"), (3, "failed"), (4, "stopped"), (130, "stopped"), (137, "killed")]
+
+
+@pytest.mark.parametrize(("code", "state"), CODES)
+def test_a_job_is_what_its_exit_code_says(queue: Queue, code: int, state: str) -> None:
+    job = queue.add(["end", str(code)], title="Short", files={"run.yaml": "a: 1"})
+    assert job.state == "waiting" and (job.folder / "run.yaml").read_text() == "a: 1"
+    assert queue.start_waiting() == [job]
+    until(lambda: job.state != "running")
+    assert (job.state, job.code, job.error) == (state, code, "no rows")
+
+
+def test_one_job_runs_on_a_device_and_the_others_wait(queue: Queue) -> None:
+    first, second, other = (queue.add(["sleep"], title=name, device=name[:6]) for name in ("cuda:0", "cuda:0 later", "cuda:1"))
+    assert queue.start_waiting() == [first, other] and queue.start_waiting() == []
+    assert [job.state for job in (first, second, other)] == ["running", "waiting", "running"]
+    unsure = queue.add(["sleep"], title="any device")
+    assert queue.start_waiting() == [] and unsure.state == "waiting"
+
+
+def test_stop_is_the_signal_of_ctrl_c(queue: Queue) -> None:
+    job = queue.add(["sleep"], title="Long")
+    queue.start_waiting()
+    until(lambda: works(job))
+    queue.stop(job)
+    until(lambda: job.state == "stopped")
+    assert job.code == 4
+    with pytest.raises(ConfigError, match="does not run any more: it is stopped"):
+        queue.stop(job)
+
+
+def test_a_waiting_job_is_taken_out_of_the_queue(queue: Queue) -> None:
+    job = queue.add(["end", "0"], title="Short")
+    queue.stop(job)
+    assert job.state == "cancelled" and queue.start_waiting() == []
+
+
+def test_jobs_outlive_the_queue_that_started_them_and_start_once(queue: Queue) -> None:
+    """As after kill -9 of the studio, or in a second studio: another queue knows them by their files."""
+    job = queue.add(["sleep"], title="Long")
+    queue.start_waiting()
+    again = Queue(queue.folder)
+    assert again.start_waiting() == [] and [found.state for found in again.jobs()] == ["running"]
+    until(lambda: works(job))
+    again.stop(again.job(job.name))
+    until(lambda: job.state == "stopped")
+
+
+@pytest.mark.parametrize("whole", [True, False])
+def test_a_killed_job_is_known_as_killed(queue: Queue, whole: bool) -> None:
+    """With its shell, no exit code is written."""
+    job = queue.add(["sleep"], title="Long", run="mine")
+    queue.start_waiting()
+    until(lambda: works(job))
+    leader = int((job.folder / "pid").read_text())
+    if whole:
+        os.killpg(leader, signal.SIGKILL)
+    else:
+        for folder in Path("/proc").iterdir() if Path("/proc").is_dir() else ():
+            if folder.name.isdigit() and (folder / "stat").exists() and f") S {leader} " in (folder / "stat").read_text():
+                os.kill(int(folder.name), signal.SIGKILL)
+    until(lambda: job.state == "killed")
+    assert job.code == (None if whole else 137) and queue.of_run("mine") == job
+
+
+def test_a_number_that_was_given_to_another_process_is_no_job(queue: Queue) -> None:
+    """This test's own process has that number, and is not signalled."""
+    job = queue.add(["sleep"], title="Old")
+    (job.folder / "alive").touch()
+    (job.folder / "pid").write_text(str(os.getpgid(0)))
+    assert job.state == "killed"
+    with pytest.raises(ConfigError, match="it is killed"):
+        queue.stop(job)
+    (job.folder / "pid").unlink()
+
+
+def test_broken_folders_are_no_jobs(queue: Queue, tmp_path: Path) -> None:
+    for name, text in (("a-1", "{"), ("b-1", "{}"), ("c-1", "[1]")):
+        (queue.jobs_folder / name).mkdir()
+        (queue.jobs_folder / name / "job.json").write_text(text)
+    assert queue.jobs() == [] and read_job(tmp_path / "gone") is None
+    for name in ("gone", "../own", "a-1"):
+        with pytest.raises(NotHere):
+            queue.job(name)
+
+
+def test_the_starter_goes_on_after_a_full_disk(capsys: pytest.CaptureFixture[str]) -> None:
+    seen: list[int] = []
+
+    def tick() -> None:
+        seen.append(1)
+        raise OSError(28, "No space left on device")
+
+    with Starter(tick, every=0.001):
+        until(lambda: len(seen) > 2)
+    assert "No space left" in capsys.readouterr().err

@@ -1,0 +1,106 @@
+"""`studio.live`: a run by its files, while it goes on and after."""
+
+from __future__ import annotations
+
+import fcntl
+import json
+from pathlib import Path
+
+import pytest
+
+from lorakeet.studio.jobs import read_lock
+from lorakeet.studio.live import RunNumbers, drawn_samples, live_run, new_records, plain_values, thinned
+from lorakeet.studio.pages import Studio
+from lorakeet.studio.places import NotHere
+
+CONFIG = "model: package:tiny\ndata: rows.jsonl\ntrain: {epochs: 2}\nmemory: 1GiB\n"
+
+
+def lines(count: int, *, start: int = 1) -> str:
+    """Steps of a run of 5 steps an epoch, 2 s and 100 tokens/s each, with a held-out loss before the first and after each."""
+    found = [{"step": 0, "held_out_loss": 4.0, "low": 3.5, "high": 4.5}] if start == 1 else []
+    for step in range(start, start + count):
+        found.append({
+            "step": step, "epoch": step / 5, "loss": 3.0 / step, "seconds": 2.0 * step, "tokens_per_second": 100.0,
+            "memory_bytes": 1000 + step,
+        })  # fmt: skip
+        found.append({"step": step, "held_out_loss": 3.0 / step, "low": 1.0, "high": 4.0})
+    return "".join(json.dumps(line) + "\n" for line in found)
+
+
+@pytest.fixture
+def run(studio: Studio) -> Path:
+    folder = studio.places.runs / "mine"
+    (folder / "checkpoints").mkdir(parents=True)
+    (folder / "config.yaml").write_text(CONFIG)
+    return folder
+
+
+def test_a_run_says_how_far_it_is_and_how_long_it_takes(studio: Studio, run: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (run / "metrics.jsonl").write_text(lines(3))
+    job = studio.queue.add(["finetune"], title="x", run="mine")
+    waiting = live_run(studio.places, studio.queue, "mine")
+    assert (waiting.state, waiting.can_stop, waiting.can_resume) == ("waiting", True, False)
+    monkeypatch.setattr(type(job), "state", "running")
+    live = live_run(studio.places, studio.queue, "mine")
+    assert (live.state, live.step, live.total, live.seconds_left) == ("training", 3, 10, 14.0)
+    assert (live.base, live.best, live.best_step, live.memory, live.budget) == (4.0, 1.0, 3, 1003, 1 << 30)
+    assert live.tokens_per_second == 100.0 and plain_values(live)["said"] == "Trains"
+    (run / "metrics.jsonl").write_text(lines(10))
+    assert live_run(studio.places, studio.queue, "mine").state == "measuring"
+
+
+@pytest.mark.parametrize("state", ["stopped", "failed", "killed"])
+def test_a_run_that_ended_early_shows_the_commands_message_and_can_go_on(
+    studio: Studio, run: Path, monkeypatch: pytest.MonkeyPatch, state: str
+) -> None:
+    job = studio.queue.add(["finetune"], title="x", run="mine")
+    (job.folder / "log").write_text("step 3\nError: Ctrl-C: stopped after step 3.\nResume with: it\n")
+    monkeypatch.setattr(type(job), "state", state)
+    live = live_run(studio.places, studio.queue, "mine")
+    assert live.message.startswith("Ctrl-C: stopped after step 3.") and live.can_resume and not live.can_stop
+
+
+def test_a_run_from_elsewhere_is_known_by_its_files(studio: Studio, run: Path) -> None:
+    assert live_run(studio.places, studio.queue, "mine").state == "unfinished"
+    with (run / ".lock").open("w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        if Path("/proc/locks").is_file():
+            assert read_lock(run / ".lock") and live_run(studio.places, studio.queue, "mine").state == "running"
+    assert not read_lock(run / ".lock")
+    (run / "report.json").write_text("{}")
+    assert live_run(studio.places, studio.queue, "mine").state == "done"
+    with pytest.raises(NotHere):
+        live_run(studio.places, studio.queue, "gone")
+
+
+def test_only_whole_new_lines_are_read(run: Path) -> None:
+    file = run / "metrics.jsonl"
+    assert new_records(run, 0) == ([], 0)
+    file.write_text(lines(1) + '{"step": 2, "lo')
+    found, end = new_records(run, 0)
+    assert [record["step"] for record in found] == [0, 1, 1] and end == len(lines(1))
+    file.write_text(lines(1) + "not json\n" + lines(1, start=2))
+    found, end = new_records(run, end)
+    assert [record["step"] for record in found] == [2, 2] and new_records(run, end) == ([], end)
+    file.write_text(lines(1))  # resumed from an earlier checkpoint
+    assert new_records(run, end)[1] < end
+
+
+def test_numbers_are_the_same_fed_at_once_or_one_by_one(run: Path) -> None:
+    (run / "metrics.jsonl").write_text(lines(30))
+    records, _ = new_records(run, 0)
+    whole, parts = RunNumbers(), RunNumbers()
+    whole.feed(records)
+    for record in records:
+        parts.feed([record])
+    assert vars(whole) == vars(parts) and whole.pace == 2.0
+    kept = thinned(records, 10)
+    assert len(kept) < len(records) and sum("held_out_loss" in record for record in kept) == 31
+
+
+def test_samples_are_the_drawn_samples_the_run(run: Path) -> None:
+    (run / "progress" / "step-000002").mkdir(parents=True)
+    (run / "progress" / "step-000002" / "a.png").touch()
+    (run / "progress" / "step-000002" / "a.txt").touch()
+    assert drawn_samples(run) == ["step-000002/a.png"]

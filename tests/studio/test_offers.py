@@ -1,0 +1,39 @@
+"""`studio.offers`: what can be chosen, and rows that the browser sends."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+from starlette.testclient import TestClient
+
+from lorakeet.studio.offers import offers
+from lorakeet.studio.pages import Studio
+
+
+def test_models_and_rows_in_the_folders_are_offered(studio: Studio, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    folder = tmp_path / "models"
+    for name in ("tiny/config.json", "deep/a/b/c/config.json", "small.gguf", "my rows.csv", ".hidden/config.json", "note.md"):
+        (folder / name).parent.mkdir(parents=True, exist_ok=True)
+        (folder / name).touch()
+    (folder / "link").symlink_to(tmp_path)
+    monkeypatch.setenv("HF_HUB_CACHE", str(tmp_path / "hub"))
+    (tmp_path / "hub" / "models--org--base-1").mkdir(parents=True)
+    found = offers(studio.places)
+    assert {str(folder / "tiny"), str(folder / "small.gguf"), "org/base-1"} <= set(found.models)
+    assert not [name for name in found.models if "hidden" in name or "deep" in name or "link" in name]
+    assert found.rows == (str(folder / "my rows.csv"),)
+
+
+def test_rows_that_the_browser_sends_are_kept_and_offered(browser: TestClient, studio: Studio) -> None:
+    sent = browser.put("/rows/my%20rows.csv", content=b"a,b\n1,2\n")
+    path = Path(sent.json()["path"])
+    assert path.read_bytes() == b"a,b\n1,2\n" and path.is_relative_to(studio.places.own)
+    assert str(path) in offers(studio.places).rows
+    assert browser.put("/rows/my%20rows.csv", content=b"new").status_code == 200 and path.read_bytes() == b"new"
+
+
+@pytest.mark.parametrize("name", ["rows.py", ".rows.csv", "%2e%2e%2frows.csv", "x" * 250 + ".csv"])
+def test_other_names_are_refused(browser: TestClient, studio: Studio, name: str) -> None:
+    assert browser.put(f"/rows/{name}", content=b"x").status_code in (400, 404)
+    assert not list(studio.places.own.glob("rows/*"))

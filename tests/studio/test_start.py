@@ -1,0 +1,44 @@
+"""`studio.start`: the command prints an address that opens the page, and Ctrl-C ends it."""
+
+from __future__ import annotations
+
+import os
+import re
+import signal
+import socket
+import subprocess
+import sys
+import urllib.request
+from pathlib import Path
+
+import pytest
+
+from lorakeet.cli.main import main
+
+
+def test_the_address_that_it_prints_opens_the_page(tmp_path: Path) -> None:
+    command = [sys.executable, "-m", "lorakeet", "studio", "--runs", str(tmp_path / "runs"), "--port", "0"]
+    given = {**os.environ, "PYTHONUNBUFFERED": "1"}
+    with subprocess.Popen(command, stdout=subprocess.PIPE, text=True, env=given) as process:
+        assert process.stdout is not None
+        lines = [process.stdout.readline() for _ in range(3)]
+        found = re.search(r"http://127\.0\.0\.1:\d+/\?token=\S+", "".join(lines))
+        try:
+            assert found, lines
+            opener = urllib.request.build_opener(urllib.request.HTTPCookieProcessor())
+            with opener.open(found[0], timeout=10) as answer:
+                assert b"quickstart" in answer.read() and "server" not in answer.headers
+        finally:
+            process.send_signal(signal.SIGINT)
+        rest, _ = process.communicate(timeout=20)
+    assert process.returncode == 0 and "The studio is closed." in rest
+
+
+def test_what_cannot_be_opened_is_refused_without_torch(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    (tmp_path / "file").touch()
+    assert main(["studio", "--runs", str(tmp_path / "file"), "--folder", str(tmp_path / "gone")]) == 2
+    said = capsys.readouterr().err
+    assert "is a file; expected a folder" in said and "is no folder; expected one with models or rows" in said
+    with socket.create_server(("127.0.0.1", 0)) as taken:
+        assert main(["studio", "--runs", str(tmp_path / "runs"), "--port", str(taken.getsockname()[1])]) == 2
+    assert "cannot listen" in capsys.readouterr().err and not (tmp_path / "runs").exists()
