@@ -41,6 +41,12 @@ def test_a_run_file_is_read_with_its_plain_values(tmp_path: Path) -> None:
     assert (config.lora.rank, config.lora.alpha, config.lora.alpha_pattern) == (4, 12.0, {".*q_proj": 1e-3})
 
 
+@pytest.mark.parametrize("name", ["continue_from", "on_top_of"])
+def test_pictures_do_not_begin_with_an_earlier_adapter(name: str, tmp_path: Path) -> None:
+    path = written(tmp_path, f"kind: image\nmodel: some/folder\ndata: pictures\nlora: {{{name}: runs/first}}\n")
+    assert f"lora.{name} is runs/first, but kind is image" in complaint(path)
+
+
 def test_a_start_that_is_measured_on_rows_is_not_for_pictures(tmp_path: Path) -> None:
     path = written(tmp_path, "kind: image\nmodel: some/folder\ndata: pictures\nlora: {start: gradient}\n")
     assert "lora.start gradient needs rows of text, but kind is image" in complaint(path)

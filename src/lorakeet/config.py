@@ -92,6 +92,14 @@ class RunConfig:
                 f"model.config is for single files of image models, but kind is {self.kind}. Leave it out or set kind: image."
             )
         found += self.preference.conflicts(self.train.objective) + self._preference_conflicts()
+        earlier = {"continue_from": self.lora.continue_from, "on_top_of": self.lora.on_top_of}
+        found += [
+            f"lora.{name} is {given}, but kind is {self.kind}: only runs on text begin with an adapter. Leave it out."
+            for name, given in earlier.items() if given is not None and self.kind != "text"
+        ]  # fmt: skip
+        if self.lora.on_top_of is not None and (self.ranks.choose != "given" or self.train.weight_decay):
+            what = f"ranks.choose {self.ranks.choose}" if self.ranks.choose != "given" else "train.weight_decay"
+            found.append(f"lora.on_top_of is {self.lora.on_top_of}, beside {what}, which would change the earlier adapter too.")
         if self.kind == "image" and self.lora.start in MEASURED:
             found.append(f"lora.start {self.lora.start} needs rows of text, but kind is image. Use lora.start kaiming.")
         return found

@@ -208,3 +208,33 @@ def test_held_out_rows_of_one_verdict_are_noted(label: bool, tmp_path: Path) -> 
 def test_a_dialogue_needs_its_speakers() -> None:
     assert dialogue("no speaker") is None
     assert dialogue("Human: a\n\nAssistant: b") == [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}]
+
+
+def _pair(prompt: str, chosen: str, **more: Any) -> dict[str, Any]:
+    return {"prompt": prompt, "chosen": chosen, "rejected": "No.", **more}
+
+
+def test_pairs_of_one_prompt_stay_on_one_side_and_are_one_group(tmp_path: Path) -> None:
+    pairs = [_pair(f"Question {number // 4}?", f"Answer {number}.") for number in range(48)]
+    path = write_rows(tmp_path / "rows.jsonl", pairs)
+    found = load_dataset(DataSpec(train=str(path), held_out_fraction=0.25), objective="dpo")
+    sides = [{row.text for row in part} for part in (found.train, found.held_out)]
+    assert all(sides) and not sides[0] & sides[1]
+    assert all(row.group for row in (*found.train, *found.held_out))
+
+
+def test_verdicts_on_answers_to_one_prompt_are_one_group(tmp_path: Path) -> None:
+    records = [{"prompt": f"Which {number // 2}?", "completion": f"{number}.", "label": number % 2 == 0} for number in range(6)]
+    rows = read(tmp_path, *records)
+    assert [row.group for row in rows[::2]] == [row.group for row in rows[1::2]] and len({row.group for row in rows}) == 3
+
+
+def test_only_repeated_prompts_make_groups(tmp_path: Path) -> None:
+    rows = read(tmp_path, _pair("One?", "a"), _pair("One? ", "b"), _pair("Two?", "c"))
+    groups = [row.group for row in rows]
+    assert groups[0] == groups[1] is not None and groups[2] is None
+    alike = read(tmp_path, _pair("One?", "a"), _pair("One?", "b"))
+    assert all(row.group is None for row in alike), "a prompt of all rows tells none apart"
+    named = [_pair("One?", "a", who="x"), _pair("One?", "b", who="y"), _pair("Two?", "c", who="y")]
+    given = read(tmp_path, *named, group_column="who")
+    assert [row.group for row in given] == ["x", "y", "y"]

@@ -13,7 +13,7 @@ import pytest
 import torch
 
 from lorakeet.cli.main import main
-from lorakeet.errors import ConfigError, DataError, RunStopped
+from lorakeet.errors import ConfigError, DataError, RunStopped, VerificationFailed
 from lorakeet.formats.detect import read_adapter
 from lorakeet.train import loop
 from lorakeet.train.preference_spec import OBJECTIVES, SFT
@@ -211,6 +211,41 @@ def test_training_goes_on_from_an_adapter_which_is_the_reference(
     assert changed and near < 0.2
 
 
+def test_an_adapter_on_top_of_another_is_their_sum(
+    taught: Path, rows: Path, tiny_llama_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    changes = {"train.objective": "dpo", "lora.on_top_of": taught, "lora.rank": 2}
+    report = run(tiny_llama_folder, rows / "pairs.jsonl", tmp_path / "run", changes).report
+    assert report is not None and report.certificate is not None and report.certificate.passed
+    assert "earlier adapter" in {check.name for check in report.certificate.checks}
+    assert report.facts["Reference"] == f"the adapter {taught}" and str(taught) in report.facts["Adapter"]
+    first = json.loads((tmp_path / "run" / "metrics.jsonl").read_text().splitlines()[0])
+    assert first["held_out_loss"] == pytest.approx(math.log(2), abs=1e-5)
+    before, after = read_adapter(taught), read_adapter(tmp_path / "run")
+    for path, pair in before.pairs.items():
+        assert after.pairs[path].rank == 6 and torch.equal(after.pairs[path].A[:4], pair.A)
+        assert after.pairs[path].B[:, 4:].any()
+
+    monkeypatch.setattr(loop.gradients, "keep_terms", lambda *_: None)  # then the earlier terms are trained too
+    with pytest.raises(VerificationFailed, match="earlier adapter: the first terms"):
+        run(tiny_llama_folder, rows / "pairs.jsonl", tmp_path / "moved", {**changes, "train.steps": 2})
+
+
+def test_a_broken_run_on_top_of_another_goes_on_to_the_same_bytes(taught: Path, tiny_llama_folder: Path, tmp_path: Path) -> None:
+    answers = [{"prompt": pair["prompt"], "completion": pair["chosen"]} for pair in preferences(60, seed=4)]
+    data = write_rows(tmp_path / "rows.jsonl", answers)
+    changes = {"lora.on_top_of": taught, "lora.rank": 2, "train.steps": 4, "train.checkpoint_every": 2}
+    run(tiny_llama_folder, data, tmp_path / "whole", changes)
+    shutil.copytree(tmp_path / "whole", tmp_path / "broken")
+    for left in ("adapter", "checkpoints/step-000004"):
+        shutil.rmtree(tmp_path / "broken" / left)
+    for left in ("report.html", "report.json", "certificate.json"):
+        (tmp_path / "broken" / left).unlink()
+    resumed = settings(tiny_llama_folder, data, tmp_path / "broken", changes)
+    finetune(resumed, FinetuneOptions(resume=tmp_path / "broken"), console=quiet())
+    assert adapter_bytes(tmp_path / "broken") == adapter_bytes(tmp_path / "whole")
+
+
 def test_sft_goes_on_from_an_adapter(taught: Path, tiny_llama_folder: Path, tmp_path: Path) -> None:
     answers = [{"prompt": pair["prompt"], "completion": pair["chosen"]} for pair in preferences(60, seed=4)]
     changes = {"lora.continue_from": taught, "train.steps": 1, "train.learning_rate": 1e-9}
@@ -254,6 +289,10 @@ def test_a_run_is_evaluated_again_and_merged(
         ({"train.objective": "dpo", "preference.beta": 0}, "preference.beta is 0; expected above 0"),
         ({"train.objective": "dpo", "kind": "image"}, "which needs text, but kind is image"),
         ({"lora.continue_from": "/nowhere", "lora.start": "pissa"}, "which begins anew"),
+        ({"lora.on_top_of": "/nowhere", "lora.continue_from": "/other"}, "Leave one of them out"),
+        ({"lora.on_top_of": "/nowhere", "lora.dropout": 0.1}, "would change the earlier adapter too"),
+        ({"lora.on_top_of": "/nowhere", "train.weight_decay": 0.1}, "would change the earlier adapter too"),
+        ({"lora.on_top_of": "/nowhere", "ranks.choose": "prune"}, "would change the earlier adapter too"),
     ],
 )
 def test_settings_that_do_not_fit_are_refused(

@@ -22,7 +22,7 @@ from lorakeet.formats.peft import peft
 from lorakeet.train.processes import ALONE
 from lorakeet.train.pruning import Pruning
 from lorakeet.train.spec import TrainSpec
-from lorakeet.train.task import HeldOut, Size, gradients_by_batch
+from lorakeet.train.task import NONE_KEPT, HeldOut, KeptTerms, Size, gradients_by_batch
 from lorakeet.train.text.loss import text_loss
 
 VOCAB, HIDDEN = 40, 16
@@ -79,6 +79,7 @@ class TinyTask:
     dtype = torch.float32
     processes = ALONE
     pruning: Pruning | None = None
+    kept_terms: KeptTerms = NONE_KEPT
 
     def __init__(
         self, spec: TrainSpec, *, rows: int = 48, held_out: int = 12, dropout: float = 0.1, start: str = "kaiming"

@@ -47,6 +47,9 @@ class LoraSpec:
     continue_from: str | None = setting(
         None, "Run or adapter folder whose adapter is trained further; its targets, ranks and alphas replace those given here."
     )
+    on_top_of: str | None = setting(
+        None, "Run or adapter folder whose adapter stays as it is; these pairs are trained on top, and the result is the sum."
+    )
     extra_modules: tuple[str, ...] = setting((), "Modules trained in full beside the pairs, such as a classification head.")
     new_tokens: tuple[str, ...] = setting((), "Tokens to add to the vocabulary; only their embedding rows are trained.")
 
@@ -67,9 +70,29 @@ class LoraSpec:
             found += [f"lora.{name} {key!r} is {value}; it must be above 0." for key, value in pattern.items() if value <= 0]
             found += [problem for key in pattern for problem in _regex_problems(f"lora.{name}", key)]
         found += _layer_problems(self.layers)
-        if self.continue_from is not None and (self.start != "kaiming" or self.extra_modules or self.new_tokens):
-            given = f"lora.start {self.start}" if self.start != "kaiming" else "lora.extra_modules or lora.new_tokens"
-            found.append(f"lora.continue_from is {self.continue_from}, beside {given}, which begins anew. Leave one of them out.")
+        return found + self._beside_earlier()
+
+    def _beside_earlier(self) -> list[str]:
+        """What cannot stand beside an earlier adapter."""
+        if self.continue_from is not None and self.on_top_of is not None:
+            return [
+                f"lora.continue_from is {self.continue_from} and lora.on_top_of {self.on_top_of}: the first goes on training the "
+                "earlier adapter, the second keeps it as it is. Leave one of them out."
+            ]
+        name = "continue_from" if self.continue_from is not None else "on_top_of"
+        if (earlier := self.continue_from or self.on_top_of) is None:
+            return []
+        beside = {f"lora.start {self.start}": self.start != "kaiming"}
+        beside["lora.extra_modules or lora.new_tokens"] = bool(self.extra_modules or self.new_tokens)
+        found = [
+            f"lora.{name} is {earlier}, beside {given}, which begins anew. Leave one of them out."
+            for given, stands in beside.items() if stands
+        ]  # fmt: skip
+        both = {f"lora.dropout {self.dropout:g}": self.dropout > 0, f"lora.variant {self.variant}": self.variant != "lora"}
+        found += [
+            f"lora.on_top_of is {earlier}, beside {given}, which would change the earlier adapter too. Leave one of them out."
+            for given, stands in both.items() if stands and name == "on_top_of"
+        ]  # fmt: skip
         return found
 
     def check(self) -> None:

@@ -11,7 +11,10 @@
 
 from __future__ import annotations
 
+import hashlib
+import json
 import re
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from itertools import takewhile
@@ -164,6 +167,27 @@ def rows_for(rows: Sequence[Row], objective: str | None, part: str, *, trained: 
     if trained and (only := _only_verdict(rows)):
         raise DataError(f"All {len(rows)} {part} rows have the label {only}; kto needs answers that are wanted and others.")
     return with_mismatches(rows)
+
+
+def with_prompt_groups(rows: list[Row]) -> list[Row]:
+    """The rows with preferences on one prompt as a group: their answers depend on each other.
+
+    Groups that were given stay. A prompt that all rows have tells none apart, and makes no group.
+    """
+    if any(row.group or not (row.rejected or _is_rated(row)) for row in rows):
+        return rows
+    prompts = [_prompt_digest(row) for row in rows]
+    counts = Counter(prompts)
+    if len(counts) == 1:
+        return rows
+    return [replace(row, group=f"prompt {key}") if counts[key] > 1 else row for row, key in zip(rows, prompts, strict=True)]
+
+
+def _prompt_digest(row: Row) -> str:
+    """SHA-256 of the turns before the answers, of any speaker but the system."""
+    common = len(row.turns) - 1 if row.desirable is not None else common_turns(row.turns, row.rejected)
+    said = [[turn.role, turn.free_text.strip(), turn.extra] for turn in row.turns[:common] if turn.role != "system"]
+    return hashlib.sha256(json.dumps(said).encode()).hexdigest()
 
 
 def verdict_notes(parts: Mapping[str, Sequence[Row]]) -> list[str]:

@@ -10,6 +10,7 @@ from typing import Any
 
 from lorakeet.data.locate import PACKAGE, locate_data
 from lorakeet.data.parquet import parquet_records
+from lorakeet.data.preferences import with_prompt_groups
 from lorakeet.data.rows import Row
 from lorakeet.data.shapes import shape_rows
 from lorakeet.data.spec import DataSpec
@@ -25,6 +26,8 @@ _FILE = re.compile(r"\.(jsonl?|ndjson|csv|tsv|txt|parquet|zip|gz)$", re.IGNORECA
 def read_rows(name: str, spec: DataSpec, dropped: list[str] | None = None, objective: str | None = None) -> list[Row]:
     """Reads the rows of one file, folder or hub data set, at most `spec.limit` of them; `objective` as in `shape_rows`.
 
+    Preferences on one prompt are a group.
+
     Raises one DataError that lists all problems of single rows. With data.bad_rows "drop" such rows are left out; a sentence
     about them is added to `dropped`.
     """
@@ -38,7 +41,7 @@ def read_rows(name: str, spec: DataSpec, dropped: list[str] | None = None, objec
         count, total = problems.count, problems.count + len(rows)
         what = "row was" if count == 1 else "rows were"
         dropped.append(f"{count:,} {what} dropped of the {total:,} of {name}; first {problems.first}")
-    return rows
+    return with_prompt_groups(rows)
 
 
 def check_first_record(name: str, spec: DataSpec, objective: str | None = None) -> None:

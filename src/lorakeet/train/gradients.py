@@ -10,6 +10,7 @@ from torch import Tensor
 from torch.nn import Parameter
 
 from lorakeet.errors import VerificationFailed
+from lorakeet.train.task import KeptTerms
 
 SHOWN = 12
 
@@ -24,6 +25,14 @@ def clip(parameters: Mapping[str, Parameter], limit: float, *, norm: Tensor) -> 
     """Scales all gradients by limit / norm if the norm exceeds the limit; a limit of 0 is off."""
     if limit > 0:
         torch.nn.utils.clip_grads_with_norm_(parameters.values(), limit, norm)
+
+
+def keep_terms(parameters: Mapping[str, Parameter], kept: KeptTerms) -> None:
+    """Sets the gradients of the terms that stay to 0, so that AdamW without weight decay leaves their bits as they are."""
+    for name, (dim, count) in kept.items():
+        grad = parameters[name].grad
+        if grad is not None:
+            grad.narrow(dim, 0, count).zero_()
 
 
 def require_gradients(parameters: Mapping[str, Parameter], step: int) -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any, Protocol, TypeVar
 
 import numpy as np
@@ -21,6 +22,8 @@ from lorakeet.train.pruning import Pruning
 
 RESAMPLES = 1000  # for intervals of held-out losses during training; the report uses more
 BatchT = TypeVar("BatchT")
+KeptTerms = Mapping[str, tuple[int, int]]  # by parameter, the dimension of its rank and how many of the first terms never change
+NONE_KEPT: KeptTerms = MappingProxyType({})
 
 
 @dataclass(frozen=True)
@@ -77,6 +80,7 @@ class Task(Protocol[BatchT]):
 
     processes: Processes
     pruning: Pruning | None  # rank pruning during training
+    kept_terms: KeptTerms  # of an earlier adapter below the trained one
 
     @property
     def dtype(self) -> torch.dtype:

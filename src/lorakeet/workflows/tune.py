@@ -77,11 +77,11 @@ def tune(config: RunConfig, options: TuneOptions = TuneOptions(), *, console: Co
         raise ConfigError(
             "ranks.choose is prune, but trials keep their ranks. Set it to given or auto, or use lorakeet finetune."
         )
-    if config.lora.continue_from is not None:
-        raise ConfigError(
-            f"lora.continue_from is {config.lora.continue_from}, but each trial starts with pairs of its own. Leave it out, or "
-            "use lorakeet finetune."
-        )
+    for name in ("continue_from", "on_top_of"):
+        if (earlier := getattr(config.lora, name)) is not None:
+            raise ConfigError(
+                f"lora.{name} is {earlier}, but each trial starts with pairs of its own. Leave it out, or use lorakeet finetune."
+            )
     if config.train.cuda_graphs:
         raise ConfigError("train.cuda_graphs is true, which records one adapter; a search trains several. Leave it out.")
     if quick and SPACE & non_default(options).keys():

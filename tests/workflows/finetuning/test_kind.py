@@ -26,7 +26,7 @@ from lorakeet.evaluate.likelihood import RowLosses
 from lorakeet.evaluate.report.compose import language_report
 from lorakeet.evaluate.report.report import Report, read_report
 from lorakeet.train.processes import ALONE
-from lorakeet.train.task import HeldOut, Size, gradients_by_batch
+from lorakeet.train.task import NONE_KEPT, HeldOut, Size, gradients_by_batch
 from lorakeet.workflows.finetune import FinetuneResult, finetune
 from lorakeet.workflows.finetuning.kind import Assembly, RunKind
 from lorakeet.workflows.options import FinetuneOptions
@@ -42,7 +42,7 @@ class LineAssembly(Assembly):
 
 
 class LineTask:
-    processes, pruning, dtype, learning_rate = ALONE, None, torch.float32, 0.3
+    processes, pruning, kept_terms, dtype, learning_rate = ALONE, None, NONE_KEPT, torch.float32, 0.3
 
     def __init__(self, setup: LineAssembly) -> None:
         self.rows, self.held_out_rows = numbers(setup.dataset.train), numbers(setup.dataset.held_out)

@@ -37,7 +37,7 @@ from lorakeet.models.image.noise import Noising
 from lorakeet.train.processes import ALONE
 from lorakeet.train.pruning import Pruning
 from lorakeet.train.spec import DiffusionSpec, TrainSpec
-from lorakeet.train.task import HeldOut, Size, gradients_by_batch
+from lorakeet.train.task import NONE_KEPT, HeldOut, KeptTerms, Size, gradients_by_batch
 
 MODE_SCALE = 1.29  # the best value in the SD3 paper
 LEARNING_RATE = 1e-4  # what diffusers' and kohya's documentation use for LoRA on Stable Diffusion
@@ -65,6 +65,7 @@ class ImageTask:
 
     processes = ALONE
     pruning: Pruning | None = None
+    kept_terms: KeptTerms = NONE_KEPT
     prior: Sequence[EncodedImage] = ()
     watch: Callable[[int], None] | None = None
 

@@ -29,7 +29,7 @@ from lorakeet.train import durable
 from lorakeet.train.processes import ALONE, Processes
 from lorakeet.train.pruning import Pruning
 from lorakeet.train.spec import TrainSpec, learning_rate_for
-from lorakeet.train.task import HeldOut, Size, gradients_by_batch
+from lorakeet.train.task import NONE_KEPT, HeldOut, KeptTerms, Size, gradients_by_batch
 from lorakeet.train.text.loss import text_loss
 from lorakeet.train.text.own_code import OwnCodeDifference
 from lorakeet.train.text.streamed_gradients import gradients_by_block
@@ -45,6 +45,7 @@ class TextTask:
     """
 
     pruning: Pruning | None = None
+    kept_terms: KeptTerms = NONE_KEPT
     replayed: GraphedModel | None = None  # with CUDA graphs
     own_code: OwnCodeDifference | None = None  # of a first pass, where it was compared
 

@@ -33,6 +33,7 @@ from lorakeet.train.text.task import TextTask
 from lorakeet.workflows.finetuning.continued import require_same_base, start_from, with_continued
 from lorakeet.workflows.finetuning.kind import Assembly
 from lorakeet.workflows.finetuning.ranks import choose_ranks, start_directions
+from lorakeet.workflows.finetuning.stacked import earlier_terms, start_on_top, with_stacked
 from lorakeet.workflows.planning.encoded_rows import EncodedRows
 from lorakeet.workflows.planning.forecast_text_run import TextRunPlan, measures_rows, reads_weights
 from lorakeet.workflows.planning.unbound_text_run import fit_text_run
@@ -103,7 +104,7 @@ def assemble_text(
     """
     if why := why_not_cuda(config.model.device):
         console.print(why, markup=False, soft_wrap=True)
-    config = with_continued(on_own_device(config, processes))
+    config = with_stacked(with_continued(on_own_device(config, processes)))
     dataset = load_dataset(config.data, config.train.objective)
     if not dataset.held_out:
         raise DataError(
@@ -167,6 +168,8 @@ def text_task(
         processes=setup.processes,
     )  # fmt: skip
     task.pruning = pruning_of(setup.config, text, setup.plan, setup.steps)
+    if (below := setup.config.lora.on_top_of) is not None:
+        task.kept_terms = earlier_terms(read_adapter(Path(below)))
     return task
 
 
@@ -178,6 +181,10 @@ def add_pairs(setup: TextAssembly, plan: Plan, *, seed: int, name: str = "defaul
         adapter = read_adapter(Path(earlier))
         require_same_base(Path(earlier), adapter, text)
         start_from(text, plan, adapter, name)
+    if (below := setup.config.lora.on_top_of) is not None:
+        adapter = read_adapter(Path(below))
+        require_same_base(Path(below), adapter, text)
+        start_on_top(text, plan, adapter, name)
     if directions or reads_weights(setup.config):
         release_free_memory()  # measuring, or a matrix in fp32, leaves freed memory that training has no use for
     return text

@@ -45,7 +45,8 @@ def reference_path(config: RunConfig) -> Path | None:
     if not needs_reference(config.train.objective) or config.train.reference == BASE:
         return None
     if config.train.reference == START:
-        return None if config.lora.continue_from is None else Path(config.lora.continue_from)
+        earlier = config.lora.continue_from or config.lora.on_top_of
+        return None if earlier is None else Path(earlier)
     return Path(config.train.reference)
 
 

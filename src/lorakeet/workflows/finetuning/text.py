@@ -22,6 +22,7 @@ from lorakeet.evaluate.own_metric import load_metric
 from lorakeet.evaluate.report.rank_values import RankMap
 from lorakeet.evaluate.report.report import Command, Report
 from lorakeet.evaluate.wording import bytes_text, duration_text
+from lorakeet.formats.detect import read_adapter
 from lorakeet.kernels.choose import in_words
 from lorakeet.kernels.cpu import operators
 from lorakeet.kernels.protocol import Situation
@@ -52,6 +53,7 @@ from lorakeet.workflows.finetuning.evaluate_text import TextEvaluator, require_e
 from lorakeet.workflows.finetuning.kind import Advice, Digests, PlanResult, RunKind
 from lorakeet.workflows.finetuning.report import leaks, pruned_map, rank_map
 from lorakeet.workflows.finetuning.run_time import Speed, measured_speed, run_time_text
+from lorakeet.workflows.finetuning.stacked import check_earlier, with_stacked
 from lorakeet.workflows.finetuning.terminal import memory_table, show_advice, show_peak, show_rows, show_targets
 from lorakeet.workflows.finetuning.trained_targets import remarks_before, remarks_of_peft
 from lorakeet.workflows.planning.check import later_phases, with_later
@@ -311,7 +313,7 @@ class TextRunKind(RunKind[TextAssembly]):
     tries_rates = True
 
     def plan(self, config: RunConfig, console: Console) -> TextPlanResult:
-        config = with_continued(config)
+        config = with_stacked(with_continued(config))
         budget, precision = config.memory.limit, precision_of(config)
         if budget and not precision.on_gpu:
             if warning := larger_than_machine(budget):
@@ -446,6 +448,9 @@ class TextRunKind(RunKind[TextAssembly]):
         one_base = setup.sharded or setup.residency.one_base or not fits_now(needed, setup.device)
         model, spec = None if one_base else setup.config.model, setup.config.evaluate
         found = certify_text(setup.text, run.adapter, setup.held_out.examples, before=before, model=model, spec=spec)
+        if (below := setup.config.lora.on_top_of) is not None:
+            stays = check_earlier(read_adapter(run.adapter), read_adapter(Path(below)))
+            found = dataclasses.replace(found, checks=(*found.checks, stays))
         return with_own_code(found, setup.own_code)
 
     def model_text(self, setup: TextAssembly) -> str:
@@ -459,6 +464,8 @@ class TextRunKind(RunKind[TextAssembly]):
         found["Kernels"] = in_words(Situation(setup.device, text.dtype, text.products, text.kernels is not None))
         if setup.initial_plan is not None:
             found["Ranks"] = f"pruned in training by AdaLoRA's importance, from {setup.initial_plan.summary()}"
+        if (below := setup.config.lora.on_top_of) is not None:
+            found["Adapter"] = f"the sum of {below}, which stayed as it is, and the pairs trained on top of it"
         if (count := setup.processes.count) > 1:
             base = f"1/{count} of every frozen block" if setup.sharded else "the whole base"
             found["Processes"] = f"{count}, each with {base} and its part of the rows of a step"
