@@ -226,7 +226,7 @@ def test_an_adapter_on_top_of_another_is_their_sum(
         assert after.pairs[path].rank == 6 and torch.equal(after.pairs[path].A[:4], pair.A)
         assert after.pairs[path].B[:, 4:].any()
 
-    monkeypatch.setattr(loop.gradients, "keep_terms", lambda *_: None)  # then the earlier terms are trained too
+    monkeypatch.setattr(loop.gradients, "hold_terms", lambda *_: None)  # then the earlier terms are trained too
     with pytest.raises(VerificationFailed, match="earlier adapter: the first terms"):
         run(tiny_llama_folder, rows / "pairs.jsonl", tmp_path / "moved", {**changes, "train.steps": 2})
 

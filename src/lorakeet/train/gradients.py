@@ -27,7 +27,7 @@ def clip(parameters: Mapping[str, Parameter], limit: float, *, norm: Tensor) -> 
         torch.nn.utils.clip_grads_with_norm_(parameters.values(), limit, norm)
 
 
-def keep_terms(parameters: Mapping[str, Parameter], kept: KeptTerms) -> None:
+def hold_terms(parameters: Mapping[str, Parameter], kept: KeptTerms) -> None:
     """Sets the gradients of the terms that stay to 0, so that AdamW without weight decay leaves their bits as they are."""
     for name, (dim, count) in kept.items():
         grad = parameters[name].grad

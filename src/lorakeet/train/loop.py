@@ -284,7 +284,7 @@ class Training(Generic[BatchT]):
         loss = self.processes.summed(self.task.gradients(supervised, whole.targets / self.at.scale.value)).item() / whole.targets
         self.processes.sum_gradients(self.parameters.values())
         self.at.scale.unscale(self.parameters)
-        gradients.keep_terms(self.parameters, self.task.kept_terms)
+        gradients.hold_terms(self.parameters, self.task.kept_terms)
         return loss
 
     def _advance(self, number: int, loss: float, norm: Tensor, rate: float) -> None:
