@@ -1,7 +1,12 @@
-"""llama.cpp itself, through llama-cpp-py-sync: logits of a .gguf model, with a .gguf LoRA adapter."""
+"""llama.cpp itself: logits of a .gguf model, with a .gguf LoRA adapter, and its own server (xllamacpp)."""
 
 from __future__ import annotations
 
+import json
+import subprocess
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import numpy as np
@@ -83,3 +88,32 @@ class OpenModel:
         finally:
             self.lib.llama_set_adapters_lora(self._context, self.ffi.NULL, 0, self.ffi.NULL)
             self.lib.llama_adapter_lora_free(lora)
+
+
+LLAMA_SERVER = """
+import json, sys
+import xllamacpp
+given = json.loads(sys.argv[1])
+params = xllamacpp.CommonParams()
+params.model.path = given["model"]
+params.n_ctx, params.n_parallel = 512, 1
+params.cpuparams.n_threads = params.cpuparams_batch.n_threads = 1
+params.lora_adapters = [xllamacpp.CommonAdapterLoraInfo(path, 1.0) for path in given["adapters"]]
+server = xllamacpp.Server(params)
+print("listening", server.listening_address, flush=True)
+sys.stdin.read()
+"""
+
+
+@contextmanager
+def llama_server(model: Path, *adapters: Path) -> Iterator[str]:
+    """The address of llama.cpp's own server, which is what Ollama starts."""
+    given = json.dumps({"model": str(model), "adapters": [str(path) for path in adapters]})
+    command = [sys.executable, "-c", LLAMA_SERVER, given]
+    pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "stderr": subprocess.DEVNULL}
+    with subprocess.Popen(command, text=True, **pipes) as process:
+        assert process.stdout is not None
+        try:
+            yield next(line.split()[1] for line in iter(process.stdout.readline, "") if line.startswith("listening"))
+        finally:
+            process.kill()

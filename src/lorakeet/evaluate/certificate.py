@@ -70,6 +70,16 @@ class Unchecked:
 
 
 @dataclass(frozen=True)
+class ServedModules:
+    """The adapted modules of an artefact: shown active, shown missing, or not distinguished (with the reason)."""
+
+    artefact: str
+    active: tuple[str, ...]
+    missing: tuple[str, ...] = ()
+    unclear: dict[str, str] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
 class Certificate:
     """The checks of a subject (a run or a file) and of artefacts made from it.
 
@@ -81,6 +91,7 @@ class Certificate:
     checks: tuple[Check, ...]
     facts: dict[str, str] = field(default_factory=dict)
     unchecked: tuple[Unchecked, ...] = ()
+    modules: tuple[ServedModules, ...] = ()
 
     @property
     def passed(self) -> bool:

@@ -29,7 +29,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, replace
 
 from lorakeet.evaluate.parity import Tolerance
-from lorakeet.evaluate.rounding_noise import RoundingLimits
+from lorakeet.evaluate.served.rounding_noise import RoundingLimits
 
 
 @dataclass(frozen=True)

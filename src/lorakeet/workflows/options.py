@@ -187,6 +187,7 @@ class VerifyOptions:
         "auto", "Which tolerances apply; auto reads the precision from the file, and assumes float16 for a server."
     )
     rows: int = setting(16, "Number of held-out rows to compare.")
+    modules: bool = setting(True, "For a server: whether to test each adapted module, with a pass of the live model for each.")
     deploy: Literal["vllm", "llama.cpp", "ollama", "peft"] | None = setting(
         None, "Only check whether the adapter will load in this program; nothing is compared."
     )

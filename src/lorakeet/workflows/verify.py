@@ -24,7 +24,7 @@ from lorakeet.data.prepare import Dataset
 from lorakeet.data.rows import Row
 from lorakeet.data.template import is_templated
 from lorakeet.errors import ConfigError, VerificationFailed
-from lorakeet.evaluate.certificate import Certificate, Check, Unchecked, read_certificate
+from lorakeet.evaluate.certificate import Certificate, Check, ServedModules, Unchecked, read_certificate
 from lorakeet.evaluate.report.report import read_report, write_report
 from lorakeet.evaluate.values import encode
 from lorakeet.exporting.merged_tensors import StoredTensor
@@ -124,13 +124,16 @@ def certify_artefacts(opened: Opened, options: VerifyOptions, console: Console, 
     longest = max((len(ids) for ids in (*probes.rows, *probes.prompts)), default=0)
     checks: list[Check] = []
     unchecked: list[Unchecked] = []
+    modules: list[ServedModules] = []
     for target in options.against:
         console.print(f"Comparing {target} with the live adapter.", markup=False, soft_wrap=True)
         if target.startswith(SERVERS):
             allowed = F16 if options.precision == "auto" else PRECISIONS[options.precision]
             formats = _formats(opened, live, options.precision, console)
-            found, missing = check_server(live, Server(target, allowed), probes, opened.config.evaluate, formats)
-            checks, unchecked = checks + found, unchecked + missing
+            served = check_server(
+                live, Server(target, allowed), probes, opened.config.evaluate, formats, modules=options.modules
+            )
+            checks, unchecked, modules = checks + served.checks, unchecked + served.unchecked, modules + served.modules
             continue
         form = partial(
             open_artefact, target, opened, base=options.base_gguf, precision=options.precision, console=console,
@@ -149,7 +152,7 @@ def certify_artefacts(opened: Opened, options: VerifyOptions, console: Console, 
     facts |= {"live adapter": "computed in float32", FACT: record(live.text, NAME).to_text()}
     made = datetime.now(timezone.utc).isoformat(timespec="seconds")
     dated = tuple(replace(check, made=made) for check in checks)
-    return Certificate(f"What became of {options.run_or_adapter}", dated, facts, tuple(unchecked))
+    return Certificate(f"What became of {options.run_or_adapter}", dated, facts, tuple(unchecked), tuple(modules))
 
 
 def _formats(opened: Opened, live: InTorch, precision: str, console: Console) -> dict[str, Callable[[str], InTorch]]:
@@ -265,7 +268,10 @@ def _keep(opened: Opened, certificate: Certificate) -> None:
     )
     missing = tuple(one for one in before.unchecked if one.artefact not in again and is_there(one.artefact, beside))
     facts, unchecked = {**certificate.facts, **before.facts}, (*missing, *certificate.unchecked)
-    whole = replace(before, checks=(*kept, *certificate.checks), facts=facts, unchecked=unchecked)
+    modules = tuple(one for one in before.modules if one.artefact not in again and is_there(one.artefact, beside))
+    whole = replace(
+        before, checks=(*kept, *certificate.checks), facts=facts, unchecked=unchecked, modules=(*modules, *certificate.modules)
+    )
     with writing(f"The certificate in {run.path}", "Free some space and verify again."):
         whole.write(run.certificate)
         if run.report.exists():

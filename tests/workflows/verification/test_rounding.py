@@ -13,7 +13,7 @@ import torch
 from torch import nn
 
 from lorakeet.errors import VerificationFailed
-from lorakeet.evaluate.rounding_noise import rounding_limits
+from lorakeet.evaluate.served.rounding_noise import rounding_limits
 from lorakeet.models.spec import ModelSpec
 from lorakeet.models.text.load import load_text_model
 from lorakeet.models.text.serving import ServingModel

@@ -3,12 +3,8 @@
 from __future__ import annotations
 
 import dataclasses
-import json
 import shutil
-import subprocess
-import sys
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from datetime import datetime, timezone
 from pathlib import Path
 from typing import Any
@@ -36,6 +32,7 @@ from lorakeet.workflows.verification.server import Server, _label
 from lorakeet.workflows.verification.server_apis import Api, Step, Token, Written
 from lorakeet.workflows.verify import probes_of, verify
 from tiny.exports import loud_run, write_model
+from tiny.llama_cpp import llama_server
 from tiny.runs import quiet
 from tiny.servers import KINDS, serving
 from tiny.site import Site
@@ -58,12 +55,13 @@ def test_the_right_model_passes_and_the_base_does_not(finished: Any, loud: Path,
         found: Any = verify(VerifyOptions(str(run), against=(right,), rows=2), console=quiet())
     checks = found.certificate.checks
     tells = kind in ("llama.cpp", "vLLM")
-    assert kinds(checks) == ["prompt ids" if tells else "prompt lengths", "greedy text", "log-probabilities", "answers"]
+    first = "prompt ids" if tells else "prompt lengths"
+    assert kinds(checks) == [first, "greedy text", "log-probabilities", "answers", "modules"]
     told = checks[2]
     assert told.measured["mean_kl"] < 1e-5 and told.measured["top1_agreement"] == 1 and told.measured["effect"] < 1e-3
     assert told.n == {"vLLM": sum_of_places(run)}.get(kind, told.n) and told.n >= 8
     assert set(told.estimates) == {"mean_kl", "top1_agreement"}
-    answers = checks[-1]
+    answers = checks[3]
     assert answers.measured == {"different_answers": 0} and answers.n == 2
     assert answers.estimates["accuracy_live"] == answers.estimates["accuracy_there"]
     missing = {str(one) for one in found.certificate.unchecked}
@@ -193,7 +191,7 @@ def test_a_check_says_when_and_against_what_it_was_made(finished: Any, loud: Pat
         verify(VerifyOptions(str(run), against=(right,), rows=1), console=quiet())
     kept = read_certificate(run / "certificate.json")
     dated = [check for check in kept.checks if check.artefact in (wrong, right)]
-    assert len(dated) == 8 and {check.against for check in dated} == {"/models/tiny.gguf by llama.cpp b7"}
+    assert len(dated) == 10 and {check.against for check in dated} == {"/models/tiny.gguf by llama.cpp b7"}
     assert all(abs((datetime.now(timezone.utc) - datetime.fromisoformat(check.made)).total_seconds()) < 600 for check in dated)
     assert {one.artefact for one in kept.unchecked} == {wrong, right}
     page = (run / "report.html").read_text()
@@ -218,37 +216,8 @@ def test_lorakeet_serve_gives_what_the_live_adapter_gives(finished: Any, loud: P
     finally:
         site.stop()
         engine.drain(timeout=0.0)
-    assert names == ["prompt ids", "greedy text", "log-probabilities", "answers"]
+    assert names == ["prompt ids", "greedy text", "log-probabilities", "answers", "modules"]
     assert found.certificate.checks[2].measured["mean_kl"] < 1e-8
-
-
-LLAMA_SERVER = """
-import json, sys
-import xllamacpp
-given = json.loads(sys.argv[1])
-params = xllamacpp.CommonParams()
-params.model.path = given["model"]
-params.n_ctx, params.n_parallel = 512, 1
-params.cpuparams.n_threads = params.cpuparams_batch.n_threads = 1
-params.lora_adapters = [xllamacpp.CommonAdapterLoraInfo(path, 1.0) for path in given["adapters"]]
-server = xllamacpp.Server(params)
-print("listening", server.listening_address, flush=True)
-sys.stdin.read()
-"""
-
-
-@contextmanager
-def llama_server(model: Path, *adapters: Path) -> Iterator[str]:
-    """The address of llama.cpp's own server, which is what Ollama starts."""
-    given = json.dumps({"model": str(model), "adapters": [str(path) for path in adapters]})
-    command = [sys.executable, "-c", LLAMA_SERVER, given]
-    pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "stderr": subprocess.DEVNULL}
-    with subprocess.Popen(command, text=True, **pipes) as process:
-        assert process.stdout is not None
-        try:
-            yield next(line.split()[1] for line in iter(process.stdout.readline, "") if line.startswith("listening"))
-        finally:
-            process.kill()
 
 
 def test_a_real_llama_server_writes_what_the_live_adapter_writes_merged_or_not(finished: Any, tmp_path: Path) -> None:
@@ -260,7 +229,7 @@ def test_a_real_llama_server_writes_what_the_live_adapter_writes_merged_or_not(f
         with llama_server(model, *adapters) as url:
             found: Any = verify(VerifyOptions(str(run), against=(url,), rows=2), console=quiet())
             names = [check.name.rpartition(": ")[2] for check in found.certificate.checks]
-            assert names == ["prompt ids", "greedy text", "log-probabilities", "answers"]
+            assert names == ["prompt ids", "greedy text", "log-probabilities", "answers", "modules"]
             assert found.certificate.checks[2].against.startswith(f"{model} by llama.cpp")
     with llama_server(base) as url, pytest.raises(VerificationFailed, match="first diverging token"):
         verify(VerifyOptions(str(run), against=(url,), rows=2), console=quiet())

@@ -119,8 +119,8 @@ def _mistakes(live: InTorch, ids: Sequence[int]) -> Iterator[tuple[str, Tensor]]
             yield "B of q and k has the row order of another format", live.logits(ids)
     with changed_pairs(live, lambda path, pair: _mix_up(pair, heads.get(path.rpartition(".")[2], 0))):
         yield "A of q and k is permuted instead of B", live.logits(ids)
-    for block in sorted({_block(path) for path, _ in _pairs(live)} - {""}):
-        with changed_pairs(live, lambda path, pair, block=block: pair.B.mul_(0.0 if _block(path) == block else 1.0)):  # type: ignore[misc]
+    for block in sorted({numbered_part(path) for path, _ in _pairs(live)} - {""}):
+        with changed_pairs(live, lambda path, pair, block=block: pair.B.mul_(0.0 if numbered_part(path) == block else 1.0)):  # type: ignore[misc]
             yield f"the pairs of {block} are missing", live.logits(ids)
 
 
@@ -130,7 +130,8 @@ def _pairs(live: InTorch) -> list[tuple[str, LoraPair]]:
     return [(path, pair) for path, pair in held if isinstance(pair, LoraPair)]
 
 
-def _block(path: str) -> str:
+def numbered_part(path: str) -> str:
+    """The path of the numbered part that holds a module, such as model.layers.3; empty if there is none."""
     parts = path.split(".")
     number = next((place for place, part in enumerate(parts) if part.isdigit()), None)
     return "" if number is None else ".".join(parts[: number + 1])

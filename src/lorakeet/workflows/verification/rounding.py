@@ -24,7 +24,7 @@ from lorakeet.core.lowrank import LoraPair
 from lorakeet.data.chat import Candidates
 from lorakeet.errors import ConfigError
 from lorakeet.evaluate.parity import kl_lower_bound
-from lorakeet.evaluate.rounding_noise import Replica
+from lorakeet.evaluate.served.rounding_noise import Replica
 from lorakeet.models.generate.kv_cache import CacheRow, KeyValues, step
 from lorakeet.models.inject import activate
 from lorakeet.models.modules import adapted_layers
@@ -38,6 +38,19 @@ LIKELY = -4.6  # log-probabilities of tokens below 1 % are not compared one by o
 _LEAST_SPLIT = 16  # numbers of a sum that is cut
 
 _aten = torch.ops.aten
+
+
+@dataclass(frozen=True)
+class Reported:
+    """What a server tells of the tokens after some places of a text: by place, log-probabilities by id."""
+
+    ids: list[int]
+    places: dict[int, dict[int, float]]  # place p is the token after ids[: p + 1]
+
+    @property
+    def complete(self) -> bool:
+        """Whether it tells of every place that has a next token."""
+        return len(self.places) >= len(self.ids) - 1
 
 
 @dataclass(frozen=True)

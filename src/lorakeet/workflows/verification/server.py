@@ -17,10 +17,10 @@ import numpy as np
 from torch import Tensor
 
 from lorakeet.data.chat import Ids
-from lorakeet.evaluate.certificate import Check, Unchecked
+from lorakeet.evaluate.certificate import Check, ServedModules, Unchecked
 from lorakeet.evaluate.intervals import mean, share
 from lorakeet.evaluate.parity import kl_lower_bound
-from lorakeet.evaluate.rounding_noise import FALSE_ALARM, RoundingLimits, rounding_limits
+from lorakeet.evaluate.served.rounding_noise import FALSE_ALARM, RoundingLimits, rounding_limits
 from lorakeet.evaluate.spec import EvaluateSpec
 from lorakeet.exporting.tolerances import PRECISIONS, Allowed, allowed_by_rounding
 from lorakeet.models.generate.sample import end_ids
@@ -28,7 +28,8 @@ from lorakeet.workflows.planning.check import GREEDY_TOKENS
 from lorakeet.workflows.verification.artefact import InTorch
 from lorakeet.workflows.verification.checks import Probes, answer, check_ids, compare_labels, named_check
 from lorakeet.workflows.verification.diagnose import cause_from_reported, changed_pairs
-from lorakeet.workflows.verification.rounding import LIKELY, Reading, replicas
+from lorakeet.workflows.verification.modules import check_modules
+from lorakeet.workflows.verification.rounding import LIKELY, Reading, Reported, replicas
 from lorakeet.workflows.verification.server_apis import TOP, Step, Token, Written, find_api
 
 PLACES = 8  # of a held-out row, if a server answers one position at a time
@@ -49,14 +50,6 @@ class Server:
         self.api = find_api(place.rstrip("/").removesuffix("/v1"), model)
 
 
-@dataclass(frozen=True)
-class Reported:
-    """What a server tells of the tokens after some places of a text: by place, log-probabilities by id."""
-
-    ids: list[int]
-    places: dict[int, dict[int, float]]  # place p is the token after ids[: p + 1]
-
-
 InFormat = Callable[[str], InTorch]  # the live adapter in a number format: float16 or bfloat16
 
 
@@ -70,8 +63,10 @@ class _Comparison:
     spec: EvaluateSpec
     formats: Mapping[str, InFormat] = field(default_factory=dict)  # in which the server may compute, the most exact first
     measured: str = ""  # what the limits are, where rounding was measured
+    one_by_one: bool = False  # whether the server answers a place at a time
     checks: list[Check] = field(default_factory=list)
     unchecked: list[Unchecked] = field(default_factory=list)
+    modules: list[ServedModules] = field(default_factory=list)
 
     @property
     def names(self) -> tuple[str, str]:
@@ -227,9 +222,18 @@ class _Comparison:
         api = self.server.api
         reported = api.along(ids)
         if reported is None:
+            self.one_by_one = True
             places = sorted({int(place) for place in np.linspace(0, len(ids) - 2, min(PLACES, len(ids) - 1))})
-            answers = {place: api.write(ids[: place + 1], 1).steps for place in places}
-            reported = {place: steps[0].top for place, steps in answers.items() if steps}
+            return self.reported_at(ids, places)
+        return self._by_id(ids, reported)
+
+    def reported_at(self, ids: list[int], places: Sequence[int]) -> dict[int, dict[int, float]]:
+        """What the server reports of the tokens after some places of a row, one answer a place."""
+        answers = {place: self.server.api.write(ids[: place + 1], 1).steps for place in places}
+        return self._by_id(ids, {place: steps[0].top for place, steps in answers.items() if steps})
+
+    def _by_id(self, ids: list[int], reported: Mapping[int, Sequence[Token]]) -> dict[int, dict[int, float]]:
+        """Log-probabilities by place and by token id."""
         logits = self.live.logits(ids)
         tokenizer = self.live.text.tokenizer
         within = {place: top for place, top in reported.items() if place < len(ids) - 1}
@@ -252,6 +256,15 @@ class _Comparison:
             self.checks.append(compare_labels(self.names, (ours, theirs), rows, self.server.allowed, self.spec))
         elif self.probes.labelled:
             self.skip("the task's answers", "the server takes no token ids, and these prompts are no conversations")
+
+    def check_modules(self, reported: Sequence[Reported]) -> None:
+        """Which modules are active there."""
+        found = check_modules(self.live, reported, self.reported_at if self.one_by_one else None, self.names)
+        if isinstance(found, str):
+            self.skip("which modules are active", found)
+        else:
+            self.checks.append(found[0])
+            self.modules.append(found[1])
 
     def read_writing(self) -> list[_TextReading]:
         """The live model's view of what the server writes, token by token; empty where it cannot be read."""
@@ -281,10 +294,25 @@ class _Comparison:
         self.checks.append(named_check("greedy text", self.names, measured, limits, n=tokens, detail=detail))
 
 
+@dataclass(frozen=True)
+class ServerFound:
+    """The checks of everything that a server tells, what was not checked, and which modules are active there."""
+
+    checks: list[Check]
+    unchecked: list[Unchecked]
+    modules: list[ServedModules]
+
+
 def check_server(
-    live: InTorch, server: Server, probes: Probes, spec: EvaluateSpec, formats: Mapping[str, InFormat] | None = None
-) -> tuple[list[Check], list[Unchecked]]:
-    """The checks of everything that the server tells, and what was not checked since it does not.
+    live: InTorch,
+    server: Server,
+    probes: Probes,
+    spec: EvaluateSpec,
+    formats: Mapping[str, InFormat] | None = None,
+    *,
+    modules: bool = True,
+) -> ServerFound:
+    """Compares a server with the live adapter by everything that it tells, `modules` one by one.
 
     With `formats`, what rounding may do is measured on the live adapter; else the limits of the server are fixed.
     """
@@ -295,11 +323,14 @@ def check_server(
     found.measure_rounding(along, [reading.reported for reading in readings])
     written = [reading.up_to(server.allowed.gap) for reading in readings]
     found.check_writing(written)
-    found.check_reported(along if any(one.places for one in along) else [one.reported for one in written if one.reported.places])
+    reported = along if any(one.places for one in along) else [one.reported for one in written if one.reported.places]
+    found.check_reported(reported)
     found.check_answers()
+    if modules:
+        found.check_modules(reported)
     found.skip("the stored weights", "a server does not tell them")
     about = server.api.about()
-    return [replace(check, against=about) for check in found.checks], found.unchecked
+    return ServerFound([replace(check, against=about) for check in found.checks], found.unchecked, found.modules)
 
 
 @dataclass(frozen=True)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
-from lorakeet.evaluate.rounding_noise import Replica, rounding_limits
+from lorakeet.evaluate.served.rounding_noise import Replica, rounding_limits
 
 PLACES, TOKENS, ROWS = 300, 4, 16
 

@@ -1,0 +1,183 @@
+"""Which modules a server applies: all of a right one, and the planted lack of one, of a block, of every MLP."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+
+from lorakeet.core.adapter import Adapter
+from lorakeet.core.spec import LoraSpec
+from lorakeet.evaluate.certificate import Check, ServedModules
+from lorakeet.evaluate.spec import EvaluateSpec
+from lorakeet.exporting.tolerances import F16
+from lorakeet.formats.peft import peft
+from lorakeet.models.inject import trained_parameters
+from lorakeet.models.spec import ModelSpec
+from lorakeet.models.targets import plan_for
+from lorakeet.models.text.adapters import initialise_adapter
+from lorakeet.models.text.load import load_text_model, load_tokenizer
+from lorakeet.models.text.serving import ServingModel
+from lorakeet.serve.engine import Engine
+from lorakeet.serve.registry import Registry
+from lorakeet.serve.service import Service
+from lorakeet.workflows.runs.open_adapter import open_adapter
+from lorakeet.workflows.verification.artefact import InTorch, live_side
+from lorakeet.workflows.verification.checks import Probes
+from lorakeet.workflows.verification.modules import ProbedValues, choose_rows, left_out, sets_of
+from lorakeet.workflows.verification.rounding import Reported
+from lorakeet.workflows.verification.server import Server, check_server
+from lorakeet.workflows.verify import probes_of
+from tiny.exports import loud_run, write_model
+from tiny.llama_cpp import llama_server
+from tiny.runs import quiet
+from tiny.servers import serving
+from tiny.site import Site
+
+GATE = "model.layers.1.mlp.gate_proj"
+BLOCK = "model.layers.0."
+FAULTS = {"float32": ((), (GATE,)), "bfloat16": ((BLOCK,), (".mlp.",))}
+
+
+@pytest.fixture(scope="module")
+def loud(finished: Any, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A run whose adapter has 14 pairs on 2 blocks."""
+    return loud_run(finished.path, tmp_path_factory.mktemp("loud") / "run")
+
+
+def lacking(held: Adapter, parts: tuple[str, ...]) -> Adapter:
+    """The adapter with B of zeros in the modules whose paths contain one of `parts`."""
+    pairs = {
+        path: dataclasses.replace(pair, B=pair.B * 0) if any(part in path for part in parts) else pair
+        for path, pair in held.pairs.items()
+    }
+    return dataclasses.replace(held, pairs=pairs)
+
+
+@contextmanager
+def served(base: Path, adapters: dict[str, Path], dtype: Any) -> Iterator[str]:
+    """lorakeet serve's service over these adapters."""
+    text = load_text_model(ModelSpec(path=str(base), dtype=dtype))
+    live = ServingModel(text)
+    engine = Engine(text, live.selection, slots=2, context=256, chunk=64)
+    engine.start()
+    registry = Registry(live, engine, base="base", budget=None, changed=lambda: None)
+    for name, path in adapters.items():
+        registry.register(name, path)
+    site = Site(Service(text, engine, registry))
+    try:
+        yield site.url
+    finally:
+        site.stop()
+        engine.drain(timeout=0.0)
+
+
+@pytest.fixture(scope="module")
+def side(loud: Path) -> tuple[InTorch, Probes]:
+    """The live adapter, and four held-out rows."""
+    opened = open_adapter(loud)
+    live = live_side(opened, quiet())
+    probes = probes_of(opened, opened.dataset, live, 4)
+    return live, dataclasses.replace(probes, prompts=[], labelled=[], conversations=[], texts=[])
+
+
+def found_at(side: tuple[InTorch, Probes], url: str) -> tuple[Check, ServedModules]:
+    """The check of modules, and what was found of each."""
+    found = check_server(side[0], Server(url, F16), side[1], EvaluateSpec())
+    return next(check for check in found.checks if check.name == f"{url}: modules"), found.modules[0]
+
+
+def expected(held: Adapter, parts: tuple[str, ...]) -> set[str]:
+    return {path for path in held.pairs if any(part in path for part in parts)}
+
+
+@pytest.mark.parametrize("dtype", FAULTS)
+def test_our_own_server(finished: Any, loud: Path, side: Any, dtype: str, tmp_path: Path) -> None:
+    """All modules of the right one, and each planted lack, are found; a scale that is 2 % off too."""
+    held = open_adapter(loud).adapter
+    adapters = {f"n{number}": lacking(held, parts) for number, parts in enumerate(FAULTS[dtype])}
+    weak = {path: dataclasses.replace(pair, B=0.98 * pair.B) for path, pair in held.pairs.items()}
+    adapters["weak"] = dataclasses.replace(held, pairs=weak)
+    for name, adapter in adapters.items():
+        peft.write(adapter, tmp_path / name)
+    with served(finished.model, {name: tmp_path / name for name in adapters}, dtype) as url:
+        for number, parts in enumerate(FAULTS[dtype]):
+            check, modules = found_at(side, f"{url}#n{number}")
+            missing = expected(held, parts)
+            assert set(modules.missing) == missing and set(modules.active) == set(held.pairs) - missing and not modules.unclear
+            assert check.passed is not bool(parts) and check.measured["missing_modules"] == len(missing) and check.n == 14
+            assert f"Active in {14 - len(missing)} of 14 modules." in check.detail
+            assert all(name in check.detail for name in list(missing)[:1] if len(missing) == 1)
+        check, modules = found_at(side, f"{url}#weak")
+    assert check.exceeded() == ("scale_error",) and check.measured["scale_error"] == pytest.approx(0.02, abs=0.004)
+    assert "The server's scale is 0.9" in check.detail and len(modules.active) == 14
+
+
+def test_llama_cpps_own_server(finished: Any, loud: Path, side: Any, tmp_path: Path) -> None:
+    """In f16, right and with one pair missing."""
+    held = open_adapter(loud).adapter
+    for parts in ((), (GATE,)):
+        file = write_model(finished.model, lacking(held, parts), tmp_path / f"{len(parts)}.gguf", quant="f16")
+        with llama_server(file) as url:
+            check, modules = found_at(side, url)
+        assert set(modules.missing) == set(parts) and not set(modules.active) & set(parts) and check.passed is not bool(parts)
+        assert len(modules.active) >= 12, modules.unclear
+
+
+def test_a_server_that_tells_every_place_is_not_asked_again(finished: Any, loud: Path, side: Any, tmp_path: Path) -> None:
+    held = open_adapter(loud).adapter
+    file = write_model(finished.model, lacking(held, (GATE,)), tmp_path / "m.gguf")
+    with serving(file, load_tokenizer(finished.model), "vLLM") as url:
+        check, modules = found_at(side, url)
+    assert modules.missing == (GATE,) and not check.passed
+
+
+def test_only_so_many_rows_as_were_meant_are_probed_and_those_that_tell_most(side: Any) -> None:
+    live = side[0]
+    chance = np.random.default_rng(0)
+    rows = [Reported([int(one) for one in chance.integers(10, 200, length)], {}) for length in (40, 30, 50, 20, 30)]
+    assert choose_rows(live, rows, 200) == rows
+    chosen = choose_rows(live, rows, 100)
+    assert 0 < sum(len(one.ids) for one in chosen) <= 100 and all(one in rows for one in chosen)
+    assert choose_rows(live, rows, 100) == chosen, "it is the same each time"
+
+
+def test_what_is_left_out_is_there_again_afterwards(side: Any) -> None:
+    live = side[0]
+    values = ProbedValues.of(live, [Reported([5, 9, 70, 33, 12], {})], everywhere=True)
+    assert np.array_equal(values.seen_by(live), values.ours)
+    with left_out(live, frozenset([GATE])):
+        assert not np.allclose(values.seen_by(live), values.ours, atol=1e-4)
+    assert np.array_equal(values.seen_by(live), values.ours)
+
+
+def test_a_magnitude_goes_with_its_pair(tiny_llama_folder: Path) -> None:
+    """Without its DoRA pair a module computes as the base does, to the bit."""
+    text = load_text_model(ModelSpec(path=str(tiny_llama_folder), dtype="float32"))
+    plan = plan_for(text.model, LoraSpec(rank=2, alpha=4, variant="dora", target_modules=("q_proj",)), text.family)
+    initialise_adapter(text, plan, seed=0, name="default")
+    with torch.no_grad():
+        for parameter in trained_parameters(text.model, "default").values():
+            parameter.add_(0.1)
+    live, ids = InTorch(text, "default", "live"), [5, 9, 70]
+    base = InTorch(text, None, "base").logits(ids)
+    before = live.logits(ids)
+    with left_out(live, frozenset(f"model.layers.{block}.self_attn.q_proj" for block in range(1))):
+        one = live.logits(ids)
+    assert not torch.equal(before, one) and not torch.equal(one, base)
+    assert torch.equal(live.logits(ids), before)
+
+
+def test_sets_are_blocks_kinds_and_parts_of_blocks() -> None:
+    parts = ("mlp.up_proj", "self_attn.q_proj", "self_attn.v_proj")
+    layers = [f"model.layers.{block}.{part}" for block in (0, 1) for part in parts]
+    found = sets_of(layers)
+    assert frozenset(layers) in found and frozenset(layers[:3]) in found and len(found) == len(set(found))
+    assert frozenset(path for path in layers if "self_attn" in path) in found
+    assert frozenset(path for path in layers if path.endswith("up_proj")) in found
