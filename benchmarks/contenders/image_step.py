@@ -50,7 +50,7 @@ def main() -> None:
 def planned(asked: dict[str, Any]) -> dict[str, Any]:
     """The most bytes of tensors at once in two micro-batches and an optimizer step, and what they were."""
     with Ledger() as ledger:
-        task, optimizer = _task(asked, device="cpu", fill=False)
+        task, optimizer = image_task(asked, device="cpu", fill=False)
         parameters = task.parameters()
         trained = {id(parameter) for parameter in parameters.values()}
         ledger.name("base", [p for p in task.model.parts.parameters() if id(p) not in trained])
@@ -58,7 +58,7 @@ def planned(asked: dict[str, Any]) -> dict[str, Any]:
         ledger.watch_gradients(parameters.values())
         with ledger.phase("step"):
             for _ in range(2):  # the second step has moments from the first
-                _step(task, optimizer)
+                one_step(task, optimizer)
                 ledger.name("moments", optimizer.state().values())
     held = ledger.peaks["step"]
     return {"bytes": held.bytes, "kinds": held.kinds, "trained": sum(p.numel() for p in parameters.values())}
@@ -67,10 +67,10 @@ def planned(asked: dict[str, Any]) -> dict[str, Any]:
 def measured(asked: dict[str, Any]) -> dict[str, Any]:
     """Resident bytes before the model, the process's own peak, seconds of the step, and the loss."""
     before = resident_bytes()
-    task, optimizer = _task(asked, device="cpu", fill=True)
+    task, optimizer = image_task(asked, device="cpu", fill=True)
     loaded = resident_bytes()
     began = time.perf_counter()
-    loss = _step(task, optimizer)
+    loss = one_step(task, optimizer)
     return {"before": before, "loaded": loaded, "peak": peak_bytes(), "seconds": time.perf_counter() - began, "loss": loss}
 
 
@@ -92,10 +92,11 @@ class _Task(ImageTask):
         return [ImageBatch(latents, torch.randn_like(latents), torch.full((1,), 500), ("a photo",), self.train[0].sizes)]
 
 
-def _task(asked: dict[str, Any], *, device: str, fill: bool) -> tuple[ImageTask, Optimizer]:
+def image_task(asked: dict[str, Any], *, device: str, fill: bool) -> tuple[ImageTask, Optimizer]:
     shape = SHAPES[asked["shape"]]
     dtype = getattr(torch, asked["dtype"])
-    unet = random_unet(shape, dtype) if fill else _outline(shape, dtype, "cpu")  # whose tensors are the ledger's, without numbers
+    # Without numbers its tensors are the ledger's.
+    unet = random_unet(shape, dtype).to(device) if fill else _outline(shape, dtype, "cpu")
     scheduler = diffusers().DDPMScheduler(beta_start=0.00085, beta_end=0.012, beta_schedule="scaled_linear")
     kind = KINDS["sdxl" if shape.get("addition_embed_type") else "sd"]
     pipeline = SimpleNamespace(scheduler=scheduler, vae=None, vae_scale_factor=8)
@@ -141,7 +142,7 @@ def _begin(name: str, parameter: Tensor) -> None:
         parameter.uniform_(-reach, reach)
 
 
-def _step(task: ImageTask, optimizer: Optimizer) -> float:
+def one_step(task: ImageTask, optimizer: Optimizer) -> float:
     loss = task.gradients(task.batches(0), 1)
     optimizer.step(1e-4)
     return float(loss.item())

@@ -18,7 +18,7 @@ from lorakeet.workflows.finetuning.cuda_graphs import record_graphs
 
 def train_packed(workload: Workload, dtype: str, *, kernels: str = "torch", recorded: bool = False) -> StepLog:
     """The workload's steps; SystemExit where they would have other rows."""
-    ready = lorakeet_on(workload, kernels, recorded=recorded)
+    ready = lorakeet_on(workload, kernels, recorded=recorded, dtype=dtype)
     require_same_rows(ready.task, workload)
     text = ready.task.text
     log = StepLog(

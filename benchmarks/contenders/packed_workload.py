@@ -4,30 +4,26 @@ from __future__ import annotations
 
 import argparse
 import json
-import shutil
 from dataclasses import dataclass, replace
 from pathlib import Path
 
 import numpy as np
 import torch
-from gpu_kernels import rate as rate_of_gpu
+from harness.device_clock import rate as rate_of_gpu
+from harness.made_up_model import write_model
 from harness.workload import Row, Workload
 from plan_accuracy import published_shape
-from transformers import AutoModelForCausalLM
 
 from contenders import timed_step
 from lorakeet.config import RunConfig, read_run
 from lorakeet.data.batches import StepOrder
 from lorakeet.data.chat import Example
 from lorakeet.formats.peft import peft
-from lorakeet.models.files.source import find_source
 from lorakeet.models.inject import adapter_of
 from lorakeet.models.targets import plan_for
 from lorakeet.models.text.adapters import initialise_adapter
-from lorakeet.models.text.from_config import config_from_settings
 from lorakeet.models.text.load import load_text_model
 from lorakeet.train.text.task import TextTask
-from lorakeet.workflows.quickstart import config_path
 
 SPREAD = (0.5, 1.5, 0.75, 1.25)  # of a quarter of the pack: the rows that fill it to the last token
 WORDS = 3, 4000  # the first and the last of the ids that are drawn
@@ -42,11 +38,11 @@ class Ready:
     config: RunConfig
 
 
-def lorakeet_on(workload: Workload, kernels: str = "torch", *, recorded: bool = False) -> Ready:
+def lorakeet_on(workload: Workload, kernels: str = "torch", *, recorded: bool = False, dtype: str = "bfloat16") -> Ready:
     """Lorakeet over the workload's model, as a run file with these settings loads it."""
     settings = {
         "data.train": "none", "data.max_tokens": workload.longest, "model.path": workload.model, "model.device": workload.device,
-        "model.dtype": "bfloat16", "model.quantize.method": workload.quantize, "model.kernels": kernels,
+        "model.dtype": dtype, "model.quantize.method": workload.quantize, "model.kernels": kernels,
         "lora.rank": workload.rank, "lora.alpha": workload.alpha, "train.seed": workload.seed,
         "train.batch_size": workload.batch_size, "train.micro_tokens": workload.micro_tokens, "train.schedule": "constant",
         "train.warmup_fraction": 0.0, "train.length_grouping": False, "train.learning_rate": workload.learning_rate,
@@ -57,41 +53,26 @@ def lorakeet_on(workload: Workload, kernels: str = "torch", *, recorded: bool = 
     text = load_text_model(config.model)
     initialise_adapter(text, plan_for(text.model, config.lora, text.family), seed=config.train.seed)
     rows = sorted(workload.rows, key=lambda row: int(row.prompt))  # as numbered; `steps` are in the order of training
-    return Ready(TextTask(text, [_example(row) for row in rows], held_out=(), spec=config.train), config)
+    return Ready(TextTask(text, [example_of(row) for row in rows], held_out=(), spec=config.train), config)
 
 
-def _example(row: Row) -> Example:
+def example_of(row: Row) -> Example:
     supervised = np.zeros(len(row.ids), bool)
     supervised[list(row.targets)] = True
     return Example(np.array(row.ids, np.int64), supervised, row.prompt, None, False)
 
 
-def drawn_steps(tokens: int, steps: int, seed: int) -> tuple[tuple[Row, ...], ...]:
+def drawn_steps(tokens: int, steps: int, seed: int, words: tuple[int, int] = WORDS) -> tuple[tuple[Row, ...], ...]:
     """A pack for each step; every token but the first of a row is a target. `prompt` is a row's number, by which Lorakeet's
-    order of these rows has it in its step."""
+    order of these rows has it in its step. Ids are drawn from `words`, the first of them and the one after the last."""
     draw, order = np.random.default_rng(seed), StepOrder(steps * len(SPREAD), len(SPREAD), seed)
     lengths = [round(share * tokens / len(SPREAD)) for share in SPREAD]
     numbered = (zip(lengths, order.indices(step), strict=True) for step in range(steps))
-    return tuple(tuple(_drawn(draw, length, number) for length, number in of_step) for of_step in numbered)
+    return tuple(tuple(_drawn(draw, length, number, words) for length, number in of_step) for of_step in numbered)
 
 
-def _drawn(draw: np.random.Generator, length: int, number: int) -> Row:
-    return Row(tuple(draw.integers(*WORDS, length).tolist()), tuple(range(1, length)), str(number), "")
-
-
-def write_model(name: str, layers: int | None, folder: Path, device: str) -> None:
-    """Random weights in bf16 and the tokenizer of the quickstart's model, which peers want to see."""
-    if folder.exists():
-        return
-    shape = published_shape(name, **({} if layers is None else {"num_hidden_layers": layers}))
-    torch.manual_seed(0)
-    with torch.device(device):
-        model = AutoModelForCausalLM.from_config(config_from_settings(shape), dtype=torch.bfloat16)
-    model.save_pretrained(folder)
-    source = find_source(read_run(config_path(), {}).model, print)
-    for file in source.iterdir():
-        if "token" in file.name or file.suffix == ".txt":
-            shutil.copy(file, folder)
+def _drawn(draw: np.random.Generator, length: int, number: int, words: tuple[int, int]) -> Row:
+    return Row(tuple(draw.integers(*words, length).tolist()), tuple(range(1, length)), str(number), "")
 
 
 def main() -> None:
@@ -106,7 +87,8 @@ def main() -> None:
     parser.add_argument("--device", required=True)
     given = parser.parse_args()
     folder, adapter = given.workload.parent / "model", given.workload.with_name("adapter")
-    write_model(given.model, given.layers, folder, given.device)
+    changes = {} if given.layers is None else {"num_hidden_layers": given.layers}
+    write_model(published_shape(given.model, **changes), folder, given.device)
     steps = drawn_steps(given.tokens, given.steps, given.seed)
     drawn = Workload(
         model=str(folder), adapter=str(adapter), rank=RANK, alpha=2.0 * RANK, target_modules=(), learning_rate=RATE,

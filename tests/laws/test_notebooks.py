@@ -45,7 +45,8 @@ def small(tmp_path: Path, tiny_llama_folder: Path, tiny_sd_folder: Path) -> dict
         "own_rows_from_pandas": {"MODEL": model, "COUNT": 120, "STEPS": 4, "OUT": "runs/mine"},
         "many_adapters_one_base": text,
         "merge_export_verify": text,
-        "gpu_proof": {**text, "BUDGET": "4GiB", "QUANTIZE": "nf4"},
+        "gpu_proof": {**text, "BUDGET": "4GiB", "QUANTIZE": "nf4", "BENCHMARKS": str(ROOT / "benchmarks"), "STAGES": ["a"],
+                      "REPORT": "report"},
         "images": {"MODEL": str(tiny_sd_folder), "PHOTOS": str(tmp_path / "photos"), "PROMPT": "red box", "SETTINGS": settings,
                    "SAMPLING_STEPS": 2, "OUT": "runs/mine"},
     }  # fmt: skip
@@ -65,7 +66,7 @@ EXPECTED = {
     "own_rows_from_pandas": ("rows for training", "has no column 'review'", "probability", "adapter: 0."),
     "many_adapters_one_base": ("british: '", "rows of iso: base ", "largest difference from the sum"),
     "merge_export_verify": ("dates.gguf", "the same changes: True", "PeftModel", "does not compute what it should"),
-    "gpu_proof": ("the budget was kept", "certificate passed: True", "planned"),
+    "gpu_proof": ("the budget was kept", "certificate passed: True", "planned", "done after", "its numbers mean nothing"),
     "images": ("pictures; the first is red box", "weight 0.5", "<iframe"),
 }
 

@@ -11,7 +11,7 @@ import pytest
 from structure.tree import ROOT, SOURCE, named, parsed, source_files
 
 TESTS = ROOT / "tests"
-ACROSS = {"structure", "laws", "families", "golden", "tiny"}  # folders of tests that belong to no single module
+ACROSS = {"structure", "laws", "families", "golden", "gpu", "tiny"}  # folders of tests that belong to no single module
 PRIVATE_PATCHES = 20
 
 
