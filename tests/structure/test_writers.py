@@ -29,6 +29,7 @@ ALLOWED = {
     "models/files/gguf_dense.py": "TemporaryDirectory: gone when the model is read",
     "models/image/single_file.py": "TemporaryDirectory: gone when the model is loaded",
     "serve/adapter_store.py": "renames uploads inside the server's own folder",
+    "studio/deleted.py": "renames whole folders of runs into the studio's own folder, and back",
     "train/durable.py": "renames folders that are whole",
     "workflows/doctor.py": "TemporaryFile: it has no name",
 }

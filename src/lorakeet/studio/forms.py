@@ -20,6 +20,9 @@ FIRST = (
     "model.path", "data.train", "out", "lora.rank", "train.epochs", "train.learning_rate", "model.quantize.method",
     "memory.budget",
 )  # fmt: skip
+_LABELS = {  # where the last part of the path says too little
+    "model.path": "model", "data.train": "rows", "model.quantize.method": "quantisation", "memory.budget": "memory budget",
+}  # fmt: skip
 Widget = Literal["choice", "number", "text"]
 
 
@@ -52,8 +55,7 @@ def form_field(setting: Setting) -> FormField:
     numeric = not words and {setting.kind, *typing.get_args(setting.kind)} & {int, float}
     plural = typing.get_origin(setting.kind) in (tuple, dict)
     widget: Widget = "choice" if words and not plural else "number" if numeric and not plural else "text"
-    short = setting.shorthand or setting.path
-    label = short.replace(".", " ").replace("_", " ") if setting.shorthand else setting.path.rpartition(".")[2].replace("_", " ")
+    label = _LABELS.get(setting.path) or setting.path.rpartition(".")[2].replace("_", " ")
     return FormField(setting.path, label, setting.help, widget, default, words, setting.path in ("model.path", "data.train"))
 
 

@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from lorakeet.config import read_yaml
+from lorakeet.disk import write_whole
 from lorakeet.errors import DataError, LorakeetError
 from lorakeet.evaluate.values import from_text, to_text
 from lorakeet.train.log import read_metrics
@@ -147,6 +148,11 @@ def tags_of(folder: Path) -> tuple[str, ...]:
         return tuple(str(tag) for tag in json.loads((folder / TAGS).read_bytes())["tags"])
     except (OSError, ValueError, KeyError, TypeError):
         return ()
+
+
+def write_tags(folder: Path, tags: tuple[str, ...]) -> None:
+    """Keeps the tags of a run in its folder, where they outlive the index."""
+    write_whole(folder / TAGS, json.dumps({"tags": list(tags)}).encode())
 
 
 def _stamp(folder: Path) -> str:

@@ -107,8 +107,15 @@ def _follow(request: Request) -> Response:
     return page(
         request, "run_live.html", live=live, settings=settings_of(folder if job is None else job.folder, folder),
         words=list(job.words) if job else ["finetune", str(folder / "config.yaml")], log=job.log if job else "",
+        file=file_of(job.folder) if job else "",
         resume=["finetune", "--resume", str(folder)], pictures=drawn_samples(folder),
     )  # fmt: skip
+
+
+def file_of(folder: Path) -> str:
+    """The run file of a job; empty where it has none."""
+    path = folder / "run.yaml"
+    return path.read_text(encoding="utf-8") if path.is_file() else ""
 
 
 def _stop(request: Request) -> Response:

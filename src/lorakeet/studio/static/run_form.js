@@ -24,7 +24,7 @@ async function check() {
   const good = found.problems.length === 0;
   start.disabled = !good;
   start.textContent = good ? "Start the run" : fields["model.path"] ? (fields["data.train"] ? "Not ready yet" : "Choose rows first") : "Choose a model first";
-  missing.textContent = found.problems.join(" ");
+  missing.textContent = good || !fields["model.path"] || !fields["data.train"] ? "" : found.problems.join(" ");
   same.hidden = !good;
   if (good) { command.textContent = found.command; file.textContent = found.file; }
   history.replaceState(null, "", `/run?${new URLSearchParams(fields)}`);
@@ -48,6 +48,12 @@ async function upload(event) {
 
 form.elements["model.path"].setAttribute("list", "models");
 form.elements["data.train"].setAttribute("list", "rows");
+form.addEventListener("click", (event) => {
+  const chip = event.target.closest("[data-fill]");
+  if (!chip) return;
+  form.elements[chip.dataset.fill].value = chip.dataset.value;
+  check();
+});
 form.addEventListener("input", soon);
 form.addEventListener("change", soon);
 document.getElementById("upload").addEventListener("change", upload);

@@ -14,7 +14,6 @@ function numbers(run) {
     ["Tokens per second", short(run.tokens_per_second)],
     ["Held-out loss of the base", short(run.base)],
     ["Best held-out loss", run.best === null ? "–" : `${short(run.best)} at step ${run.best_step}`],
-    ["Jobs before it", run.ahead],
   ];
   by("numbers").replaceChildren(...shown.map(([name, value]) => make("div", {}, make("dt", {}, name), make("dd", {}, String(value)))));
 }
@@ -35,7 +34,7 @@ function curve(run) {
 
 function memory(run) {
   const text = run.memory === null ? "Not known before the first step." : run.budget ? `${bytes(run.memory)} at most so far, of a budget of ${bytes(run.budget)}.` : `${bytes(run.memory)} at most so far. No budget was set.`;
-  by("memory").replaceChildren(run.memory === null ? make("p", { class: "soft" }, text) : meter({ name: "Memory", value: run.memory, limit: run.budget, text }));
+  by("memory").replaceChildren(run.memory === null || !run.budget ? make("p", { class: "soft" }, text) : meter({ name: "Memory", value: run.memory, limit: run.budget, text }));
 }
 
 function show(run) {

@@ -62,14 +62,30 @@ export function usual(values) {
 
 /**
  * A chart of lines. `series`: [{name, kind, points: [{x, y, low, high}], dots}], `lines`: [{y, name, kind}] across.
- * `name` is its title, `says` its description for those who do not see it.
+ * `name` is its title, `says` its description for those who do not see it. It is drawn again when its place changes its width.
  */
-export function lineChart({ name, says, series, lines = [], across = "step", height = 300 }) {
-  const width = 800, left = 58, right = 14, top = 10, bottom = 34;
+export function lineChart(chart) {
+  let drawing = drawn(chart, 800);
+  const figure = make("figure", { class: "plotted" }, drawing, legend(chart.series), tableOf(chart));
+  let last = 800;
+  new ResizeObserver(([entry]) => {
+    const width = Math.max(280, Math.round(entry.contentRect.width));
+    if (width === last || !entry.contentRect.width) return;
+    last = width;
+    const next = drawn(chart, width);
+    drawing.replaceWith(next);
+    drawing = next;
+  }).observe(figure);
+  return figure;
+}
+
+function drawn({ name, says, series, lines = [], across = "step" }, width) {
+  const height = Math.round(Math.min(380, Math.max(230, width / 2.6)));
+  const left = 52, right = 14, top = 12, bottom = 40;
   const points = series.flatMap((one) => one.points);
   const ys = axis(usual([...points.flatMap((p) => [p.y, p.low ?? NaN, p.high ?? NaN]), ...lines.map((line) => line.y)]));
   const last = Math.max(1, ...points.map((p) => p.x));
-  const xs = { ...axis([0, last], { zero: true }), low: 0, high: last };
+  const xs = { ...axis([0, last], { zero: true, count: width < 500 ? 3 : 6 }), low: 0, high: last };
   const x = (value) => left + (width - left - right) * (value - xs.low) / (xs.high - xs.low);
   const y = (value) => top + (height - top - bottom) * (1 - (Math.min(ys.high, Math.max(ys.low, value)) - ys.low) / (ys.high - ys.low));
   const drawing = svg("svg", { viewBox: `0 0 ${width} ${height}`, class: "chart", role: "img", "aria-label": `${name}. ${says}` });
@@ -78,11 +94,11 @@ export function lineChart({ name, says, series, lines = [], across = "step", hei
     drawing.append(svg("text", { x: left - 8, y: y(tick) + 4, class: "label end" }, short(tick)));
   }
   for (const tick of xs.ticks.filter((tick) => tick <= last && Number.isInteger(tick)))
-    drawing.append(svg("text", { x: x(tick), y: height - 14, class: "label middle" }, short(tick)));
-  drawing.append(svg("text", { x: width - right, y: height - 1, class: "label end" }, across));
+    drawing.append(svg("text", { x: x(tick), y: height - 20, class: "label middle" }, short(tick)));
+  drawing.append(svg("text", { x: left + (width - left - right) / 2, y: height - 3, class: "label middle" }, across));
   for (const line of lines) {
     drawing.append(svg("line", { x1: left, x2: width - right, y1: y(line.y), y2: y(line.y), class: `across ${line.kind}` }));
-    drawing.append(svg("text", { x: width - right - 4, y: y(line.y) - 5, class: "label end" }, line.name));
+    drawing.append(svg("text", { x: width - right - 4, y: y(line.y) + 15, class: "label end" }, line.name));
   }
   for (const one of series) {
     const usable = one.points.filter((p) => Number.isFinite(p.y));
@@ -93,8 +109,7 @@ export function lineChart({ name, says, series, lines = [], across = "step", hei
     if (one.dots || usable.length === 1)
       for (const p of usable) drawing.append(svg("circle", { cx: x(p.x), cy: y(p.y), r: 4, class: `dot ${one.kind}` }, svg("title", {}, `${one.name}, ${across} ${p.x}: ${short(p.y)}`)));
   }
-  const figure = make("figure", { class: "plotted" }, drawing, legend(series), tableOf({ name, series, across }));
-  return figure;
+  return drawing;
 }
 
 function legend(series) {

@@ -1,0 +1,114 @@
+"""Two runs on the same rows: paired differences from their reports, and the commands that measure what the reports leave out.
+
+A report lists some of its rows, chosen to be read. Nothing is computed from a choice: only a report with all of its rows counts.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+
+from lorakeet.config import read_run
+from lorakeet.errors import DataError
+from lorakeet.evaluate.compare import Comparison, compare_losses, compare_values
+from lorakeet.evaluate.likelihood import RowLosses
+from lorakeet.evaluate.report.report import Report, ScoredAnswer, SideBySide, read_report
+from lorakeet.evaluate.spec import EvaluateSpec
+from lorakeet.studio.forms import run_file
+from lorakeet.studio.places import Places
+
+_ALL_ROWS = 10_000_000  # more than any report has
+_DIFFERENT = 40  # rows that a page shows
+
+Key = tuple[str, str, int]  # text and truth of a row, and which of several such rows it is
+
+
+@dataclass(frozen=True)
+class PairedRow:
+    """One row with the answers of both adapters."""
+
+    text: str
+    truth: str
+    left: ScoredAnswer
+    right: ScoredAnswer
+
+
+@dataclass(frozen=True)
+class PairedRuns:
+    """The comparison of two runs on their common rows; `only` are the rows that one of them alone was measured on."""
+
+    comparison: Comparison
+    rows: tuple[PairedRow, ...]  # where they differ most
+    only: tuple[int, int]
+
+
+def whole_report(places: Places, name: str) -> Report | None:
+    """A report of the run `name` with all of its rows: its own, or one that was measured for comparisons; None without one."""
+    for path in (measured_folder(places, name) / "report.json", places.run(name) / "report.json"):
+        if path.is_file():
+            report = read_report(path)
+            if report.rows and len(report.rows) == report.rows_of:
+                return report
+    return None
+
+
+def measured_folder(places: Places, name: str) -> Path:
+    """Where a run is measured on all rows; another one for another adapter of the same name."""
+    try:
+        changed = (places.run(name) / "adapter").stat().st_mtime_ns
+    except OSError:
+        raise DataError(f"'{name}' has no adapter yet, so it cannot be compared. Wait until it is done, or resume it.") from None
+    return places.own / "measured" / f"{name}-{changed:x}"
+
+
+def measuring(places: Places, name: str) -> tuple[list[str], str]:
+    """The words of the command that measures a run on all of its held-out or test rows, and its run file."""
+    folder = places.run(name)
+    whole = {"show_rows": _ALL_ROWS, "answers": 0, "drift_texts": 0, "examples": 0}
+    config = read_run(folder / "config.yaml").changed(evaluate=whole)
+    words = ["evaluate", str(folder), "--config", "{folder}/run.yaml", "--out", str(measured_folder(places, name))]
+    return words, run_file(config)
+
+
+def pair_runs(left: tuple[str, Report], right: tuple[str, Report], spec: EvaluateSpec | None = None) -> PairedRuns:
+    """`left` − `right`, each a name and its whole report, on the rows that both have. DataError if there are none, or too few.
+
+    Labelled rows and replies are compared by how many are right, all others by the mean loss of a row in nats per token.
+    """
+    spec = spec or EvaluateSpec()
+    mine, other = _by_key(left[1].rows), _by_key(right[1].rows)
+    common = [key for key in mine if key in other]
+    only = len(mine) - len(common), len(other) - len(common)
+    if not common:
+        raise DataError(
+            f"'{left[0]}' was measured on {len(mine)} rows and '{right[0]}' on {len(other)}, and none is in both. Train both on "
+            "the same rows with the same data.split_seed, or name the same data.test."
+        )
+    pairs = [(mine[key].adapter, other[key].adapter) for key in common]
+    names = (left[0], right[0])
+    if all(one.right is not None and two.right is not None for one, two in pairs):
+        values = tuple(np.array([float(bool(side.right)) for side in sides]) for sides in zip(*pairs, strict=True))
+        comparison, gaps = compare_values(names, "accuracy", (values[0], values[1]), spec), values[0] - values[1]
+    else:
+        losses = [[side.loss for side in sides] for sides in zip(*pairs, strict=True)]
+        if any(loss is None for side in losses for loss in side):
+            raise DataError(f"'{left[0]}' and '{right[0]}' were measured in different ways. Measure both again.")
+        ones = np.ones(len(common), dtype=np.int64)
+        one, two = (RowLosses(name, np.array(side, dtype=np.float64), ones) for name, side in zip(names, losses, strict=True))
+        comparison, gaps = compare_losses(one, two, spec), one.losses - two.losses
+    order = sorted((index for index in range(len(common)) if gaps[index]), key=lambda index: -abs(gaps[index]))[:_DIFFERENT]
+    rows = tuple(PairedRow(*common[index][:2], *pairs[index]) for index in order)
+    return PairedRuns(comparison, rows, only)
+
+
+def _by_key(rows: Sequence[SideBySide]) -> dict[Key, SideBySide]:
+    seen: Counter[tuple[str, str]] = Counter()
+    found = {}
+    for row in rows:
+        found[(row.text, row.truth, seen[(row.text, row.truth)])] = row
+        seen[(row.text, row.truth)] += 1
+    return found

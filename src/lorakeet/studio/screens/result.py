@@ -1,0 +1,98 @@
+"""Result: the verdict in one sentence, the certificate with what it does not prove, answers side by side, and the report."""
+
+from __future__ import annotations
+
+import base64
+import hashlib
+from functools import cache
+from importlib.resources import files
+
+from starlette.requests import Request
+from starlette.responses import HTMLResponse, Response
+from starlette.routing import Route
+
+from lorakeet.errors import LorakeetError
+from lorakeet.evaluate.report.report import OUTCOMES, Report, read_report, render_html
+from lorakeet.evaluate.wording import check_words, compact, metric_words
+from lorakeet.studio.pages import Screen, moved, page, studio_of
+from lorakeet.studio.pairing import measuring
+from lorakeet.studio.places import NotHere, Places
+from lorakeet.train.run import RunFolder
+
+_FIRST = 12  # rows shown at once
+
+
+def report_of(places: Places, name: str) -> Report | None:
+    """The report of a run; None while it has none."""
+    run = RunFolder(places.run(name))
+    return read_report(run.report) if run.report.is_file() else None
+
+
+def _newest(request: Request) -> Response:
+    done = [run.name for run in studio_of(request).index.summaries() if run.ended == "done"]
+    return moved(f"/result/{done[0]}") if done else page(request, "result_empty.html")
+
+
+def _result(request: Request) -> Response:
+    studio, name = studio_of(request), str(request.path_params["name"])
+    report = report_of(studio.places, name)
+    if report is None:
+        return moved(f"/run/{name}")
+    others = [run.name for run in studio.index.summaries() if run.ended == "done" and run.name != name]
+    folder = studio.places.run(name)
+    names = list(dict.fromkeys(metric for system in report.systems for metric in system.metrics if metric_words(metric).drawn))
+    counts = {outcome: sum(row.outcome == outcome for row in report.rows) for outcome in OUTCOMES}
+    return page(
+        request, "result.html", name=name, report=report, others=others[:50], metrics={key: metric_words(key) for key in names},
+        outcomes=OUTCOMES, counts=counts, unproved=unproved(report), check_words=check_words, compact=compact, first=_FIRST,
+        folder=str(folder), measure=_shown(studio.places, name),
+    )  # fmt: skip
+
+
+def _shown(places: Places, name: str) -> list[str]:
+    """The command that lists every row; none where it cannot be given."""
+    try:
+        return [word.replace("{folder}/", "") for word in measuring(places, name)[0]]
+    except LorakeetError:
+        return []
+
+
+def unproved(report: Report) -> list[str]:
+    """What neither verdict nor certificate says, in plain words."""
+    count = report.rows_of
+    found = [
+        f"How it does on other kinds of text. The verdict is about {count} {report.part} rows, which resemble the training rows.",
+        "That every answer is right, or safe to act on. Read some of the answers below.",
+        "Who made these files. A certificate compares what they compute; it is no signature.",
+    ]
+    if report.verdict is not None and report.verdict.tone == "none":
+        found.insert(0, "That there is no difference. With more rows, one might be shown.")
+    if report.certificate is not None:
+        found += [f"{str(missing)[0].upper()}{str(missing)[1:]}." for missing in report.certificate.unchecked]
+    return found
+
+
+def _page(request: Request) -> Response:
+    """The report, made from its values: a page that a stranger has put into the folder is never shown."""
+    report = report_of(studio_of(request).places, str(request.path_params["name"]))
+    if report is None:
+        raise NotHere("This run has no report yet.")
+    policy = (
+        f"sandbox allow-scripts; default-src 'none'; img-src data:; style-src 'unsafe-inline'; script-src '{script_hash()}'; "
+        "base-uri 'none'; form-action 'none'; frame-ancestors 'self'"
+    )
+    return HTMLResponse(render_html(report), headers={"content-security-policy": policy})
+
+
+@cache
+def script_hash() -> str:
+    """The hash of the report's own script: no other one runs in its frame."""
+    text = (files("lorakeet.evaluate.report") / "report.js").read_text(encoding="utf-8")
+    return f"sha256-{base64.b64encode(hashlib.sha256(text.encode()).digest()).decode()}"
+
+
+SCREEN = Screen(
+    "Result",
+    "/result",
+    (Route("/result", _newest), Route("/result/{name}", _result), Route("/result/{name}/report", _page)),
+)

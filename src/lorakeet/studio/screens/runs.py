@@ -1,0 +1,204 @@
+"""Runs: the table, curves over each other, two runs compared on the same rows, tags, and deleting with undo."""
+
+from __future__ import annotations
+
+import time
+from dataclasses import dataclass
+
+from starlette.requests import Request
+from starlette.responses import Response
+from starlette.routing import Route
+
+from lorakeet.errors import ConfigError, DataError, LorakeetError
+from lorakeet.evaluate.report.charts import interval_axis
+from lorakeet.evaluate.wording import metric_words, signed
+from lorakeet.studio.deleted import delete_run, deleted_runs, erase_run, restore_run
+from lorakeet.studio.index import RunSummary, write_tags
+from lorakeet.studio.jobs import Job
+from lorakeet.studio.live import new_records, thinned
+from lorakeet.studio.pages import Screen, Studio, form_of, moved, page, studio_of
+from lorakeet.studio.pairing import PairedRuns, measuring, pair_runs, whole_report
+
+_AT_ONCE = 60  # runs that are read for one page; the page gets the others by itself
+_OVERLAID = 8
+
+
+@dataclass(frozen=True)
+class RunLine:
+    """One line of the table."""
+
+    run: RunSummary
+    state: str
+    spark: str  # the points of its small curve, in a box of 100 by 24
+    age: str
+
+
+def lines_of(studio: Studio, most: int | None = None) -> list[RunLine]:
+    """The runs, the newest first, and before them those that wait or run without a folder yet."""
+    summaries = studio.index.summaries(most)
+    jobs = {job.run: job for job in studio.queue.jobs() if job.run}
+    known = {summary.name for summary in summaries}
+    coming = [RunSummary(name=job.run, made=job.made) for job in jobs.values() if job.run not in known and _goes_on(job)]
+    return [
+        RunLine(run, _state(run, jobs.get(run.name)), sparkline(run.spark), age_of(time.time() - run.made))
+        for run in (*reversed(coming), *summaries)
+    ]
+
+
+def sparkline(values: tuple[float, ...]) -> str:
+    """The points of a polyline in a box of 100 by 24, low values at its bottom."""
+    if len(values) < 2:
+        return ""
+    low, high = min(values), max(values)
+    span = (high - low) or 1.0
+    return " ".join(f"{100 * i / (len(values) - 1):.1f},{22 - 20 * (value - low) / span:.1f}" for i, value in enumerate(values))
+
+
+def age_of(seconds: float) -> str:
+    """How long ago, as people say it."""
+    for size, unit in ((86400, "day"), (3600, "hour"), (60, "minute")):
+        if seconds >= size:
+            count = int(seconds // size)
+            return f"{count} {unit}{'' if count == 1 else 's'} ago"
+    return "just now"
+
+
+def _goes_on(job: Job) -> bool:
+    return job.state in ("waiting", "running")
+
+
+def _state(run: RunSummary, job: Job | None) -> str:
+    if job is not None and _goes_on(job):
+        return job.state
+    return run.ended or "unfinished"
+
+
+def _list(request: Request) -> Response:
+    studio = studio_of(request)
+    lines = lines_of(studio, _AT_ONCE)
+    known = {line.run.name for line in lines}
+    left = sum(name not in known for name in studio.index.names())
+    deleted = [(one, age_of(time.time() - one.deleted)) for one in deleted_runs(studio.places)]
+    return page(request, "runs.html", lines=lines, left=left, deleted=deleted, undo=request.query_params.get("undo", ""))
+
+
+def _names(request: Request) -> list[str]:
+    studio = studio_of(request)
+    found = list(dict.fromkeys(request.query_params.getlist("name")))
+    for name in found:
+        studio.places.run(name)
+    return found
+
+
+def _overlay(request: Request) -> Response:
+    studio, names = studio_of(request), _names(request)
+    if not 1 <= len(names) <= _OVERLAID:
+        raise ConfigError(f"{len(names)} runs are chosen; choose 1 to {_OVERLAID} in the table to see their curves.")
+    curves = []
+    for name in names:
+        records = thinned(new_records(studio.places.run(name), 0)[0], 600)
+        points = [
+            {"x": record["step"], "y": record["held_out_loss"], "low": record.get("low"), "high": record.get("high")}
+            for record in records
+            if record.get("held_out_loss") is not None
+        ]
+        curves.append({"name": name, "points": points})
+    return page(request, "overlay.html", names=names, curves=curves)
+
+
+def _compare(request: Request) -> Response:
+    studio, names = studio_of(request), _names(request)
+    if len(names) != 2:
+        raise ConfigError(f"{len(names)} runs are chosen; a comparison needs two. Choose two in the table.")
+    reports = [whole_report(studio.places, name) for name in names]
+    found: PairedRuns | None = None
+    problem, missing = "", [name for name, report in zip(names, reports, strict=True) if report is None]
+    commands, running = [], []
+    try:
+        commands = [[word.replace("{folder}/", "") for word in measuring(studio.places, name)[0]] for name in missing]
+        running = [job for job in studio.queue.jobs() if job.title in map(_title, missing) and _goes_on(job)]
+        if reports[0] is not None and reports[1] is not None:
+            found = pair_runs((names[0], reports[0]), (names[1], reports[1]))
+    except LorakeetError as error:
+        problem = str(error)
+    failed = [job for job in studio.queue.jobs() if job.title in map(_title, missing) and job.state == "failed"][-1:]
+    return page(
+        request, "compare.html", names=names, missing=missing, commands=commands, running=running, found=found, problem=problem,
+        said=_said(found) if found else "", bar=_bar(found) if found else None, failed=failed,
+        words=metric_words(found.comparison.metric) if found else None,
+    )  # fmt: skip
+
+
+def _measure(request: Request) -> Response:
+    """Puts the commands that measure both runs on all rows into the queue, where they are needed."""
+    studio, names = studio_of(request), _names(request)
+    waiting = {job.title for job in studio.queue.jobs() if _goes_on(job)}
+    for name in names:
+        if whole_report(studio.places, name) is None and _title(name) not in waiting:
+            words, file = measuring(studio.places, name)
+            studio.queue.add(words, title=_title(name), files={"run.yaml": file})
+    return moved("/runs/compare?" + request.url.query)
+
+
+def _title(name: str) -> str:
+    return f"Measure {name} on all rows"
+
+
+def _said(found: PairedRuns) -> str:
+    """The comparison as one sentence."""
+    one, words = found.comparison, metric_words(found.comparison.metric)
+    difference = f"{signed(one.difference.value)} {words.inline}"
+    interval = f"95 % interval {signed(one.difference.low)} to {signed(one.difference.high)}, {one.difference.n} rows"
+    if one.verdict == "no difference shown":
+        return f"No difference is shown between {one.left} and {one.right}: {difference} ({interval})."
+    return f"{one.left} is {one.verdict} than {one.right}: {difference} ({interval})."
+
+
+def _bar(found: PairedRuns) -> dict[str, float]:
+    """Where the interval lies in a box of 100: low, value, high and zero."""
+    difference = found.comparison.difference
+    scale = interval_axis([difference], zero=True)
+    values = {"low": difference.low, "value": difference.value, "high": difference.high, "zero": 0.0}
+    return {name: scale.at(value) for name, value in values.items()}
+
+
+def _tag(request: Request) -> Response:
+    studio, name = studio_of(request), str(request.path_params["name"])
+    tags = [part.strip() for part in form_of(request).get("tags", "").split(",")]
+    tags = list(dict.fromkeys(tag for tag in tags if tag))
+    if len(tags) > 20 or any(len(tag) > 40 for tag in tags):
+        raise DataError("A run has at most 20 tags of 40 characters. Shorten them.")
+    write_tags(studio.places.run(name), tuple(tags))
+    return moved("/runs")
+
+
+def _delete(request: Request) -> Response:
+    studio = studio_of(request)
+    gone = delete_run(studio.places, studio.queue, str(request.path_params["name"]))
+    return moved("/runs", {"undo": gone.key})
+
+
+def _restore(request: Request) -> Response:
+    restore_run(studio_of(request).places, form_of(request).get("key", ""))
+    return moved("/runs")
+
+
+def _erase(request: Request) -> Response:
+    erase_run(studio_of(request).places, form_of(request).get("key", ""))
+    return moved("/runs")
+
+
+SCREEN = Screen(
+    "Runs",
+    "/runs",
+    (
+        Route("/runs", _list),
+        Route("/runs/overlay", _overlay),
+        Route("/runs/compare", _compare, methods=["GET"]),
+        Route("/runs/compare", _measure, methods=["POST"]),
+        Route("/runs/restore", _restore, methods=["POST"]),
+        Route("/runs/erase", _erase, methods=["POST"]),
+        Route("/runs/{name}/tags", _tag, methods=["POST"]),
+        Route("/runs/{name}/delete", _delete, methods=["POST"]),
+    ),
+)

@@ -1,0 +1,73 @@
+"""`studio.screens.result`: the verdict, what it does not prove, answers side by side, and the report in its frame."""
+
+from __future__ import annotations
+
+import base64
+import hashlib
+import re
+from dataclasses import replace
+
+import pytest
+from starlette.testclient import TestClient
+
+from lorakeet.evaluate.certificate import Certificate, Unchecked, tolerance_check
+from lorakeet.evaluate.report.report import Report, ScoredAnswer, SideBySide, write_report
+from lorakeet.evaluate.verdict import Phrase, Verdict
+from lorakeet.studio.pages import Studio
+from lorakeet.studio.screens.result import unproved
+
+HOSTILE = '<script>alert("x")</script><img src=x onerror=alert(1)>'
+CHECK = tolerance_check("adapter on disk", {"mean_kl": 0.5}, tolerance={"mean_kl": 1.0}, between=("a", "b"))
+REPORT = Report(
+    HOSTILE,
+    verdict=Verdict((Phrase("The adapter beats its base by +0.1 accuracy", "95 % interval +0.05 to +0.15"),), "better"),
+    rows=(SideBySide(HOSTILE, "yes", ScoredAnswer("no", right=False), ScoredAnswer(HOSTILE, right=True), HOSTILE),),
+    rows_of=379,
+    certificate=Certificate("run", (CHECK,), unchecked=(Unchecked("adapter/ in PEFT", "logits", "PEFT is not installed"),)),
+    warnings=(HOSTILE,),
+)
+
+
+@pytest.fixture
+def page(browser: TestClient, studio: Studio) -> str:
+    folder = studio.places.runs / "mine"
+    folder.mkdir()
+    (folder / "config.yaml").write_text("model: m\ndata: r\n")
+    write_report(REPORT, folder)
+    (folder / "report.html").write_text("<script>a stranger's page</script>")
+    assert browser.get("/result").headers["location"] == "/result/mine"
+    return browser.get("/result/mine").text
+
+
+def test_the_verdict_is_one_sentence_with_its_interval(page: str) -> None:
+    heading = " ".join(re.sub("<[^>]+>", "", page.partition("<h1>")[2].partition("</h1>")[0]).split())
+    assert heading == "The adapter beats its base by +0.1 accuracy (95 % interval +0.05 to +0.15)."
+
+
+def test_texts_of_rows_are_text(page: str) -> None:
+    assert "<script>alert" not in page and "<img src=x" not in page and page.count("&lt;script&gt;alert") >= 3
+    assert 'data-outcome="fixed"' in page and "adapter fixed (1)" in page
+
+
+def test_it_says_what_is_not_proved(page: str) -> None:
+    assert "What this does not prove" in page and "about 379 held-out rows" in page
+    assert "Not checked: logits of adapter/ in PEFT, since PEFT is not installed." in page
+    nothing = replace(REPORT, verdict=Verdict((), "none"), certificate=None)
+    assert unproved(nothing)[0].startswith("That there is no difference") and len(unproved(nothing)) == 4
+
+
+def test_the_report_is_made_from_its_values_and_runs_its_own_script_alone(page: str, browser: TestClient) -> None:
+    assert 'sandbox="allow-scripts"' in page
+    shown = browser.get("/result/mine/report")
+    policy = shown.headers["content-security-policy"]
+    assert policy.startswith("sandbox allow-scripts; default-src 'none'") and "a stranger's page" not in shown.text
+    [script] = re.findall(r"<script>(.*?)</script>", shown.text, re.DOTALL)
+    assert f"'sha256-{base64.b64encode(hashlib.sha256(script.encode()).digest()).decode()}'" in policy
+    assert re.search("script-src[^;]*unsafe", policy) is None
+
+
+def test_a_run_without_a_result_leads_to_its_progress(browser: TestClient, studio: Studio) -> None:
+    (studio.places.runs / "young").mkdir()
+    assert browser.get("/result/young").headers["location"] == "/run/young"
+    assert "No run has finished yet" in browser.get("/result").text
+    assert browser.get("/result/gone").status_code == 404 and browser.get("/result/young/report").status_code == 404

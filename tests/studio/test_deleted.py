@@ -1,0 +1,54 @@
+"""`studio.deleted`: a deleted run can be restored, whole, until it is deleted for good."""
+
+from __future__ import annotations
+
+import fcntl
+import os
+from pathlib import Path
+
+import pytest
+
+from lorakeet.errors import ConfigError
+from lorakeet.studio.deleted import delete_run, deleted_runs, erase_run, restore_run
+from lorakeet.studio.pages import Studio
+from lorakeet.studio.places import NotHere
+
+
+@pytest.fixture
+def run(studio: Studio) -> Path:
+    folder = studio.places.runs / "mine@home"
+    folder.mkdir()
+    (folder / "config.yaml").write_text("model: m\n")
+    return folder
+
+
+def test_a_deleted_run_is_restored_whole(studio: Studio, run: Path) -> None:
+    gone = delete_run(studio.places, studio.queue, run.name)
+    assert not run.exists() and deleted_runs(studio.places) == [gone] and gone.name == run.name
+    assert restore_run(studio.places, gone.key) == run.name
+    assert (run / "config.yaml").read_text() == "model: m\n" and deleted_runs(studio.places) == []
+
+
+def test_nothing_is_overwritten_and_nothing_else_is_erased(studio: Studio, run: Path) -> None:
+    first = delete_run(studio.places, studio.queue, run.name)
+    run.mkdir()
+    with pytest.raises(ConfigError, match="another run 'mine@home' now"):
+        restore_run(studio.places, first.key)
+    second = delete_run(studio.places, studio.queue, run.name)
+    assert deleted_runs(studio.places) == [second, first]
+    for key in ("gone", "../deleted", "", ".."):
+        with pytest.raises(NotHere):
+            erase_run(studio.places, key)
+    erase_run(studio.places, first.key)
+    assert deleted_runs(studio.places) == [second]
+
+
+@pytest.mark.skipif(not os.path.exists("/proc/locks"), reason="this system lists no locks")
+def test_a_run_that_goes_on_is_not_deleted(studio: Studio, run: Path) -> None:
+    with (run / ".lock").open("w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        with pytest.raises(ConfigError, match="runs or waits"):
+            delete_run(studio.places, studio.queue, run.name)
+    studio.queue.add(["finetune"], title="x", run=run.name)
+    with pytest.raises(ConfigError, match="runs or waits"):
+        delete_run(studio.places, studio.queue, run.name)
