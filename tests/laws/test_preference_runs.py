@@ -145,6 +145,17 @@ def test_an_adapter_of_another_base_is_refused(
         shutil.rmtree(tmp_path / "run", ignore_errors=True)
 
 
+def test_held_out_answers_of_which_none_is_wanted_are_refused_before_training(
+    rows: Path, tiny_llama_folder: Path, tmp_path: Path
+) -> None:
+    pairs = preferences(8, seed=6)
+    unwanted = [{"prompt": f"{pair['prompt']} now", "completion": pair["rejected"], "label": False} for pair in pairs]
+    changes = {"train.objective": "kto", "data.held_out": write_rows(tmp_path / "unwanted.jsonl", unwanted)}
+    with pytest.raises(DataError, match="None of the 8 held-out rows has an answer that is wanted"):
+        run(tiny_llama_folder, rows / "rated.jsonl", tmp_path / "run", changes)
+    assert not (tmp_path / "run" / "metrics.jsonl").exists()
+
+
 def test_rows_of_another_shape_are_refused_by_evaluate(rows: Path, tiny_llama_folder: Path, tmp_path: Path) -> None:
     run(tiny_llama_folder, rows / "rated.jsonl", tmp_path / "run", {"train.objective": "kto", "train.steps": 2})
     with pytest.raises(DataError, match="no verdict on its answer"):
@@ -201,6 +212,7 @@ def test_training_goes_on_from_an_adapter_which_is_the_reference(
     report = found.report
     assert report is not None and report.certificate is not None and report.certificate.passed
     assert report.facts["Reference"] == f"the adapter {taught}"
+    assert report.drift is not None and "From the reference, on the same texts: " in report.drift.detail
     assert "reference" in {system.name for system in report.systems}
     first = json.loads((tmp_path / "run" / "metrics.jsonl").read_text().splitlines()[0])
     assert first["held_out_loss"] == pytest.approx(math.log(2), abs=1e-5)
@@ -270,7 +282,9 @@ def test_a_run_is_evaluated_again_and_merged(
 ) -> None:
     run(tiny_llama_folder, rows / "pairs.jsonl", tmp_path / "run", {"train.objective": "dpo"})
     other = write_rows(tmp_path / "other.jsonl", preferences(30, seed=8))
-    found = evaluate(EvaluateOptions(str(tmp_path / "run"), data=str(other)), console=quiet())
+    ask = EvaluateOptions(str(tmp_path / "run"), data=str(other), judge="http://127.0.0.1:9#none")
+    found = evaluate(ask, console=quiet())
+    assert "The judge http://127.0.0.1:9#none compared no replies" in " ".join(found.report.warnings)
     assert found.report.task == "preference" and 20 < found.report.rows_of <= 30  # without near-copies of training rows
     assert main(["merge", str(tmp_path / "run"), "--out", str(tmp_path / "merged")]) == 0
     assert main(["compress", str(tmp_path / "run"), "--out", str(tmp_path / "small")]) == 2

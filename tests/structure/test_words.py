@@ -21,7 +21,7 @@ PRIVATE = {
     r"\btold\b": "given, passed, reported",
     r"\b(?:asked|asks?) for\b|\b(?:is|are|was|were|be|being|been) asked\b": "requested",
     r"(?<![-_])\bheld\b(?![-_ ]out)": "in use, stored, kept",
-    r"\bjudg(?:e|es|ed|ing|ement)s?\b": "evaluate, evaluation",
+    r"\bjudg(?:es|ed|ing|ement|ements)\b": "evaluate, evaluation",  # a judge is a model that compares replies
     r"\blearnt\b": "target tokens, trained",
     r"\blaid (?:out )?end to end\b": "packed (varlen)",
     r"\bby turns\b|\bin turn\b": "interleaved, alternating, one after another",
@@ -42,7 +42,7 @@ PRIVATE = {
 }
 # Parts of names that say nothing to an engineer who is new here.
 PRIVATE_NAMES = {
-    "told", "asked", "judge", "judged", "judging", "learnt", "nobody", "begun", "parted", "card", "cards", "room", "rooms",
+    "told", "asked", "judged", "judging", "learnt", "nobody", "begun", "parted", "card", "cards", "room", "rooms",
     "aside", "look", "looked", "anchor", "anchored", "coded",
 }  # fmt: skip
 STATE_KEYS = {"anchor_A", "anchor_B"}  # of initial values, in the saved state of a run
@@ -50,8 +50,7 @@ MODEL_CARD = {"workflows/finetuning/adapter_card.py", "exporting/card.py"}  # a 
 ALLOWED = {
     "on the hardware at hand",  # the project's motto
     "text-anchor",  # an attribute of SVG
-    "--judged", "contenders.judge", "contenders/judge",  # a flag and a module of benchmarks
-    "Judge the drug alone",  # part of a benchmark's prompt
+    "--judged",  # a flag of benchmarks
 }  # fmt: skip
 KEYS = {"int8, brought back", "bytes of kept states", "a recorded pass", "in turn"}  # of stored results
 BESIDE = ("benchmarks", "demos", "docs", "examples")  # folders beside the package, whose texts are read too

@@ -48,6 +48,7 @@ METRIC_WORDS = {
     "chrf": MetricWords("chrF", "chrF", "Character n-grams that both share, from 0 to 1", True),
     "rouge_l": MetricWords("ROUGE-L", "ROUGE-L", "Longest common subsequence of words", True, drawn=False),
     "valid_json": MetricWords("Valid JSON", "valid JSON", "Share of replies that are JSON", True, drawn=False),
+    "judge_wins": MetricWords("Preferred by the judge", "of the prompts", "Share by a judge model, both orders; ties half", True),
     "empty": MetricWords("Empty replies", "empty replies", "", False, drawn=False),
     "cut_off": MetricWords("Replies cut off", "replies cut off", "Share that reached the token limit", False, drawn=False),
     "repeats": MetricWords("Replies that repeat", "replies that repeat", "The same four words three times", False, drawn=False),

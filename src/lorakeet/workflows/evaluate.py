@@ -73,6 +73,7 @@ def evaluate(options: EvaluateOptions, *, console: Console) -> Evaluated:
     own = None if options.metric is None else load_metric(options.metric)
     path = Path(options.run_or_adapter)
     opened = open_adapter(path, base=options.base, config=options.config, say=console.print).within(options.memory)
+    opened = dataclasses.replace(opened, config=with_judge_of(opened.config, options.judge))
     require_encodable(opened.config)
     rows = _rows_of_file(opened, options.data) if options.data else _rows_of_run(opened)
     workload = Workload(bool(rows.labels), sum(len(row.text) for row in rows.rows))
@@ -103,6 +104,13 @@ def evaluate(options: EvaluateOptions, *, console: Console) -> Evaluated:
         console.print(f"Report: {out / 'report.html'}", soft_wrap=True)
     show_results(report, console)
     return Evaluated(report)
+
+
+def with_judge_of(config: RunConfig, judge: str | None) -> RunConfig:
+    """The settings with another judge; that of the run is not called again by itself. Raises ConfigError if it is no address."""
+    changed = config.changed(evaluate={"judge": judge})
+    changed.evaluate.validate()
+    return changed
 
 
 def _rows_of_run(opened: Opened) -> _EvaluationRows:

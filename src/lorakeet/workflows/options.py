@@ -56,6 +56,7 @@ class EvaluateOptions:
     base: str | None = setting(None, _BASE)
     out: Path | None = setting(None, "Folder for a report; without it no report is written.")
     metric: str | None = setting(None, "Own metric of replies, such as my.py:score; that of the run's settings is not computed.")
+    judge: str | None = setting(None, "Model that compares replies of adapter and base, as URL#MODEL; it is sent the prompts.")
     memory: str | None = setting(None, _MEMORY)
 
 

@@ -15,6 +15,7 @@ import torch
 from lorakeet.config import RunConfig
 from lorakeet.core.adapter import Adapter
 from lorakeet.data.chat import Example
+from lorakeet.data.pack import Batch
 from lorakeet.data.pairs import encode_pair
 from lorakeet.data.rows import Row, row_groups
 from lorakeet.errors import DataError
@@ -23,10 +24,12 @@ from lorakeet.evaluate.preferences import TIE, PairPreferences, length_of_answer
 from lorakeet.evaluate.report.compose import language_report
 from lorakeet.evaluate.report.compose_preference import PreferenceScores, with_preferences
 from lorakeet.evaluate.report.report import Report
+from lorakeet.evaluate.wording import number
 from lorakeet.formats.detect import read_adapter
 from lorakeet.models.generate.score import row_losses
 from lorakeet.models.inject import activate, adapter_of, eject
 from lorakeet.models.text.adapters import add_adapter
+from lorakeet.models.text.compare import compare_outputs
 from lorakeet.models.text.model import TextModel
 from lorakeet.train.preference_spec import BASE, KTO, SFT, START, needs_reference
 from lorakeet.train.progress import counted
@@ -112,11 +115,13 @@ class PreferenceEvaluator(TextEvaluator):
             for name, sums in ((ADAPTER, adapter), (BASE_SYSTEM, base))
         ]
         replier = Replier(self.config, self.text, self.encoder, self.console, self.name, self.metric)
+        answered = replier.answered(chosen, [row for row in baseline_rows if row.desirable is not False])
         report = language_report(
             title, adapter=losses[0], base=losses[1], texts=[text_of_turns(row, supervised=False) for row in chosen],
             truths=[text_of_turns(row, supervised=True) for row in chosen], sources=[row.source for row in chosen], spec=spec,
-            answered=replier.answered(chosen, [row for row in baseline_rows if row.desirable is not False]),
+            answered=answered,
         )  # fmt: skip
+        report = self.with_judge(report, chosen, answered)
         if self._rated and len(wanted) == len(rows):
             missing = "The evaluated answers are all wanted, so no preference can be measured. Evaluate rows of both labels."
             return replace(report, warnings=(missing, *report.warnings))
@@ -127,6 +132,19 @@ class PreferenceEvaluator(TextEvaluator):
         said = [f"{left_out} rows longer than {self.encoder.spec.max_tokens} tokens were left out of the evaluation."]
         report = with_preferences(report, scores, spec)
         return replace(report, warnings=(*said[: bool(left_out)], *report.warnings))
+
+    def drift_from_reference(self, batches: Sequence[Batch]) -> str:
+        """Mean KL(reference ‖ adapter) a token with its interval, where the reference is an adapter."""
+        held = self.reference or reference_adapter(self.config)
+        if held is None or reference_path(self.config) is None:
+            return ""
+        add_adapter(self.text, held, REFERENCE)
+        try:
+            kl = compare_outputs((self.text, REFERENCE), (self.text, self.name), batches, spec=self.config.evaluate).mean_kl
+        finally:
+            eject(self.text.model, REFERENCE)
+            activate(self.text.model, self.name)
+        return f". From the reference, on the same texts: {number(kl.value, 4)} ({number(kl.low, 4)} to {number(kl.high, 4)})"
 
     def _reference_adapter(self) -> Adapter | None:
         """The reference; for the base pairs that add nothing, which take the adapter's path through the kernels."""

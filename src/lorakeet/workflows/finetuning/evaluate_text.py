@@ -13,15 +13,16 @@ from lorakeet.config import RunConfig
 from lorakeet.core.initialise import seed_for
 from lorakeet.data.chat import Candidates, Encoder, Example, encode_rows
 from lorakeet.data.few_shot import FewShot, choose_examples
-from lorakeet.data.pack import micro_batches
+from lorakeet.data.pack import Batch, micro_batches
 from lorakeet.data.prepare import unnamed_labels_note
 from lorakeet.data.rows import Row, row_groups
 from lorakeet.errors import ConfigError, DataError
 from lorakeet.evaluate.answers import Answers
 from lorakeet.evaluate.baselines import majority_class, tfidf_logistic
+from lorakeet.evaluate.judge import ReplyPair
 from lorakeet.evaluate.likelihood import RowLosses, label_log_probs
 from lorakeet.evaluate.own_metric import OwnMetric
-from lorakeet.evaluate.report.compose import classification_report, language_report
+from lorakeet.evaluate.report.compose import Answered, classification_report, language_report
 from lorakeet.evaluate.report.report import Drift, Report
 from lorakeet.evaluate.temperature import calibrated
 from lorakeet.models.generate.sample import sample
@@ -32,6 +33,7 @@ from lorakeet.models.text.encoder import require_encoder, text_embedder
 from lorakeet.models.text.model import TextModel
 from lorakeet.train.progress import counted
 from lorakeet.workflows.finetuning.reply import ADAPTER, BASE, FEW_SHOT, FewShotLimits, Replier, few_shot_limits
+from lorakeet.workflows.replying.judge_server import compared_by_judge
 
 NO_FEW_SHOT = (
     "There is no few-shot base: no training row can be shown to it, since they have tools, or do not fit beside a row into "
@@ -101,6 +103,7 @@ class TextEvaluator:
             report = language_report(
                 title, base=losses[0], adapter=losses[1], texts=texts, truths=truths, answered=answered, **about
             )
+            report = self.with_judge(report, rows, answered)
         left_out = len(self.rows) - len(rows)
         warnings = [f"{left_out} rows longer than {self.encoder.spec.max_tokens} tokens were left out of the evaluation."]
         few_shot = any(system.name == FEW_SHOT for system in report.systems)
@@ -109,6 +112,17 @@ class TextEvaluator:
         if baseline_rows and not few_shot and self._wants_few_shot(rows):
             added.append(NO_FEW_SHOT)
         return replace(report, warnings=(*warnings[: bool(left_out)], *report.warnings, *added))
+
+    def with_judge(self, report: Report, rows: Sequence[Row], answered: Answered | None) -> Report:
+        """The report with what evaluate.judge says of the replies to `rows`, if it is given and there are some."""
+        if answered is None:
+            return report
+        adapter, base = answered.adapter, answered.base
+        pairs = [
+            ReplyPair(_before_last(rows[row]), *texts)
+            for row, *texts in zip(answered.rows, adapter.references, adapter.texts, base.texts, strict=True)
+        ]
+        return compared_by_judge(report, pairs, (ADAPTER, BASE), self.config.evaluate, self.console, adapter.groups)
 
     def _wants_few_shot(self, rows: Sequence[Row]) -> bool:
         """True if a few-shot base should answer these rows, by the settings."""
@@ -126,7 +140,12 @@ class TextEvaluator:
             return None
         batches = micro_batches(examples, self.config.train.micro_tokens, padded=self.text.pads)
         parity = compare_outputs((self.text, None), (self.text, self.name), batches, spec=spec)
-        return Drift(parity.mean_kl, len(examples), f"{parity.tokens:,} tokens sampled at temperature 1, seed {spec.seed}")
+        detail = f"{parity.tokens:,} tokens sampled at temperature 1, seed {spec.seed}{self.drift_from_reference(batches)}"
+        return Drift(parity.mean_kl, len(examples), detail)
+
+    def drift_from_reference(self, batches: Sequence[Batch]) -> str:
+        """What the report adds about the drift from another adapter on these texts; nothing here."""
+        return ""
 
     def fitting(self) -> list[Row]:
         """The rows of at most data.max_tokens tokens."""

@@ -19,7 +19,7 @@ from lorakeet.config import RunConfig
 from lorakeet.core.adapter import Adapter
 from lorakeet.data.chat import Encoded
 from lorakeet.data.rows import Row
-from lorakeet.errors import ConfigError, VerificationFailed
+from lorakeet.errors import ConfigError, DataError, VerificationFailed
 from lorakeet.evaluate.certificate import Certificate, Check, tolerance_check
 from lorakeet.evaluate.report.report import Report
 from lorakeet.formats.detect import read_adapter
@@ -69,6 +69,9 @@ class PreferenceRunKind(TextRunKind):
         config = setup.config
         desirable: tuple[list[bool], list[bool]] = ([], [])
         if config.train.objective == KTO:
+            part, rows = setup.evaluated
+            if not any(row.desirable for row in rows):
+                raise DataError(f"None of the {len(rows)} {part} rows has an answer that is wanted. Add some of label true.")
             desirable = (_desirable(setup.dataset.train, setup.train), _desirable(setup.dataset.held_out, setup.held_out))
         make = partial(PreferenceTask, preference=config.preference.resolved(config.train.objective), desirable=desirable)
         return cast(PreferenceTask, text_task(setup, make=make))

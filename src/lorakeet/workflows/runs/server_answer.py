@@ -55,10 +55,14 @@ class _Https(urllib.request.HTTPSHandler):
         return self.do_open(partial(_TimedTls, context=self._context), req)  # type: ignore[attr-defined]
 
 
-def open_answer(url: str, body: Mapping[str, Any] | None = None) -> Any:
-    """The open answer to a GET, or to a POST of `body` as JSON. Raises what urllib raises: OSError, ValueError, HTTPException."""
+def open_answer(url: str, body: Mapping[str, Any] | None = None, *, key: str = "") -> Any:
+    """The open answer to a GET, or to a POST of `body` as JSON; `key` is sent as a bearer token.
+
+    Raises what urllib raises: OSError, ValueError, HTTPException.
+    """
     data = None if body is None else json.dumps(body).encode()
-    request = urllib.request.Request(url, data=data, headers={"Content-Type": "application/json"})
+    headers = {"Content-Type": "application/json", **({"Authorization": f"Bearer {key}"} if key else {})}
+    request = urllib.request.Request(url, data=data, headers=headers)
     return urllib.request.build_opener(_Http, _Https).open(request, timeout=SILENCE)
 
 

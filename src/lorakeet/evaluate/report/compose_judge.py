@@ -1,0 +1,43 @@
+"""Adds a judge model's preference to a report: a metric of both systems and their comparison, or why there is none."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+from lorakeet.evaluate.compare import compare_values
+from lorakeet.evaluate.intervals import mean
+from lorakeet.evaluate.judge import JudgeVotes
+from lorakeet.evaluate.report.report import Report
+from lorakeet.evaluate.spec import EvaluateSpec
+from lorakeet.evaluate.wording import signed
+
+JUDGE_WINS = "judge_wins"
+LEAST_SHARE = 0.5  # of the pairs that need a vote in both orders; with fewer there is no result
+
+
+def with_judge(report: Report, found: JudgeVotes, systems: tuple[str, str], spec: EvaluateSpec) -> Report:
+    """The report with the judge's preference between two systems, the left one first, after all other comparisons."""
+    complete, total, name = int(found.complete.sum()), len(found.votes), found.judge
+    if complete < max(1, LEAST_SHARE * total):
+        few = f"The judge {name} gave a vote in both orders for {complete} of {total} prompts, too few for a result."
+        return replace(report, warnings=(*report.warnings, f"{few} Take a larger model."))
+    wins, bias = found.wins, found.position_bias
+    groups = None
+    if found.groups is not None:
+        groups = tuple(group for group, one in zip(found.groups, found.complete, strict=True) if one)
+    shares = dict(zip(systems, (mean(each, spec=spec, groups=groups) for each in (wins, 1 - wins)), strict=True))
+    known = tuple(
+        replace(system, metrics={**system.metrics, JUDGE_WINS: shares[system.name]}) if system.name in shares else system
+        for system in report.systems
+    )
+    said = [f"The judge {name} gave no vote in both orders for {total - complete} of {total} prompts; they are left out."]
+    said, effect, comparisons = said[: complete < total], float(wins.mean() - 0.5), report.comparisons
+    if abs(bias) >= abs(effect):
+        said.append(
+            f"The judge {name} prefers the reply that it reads first by {signed(bias)}, no less than it prefers the {systems[0]} "
+            f"({signed(effect)}): its preference is no verdict. Take another judge, or more prompts (evaluate.answers)."
+        )
+    else:
+        compared = compare_values(systems, JUDGE_WINS, (wins, 1 - wins), spec, groups=groups)
+        comparisons = (*comparisons, replace(compared, test=f"{compared.test}, position bias {signed(bias)}"))
+    return replace(report, systems=known, comparisons=comparisons, warnings=(*report.warnings, *said))
