@@ -33,7 +33,7 @@ from lorakeet.models.text.encoder import require_encoder, text_embedder
 from lorakeet.models.text.model import TextModel
 from lorakeet.train.progress import counted
 from lorakeet.workflows.finetuning.reply import ADAPTER, BASE, FEW_SHOT, FewShotLimits, Replier, few_shot_limits
-from lorakeet.workflows.replying.judge_server import compared_by_judge
+from lorakeet.workflows.runs.judge_server import compared_by_judge
 
 NO_FEW_SHOT = (
     "There is no few-shot base: no training row can be shown to it, since they have tools, or do not fit beside a row into "

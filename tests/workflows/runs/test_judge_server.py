@@ -15,7 +15,7 @@ from lorakeet.evaluate.judge import ReplyPair
 from lorakeet.evaluate.report.compose_judge import JUDGE_WINS
 from lorakeet.evaluate.report.report import Report, SystemResult
 from lorakeet.evaluate.spec import EvaluateSpec
-from lorakeet.workflows.replying.judge_server import KEY, JudgeServer, compared_by_judge
+from lorakeet.workflows.runs.judge_server import KEY, JudgeServer, compared_by_judge
 from tiny.runs import quiet
 
 REPORT = Report("t", task="language", systems=(SystemResult("adapter", "adapter", {}), SystemResult("base", "base", {})))
