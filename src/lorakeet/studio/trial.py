@@ -138,7 +138,9 @@ def _require_good(answer: HTTPResponse) -> None:
         raise EnvironmentProblem(text)
 
 
-def _sent(trial: TriedModel, method: str, path: str, body: Mapping[str, Any] | None = None, seconds: float = _SECONDS) -> HTTPResponse:
+def _sent(
+    trial: TriedModel, method: str, path: str, body: Mapping[str, Any] | None = None, seconds: float = _SECONDS
+) -> HTTPResponse:
     """The open answer of the server; closing it closes the connection."""
     connection = HTTPConnection(LOOPBACK_ADDRESS, trial.port, timeout=seconds)
     headers = {"authorization": f"Bearer {trial.key}", "content-type": "application/json", "connection": "close"}
