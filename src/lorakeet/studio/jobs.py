@@ -137,6 +137,11 @@ class Queue:
         """The newest job that made or resumed the run `name`."""
         return next((job for job in reversed(self.jobs()) if job.run == name), None)
 
+    def ahead(self, job: Job) -> int:
+        """The number of jobs on its device that run or wait before it."""
+        earlier = (other for other in self.jobs() if other.made < job.made and _same_device(job.device, other.device))
+        return sum(other.state in ("running", "waiting") for other in earlier)
+
     def start_waiting(self) -> list[Job]:
         """Starts the oldest waiting job of each device on which none runs; returns what was started."""
         started = []
