@@ -1,18 +1,18 @@
-"""Claim: a GPU computes longer than launching takes (10 µs each): 2,048 tokens of 8B, 8,192 of 1B, 2,048 of any with CUDA graphs.
+"""Claim: a block of 8B launches at most 90 kernels in both passes, 110 with NF4; est. ahead of unsloth on an H100.
 
-    python benchmarks/launches.py [--rate 400]
+    python benchmarks/launches.py [--rate 700] [--bandwidth 2.7]
 
 Counted on shapes, without a GPU: the operations of the forward and backward pass of a micro-batch that launch kernels on a CUDA
-device (views and empty tensors launch none), and their FLOPs. Two depths of a model give those of a block and those of the rest.
-The optimizer's are few, for all parameters at once. Weights are dense; dequantising one takes one operation or a few. Three
-variants are counted: torch's operations; norms, gates and rotary positions by Lorakeet's Triton kernels (`model.kernels triton`),
-one operation each; and the decoder's passes as CUDA graphs (`train.cuda_graphs`), one operation each, beside copying rows into
-their slots, the output head, and adding the gradients.
+device (views and empty tensors launch none). Two depths of a model give those of a block and those of the rest. A step's first
+micro-batch makes copies of A and B; later ones add to gradients: the larger count is given. The optimizer's are few. Three
+variants: torch's operations; norms, gates, rotary positions and the loss by fused kernels, one operation each; the decoder's
+passes as CUDA graphs (`train.cuda_graphs`), one operation each, beside copying rows into their slots and the head.
 
-The rate is an assumption, to be given for other GPUs: 400 TFLOP/s, about what plain bf16 products reach on an H100. "Even" is how
-long an operation may take the host until the GPU waits for it; a fast host launches in 5 µs. Rows of 512 tokens without a shared
-prefix, packed, half of each a target. The host's other work (seeds, names of rows, checking each parameter) is not counted. **Not
-run on a GPU.**
+**Every time is an estimate.** An operation takes its FLOPs at --rate TFLOP/s or its bytes at --bandwidth TB/s, whichever is
+longer (an H100 reaches about 700 and 2.7). The host takes 5 µs for a launch of torch and 11 for one of Triton, as fused
+kernels are (vLLM PR 34838 measured 8.7 on a fast host, tritonbench 11); it works beside the GPU. Unsloth is arithmetic on the
+same operations: it multiplies pairs layer by layer, so that x is read and ∂x written for each of seven; with checkpointing,
+its default, blocks pass forward twice. Rows of 512 tokens, packed, half of each a target. **Not run on a GPU.**
 """
 
 from __future__ import annotations
@@ -23,6 +23,7 @@ import sys
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, TypeVar
 from unittest.mock import patch
@@ -31,55 +32,89 @@ import torch
 from contenders.planned_run import read_settings
 from harness.machine import origin, write_result
 from plan_accuracy import published_shape
+from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 
 from lorakeet.kernels.cpu import elementwise
 from lorakeet.kernels.device import standing_for
-from lorakeet.memory.ledger import Ledger
+from lorakeet.memory.ledger import FLOPS, Ledger
 from lorakeet.models.targets import plan_for
 from lorakeet.models.text.adapters import initialise_adapter
 from lorakeet.models.text.cuda_graphs import BatchShape, GraphedModel
-from lorakeet.models.text.from_config import config_from_settings, model_from_config
+from lorakeet.models.text.from_config import ShapeBase, config_from_settings, model_from_config
+from lorakeet.quant.construct import empty_base
 from lorakeet.workflows.planning.rehearse_text import RowShape, training_on
 
 MODELS = ("HuggingFaceTB/SmolLM2-135M", "meta-llama/Llama-3.2-1B", "meta-llama/Llama-3.1-8B")
-TOKENS, LENGTH = (512, 2048, 8192), 512
-KERNELS = ("torch", "triton", "graphs")  # of norms, gates and rotary positions; graphs: torch's, in CUDA graphs
-FEW = (4, 6)  # blocks; the difference is what a block launches
-CLAIMED = {MODELS[1]: 8192, MODELS[2]: 2048}  # tokens from which on the host may take LAUNCH a launch
-RECORDED = 2048  # the same with CUDA graphs, for any model
-LAUNCH = 10e-6  # seconds
-SEVERAL = {"card_rows_backward": 6}  # of those that launch several: four, and two sums over groups of heads
+TOKENS, LENGTH, RANK = (512, 2048, 8192), 512, 16
+BASES = ("none", "nf4")
+KERNELS = ("torch", "fused", "graphs")  # of norms, gates and rotary positions; graphs: torch's, in CUDA graphs
+FEW = (2, 4)  # blocks; the difference is what a block launches
+MOST = {"none": 90, "nf4": 110}  # launches of a block of 8B by fused kernels
+LAUNCH = {"torch": 5e-6, "triton": 11e-6}  # seconds of the host
+PEAK = 989e12  # of an H100, FLOP/s
+SEVERAL = {"flash_rows_backward": 6}  # of those that launch several: four, and two sums over groups of heads
+FUSED = ("norm", "norm_backward", "norm_again", "rotate_", "gated", "gated_backward_")  # one Triton kernel each
 CARD = torch.device("cuda")
 AT_ONCE = 64  # tensors that a launch of torch's _foreach_ operations takes, two lists of them
 QUIET = (  # operations that compute nothing
     "view", "_unsafe_view", "reshape", "transpose", "t", "permute", "expand", "slice", "select", "unsqueeze", "squeeze", "split",
     "split_with_sizes", "unbind", "detach", "alias", "as_strided", "empty", "empty_like", "new_empty", "empty_strided", "unfold",
-    "device", "_local_scalar_dense", "_reshape_alias", "lift_fresh", "is_same_size", "set_", "resize_",
+    "device", "_local_scalar_dense", "_reshape_alias", "lift_fresh", "is_same_size", "set_", "resize_", "new_empty_strided",
 )  # fmt: skip
 
 ResultT = TypeVar("ResultT")
 
 
-class Launches(TorchDispatchMode):
-    """Counts by name the operations that launch kernels. As a recorder (models/text/cuda_graphs) it counts what is recorded as
-    one.
-    """
+@dataclass
+class Counts:
+    """Launches of torch's kernels and of Triton's, by name; tensors of operations on several at once; estimated seconds of a GPU,
+    and its FLOPs."""
 
-    def __init__(self) -> None:
+    torch: Counter[str] = field(default_factory=Counter)
+    triton: Counter[str] = field(default_factory=Counter)
+    together: int = 0
+    seconds: float = 0.0
+    flops: int = 0
+
+    @property
+    def launches(self) -> int:
+        return self.torch.total() + self.triton.total()
+
+
+class Launches(TorchDispatchMode):
+    """Counts the operations that launch kernels. As a recorder (models/text/cuda_graphs) it counts what is recorded as one."""
+
+    def __init__(self, rate: float, bandwidth: float) -> None:
         super().__init__()
-        self.found: Counter[str] = Counter()
-        self.together = 0  # tensors that an operation for several has at once
-        self.recording = False
+        self.rate, self.bandwidth = rate, bandwidth
+        self.counts = Counts()
+        self.recording = self.paused = False
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        result = func(*args, **(kwargs or {}))
         name = func._schema.name.rpartition("::")[2]
-        if name not in QUIET and not self.recording:
-            if name.startswith("_foreach"):
-                self.together += len(args[0])
-            else:
-                self.found[name] += SEVERAL.get(name, 1)
-        return func(*args, **(kwargs or {}))
+        if name not in QUIET and not self.paused:
+            self._price(func, args, kwargs or {}, result)
+            if not self.recording:
+                self._count(name, args)
+        return result
+
+    def _count(self, name: str, args: Any) -> None:
+        if name.startswith("_foreach"):
+            self.counts.together += len(args[0])
+        else:
+            (self.counts.triton if name in FUSED else self.counts.torch)[name] += SEVERAL.get(name, 1)
+
+    def _price(self, func: Any, args: Any, kwargs: Any, result: Any) -> None:
+        """Adds the operation's work to the GPU's."""
+        count = FLOPS.get(getattr(func, "_overloadpacket", None))
+        flops = 0 if count is None else int(count(*args, **kwargs, out_val=result))
+        tensors = [each for each in tree_leaves((args, kwargs, result)) if isinstance(each, Tensor)]
+        moved = sum(each.numel() * each.element_size() for each in tensors)
+        self.counts.flops += flops
+        self.counts.seconds += max(flops / self.rate, moved / self.bandwidth)
 
     def warm(self, passes: Callable[[], ResultT]) -> ResultT:
         return self.record(passes)[1]
@@ -92,7 +127,7 @@ class Launches(TorchDispatchMode):
             self.recording = False
 
     def replay(self) -> None:
-        self.found["a recorded pass"] += 1
+        self.counts.torch["a recorded pass"] += 1
 
 
 class Unproved(GraphedModel):
@@ -108,8 +143,8 @@ class Unproved(GraphedModel):
 
 @contextmanager
 def passes_by(kernels: str) -> Iterator[None]:
-    """Triton's kernels run on no shapes; the operators in C, which are as many, do."""
-    if kernels != "triton":
+    """Fused kernels for GPUs run on no shapes; the operators in C, which are as many, do."""
+    if kernels != "fused":
         yield
         return
     with ExitStack() as stack:
@@ -118,63 +153,135 @@ def passes_by(kernels: str) -> Iterator[None]:
         yield
 
 
-def step_of(model: str, blocks: int, tokens: int, kernels: str) -> tuple[int, int, int]:
-    """Of both passes of one micro-batch: launches, but for those of operations on several tensors at once; how many tensors these
-    have; and FLOPs."""
+@contextmanager
+def unpacking(launches: Launches) -> Iterator[None]:
+    """A context in which bases of shapes are dequantised as real ones of their rows are, operation by operation."""
+
+    def unpacked(base: ShapeBase, out: Tensor, first: int) -> Tensor:
+        launches.paused = True
+        real = empty_base({**base.settings, "shape": tuple(out.shape)})
+        launches.paused = False
+        return real.unpack(out)
+
+    with patch.object(ShapeBase, "unpack_by_torch", unpacked):
+        yield
+
+
+def counts_of(
+    model: str, blocks: int, tokens: int, kernels: str, base: str = "none", *, rate: float = 700e12, bandwidth: float = 2.7e12
+) -> list[Counts]:
+    """What both passes of a step's first micro-batch launch, and those of a later one."""
     shape = published_shape(model, num_hidden_layers=blocks)
     settings = {
         "model.dtype": "bfloat16", "model.products": "bfloat16", "data.max_tokens": LENGTH, "train.micro_tokens": tokens,
-        "lora.rank": 16, "train.learning_rate": 1e-4,
+        "lora.rank": RANK, "train.learning_rate": 1e-4, "model.quantize": base,
     }  # fmt: skip
     config, precision = read_settings({"settings": {key: str(value) for key, value in settings.items()}})
+    found = []
     with Ledger(shape["vocab_size"]) as ledger, standing_for(CARD):
-        text = model_from_config(config_from_settings(shape), name="made-up", dtype=precision.dtype, products=precision.products)
+        made = {"dtype": precision.dtype, "products": precision.products, "quantize": precision.quantize}
+        text = model_from_config(config_from_settings(shape), name="made-up", **made)
         initialise_adapter(text, plan_for(text.model, config.lora, text.family), seed=0)
         task = training_on(text, config.train, RowShape(LENGTH, max(1, tokens // LENGTH), prompt=LENGTH // 2), 1).task
         (batch,) = task.batches(0)
-        launches = Launches()
+        launches = Launches(rate, bandwidth)
         if kernels == "graphs":
             parameters, room = task.parameters(), BatchShape.largest(LENGTH, tokens, len(batch.lengths))
             task.replayed = Unproved(text, parameters, launches, room)
             task.loss(batch)  # what is recorded once is not counted
-        with ledger.phase("passes"), passes_by(kernels), launches:
-            task.loss(batch).backward()
+        for _ in range(2):
+            launches.counts = Counts()
+            with ledger.phase("passes"), passes_by(kernels), unpacking(launches), launches:
+                task.loss(batch).backward()
+            found.append(launches.counts)
         ledger.close()
-    return launches.found.total(), launches.together, ledger.work["passes"].flops
+    return found
+
+
+@dataclass(frozen=True)
+class Block:
+    """What a block launches, in the micro-batch that launches more, and the rest of a model; seconds and FLOPs of both."""
+
+    torch: float
+    triton: float
+    rest_torch: float
+    rest_triton: float
+    together: float
+    seconds: float
+    rest_seconds: float
+    flops: float
+    rest_flops: float
+
+
+def block_of(model: str, tokens: int, kernels: str, base: str = "none", **rates: float) -> Block:
+    """A block's part and the rest, from two depths."""
+    few, more = (counts_of(model, blocks, tokens, kernels, base, **rates) for blocks in FEW)
+    apart = FEW[1] - FEW[0]
+    which = max((0, 1), key=lambda number: more[number].launches - few[number].launches)
+    one, other = few[which], more[which]
+
+    def split(value: Callable[[Counts], float]) -> tuple[float, float]:
+        block = (value(other) - value(one)) / apart
+        return block, value(one) - block * FEW[0]
+
+    of_torch, of_triton = split(lambda each: each.torch.total()), split(lambda each: each.triton.total())
+    seconds, flops = split(lambda each: each.seconds), split(lambda each: each.flops)
+    together, _ = split(lambda each: each.together)
+    return Block(of_torch[0], of_triton[0], of_torch[1], of_triton[1], together, *seconds, *flops)
+
+
+def line_of(model: str, tokens: int, kernels: str, base: str, rates: dict[str, float]) -> dict[str, Any]:
+    """The counts and estimates of a whole model."""
+    depth, block = published_shape(model)["num_hidden_layers"], block_of(model, tokens, kernels, base, **rates)
+    together = -(-int(block.together * depth) // AT_ONCE)
+    launched = {"torch": block.torch * depth + block.rest_torch + together, "triton": block.triton * depth + block.rest_triton}
+    host = sum(launched[kind] * LAUNCH[kind] for kind in LAUNCH)
+    computing, flops = block.seconds * depth + block.rest_seconds, block.flops * depth + block.rest_flops
+    longer = max(host, computing)
+    return {
+        "model": model, "base": base, "kernels": kernels, "tokens": tokens, "of_block": block.torch + block.triton,
+        "of_block_triton": block.triton, "launches": sum(launched.values()), "host": host, "computing": computing, "flops": flops,
+        "tokens_per_second": tokens / longer, "share_of_peak": flops / longer / PEAK,
+    }  # fmt: skip
+
+
+def unsloth_of(line: dict[str, Any], rates: dict[str, float]) -> dict[str, float]:
+    """Estimated tokens/s of unsloth on the operations of `line`, without and with its checkpointing."""
+    shape = published_shape(line["model"])
+    depth, tokens, hidden = shape["num_hidden_layers"], line["tokens"], shape["hidden_size"]
+    state = 2 * tokens * hidden  # bytes of x
+    more = depth * 3 * (state + 2 * state) / rates["bandwidth"]  # q, k, v and gate, up share one x: read thrice, ∂x thrice
+    alone = line["computing"] + more
+    products = line["flops"] / 3 / rates["rate"]  # of the forward pass: ∂W is not computed, so a third of both at the least
+    return {"without checkpointing": tokens / alone, "with checkpointing": tokens / (alone + products)}
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
-    parser.add_argument("--rate", type=float, default=400.0, help="TFLOP/s of the GPU")
+    parser.add_argument("--rate", type=float, default=700.0, help="TFLOP/s that products reach on the GPU")
+    parser.add_argument("--bandwidth", type=float, default=2.7, help="TB/s that passes reach")
     parser.add_argument("--results", type=Path, default=Path(__file__).with_name("results"), help="where the result is written")
     given = parser.parse_args(arguments)
+    rates = {"rate": given.rate * 1e12, "bandwidth": given.bandwidth * 1e12}
     about, lines = origin(), []
-    known: dict[tuple[str, int], float] = {}
-    print(f"{'model':14} passes {'tokens':>6} {'a block':>8} {'the rest':>8} {'in all':>7} {'computing':>10} {'even':>8}")
-    for model, kernels, tokens in itertools.product(MODELS, KERNELS, TOKENS):
-        depth = published_shape(model)["num_hidden_layers"]
-        (few, tensors, of_few), (more, of_tensors, of_more) = (step_of(model, blocks, tokens, kernels) for blocks in FEW)
-        apart = FEW[1] - FEW[0]
-        block, rest = (more - few) / apart, few - (more - few) / apart * FEW[0]
-        flops = known.setdefault((model, tokens), of_few + (of_more - of_few) / apart * (depth - FEW[0]))  # torch's: the first
-        together = -(-(tensors + (of_tensors - tensors) // apart * (depth - FEW[0])) // AT_ONCE)
-        launches, computing = round(block * depth + rest) + together, flops / given.rate / 1e12
-        even = computing / launches
-        lines.append({"model": model, "kernels": kernels, "tokens": tokens, "of_block": block, "of_rest": rest,
-                      "launches": launches, "flops": flops, "computing": computing, "even": even})  # fmt: skip
+    print(f"{'model':14} base {'passes':6} {'tokens':>6} {'a block':>8} {'in all':>7} {'host':>9} {'GPU':>10} {'tokens/s':>9}")
+    for model, base, kernels, tokens in itertools.product(MODELS, BASES, KERNELS, TOKENS):
+        line = line_of(model, tokens, kernels, base, rates)
+        if kernels == "fused" and model == MODELS[-1]:
+            line["unsloth"] = unsloth_of(line, rates)
+        lines.append(line)
         print(
-            f"{model.rpartition('/')[2]:14} {kernels:6} {tokens:6} {block:8.1f} {rest:8.1f} {launches:7} "
-            f"{computing * 1e3:7.1f} ms {even * 1e6:5.1f} µs",
+            f"{model.rpartition('/')[2]:14} {base:4} {kernels:6} {tokens:6} {line['of_block']:8.1f} {line['launches']:7.0f} "
+            f"{line['host'] * 1e3:6.1f} ms {line['computing'] * 1e3:7.1f} ms {line['tokens_per_second']:9,.0f}"
+            + "".join(f"; unsloth {how} {value:,.0f}" for how, value in line.get("unsloth", {}).items()),
             flush=True,
         )
-    claimed = [
-        line for line in lines
-        if line["tokens"] >= (RECORDED if line["kernels"] == "graphs" else CLAIMED.get(line["model"], TOKENS[-1] + 1))
-    ]  # fmt: skip
-    kept = all(line["even"] >= LAUNCH for line in claimed)
-    content = {"rate_tflops": given.rate, "lines": lines, "kept": kept}
+    claimed = [line for line in lines if "unsloth" in line]
+    kept = all(line["of_block"] <= MOST[line["base"]] for line in claimed)
+    ahead = all(line["tokens_per_second"] > max(line["unsloth"].values()) for line in claimed if line["tokens"] >= 2048)
+    content = {"rate_tflops": given.rate, "bandwidth_tb": given.bandwidth, "lines": lines, "kept": kept, "ahead": ahead}
     print(f"Written: {write_result('launches', content, seed=0, about=about, folder=given.results)}")
-    return 0 if kept else 1
+    return 0 if kept and ahead else 1
 
 
 if __name__ == "__main__":

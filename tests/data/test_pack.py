@@ -7,7 +7,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from lorakeet.data.chat import Example
-from lorakeet.data.pack import micro_batches, pack_examples, to_device
+from lorakeet.data.pack import micro_batches, pack_examples
 
 
 @st.composite
@@ -79,27 +79,6 @@ def test_types_and_device():
     batch = pack_examples([Example(np.arange(4), np.array([False, True, False, True]), "k", 0, False)]).to("cpu")
     assert {batch.ids.dtype, batch.target_ids.dtype, batch.target_positions.dtype, batch.positions.dtype} == {torch.int64}
     assert batch.target_positions.tolist() == [0, 2] and batch.target_ids.tolist() == [1, 3]
-
-
-class Noted:
-    """A tensor that says how it goes to another device."""
-
-    def __init__(self, kind):
-        self.device, self.said = torch.device(kind), []
-
-    def pin_memory(self):
-        self.said.append("pinned")
-        return self
-
-    def to(self, device, **how):
-        self.said.append((str(device), how))
-        return self
-
-
-def test_no_one_waits_for_what_goes_from_the_host_to_a_gpu_and_for_that_alone():
-    assert to_device(Noted("cpu"), "cuda:1").said == ["pinned", ("cuda:1", {"non_blocking": True})]
-    assert to_device(Noted("cuda"), torch.device("cpu")).said == [("cpu", {})]
-    assert to_device(Noted("cpu"), "cpu").said == [("cpu", {})]
 
 
 def test_what_cannot_be_packed():

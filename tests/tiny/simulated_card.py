@@ -26,8 +26,10 @@ from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves, tree_map
 
+from lorakeet.core.scratch import SCRATCH
 from lorakeet.kernels import choose, efficient_varlen, flash_varlen
 from lorakeet.quant import nf4
+from lorakeet.train import optimizer
 from tiny.flash import Flash
 
 CUDA, BELOW = torch.device("cuda", 0), torch.device("meta")  # what it says, and what torch's own code takes it for
@@ -145,7 +147,7 @@ class Card:
         if device is not None:
             kwargs = {**kwargs, "device": torch.device("cpu")}
         owners = {id(each.value): each for each in here}  # an operation in place returns its own argument
-        made = func(*tree_map(_value, args), **tree_map(_value, kwargs))
+        made = _by_cpu(func, *tree_map(_value, args), **tree_map(_value, kwargs))
         return tree_map(lambda each: owners[id(each)] if id(each) in owners else self._wrapped(each), made) if on_card else made
 
     def _own(self, func: Any, args: Any, kwargs: dict[str, Any]) -> Any:
@@ -210,6 +212,15 @@ class Card:
         if not isinstance(made, Tensor) or isinstance(made, CardTensor):
             return made
         return CardTensor(made, self)
+
+
+def _by_cpu(func: Any, *args: Any, **kwargs: Any) -> Any:
+    """An operation on the CPU, also where only a card takes whole numbers."""
+    if func._schema.name == "aten::histc" and not args[0].is_floating_point():
+        return func(args[0].double(), *args[1:], **kwargs).to(args[0].dtype)
+    if func._schema.name == "aten::mm" and func._overloadname == "dtype":
+        return torch.mm(args[0].to(args[2]), args[1].to(args[2]))
+    return func(*args, **kwargs)
 
 
 def _touches(given: Any) -> bool:
@@ -333,6 +344,7 @@ def _in_its_thread(card: Card, work: Any) -> Any:
 
     def run() -> None:
         try:
+            card.asked.here = True  # what torch itself makes there is on the card
             with card.modes():
                 made.append(work())
         except BaseException as error:
@@ -433,6 +445,8 @@ def _forget() -> None:
         kept.cache_clear()
     choose.CANDIDATES.clear()
     nf4._CACHED.clear()
+    optimizer._GRIDS.clear()
+    SCRATCH.clear()
 
 
 @contextmanager

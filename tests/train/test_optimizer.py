@@ -265,3 +265,15 @@ def test_cut_moments_are_the_kept_ones_rounded_once_more(shape: tuple[int, int],
     parameter.grad = torch.ones_like(parameter)
     optimizer.step()  # which takes the cut state as its own
     assert bool(torch.isfinite(parameter).all())
+
+
+@pytest.mark.parametrize("moments", ["float32", "8bit"])
+def test_a_step_is_counted_as_a_change(moments: str) -> None:
+    """By torch's version, which its fused AdamW leaves as it was: copies of A and B are made again after it (core/gpu_pairs)."""
+    parameters = {name: Parameter(torch.ones(8)) for name in ("p.A", "p.B")}
+    optimizer = Optimizer(parameters, TrainSpec(moments=moments))
+    before = [parameter._version for parameter in parameters.values()]
+    for parameter in parameters.values():
+        parameter.grad = torch.ones(8)
+    optimizer.step(0.1)
+    assert all(parameter._version > one for parameter, one in zip(parameters.values(), before, strict=True))

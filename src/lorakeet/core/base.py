@@ -18,6 +18,7 @@ from lorakeet.kernels.choose import dense_products
 from lorakeet.kernels.cpu import operators
 from lorakeet.kernels.cpu.int8_rows import MOST
 from lorakeet.kernels.cpu.stored import DENSE, INT8_ROWS, StoredWeight
+from lorakeet.kernels.device import is_cpu
 from lorakeet.kernels.protocol import Int8Products
 from lorakeet.kernels.tiled_weight import TiledWeight, TritonRequest
 
@@ -170,6 +171,8 @@ def add_frozen_product(to: Tensor, x: Tensor, weight: Tensor, *, across: bool = 
     if kernel is not None and to.dtype == x.dtype and to.is_contiguous():
         kernel.DENSE_PRODUCT_ADD(to, x, weight, across)
         torch.autograd.graph.increment_version(to)
+    elif not is_cpu(to.device) and to.dtype == x.dtype:
+        to.addmm_(x, weight if across else weight.t())
     else:
         to.add_(frozen_product(x, weight, across=across))
 

@@ -3,7 +3,8 @@
     h = x·Aᵀ      y += s·h·Bᵀ            u = s·g·B      ∂x += u·A      ∂B = s·gᵀ·h      ∂A = uᵀ·x
 
 The rank-sized factor is multiplied first, so no (out, in) matrix is ever formed. A C kernel multiplies all pairs of a batch in
-one call (kernels/choose.low_rank_products); torch multiplies part by part, with the same result to rounding.
+one call (kernels/choose.low_rank_products); torch multiplies part by part, with the same result to rounding. On a device it does
+so with fewer operations (core/gpu_pairs).
 """
 
 from __future__ import annotations
@@ -15,8 +16,10 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from lorakeet.core.gpu_pairs import GpuPairs
 from lorakeet.core.math import add_low_rank, grad_of_b, shrink_grad
 from lorakeet.kernels.choose import low_rank_products
+from lorakeet.kernels.device import is_cpu
 from lorakeet.kernels.protocol import LowRankProducts
 
 
@@ -44,6 +47,7 @@ class PairProducts:
         """`products` is the dtype of the products; `in_c` False excludes the C kernel."""
         self.places, self.products = tuple(places), products
         self.kernel: LowRankProducts | None = None  # that multiplies all pairs in one call; None: torch
+        self.on_gpu: GpuPairs | None = None  # torch on a device
         alike = groupby(range(len(self.places)), lambda pair: self.places[pair][:2])
         self.parts = [(slice(*rows), list(pairs)) for rows, pairs in alike]  # rows, and indices of the pairs
         self._in_c = in_c
@@ -60,6 +64,10 @@ class PairProducts:
         self.kernel = low_rank_products(self.products, [x, *ys], factors, self._numbers) if self._in_c and factors else None
         if self.kernel is not None:
             return (self.kernel.TRAINED_PAIRS(list(ys), x, list(factors), self._numbers, self._scales),)
+        if not is_cpu(x.device) and factors:
+            layers = [place.layer for place in self.places]
+            self.on_gpu = GpuPairs(self.parts, self._scales, layers, factors, self.products)
+            return self.on_gpu.add(ys, x)
         shrunk: list[Tensor] = []
         for rows, pairs in self.parts:
             together = torch.mm(x[rows], self._all_a(pairs, factors).t())  # (tokens of the part, all its ranks)
@@ -84,6 +92,8 @@ class PairProducts:
             given = list(grads), shrunk[0], list(factors), self._numbers, self._scales
             u, of_b = self.kernel.TRAINED_PAIRS_BACKWARD(grad_x, *given)
             return (u,), _cut(of_b, factors[1::2])
+        if self.on_gpu is not None:
+            return self.on_gpu.backward(grad_x, grads, shrunk)
         through, of_bs = [], []
         for rows, pairs in self.parts:
             us = []
@@ -103,6 +113,8 @@ class PairProducts:
             return []
         if self.kernel is not None:
             return _cut(self.kernel.TRAINED_PAIRS_OF_A(through[0], x, list(factors), self._numbers), factors[::2])
+        if self.on_gpu is not None:
+            return self.on_gpu.of_a(through, x)
         found = [torch.mm(u.t(), x[rows]) for (rows, _), u in zip(self.parts, through, strict=True)]
         return self.split(found, factors)
 

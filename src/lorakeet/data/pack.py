@@ -8,7 +8,8 @@ from dataclasses import dataclass
 import numpy as np
 import torch
 
-from lorakeet.data.chat import Example
+from lorakeet.data.chat import Example, Ids
+from lorakeet.kernels.host_copies import together_on
 
 
 @dataclass(frozen=True, eq=False)
@@ -20,6 +21,7 @@ class Batch:
     target_positions: torch.Tensor  # (targets,) int64
     target_ids: torch.Tensor  # (targets,) int64
     keys: tuple[str, ...]  # one per row
+    numbers: tuple[Ids, Ids, Ids] | None = None  # ids, target positions and target ids on the host, where they are known there
 
     @property
     def tokens(self) -> int:
@@ -49,16 +51,22 @@ class Batch:
         return self.rows_of_tokens[self.target_positions]
 
     def to(self, device: torch.device | str) -> Batch:
-        """The same batch with its tensors on another device."""
-        ids, positions, targets = (to_device(each, device) for each in (self.ids, self.target_positions, self.target_ids))
-        return Batch(ids, self.lengths, positions, targets, self.keys)
+        """The same batch with its tensors on another device, to which they are copied at once."""
+        numbers, tensors = self.numbers, (self.ids, self.target_positions, self.target_ids)
+        if numbers is None and type(self.ids) is torch.Tensor and self.ids.device.type == "cpu":
+            numbers = self.on_host()
+        if self.ids.device.type == "cpu" and torch.device(device).type == "cuda" and numbers is not None:
+            ids, positions, targets = together_on(numbers, torch.device(device))
+        else:
+            ids, positions, targets = (each.to(device) for each in tensors)
+        return Batch(ids, self.lengths, positions, targets, self.keys, numbers)
 
-
-def to_device(tensor: torch.Tensor, device: torch.device | str) -> torch.Tensor:
-    """Copies `tensor` to `device`. From the host to CUDA the copy is asynchronous, through pinned memory."""
-    if tensor.device.type != "cpu" or torch.device(device).type != "cuda":
-        return tensor.to(device)
-    return tensor.pin_memory().to(device, non_blocking=True)
+    def on_host(self) -> tuple[Ids, Ids, Ids]:
+        """Ids, target positions and target ids on the host. Where they are known on a device alone, the host waits for it."""
+        if self.numbers is not None:
+            return self.numbers
+        ids, positions, targets = (each.cpu().numpy() for each in (self.ids, self.target_positions, self.target_ids))
+        return ids, positions, targets
 
 
 def pack_examples(examples: Sequence[Example]) -> Batch:
@@ -74,13 +82,10 @@ def pack_examples(examples: Sequence[Example]) -> Batch:
         positions.append(supervised + start - 1)
         targets.append(example.ids[supervised])
         start += len(example.ids)
-    return Batch(
-        ids=torch.from_numpy(np.concatenate([example.ids for example in examples])),
-        lengths=tuple(len(example.ids) for example in examples),
-        target_positions=torch.from_numpy(np.concatenate(positions)),
-        target_ids=torch.from_numpy(np.concatenate(targets)),
-        keys=tuple(example.key for example in examples),
-    )
+    numbers = np.concatenate([example.ids for example in examples]), np.concatenate(positions), np.concatenate(targets)
+    ids, places, wanted = (torch.from_numpy(each) for each in numbers)
+    lengths, keys = tuple(len(example.ids) for example in examples), tuple(example.key for example in examples)
+    return Batch(ids, lengths, places, wanted, keys, numbers)
 
 
 def micro_batches(examples: Sequence[Example], max_tokens: int, *, padded: bool = False) -> list[Batch]:

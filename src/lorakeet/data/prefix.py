@@ -13,63 +13,80 @@ more tokens than batches without sharing.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from itertools import groupby, pairwise
 
 import numpy as np
-import torch
 from torch import Tensor
 
 from lorakeet.data.chat import Example, Ids
 from lorakeet.data.pack import Batch, even_bins, pack_examples
+from lorakeet.kernels.host_copies import together_on
 
 
 @dataclass(frozen=True, eq=False)
 class PrefixLayout:
-    """The layout of a batch: `prefix` tokens that belong to every row, then `lengths` own tokens of each row."""
+    """The layout of a batch: `prefix` tokens that belong to every row, then `lengths` own tokens of each row, then padding.
 
-    ids: Tensor  # (tokens,) int64
-    positions: Tensor  # (tokens,) int64, of each token in its row
+    It is computed on the host, and goes over to the batch's device at once.
+    """
+
+    ids: Tensor  # (tokens and padding,) int64
+    positions: Tensor  # (tokens and padding,) int64, of each token in its row
     lengths: tuple[int, ...]
     prefix: int
     target_positions: Tensor  # (targets,) int64: where each target is predicted
+    read: Tensor  # (n,) int64: the same places without repeats
+
+    @property
+    def tokens(self) -> int:
+        """Tokens without padding."""
+        return self.prefix + sum(self.lengths)
 
 
-def unshared_layout(batch: Batch) -> PrefixLayout:
-    """The layout of the batch without sharing."""
-    return PrefixLayout(batch.ids, batch.positions, batch.lengths, 0, batch.target_positions)
+def unshared_layout(batch: Batch, computed: Callable[[int], int] | None = None) -> PrefixLayout:
+    """The layout of the batch without sharing; `computed` says how many tokens are computed for so many, padding included."""
+    ids, targets, _ = batch.on_host()
+    return _laid(batch, (ids, _positions(batch.lengths), targets), 0, computed)
 
 
-def shared_layout(batch: Batch) -> PrefixLayout:
+def shared_layout(batch: Batch, computed: Callable[[int], int] | None = None) -> PrefixLayout:
     """The layout with the common prefix of all rows once; each row keeps at least its last token."""
-    prefix = _shared(batch)
+    ids, targets, _ = batch.on_host()
+    prefix = _shared(ids, batch.lengths)
     if not prefix:
-        return unshared_layout(batch)
-    starts = torch.cumsum(torch.tensor([0, *batch.lengths]), 0)
-    kept = torch.ones(batch.tokens, dtype=torch.bool)
-    for start in starts[1:-1].tolist():
-        kept[start : start + prefix] = False
-    places = torch.cumsum(kept, 0) - 1  # new position of each kept token
-    positions = batch.positions.cpu()
-    places = torch.where(positions < prefix, positions, places)  # tokens of the prefix map to the first row's
-    kept, places = kept.to(batch.ids.device), places.to(batch.ids.device)
-    return PrefixLayout(
-        ids=batch.ids[kept],
-        positions=batch.positions[kept],
-        lengths=tuple(length - prefix for length in batch.lengths),
-        prefix=prefix,
-        target_positions=places[batch.target_positions],
-    )
+        return unshared_layout(batch, computed)
+    positions, rows = _positions(batch.lengths), np.repeat(np.arange(len(batch.lengths)), batch.lengths)
+    kept = (positions >= prefix) | (rows == 0)
+    places = np.where(positions < prefix, positions, np.cumsum(kept) - 1)  # of each token: the first row has the prefix
+    return _laid(batch, (ids[kept], positions[kept], places[targets]), prefix, computed)
 
 
-def _shared(batch: Batch) -> int:
+def _laid(batch: Batch, numbers: tuple[Ids, Ids, Ids], prefix: int, computed: Callable[[int], int] | None) -> PrefixLayout:
+    """The layout of ids, positions and target positions."""
+    *of_tokens, targets = numbers
+    padding = 0 if computed is None else computed(len(of_tokens[0])) - len(of_tokens[0])
+    padded = (np.concatenate([each, np.zeros(padding, np.int64)]) if padding else each for each in of_tokens)
+    read = np.unique(targets) if prefix else targets
+    ids, positions, places, once = together_on([*padded, targets, read], batch.ids.device)
+    return PrefixLayout(ids, positions, tuple(length - prefix for length in batch.lengths), prefix, places, once)
+
+
+def _positions(lengths: Sequence[int]) -> Ids:
+    """Position of each token in its row."""
+    return np.concatenate([np.arange(length, dtype=np.int64) for length in lengths])
+
+
+def _shared(ids: Ids, lengths: Sequence[int]) -> int:
     """Length of the common prefix of all rows; 0 for a single row."""
-    most = min(batch.lengths) - 1
-    if len(batch.lengths) < 2 or most < 1:
+    most = min(lengths) - 1
+    if len(lengths) < 2 or most < 1:
         return 0
-    beginnings = torch.stack([row[:most] for row in batch.ids.split(list(batch.lengths))])  # type: ignore[no-untyped-call]
-    return int((beginnings == beginnings[0]).all(0).cumprod(0).sum())
+    starts = np.cumsum([0, *lengths[:-1]])
+    beginnings = ids[starts[:, None] + np.arange(most)]
+    differ = np.flatnonzero((beginnings != beginnings[0]).any(0))
+    return int(differ[0]) if len(differ) else most
 
 
 PASS = 128  # fixed cost of a forward pass, in tokens, with weights in memory

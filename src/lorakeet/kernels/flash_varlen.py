@@ -22,11 +22,13 @@ from dataclasses import dataclass
 from itertools import accumulate
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 
 from lorakeet.kernels.cpu.attention import RowAttention, attention_backward_shapes, attention_shapes, scores_of
 from lorakeet.kernels.cpu.operators import define
+from lorakeet.kernels.host_copies import together_on
 from lorakeet.kernels.protocol import Situation
 
 DTYPES = (torch.bfloat16, torch.float16)
@@ -117,8 +119,9 @@ def sequence_lengths(rows: Sequence[int], prefix: int, tokens: int) -> tuple[lis
 def sequences(rows: tuple[int, ...], prefix: int, tokens: int, device: torch.device) -> Sequences:
     """The sequences, shared by all layers with these rows, so that they are copied to the GPU once."""
     queries, keys = sequence_lengths(rows, prefix, tokens)
-    of_queries, of_keys = (torch.tensor([0, *accumulate(each)], dtype=torch.int32, device=device) for each in (queries, keys))
+    offsets = [[0, *accumulate(each)] for each in (queries, keys)]
     if not prefix:
+        of_queries, of_keys = _int32(offsets, device)
         return Sequences(of_queries, of_keys, max(queries), max(keys))
     begins = [0, *accumulate(queries)]
     parts = [range(begin, begin + length) for begin, length in zip(begins, queries, strict=False)]
@@ -129,8 +132,13 @@ def sequences(rows: tuple[int, ...], prefix: int, tokens: int, device: torch.dev
             gathered += parts[0]
         own += range(len(gathered), len(gathered) + len(part))
         gathered += part
-    places = (torch.tensor(each, dtype=torch.int32, device=device) for each in (gathered, own, [[*each] for each in shared]))
+    of_queries, of_keys, *places = _int32([*offsets, gathered, own, [[*each] for each in shared]], device)
     return Sequences(of_queries, of_keys, max(queries), max(keys), *places)
+
+
+def _int32(numbers: Sequence[Sequence[Any]], device: torch.device) -> list[Tensor]:
+    """Lists of whole numbers on `device`."""
+    return together_on([np.array(each, np.int32) for each in numbers], device)
 
 
 def flash_forward(laid: Sequences, states: tuple[Tensor, ...], scale: float, window: int) -> tuple[Tensor, Tensor]:
@@ -143,7 +151,7 @@ def flash_forward(laid: Sequences, states: tuple[Tensor, ...], scale: float, win
 def flash_backward(laid: Sequences, given: tuple[Tensor, ...], scale: float, window: int) -> tuple[Tensor, Tensor, Tensor]:
     """∂Q, ∂K and ∂V of `flash_forward`, from ∂O, Q, K, V, O and the logs."""
     device = given[0].device
-    no_dropout = torch.zeros(2, dtype=torch.uint64, device=device), torch.empty(0, device=device)
+    no_dropout = torch.empty(2, dtype=torch.uint64, device=device), torch.empty(0, device=device)  # a state that is not read
     places = laid.queries, laid.keys, laid.most_queries, laid.most_keys, 0.0, window == EVERYTHING
     of_q, of_k, of_v = torch.ops.aten._flash_attention_backward(*given, *places, *no_dropout, scale=scale, **_seen_in(window))
     return of_q, of_k, of_v

@@ -18,6 +18,7 @@ import torch
 from torch import Tensor
 from torch.nn import Parameter
 
+from lorakeet.core.gpu_pairs import announces_changes
 from lorakeet.errors import ConfigError
 from lorakeet.train.spec import TrainSpec
 
@@ -46,6 +47,7 @@ class Optimizer:
         bs = [parameter for name, parameter in parameters.items() if is_b(name)]
         groups = [{"params": group, "factor": factor} for group, factor in ((others, 1.0), (bs, self.ratio)) if group]
         owner: Any = AdamW8bit if spec.moments == "8bit" else partial(torch.optim.AdamW, fused=True)
+        announces_changes(self.parameters.values())
         self.adamw: torch.optim.Optimizer = owner(
             groups, lr=0.0, betas=(spec.beta1, spec.beta2), eps=spec.epsilon, weight_decay=spec.weight_decay
         )
@@ -55,6 +57,7 @@ class Optimizer:
         for group in self.adamw.param_groups:
             group["lr"] = learning_rate * group["factor"]
         self.adamw.step()
+        torch.autograd.graph.increment_version(list(self.parameters.values()))  # which torch's fused AdamW leaves as it was
         self.adamw.zero_grad(set_to_none=True)
 
     def state(self) -> dict[str, Tensor]:
@@ -126,14 +129,17 @@ def _first_state(parameter: Tensor) -> dict[str, Tensor]:
 
 
 def _advance(parameter: Tensor, gradient: Tensor, first: Tensor, second: Tensor, step: Tensor, group: dict[str, Any]) -> None:
-    """AdamW's step (https://arxiv.org/abs/1711.05101) in place, on tensors of one shape: m and v, then the parameter."""
+    """AdamW's step (https://arxiv.org/abs/1711.05101) in place, on tensors of one shape: m and v, then the parameter.
+
+    `step` is a number on the CPU, which operations on a device take as it is.
+    """
     beta1, beta2 = group["betas"]
-    rate, steps = group["lr"], step.to(parameter.device)
+    rate = group["lr"]
     first.lerp_(gradient, 1 - beta1)
     second.mul_(beta2).addcmul_(gradient, gradient, value=1 - beta2)
     parameter.mul_(1 - rate * group["weight_decay"])
-    below = second.sqrt().div_((1 - beta2**steps).sqrt()).add_(group["eps"])
-    parameter.sub_(first / below * (rate / (1 - beta1**steps)))
+    below = second.sqrt().div_((1 - beta2**step).sqrt()).add_(group["eps"])
+    parameter.sub_(first / below * (rate / (1 - beta1**step)))
 
 
 @cache
@@ -170,6 +176,19 @@ def grid(*, signed: bool) -> Tensor:
     return torch.tensor(_values(signed))
 
 
+def _grid_for(like: Tensor, *, signed: bool) -> Tensor:
+    """The grid on the device of `like`; what it was copied to is kept, but for a fake tensor (of a step on shapes)."""
+    if like.device.type == "cpu" or hasattr(like, "fake_mode"):
+        return grid(signed=signed).to(like.device)
+    found = _GRIDS.get((signed, like.device))
+    if found is None:
+        found = _GRIDS[signed, like.device] = grid(signed=signed).to(like.device)
+    return found
+
+
+_GRIDS: dict[tuple[bool, torch.device], Tensor] = {}
+
+
 def quantise_moments(values: Tensor, *, signed: bool) -> tuple[Tensor, Tensor]:
     """Codes (n,) uint8 of the grid values nearest to `values` (n,), and scales (n/256,). Unsigned, positives stay positive."""
     count = values.numel()
@@ -177,7 +196,7 @@ def quantise_moments(values: Tensor, *, signed: bool) -> tuple[Tensor, Tensor]:
     blocks = torch.nn.functional.pad(values, (0, short)).view(-1, BLOCK)
     scales = blocks.abs().amax(1)
     shares = blocks / scales.clamp(min=torch.finfo(torch.float32).tiny)[:, None]
-    steps = grid(signed=signed).to(values.device)
+    steps = _grid_for(values, signed=signed)
     codes = torch.bucketize(shares, (steps[1:] + steps[:-1]) / 2, out_int32=True)
     if not signed:
         codes = torch.where(blocks > 0, codes.clamp(min=1), codes)
@@ -186,5 +205,5 @@ def quantise_moments(values: Tensor, *, signed: bool) -> tuple[Tensor, Tensor]:
 
 def dequantise_moments(codes: Tensor, scales: Tensor, *, signed: bool) -> Tensor:
     """Dequantises codes and scales to (n,) fp32."""
-    shares = grid(signed=signed).to(codes.device)[codes.int()]
+    shares = _grid_for(codes, signed=signed)[codes.int()]
     return shares * scales.repeat_interleave(BLOCK)[: codes.numel()]

@@ -182,7 +182,7 @@ class RotaryAttention(Replacement):
                 self.original(hidden_states, position_embeddings=position_embeddings, attention_mask=attention_mask, **settings),
             )
         cos, sin = (part[0] for part in position_embeddings)
-        given = hidden_states[0], cos, sin, inputs, NormInputs.of(hidden_states)
+        given = hidden_states.flatten(0, 1), cos, sin, inputs, NormInputs.of(hidden_states)  # of one row: no gradient is copied
         states = cast(Tensor, RotaryAttentionFunction.apply(*given, *factors))  # type: ignore[no-untyped-call]
         outward = cast(nn.Module, self.original.o_proj)
         if self.only is None:

@@ -178,8 +178,11 @@ def _gated_backward(
         torch.autograd.graph.increment_version([gate, up, grad])  # so that a second backward pass through them raises
         return gate, up, p.out_of.of_a(through, grad, factors)
     active = p.activation.forward(gate)
-    parts = zip(p.out_of.parts, through, strict=True)
-    of_a = p.out_of.split([_times_product(u.t(), active[rows], up[rows]) for (rows, _), u in parts], factors)
+    if p.out_of.on_gpu is not None:
+        of_a = p.out_of.of_a(through, active * up, factors)
+    else:
+        parts = zip(p.out_of.parts, through, strict=True)
+        of_a = p.out_of.split([_times_product(u.t(), active[rows], up[rows]) for (rows, _), u in parts], factors)
     grad_gate = p.activation.backward(up.mul_(grad), gate)
     return grad_gate, active.mul_(grad), of_a
 
@@ -305,14 +308,16 @@ class RmsNormFunction(torch.autograd.Function):
         y, rho = rms_norm(x, weight, epsilon, kernels)
         ctx.save_for_backward(x, rho, weight)
         ctx.mark_non_differentiable(rho)
+        ctx.set_materialize_grads(False)  # else zeros are made for the gradient of ρ
         ctx.kernels = kernels
         return y, rho
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: Any, grad: Tensor, _: Tensor) -> tuple[Tensor | None, None, None, None]:
+    def backward(ctx: Any, grad: Tensor | None, _: None) -> tuple[Tensor | None, None, None, None]:
         x, rho, weight = ctx.saved_tensors
-        return rms_norm_backward(grad, x, rho, weight, ctx.kernels) if ctx.needs_input_grad[0] else None, None, None, None
+        wanted = grad is not None and ctx.needs_input_grad[0]
+        return rms_norm_backward(cast(Tensor, grad), x, rho, weight, ctx.kernels) if wanted else None, None, None, None
 
 
 class FrozenRmsNorm(Replacement):

@@ -10,6 +10,8 @@ from __future__ import annotations
 
 import inspect
 from collections import Counter
+from collections.abc import Iterator
+from itertools import pairwise
 from typing import cast
 
 import torch
@@ -48,15 +50,12 @@ class LoraExperts(AdaptedLayer):
         result = torch.zeros_like(hidden_states)
         counting = self.training and torch.is_grad_enabled()  # a streamed block runs a second time without gradients
         first = first_stack(self.original)
-        for expert in chosen_experts(top_k_index):
-            if expert >= self.count:  # transformers marks a dropped choice by an index past the last expert
-                continue
-            token, choice = torch.where(top_k_index == expert)
+        for expert, token, weight in shares_of_experts(top_k_index, top_k_weights, self.count):
             if counting:
                 self.tokens[expert] += len(token)
             inner = self._gated(self._project(pairs, first, expert, hidden_states[token]))
             out = self._project(pairs, "down_proj", expert, inner)
-            result = result.index_add(0, token, (out * top_k_weights[token, choice, None]).to(result.dtype))
+            result = result.index_add(0, token, (out * weight).to(result.dtype))
         return result
 
     def _gated(self, gate_up: Tensor) -> Tensor:
@@ -83,6 +82,25 @@ class LoraExperts(AdaptedLayer):
             factors = pair.A[expert], pair.B[expert], pair.scale
             out = low_rank_linear(x, base, factors, dropout=dropout, products=self.products)
         return out if biases is None else out + biases[expert].to(out.dtype)
+
+
+def shares_of_experts(top_k_index: Tensor, top_k_weights: Tensor, count: int) -> Iterator[tuple[int, Tensor, Tensor]]:
+    """Each expert below `count` that any token chose, with the tokens (n,) that chose it, and their weights (n, 1), in order.
+
+    transformers marks a dropped choice by an index past the last expert. On a CUDA device the host waits once: tokens are sorted
+    by expert there, and only how many each has is read.
+    """
+    if top_k_index.device.type != "cuda":
+        for expert in (each for each in chosen_experts(top_k_index) if each < count):
+            token, choice = torch.where(top_k_index == expert)
+            yield expert, token, top_k_weights[token, choice, None]
+        return
+    experts, order = top_k_index.flatten().sort(stable=True)
+    edges = torch.searchsorted(experts, torch.arange(count + 1, device=experts.device)).tolist()
+    tokens, weights = order // top_k_index.shape[1], top_k_weights.flatten().index_select(0, order)[:, None]
+    for expert, (start, stop) in enumerate(pairwise(edges)):
+        if start < stop:
+            yield expert, tokens[start:stop], weights[start:stop]
 
 
 def chosen_experts(top_k_index: Tensor) -> list[int]:

@@ -28,11 +28,13 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 from torch.nn import Parameter
 
+from lorakeet.core.gpu_pairs import fresh_copies
 from lorakeet.core.scratch import SCRATCH
 from lorakeet.core.tiled_product import RowSource
-from lorakeet.data.pack import Batch, to_device
+from lorakeet.data.pack import Batch
 from lorakeet.errors import EnvironmentProblem
 from lorakeet.kernels.flash_varlen import RowOffsets
+from lorakeet.kernels.host_copies import to_device
 from lorakeet.kernels.tiled_weight import TritonRequest
 from lorakeet.models.text.model import COUNTS, MULTIPLE, TextModel, padded_count
 
@@ -206,7 +208,7 @@ class GraphedModel:
         self.positions.zero_()
         offsets = RowOffsets(self.starts[: shape.rows + 1], min(shape.longest, shape.tokens))
         self.text.train()
-        with torch.enable_grad():
+        with torch.enable_grad(), fresh_copies():
             return self._warmed_and_recorded(self.ids[: shape.tokens], self.positions[: shape.tokens], offsets)
 
     def _warmed_and_recorded(self, *inputs: Any) -> RecordedGraphs:

@@ -30,6 +30,7 @@ from lorakeet.data.prefix import PASS, BatchLimits, PrefixLayout, prefix_batches
 from lorakeet.kernels.choose import attends_in_c
 from lorakeet.kernels.cpu.attention import TILED
 from lorakeet.kernels.flash_varlen import RowOffsets
+from lorakeet.kernels.host_copies import to_device
 from lorakeet.kernels.tiled_weight import TritonRequest
 from lorakeet.memory.store import WeightStore
 from lorakeet.models import modules
@@ -137,11 +138,10 @@ class TextModel:
         batch = batch.to(self.device)
         if self.attention == "varlen":
             layout = self.layout(batch)
-            padding = batch.ids.new_zeros(self.computed_tokens(len(layout.ids)) - len(layout.ids))
-            with self.narrowing_last_block(layout), self._from_cached_states(batch, layout, len(padding)):
+            with self.narrowing_last_block(layout), self._from_cached_states(batch, layout):
                 states = self._decode(
-                    torch.cat([layout.ids, padding])[None],
-                    position_ids=torch.cat([layout.positions, padding])[None],
+                    layout.ids[None],
+                    position_ids=layout.positions[None],
                     row_lengths=layout.lengths,
                     row_prefix=layout.prefix,
                     row_products=self.products,
@@ -173,18 +173,19 @@ class TextModel:
         block = modules.find(self.model, f"{path}.0") if count else None
         return block.prefix if isinstance(block, PrefixBlock) else None
 
-    def _from_cached_states(self, batch: Batch, layout: PrefixLayout, padding: int) -> AbstractContextManager[None]:
+    def _from_cached_states(self, batch: Batch, layout: PrefixLayout) -> AbstractContextManager[None]:
         """A context in which the lowest blocks return cached states, where all rows of the batch have some."""
         prefix = self.frozen_prefix if self.options.use_cached else None
-        states = None if prefix is None else prefix.states_of(batch.ids, batch.lengths, layout.prefix)
+        ids = batch.ids if batch.numbers is None else torch.from_numpy(batch.numbers[0])
+        states = None if prefix is None else prefix.states_of(ids, batch.lengths, layout.prefix)
         if prefix is None or states is None:
             return nullcontext()
-        padded = nn.functional.pad(states, (0, 0, 0, padding)).to(self.device)
+        padded = to_device(nn.functional.pad(states, (0, 0, 0, len(layout.ids) - len(states))), self.device)
         return prefix.returning(padded[None])
 
     def layout(self, batch: Batch) -> PrefixLayout:
         """The packed batch as the model gets it."""
-        return shared_layout(batch) if self.options.share_prefix else unshared_layout(batch)
+        return (shared_layout if self.options.share_prefix else unshared_layout)(batch, self.computed_tokens)
 
     def micro_batches(self, rows: Sequence[Example], max_tokens: int) -> list[Batch]:
         """Cuts the rows of a step into batches of at most `max_tokens` computed tokens; a longer row is a batch of its own.
@@ -215,12 +216,10 @@ class TextModel:
 
         The blocks before it need every token, for the keys and values of later ones.
         """
-        few = self.options.narrow_last_block and 2 * len(layout.target_positions) < len(layout.ids)
+        few = self.options.narrow_last_block and 2 * len(layout.target_positions) < layout.tokens
         parts = self._last_parts() if few else []
-        if parts:
-            only = torch.unique(layout.target_positions) if layout.prefix else layout.target_positions
-            for part in parts:
-                part.only = only
+        for part in parts:
+            part.only = layout.read
         try:
             yield
         finally:

@@ -17,6 +17,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -434,14 +435,18 @@ def _packed(small: Sequence[tuple[int, Batch]], tokens: int) -> list[list[tuple[
 
 
 def join_batches(batches: Sequence[Batch]) -> Batch:
-    """Packs several batches into one; targets keep the order of the batches."""
+    """Packs several batches into one, on the host; targets keep the order of the batches."""
     starts = [0]
     for batch in batches:
         starts.append(starts[-1] + batch.tokens)
+    of_ids, of_places, of_targets = zip(*(batch.on_host() for batch in batches), strict=True)
+    places = [each + start for each, start in zip(of_places, starts, strict=False)]
+    ids, positions, wanted = numbers = np.concatenate(of_ids), np.concatenate(places), np.concatenate(of_targets)
     return Batch(
-        ids=torch.cat([batch.ids for batch in batches]),
+        ids=torch.from_numpy(ids),
         lengths=tuple(length for batch in batches for length in batch.lengths),
-        target_positions=torch.cat([batch.target_positions + start for batch, start in zip(batches, starts, strict=False)]),
-        target_ids=torch.cat([batch.target_ids for batch in batches]),
+        target_positions=torch.from_numpy(positions),
+        target_ids=torch.from_numpy(wanted),
         keys=tuple(key for batch in batches for key in batch.keys),
+        numbers=numbers,
     )

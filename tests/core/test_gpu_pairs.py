@@ -1,0 +1,91 @@
+"""Pairs on a card: the products of torch part by part, copies made once a step, and one launch for each product."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import pytest
+import torch
+from torch import Tensor
+
+from lorakeet.core.gpu_pairs import announces_changes, copy_of, fresh_copies, wide_mm
+from lorakeet.core.pair_products import PairProducts, PairSpan
+from tiny.simulated_card import Card, simulated_card
+
+WIDTH, OUTPUTS, TOKENS = 64, (32, 96), 50
+PLACES = {
+    "one input": [PairSpan(0, TOKENS, 3.0), PairSpan(0, TOKENS, 3.0, 1)],
+    "scales differ": [PairSpan(0, TOKENS, 3.0), PairSpan(0, TOKENS, 0.5, 1)],
+    "rows differ": [PairSpan(0, 20, 2.0), PairSpan(0, 20, 0.5, 1), PairSpan(20, 33, 1.0, 1), PairSpan(40, 50, 3.0)],
+}
+
+
+@pytest.fixture
+def card() -> Iterator[Card]:
+    with simulated_card() as found:
+        yield found
+
+
+def passes(places: list[PairSpan], dtype: torch.dtype, device: str) -> list[Tensor]:
+    """The y's, ∂x, and ∂A and ∂B of each pair."""
+    draw = torch.Generator().manual_seed(3)
+    x, *states = (torch.randn(TOKENS, width, generator=draw).to(dtype) for width in (WIDTH, *OUTPUTS, *OUTPUTS))
+    factors = [
+        (torch.randn(shape, generator=draw) / 8).to(dtype).float()
+        for number, place in enumerate(places)
+        for shape in ((3 + number, WIDTH), (OUTPUTS[place.layer], 3 + number))
+    ]
+    x, *ys = (each.clone().to(device) for each in (x, *states[:2]))
+    grads, factors = [each.to(device) for each in states[2:]], [each.to(device) for each in factors]
+    pairs, grad_x = PairProducts(places, dtype, in_c=False), torch.zeros_like(x)
+    shrunk = pairs.add(ys, x, factors)
+    through, of_b = pairs.backward(grad_x, grads, shrunk, factors)
+    assert (pairs.on_gpu is not None) == (device == "cuda")
+    return [*ys, grad_x, *pairs.of_a(through, x, factors), *of_b]
+
+
+@pytest.mark.parametrize("name", PLACES)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_the_products_are_those_of_the_cpu(name: str, dtype: torch.dtype, card: Card) -> None:
+    expected, found = (passes(PLACES[name], dtype, device) for device in ("cpu", "cuda"))
+    for mine, theirs in zip(found, expected, strict=True):
+        assert mine.dtype == theirs.dtype and mine.shape == theirs.shape
+        close = 2e-6 if dtype == torch.float32 else 2e-2
+        assert (mine.cpu().float() - theirs.float()).abs().max() <= close * theirs.float().abs().max()
+
+
+def test_each_product_is_one_launch(card: Card) -> None:
+    passes(PLACES["one input"], torch.bfloat16, "cuda")
+    products = {"mm": 3, "addmm_": 1 + 2 + 2 + 1}  # ∂B twice and ∂A; h, y twice, u twice, ∂x
+    copies = {"cat": 1, "_to_copy": 3}
+    assert {name: count for name, count in card.launches.items() if name != "zeros_like"} == {**products, **copies}
+
+
+def test_copies_are_made_again_after_a_step_that_is_announced() -> None:
+    A, other = (torch.nn.Parameter(torch.randn(3, 8)) for _ in range(2))
+    assert copy_of([A, other], torch.bfloat16) is not copy_of([A, other], torch.bfloat16), "no one says when they change"
+    announces_changes([A, other])
+    first = copy_of([A, other], torch.bfloat16)
+    assert copy_of([A, other], torch.bfloat16) is first and torch.equal(first, torch.cat([A, other]).detach().bfloat16())
+    with fresh_copies():
+        assert copy_of([A, other], torch.bfloat16) is not first
+    with torch.no_grad():
+        other.mul_(2)
+    again = copy_of([A, other], torch.bfloat16)
+    assert again is not first and torch.equal(again, torch.cat([A, other]).detach().bfloat16())
+    assert copy_of([A], torch.float32).data_ptr() == A.data_ptr()
+
+
+def test_a_copy_of_inference_serves_training() -> None:
+    A = torch.nn.Parameter(torch.randn(3, 8))
+    announces_changes([A])
+    with torch.inference_mode():
+        found = copy_of([A], torch.bfloat16)
+    assert not found.is_inference()
+
+
+def test_a_wide_product_is_not_rounded_to_the_narrow_dtype(card: Card) -> None:
+    left, right = (torch.randn(40, 40).bfloat16() for _ in range(2))
+    found = wide_mm(left.to("cuda"), right.to("cuda"), torch.float32)
+    assert torch.equal(found.cpu(), left.float() @ right.float())
+    assert wide_mm(left, right, torch.float32).dtype == torch.float32

@@ -1,0 +1,52 @@
+"""A host does not wait for its card: not once within a micro-batch, at most three times a step (on the simulated card)."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from lorakeet.train import optimizer
+from tiny.card_steps import BEGINNING, LORA, SPEC, rows_behind, stepped, training_on_card
+from tiny.models import LAYERS, save_tiny_llama
+from tiny.simulated_card import Card, simulated_card
+
+MOST = 3  # waits of an optimizer step: the loss, whether the gradient is finite, and its norm
+CASES: dict[str, dict[str, Any]] = {
+    "rows that share a beginning": {},
+    "fp32": {"dtype": "float32"},
+    "nf4": {"quantize": "nf4"},
+    "int8": {"quantize": "int8"},
+    "dropout": {"lora": replace(LORA, dropout=0.1)},
+    "moments of 8 bits": {"spec": replace(SPEC, moments="8bit")},
+}
+
+
+@pytest.fixture
+def card() -> Iterator[Card]:
+    with simulated_card() as found:
+        yield found
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_a_micro_batch_waits_for_nothing(case: str, card: Card, tiny_llama_folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(optimizer, "SMALLEST", 64)  # numbers of a tensor whose moments are quantised
+    training = training_on_card(tiny_llama_folder, rows_behind(BEGINNING, 24), **CASES[case])
+    within, all_of_step, batches = stepped(training, card)
+    assert batches > 1, "more than one micro-batch a step"
+    assert within == []
+    assert len(all_of_step) <= MOST, all_of_step
+    assert card.flash.calls + card.flash.efficient_calls > 0, "rows in one call of attention"
+
+
+@pytest.mark.parametrize("family", ["qwen3_moe", "mixtral", "gpt_oss"])
+def test_a_block_of_experts_waits_once_a_pass(family: str, card: Card, tmp_path: Path) -> None:
+    """Of what is sorted by expert on the card, the host reads how many tokens each expert has: it launches that many products."""
+    training = training_on_card(save_tiny_llama(tmp_path / family, family=family), rows_behind(BEGINNING, 24))
+    within, all_of_step, batches = stepped(training, card)
+    assert {(wait.kind, wait.place.partition(":")[0]) for wait in within} == {("numbers are read", "core/layers/experts.py")}
+    assert len(within) == batches * LAYERS, within
+    assert len(all_of_step) - len(within) <= MOST

@@ -1,0 +1,50 @@
+"""What a block of an 8B model launches on a card, in both passes, is bounded. Counted on shapes by benchmarks/launches.py."""
+
+from __future__ import annotations
+
+import runpy
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+BENCHMARKS = Path(__file__).parents[2] / "benchmarks"
+MODEL, TOKENS = "meta-llama/Llama-3.1-8B", 2048
+MOST = 90  # launches of a block whose weights are dense: 141 before A and B were copied once a step
+
+
+@cache
+def counter() -> dict[str, Any]:
+    """The names of benchmarks/launches.py."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.syspath_prepend(str(BENCHMARKS))
+        return runpy.run_path(str(BENCHMARKS / "launches.py"))
+
+
+@cache
+def of_block(kernels: str) -> list[dict[str, float]]:
+    """What a block adds to the launches of a step's first micro-batch, and of a later one, by name."""
+    few, more = (counter()["counts_of"](MODEL, blocks, TOKENS, kernels) for blocks in (1, 2))
+    return [
+        {name: count - one[name] for name, count in other.items() if count != one[name]}
+        for one, other in ((each.torch + each.triton, its.torch + its.triton) for each, its in zip(few, more, strict=True))
+    ]
+
+
+def test_a_dense_block_launches_at_most_so_many_kernels() -> None:
+    first, later = of_block("fused")
+    assert sum(first.values()) <= MOST and sum(later.values()) <= MOST, (first, later)
+
+
+def test_copies_of_pairs_are_made_once_a_step() -> None:
+    """The first micro-batch casts A and B, in stacks; a later one casts nothing, and adds to the gradients of seven pairs."""
+    first, later = of_block("fused")
+    assert first["_to_copy"] == 11 and first["cat"] == 2, "four stacks of A and seven Bs"
+    assert "_to_copy" not in later and "cat" not in later and later["add_"] == 14
+
+
+def test_a_product_is_one_launch() -> None:
+    """Seven weights, both ways; h, u, ∂A and ∂B; x·W and ∂x of layers with the same input are added where they are computed."""
+    _, later = of_block("fused")
+    assert later["mm"] + later["addmm_"] == 2 * 7 + 4 + 7 + 7 + 4 + 7 + 4
