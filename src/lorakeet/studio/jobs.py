@@ -36,6 +36,7 @@ from lorakeet.studio.places import NotHere
 State = Literal["waiting", "running", "done", "stopped", "failed", "killed", "cancelled"]
 STOPPED = (4, 130, 143)  # exit codes of a run that ended early, Ctrl-C, SIGTERM
 _AUTO = "auto"
+BESIDE = ""  # the device of a job that waits for no other
 _STARTING = 5.0  # seconds that the start of a process may take
 _LOG_END = 20_000  # characters of a log that a page shows
 # The shell outlives Ctrl-C, which reaches the whole group, and writes the exit code even if no studio runs then.
@@ -136,6 +137,11 @@ class Queue:
         """The newest job that made or resumed the run `name`."""
         return next((job for job in reversed(self.jobs()) if job.run == name), None)
 
+    def ahead(self, job: Job) -> int:
+        """The number of jobs on its device that run or wait before it."""
+        earlier = (other for other in self.jobs() if other.made < job.made and _same_device(job.device, other.device))
+        return sum(other.state in ("running", "waiting") for other in earlier)
+
     def start_waiting(self) -> list[Job]:
         """Starts the oldest waiting job of each device on which none runs; returns what was started."""
         started = []
@@ -143,7 +149,7 @@ class Queue:
             jobs = [(job, job.state) for job in self.jobs()]
             busy = [job.device for job, state in jobs if state == "running"]
             for job in (job for job, state in jobs if state == "waiting"):
-                if not any(_AUTO in (job.device, other) or job.device == other for other in busy):
+                if not any(_same_device(job.device, other) for other in busy):
                     self._start(job)
                     started.append(job)
                 busy.append(job.device)  # later ones of the device wait behind it
@@ -226,6 +232,11 @@ def read_lock(path: Path) -> bool:
         return False
     place = f"{os.major(about.st_dev):02x}:{os.minor(about.st_dev):02x}:{about.st_ino}"
     return any(place in line.split() for line in locks.splitlines() if "FLOCK" in line and "->" not in line)
+
+
+def _same_device(one: str, other: str) -> bool:
+    """True if jobs on these devices may be on one: what auto will be is not known before."""
+    return BESIDE not in (one, other) and (one == other or _AUTO in (one, other))
 
 
 def _locked(path: Path) -> bool:

@@ -123,7 +123,7 @@ def live_run(places: Places, queue: Queue, name: str, numbers: RunNumbers | None
         base=numbers.base,
         best=numbers.best,
         best_step=numbers.best_step,
-        ahead=sum(other.state in ("waiting", "running") for other in queue.jobs() if job and other.made < job.made),
+        ahead=queue.ahead(job) if job is not None and state == "waiting" else 0,
         can_stop=state in ("waiting", "starting", "training", "measuring"),
         can_resume=run is not None and (ended or state == "unfinished"),
     )

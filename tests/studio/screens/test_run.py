@@ -91,6 +91,13 @@ def test_stop_and_resume_are_jobs_of_the_command(browser: TestClient, studio: St
     assert browser.post("/run/old/resume").status_code == 400, "it waits already"
 
 
+def test_any_job_can_be_taken_out_of_the_queue(browser: TestClient, studio: Studio) -> None:
+    job = studio.queue.add(["evaluate"], title="Measure <b>x</b>")
+    assert "Measure &lt;b&gt;x&lt;/b&gt;" in browser.get("/run").text
+    assert browser.post(f"/jobs/{job.name}/stop").headers["location"] == "/run" and job.state == "cancelled"
+    assert browser.post("/jobs/gone/stop").status_code == 404
+
+
 def test_samples_are_served_by_their_listed_names_alone(browser: TestClient, studio: Studio) -> None:
     folder = studio.places.runs / "old" / "progress" / "step-1"
     folder.mkdir(parents=True)

@@ -108,7 +108,7 @@ def _follow(request: Request) -> Response:
         request, "run_live.html", live=live, settings=settings_of(folder if job is None else job.folder, folder),
         words=list(job.words) if job else ["finetune", str(folder / "config.yaml")], log=job.log if job else "",
         file=file_of(job.folder) if job else "",
-        resume=["finetune", "--resume", str(folder)], pictures=drawn_samples(folder),
+        resume=["finetune", "--resume", str(folder)],
     )  # fmt: skip
 
 
@@ -125,6 +125,13 @@ def _stop(request: Request) -> Response:
         raise ConfigError(f"'{name}' was not started here. Stop it where it was started, with Ctrl-C.")
     studio.queue.stop(job)
     return moved(f"/run/{name}")
+
+
+def _stop_job(request: Request) -> Response:
+    """Stops any job, or takes it out of the queue."""
+    queue = studio_of(request).queue
+    queue.stop(queue.job(_name(request)))
+    return moved("/run")
 
 
 def _resume(request: Request) -> Response:
@@ -165,7 +172,7 @@ async def _stream(studio: Studio, name: str) -> AsyncIterator[str]:
         if records or restarted or str(live) != before or text != log:
             changed = text if text != log or first else None
             values = {"run": plain_values(live), "records": thinned(records), "restarted": restarted, "log": changed}
-            yield event(values, name="run")
+            yield event({**values, "pictures": drawn_samples(studio.places.runs / name)}, name="run")
         offset, before, log, first = end, str(live), text, False
         await asyncio.sleep(EVERY)
 
@@ -190,6 +197,7 @@ SCREEN = Screen(
         Route("/run/{name}/stop", _stop, methods=["POST"]),
         Route("/run/{name}/resume", _resume, methods=["POST"]),
         Route("/run/{name}/events", _events),
+        Route("/jobs/{name}/stop", _stop_job, methods=["POST"]),
         Route("/run/{name}/sample/{file:path}", _picture),
         UPLOAD,
     ),

@@ -19,7 +19,7 @@ from lorakeet.studio.live import new_records, thinned
 from lorakeet.studio.pages import Screen, Studio, form_of, moved, page, studio_of
 from lorakeet.studio.pairing import PairedRuns, measuring, pair_runs, whole_report
 
-_AT_ONCE = 60  # runs that are read for one page; the page gets the others by itself
+_AT_ONCE = 40  # runs that are read for one page; the page gets the others by itself
 _OVERLAID = 8
 
 

@@ -52,6 +52,16 @@ function show(run) {
   memory(run);
 }
 
+function samples(files) {
+  const grid = by("samples").querySelector(".grid");
+  by("samples").hidden = files.length === 0;
+  if (grid.children.length === files.length) return;
+  const base = live.dataset.events.replace(/events$/, "sample/");
+  grid.replaceChildren(...files.map((file) => make("figure", {},
+    make("img", { src: base + file.split("/").map(encodeURIComponent).join("/"), alt: `Sample ${file}`, loading: "lazy" }),
+    make("figcaption", {}, file))));
+}
+
 const source = new EventSource(live.dataset.events);
 source.addEventListener("run", (event) => {
   const found = JSON.parse(event.data);
@@ -61,6 +71,7 @@ source.addEventListener("run", (event) => {
     records.push(record);
   }
   show(found.run);
+  samples(found.pictures);
   const now = `${records.length} ${records.at(-1)?.step} ${found.run.base}`;
   if (now !== seen || found.restarted) curve(found.run);
   seen = now;

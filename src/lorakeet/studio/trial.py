@@ -1,0 +1,161 @@
+"""The model that is tried: `lorakeet serve` as a job of its own, with a key that only the studio knows, and talk with it."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import secrets
+from collections.abc import Iterator, Mapping
+from contextlib import closing
+from dataclasses import dataclass
+from http.client import HTTPConnection, HTTPException, HTTPResponse
+from pathlib import Path
+from typing import Any, Literal
+
+from lorakeet.config import read_run
+from lorakeet.errors import ConfigError, EnvironmentProblem
+from lorakeet.serve.listening import listening_socket
+from lorakeet.studio.jobs import BESIDE, Job, Queue
+from lorakeet.studio.places import Places
+from lorakeet.workflows.runs.studio_options import LOOPBACK_ADDRESS
+
+TrialState = Literal["off", "starting", "ready", "failed"]
+_SECONDS = 600.0  # without a byte of an answer
+_ABOUT, _KEYS = "trial.json", "keys.json"
+_MOST_TOKENS = 2048
+
+
+@dataclass(frozen=True)
+class TriedModel:
+    """A server and the run that it was started for; further runs of the same base are added by name."""
+
+    job: Job
+    run: str
+    port: int
+    key: str
+
+
+def open_trial(places: Places, queue: Queue, run: str) -> TriedModel:
+    """Puts a server of the run's base and adapter into the queue. It runs beside other jobs. ConfigError without an adapter."""
+    folder = places.run(run)
+    if not (folder / "adapter").is_dir():
+        raise ConfigError(f"'{run}' has no adapter yet. Wait until it has trained, or resume it.")
+    config = read_run(folder / "config.yaml")
+    if config.kind != "text":
+        raise ConfigError(f"'{run}' draws pictures. Use: lorakeet generate --prompt TEXT --adapter it={folder} --out pictures")
+    close_trial(queue)
+    with closing(listening_socket(LOOPBACK_ADDRESS, 0)) as free:
+        port, key = int(free.getsockname()[1]), secrets.token_urlsafe(24)
+    method = config.model.quantize.method
+    words = [
+        "serve", "--model", config.model.path, "--adapter", f"{adapter_name(run)}={folder}", "--lora-paths", str(places.runs),
+        "--port", str(port), "--keys", f"{{folder}}/{_KEYS}", "--quantize", method if method in ("nf4", "int8") else "none",
+        "--slots", "4",
+    ]  # fmt: skip
+    files = {
+        _ABOUT: json.dumps({"run": run, "port": port, "key": key}),
+        _KEYS: json.dumps({"keys": [{"key": key, "owner": "studio", "admin": True}]}),
+    }
+    return TriedModel(queue.add(words, title=f"Try {run}", device=BESIDE, files=files), run, port, key)
+
+
+def close_trial(queue: Queue) -> None:
+    """Ends the server, if one runs or waits."""
+    found = current_trial(queue)
+    if found is not None and found.job.state in ("running", "waiting"):
+        queue.stop(found.job)
+
+
+def current_trial(queue: Queue) -> TriedModel | None:
+    """The newest server that was not closed on purpose; None if there is none."""
+    for job in reversed(queue.jobs()):
+        if job.words[:1] == ("serve",) and (job.folder / _ABOUT).is_file():
+            about = json.loads((job.folder / _ABOUT).read_bytes())
+            return TriedModel(job, str(about["run"]), int(about["port"]), str(about["key"]))
+    return None
+
+
+def trial_state(trial: TriedModel | None) -> tuple[TrialState, str]:
+    """Whether it can be talked to, and why not."""
+    if trial is None:
+        return "off", ""
+    state = trial.job.state
+    if state in ("waiting", "running"):
+        try:
+            with closing(_sent(trial, "GET", "/readyz", seconds=2.0)) as answer:
+                return ("ready" if answer.status == 200 else "starting"), ""
+        except (OSError, HTTPException):
+            return "starting", ""
+    return ("failed", trial.job.error) if state in ("failed", "killed") else ("off", "")
+
+
+def adapter_name(run: str) -> str:
+    """The run's name on the server, which takes fewer characters than folders have."""
+    return f"run-{hashlib.sha256(run.encode()).hexdigest()[:24]}"
+
+
+def mixed(base: str, weights: Mapping[str, float]) -> str:
+    """The server's name for runs mixed by these weights: "run-ca97…*0.7+run-3e23…*0.3"; the base where all are 0."""
+    parts = [f"{adapter_name(run)}*{weight:g}" for run, weight in weights.items() if weight]
+    return "+".join(parts) or base
+
+
+def served_base(trial: TriedModel) -> str:
+    """The server's name for its base."""
+    with closing(_sent(trial, "GET", "/v1/models")) as answer:
+        listed = json.loads(answer.read())["data"]
+    return next(str(model["id"]) for model in listed if model.get("parent") is None)
+
+
+def add_run(places: Places, trial: TriedModel, run: str) -> None:
+    """Loads the adapter of another run. EnvironmentProblem with the server's words if it refuses."""
+    body = {"lora_name": adapter_name(run), "lora_path": str(places.run(run)), "load_inplace": True}
+    with closing(_sent(trial, "POST", "/v1/load_lora_adapter", body)) as answer:
+        _require_good(answer)
+
+
+def reply_lines(trial: TriedModel, body: Mapping[str, Any]) -> Iterator[bytes]:
+    """The server-sent events of a chat completion, line by line. EnvironmentProblem where the server refuses or is gone."""
+    limited = {**body, "max_tokens": min(int(body.get("max_tokens") or 256), _MOST_TOKENS), "stream": True}
+    try:
+        answer = _sent(trial, "POST", "/v1/chat/completions", {**limited, "logprobs": True, "top_logprobs": 3})
+    except (OSError, HTTPException) as error:
+        raise EnvironmentProblem(f"The model does not answer ({error}). Load it again.") from error
+    with closing(answer):
+        _require_good(answer)
+        while line := answer.readline():
+            yield line
+
+
+def _require_good(answer: HTTPResponse) -> None:
+    if answer.status >= 400:
+        text = answer.read(5000).decode("utf-8", "replace")
+        try:
+            found = json.loads(text)["error"]
+            text = str(found["message"] if isinstance(found, dict) else found)
+        except (ValueError, KeyError, TypeError):
+            pass
+        raise EnvironmentProblem(text)
+
+
+def _sent(
+    trial: TriedModel, method: str, path: str, body: Mapping[str, Any] | None = None, seconds: float = _SECONDS
+) -> HTTPResponse:
+    """The open answer of the server; closing it closes the connection."""
+    connection = HTTPConnection(LOOPBACK_ADDRESS, trial.port, timeout=seconds)
+    headers = {"authorization": f"Bearer {trial.key}", "content-type": "application/json", "connection": "close"}
+    try:
+        connection.request(method, path, None if body is None else json.dumps(body), headers)
+        return connection.getresponse()
+    except BaseException:
+        connection.close()
+        raise
+
+
+def example_of(folder: Path) -> str:
+    """A held-out row of the run, to begin with; empty without one."""
+    try:
+        rows = json.loads((folder / "report.json").read_bytes())["rows"]
+        return str(rows[0]["text"])[:2000]
+    except (OSError, ValueError, KeyError, IndexError, TypeError):
+        return ""

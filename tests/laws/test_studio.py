@@ -1,0 +1,256 @@
+"""The studio in a real browser: the whole way of a user, and what may happen on it.
+
+Without Chromium these are skipped; accessibility is checked where `make axe` has fetched axe-core.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import signal
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+from urllib.parse import urlencode
+
+import numpy as np
+import pytest
+
+pytest.importorskip("starlette", reason="starlette, of the extra lorakeet[studio], makes the pages")
+pytest.importorskip("uvicorn", reason="uvicorn, of the extra lorakeet[studio], serves the pages")
+
+from lorakeet.evaluate.certificate import Certificate, tolerance_check
+from lorakeet.evaluate.compare import compare_values
+from lorakeet.evaluate.report.report import Report, ScoredAnswer, SideBySide, write_report
+from lorakeet.evaluate.spec import EvaluateSpec
+from lorakeet.evaluate.verdict import verdict_of
+from lorakeet.studio.app import SCREENS, make_studio
+from lorakeet.studio.pages import Studio
+from lorakeet.studio.places import Places
+from structure.tree import ROOT
+from tiny.browser import StudioProcess, chromium, studio_here
+from tiny.runs import QUICK, reviews, write_rows
+
+pytestmark = pytest.mark.slow
+AXE = ROOT / "build" / "axe.min.js"
+HOSTILE = "<img src=x onerror=\"document.title='taken'\"><script>document.title='taken'</script>"
+WIDE, NARROW = {"width": 1400, "height": 900}, {"width": 360, "height": 740}
+
+
+@pytest.fixture(scope="module")
+def browser() -> Iterator[Any]:
+    with chromium() as found:
+        yield found
+
+
+def opened(browser: Any, address: str, **more: Any) -> Any:
+    """A page of a fresh profile that was opened by the printed address; what scripts complain of is collected in `page.said`."""
+    page = browser.new_context(viewport=more.pop("viewport", WIDE), **more).new_page()
+    page.said = []
+    page.on("pageerror", lambda error: page.said.append(str(error)))
+    page.on("console", lambda message: page.said.append(message.text) if message.type == "error" else None)
+    page.goto(address)
+    return page
+
+
+def made_run(studio: Studio, name: str, *, right: int = 9, text: str = "row") -> Path:
+    """A run folder as one that is done, with texts of a stranger."""
+    folder = studio.places.runs / name
+    (folder / "adapter").mkdir(parents=True)
+    (folder / "config.yaml").write_text(json.dumps({"model": "package:tiny", "data": f"{name}.jsonl"}))
+    rest = {"tokens_per_second": 10.0, "memory_bytes": 10**9}
+    steps = [{"step": n, "epoch": n / 4, "loss": 4.0 / n, "seconds": 1.0 * n, **rest} for n in range(1, 9)]
+    held_out = [{"step": n, "held_out_loss": 4.0 / (n + 1), "low": 1.0 / (n + 1), "high": 6.0 / (n + 1)} for n in (0, 4, 8)]
+    lines = sorted([*steps, *held_out], key=lambda line: (line["step"], "loss" in line))
+    (folder / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    answers = [ScoredAnswer("yes" if n < right else text, 0.9, n < right) for n in range(12)]
+    base = ScoredAnswer("no", 0.6, False)
+    rows = tuple(SideBySide(f"{text} {n}", "yes", base, answer, text) for n, answer in enumerate(answers))
+    values = np.array([float(one.right or 0) for one in answers]), np.zeros(12)
+    compared = compare_values(("adapter", "base"), "accuracy", values, EvaluateSpec(resamples=200))
+    check = tolerance_check("adapter on disk", {"mean_kl": 0.0}, tolerance={"mean_kl": 1e-6}, between=("adapter/", "live"))
+    report = Report(
+        name, subtitle=text, verdict=verdict_of([compared]), comparisons=(compared,), rows=rows, rows_of=12, warnings=(text,),
+        certificate=Certificate("run", (check,)),
+    )  # fmt: skip
+    write_report(report, folder)
+    (folder / "certificate.json").write_text('{"passed": true}')
+    return folder
+
+
+@pytest.fixture
+def studio(tmp_path: Path) -> Studio:
+    (tmp_path / "models").mkdir()
+    return make_studio(Places.of(tmp_path / "runs", (tmp_path / "models",)))
+
+
+@pytest.fixture
+def address(studio: Studio) -> Iterator[str]:
+    with studio_here(studio) as found:
+        yield found
+
+
+def until(reached: Callable[[], Any], seconds: float = 60.0) -> Any:
+    end = time.monotonic() + seconds
+    while time.monotonic() < end:
+        if found := reached():
+            return found
+        time.sleep(0.05)
+    raise AssertionError("it was not reached")
+
+
+def test_from_nothing_to_a_verdict(browser: Any, tmp_path: Path, tiny_llama_folder: Path) -> None:
+    """Open, choose, start, see the curve move, reload, a second tab, stop, resume, kill -9 of the studio, result."""
+    (tmp_path / "rows").mkdir()
+    rows = write_rows(tmp_path / "rows" / "my reviews.jsonl", reviews(120))
+    process = StudioProcess(tmp_path / "runs", tiny_llama_folder.parent, rows.parent)
+    try:
+        page = opened(browser, process.start())
+        assert "see proof" in page.inner_text("h1")
+        more = {"train.steps": "150", "train.evaluate_every": "25", "evaluate.baselines": "false", "evaluate.examples": "0"}
+        settings = {**QUICK, **more, "evaluate.drift_texts": "0"}
+        page.goto(process.address.partition("?")[0] + f"run?{urlencode(settings)}")
+        page.click(f"[data-fill='model.path'][data-value='{tiny_llama_folder}']")
+        page.click(f"[data-fill='data.train'][data-value='{rows}']")
+        page.wait_for_selector("#start:has-text('Start the run'):enabled")
+        assert "steps: 150" in page.inner_text("#same") and "lorakeet finetune" in page.inner_text("#same")
+        page.click("#start")
+        page.wait_for_selector("#curve polyline.train", timeout=60_000)
+        page.click("#stop button")
+        page.wait_for_selector("#said[data-state='stopped']", timeout=30_000)
+        assert "Resume with:" in page.inner_text("#message")
+        kept = len(page.query_selector("#curve polyline.train").get_attribute("points").split())
+        page.reload()
+        page.wait_for_selector("#curve polyline.train")
+        assert len(page.query_selector("#curve polyline.train").get_attribute("points").split()) >= kept - 1
+
+        tab = page.context.new_page()
+        tab.goto(page.url)
+        page.click("#resume button")
+        tab.wait_for_selector("#said:not([data-state='stopped'])")
+        process.end(kill=True)  # the job goes on without it
+        page.wait_for_selector("#said[data-lost]", timeout=30_000)
+        process.start()
+        for one in (page, tab):  # both go on by themselves
+            one.wait_for_selector("#said[data-state='done']", timeout=90_000)
+        assert "150 of 150" in page.inner_text("#numbers")
+        page.click("#result")
+        assert re.search(r"\(95 % interval .* to .*\)", page.inner_text("h1"))
+        assert "does not prove" in page.inner_text("main")
+        page.locator("iframe.report").scroll_into_view_if_needed()
+        assert page.frame_locator("iframe.report").locator("h1").inner_text() == page.inner_text("h1")
+        page.click("nav >> text=Runs")
+        assert "my-reviews-1" in page.inner_text("table.runs")
+        assert not [said for said in page.said if "ERR_CONNECTION" not in said and "ERR_INCOMPLETE" not in said], page.said
+    finally:
+        process.end()
+
+
+def test_a_killed_job_can_be_resumed_or_read_about(browser: Any, studio: Studio, address: str) -> None:
+    folder = made_run(studio, "mine")
+    (folder / "report.json").unlink()
+    job = studio.queue.add(["finetune", "--resume", str(folder)], title="x", run="mine")
+    studio.queue.start_waiting()
+    until((job.folder / "pid").exists)
+    page = opened(browser, address)
+    page.goto(address.replace("/?", "/run/mine?"))
+    page.wait_for_selector("#said[data-state='training']")
+    os.killpg(int((job.folder / "pid").read_text()), signal.SIGKILL)
+    page.wait_for_selector("#said[data-state='killed']")
+    assert page.inner_text("#said") == "Was ended from outside" and page.is_visible("#resume button")
+
+
+def test_texts_of_strangers_run_nowhere(browser: Any, studio: Studio, address: str) -> None:
+    made_run(studio, "mine", text=HOSTILE)
+    made_run(studio, "<b>other", text=HOSTILE, right=2)
+    page = opened(browser, address)
+    other = "%3Cb%3Eother"
+    for path in ("/runs", "/result/mine", "/run/mine", f"/runs/compare?name=mine&name={other}", f"/result/{other}", "/try"):
+        page.goto(address.partition("/?")[0] + path)
+        if path.startswith("/run/"):
+            page.wait_for_selector("#curve svg")
+        assert page.title() != "taken" and not page.query_selector("main img[src=x]"), path
+    page.goto(address.partition("/?")[0] + "/result/mine")
+    page.locator("iframe.report").scroll_into_view_if_needed()
+    frame = page.frame_locator("iframe.report")
+    assert "onerror" in frame.locator("body").inner_text() and not frame.locator("img[src=x]").count()
+    assert page.said == []
+
+
+def test_a_run_that_vanishes_is_said(browser: Any, studio: Studio, address: str) -> None:
+    folder = made_run(studio, "mine")
+    page = opened(browser, address.replace("/?", "/run/mine?"))
+    page.wait_for_selector("#curve svg")
+    folder.rename(studio.places.runs.parent / "away")
+    page.wait_for_selector("#said[data-state='gone']")
+    assert "may have been deleted or moved" in page.inner_text("#said")
+
+
+def test_two_hundred_runs_are_listed_filtered_deleted_and_restored(browser: Any, studio: Studio, address: str) -> None:
+    for number in range(200):
+        folder = studio.places.runs / f"run-{number:03}"
+        folder.mkdir(parents=True)
+        (folder / "config.yaml").write_text(f"model: package:tiny-{number % 7}\ndata: rows.jsonl\n")
+        (folder / "metrics.jsonl").write_text('{"step": 1, "loss": 2.0}\n{"step": 2, "loss": 1.0}\n')
+    page = opened(browser, address.replace("/?", "/runs?"))
+    page.wait_for_selector("#shown:has-text('200 of 200 runs')")
+    page.fill("#filter", "tiny-3")
+    page.wait_for_selector("#shown:has-text('29 of 200 runs')")
+    row = page.locator("tr:has-text('run-003')")
+    row.locator(".change summary").click()
+    row.locator("button.danger").click()
+    page.wait_for_selector("text=was deleted")
+    page.click("button:has-text('Undo')")
+    page.wait_for_selector("#shown:has-text('200 of 200 runs')")
+    assert (studio.places.runs / "run-003" / "metrics.jsonl").is_file() and page.said == []
+
+
+def test_the_keyboard_alone_gets_to_a_comparison(browser: Any, studio: Studio, address: str) -> None:
+    made_run(studio, "a")
+    made_run(studio, "b", right=2)
+    page = opened(browser, address)
+    page.keyboard.press("Tab")
+    assert page.evaluate("document.activeElement.className") == "skip"
+
+    def tab_to(words: str) -> None:
+        for _ in range(60):
+            page.keyboard.press("Tab")
+            focused = page.locator("*:focus")
+            if words in (focused.get_attribute("aria-label"), focused.inner_text().strip()):
+                return
+        raise AssertionError(f"{words} is not reached")
+
+    tab_to("Runs")
+    page.keyboard.press("Enter")
+    page.wait_for_selector("table.runs")
+    for name in ("Choose b", "Choose a"):
+        tab_to(name)
+        page.keyboard.press("Space")
+        page.locator("h1").evaluate("element => { element.tabIndex = -1; element.focus(); }")
+    tab_to("Compare two")
+    page.keyboard.press("Enter")
+    page.wait_for_selector("h1:has-text('accuracy (95 % interval')")
+
+
+@pytest.mark.parametrize("scheme", ["light", "dark"])
+def test_each_screen_fits_and_can_be_read_by_all(browser: Any, studio: Studio, address: str, scheme: str) -> None:
+    """No screen is wider than a phone; axe-core finds nothing serious."""
+    made_run(studio, "a")
+    made_run(studio, "b", right=2)
+    more = ["/result/a", "/run/a", "/runs/overlay?name=a&name=b", "/runs/compare?name=a&name=b"]
+    page = opened(browser, address, color_scheme=scheme, viewport=NARROW)
+    axe = AXE.read_text(encoding="utf-8") if AXE.is_file() else ""
+    for path in [*(screen.path for screen in SCREENS), *more]:
+        page.goto(address.partition("/?")[0] + path)
+        page.wait_for_selector("#curve svg, #curves svg, h1")
+        assert page.evaluate("document.documentElement.scrollWidth") <= NARROW["width"], f"{path} is wider than a phone"
+        if axe:
+            page.evaluate(axe)
+            found = page.evaluate("axe.run(document, {resultTypes: ['violations']}).then((result) => result.violations)")
+            serious = [(one["id"], one["nodes"][0]["html"][:200]) for one in found if one["impact"] in ("serious", "critical")]
+            assert serious == [], path
+    assert page.said == []
+    if not axe:
+        pytest.skip("axe-core is not there, so accessibility was not checked: make axe fetches it into build/")

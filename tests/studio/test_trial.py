@@ -1,0 +1,127 @@
+"""`studio.trial`: a server as a job beside others, and what it answers."""
+
+from __future__ import annotations
+
+import json
+import stat
+import threading
+from collections.abc import Iterator
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from pathlib import Path
+from typing import Any, ClassVar
+
+import pytest
+
+from lorakeet.errors import ConfigError, EnvironmentProblem
+from lorakeet.serve.model_names import check_name, parse_model
+from lorakeet.studio.jobs import BESIDE, Job
+from lorakeet.studio.pages import Studio
+from lorakeet.studio.trial import (
+    TriedModel,
+    adapter_name,
+    add_run,
+    close_trial,
+    current_trial,
+    example_of,
+    mixed,
+    open_trial,
+    reply_lines,
+    served_base,
+    trial_state,
+)  # fmt: skip
+
+
+def made(studio: Studio, name: str, config: str = "model: {path: m, quantize: nf4}\ndata: r\n") -> Path:
+    folder = studio.places.runs / name
+    (folder / "adapter").mkdir(parents=True)
+    (folder / "config.yaml").write_text(config)
+    return folder
+
+
+def test_a_trial_is_the_command_serve_beside_other_jobs(studio: Studio) -> None:
+    folder = made(studio, "mine")
+    trial = open_trial(studio.places, studio.queue, "mine")
+    words = dict(zip(trial.job.words[1::2], trial.job.words[2::2], strict=True))
+    assert trial.job.words[0] == "serve" and trial.job.device == BESIDE and words["--quantize"] == "nf4"
+    assert words["--adapter"] == f"{adapter_name('mine')}={folder}" and words["--lora-paths"] == str(studio.places.runs)
+    assert trial.key in Path(words["--keys"]).read_text() and trial.key not in " ".join(trial.job.words)
+    assert stat.S_IMODE(studio.places.own.stat().st_mode) == 0o700
+    assert current_trial(studio.queue) == trial and trial_state(trial) == ("starting", "")
+    close_trial(studio.queue)
+    assert trial.job.state == "cancelled" and trial_state(current_trial(studio.queue)) == ("off", "")
+
+
+def test_what_cannot_be_tried_is_refused(studio: Studio) -> None:
+    made(studio, "pictures", "model: m\ndata: r\nkind: image\n")
+    (studio.places.runs / "young").mkdir()
+    with pytest.raises(ConfigError, match=r"draws pictures\. Use: lorakeet generate"):
+        open_trial(studio.places, studio.queue, "pictures")
+    with pytest.raises(ConfigError, match="no adapter yet"):
+        open_trial(studio.places, studio.queue, "young")
+    assert trial_state(None) == ("off", "") and example_of(studio.places.runs / "young") == ""
+
+
+def test_names_and_weights_are_what_the_server_reads() -> None:
+    names = ["a run", "ä/ö", "x" * 200]
+    for name in names:
+        check_name(adapter_name(name))
+    known = [adapter_name(name) for name in names]
+    found = parse_model(mixed("base", {names[0]: 0.7, names[1]: -0.25, names[2]: 0.0}), base=("base",), known=known)
+    assert found == {known[0]: 0.7, known[1]: -0.25}
+    assert mixed("base", {names[0]: 0.0}) == "base" == mixed("base", {})
+
+
+class Server(BaseHTTPRequestHandler):
+    """Answers as `lorakeet serve` does."""
+
+    got: ClassVar[list[tuple[str, str | None, Any]]] = []
+    refuses: ClassVar[bool] = False
+
+    def do_GET(self) -> None:
+        models = {"data": [{"id": "tiny", "parent": None}, {"id": "run-1", "parent": "tiny"}]}
+        self.answer(200, json.dumps(models).encode())
+
+    def do_POST(self) -> None:
+        body = json.loads(self.rfile.read(int(self.headers["content-length"])))
+        Server.got.append((self.path, self.headers["authorization"], body))
+        if Server.refuses:
+            self.answer(400, json.dumps({"error": {"message": "No <b>such</b> model."}}).encode())
+        else:
+            self.answer(200, b'data: {"choices": []}\n\ndata: [DONE]\n\n')
+
+    def answer(self, status: int, body: bytes) -> None:
+        self.send_response(status)
+        self.send_header("content-length", str(len(body)))
+        self.end_headers()
+        self.wfile.write(body)
+
+    def log_message(self, *_: Any) -> None: ...
+
+
+@pytest.fixture
+def trial(tmp_path: Path) -> Iterator[TriedModel]:
+    Server.got, Server.refuses = [], False
+    with ThreadingHTTPServer(("127.0.0.1", 0), Server) as server:
+        threading.Thread(target=server.serve_forever, daemon=True).start()
+        yield TriedModel(Job(tmp_path, ("serve",), "x"), "mine", server.server_address[1], "secret")
+        server.shutdown()
+
+
+def test_a_reply_comes_line_by_line_with_probabilities(trial: TriedModel) -> None:
+    lines = list(reply_lines(trial, {"model": "tiny", "messages": [], "max_tokens": 10**9}))
+    assert lines == [b'data: {"choices": []}\n', b"\n", b"data: [DONE]\n", b"\n"]
+    [(path, key, body)] = Server.got
+    assert (path, key) == ("/v1/chat/completions", "Bearer secret") and body["top_logprobs"] == 3 and body["max_tokens"] == 2048
+    assert served_base(trial) == "tiny" and trial_state(trial) == ("ready", "")
+
+
+def test_what_the_server_refuses_is_said_in_its_words(trial: TriedModel, studio: Studio) -> None:
+    folder = made(studio, "other")
+    add_run(studio.places, trial, "other")
+    assert Server.got[-1][2] == {"lora_name": adapter_name("other"), "lora_path": str(folder), "load_inplace": True}
+    Server.refuses = True
+    for refused in (lambda: list(reply_lines(trial, {})), lambda: add_run(studio.places, trial, "other")):
+        with pytest.raises(EnvironmentProblem, match="No <b>such</b> model"):
+            refused()
+    with pytest.raises(EnvironmentProblem, match="does not answer"):
+        list(reply_lines(TriedModel(trial.job, "mine", 1, "x"), {}))
