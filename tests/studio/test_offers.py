@@ -30,7 +30,10 @@ def test_rows_that_the_browser_sends_are_kept_and_offered(browser: TestClient, s
     path = Path(sent.json()["path"])
     assert path.read_bytes() == b"a,b\n1,2\n" and path.is_relative_to(studio.places.own)
     assert str(path) in offers(studio.places).rows
-    assert browser.put("/rows/my%20rows.csv", content=b"new").status_code == 200 and path.read_bytes() == b"new"
+    assert browser.put("/rows/my%20rows.csv", content=b"a,b\n1,2\n").json()["path"] == str(path)
+    changed = Path(browser.put("/rows/my%20rows.csv", content=b"new").json()["path"])
+    assert (changed.name, changed.read_bytes()) == ("my rows-2.csv", b"new") and path.read_bytes() == b"a,b\n1,2\n"
+    assert sorted(found.name for found in path.parent.iterdir()) == ["my rows-2.csv", "my rows.csv"]
 
 
 @pytest.mark.parametrize("name", ["rows.py", ".rows.csv", "%2e%2e%2frows.csv", "x" * 250 + ".csv"])

@@ -2,7 +2,11 @@
 
 from __future__ import annotations
 
+import asyncio
+import hashlib
+import itertools
 import os
+import secrets
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -14,6 +18,7 @@ from starlette.routing import Route
 
 from lorakeet.disk import create, erase, written_whole
 from lorakeet.errors import ConfigError
+from lorakeet.formats.files.digest import sha256_of
 from lorakeet.studio.pages import studio_of
 from lorakeet.studio.places import Places
 from lorakeet.studio.safety import LARGEST_UPLOAD
@@ -76,22 +81,38 @@ def _cached() -> list[str]:
 
 
 async def _receive(request: Request) -> Response:
-    """Keeps a file of rows that the browser sends; answers with its path."""
+    """Keeps a file of rows that the browser sends; answers with its path. Another one of that name stays: runs need it."""
     name = str(request.path_params["name"])
     places = studio_of(request).places
     if not name.lower().endswith(ROWS) or len(name.encode()) > 200 or name.startswith(".") or not name.isprintable():
         raise ConfigError(f"The file's name is {name!r:.80}; expected a plain name that ends with {', '.join(ROWS)}.")
-    path = places.own / "rows" / name
-    if path.exists():
-        erase(path)  # the same file, sent again
-    size = 0
-    with written_whole(path) as made, create(made) as file:
-        async for piece in request.stream():
-            size += len(piece)
-            if size > LARGEST_UPLOAD:
-                raise ConfigError(f"{name} has more than {LARGEST_UPLOAD:,} bytes. Put it into a folder of the studio instead.")
-            file.write(piece)
+    size, sent = 0, hashlib.sha256()
+    coming = places.own / "rows" / f".{secrets.token_hex(8)}" / name
+    try:
+        with written_whole(coming) as made, create(made) as file:
+            async for piece in request.stream():
+                size += len(piece)
+                sent.update(piece)
+                if size > LARGEST_UPLOAD:
+                    raise ConfigError(f"{name} has more than {LARGEST_UPLOAD:,} bytes. Put it into a folder of the studio.")
+                file.write(piece)
+        path = await asyncio.to_thread(_settled, coming, places.own / "rows", sent.hexdigest())
+    finally:
+        erase(coming.parent)
     return JSONResponse({"path": str(path), "bytes": size})
+
+
+def _settled(coming: Path, folder: Path, digest: str) -> Path:
+    """Moves a file into `folder`, under a name that is free; the file itself where it was sent before."""
+    stem, _, ending = coming.name.partition(".")
+    for number in itertools.count(1):
+        path = folder / (coming.name if number == 1 else f"{stem}-{number}.{ending}")
+        if not path.exists():
+            coming.rename(path)
+            return path
+        if sha256_of(path) == digest:
+            return path
+    raise AssertionError
 
 
 UPLOAD = Route("/rows/{name}", _receive, methods=["PUT"])
