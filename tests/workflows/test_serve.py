@@ -134,8 +134,8 @@ def test_a_run_is_served_as_it_was_trained_and_its_certificate_says_so(finished:
             verify(VerifyOptions(str(third), against=(f"{url}#{finished.model.name}",), rows=2), console=quiet())
         assert httpx.post(f"{url}/v1/adapters/run/certificate", timeout=60).json()["passed"]
     certificate = read_certificate(run / "certificate.json")
-    asked = ("prompt ids", "greedy text", "log-probabilities", "answers")
-    assert [check.name for check in certificate.checks[-5:]] == [*(f"{url}/v1#run: {what}" for what in asked), "served"]
+    asked = ("prompt ids", "greedy text", "log-probabilities", "answers", "modules")
+    assert [check.name for check in certificate.checks[-6:]] == [*(f"{url}/v1#run: {what}" for what in asked), "served"]
     served = certificate.checks[-1]
     assert served.right == "the record of the training" and served.measured["logprob_difference"] < 2e-3
 

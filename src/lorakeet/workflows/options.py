@@ -311,8 +311,9 @@ class ServeOptions:
         "torch", "triton uses Lorakeet's own kernels on a CUDA device; they were not run on one yet."
     )
     engine: Literal["lorakeet", "vllm"] = setting(
-        "lorakeet", "vllm checks the adapters against vLLM's limits and prints the vLLM command."
+        "lorakeet", "vllm checks the adapters against vLLM's limits, starts vLLM where it is installed, and verifies them there."
     )
+    command_only: bool = setting(False, "For --engine vllm: print vLLM's command and start nothing.")
     out: Path | None = setting(None, "For --engine vllm: folder for corrected copies of adapters that vLLM would misread.")
 
 

@@ -1,11 +1,10 @@
-"""`lorakeet serve`: one base and many adapters over HTTP, or the vLLM command that serves the same adapters."""
+"""`lorakeet serve`: one base and many adapters over HTTP, or vLLM with the same adapters."""
 
 from __future__ import annotations
 
 import gc
 import logging
 import os
-import shlex
 import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -17,10 +16,7 @@ from typing import Any
 import torch
 from rich.console import Console
 
-from lorakeet.errors import ConfigError, LorakeetError, Problems, visible
-from lorakeet.formats.detect import detect, read_adapter
-from lorakeet.formats.limits import check_vllm, misread_by_vllm, uniform, vllm_max_rank
-from lorakeet.formats.peft import peft
+from lorakeet.errors import ConfigError, LorakeetError, visible
 from lorakeet.kernels.threads import can_compute_alone, compute_alone, compute_with
 from lorakeet.memory.budget import larger_than_machine, parse_size
 from lorakeet.memory.onednn_code import SERVING, limit_code_cache
@@ -35,10 +31,9 @@ from lorakeet.serve.free_cores import FreeCores
 from lorakeet.serve.load_places import LoadPlaces
 from lorakeet.serve.registry import Registry
 from lorakeet.serve.service import RequestLimits, Service
-from lorakeet.train.durable import new_folder
 from lorakeet.workflows.options import ServeOptions
-from lorakeet.workflows.runs.output_paths import writing
-from lorakeet.workflows.runs.serving_options import named_paths, require_servable, vllm_flags
+from lorakeet.workflows.runs.serving_options import named_paths, require_servable
+from lorakeet.workflows.serving.with_vllm import serve_with_vllm
 
 CONTEXT = 2048  # default for the tokens of a prompt and its text
 
@@ -56,13 +51,14 @@ class Served:
 
 
 def serve(options: ServeOptions, *, console: Console) -> Served:
-    """Serves until SIGINT or SIGTERM; with engine vllm, checks the adapters and prints the command instead.
+    """Serves until SIGINT or SIGTERM; with engine vllm, starts vLLM (workflows/serving).
 
     Raises ConfigError and DataError for what cannot be served, and EnvironmentProblem if a package or the port is missing.
     """
     adapters = named_paths(options.adapter)
     if options.engine == "vllm":
-        return _for_vllm(options, adapters, console)
+        started = serve_with_vllm(options, adapters, console)
+        return Served(tuple(started.adapters), str(started))
     budget = require_servable(options)
     if warning := larger_than_machine(budget):
         console.print(warning, soft_wrap=True)
@@ -181,36 +177,3 @@ def _logs() -> Iterator[None]:
         logger.removeHandler(handler)
         logger.setLevel(before)
         logger.propagate = propagates
-
-
-def _for_vllm(options: ServeOptions, adapters: dict[str, Path], console: Console) -> Served:
-    """Checks every adapter against vLLM's limits and prints the command; copies what vLLM would misread to `out`."""
-    out, flags = options.out, vllm_flags(options)
-    problems = Problems("vLLM cannot serve these adapters")
-    ready: dict[str, Path] = {}
-    ranks = []
-    for name, path in adapters.items():
-        found, adapter = detect(path), read_adapter(path, say=console.print)
-        try:
-            check_vllm(adapter)
-        except ConfigError as error:
-            problems.add(f"'{name}': {error}")
-            continue
-        ranks.append(vllm_max_rank(adapter))
-        if found.format == "peft" and not misread_by_vllm(adapter):
-            ready[name] = found.path
-        elif out is None:
-            why = "vLLM would compute wrong scales" if found.format == "peft" else f"it is stored as {found.format}"
-            problems.add(f"'{name}': {why}. Give --out FOLDER for an exact copy that vLLM reads correctly.")
-        else:
-            ready[name] = out / name
-            with writing(str(out), "Free some space, or choose another --out."), new_folder(ready[name]) as made:
-                peft.write(uniform(adapter), made)
-            console.print(f"'{name}': written to {ready[name]} with its scale in B and one rank", soft_wrap=True)
-    problems.raise_if_any()
-    limits = {"--max-lora-rank": max(ranks), "--max-loras": min(len(ready), 8), "--max-cpu-loras": len(ready)}
-    words = ["vllm", "serve", options.model, "--enable-lora"]
-    words += [word for flag, number in limits.items() for word in (flag, str(number))]
-    words += [*flags, "--lora-modules", *(f"{name}={path.resolve()}" for name, path in ready.items())]
-    console.print(shlex.join(words), soft_wrap=True)
-    return Served(adapters=tuple(ready), command=shlex.join(words))

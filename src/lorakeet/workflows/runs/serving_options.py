@@ -39,6 +39,8 @@ def require_servable(options: ServeOptions) -> Budget:
         problems.add(f"--context is {options.context}; it must be {LEAST_CONTEXT} or more.")
     if options.out is not None:
         problems.add("--out is for --engine vllm only; --adapters-dir is the folder for uploads.")
+    if options.command_only:
+        problems.add("--command-only is for --engine vllm only.")
     problems.raise_if_any()
     parse_size(options.upload_limit)
     parse_size(options.uploads_total)
@@ -81,7 +83,7 @@ def vllm_flags(options: ServeOptions) -> list[str]:
     if not options.adapter:
         raise ConfigError("--engine vllm needs at least one --adapter name=PATH.")
     given = non_default(options)
-    lost = sorted(given.keys() - {"model", "adapter", "engine", "out", *_VLLM_TOO})
+    lost = sorted(given.keys() - {"model", "adapter", "engine", "out", "command_only", *_VLLM_TOO})
     if lost:
         flags = ", ".join(f"--{name.replace('_', '-')}" for name in lost)
         raise ConfigError(f"--engine vllm cannot pass on {flags}; leave them out, and give vLLM its own options.")

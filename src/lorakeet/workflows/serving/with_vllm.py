@@ -1,0 +1,131 @@
+"""`lorakeet serve --engine vllm`: adapters as vLLM reads them, its command, and the server itself where vLLM is installed.
+
+checked ──► copied where vLLM would misread ──► vLLM started ──► each adapter verified against its base here ──► served
+"""
+
+from __future__ import annotations
+
+import shlex
+import subprocess
+from collections.abc import Mapping
+from contextlib import suppress
+from dataclasses import dataclass
+from pathlib import Path
+
+from rich.console import Console
+
+from lorakeet.data.locate import locate_model
+from lorakeet.errors import ConfigError, EnvironmentProblem, LorakeetError, Problems
+from lorakeet.formats.detect import detect, read_adapter
+from lorakeet.formats.limits import check_vllm, misread_by_vllm, uniform, vllm_max_rank
+from lorakeet.formats.peft import peft
+from lorakeet.models.files.source import find_source
+from lorakeet.models.spec import ModelSpec
+from lorakeet.serve.listening import require_free_port
+from lorakeet.train.durable import new_folder
+from lorakeet.train.interrupt import terminable
+from lorakeet.workflows.finetuning.terminal import show_certificate
+from lorakeet.workflows.options import ServeOptions, VerifyOptions
+from lorakeet.workflows.runs.open_adapter import open_adapter
+from lorakeet.workflows.runs.output_paths import writing
+from lorakeet.workflows.runs.serving_options import vllm_flags
+from lorakeet.workflows.serving.vllm_process import INSTALL, base_url, running_vllm, vllm_python
+from lorakeet.workflows.verify import certify_artefacts
+
+CHECK_ROWS = 4
+
+
+@dataclass(frozen=True)
+class VllmCommand:
+    """The words of `vllm serve`, and by name the adapter folders that it reads."""
+
+    words: tuple[str, ...]
+    adapters: Mapping[str, Path]
+
+    def __str__(self) -> str:
+        return shlex.join(self.words)
+
+
+def vllm_command(options: ServeOptions, adapters: Mapping[str, Path], console: Console) -> VllmCommand:
+    """vLLM's command for these adapters; what vLLM would misread is copied to `options.out`. ConfigError for what it refuses."""
+    out, flags = options.out, vllm_flags(options)
+    problems = Problems("vLLM cannot serve these adapters")
+    ready: dict[str, Path] = {}
+    ranks = []
+    for name, path in adapters.items():
+        found, adapter = detect(path), read_adapter(path, say=console.print)
+        try:
+            check_vllm(adapter)
+        except ConfigError as error:
+            problems.add(f"'{name}': {error}")
+            continue
+        ranks.append(vllm_max_rank(adapter))
+        if found.format == "peft" and not misread_by_vllm(adapter):
+            ready[name] = found.path
+        elif out is None:
+            why = "vLLM would compute wrong scales" if found.format == "peft" else f"it is stored as {found.format}"
+            problems.add(f"'{name}': {why}. Give --out FOLDER for an exact copy that vLLM reads correctly.")
+        else:
+            ready[name] = out / name
+            with writing(str(out), "Free some space, or choose another --out."), new_folder(ready[name]) as made:
+                peft.write(uniform(adapter), made)
+            console.print(f"'{name}': written to {ready[name]} with its scale in B and one rank", soft_wrap=True)
+    problems.raise_if_any()
+    limits = {"--max-lora-rank": max(ranks), "--max-loras": min(len(ready), 8), "--max-cpu-loras": len(ready)}
+    model, named = _readable(options.model, console)
+    words = ["vllm", "serve", model, "--enable-lora"]
+    words += [word for flag, number in limits.items() for word in (flag, str(number))]
+    words += [*flags, *named, "--lora-modules", *(f"{name}={path.resolve()}" for name, path in ready.items())]
+    return VllmCommand(tuple(words), ready)
+
+
+def _readable(model: str, console: Console) -> tuple[str, list[str]]:
+    """The model as vLLM loads it: the dense copy of a .gguf file or package, under the name that it has here."""
+    try:
+        path = locate_model(model)
+    except LorakeetError:  # it may be on another machine, where the command is run
+        return model, []
+    if path is None or path.is_dir():
+        return model, []
+    return str(find_source(ModelSpec(path=model), console.print)), ["--served-model-name", Path(model.rpartition(":")[2]).name]
+
+
+def serve_with_vllm(options: ServeOptions, adapters: Mapping[str, Path], console: Console) -> VllmCommand:
+    """Starts vLLM, verifies each adapter there, says so, and serves until SIGINT or SIGTERM. Returns its command.
+
+    Without vLLM, and with `options.command_only`, the command is printed instead. EnvironmentProblem if vLLM does not start or
+    ends by itself; VerificationFailed (exit code 3) if an adapter is not what vLLM computes: nothing is served then.
+    """
+    command = vllm_command(options, adapters, console)
+    python = None if options.command_only else vllm_python()
+    if python is None:
+        console.print(str(command), soft_wrap=True, markup=False)
+        if not options.command_only:
+            console.print(f"vLLM is not installed here, so it was not started: {INSTALL}.", soft_wrap=True, markup=False)
+        return command
+    require_free_port(options.host, options.port)  # another server there would seem to be this one
+    if not options.port:
+        raise ConfigError("--port 0 cannot be used with --engine vllm; name a free port.")
+    url = base_url(options.host, options.port)
+    console.print(f"Starting {command}", soft_wrap=True, markup=False)
+    with terminable(), suppress(KeyboardInterrupt), running_vllm(python, command.words, url) as process:
+        for name, path in adapters.items():
+            _verify(path, f"{url}#{name}", options.model, console)
+        many = f"{len(adapters)} adapter{'' if len(adapters) == 1 else 's'}"
+        console.print(f"vLLM serves {many} at {url}/v1, each verified against the live adapter.", soft_wrap=True, markup=False)
+        _until_it_ends(process)
+    return command
+
+
+def _verify(path: Path, target: str, model: str, console: Console) -> None:
+    """VerificationFailed where the served adapter is not the live one."""
+    opened = open_adapter(path, base=model, say=lambda _: None)
+    check = VerifyOptions(str(path), against=(target,), rows=CHECK_ROWS, modules=False)
+    found = certify_artefacts(opened, check, console)
+    show_certificate(found, console)
+    found.raise_if_failed()
+
+
+def _until_it_ends(process: subprocess.Popen[bytes]) -> None:
+    code = process.wait()
+    raise EnvironmentProblem(f"vLLM ended with exit code {code}; what it said stands above.")
