@@ -95,6 +95,14 @@ def flash() -> Iterator[Any]:
 
 
 @pytest.fixture
+def liger(monkeypatch: pytest.MonkeyPatch) -> Any:
+    """The module kernels/liger, whose kernels Triton interprets on the CPU, which stands for a GPU (tiny/liger_kernels)."""
+    from tiny.liger_kernels import interpreted
+
+    return interpreted(monkeypatch)
+
+
+@pytest.fixture
 def second_generator(monkeypatch: pytest.MonkeyPatch) -> Any:
     """A generator on the CPU that torch takes for that of a CUDA device."""
     import torch

@@ -77,7 +77,8 @@ def _triton_launch(found: Findings) -> Any:
         return {"not_run": "Triton is not installed"}
     if found.toy:
         os.environ.setdefault("TRITON_INTERPRET", "1")
-    from lorakeet.kernels.triton import elementwise
+    from lorakeet.kernels.triton.tiles import unpack_tiles
+    from lorakeet.quant.nf4 import Nf4Base
 
-    gate, up = torch.zeros(2, 1, 64, device=found.device, dtype=found.dtype)
-    return _of_host(found, elementwise.gated, gate, up)
+    weight, out = Nf4Base((2, 64), device=found.device), torch.zeros(2, 64, device=found.device, dtype=found.dtype)
+    return _of_host(found, unpack_tiles, weight.in_tiles(), out)

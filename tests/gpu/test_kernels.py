@@ -7,13 +7,14 @@ import torch
 
 from lorakeet.core.base import DenseBase
 from lorakeet.core.lowrank import low_rank_linear
+from lorakeet.kernels import liger
 from lorakeet.kernels.choose import TABLE, passed_over
 from lorakeet.kernels.efficient_varlen import EfficientVarlen
 from lorakeet.kernels.flash_varlen import FlashVarlen, proved
 from lorakeet.kernels.protocol import Situation
 from lorakeet.kernels.tiled_weight import TritonRequest
 from lorakeet.kernels.triton.support import why_not_on
-from lorakeet.models.kernels import check_elementwise, check_kernels, check_loss
+from lorakeet.models.kernels import check_kernels
 from lorakeet.quant.construct import quantise_weight
 from lorakeet.quant.int8 import Int8Base
 from lorakeet.quant.nf4 import Nf4Base, dequantise_blocks
@@ -94,13 +95,20 @@ def test_int8_products(gpu: torch.device, narrow: torch.dtype) -> None:
 
 @needs_triton
 def test_lorakeets_triton_kernels(real_gpu: torch.device, narrow: torch.dtype) -> None:
-    """The proof of a load, for a weight of each kind and the widths of Llama's models."""
+    """The proof of a load, for a dense weight and one in NF4."""
     if why := why_not_on(real_gpu):
         pytest.skip(why)
     linear = torch.nn.Linear(SHAPE[1], SHAPE[0], bias=False, device=real_gpu, dtype=narrow).requires_grad_(False)
     packed = PackedLinear(quantise_weight(linear.weight.cpu(), QuantSpec(method="nf4")).to(real_gpu), None)
     request = TritonRequest(64)
     check_kernels([linear, torch.nn.ModuleList([packed])], request, narrow)
-    check_elementwise((64, 576, 2048, 4096), request, (narrow, torch.float32), real_gpu)
-    for vocabulary in (32000, 49152, 128256):
-        check_loss(vocabulary, real_gpu)
+
+
+@pytest.mark.parametrize("kind", ["norm", "gates", "rotation", "loss"])
+def test_ligers_kernels(real_gpu: torch.device, narrow: torch.dtype, kind: str) -> None:
+    if why := liger.why_not(Situation(real_gpu, narrow, narrow)):
+        pytest.skip(why)
+    widths = {"norm": (64, 576, 2048, 4096), "gates": (1536, 8192, 14336), "rotation": (64, 128), "loss": (32000, 49152, 128256)}
+    for dtype in (narrow, torch.float32):
+        for width in widths[kind]:
+            assert liger.computes_the_same(kind, real_gpu, dtype, width), (dtype, width)

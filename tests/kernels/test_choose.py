@@ -16,15 +16,12 @@ from lorakeet.kernels import choose
 from lorakeet.kernels.choose import TABLE, candidates, elementwise_ops, passed_over
 from lorakeet.kernels.cpu import elementwise, operators
 from lorakeet.kernels.protocol import Kernel, Situation
-from lorakeet.kernels.tiled_weight import TritonRequest
-from lorakeet.kernels.triton.support import WIDEST
-from tiny.triton_device import DEVICE, behave_like_a_card, needs_triton
 
 CPU = torch.device("cpu")
 
 
 def states(width: int = 16, dtype: torch.dtype = torch.float32) -> Tensor:
-    return torch.randn(3, width, generator=torch.Generator().manual_seed(0)).to(dtype).to(DEVICE)
+    return torch.randn(3, width, generator=torch.Generator().manual_seed(0)).to(dtype)
 
 
 @pytest.mark.parametrize("task", TABLE)
@@ -43,7 +40,9 @@ def test_each_kernel_that_is_passed_over_has_a_reason() -> None:
         assert all(len(reason.split()) > 2 for _, reason in skipped)
     reasons = {kernel.name: reason for kernel, reason in passed_over("elementwise ops", situation)[1]}
     assert reasons["C: elementwise.c"] == "takes bfloat16; states are float32, matrix products run in float32"
-    assert reasons["Triton: elementwise"] == "not requested (model.kernels is torch)"
+    assert reasons["Liger: norm, gate, rotary positions"] == "it is a kernel for CUDA GPUs"
+    reasons = {kernel.name: reason for kernel, reason in passed_over("dequantise", situation)[1]}
+    assert reasons["Triton: tiles"] == "not requested (model.kernels is torch)"
 
 
 def test_kernels_have_distinct_names_within_a_task() -> None:
@@ -63,26 +62,22 @@ def test_a_choice_is_made_once_for_a_situation(monkeypatch: pytest.MonkeyPatch) 
     assert [situation.c for situation in asked] == [True, False]
 
 
-def test_without_a_request_torch_computes() -> None:
-    assert elementwise_ops(states()) is None and elementwise_ops(states(dtype=torch.float64), triton=TritonRequest()) is None
+def test_without_a_kernel_for_it_torch_computes() -> None:
+    assert elementwise_ops(states()) is None and elementwise_ops(states(dtype=torch.float64)) is None
 
 
-def test_c_computes_what_it_can_whatever_is_requested() -> None:
+def test_c_computes_what_it_can() -> None:
     x = torch.zeros(2, 16, dtype=torch.bfloat16)
-    assert elementwise_ops(x, triton=TritonRequest()) is (elementwise if operators.supports(x) else None)
+    assert elementwise_ops(x) is (elementwise if operators.supports(x) else None)
 
 
-@needs_triton
-def test_triton_computes_what_it_can(monkeypatch: pytest.MonkeyPatch) -> None:
-    behave_like_a_card(monkeypatch)
+def test_liger_computes_what_it_can(liger: Any) -> None:
     x = states()
-    found = elementwise_ops(x, triton=TritonRequest())
-    assert found is not None and found is not elementwise
-    for refused in ((x.t(),), (x, x.half()), (x.double(),)):
-        assert elementwise_ops(*refused, triton=TritonRequest()) is None
-    wide = torch.zeros(1, WIDEST + 1, device=DEVICE)
-    assert elementwise_ops(wide, triton=TritonRequest(), by_rows=True) is None
-    assert elementwise_ops(wide, triton=TritonRequest()) is not None
+    assert elementwise_ops(x, x) is liger and elementwise_ops(x, by_rows=True) is liger
+    for refused in ((x.t(), x.t()), (x, x.half()), (x.double(), x.double())):
+        assert elementwise_ops(*refused) is None
+    wide = torch.zeros(1, liger.WIDEST + 1)
+    assert elementwise_ops(wide, wide) is None
 
 
 class Norm(nn.Module):
@@ -108,30 +103,30 @@ class Mlp(nn.Module):
             setattr(self, name, standing)
 
 
-def trained(norm: FrozenRmsNorm, mlp: GatedMlp, kernels: TritonRequest | None) -> list[Tensor]:
+def trained(norm: FrozenRmsNorm, mlp: GatedMlp) -> list[Tensor]:
     """What a norm and the MLP behind it make, and all gradients."""
-    norm.kernels = kernels
-    for layer in mlp.original.children():
-        layer.base.kernels = kernels  # type: ignore[union-attr]
-    x = torch.randn(5, 12, generator=torch.Generator().manual_seed(1)).to(DEVICE).requires_grad_()
+    x = torch.randn(5, 12, generator=torch.Generator().manual_seed(1)).requires_grad_()
     factors = [parameter for parameter in mlp.parameters() if parameter.requires_grad]
     out = mlp(norm(x))
     return [out.detach(), *torch.autograd.grad(out.square().sum(), [x, *factors])]
 
 
-@needs_triton
-def test_a_norm_and_a_gated_mlp_compute_the_same_by_triton(monkeypatch: pytest.MonkeyPatch) -> None:
-    behave_like_a_card(monkeypatch)
+@pytest.mark.parametrize("activation", ["silu", "gelu_tanh"])
+def test_a_norm_and_a_gated_mlp_compute_the_same_by_liger(
+    activation: str, liger: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    calls = ["gated", "gated_backward_"] if activation == "silu" else ["gelu_gated", "gelu_gated_backward_"]
     torch.manual_seed(0)
-    norm, mlp = FrozenRmsNorm(Norm(12)).to(DEVICE), GatedMlp(Mlp(), "silu").to(DEVICE)
-    expected = trained(norm, mlp, None)
+    norm, mlp = FrozenRmsNorm(Norm(12)), GatedMlp(Mlp(), activation)
+    with monkeypatch.context() as patch:
+        patch.setattr("lorakeet.core.fused.mlp_and_norm.elementwise_ops", lambda *_, **__: None)
+        expected = trained(norm, mlp)
     called: list[str] = []
-    ops = elementwise_ops(states(), triton=TritonRequest())
-    names = "norm", "norm_again", "norm_backward", "gated", "gated_backward_", "rotate_"
-    noting = SimpleNamespace(**{name: _noted(called, name, getattr(ops, name)) for name in names})
-    monkeypatch.setattr("lorakeet.core.fused.mlp_and_norm.elementwise_ops", lambda *_, triton, **__: noting if triton else None)
-    found = trained(norm, mlp, TritonRequest(0))
-    assert called == ["norm", "gated", "gated_backward_", "norm_again", "norm_backward"]
+    names = ("norm", "norm_again", "norm_backward", "gated", "gated_backward_", "gelu_gated", "gelu_gated_backward_")
+    noting = SimpleNamespace(**{name: _noted(called, name, getattr(liger, name)) for name in names})
+    monkeypatch.setattr("lorakeet.core.fused.mlp_and_norm.elementwise_ops", lambda *_, **__: noting)
+    found = trained(norm, mlp)
+    assert called == ["norm", *calls, "norm_again", "norm_backward"]
     assert len(found) == len(expected) == 8
     for mine, theirs in zip(found, expected, strict=True):
         torch.testing.assert_close(mine, theirs, rtol=1e-4, atol=1e-5)

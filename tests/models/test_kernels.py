@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -10,18 +9,14 @@ from typing import Any
 
 import pytest
 import torch
-from torch import Tensor
 
-from lorakeet.core.fused.mlp_and_norm import FrozenRmsNorm
 from lorakeet.data.pack import Batch
 from lorakeet.errors import ConfigError, EnvironmentProblem
 from lorakeet.kernels.tiled_weight import TritonRequest
 from lorakeet.kernels.triton import support
 from lorakeet.models.image.model import load_image_model
 from lorakeet.models.kernels import (
-    check_elementwise,
     check_kernels,
-    check_loss,
     checked_products,
     kernel_bases,
     kernels_for,
@@ -37,7 +32,6 @@ from tiny.adapters import random_adapter
 from tiny.triton_device import DEVICE, behave_like_a_card, needs_triton
 
 if support.has_triton():
-    from lorakeet.kernels.triton import elementwise, loss
     from lorakeet.kernels.triton import tiles as triton_tiles
 
 
@@ -155,42 +149,17 @@ def test_weights_are_brought_back_in_fp32_too_where_products_are_narrow(monkeypa
 
 
 @needs_triton
-@pytest.mark.parametrize("part", ["losses", "gradient"])
-def test_a_wrong_loss_is_refused(tiny_llama_folder: Path, part: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    right, seen = loss.loss_in_place, []
-
-    def launch(logits: Any, targets: Any, *, wants_grad: bool) -> Any:
-        seen.append(logits.shape[1])
-        losses = right(logits, targets, wants_grad=wants_grad)
-        (losses if part == "losses" else logits).mul_(1.0001)
-        return losses
-
-    monkeypatch.setattr(loss, "loss_in_place", launch)
-    said = "the loss" if part == "losses" else "the gradient of the loss"
-    with pytest.raises(
-        EnvironmentProblem, match=f"compute {said} differently from torch on this device, for a vocabulary of [0-9]+"
-    ):
-        load_text_model(spec(tiny_llama_folder, fused_tokens=0))
-    vocabulary = json.loads((tiny_llama_folder / "config.json").read_text(encoding="utf-8"))["vocab_size"]
-    assert seen == [vocabulary]
-
-
-@needs_triton
-@pytest.mark.parametrize(("module", "name"), [("tiles", "fused_product"), ("loss", "loss_in_place")])
-def test_what_does_not_compile_is_refused_with_the_remedy(module: str, name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_what_does_not_compile_is_refused_with_the_remedy(monkeypatch: pytest.MonkeyPatch) -> None:
     class OutOfResources(Exception):
         """As Triton's own, which derive from nothing else."""
 
     def failing(*given: Any, **more: Any) -> Any:
         raise OutOfResources("out of resource:\nshared memory")
 
-    monkeypatch.setattr(f"lorakeet.kernels.triton.{module}.{name}", failing)
+    monkeypatch.setattr(triton_tiles, "fused_product", failing)
     said = r"do not run on this device, for .* \(OutOfResources: out of resource: shared memory\)\. Set model\.kernels to torch"
     with pytest.raises(EnvironmentProblem, match=said):
-        if module == "loss":
-            check_loss(50, DEVICE)
-        else:
-            check_kernels([packed_layer()], TritonRequest(1), torch.float32)
+        check_kernels([packed_layer()], TritonRequest(1), torch.float32)
 
 
 def test_where_they_cannot_run_it_is_said_before_anything_is_loaded(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -209,36 +178,3 @@ def test_where_they_cannot_run_it_is_said_before_anything_is_loaded(monkeypatch:
 def test_image_models_refuse_them() -> None:
     with pytest.raises(ConfigError, match=r"model\.kernels triton is for text models"):
         load_image_model(spec(Path("model")))
-
-
-@needs_triton
-@pytest.mark.parametrize(
-    ("kernel", "said"),
-    [
-        ("norm", "compute a norm differently"),
-        ("gated", "compute a gate differently"),
-        ("rotate_", "compute a rotation differently"),
-    ],
-)
-def test_passes_that_are_wrong_are_refused(kernel: str, said: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    check_elementwise([48, 15], TritonRequest(), [torch.float32], DEVICE)
-    right = getattr(elementwise, kernel)
-
-    def wrong(first: Tensor, *given: Any) -> Any:
-        found = right(first, *given)
-        changed = first if found is None else found[0] if isinstance(found, tuple) else found
-        changed[0] += 1
-        return found
-
-    monkeypatch.setattr(elementwise, kernel, wrong)
-    with pytest.raises(EnvironmentProblem, match=f"{said} from torch on this device, for rows of 48 numbers in float32"):
-        check_elementwise([48, 15], TritonRequest(), [torch.float32], DEVICE)
-
-
-@needs_triton
-def test_an_adapted_model_makes_its_passes_by_them(tiny_llama_folder: Path) -> None:
-    for asked, expected in (("triton", TritonRequest(64)), ("torch", None)):
-        text = load_text_model(spec(tiny_llama_folder, kernels=asked))
-        add_adapter(text, random_adapter(text.model))
-        norms = [module for module in text.model.modules() if isinstance(module, FrozenRmsNorm)]
-        assert norms and all(norm.kernels == expected for norm in norms)

@@ -9,7 +9,6 @@ import itertools
 import json
 import re
 import sys
-from collections.abc import Callable
 from typing import Any
 
 import pytest
@@ -19,19 +18,14 @@ from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
 from lorakeet.kernels.tiled_weight import TiledWeight
-from lorakeet.kernels.triton import elementwise, loss
 from lorakeet.kernels.triton import tiles as triton_tiles
-from lorakeet.kernels.triton.loss import loss_in_place
-from lorakeet.kernels.triton.support import RANK, WIDEST
+from lorakeet.kernels.triton.support import RANK
 from lorakeet.kernels.triton.tiles import TilePair, dense_tiles, fused_product, unpack_tiles
 from lorakeet.quant.gptq import GptqBase
 from lorakeet.quant.nf4 import Nf4Base
 
 TARGETS = {"8.0": GPUTarget("cuda", 80, 32), "9.0": GPUTarget("cuda", 90, 32)}
-KERNELS = {
-    "_unpack": triton_tiles, "_product": triton_tiles, "_row": loss,
-    **dict.fromkeys(("_norm", "_norm_backward", "_gated", "_gated_backward", "_turn"), elementwise),
-}  # fmt: skip
+KERNELS = {"_unpack": triton_tiles, "_product": triton_tiles}
 SHAPE = (512, 1024)
 # Weight, dtype, tokens and card: each kernel and way of keeping a weight once, and the ones that want most of the chip.
 CASES = [
@@ -39,34 +33,12 @@ CASES = [
     ("nf4", torch.bfloat16, 1, "8.0"), ("nf4", torch.bfloat16, 64, "9.0"), ("nf4", torch.float32, 1, "8.0"),
     ("gptq 4", torch.bfloat16, 0, "8.0"), ("gptq 8", torch.float16, 0, "9.0"), ("gptq 3", torch.bfloat16, 0, "8.0"),
     ("gptq 4", torch.float16, 1, "8.0"), ("gptq 3", torch.bfloat16, 64, "9.0"),
-    ("dense", torch.bfloat16, 64, "8.0"), ("loss", torch.float32, 1, "8.0"),
-    ("norm", torch.bfloat16, 8, "8.0"), ("norm again", torch.float16, 8, "9.0"), ("norm backward", torch.bfloat16, 8, "8.0"),
-    ("gate", torch.bfloat16, 8, "8.0"), ("gate backward", torch.bfloat16, 8, "9.0"), ("rotation", torch.bfloat16, 8, "8.0"),
+    ("dense", torch.bfloat16, 64, "8.0"),
 ]  # fmt: skip
 TYPES = {
     torch.float32: "fp32", torch.bfloat16: "bf16", torch.float16: "fp16",
     torch.uint8: "u8", torch.int32: "i32", torch.int64: "i64",
 }  # fmt: skip
-
-
-def states(tokens: int, width: int, dtype: torch.dtype) -> torch.Tensor:
-    return torch.empty(tokens, width, dtype=dtype)
-
-
-PASSES: dict[str, Callable[[int, torch.dtype], object]] = {  # norms of the widest rows
-    "norm": lambda n, dtype: elementwise.norm(states(n, WIDEST, dtype), states(1, WIDEST, dtype)[0], 1e-6),
-    "norm again": lambda n, dtype: elementwise.norm_again(
-        states(n, WIDEST, dtype), torch.empty(n, 1), states(1, WIDEST, dtype)[0]
-    ),
-    "norm backward": lambda n, dtype: elementwise.norm_backward(
-        states(n, WIDEST, dtype), states(n, WIDEST, dtype), torch.empty(n, 1), states(1, WIDEST, dtype)[0]
-    ),
-    "gate": lambda n, dtype: elementwise.gated(states(n, 1024, dtype), states(n, 1024, dtype)),
-    "gate backward": lambda n, dtype: elementwise.gated_backward_(*(states(n, 1024, dtype) for _ in range(3))),
-    "rotation": lambda n, dtype: elementwise.rotate_(
-        states(n, 256, dtype).view(n, 2, 128), states(n, 128, dtype), states(n, 128, dtype), True
-    ),
-}
 
 
 class Recorder:
@@ -122,12 +94,6 @@ def launched(name: str, dtype: torch.dtype, tokens: int) -> tuple[Any, tuple[Any
     with pytest.MonkeyPatch.context() as patch:
         for kernel, recorder in recorders.items():
             patch.setattr(KERNELS[kernel], kernel, recorder)
-        if name in PASSES:
-            PASSES[name](tokens, dtype)
-            return calls[0]
-        if name == "loss":
-            loss_in_place(torch.empty(4, 32000), torch.empty(4, dtype=torch.int64), wants_grad=True)
-            return calls[0]
         tiles = dense_tiles(torch.empty(SHAPE, dtype=dtype)) if name == "dense" else weights()[name]
         if tokens == 0:
             unpack_tiles(tiles, torch.empty(SHAPE, dtype=dtype))

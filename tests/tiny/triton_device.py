@@ -2,8 +2,8 @@
 CPU, with bfloat16 as cards have it.
 
 numpy has no bfloat16: the interpreter keeps its bits as whole numbers, cuts fp32 off where a card rounds to the nearest even
-number (cvt.rn.bf16.f32), and multiplies the bits in tl.dot. Both are put right for the length of a test. And it reads whatever an
-address points to; here every address has to lie in a tensor that the kernel was given.
+number (cvt.rn.bf16.f32), and computes with the bits as they are. Both are put right for the length of a test. And it reads what
+an address points to, whatever that is; here every address has to lie in a tensor that the kernel was given.
 """
 
 from __future__ import annotations
@@ -48,7 +48,8 @@ def behave_like_a_card(patch: pytest.MonkeyPatch) -> None:
 
 
 def _watch(patch: pytest.MonkeyPatch) -> None:
-    """Every address that is read or written lies in a tensor of the launch."""
+    """Every address that is read or written lies in a tensor of the launch; floats are tensors of fp32, as in a launch."""
+    from triton import language as tl
     from triton.runtime import interpreter
 
     builder, launch, convert = interpreter.InterpreterBuilder, interpreter.GridExecutor.__call__, interpreter._implicit_cvt
@@ -56,6 +57,8 @@ def _watch(patch: pytest.MonkeyPatch) -> None:
     given: list[tuple[int, int]] = []  # first and last address of each tensor
 
     def noted(value: Any) -> Any:
+        if isinstance(value, float):  # which a launch makes fp32 of
+            return tl.tensor(interpreter.TensorHandle(np.array([value], dtype=np.float32), tl.float32), tl.float32)
         if isinstance(value, torch.Tensor) and value.numel():
             last = sum((size - 1) * stride for size, stride in zip(value.shape, value.stride(), strict=True))
             given.append((value.data_ptr(), value.data_ptr() + last * value.element_size()))
@@ -111,6 +114,15 @@ def _round(patch: pytest.MonkeyPatch) -> None:
     def create_dot(self: Any, a: Any, b: Any, *more: Any) -> Any:
         return dot(self, widened(a), widened(b), *more)
 
+    binary = builder.binary_op
+
+    def binary_op(self: Any, one: Any, other: Any, op: Any) -> Any:
+        if not one.dtype.scalar == other.dtype.scalar == tl.bfloat16:
+            return binary(self, one, other, op)
+        found = op(numbers_of(one.data), numbers_of(other.data))
+        return interpreter.TensorHandle(bits_of(found).reshape(found.shape), one.dtype.scalar)
+
+    patch.setattr(builder, "binary_op", binary_op)
     patch.setattr(builder, "cast_impl", cast_impl)
     for name in ("create_fp_trunc", "create_fp_ext"):
         patch.setattr(builder, name, cast_impl)

@@ -14,7 +14,7 @@ from typing import Any, TypeVar
 import torch
 from torch import Tensor
 
-from lorakeet.kernels import efficient_varlen, flash_varlen, onednn
+from lorakeet.kernels import efficient_varlen, flash_varlen, liger, onednn
 from lorakeet.kernels.cpu import attention, block, dense, head, int8_rows, operators, panels, stored, trained_pairs
 from lorakeet.kernels.cpu import inference_pairs as pairs
 from lorakeet.kernels.cpu import trained_block as whole_block
@@ -36,7 +36,6 @@ from lorakeet.kernels.protocol import (
     Situation,
     TrainedBlocks,
 )
-from lorakeet.kernels.tiled_weight import TritonRequest
 from lorakeet.kernels.triton import support
 
 _C, _TRITON = "lorakeet.kernels.cpu.", "lorakeet.kernels.triton."
@@ -106,8 +105,7 @@ TABLE: dict[str, tuple[Kernel, ...]] = {
     ),
     "elementwise ops": (
         Kernel("C: elementwise.c", operators.why_not, operators.takes, operators.NEEDS, _C + "elementwise"),
-        Kernel("Triton: elementwise", support.why_not, support.takes_states, "contiguous states of one dtype",
-               _TRITON + "elementwise"),
+        Kernel("Liger: norm, gate, rotary positions", liger.why_not, liger.takes, liger.NEEDS, "lorakeet.kernels.liger"),
         TORCH,
     ),
     "product, dense weight": (
@@ -147,7 +145,7 @@ TABLE: dict[str, tuple[Kernel, ...]] = {
         Kernel("torch, in the stored layout", _always),
     ),
     "loss of the head": (
-        Kernel("Triton: loss", support.why_not, support.are_numbers, "float32 logits", _TRITON + "loss"),
+        Kernel("Liger: cross-entropy", liger.why_not, liger.takes_loss, "float32 logits", "lorakeet.kernels.liger"),
         Kernel("C: head.c", head.why_not, head.takes, head.NEEDS, _C + "head"),
         TORCH,
     ),
@@ -202,14 +200,12 @@ def _first_result(task: str, like: Tensor, triton: bool, call: Callable[[Any], T
     raise AssertionError(_LAST)
 
 
-def elementwise_ops(
-    *states: Tensor, triton: TritonRequest | None = None, width: int = operators.LANES, by_rows: bool = False
-) -> ElementwiseOps | None:
+def elementwise_ops(*states: Tensor, width: int = operators.LANES, by_rows: bool = False) -> ElementwiseOps | None:
     """The kernel for elementwise ops over states of one dtype; None: torch.
 
     C needs last dimensions in multiples of `width`. `by_rows`: for norms, which need a whole row at once.
     """
-    return _chosen("elementwise ops", states[0], None, triton is not None, states, width, by_rows)  # type: ignore[no-any-return]
+    return _chosen("elementwise ops", states[0], None, False, states, width, by_rows)  # type: ignore[no-any-return]
 
 
 def dense_products(x: Tensor, weight: Tensor) -> DenseProducts | None:
@@ -302,9 +298,9 @@ def inference_layout(weight: Tensor) -> Kernel:
     return first_of(candidates("dense weights, inference", weight.device, weight.dtype), weight)
 
 
-def loss_kernel(hidden: Tensor, dtype: torch.dtype, triton: TritonRequest | None) -> HeadLosses | None:
-    """The kernel for losses of hidden states (tokens, hidden) under a head of that dtype; None: torch."""
-    return _chosen("loss of the head", hidden, dtype, triton is not None, hidden)  # type: ignore[no-any-return]
+def loss_kernel(hidden: Tensor, dtype: torch.dtype, vocabulary: int) -> HeadLosses | None:
+    """The kernel for losses of hidden states (tokens, hidden) under a head (vocabulary, hidden) of that dtype; None: torch."""
+    return _chosen("loss of the head", hidden, dtype, False, hidden, vocabulary)  # type: ignore[no-any-return]
 
 
 def passed_over(task: str, situation: Situation) -> tuple[Kernel, list[tuple[Kernel, str]]]:

@@ -117,7 +117,7 @@ class ElementwiseOps(Protocol):
     norm_again: Callable[[Tensor, Tensor, Tensor], Tensor]
     norm_backward: Callable[[Tensor, Tensor, Tensor, Tensor], Tensor]
     gated: Callable[[Tensor, Tensor], Tensor]
-    gated_backward_: Callable[[Tensor, Tensor, Tensor], None]
+    gated_backward_: Callable[[Tensor, Tensor, Tensor], Tensor | None]  # None: the gradient holds the result of `gated`
     rotate_: Callable[[Tensor, Tensor, Tensor, bool], None]
 
 
@@ -140,7 +140,7 @@ class HeadLosses(Protocol):
     """Losses of a head's logits: all columns of a row in fp32, or with TILED in blocks of columns and in the states' dtype."""
 
     TILED: bool
-    loss_in_place: Callable[..., Tensor]  # kernels/triton/loss; without TILED
+    loss_in_place: Callable[..., Tensor]  # kernels/liger; without TILED
     blocks: Callable[[Tensor, int], list[tuple[slice, Tensor]]]  # kernels/cpu/head; with TILED
     HEAD_LOSSES: Callable[[Tensor, Tensor, int, bool], Tensor]  # the same
 

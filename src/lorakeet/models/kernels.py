@@ -2,13 +2,12 @@
 
 The tests do not run on a GPU, so a model that requests the kernels first checks on its own device that they compute the same as
 torch: one weight of each kind and shape, dequantised bit for bit and multiplied forwards and backwards up to rounding, for few
-and more tokens, without a pair and with pairs of low and of the highest rank; the elementwise operations; and the loss over the
-vocabulary. Of a streamed model it checks the first block and what is in memory.
+and more tokens, without a pair and with pairs of low and of the highest rank. Of a streamed model it checks the first block and
+what is in memory. Norms, gates, rotary positions and the loss are liger-kernel's, where it is installed (kernels/liger).
 """
 
 from __future__ import annotations
 
-import itertools
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import replace
@@ -18,12 +17,10 @@ import torch
 from torch import Tensor, nn
 
 from lorakeet.core.base import DenseBase
-from lorakeet.core.fused.attention import rotated
-from lorakeet.core.fused.mlp_and_norm import FrozenRmsNorm, recomputed, rms_norm, rms_norm_backward
 from lorakeet.core.layers.linear import LoraLinear
 from lorakeet.core.math import add_low_rank, shrink_grad
 from lorakeet.errors import EnvironmentProblem
-from lorakeet.kernels.choose import elementwise_ops, fused_pair
+from lorakeet.kernels.choose import fused_pair
 from lorakeet.kernels.tiled_weight import TritonRequest
 from lorakeet.kernels.triton.support import RANK, why_not_on
 from lorakeet.models import modules
@@ -34,8 +31,6 @@ from lorakeet.quant.packed import PackedBase, PackedLinear
 TOKENS, LOW_RANK, SCALE = (1, 17, 33), 8, 1.5  # of the check: tokens for each tile height, and a rank beside the highest
 ROWS = 256  # rows of W compared at either end
 WEIGHTS = "the first rows of W", "the last rows of W"
-LOSS_ROWS, LOSS_ROUNDINGS = 3, 16  # in units of fp32 rounding: sums over the vocabulary in another order
-ELEMENTWISE_ROWS, EPSILON = 5, 1e-6  # tokens of the check of elementwise operations, and ε of their norm
 ERROR_LENGTH = 300  # characters of Triton's message that are shown
 ROUNDINGS = 4  # relative to the largest result: torch rounds an intermediate sum that the kernel does not, in another order
 
@@ -56,15 +51,9 @@ def with_runnable_kernels(spec: ModelSpec) -> ModelSpec:
 
 
 def use_kernels(model: nn.Module, kernels: TritonRequest | None) -> None:
-    """Sets the kernels (None: torch's own) of every packed weight, weight with pairs and fused norm (models/fuse).
-
-    Gates and rotary positions use the kernels of their weights.
-    """
+    """Sets the kernels (None: torch's own) of every packed weight and weight with pairs."""
     for base in kernel_bases(model):
         base.kernels = kernels
-    for module in model.modules():
-        if isinstance(module, FrozenRmsNorm):
-            module.kernels = kernels
 
 
 def kernel_bases(model: nn.Module) -> Iterator[Any]:
@@ -110,63 +99,6 @@ def _check(base: Any, kernels: TritonRequest, products: torch.dtype, kind: str, 
     rounding = ROUNDINGS * (torch.finfo(products).eps + max(base.shape) ** 0.5 * torch.finfo(torch.float32).eps)
     for name, mine in found.items():
         _compare(name, about, mine, expected[name], 0.0 if name.startswith(WEIGHTS) else rounding)
-
-
-@torch.no_grad()
-def check_loss(vocabulary: int, device: torch.device) -> None:
-    """Raises EnvironmentProblem unless the loss kernel gives torch's losses and gradients for this vocabulary size."""
-    logits = _numbers(LOSS_ROWS, vocabulary, device)
-    targets = torch.tensor([0, vocabulary // 2, vocabulary - 1], device=device)
-    losses = torch.nn.functional.cross_entropy(logits, targets, reduction="none")
-    gradient = logits.softmax(1)
-    gradient[torch.arange(LOSS_ROWS, device=device), targets] -= 1
-    about = f"a vocabulary of {vocabulary}"
-    with _refused(about, device):
-        from lorakeet.kernels.triton.loss import loss_in_place
-
-        found = loss_in_place(logits, targets, wants_grad=True)
-    rounding = LOSS_ROUNDINGS * torch.finfo(torch.float32).eps
-    _compare("the loss", about, found, losses, rounding)
-    _compare("the gradient of the loss", about, logits, gradient, rounding)
-
-
-@torch.no_grad()
-def check_elementwise(widths: Iterable[int], kernels: TritonRequest, dtypes: Iterable[torch.dtype], device: torch.device) -> None:
-    """Raises EnvironmentProblem unless the elementwise kernels compute the same as torch for these widths and dtypes."""
-    for width, dtype in itertools.product(widths, dtypes):
-        about = f"rows of {width} numbers in {str(dtype).removeprefix('torch.')}"
-        expected = _elementwise(None, width, dtype, device)
-        with _refused(about, device):
-            found = _elementwise(kernels, width, dtype, device)
-        for name, mine in found.items():
-            _compare(name, about, mine, expected[name], ROUNDINGS * torch.finfo(dtype).eps)
-
-
-def _elementwise(kernels: TritonRequest | None, width: int, dtype: torch.dtype, device: torch.device) -> dict[str, Tensor]:
-    """Returns norms, gates and, for an even width, rotations of fixed numbers."""
-    x, up, grad, gain = (_numbers(ELEMENTWISE_ROWS + number, width, device)[:ELEMENTWISE_ROWS].to(dtype) for number in range(4))
-    y, rho = rms_norm(x, gain[0], EPSILON, kernels)
-    found = {
-        "a norm": y,
-        "a norm again": recomputed((x, rho, gain[0]), kernels),
-        "the gradient of a norm": rms_norm_backward(grad, x, rho, gain[0], kernels),
-    }
-    by = None if kernels is None else elementwise_ops(x, up, grad, triton=kernels)
-    if by is None:
-        part = x.float().sigmoid()
-        active = x.float() * part
-        inner, of_up = active * up, grad * active
-        of_gate = grad.float() * up * (part + active * (1 - part))
-    else:
-        of_gate, of_up = x.clone(), up.clone()
-        by.gated_backward_(of_gate, of_up, grad.clone())
-        inner = by.gated(x, up)
-    found |= {"a gate": inner, "the gradient of a gate": of_gate, "the gradient of what is gated": of_up}
-    for back in (False, True) if width % 2 == 0 else ():
-        states = _numbers(2 * ELEMENTWISE_ROWS, width, device).to(dtype).view(ELEMENTWISE_ROWS, 2, width)
-        cos, sin = (_numbers(ELEMENTWISE_ROWS + number, width, device)[:ELEMENTWISE_ROWS].to(dtype) for number in range(2))
-        found[f"a rotation{' back' * back}"] = rotated(states, cos, sin, back=back, kernels=kernels)
-    return found
 
 
 @contextmanager

@@ -29,6 +29,7 @@ __all__ = ["Checkup", "Finding", "doctor"]
 USER_EXTRAS = {
     "gguf": "models in .gguf files",
     "nf4": "faster kernels for weights in NF4",
+    "cuda": "faster kernels for NVIDIA GPUs",
     "parquet": ".parquet data files",
     "hub": "datasets folders and hub ids",
     "track": "TensorBoard",

@@ -82,9 +82,9 @@ def test_a_word_that_is_sure_costs_nothing() -> None:
 
 def test_it_is_for_bf16_alone() -> None:
     states = torch.zeros(2, 32)
-    assert loss_kernel(states.bfloat16(), torch.bfloat16, None) is head
-    assert loss_kernel(states, torch.float32, None) is None
-    assert loss_kernel(states.bfloat16(), torch.float32, None) is None
+    assert loss_kernel(states.bfloat16(), torch.bfloat16, 50) is head
+    assert loss_kernel(states, torch.float32, 50) is None
+    assert loss_kernel(states.bfloat16(), torch.float32, 50) is None
 
 
 def test_shapes_alone_hold_what_numbers_hold() -> None:

@@ -19,7 +19,6 @@ from lorakeet.core.base import DenseBase, FrozenBase, matmul_each, sum_of_matmul
 from lorakeet.core.fused.mlp_and_norm import (
     FrozenRmsNorm,
     NormInputs,
-    kernels_of,
     pair_products,
     recomputed,
     rms_norm,
@@ -34,7 +33,6 @@ from lorakeet.kernels.choose import elementwise_ops, packed_rows
 from lorakeet.kernels.cpu import operators
 from lorakeet.kernels.flash_varlen import FlashVarlen, RowOffsets, flash_kernel
 from lorakeet.kernels.protocol import PackedAttention
-from lorakeet.kernels.tiled_weight import TritonRequest
 
 INPUTS = ("q_proj", "k_proj", "v_proj")
 HEAD_NORMS = ("q_norm", "k_norm")  # which some models have
@@ -62,11 +60,6 @@ class AttentionInputs:
     norms: Sequence[HeadNorm]
     head: int  # numbers of one head
     kernel: PackedAttention
-
-    @property
-    def kernels(self) -> TritonRequest | None:
-        """The request for Triton kernels, if any."""
-        return kernels_of(self.bases)
 
 
 class RotaryAttentionFunction(torch.autograd.Function):
@@ -96,11 +89,10 @@ class RotaryAttentionFunction(torch.autograd.Function):
         turn = cos.to(products), sin.to(products)
         query, key, value = (out.view(len(x), -1, inputs.head) for out in outs)
         before = [states.to(x.dtype) for states, _ in zip((query, key), inputs.norms, strict=False)]
-        by = inputs.kernels
-        by_norm = [rms_norm(each, norm.weight, norm.epsilon, by) for each, norm in zip(before, inputs.norms, strict=True)]
+        by_norm = [rms_norm(each, norm.weight, norm.epsilon) for each, norm in zip(before, inputs.norms, strict=True)]
         if by_norm:
             query, key = (states.to(products) for states, _ in by_norm)
-        states = [_laid(each, x.dtype) for each in (rotated(query, *turn, kernels=by), rotated(key, *turn, kernels=by), value)]
+        states = [_laid(each, x.dtype) for each in (rotated(query, *turn), rotated(key, *turn), value)]
         result, kept = inputs.kernel.forward(*states)
         source, held = saved_for(x, made_of), states
         if by_norm:
@@ -117,18 +109,17 @@ class RotaryAttentionFunction(torch.autograd.Function):
         cos, sin, *rest = ctx.saved_tensors
         ends = list(accumulate(ctx.counts, initial=0))
         source, states, kept, shrunk = (rest[start:stop] for start, stop in pairwise(ends))
-        by = inputs.kernels
-        x, factors = recomputed(source, by), rest[ends[-1] :]
+        x, factors = recomputed(source), rest[ends[-1] :]
         turn = cos.to(products), sin.to(products)
         before = [(states[2 * number], states[2 * number + 1], norm.weight) for number, norm in enumerate(inputs.norms)]
         if before:
-            again = [rotated(recomputed(each, by).to(products), *turn, kernels=by) for each in before]
+            again = [rotated(recomputed(each).to(products), *turn) for each in before]
             states = [*(_laid(each, x.dtype) for each in again), states[-1]]
         found = inputs.kernel.backward(grad.view(1, len(x), -1, inputs.head), *states, *kept)
         query, key, value = (states[0].transpose(0, 1).to(products) for states in found)  # (tokens, heads, head)
-        back = [*(rotated(states, *turn, back=True, kernels=by) for states in (query, key)), value]
+        back = [*(rotated(states, *turn, back=True) for states in (query, key)), value]
         for number, each in enumerate(before):
-            back[number] = rms_norm_backward(back[number].to(x.dtype).contiguous(), *each, by).to(products)
+            back[number] = rms_norm_backward(back[number].to(x.dtype).contiguous(), *each).to(products)
         grads = [states.reshape(len(x), -1) for states in back]
         grad_x = sum_of_matmul_t(inputs.bases, grads) if ctx.needs_input_grad[0] else None
         through, of_b = inputs.pairs.backward(grad_x, grads, shrunk, factors)
@@ -136,9 +127,9 @@ class RotaryAttentionFunction(torch.autograd.Function):
         return None if grad_x is None else grad_x.to(x.dtype), None, None, None, None, *alternated(of_a, of_b)
 
 
-def rotated(states: Tensor, cos: Tensor, sin: Tensor, *, back: bool = False, kernels: TritonRequest | None = None) -> Tensor:
+def rotated(states: Tensor, cos: Tensor, sin: Tensor, *, back: bool = False) -> Tensor:
     """R·states, or Rᵀ·states, of (tokens, heads, head); cos and sin are (tokens, head). May overwrite `states`."""
-    if (by := elementwise_ops(states, cos, sin, triton=kernels, width=2 * operators.LANES)) is not None:
+    if (by := elementwise_ops(states, cos, sin, width=2 * operators.LANES)) is not None:
         by.rotate_(states, cos, sin, back)
         return states
     half = states.shape[2] // 2

@@ -60,7 +60,7 @@ class DecodeBlock(BlockReplacement):
         self._limit = min(attention.windows(), default=None)
         self._normed = [(cast(Tensor, norm.weight), cast(float, norm.original.variance_epsilon)) for norm in (first, second)]
         self._norms = tuple(_norm_of(*given) for given in self._normed)
-        self._silu = bool(mlp.activation.in_kernels)
+        self._silu = bool(mlp.activation.in_c)
         self._kernel = ""  # the name of that of `_block`
         self._orders: list[Order] = []
         self._block: Any = None

@@ -6,7 +6,7 @@ x, the gate and the up projection; the backward pass recomputes the activation a
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
 from itertools import accumulate, pairwise
@@ -23,7 +23,6 @@ from lorakeet.core.pair_products import PairProducts, PairSpan, alternated
 from lorakeet.core.selection import Share
 from lorakeet.kernels.choose import elementwise_ops
 from lorakeet.kernels.cpu import operators
-from lorakeet.kernels.tiled_weight import TritonRequest
 
 
 @dataclass(frozen=True)
@@ -32,7 +31,14 @@ class Activation:
 
     forward: Callable[[Tensor], Tensor]
     backward: Callable[[Tensor, Tensor], Tensor]
-    in_kernels: bool = False  # whether C and Triton kernels have it
+    in_c: bool = False  # whether the blocks in C have it
+    calls: tuple[str, str] | None = None  # what kernels call φ(z)∘u and its backward, in place (kernels/protocol.ElementwiseOps)
+
+    def kernel(self, which: int, *states: Tensor) -> Callable[..., Tensor | None] | None:
+        """What computes φ(z)∘u (0), or its backward in place (1), of these states in one call; None: torch."""
+        if self.calls is None or (by := elementwise_ops(*states)) is None:
+            return None
+        return getattr(by, self.calls[which], None)
 
 
 def _gelu_backward(grad: Tensor, x: Tensor, approximate: str) -> Tensor:
@@ -41,9 +47,13 @@ def _gelu_backward(grad: Tensor, x: Tensor, approximate: str) -> Tensor:
 
 ACTIVATIONS = {
     "silu": Activation(
-        nn.functional.silu, lambda grad, x: cast(Tensor, torch.ops.aten.silu_backward(grad, x, grad_input=grad)), in_kernels=True
+        nn.functional.silu, lambda grad, x: cast(Tensor, torch.ops.aten.silu_backward(grad, x, grad_input=grad)),
+        in_c=True, calls=("gated", "gated_backward_"),
     ),
-    "gelu_tanh": Activation(partial(nn.functional.gelu, approximate="tanh"), partial(_gelu_backward, approximate="tanh")),
+    "gelu_tanh": Activation(
+        partial(nn.functional.gelu, approximate="tanh"), partial(_gelu_backward, approximate="tanh"),
+        calls=("gelu_gated", "gelu_gated_backward_"),
+    ),
     "gelu": Activation(nn.functional.gelu, partial(_gelu_backward, approximate="none")),
 }
 
@@ -62,11 +72,6 @@ class Projections:
     products: torch.dtype
     into: PairProducts
     out_of: PairProducts
-
-    @property
-    def kernels(self) -> TritonRequest | None:
-        """The request for Triton kernels, if any."""
-        return kernels_of((self.gate, self.up, self.down))
 
 
 @dataclass(frozen=True)
@@ -92,12 +97,12 @@ def saved_for(y: Tensor, made_of: NormInputs | None) -> tuple[Tensor, ...]:
     return (y,) if made_of is None else (made_of.x, made_of.rho, made_of.weight)
 
 
-def recomputed(kept: Sequence[Tensor], kernels: TritonRequest | None = None) -> Tensor:
-    """Recomputes y, to the last bit, from the tensors of `saved_for`; `kernels`: the request of its norm."""
+def recomputed(kept: Sequence[Tensor]) -> Tensor:
+    """Recomputes y, to the last bit, from the tensors of `saved_for`."""
     if len(kept) == 1:
         return kept[0]
     x, rho, weight = kept
-    if (by := elementwise_ops(x, weight, triton=kernels, by_rows=True)) is not None:
+    if (by := elementwise_ops(x, weight, by_rows=True)) is not None:
         return by.norm_again(x, rho, weight)
     return weight * (x.float() * rho).to(x.dtype)
 
@@ -126,8 +131,8 @@ class GatedMlpFunction(torch.autograd.Function):
         wide = x.to(p.products)
         gate, up = matmul_each((p.gate, p.up), wide)
         shrunk = p.into.add([gate, up], wide, of_into)  # x·Aᵀ for gate and up
-        by = elementwise_ops(gate, up, triton=p.kernels) if p.activation.in_kernels else None
-        inner = p.activation.forward(gate).mul_(up) if by is None else by.gated(gate, up)
+        by = p.activation.kernel(0, gate, up)
+        inner = p.activation.forward(gate).mul_(up) if by is None else cast(Tensor, by(gate, up))
         y = p.down.matmul(inner)
         for_down = p.out_of.add([y], inner, of_down)  # h·Aᵀ
         source = saved_for(x, made_of) if factors else ()
@@ -150,7 +155,7 @@ class GatedMlpFunction(torch.autograd.Function):
         grad_gate, grad_up, grads_a = _gated_backward(p, gate, up, grad_inner, through, of_down)
         down = alternated(grads_a, grads_b)
         del gate, up, grad_inner
-        wide = recomputed(x, p.kernels).to(p.products) if x else grad_gate  # which only the gradients of pairs need
+        wide = recomputed(x).to(p.products) if x else grad_gate  # which only the gradients of pairs need
         grad_x = sum_of_matmul_t((p.gate, p.up), (grad_gate, grad_up)) if ctx.needs_input_grad[0] else None
         through, grads_b = p.into.backward(grad_x, [grad_gate, grad_up], shrunk, of_into)
         del grad_gate, grad_up
@@ -163,20 +168,14 @@ def _factors_of(p: Projections, factors: Sequence[Tensor]) -> tuple[Sequence[Ten
     return factors[: 2 * len(p.into.places)], factors[2 * len(p.into.places) :]
 
 
-def kernels_of(bases: Iterable[FrozenBase]) -> TritonRequest | None:
-    """The request for Triton kernels of the first weight that has one."""
-    found = (cast("TritonRequest | None", getattr(base, "kernels", None)) for base in bases)
-    return next((kernels for kernels in found if kernels is not None), None)
-
-
 def _gated_backward(
     p: Projections, gate: Tensor, up: Tensor, grad: Tensor, through: Sequence[Tensor], factors: Sequence[Tensor]
 ) -> tuple[Tensor, Tensor, list[Tensor]]:
     """∂g and ∂u of h = φ(g) ∘ u from its gradient, and ∂A of down's pairs, whose input is h. Overwrites its arguments."""
-    if p.activation.in_kernels and (by := elementwise_ops(gate, up, grad, triton=p.kernels)) is not None:
-        by.gated_backward_(gate, up, grad)
+    if (by := p.activation.kernel(1, gate, up, grad)) is not None:
+        inner = by(gate, up, grad)
         torch.autograd.graph.increment_version([gate, up, grad])  # so that a second backward pass through them raises
-        return gate, up, p.out_of.of_a(through, grad, factors)
+        return gate, up, p.out_of.of_a(through, grad if inner is None else inner, factors)
     active = p.activation.forward(gate)
     if p.out_of.on_gpu is not None:
         of_a = p.out_of.of_a(through, active * up, factors)
@@ -226,7 +225,7 @@ class GatedMlp(Replacement):
         products = cast("torch.dtype | None", getattr(layers[0], "products", None)) or x.dtype
         into = [(share, pair, layer) for share, *pairs in uses for layer, pair in enumerate(pairs[:2])]
         out_of = [(share, pair, 0) for share, *_, pair in uses]
-        out = pair_products(out_of, products, in_c=self.activation.in_kernels)  # C would need all of φ(g) ∘ u
+        out = pair_products(out_of, products, in_c=self.activation.in_c)  # C would need all of φ(g) ∘ u
         projections = Projections(gate, up, down, self.activation, products, pair_products(into, products), out)
         factors = [factor for _, pair, _ in (*into, *out_of) for factor in pair.factors()]
         y = cast(Tensor, GatedMlpFunction.apply(flat, projections, NormInputs.of(x), *factors))  # type: ignore[no-untyped-call]
@@ -281,18 +280,18 @@ def _plain_uses(layer: nn.Module, tokens: int, *, biased: bool) -> list[tuple[Sh
     return uses if all(pair.plain for _, pair in uses) else []
 
 
-def rms_norm(x: Tensor, weight: Tensor, epsilon: float, kernels: TritonRequest | None = None) -> tuple[Tensor, Tensor]:
+def rms_norm(x: Tensor, weight: Tensor, epsilon: float) -> tuple[Tensor, Tensor]:
     """y and ρ (…, 1) of RmsNormFunction, for x (…, width)."""
-    if (by := elementwise_ops(x, weight, triton=kernels, by_rows=True)) is not None:
+    if (by := elementwise_ops(x, weight, by_rows=True)) is not None:
         return by.norm(x, weight, epsilon)
     wide = x.float()
     rho = torch.rsqrt(wide.pow(2).mean(-1, keepdim=True).add_(epsilon))
     return weight * wide.mul_(rho).to(x.dtype) if wide is not x else weight * (wide * rho), rho
 
 
-def rms_norm_backward(grad: Tensor, x: Tensor, rho: Tensor, weight: Tensor, kernels: TritonRequest | None = None) -> Tensor:
+def rms_norm_backward(grad: Tensor, x: Tensor, rho: Tensor, weight: Tensor) -> Tensor:
     """∂x of RmsNormFunction, in the dtype of x."""
-    if (by := elementwise_ops(x, weight, grad, triton=kernels, by_rows=True)) is not None:
+    if (by := elementwise_ops(x, weight, grad, by_rows=True)) is not None:
         return by.norm_backward(grad, x, rho, weight)
     scaled = grad.float() * weight.float()
     normal = x.float() * rho
@@ -304,26 +303,23 @@ class RmsNormFunction(torch.autograd.Function):
     """(y, ρ): y = w ∘ x̂, x̂ = x·ρ, ρ = 1/√(mean(x²) + ε), in fp32;  ∂x = ρ·(w∘∂y − x̂·mean(w∘∂y∘x̂)). Saves x and ρ; w is frozen."""
 
     @staticmethod
-    def forward(ctx: Any, x: Tensor, weight: Tensor, epsilon: float, kernels: TritonRequest | None) -> tuple[Tensor, Tensor]:
-        y, rho = rms_norm(x, weight, epsilon, kernels)
+    def forward(ctx: Any, x: Tensor, weight: Tensor, epsilon: float) -> tuple[Tensor, Tensor]:
+        y, rho = rms_norm(x, weight, epsilon)
         ctx.save_for_backward(x, rho, weight)
         ctx.mark_non_differentiable(rho)
         ctx.set_materialize_grads(False)  # else zeros are made for the gradient of ρ
-        ctx.kernels = kernels
         return y, rho
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: Any, grad: Tensor | None, _: None) -> tuple[Tensor | None, None, None, None]:
+    def backward(ctx: Any, grad: Tensor | None, _: None) -> tuple[Tensor | None, None, None]:
         x, rho, weight = ctx.saved_tensors
         wanted = grad is not None and ctx.needs_input_grad[0]
-        return rms_norm_backward(cast(Tensor, grad), x, rho, weight, ctx.kernels) if wanted else None, None, None, None
+        return rms_norm_backward(cast(Tensor, grad), x, rho, weight) if wanted else None, None, None
 
 
 class FrozenRmsNorm(Replacement):
     """Replaces a frozen RMSNorm with `weight` and `variance_epsilon`."""
-
-    kernels: TritonRequest | None = None  # a request for Triton kernels
 
     @property
     def weight(self) -> Tensor:
@@ -332,7 +328,7 @@ class FrozenRmsNorm(Replacement):
 
     def forward(self, x: Tensor) -> Tensor:
         epsilon = cast(float, self.original.variance_epsilon)
-        y, rho = cast("tuple[Tensor, Tensor]", RmsNormFunction.apply(x, self.weight, epsilon, self.kernels))  # type: ignore[no-untyped-call]
+        y, rho = cast("tuple[Tensor, Tensor]", RmsNormFunction.apply(x, self.weight, epsilon))  # type: ignore[no-untyped-call]
         if torch.is_grad_enabled():
             setattr(y, _NOTE, NormInputs(x.detach(), rho, self.weight, y._version))
         return y

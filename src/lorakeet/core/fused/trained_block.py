@@ -209,7 +209,7 @@ class TrainedBlock(BlockReplacement):
         first, attention, second, mlp = owners
         if type(first) is not FrozenRmsNorm or type(second) is not FrozenRmsNorm:
             return None
-        if type(attention) is not RotaryAttention or type(mlp) is not GatedMlp or not mlp.activation.in_kernels:
+        if type(attention) is not RotaryAttention or type(mlp) is not GatedMlp or not mlp.activation.in_c:
             return None
         if attention.only is not None or mlp.only is not None or attention.has_dropout or attention.exceeds_window(keys):
             return None

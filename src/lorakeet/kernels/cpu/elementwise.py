@@ -1,6 +1,6 @@
 """Elementwise ops of a block as operators of torch (elementwise.c): RMSNorm, the gate of an MLP, rotary positions.
 
-kernels/triton/elementwise has functions of the same names for a GPU (kernels/choose.ElementwiseOps).
+kernels/liger has functions of the same names for a GPU (kernels/choose.ElementwiseOps).
 """
 
 from __future__ import annotations

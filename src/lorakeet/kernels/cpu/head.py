@@ -24,7 +24,7 @@ def why_not(situation: Situation) -> str:
     return "Triton kernels are requested" if situation.triton else operators.why_not(situation)
 
 
-def takes(hidden: Tensor) -> bool:
+def takes(hidden: Tensor, _: int) -> bool:
     """True for states (tokens, hidden) that C can read."""
     return operators.takes((hidden,))
 

@@ -9,7 +9,6 @@ from __future__ import annotations
 import functools
 import importlib.util
 import sys
-from collections.abc import Sequence
 
 import torch
 from torch import Tensor, nn
@@ -19,7 +18,6 @@ from lorakeet.kernels.protocol import QuantisedWeight, Situation
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 CAPABILITY = (8, 0)  # of a GPU, at least: bf16 on tensor cores, and what the kernels were compiled for
 RANK = 64  # the highest that runs within a product: tiles of A and B must fit into shared memory beside those of x and W
-WIDEST = 1 << 14  # numbers of a row, which a program of a norm has in registers
 NUMBERS = (Tensor, nn.Parameter)  # not the tensors of a trace, nor sharded ones
 
 
@@ -49,14 +47,6 @@ def why_not(situation: Situation) -> str:
 def are_numbers(*tensors: Tensor) -> bool:
     """True unless one of the tensors belongs to a trace or is sharded."""
     return all(type(tensor) in NUMBERS for tensor in tensors)
-
-
-def takes_states(states: Sequence[Tensor], width: int, by_rows: bool) -> bool:
-    """Elementwise ops: contiguous states of one dtype; norms (`by_rows`) of at most WIDEST numbers a row."""
-    first = states[0].dtype
-    if any(each.dtype != first or not each.is_contiguous() for each in states) or not are_numbers(*states):
-        return False
-    return not by_rows or states[0].shape[-1] <= WIDEST
 
 
 def takes_rows(x: Tensor, weight: QuantisedWeight) -> bool:

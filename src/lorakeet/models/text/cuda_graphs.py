@@ -35,7 +35,6 @@ from lorakeet.data.pack import Batch
 from lorakeet.errors import EnvironmentProblem
 from lorakeet.kernels.flash_varlen import RowOffsets
 from lorakeet.kernels.host_copies import to_device
-from lorakeet.kernels.tiled_weight import TritonRequest
 from lorakeet.models.text.model import COUNTS, MULTIPLE, TextModel, padded_count
 
 SETTING = "train.cuda_graphs"
@@ -154,10 +153,6 @@ class GraphedModel:
     @property
     def head_weight(self) -> RowSource | None:
         return self.text.head_weight
-
-    @property
-    def kernels(self) -> TritonRequest | None:
-        return self.text.kernels
 
     def head(self, hidden: Tensor) -> Tensor:
         """Returns the model's logits (n, vocabulary) of `hidden` (n, hidden)."""

@@ -26,7 +26,7 @@ from lorakeet.models.files.quiet import quiet_transformers
 from lorakeet.models.files.source import find_source
 from lorakeet.models.files.stored_tensors import stored_quantisation
 from lorakeet.models.files.validate import first_line, require_architecture, require_sizes, require_text_model
-from lorakeet.models.kernels import check_elementwise, check_kernels, check_loss, kernels_for, use_kernels
+from lorakeet.models.kernels import check_kernels, kernels_for, use_kernels
 from lorakeet.models.modules import block_prefix, decoder_of
 from lorakeet.models.placement import device_for, products_for, text_dtype_for
 from lorakeet.models.spec import ModelSpec
@@ -102,7 +102,7 @@ def load_text_model(
     if device.type == "cpu" and text.products == torch.bfloat16 and native.suits_machine() and (reason := native.why_not()):
         say(f"Attention and elementwise operations run by torch's own operations, which is slower: {reason}.")
     if kernels is not None:
-        _use_checked_kernels(text, kernels, reference.shape[1])
+        _use_checked_kernels(text, kernels)
     return text
 
 
@@ -117,13 +117,9 @@ def _require_end_ids(model: Any, source: Path) -> None:
             )
 
 
-def _use_checked_kernels(text: TextModel, kernels: TritonRequest, vocabulary: int) -> None:
+def _use_checked_kernels(text: TextModel, kernels: TritonRequest) -> None:
     """Checks the kernels on this device and makes the model use them; EnvironmentProblem if they differ from torch."""
     check_kernels(_modules(text), kernels, text.products)
-    check_loss(vocabulary, text.device)
-    heads = {getattr(module, "head_dim", None) for module in text.model.modules()}
-    widths = {text.model.get_input_embeddings().weight.shape[1], *(head for head in heads if isinstance(head, int))}
-    check_elementwise(sorted(widths), kernels, {text.dtype, text.products}, text.device)
     use_kernels(text.model, kernels)
 
 

@@ -19,7 +19,6 @@ from lorakeet.core.tiled_product import TILE, RowSource, add_back_products, back
 from lorakeet.data.pack import Batch
 from lorakeet.kernels.choose import loss_kernel
 from lorakeet.kernels.protocol import HeadLosses
-from lorakeet.kernels.tiled_weight import TritonRequest
 from lorakeet.models.text.cuda_graphs import GraphedModel
 from lorakeet.models.text.model import TextModel
 
@@ -36,7 +35,7 @@ def head_losses(text: TextModel | GraphedModel, hidden: Tensor, targets: Tensor,
     targets = targets.to(hidden.device)
     weight = text.head_weight
     if weight is not None:
-        return frozen_head_losses(hidden, weight, targets, chunk=chunk, kernels=text.kernels)
+        return frozen_head_losses(hidden, weight, targets, chunk=chunk)
     return any_head_losses(hidden, text.head, targets, chunk=chunk)
 
 
@@ -49,18 +48,18 @@ class _FrozenHeadLoss(torch.autograd.Function):
 
     W gets no gradient, so ∂L/∂h needs only the factor ∂/∂L, one number each, from backward. It is computed per chunk from the
     current z: no logits are stored and none are computed twice. Softmax runs in fp32. W is used in tiles of rows, in memory or
-    from a store, so that both give the same bits. With Triton kernels, one of them computes loss and ∂L/∂z from z
-    (kernels/triton/loss); in bf16 on a CPU a C kernel does so in place (kernels/cpu/head), which saves z in fp32.
+    from a store, so that both give the same bits. On a GPU a kernel of liger-kernel, where installed, computes loss and ∂L/∂z
+    from z (kernels/liger); in bf16 on a CPU a C kernel does so in place (kernels/cpu/head), which saves z in fp32.
     """
 
     @staticmethod
-    def forward(  # noqa: PLR0917 - apply() takes positional arguments only
-        ctx: Any, hidden: Tensor, weight: RowSource, targets: Tensor, chunk: int, wants_grad: bool, kernels: TritonRequest | None
+    def forward(
+        ctx: Any, hidden: Tensor, weight: RowSource, targets: Tensor, chunk: int, wants_grad: bool
     ) -> Tensor:
         exact = torch.promote_types(hidden.dtype, torch.float32)
         losses = torch.empty(len(targets), dtype=exact, device=hidden.device)
         grad = torch.empty_like(hidden) if wants_grad else None
-        kernel = loss_kernel(hidden, weight.dtype, kernels)
+        kernel = loss_kernel(hidden, weight.dtype, weight.shape[0])
         for start in range(0, len(targets), chunk):
             part = slice(start, start + chunk)
             if kernel is not None and kernel.TILED:
@@ -83,7 +82,7 @@ class _FrozenHeadLoss(torch.autograd.Function):
     @once_differentiable
     def backward(ctx: Any, upstream: Tensor) -> tuple[Tensor | None, ...]:
         (grad,) = ctx.saved_tensors
-        return grad * upstream.to(grad.dtype).unsqueeze(1), None, None, None, None, None
+        return grad * upstream.to(grad.dtype).unsqueeze(1), None, None, None, None
 
 
 def _in_tiles(
@@ -116,14 +115,12 @@ def _loss_in_place(logits: Tensor, targets: Tensor, wants_grad: bool, kernel: He
     return (norm.log() + top).squeeze(1).sub_(chosen)
 
 
-def frozen_head_losses(
-    hidden: Tensor, weight: RowSource, targets: Tensor, *, chunk: int = CHUNK, kernels: TritonRequest | None = None
-) -> Tensor:
+def frozen_head_losses(hidden: Tensor, weight: RowSource, targets: Tensor, *, chunk: int = CHUNK) -> Tensor:
     """−log softmax(hidden·Wᵀ)[target] (n,); hidden (n, hidden), W (vocab, hidden) frozen, targets (n,)."""
     if hidden.dtype != weight.dtype:
         hidden = hidden.to(weight.dtype)
     wants_grad = torch.is_grad_enabled() and hidden.requires_grad  # inside forward() gradients are always off
-    return cast(Tensor, _FrozenHeadLoss.apply(hidden, weight, targets, chunk, wants_grad, kernels))  # type: ignore[no-untyped-call]
+    return cast(Tensor, _FrozenHeadLoss.apply(hidden, weight, targets, chunk, wants_grad))  # type: ignore[no-untyped-call]
 
 
 def any_head_losses(hidden: Tensor, head: Callable[[Tensor], Tensor], targets: Tensor, *, chunk: int = CHUNK) -> Tensor:

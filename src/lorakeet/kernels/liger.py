@@ -1,0 +1,287 @@
+"""Elementwise ops of a block, and the loss over a vocabulary, by the kernels of liger-kernel on a CUDA GPU.
+
+**Lorakeet has not run on a GPU yet**, but thousands run these kernels (https://arxiv.org/abs/2410.10989, BSD 2-Clause): RMSNorm,
+the gates of SwiGLU and GeGLU, rotary positions, cross-entropy. Formulas are those of kernels/cpu/elementwise and train/text/loss.
+Its own functions around the kernels of rotation and loss are not called: they wait for the GPU, or need queries beside keys.
+
+Before the first call for a dtype and width, made-up rows are computed by the kernel and by torch. Where these differ by more than
+rounding, or the kernel does not run, one warning says so, and torch computes.
+"""
+
+from __future__ import annotations
+
+import functools
+import logging
+from collections.abc import Callable, Sequence
+from importlib import metadata
+
+import torch
+from packaging.specifiers import SpecifierSet
+from torch import Tensor
+
+from lorakeet.kernels.protocol import Situation
+from lorakeet.kernels.triton.support import are_numbers, has_triton
+
+PACKAGE, VERSIONS = "liger-kernel", SpecifierSet(">=0.8.5,<0.9")
+DEVICES = ("cuda",)
+DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+CAPABILITY, BFLOAT16 = (7, 5), (8, 0)  # of a GPU, at least; the second for bfloat16
+NEEDS = "contiguous states of one dtype, rows that agree with torch's"
+WIDEST = 1 << 16  # numbers of a row that a program has at once
+COLUMNS = 1 << 15  # of a row of logits at once, as liger-kernel has it
+WARPS = 32  # of a program of the loss, over fp32 logits
+TILED = False  # the logits
+LLAMA = 0  # the casts of a norm: x·ρ is rounded before its gain
+ROWS, HEADS, EPSILON = 5, 3, 1e-6  # of the proof
+ROUNDINGS, LOSS_ROUNDINGS = 4, 16  # that explain a difference; sums over a vocabulary are in another order
+SAID = 160  # characters of an error in a warning
+
+
+def why_not(situation: Situation) -> str:
+    """Why the kernels do not run in a situation, with the remedy where there is one."""
+    if situation.device.type not in DEVICES:
+        return "it is a kernel for CUDA GPUs"
+    if situation.dtype not in DTYPES:
+        return f"takes float32, bfloat16 and float16; states are {str(situation.dtype).removeprefix('torch.')}"
+    if not has_triton():
+        return "Triton is not installed: torch for CUDA on Linux brings it"
+    return _missing() or _why_not_gpu(situation.device, situation.dtype)
+
+
+@functools.cache
+def _missing() -> str:
+    """Why the package cannot be used; empty if it can. It is not imported."""
+    install = f"Install it with: pip install '{PACKAGE}{VERSIONS}'"
+    try:
+        version = metadata.version(PACKAGE)
+    except metadata.PackageNotFoundError:
+        return f"{PACKAGE} is not installed. {install}"
+    return "" if VERSIONS.contains(version, prereleases=True) else f"{PACKAGE} is {version}; expected {VERSIONS}. {install}"
+
+
+def _why_not_gpu(device: torch.device, dtype: torch.dtype) -> str:
+    if device.type != "cuda":
+        return ""  # in the tests Triton's interpreter stands for a GPU
+    if not torch.cuda.is_available():
+        return "torch sees no CUDA device here"
+    if torch.version.hip:
+        return f"this torch is for AMD GPUs (ROCm {torch.version.hip})"
+    least = BFLOAT16 if dtype == torch.bfloat16 else CAPABILITY
+    found = torch.cuda.get_device_capability(device)
+    return "" if found >= least else f"needs compute capability {least[0]}.{least[1]}; this GPU has {found[0]}.{found[1]}"
+
+
+def takes(states: Sequence[Tensor], _: int, by_rows: bool) -> bool:
+    """Contiguous states of one dtype, for which the kernel has proved to compute what torch does."""
+    first = states[0]
+    if not first.numel() or any(each.dtype != first.dtype or not each.is_contiguous() for each in states):
+        return False
+    if not are_numbers(*states) or first.shape[-1] > WIDEST:
+        return False
+    kind = "norm" if by_rows else "rotation" if first.dim() == 3 and states[1].dim() == 2 else "gates"
+    width = first.shape[-1]
+    return (kind != "rotation" or width % 2 == 0) and computes_the_same(kind, first.device, first.dtype, width)
+
+
+def takes_loss(hidden: Tensor, vocabulary: int) -> bool:
+    """Plain states, and a vocabulary for which the kernel has proved to compute what torch does."""
+    return are_numbers(hidden) and computes_the_same("loss", hidden.device, torch.float32, vocabulary)
+
+
+def norm(x: Tensor, weight: Tensor, epsilon: float) -> tuple[Tensor, Tensor]:
+    """y = w ∘ (x·ρ) and ρ = 1/√(mean(x²) + ε) (…, 1) in fp32, of x (…, width) and w (width,)."""
+    from liger_kernel.ops.rms_norm import rms_norm_forward
+
+    y, _, rho, *_ = rms_norm_forward(x, weight, epsilon, 0.0, LLAMA, True)
+    return y, rho.view(*x.shape[:-1], 1)
+
+
+def norm_again(x: Tensor, rho: Tensor, weight: Tensor) -> Tensor:
+    """Recomputes the y of `norm`, to the last bit, from its ρ. Two of torch's operations: liger-kernel has none for it."""
+    return torch.mul(x, rho, out=torch.empty_like(x)).mul_(weight)
+
+
+def norm_backward(grad: Tensor, x: Tensor, rho: Tensor, weight: Tensor) -> Tensor:
+    """∂x = ρ·(w∘∂y − x̂·mean(w∘∂y∘x̂)), x̂ = x·ρ."""
+    from liger_kernel.ops.rms_norm import rms_norm_backward
+    from liger_kernel.ops.utils import calculate_settings
+
+    width = x.shape[-1]
+    found, _ = rms_norm_backward(
+        grad, x.view(-1, width), weight, rho.view(-1), 0.0, LLAMA, *calculate_settings(width), False, True, needs_dw=False
+    )
+    return found  # type: ignore[no-any-return]
+
+
+def gated(gate: Tensor, up: Tensor) -> Tensor:
+    """silu(gate) ∘ up."""
+    from liger_kernel.ops.swiglu import swiglu_forward
+
+    return swiglu_forward(gate, up)[2]  # type: ignore[no-any-return]
+
+
+def gated_backward_(gate: Tensor, up: Tensor, grad: Tensor) -> Tensor:
+    """Overwrites gate and up with their gradients, from the gradient of `gated`, whose result is returned."""
+    from liger_kernel.ops.swiglu import swiglu_backward
+
+    inner = gated(gate, up)
+    swiglu_backward(gate, up, grad)
+    return inner
+
+
+def gelu_gated(gate: Tensor, up: Tensor) -> Tensor:
+    """gelu(gate) ∘ up, by the approximation with tanh."""
+    from liger_kernel.ops.geglu import geglu_forward
+
+    return geglu_forward(gate, up)[2]  # type: ignore[no-any-return]
+
+
+def gelu_gated_backward_(gate: Tensor, up: Tensor, grad: Tensor) -> Tensor:
+    """`gated_backward_` of `gelu_gated`."""
+    from liger_kernel.ops.geglu import geglu_backward
+
+    inner = gelu_gated(gate, up)
+    geglu_backward(gate, up, grad)
+    return inner
+
+
+def rotate_(states: Tensor, cos: Tensor, sin: Tensor, back: bool) -> None:
+    """Rotates (tokens, heads, head) by the angles (tokens, head), or back, in place: core/fused/attention.rotated.
+
+    The halves of cos and of sin are equal, as in every model with rotary positions: the kernel reads the first ones.
+    """
+    from liger_kernel.ops.rope import _triton_rope
+    from liger_kernel.ops.utils import device_context
+
+    tokens, heads, head = states.shape
+    padded, width = 1 << (heads - 1).bit_length(), 1 << (head - 1).bit_length()
+    with device_context(states.device):  # queries are the states, and there are no heads of keys
+        _triton_rope[(tokens,)](
+            states, states.stride(0), states, states.stride(0), cos, cos.stride(0), sin, sin.stride(0), tokens, 1, 1, heads, 0,
+            head, padded, 1, width, width, head, BLOCK_SIZE=padded, BACKWARD_PASS=back,
+        )  # fmt: skip
+
+
+def loss_in_place(logits: Tensor, targets: Tensor, *, wants_grad: bool) -> Tensor:
+    """Logits z (n, vocabulary), fp32, rows contiguous, and targets (n,) within it, to the losses (n,); z becomes ∂L/∂z if wanted.
+
+    The function of liger-kernel that launches this reads the number of targets from the GPU; here all of them count.
+    """
+    from liger_kernel.ops.cross_entropy import liger_cross_entropy_kernel
+    from liger_kernel.ops.utils import device_context
+
+    rows, vocabulary = logits.shape
+    losses = logits.new_empty(rows)
+    targets = targets.contiguous()
+    if rows:
+        with device_context(logits.device):
+            liger_cross_entropy_kernel[(rows,)](
+                X_ptr=logits, X_stride=logits.stride(0), Y_ptr=targets, Y_stride=1, weight_ptr=None, loss_ptr=losses,
+                z_loss_ptr=None, loss_stride=1, token_accuracy_ptr=None, token_accuracy_stride=0, predicted_tokens_ptr=None,
+                predicted_tokens_stride=0, n_cols=vocabulary, n_non_ignore=rows, sum_non_ignore_weight=rows, weight_sum=0.0,
+                ignore_index=-1, lse_square_scale=0.0, label_smoothing=0.0, reduction="none", softcap=None, RETURN_Z_LOSS=False,
+                RETURN_TOKEN_ACCURACY=False, RETURN_PREDICTED_TOKENS=False,
+                BLOCK_SIZE=min(COLUMNS, 1 << (vocabulary - 1).bit_length()), HAS_WEIGHT=False, HAS_SOFTCAPPING=False,
+                HAS_GRADIENTS=wants_grad, num_warps=WARPS,
+            )  # fmt: skip
+    return losses
+
+
+# The proof.
+
+
+@functools.cache
+def computes_the_same(kind: str, device: torch.device, dtype: torch.dtype, width: int) -> bool:
+    """True if the kernels of a kind compute made-up rows of `width` numbers as torch does; else one warning says how not."""
+    said = ""
+    try:
+        with torch.inference_mode(False), torch.no_grad():
+            said = next(iter(_PROOFS[kind](device, dtype, width)), "")
+    except torch.OutOfMemoryError:
+        raise
+    except Exception as error:  # of many types: those of Triton are only Exceptions
+        said = f"does not run: {type(error).__name__} {' '.join(str(error).split())[:SAID].rstrip('.')}"
+    if said:
+        logging.getLogger("lorakeet").warning(
+            "%s's kernel for %s of %d numbers %s. Torch computes instead, which is slower. Please report it.",
+            PACKAGE, {"norm": "norms", "loss": "losses"}.get(kind, kind), width, said,
+        )  # fmt: skip
+    return not said
+
+
+def _numbers(shape: Sequence[int], device: torch.device, dtype: torch.dtype, seed: int) -> Tensor:
+    """Normal numbers, the same on every machine."""
+    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed)).to(device, dtype)
+
+
+def _differences(found: Sequence[tuple[str, Tensor, Tensor]], rounding: float) -> list[str]:
+    """Each result that differs from the expected one by more than `rounding`, relative to its largest number."""
+    said = []
+    for name, mine, theirs in found:
+        worst, allowed = float((mine.float() - theirs).abs().max()), rounding * float(theirs.abs().max())
+        if not worst <= allowed:
+            said.append(f"differs from torch in {name}: by {worst:.3g}, where rounding explains {allowed:.3g}")
+    return said
+
+
+def _norms(device: torch.device, dtype: torch.dtype, width: int) -> list[str]:
+    x, grad = (_numbers((ROWS, width), device, dtype, seed) for seed in (1, 2))
+    weight = _numbers((width,), device, dtype, 3)
+    y, rho = norm(x, weight, EPSILON)
+    wide = x.float()
+    scale = torch.rsqrt(wide.square().mean(-1, keepdim=True) + EPSILON)
+    normal, scaled = wide * scale, grad.float() * weight.float()
+    back = (scaled - normal * (scaled * normal).mean(-1, keepdim=True)) * scale
+    found = [("a norm", y, weight.float() * normal), ("∂x of a norm", norm_backward(grad, x, rho, weight), back)]
+    exact = [] if torch.equal(norm_again(x, rho, weight), y) else ["does not give the same bits when a norm is computed again"]
+    return _differences(found, ROUNDINGS * torch.finfo(dtype).eps) + exact
+
+
+def _gates(device: torch.device, dtype: torch.dtype, width: int) -> list[str]:
+    gate, up, grad = (_numbers((ROWS, width), device, dtype, seed) for seed in (4, 5, 6))
+    ways: list[tuple[str, Callable[..., Tensor], Callable[..., Tensor], Callable[..., Tensor]]] = [
+        ("silu", gated, gated_backward_, torch.nn.functional.silu),
+        ("gelu", gelu_gated, gelu_gated_backward_, functools.partial(torch.nn.functional.gelu, approximate="tanh")),
+    ]
+    found = []
+    for name, forward, backward, activation in ways:
+        with torch.enable_grad():
+            leaves = [each.float().requires_grad_() for each in (gate, up)]
+            expected = activation(leaves[0]) * leaves[1]
+            of_gate, of_up = torch.autograd.grad(expected, leaves, grad.float())
+        mine = gate.clone(), up.clone()
+        inner = backward(*mine, grad.clone())
+        found += [(f"{name}(z)∘u", forward(gate, up), expected.detach()), (f"{name}(z)∘u again", inner, expected.detach()),
+                  (f"∂z of {name}", mine[0], of_gate), (f"∂u of {name}", mine[1], of_up)]  # fmt: skip
+    return _differences(found, ROUNDINGS * torch.finfo(dtype).eps)
+
+
+def _rotations(device: torch.device, dtype: torch.dtype, width: int) -> list[str]:
+    states = _numbers((ROWS, HEADS, width), device, dtype, 7)
+    angles = _numbers((ROWS, width // 2), device, torch.float32, 8)
+    cos, sin = (torch.cat([each, each], -1).to(dtype) for each in (angles.cos(), angles.sin()))
+    found = []
+    for back in (False, True):
+        mine = states.clone()
+        rotate_(mine, cos, sin, back)
+        c, s = (each.float()[:, None, : width // 2] for each in (cos, -sin if back else sin))
+        a, b = states.float().split(width // 2, dim=-1)  # type: ignore[no-untyped-call]
+        found.append((f"a rotation{' back' * back}", mine, torch.cat([a * c - b * s, b * c + a * s], -1)))
+    return _differences(found, ROUNDINGS * torch.finfo(dtype).eps)
+
+
+def _losses(device: torch.device, _: torch.dtype, vocabulary: int) -> list[str]:
+    logits = _numbers((3, vocabulary), device, torch.float32, 9) * 4
+    targets = torch.tensor([0, vocabulary // 2, vocabulary - 1], device=device)
+    expected = torch.nn.functional.cross_entropy(logits, targets, reduction="none")
+    slope = logits.softmax(1)
+    slope[torch.arange(3, device=device), targets] -= 1
+    alone = loss_in_place(logits.clone(), targets, wants_grad=False)
+    found = loss_in_place(logits, targets, wants_grad=True)
+    named = [("a loss", found, expected), ("a loss without gradient", alone, expected), ("∂z of a loss", logits, slope)]
+    return _differences(named, LOSS_ROUNDINGS * torch.finfo(torch.float32).eps)
+
+
+_PROOFS: dict[str, Callable[[torch.device, torch.dtype, int], list[str]]] = {
+    "norm": _norms, "gates": _gates, "rotation": _rotations, "loss": _losses,
+}  # fmt: skip
