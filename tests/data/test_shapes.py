@@ -2,7 +2,7 @@
 
 import pytest
 
-from lorakeet.data.shapes import shape_rows
+from lorakeet.data.shapes import columns_used, shape_rows
 from lorakeet.data.spec import DataSpec
 from lorakeet.data.tables import FileRecord, RowProblems
 from lorakeet.errors import DataError
@@ -189,3 +189,26 @@ def test_kto_reads_a_verdict_of_any_kind(value, wanted):
         assert row.desirable is wanted
     with pytest.raises(DataError, match="column 'label' is 'perhaps'"):
         shape({"messages": MESSAGES, "label": "perhaps"}, objective="kto")
+
+
+@pytest.mark.parametrize(
+    ("values", "settings", "expected"),
+    [
+        ({"prompt": "a", "completion": "b", "id": 1}, {}, ("completion", {"prompt": "prompt", "completion": "answer"})),
+        ({"review": "a", "stars": "5", "x": ""}, {"text_column": "review", "label_column": "stars"},
+         ("classification", {"review": "prompt", "stars": "label"})),
+        ({"chosen": "a", "rejected": "b", "prompt": "c"}, {},
+         ("preference", {"prompt": "prompt", "chosen": "better answer", "rejected": "worse answer"})),
+        ({"text": "a", "author": "b"}, {"group_column": "author"},
+         ("text", {"text": "text", "author": "group, kept on one side of the split"})),
+    ],
+)  # fmt: skip
+def test_the_columns_that_are_read_are_named(values, settings, expected):
+    spec = DataSpec(train="f", **settings)
+    objective = "dpo" if "chosen" in values else "sft"
+    assert columns_used(FileRecord("f:1", values), "f.jsonl", spec, objective) == expected
+
+
+def test_a_record_of_no_shape_names_no_columns():
+    with pytest.raises(DataError, match="match no known shape"):
+        columns_used(FileRecord("f:1", {"a": 1}), "f.jsonl", DataSpec(train="f"))

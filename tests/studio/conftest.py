@@ -20,9 +20,11 @@ ADDRESS = "http://127.0.0.1:8017"
 
 
 @pytest.fixture
-def studio(tmp_path: Path) -> Studio:
+def studio(tmp_path: Path) -> Iterator[Studio]:
     (tmp_path / "models").mkdir()
-    return make_studio(Places.of(tmp_path / "runs", (tmp_path / "models",)))
+    found = make_studio(Places.of(tmp_path / "runs", (tmp_path / "models",)))
+    yield found
+    found.workbench.close()
 
 
 @pytest.fixture

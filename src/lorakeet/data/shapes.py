@@ -58,6 +58,32 @@ def shape_rows(
             problems.add(record.source, str(error))
 
 
+def columns_used(record: FileRecord, name: str, spec: DataSpec, objective: str | None = None) -> tuple[str, dict[str, str]]:
+    """The shape of a record, and the columns of it that are read, each with what it becomes. DataError as `shape_rows`."""
+    shape = _find_shape(record, name, spec, objective)
+    _require_columns(record, shape, name, spec)
+    used: dict[str, str] = {}
+    if shape == "classification":
+        used = dict.fromkeys(template_fields(spec.template), "prompt")
+        used = {spec.text_column if column == "text" else column: word for column, word in used.items()}
+        used[spec.label_column or _LABEL] = "label"
+    elif shape == "text":
+        used[spec.text_column] = "text"
+    else:
+        chats = dict.fromkeys(_CHAT_COLUMNS, "conversation")
+        pairs = {prompt: "prompt" for prompt, _ in _COMPLETION_COLUMNS} | {answer: "answer" for _, answer in _COMPLETION_COLUMNS}
+        used = {
+            "chat": {**chats, "tools": "tools"},
+            "completion": pairs,
+            "alpaca": {"instruction": "prompt", "input": "prompt", "output": "answer"},
+            "preference": {**dict.fromkeys(PROMPTS, "prompt"), CHOSEN: "better answer", REJECTED: "worse answer"},
+            "rated": {**chats, **pairs, VERDICT: "whether the answer is wanted"},
+        }[shape]
+    if spec.group_column is not None:
+        used[spec.group_column] = "group, kept on one side of the split"
+    return shape, {column: word for column, word in used.items() if column in record.values}
+
+
 def _require_length(row: Row, spec: DataSpec) -> None:
     length = len(row.tools) + max(sum(len(turn.text) + len(turn.extra) for turn in turns) for turns in (row.turns, row.rejected))
     if length > spec.longest_row:

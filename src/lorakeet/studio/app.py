@@ -17,9 +17,12 @@ from lorakeet.studio.jobs import Queue
 from lorakeet.studio.pages import Screen, Studio, asset, refused_page
 from lorakeet.studio.places import NotHere, Places
 from lorakeet.studio.safety import Guard, token_of
-from lorakeet.studio.screens import home, result, run, runs, talk
+from lorakeet.studio.screens import data, fit, home, result, run, runs, talk
 
-SCREENS: tuple[Screen, ...] = (home.SCREEN, run.SCREEN, result.SCREEN, runs.SCREEN, talk.SCREEN)  # in the order of the navigation
+# in the order of the navigation
+SCREENS: tuple[Screen, ...] = (
+    home.SCREEN, fit.SCREEN, data.SCREEN, run.SCREEN, result.SCREEN, runs.SCREEN, talk.SCREEN
+)  # fmt: skip
 _KINDS = {".js": "text/javascript", ".css": "text/css", ".svg": "image/svg+xml"}
 
 

@@ -23,6 +23,7 @@ from lorakeet.studio.index import Index
 from lorakeet.studio.jobs import Queue
 from lorakeet.studio.places import NotHere, Places
 from lorakeet.studio.safety import FORM, csrf_of
+from lorakeet.studio.workbench import Workbench
 
 THEME = "lorakeet-theme"  # a cookie: light or dark; without it the browser's own
 
@@ -36,6 +37,7 @@ class Studio:
     index: Index
     token: str
     closing: threading.Event = field(default_factory=threading.Event)
+    workbench: Workbench = field(default_factory=Workbench)
 
 
 @dataclass(frozen=True)

@@ -35,6 +35,11 @@ class FinetuneOptions:
     quick: bool = setting(False, "Try 0.5, 1 and 2 times the learning rate first, even if the run file gives one.")
 
 
+MachineName = Literal[
+    "this", "gpu-8", "gpu-12", "gpu-16", "gpu-24", "gpu-48", "gpu-80", "cpu-8", "cpu-16", "cpu-32", "cpu-64"
+]
+
+
 @dataclass(frozen=True)
 class PlanOptions:
     """Options of `lorakeet plan`: short names for settings that decide a run's memory."""
@@ -44,6 +49,9 @@ class PlanOptions:
         None, "Tokens per row and per micro-batch, whatever rows are given; overrides --data.max_tokens and --train.micro_tokens."
     )
     quantize: Literal["none", "nf4", "int8"] | None = setting(None, "Overrides --model.quantize.")
+    machine: MachineName | None = setting(
+        None, "Machine that the run is planned for: this one as it is now, a GPU, or a computer without one, by its GB of memory."
+    )
 
 
 @dataclass(frozen=True)

@@ -199,7 +199,8 @@ def test_where_the_weights_alone_are_too_much_what_helps_a_streamed_run_is_said(
         tried.append(other)
         return 1_200_000 if other.train.moments == "8bit" else 900_000
 
-    found = text_runs.text_advice(config, precision, planned, lambda *_, **__: SimpleNamespace(peak=3_000_000), least)
+    bare, limit = SimpleNamespace(peak=3_000_000), config.memory.limit
+    found = text_runs.text_advice(config, precision, planned, lambda *_, **__: bare, least, limit)  # type: ignore[arg-type,return-value]
     streamed = [(item.change, item.peak) for item in found if item.streamed]
     shorter = "--data.max_tokens 256 --train.micro_tokens 256"
     assert streamed == [(shorter, 900_000), ("--train.moments 8bit", 1_200_000)] and len(tried) == 2
@@ -211,7 +212,8 @@ def advised(tokens: int, rows: RowShape, **changes: str) -> set[str]:
     config = read_run(None, {**given, "data.max_tokens": str(rows.length), "train.micro_tokens": str(tokens), **changes})
     precision, plan = Precision(torch.float32, torch.float32, QuantSpec()), SimpleNamespace(peak=2_000_000)
     planned: Any = SimpleNamespace(base=1000, rows=rows)
-    found = text_runs.text_advice(config, precision, planned, lambda *_, **__: plan, lambda _: 0)  # type: ignore[arg-type,return-value]
+    limit = config.memory.limit
+    found = text_runs.text_advice(config, precision, planned, lambda *_, **__: plan, lambda _: 0, limit)  # type: ignore[arg-type,return-value]
     return {item.change for item in found if "tokens" in item.change}
 
 

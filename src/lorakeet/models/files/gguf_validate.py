@@ -7,11 +7,13 @@ the blocks are counted before a model is built, and all shapes are compared befo
 from __future__ import annotations
 
 import contextlib
+import copy
 import importlib.util
 import io
 import math
 import re
 from collections.abc import Iterator
+from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
@@ -60,8 +62,17 @@ def require_gguf(path: Path) -> GgufHeader:
 def config_of_gguf(path: Path) -> Any:
     """Returns the configuration of a .gguf model from its header, checked against the shapes of its tensors.
 
-    Raises the errors of `require_gguf`, and DataError with every tensor that is missing or has another size.
+    Raises the errors of `require_gguf`, and DataError with every tensor that is missing or has another size. A file that has not
+    changed since is not checked again: its tokenizer alone takes seconds.
     """
+    if not path.is_file():
+        return _checked_config(path, 0, 0)
+    about = path.stat()
+    return copy.deepcopy(_checked_config(path, about.st_mtime_ns, about.st_size))
+
+
+@lru_cache(maxsize=4)
+def _checked_config(path: Path, changed: int, size: int) -> Any:
     header = require_gguf(path)
     if rotary := sorted(name for name in header.tensors if name.startswith(_ROTARY)):
         raise DataError(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 from functools import partial
 from shlex import quote
@@ -15,7 +16,7 @@ from lorakeet.config import RunConfig
 from lorakeet.data.images.record import image_record
 from lorakeet.evaluate.certificate import Certificate
 from lorakeet.evaluate.report.report import Command, Leak, Report
-from lorakeet.memory.budget import larger_than_machine
+from lorakeet.memory.budget import Budget, larger_than_machine
 from lorakeet.models.image.clip_scorer import load_scorer
 from lorakeet.models.image.from_config import shapes_of_images
 from lorakeet.models.placement import planned_on
@@ -26,7 +27,7 @@ from lorakeet.train.run import RunFolder
 from lorakeet.workflows.finetuning.assemble_image import ImageAssembly, assemble_images, check_settings, image_task, sampler_of
 from lorakeet.workflows.finetuning.certify_image import certify_images, frozen_image_digests
 from lorakeet.workflows.finetuning.evaluate_image import ImageEvaluator
-from lorakeet.workflows.finetuning.kind import Advice, Digests, PlanResult, RunKind
+from lorakeet.workflows.finetuning.kind import NO_BOUND, Advice, Digests, PlanResult, RunKind
 from lorakeet.workflows.finetuning.terminal import show_advice, show_image_forecast, show_peak, show_pictures, show_targets
 from lorakeet.workflows.finetuning.trained_targets import remarks_before
 from lorakeet.workflows.planning.image_run import ImageRunPlan, changes_that_help, forecast_images, machine_of, ways
@@ -60,7 +61,9 @@ class ImageRunKind(RunKind[ImageAssembly]):
     words = PICTURES
     peft_adapter = True
 
-    def plan(self, config: RunConfig, console: Console) -> ImagePlanResult:
+    def plan(
+        self, config: RunConfig, console: Console, free: Budget = NO_BOUND, watch: Callable[[PlanResult], None] | None = None
+    ) -> ImagePlanResult:
         check_settings(config)
         say = partial(console.print, soft_wrap=True)
         budget, device = config.memory.limit, planned_on(config.model.device)
@@ -71,8 +74,10 @@ class ImageRunKind(RunKind[ImageAssembly]):
         shapes = shapes_of_images(config.model, say)
         machine = machine_of(config, returning=bool(budget))
         planned = forecast_images(config, shapes, machine)
-        result = ImagePlanResult(config=config, device=planned.gpu or torch.device("cpu"), planned=planned)
-        if result.peak > budget.bytes:
+        result = ImagePlanResult(config=config, device=planned.gpu or torch.device("cpu"), planned=planned, free=free)
+        if watch is not None:
+            watch(result)
+        if result.peak > result.bound.bytes:
             last, advice = config, list[Advice]()
             for change, last in ways(config):
                 if change:

@@ -7,7 +7,7 @@ config.KINDS. A kind that is much like another (preferences between two replies,
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import asdict, dataclass, field
 from importlib import import_module
@@ -34,6 +34,7 @@ from lorakeet.train.task import Task
 from lorakeet.workflows.finetuning.trained_targets import Moved, target_rows
 from lorakeet.workflows.runs.residency import Residency
 
+NO_BOUND = Budget()
 Digests = Mapping[str, str]  # SHA-256 of each frozen tensor, by its path in the model
 
 
@@ -102,12 +103,13 @@ class Advice:
 
 @dataclass(frozen=True, kw_only=True)
 class PlanResult:
-    """The forecast of a run with its weights in memory; `advice` if it does not fit the budget."""
+    """The forecast of a run with its weights in memory; `advice` if it does not fit the budget, or what is free."""
 
     config: RunConfig
     device: torch.device
     planned: Any  # a MemoryPlan with the plan of the pairs and the work of a micro-batch
     advice: tuple[Advice, ...] = ()
+    free: Budget = NO_BOUND  # on the machine that it is planned for, where one was named
 
     @property
     def later_commands(self) -> tuple[str, ...]:
@@ -117,6 +119,11 @@ class PlanResult:
     @property
     def budget(self) -> Budget:
         return self.config.memory.limit
+
+    @property
+    def bound(self) -> Budget:
+        """What the run may use: the budget, or else what is free on the machine that was named."""
+        return self.budget or self.free
 
     @property
     def peak(self) -> int:
@@ -135,6 +142,7 @@ class PlanResult:
             "budget": self.budget.limit,
             "fits": self.peak <= self.budget.bytes if self.budget else None,
             "speed": asdict(self.planned.work),
+            **({"machine": {"name": self.free.free, "bytes": self.free.bytes}} if self.free else {}),
         }
 
 
@@ -146,8 +154,14 @@ class RunKind(ABC, Generic[AssemblyT]):
     peft_adapter: ClassVar[bool] = False  # its adapter is in PEFT's format, and gets a README
     tries_rates: ClassVar[bool] = False  # workflows/tuning can compare learning rates of it
 
-    def plan(self, config: RunConfig, console: Console) -> PlanResult:
-        """Forecasts a run from the model's configuration, and prints the forecast. Raises ConfigError if that is not possible."""
+    def plan(
+        self, config: RunConfig, console: Console, free: Budget = NO_BOUND, watch: Callable[[PlanResult], None] | None = None
+    ) -> PlanResult:
+        """Forecasts a run from the model's configuration, and prints the forecast. Raises ConfigError if that is not possible.
+
+        `free` is what a run without a budget may use, of a machine that was named. `watch` gets the forecast with all weights in
+        memory before other ways are searched.
+        """
         raise ConfigError(f"kind is {config.kind}, whose memory cannot be planned. Train it without a budget.")
 
     def check(self, config: RunConfig, processes: int) -> None:

@@ -203,10 +203,10 @@ def show_image_forecast(planned: ImageRunPlan, console: Console) -> None:
 def show_peak(result: PlanResult, console: Console, how: str = "") -> None:
     """Prints the peak of a planned run against its budget; `how` says how it is computed."""
     against = ""
-    if result.budget:
-        left = result.budget.bytes - result.peak
+    if bound := result.bound:
+        left = bound.bytes - result.peak
         difference = f"{bytes_text(left)} less than" if left >= 0 else f"{bytes_text(-left)} more than"
-        against = f"{how}, {difference} the budget of {result.budget}"
+        against = f"{how}, {difference} {f'the {bound} free on {bound.free}' if bound.free else f'the budget of {bound}'}"
     console.print(f"Peak of the run: {bytes_text(result.peak)}{against}.", soft_wrap=True)
     if later := result.later_commands:
         console.print(f"Not part of the run: {' and '.join(later)}, which are commands of their own.", soft_wrap=True)
@@ -215,7 +215,7 @@ def show_peak(result: PlanResult, console: Console, how: str = "") -> None:
 def show_advice(result: PlanResult, console: Console, hows: tuple[str, str] = ("", "")) -> None:
     """Prints what would lower the peak of a planned run; `hows` are words for weights in memory and for streamed ones."""
     for item in result.advice:
-        fits = "fits" if item.peak <= result.budget.bytes else "is still too much"
+        fits = "fits" if item.peak <= result.bound.bytes else "is still too much"
         console.print(f"  {item.change}: {bytes_text(item.peak)}{hows[item.streamed]}, {fits}", soft_wrap=True)
 
 

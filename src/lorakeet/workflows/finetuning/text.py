@@ -50,7 +50,7 @@ from lorakeet.workflows.finetuning.certify_text import certify_text, with_own_co
 from lorakeet.workflows.finetuning.continued import with_continued
 from lorakeet.workflows.finetuning.cuda_graphs import record_graphs, require_graphable
 from lorakeet.workflows.finetuning.evaluate_text import TextEvaluator, require_encodable
-from lorakeet.workflows.finetuning.kind import Advice, Digests, PlanResult, RunKind
+from lorakeet.workflows.finetuning.kind import NO_BOUND, Advice, Digests, PlanResult, RunKind
 from lorakeet.workflows.finetuning.report import leaks, pruned_map, rank_map
 from lorakeet.workflows.finetuning.run_time import Speed, measured_speed, run_time_text
 from lorakeet.workflows.finetuning.stacked import check_earlier, with_stacked
@@ -60,6 +60,7 @@ from lorakeet.workflows.planning.check import later_phases, with_later
 from lorakeet.workflows.planning.encoded_rows import workload_of_files
 from lorakeet.workflows.planning.fit import WayChoice, choose, fit_free, host_memory, too_small_text
 from lorakeet.workflows.planning.forecast_text_run import LATER, Precision, RowLengths, TextRunPlan, forecast_run
+from lorakeet.workflows.planning.rehearse_text import SECONDS_BESIDE, planning_within
 from lorakeet.workflows.planning.text_run import LEAST, TextRun, bytes_moved, precision_of
 from lorakeet.workflows.planning.unbound_text_run import UnboundTextRun
 from lorakeet.workflows.runs.pruning import pruned_plan
@@ -92,7 +93,7 @@ class TextPlanResult(PlanResult):
     precision: Precision
     speed: Speed | None  # None for a CUDA device, whose speed is not estimated
     host_memory: str = ""  # the host memory of a streamed run on a CUDA device, in words
-    streamed: Streamed | None = None  # how `lorakeet finetune` keeps a budget that is too small for all weights
+    streamed: Streamed | None = None  # how `lorakeet finetune` keeps a bound that is too small for all weights
     least: int | None = None  # the smallest budget that streaming keeps
     later: tuple[Phase, ...] = ()  # merging and exporting within the budget, or the least that they take
     lengths: RowLengths | None = None  # of the rows, where there are some
@@ -148,18 +149,20 @@ class TextPlanResult(PlanResult):
         return found
 
 
-def _within_budget(result: TextPlanResult, run: TextRun, planned: TextRunPlan, console: Console) -> TextPlanResult:
-    """`result` with the way in which streaming keeps the budget, or else with what would help."""
-    config, precision, choice = result.config, result.precision, choose(run, result.budget)
-    if choice.why_no_more:
-        console.print(f"finetune refuses: {too_small_text(run, choice, result.budget)}", soft_wrap=True)
+def _within_bound(result: TextPlanResult, run: TextRun, planned: TextRunPlan, console: Console) -> TextPlanResult:
+    """`result` with the way that keeps the budget, or what is free on the named machine; or else with what would help."""
+    config, precision, bound = result.config, result.precision, result.bound
+    choice = choose(run, bound)
+    if choice.why_no_more and not choice.fits:
+        console.print(f"finetune refuses: {too_small_text(run, choice, bound)}", soft_wrap=True)
         return result
     if choice.fits:
         way, plan = choice.way, choice.plan
         whole = dataclasses.replace(plan, forecast=with_later(plan.forecast, result.later))
         whole = whole if result.unpacks_too_much else _with_unpacking(whole, config, precision)
-        streamed = Streamed(dataclasses.replace(choice, plan=whole), run.words(way, plan), bytes_moved(way, plan, run.batches))
-        pinned = host_memory(run, way, plan)[1] if precision.on_gpu else ""
+        moved = bytes_moved(way, plan, run.batches_of(way.micro_tokens)) if way.streamed else 0
+        streamed = Streamed(dataclasses.replace(choice, plan=whole), run.words(way, plan), moved)
+        pinned = host_memory(run, way, plan)[1] if precision.on_gpu and way.streamed else ""
         return dataclasses.replace(result, streamed=streamed, host_memory=pinned)
     model, runtime = run.model, run.runtime(streamed=False)
     forecast = partial(
@@ -169,7 +172,7 @@ def _within_budget(result: TextPlanResult, run: TextRun, planned: TextRunPlan, c
     def least(other: RunConfig) -> int:
         return TextRun(other, run.workload, console.print, model).plan(LEAST).peak
 
-    advice = text_advice(config, precision, planned, forecast, least)
+    advice = text_advice(config, precision, planned, forecast, least, bound)
     return dataclasses.replace(result, least=run.plan(LEAST).peak, advice=advice)
 
 
@@ -210,7 +213,8 @@ def _show(result: TextPlanResult, console: Console) -> None:
         plan, how = result.streamed.choice.plan, result.streamed.words
         console.print(memory_table(plan.forecast, device))
         when = "Once it is unpacked, finetune" if result.unpacks_too_much else "finetune"
-        say(f"{when} keeps the budget: {bytes_text(plan.peak)} (the table above), {how}.")
+        kept = f"fits what is free on {result.free.free}" if result.free else "keeps the budget"
+        say(f"{when} {kept}: {bytes_text(plan.peak)} (the table above), {how}.")
         if result.host_memory:
             say(result.host_memory)
     if result.least is not None:
@@ -265,12 +269,13 @@ def text_advice(
     planned: TextRunPlan,
     forecast: Callable[..., TextRunPlan],
     streamed_least: Callable[[RunConfig], int],
+    bound: Budget,
 ) -> tuple[Advice, ...]:
-    """Changes of the settings that would help, the one with the lowest peak first.
+    """Changes of the settings that would help to keep `bound`, the one with the lowest peak first.
 
-    If the weights alone exceed the budget, changes other than of their precision are tried on a streamed run, until one fits.
+    If the weights alone exceed it, changes other than of their precision are tried on a streamed run, until one fits.
     """
-    budget, found = config.memory.limit.bytes, list[Advice]()
+    budget, found = bound.bytes, list[Advice]()
     for change, other, kept in _changes(config, precision, planned):
         streamed = kept == precision and planned.base > budget
         if not streamed:
@@ -312,7 +317,9 @@ class TextRunKind(RunKind[TextAssembly]):
     peft_adapter = True
     tries_rates = True
 
-    def plan(self, config: RunConfig, console: Console) -> TextPlanResult:
+    def plan(
+        self, config: RunConfig, console: Console, free: Budget = NO_BOUND, watch: Callable[[PlanResult], None] | None = None
+    ) -> TextPlanResult:
         config = with_stacked(with_continued(config))
         budget, precision = config.memory.limit, precision_of(config)
         if budget and not precision.on_gpu:
@@ -322,8 +329,9 @@ class TextRunKind(RunKind[TextAssembly]):
         model_config, files = config_of(config.model, console.print), local_files(config.model.path)
         speed = None if precision.on_gpu else measured_speed(precision.products)
         workload = workload_of_files(config, model_config, partial(console.print, markup=False, soft_wrap=True))
-        unbound = not budget and precision.on_gpu and torch.cuda.is_available()
-        run = (UnboundTextRun if unbound else TextRun)(config, workload, console.print, (model_config, files))
+        here = not budget and not free and precision.on_gpu and torch.cuda.is_available()
+        kind = UnboundTextRun if here or free else TextRun
+        run = kind(config, workload, console.print, (model_config, files))
         planned = run.plan(RESIDENT)
         later: tuple[Phase, ...] = ()
         if budget and not precision.on_gpu:  # merging and exporting are checked on the CPU
@@ -331,12 +339,15 @@ class TextRunKind(RunKind[TextAssembly]):
         planned = dataclasses.replace(planned, forecast=with_later(planned.forecast, later))
         result = TextPlanResult(
             config=config, device=precision.device, planned=_with_unpacking(planned, config, precision), precision=precision,
-            speed=speed, later=later, lengths=run.lengths,
+            speed=speed, later=later, lengths=run.lengths, free=free,
         )  # fmt: skip
-        if planned.peak > budget.bytes:
-            result = _within_budget(result, run, planned, console)
+        if watch is not None:
+            watch(result)
+        if planned.peak > result.bound.bytes:
+            with planning_within(SECONDS_BESIDE) if free else nullcontext():
+                result = _within_bound(result, run, planned, console)
         _show(result, console)
-        if unbound:
+        if here:
             _show_choice(run, free_memory(precision.device), partial(console.print, markup=False, soft_wrap=True))
         show_targets(planned.plan, (*remarks_before(planned.plan), *remarks_of_peft(model_config, planned.plan)), console)
         return result

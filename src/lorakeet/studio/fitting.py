@@ -1,0 +1,163 @@
+"""What the screen Fit says of a run: its memory by kind against what there is, the way that fits, its time, and what would help.
+
+Imports torch: it is carried out by the workbench alone.
+"""
+
+from __future__ import annotations
+
+import io
+from collections.abc import Mapping
+from typing import Any
+
+from rich.console import Console
+
+from lorakeet.config import RunConfig, read_run
+from lorakeet.data.spec import NO_ROWS
+from lorakeet.evaluate.wording import bytes_text, duration_text
+from lorakeet.memory.budget import Budget
+from lorakeet.memory.forecast import Forecast, Phase
+from lorakeet.models.files.quiet import quiet_transformers
+from lorakeet.settings import fields_of
+from lorakeet.studio.workbench import Send
+from lorakeet.workflows.finetuning.kind import Advice, PlanResult
+from lorakeet.workflows.finetuning.text import TextPlanResult
+from lorakeet.workflows.options import PlanOptions
+from lorakeet.workflows.plan import plan
+
+WORDS = {
+    "base": "the model",
+    "saved activations": "kept for the backward pass",
+    "adapter": "the adapter",
+    "moments": "the optimiser",
+    "gradients": "gradients",
+    "logits": "predictions",
+    "scratch": "needed for a moment",
+    "runtime": "Python and its libraries",
+    "allocator": "left over by the allocator",
+}  # in the order of a bar
+ON_GPU = {**WORDS, "runtime": "CUDA and its libraries"}
+_WIDTH = 110
+
+
+def fit(settings: Mapping[str, str], send: Send) -> None:
+    """Plans the run of `settings` on settings["machine"], or within memory.budget; sends a part for each that is known more of.
+
+    The first part is the run with all of its weights in memory; the last one has also the way that fits, or what would help.
+    Raises what `lorakeet plan` raises.
+    """
+    given = {name: text for name, text in settings.items() if name != "machine"}
+    config = read_run(None, {"data.train": NO_ROWS, **given})
+    machine: Any = None if config.memory.limit else settings.get("machine") or "this"
+    said = io.StringIO()
+    console = Console(file=said, width=_WIDTH, color_system=None, soft_wrap=True)
+    with quiet_transformers():
+        result = plan(
+            config, PlanOptions(machine=machine), console=console,
+            watch=lambda first: send({"part": fit_values(first, searching=first.peak > first.bound.bytes)}),
+        )  # fmt: skip
+    send({"part": {**fit_values(result), "printed": said.getvalue()}})
+
+
+def fit_values(result: PlanResult, *, searching: bool = False) -> dict[str, Any]:
+    """One part: plain values for the page. Bytes and seconds are numbers; sentences are ready to be read."""
+    words = ON_GPU if result.device.type == "cuda" else WORDS
+    streamed = result.streamed if isinstance(result, TextPlanResult) else None
+    bound, later = result.bound, result.later_commands
+    whole = _run_peak(result.planned.forecast, later)
+    shown = whole if streamed is None else _run_peak(streamed.choice.plan.forecast, later)
+    state = "searching" if searching else "fits" if whole.bytes <= bound.bytes else "otherwise" if streamed else "too-large"
+    helping = _helping(result)
+    if state == "too-large" and any(one["fits"] for one in helping):
+        state = "with-changes"
+    return {
+        "state": state,
+        "sentence": _sentence(state, whole, shown, bound),
+        "way": "" if streamed is None else f"{streamed.words[:1].upper()}{streamed.words[1:]}.",
+        "limit": bound.limit,
+        "limit_words": _limit_words(bound),
+        "bar": bar_values(shown, words),
+        "whole": bar_values(whole, words) if shown is not whole else None,
+        "phases": [{"name": phase.name, "bytes": phase.bytes} for phase in result.planned.forecast.phases],
+        "time": time_words(result),
+        "helping": helping,
+        "trained": f"{result.planned.plan.parameters:,} numbers are trained",
+    }
+
+
+def bar_values(phase: Phase, words: Mapping[str, str]) -> dict[str, Any]:
+    """The kinds of memory at one phase's peak, in the order in which a bar shows them."""
+    kinds = [
+        {"kind": kind, "words": text, "bytes": phase.kinds[kind], "size": bytes_text(phase.kinds[kind])}
+        for kind, text in words.items() if phase.kinds.get(kind)
+    ]  # fmt: skip
+    return {"phase": phase.name, "bytes": phase.bytes, "size": bytes_text(phase.bytes), "kinds": kinds}
+
+
+def time_words(result: PlanResult) -> str:
+    """The time of a step and of training on this machine in a sentence; why not, where it is not estimated."""
+    if not isinstance(result, TextPlanResult) or result.speed is None:
+        what = "on a GPU" if result.device.type == "cuda" else "of a run on pictures"
+        return f"The time {what} is not estimated; a run says it after its first steps."
+    lengths, train, seconds = result.lengths, result.config.train, result.training_seconds
+    if lengths is None or seconds is None:
+        step = result.micro_batches * result.seconds
+        return f"A step of full rows takes at least {duration_text(step)} on this machine. Choose rows to see how long all takes."
+    steps = train.total_steps(-(-lengths.rows // train.sequences))
+    each = seconds / max(1, steps)
+    return f"A step takes about {duration_text(each)} on this machine; training about {duration_text(seconds)}, {steps:,} steps."
+
+
+def changed_settings(change: str) -> dict[str, str]:
+    """The settings of an advice such as "--model.quantize nf4", by their full paths; empty for one that is no settings."""
+    words = change.replace(" and ", " ").split()
+    paths = {setting.shorthand: setting.path for setting in fields_of(RunConfig) if setting.shorthand}
+    known = {setting.path for setting in fields_of(RunConfig)}
+    found: dict[str, str] = {}
+    place = 0
+    while place < len(words):
+        name = words[place].removeprefix("--")
+        name = paths.get(name, name)
+        if name not in known:
+            return {}
+        alone = place + 1 == len(words) or words[place + 1].removeprefix("--") in known | set(paths)
+        found[name] = "true" if alone else words[place + 1]
+        place += 1 if alone else 2
+    return found
+
+
+def _helping(result: PlanResult) -> list[dict[str, Any]]:
+    """What would lower the peak, that which fits first."""
+
+    def values(advice: Advice) -> dict[str, Any]:
+        how = ", with blocks read from disk as they are needed" if advice.streamed else ""
+        settings = changed_settings(advice.change)
+        return {
+            "settings": settings,
+            "words": f"{', '.join(f'{name} {value}' for name, value in settings.items()) or advice.change}{how}",
+            "size": bytes_text(advice.peak),
+            "fits": advice.peak <= result.bound.bytes,
+        }
+
+    return sorted(map(values, result.advice), key=lambda one: not one["fits"])
+
+
+def _run_peak(forecast: Forecast, later: tuple[str, ...]) -> Phase:
+    """The phase with the most bytes, of those that are part of the run."""
+    return max((phase for phase in forecast.phases if phase.name not in later), key=lambda phase: phase.bytes)
+
+
+def _limit_words(bound: Budget) -> str:
+    return f"{bound} free on {bound.free}" if bound.free else f"budget of {bound}" if bound else ""
+
+
+def _sentence(state: str, whole: Phase, shown: Phase, bound: Budget) -> str:
+    limit = _limit_words(bound)
+    of = f" of the {limit}" if bound else ""
+    sentences = {
+        "fits": f"It fits: {bytes_text(whole.bytes)}{of}.",
+        "searching": f"With everything in memory it takes {bytes_text(whole.bytes)}, more than the {limit}. A way is searched …",
+        "otherwise": f"It fits if it is computed in another way: {bytes_text(shown.bytes)}{of}.",
+        "with-changes": f"It does not fit as it is: {bytes_text(whole.bytes)}{of}. One change is enough.",
+        "too-large": f"It does not fit: {bytes_text(whole.bytes)}{of}.",
+    }
+    return sentences[state]

@@ -1,0 +1,195 @@
+"""What the screen Data shows of rows or pictures: how they are read, the tokens that are trained, leaks, the split, and lengths.
+
+Imports torch: it is carried out by the workbench alone.
+"""
+
+from __future__ import annotations
+
+import base64
+from collections import Counter
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict
+from functools import partial
+from itertools import islice, pairwise
+from typing import Any
+
+import numpy as np
+
+from lorakeet.config import RunConfig, read_run
+from lorakeet.data.chat import Encoder, Example
+from lorakeet.data.images.folder import ImageRow, bucket_of, bucket_sizes, fit_remarks, open_pixels, png_of
+from lorakeet.data.images.split import ImageDataset, load_images
+from lorakeet.data.leaks import KINDS, LeakPair
+from lorakeet.data.prepare import Dataset, load_dataset
+from lorakeet.data.read import read_records
+from lorakeet.data.rows import Row
+from lorakeet.data.shapes import columns_used
+from lorakeet.data.tables import FileRecord, RowProblems
+from lorakeet.errors import DataError
+from lorakeet.models.files.quiet import quiet_transformers
+from lorakeet.models.image.latent_cache import cache_in
+from lorakeet.studio.workbench import Send
+from lorakeet.workflows.planning.encoded_rows import EncodedRows
+
+FIRST, PAIRS, COUNTED, PICTURES = 5, 60, 4000, 48  # rows, pairs, rows whose lengths are counted, pictures that are shown
+BARS = 24
+NO_MODEL = "none"
+_RESOLUTION, _MULTIPLE = 512, 64  # of pictures, where no model says another
+_LONGEST = 4000  # characters of a text that a page shows
+_THUMB = 160
+
+
+def show_rows_of(settings: Mapping[str, str], send: Send) -> None:
+    """Reads the rows or pictures of `settings` as a run would, and sends each part as soon as it is known.
+
+    Parts: first (records and columns), split (counts, labels, leaks), tokens (rows as the model sees them), lengths; of pictures
+    one: album. Raises what a run would raise; what is known before that was sent.
+    """
+    config = read_run(None, {"model.path": NO_MODEL, **settings})
+    with quiet_transformers():
+        if config.kind == "image":
+            _show_pictures(config, send)
+        else:
+            _show_text(config, send)
+
+
+def _show_text(config: RunConfig, send: Send) -> None:
+    data, objective = config.data, config.train.objective
+    records = list(islice(read_records(data.train, RowProblems(data.train), data), FIRST))
+    send({"part": "first", **first_values(records)})
+    if not records:
+        raise DataError(f"{data.train} has no rows; expected at least one record below the header.")
+    shape, used = columns_used(records[0], data.train, data, objective)
+    send({"part": "columns", "shape": shape, "used": used})
+    send({"say": "Reads all rows, and searches for copies"})
+    dataset = load_dataset(data, objective)
+    send({"part": "split", **split_values(dataset)})
+    if config.model.path == NO_MODEL:
+        return
+    send({"say": "Makes tokens of the rows"})
+    encoded = EncodedRows(config, (dataset.train, dataset.held_out), dataset.labels, lambda line: send({"say": line}))
+    send({"part": "tokens", "rows": [values for row in dataset.train[:FIRST] if (values := row_values(row, encoded.encoder))]})
+    send({"part": "lengths", **length_values(dataset.train, encoded.encoder)})
+
+
+def first_values(records: Sequence[FileRecord]) -> dict[str, Any]:
+    """The first records as they are in the file."""
+    columns = list(dict.fromkeys(column for record in records for column in record.values))
+    rows = [
+        {"source": record.source, "cells": [_shortened(record.values.get(column)) for column in columns]} for record in records
+    ]
+    return {"columns": columns, "rows": rows}
+
+
+def split_values(dataset: Dataset) -> dict[str, Any]:
+    """How the rows are split, their labels, and every pair of copies with both rows."""
+    report = dataset.leaks
+    dropped = {row.source for row in report.dropped}
+    return {
+        "counts": {"training": len(dataset.train), "held-out": len(dataset.held_out), "test": len(dataset.test)},
+        "labels": [[label, count] for label, count in Counter(dataset.label_counts).most_common(30)],
+        "notes": list(dataset.notes),
+        "method": report.method(),
+        "leaks": len(report.across),
+        "dropped": len(report.dropped),
+        "repeats": len(report.within),
+        "pairs": [pair_values(pair, dropped) for pair in (*report.across, *report.within)[:PAIRS]],
+    }
+
+
+def pair_values(pair: LeakPair, dropped: set[str]) -> dict[str, Any]:
+    """Two rows that are alike: where they are, how alike, and both texts around their first difference."""
+    one, other = pair.excerpts()
+    leak = pair.row_part != pair.twin_part
+    fate = f"left out of {pair.row_part}" if leak and pair.row.source in dropped else "kept"
+    return {
+        "kind": KINDS[pair.kind] + (f", {pair.similarity:.0%} alike" if pair.kind == "near" else ""),
+        "leak": leak,
+        "fate": fate,
+        "rows": [
+            {"part": pair.row_part, "source": pair.row.source, "text": one},
+            {"part": pair.twin_part, "source": pair.twin.source, "text": other},
+        ],
+    }
+
+
+def row_values(row: Row, encoder: Encoder) -> dict[str, Any] | None:
+    """One row as the model sees it: pieces of text, each with whether it is trained; None for one that is left out."""
+    example = encoder.encode(row)
+    if example is None:
+        return None
+    pieces = token_pieces(example, encoder)
+    targets = int(example.supervised.sum())
+    return {"source": row.source, "pieces": pieces, "tokens": len(example.ids), "trained": targets, "cut": example.truncated}
+
+
+def token_pieces(example: Example, encoder: Encoder) -> list[list[Any]]:
+    """The text of each stretch of tokens that are all trained, or all not."""
+    borders = [0, *(np.flatnonzero(np.diff(example.supervised)) + 1).tolist(), len(example.ids)]
+    decode = partial(encoder.tokenizer.decode, skip_special_tokens=False, clean_up_tokenization_spaces=False)
+    return [
+        [str(decode(example.ids[start:end].tolist()))[:_LONGEST], bool(example.supervised[start])]
+        for start, end in pairwise(borders)
+    ]
+
+
+def length_values(rows: Sequence[Row], encoder: Encoder) -> dict[str, Any]:
+    """A histogram of the rows' tokens before they are shortened, with data.max_tokens; of many rows some are counted."""
+    each = -(-len(rows) // COUNTED)
+    counted = rows[::each]
+    lengths = np.array([encoder.tokens_of(row) for row in counted])
+    limit = encoder.spec.max_tokens
+    high = int(max(lengths.max(), 1))
+    width = _round_width(high)
+    counts = np.bincount((lengths - 1) // width, minlength=1)
+    bars = [[place * width + 1, (place + 1) * width, int(count)] for place, count in enumerate(counts)]
+    longer = int((lengths > limit).sum())
+    return {
+        "bars": bars, "limit": limit, "counted": len(counted), "rows": len(rows), "longer": longer,
+        "median": int(np.median(lengths)), "longest": high, "too_long": encoder.spec.too_long,
+    }  # fmt: skip
+
+
+def _round_width(high: int) -> int:
+    """A round width of a bar, by which at most BARS of them reach `high`."""
+    least = max(1, -(-high // BARS))
+    size = int(10 ** (len(str(least)) - 1))
+    factors = (factor for factor in (1, 2, 5) if factor * size >= least)
+    return size * next(factors, 10)
+
+
+def _show_pictures(config: RunConfig, send: Send) -> None:
+    send({"say": "Reads the pictures, and searches for copies"})
+    images = config.images
+    dataset = load_images(config.data, images, tables=cache_in(images, "tables"))
+    resolution = images.resolution or _RESOLUTION
+    step = images.bucket_step or max(_MULTIPLE, resolution // 8 // _MULTIPLE * _MULTIPLE)
+    sizes = bucket_sizes(resolution, step) if images.buckets else [(resolution, resolution)]
+    send({"part": "album", **album_values(dataset, sizes or [(resolution, resolution)])})
+
+
+def album_values(dataset: ImageDataset, sizes: list[tuple[int, int]]) -> dict[str, Any]:
+    """The pictures with captions, buckets and near-copies."""
+    parts = {"training": dataset.train, "held-out": dataset.held_out, "test": dataset.test}
+    every = [(part, row) for part, rows in parts.items() for row in rows]
+    buckets = Counter(bucket_of(row, sizes) for _, row in every)
+    return {
+        "counts": {part: len(rows) for part, rows in parts.items()},
+        "buckets": [[f"{width}×{height}", count] for (height, width), count in buckets.most_common()],
+        "remarks": [*dataset.remarks, *fit_remarks([row for _, row in every], sizes)],
+        "alike": [asdict(one) for one in dataset.alike[:PAIRS]],
+        "pictures": [_picture(part, row, sizes) for part, row in every[:PICTURES]],
+        "shown": min(len(every), PICTURES),
+    }
+
+
+def _picture(part: str, row: ImageRow, sizes: list[tuple[int, int]]) -> dict[str, Any]:
+    height, width = bucket_of(row, sizes)
+    thumb = base64.b64encode(png_of(open_pixels(row.path)[0], largest=_THUMB)).decode("ascii")
+    size = f"{row.width}×{row.height}, trained as {width}×{height}"
+    return {"part": part, "source": row.source, "caption": row.caption, "size": size, "thumb": f"data:image/png;base64,{thumb}"}
+
+
+def _shortened(value: object) -> str:
+    text = "" if value is None else value if isinstance(value, str) else repr(value)
+    return text if len(text) <= 300 else f"{text[:300]} …"

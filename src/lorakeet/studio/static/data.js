@@ -1,0 +1,199 @@
+// The rows of a run as it would read them. Texts of rows are only ever put in as text.
+import { csrf, make } from "./page.js";
+import { duration, short, svg, tableOf } from "./svg.js";
+
+const form = document.getElementById("data");
+const by = (id) => document.getElementById(id);
+const SECTIONS = ["seen", "columns", "split", "lengths", "leaks", "album"];
+let source = null;
+let later = 0;
+let clock = 0;
+let doing = "";
+let head = null;
+
+function filled() {
+  const fields = {};
+  for (const [name, value] of new FormData(form)) if (typeof value === "string" && value.trim()) fields[name] = value;
+  return fields;
+}
+
+function records() {
+  const { columns, rows } = head.first;
+  const used = head.used || {};
+  const cell = (column, text) => make("td", { class: used[column] ? "wrap" : "wrap soft" }, text);
+  const title = (column) => make("th", { scope: "col" }, column, make("span", { class: used[column] ? "pill better" : "pill" }, used[column] || (head.used ? "not read" : "…")));
+  by("records").replaceChildren(
+    make("caption", {}, "The first records, as they are in the file"),
+    make("thead", {}, make("tr", {}, ...columns.map(title))),
+    make("tbody", {}, ...rows.map((row) => make("tr", {}, ...row.cells.map((text, place) => cell(columns[place], text))))),
+  );
+}
+
+const draw = {
+  first(part) { head = { first: part }; records(); by("shape").textContent = ""; },
+  columns(part) { head.used = part.used; records(); by("shape").textContent = `Read as ${part.shape} rows.`; },
+  split(part) {
+    const { training, test } = part.counts;
+    const held = part.counts["held-out"];
+    by("sentence").textContent = `${short(training)} rows to train on, ${short(test || held)} to measure on.`;
+    by("sentence").dataset.state = part.leaks ? "none" : "fits";
+    by("split-bar").replaceChildren(shares(part.counts));
+    by("labels").replaceChildren(...(part.labels.length ? [bars("Labels of the training rows", part.labels)] : []));
+    by("notes").replaceChildren(...part.notes.map((line) => make("p", { class: "warning" }, line)));
+    by("leaks").hidden = false;
+    const fate = part.dropped ? `${short(part.dropped)} of these rows are left out.` : "None is left out.";
+    by("leaks-says").textContent = part.leaks ? `${short(part.leaks)} pairs of rows stand on both sides of the split, so the measure would repeat what was trained. ${fate}` : "No held-out row is among the training rows.";
+    if (part.repeats) by("leaks-says").append(` ${short(part.repeats)} ${part.repeats === 1 ? "row repeats another" : "rows repeat others"} on the same side; such rows count twice.`);
+    by("method").textContent = part.method;
+    by("pairs").replaceChildren(...part.pairs.map(pair));
+  },
+  tokens(part) {
+    by("seen").hidden = false;
+    by("seen-rows").replaceChildren(...part.rows.map((row) => {
+      const pieces = row.pieces.map(([text, trained]) => (trained ? make("mark", {}, text) : text));
+      const counts = `${row.source}: ${short(row.tokens)} tokens, ${short(row.trained)} of them trained${row.cut ? "; shortened" : ""}`;
+      return make("figure", { class: "row" }, make("pre", { tabindex: "0", "aria-label": `Row ${row.source}` }, ...pieces), make("figcaption", {}, counts));
+    }));
+  },
+  lengths(part) {
+    by("lengths").hidden = false;
+    const what = { truncate: "shortened", drop: "left out", refuse: "refused" }[part.too_long];
+    const some = part.counted < part.rows ? ` Counted on ${short(part.counted)} of ${short(part.rows)} rows.` : "";
+    by("lengths-says").textContent = `Half of the rows have at most ${short(part.median)} tokens, the longest ${short(part.longest)}. ${part.longer ? `${short(part.longer)} ${part.longer === 1 ? "is" : "are"} longer than data.max_tokens, ${short(part.limit)}, and ${part.longer === 1 ? "is" : "are"} ${what}.` : `All fit into data.max_tokens, ${short(part.limit)}.`}${some}`;
+    by("histogram").replaceChildren(histogram(part));
+  },
+  album(part) {
+    const total = Object.values(part.counts).reduce((sum, count) => sum + count, 0);
+    by("sentence").textContent = `${short(part.counts.training)} pictures to train on, ${short(total - part.counts.training)} to measure on.`;
+    by("sentence").dataset.state = part.alike.length ? "none" : "fits";
+    by("split").hidden = false;
+    by("split-bar").replaceChildren(shares(part.counts));
+    by("labels").replaceChildren(bars("Sizes that are trained (buckets)", part.buckets));
+    by("notes").replaceChildren(...part.remarks.map((line) => make("p", { class: "warning" }, line)));
+    by("leaks").hidden = false;
+    by("leaks-says").textContent = part.alike.length ? `${short(part.alike.length)} training pictures show the same as one that is held out.` : "No held-out picture is among the training pictures.";
+    by("pairs").replaceChildren(...part.alike.map((one) => make("div", { class: "pair" }, make("p", {}, make("b", {}, `${one.train} and ${one.evaluated}`), ` ${one.words}: ${one.action}.`))));
+    by("album").hidden = false;
+    by("buckets").textContent = part.shown < total ? `The first ${part.shown} of ${short(total)}.` : "";
+    by("album-grid").replaceChildren(...part.pictures.map((one) => make("figure", {}, make("img", { src: one.thumb, alt: one.caption, loading: "lazy" }), make("figcaption", {}, make("b", {}, one.source), ` ${one.caption} `, make("span", { class: "soft" }, `${one.part}; ${one.size}`)))));
+  },
+};
+
+function shares(counts) {
+  const all = Object.values(counts).reduce((sum, count) => sum + count, 0) || 1;
+  const shown = Object.entries(counts).filter(([, count]) => count);
+  const drawing = svg("svg", { viewBox: "0 0 100 8", preserveAspectRatio: "none", class: "stack small", role: "img", "aria-label": shown.map(([part, count]) => `${part} ${count}`).join(", ") });
+  let place = 0;
+  shown.forEach(([, count], number) => {
+    drawing.append(svg("rect", { x: place, y: 0, width: Math.max(0.3, (100 * count) / all - 0.15), height: 8, class: ["k0", "k2", "k1"][number] }));
+    place += (100 * count) / all;
+  });
+  const words = { training: "trained on", "held-out": "held out, to choose the best checkpoint", test: "test, used once at the end" };
+  const names = make("ul", { class: "stack-names" }, ...shown.map(([part, count], number) => make("li", {}, make("span", { class: `chip ${["k0", "k2", "k1"][number]}` }), words[part] || part, make("b", {}, short(count)))));
+  return make("figure", { class: "plotted" }, drawing, names);
+}
+
+function bars(name, pairs) {
+  const most = Math.max(...pairs.map(([, count]) => count));
+  const line = ([label, count]) => make("tr", {}, make("th", { scope: "row" }, label), make("td", {}, svg("svg", { viewBox: "0 0 100 6", preserveAspectRatio: "none", class: "bar-chart", "aria-hidden": "true" }, svg("rect", { width: (100 * count) / most, height: 6, class: "fill" }))), make("td", { class: "n" }, short(count)));
+  return make("table", { class: "bars" }, make("caption", {}, name), make("tbody", {}, ...pairs.map(line)));
+}
+
+function histogram({ bars: all, limit }) {
+  const width = 800, height = 240, left = 10, bottom = 34, top = 22;
+  const high = Math.max(all.at(-1)[1], Math.min(limit, all.at(-1)[1] * 2));
+  const most = Math.max(...all.map((bar) => bar[2]));
+  const x = (value) => left + ((width - 2 * left) * value) / high;
+  const drawing = svg("svg", { viewBox: `0 0 ${width} ${height}`, class: "chart", role: "img", "aria-label": `Rows by their number of tokens; the cut is at ${limit}` });
+  for (const [from, to, count] of all) {
+    const tall = ((height - bottom - top) * count) / most;
+    drawing.append(svg("rect", { x: x(from - 1) + 1, width: Math.max(1, x(to) - x(from - 1) - 2), y: height - bottom - tall, height: tall, class: from > limit ? "fill over" : "fill" }, svg("title", {}, `${from} to ${to} tokens: ${count} rows`)));
+  }
+  const each = Math.ceil(all.length / 8);
+  all.forEach((bar, place) => { if (place % each === each - 1) drawing.append(svg("text", { x: x(bar[1]), y: height - 14, class: "label middle" }, short(bar[1]))); });
+  drawing.append(svg("text", { x: width - left, y: height - 1, class: "label end" }, "tokens of a row"));
+  if (limit <= high) {
+    drawing.append(svg("line", { x1: x(limit), x2: x(limit), y1: 4, y2: height - bottom, class: "cut" }));
+    drawing.append(svg("text", { x: x(limit) + (x(limit) > width / 2 ? -6 : 6), y: 14, class: `label ${x(limit) > width / 2 ? "end" : ""}` }, `cut at ${short(limit)}`));
+  }
+  const points = all.map(([, to, count]) => ({ x: to, y: count }));
+  return make("figure", { class: "plotted" }, drawing, tableOf({ name: "Rows by length", across: "tokens up to", series: [{ name: "rows", points }] }));
+}
+
+function pair(one) {
+  const side = (row) => make("blockquote", {}, make("b", {}, `${row.part}, ${row.source}`), make("span", {}, row.text));
+  return make("div", { class: one.leak ? "pair leak" : "pair" }, make("p", {}, make("span", { class: one.leak ? "pill worse" : "pill none" }, one.leak ? "leak" : "repeat"), ` ${one.kind}; the first is ${one.fate}.`), ...one.rows.map(side));
+}
+
+function problems(list) {
+  by("problems").replaceChildren(...(list.length ? [make("div", { class: "warning problems", role: "alert" }, make("ul", {}, ...list.map((line) => make("li", { class: "message" }, line))))] : []));
+  if (list.length) { by("sentence").textContent = head ? "These rows cannot be used yet." : "No answer yet."; by("sentence").dataset.state = "too-large"; }
+}
+
+function stop() {
+  if (source) source.close();
+  source = null;
+  clearInterval(clock);
+  by("busy").hidden = true;
+}
+
+function ask() {
+  clearTimeout(later);
+  stop();
+  problems([]);
+  const fields = filled();
+  const query = new URLSearchParams(fields);
+  const image = fields.kind === "image";
+  history.replaceState(null, "", `/data?${query}`);
+  by("go-on").href = `/run?${query}`;
+  by("to-fit").href = `/fit?${query}`;
+  by("go-on").hidden = by("to-fit").hidden = !fields["data.train"];
+  by("columns-part").hidden = image;
+  by("pictures-part").hidden = !image;
+  for (const id of SECTIONS) by(id).hidden = true;
+  by("same").hidden = true;
+  head = null;
+  if (!fields["data.train"]) return;
+  by("sentence").textContent = "Reads the rows …";
+  delete by("sentence").dataset.state;
+  doing = "Reads the first rows";
+  const since = Date.now();
+  clock = setInterval(() => { by("waited").textContent = `${doing}, for ${duration((Date.now() - since) / 1000)}`; }, 500);
+  by("busy").hidden = false;
+  source = new EventSource(`/data/events?${query}`);
+  source.addEventListener("same", (event) => {
+    const found = JSON.parse(event.data);
+    const [command, file] = by("same").querySelectorAll("code");
+    command.textContent = found.command;
+    file.textContent = found.file;
+    by("same").hidden = !found.command;
+  });
+  source.addEventListener("say", (event) => { doing = JSON.parse(event.data).say; });
+  source.addEventListener("part", (event) => {
+    const part = JSON.parse(event.data);
+    draw[part.part](part);
+    const section = { first: "columns", columns: "columns", split: "split" }[part.part];
+    if (section) by(section).hidden = false;
+  });
+  source.addEventListener("problems", (event) => { stop(); problems(JSON.parse(event.data).problems); });
+  source.addEventListener("done", () => { stop(); if (!filled()["model.path"] && !image) by("sentence").append(make("span", { class: "soft" }, "Choose a model to see its tokens and lengths.")); });
+  source.onerror = () => { stop(); problems(["The studio does not answer. Is it still running?"]); };
+}
+
+async function upload(event) {
+  const chosen = event.target.files[0];
+  if (!chosen) return;
+  by("uploaded").textContent = "Copies it into the studio's folder …";
+  const response = await fetch(`/rows/${encodeURIComponent(chosen.name)}`, { method: "PUT", headers: { "x-csrf": csrf, accept: "application/json" }, body: chosen });
+  const found = await response.json();
+  by("uploaded").textContent = response.ok ? `Copied: ${chosen.name}` : found.message;
+  if (response.ok) { form.elements["data.train"].value = found.path; ask(); }
+}
+
+form.elements["model.path"].setAttribute("list", "models");
+form.elements["data.train"].setAttribute("list", "rows");
+form.addEventListener("input", () => { clearTimeout(later); later = setTimeout(ask, 400); });
+form.addEventListener("submit", (event) => { event.preventDefault(); ask(); });
+by("upload").addEventListener("change", upload);
+by("cancel").addEventListener("click", () => { stop(); by("sentence").textContent = "Cancelled."; by("sentence").dataset.state = "none"; });
+ask();

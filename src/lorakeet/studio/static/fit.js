@@ -1,0 +1,141 @@
+// Will it fit: each change of the form opens a new stream of answers, and closes the one before, which ends its work.
+import { make } from "./page.js";
+import { duration, svg } from "./svg.js";
+
+const form = document.getElementById("fit");
+const by = (id) => document.getElementById(id);
+const KINDS = ["base", "saved activations", "adapter", "moments", "gradients", "logits", "scratch", "runtime", "allocator"];
+let source = null;
+let later = 0;
+let clock = 0;
+
+function filled() {
+  const fields = {};
+  for (const [name, value] of new FormData(form)) if (value.trim()) fields[name] = value.trim();
+  if (fields.machine !== "budget") delete fields["memory.budget"];
+  return fields;
+}
+
+function stack(bar, limit, limitWords) {
+  const most = Math.max(bar.bytes, limit || 0) * 1.02;
+  const says = bar.kinds.map((one) => `${one.words} ${one.size}`).join(", ");
+  const drawing = svg("svg", { viewBox: "0 0 100 10", preserveAspectRatio: "none", class: "stack", role: "img", "aria-label": `${bar.size} at most, in phase ${bar.phase}: ${says}${limitWords ? `; ${limitWords}` : ""}` });
+  if (limit) drawing.append(svg("rect", { x: 0, y: 0, width: (100 * limit) / most, height: 10, class: "free" }));
+  let place = 0;
+  for (const one of bar.kinds) {
+    const width = (100 * one.bytes) / most;
+    drawing.append(svg("rect", { x: place, y: 0, width: Math.max(0.15, width - 0.15), height: 10, class: `k${KINDS.indexOf(one.kind)}` }, svg("title", {}, `${one.words}: ${one.size}`)));
+    place += width;
+  }
+  if (limit) drawing.append(svg("rect", { x: (100 * limit) / most - 0.25, y: -1.5, width: 0.5, height: 13, class: "limit" }));
+  const names = make("ul", { class: "stack-names" }, ...bar.kinds.map((one) => make("li", {}, make("span", { class: `chip k${KINDS.indexOf(one.kind)}` }), one.words, make("b", {}, one.size))));
+  const ends = make("p", { class: "stack-ends" }, make("span", {}, `${bar.size} at most, in phase “${bar.phase}”`), make("span", {}, limitWords ? `the black line: ${limitWords}` : ""));
+  return make("figure", { class: "plotted" }, drawing, ends, names);
+}
+
+function use(settings) {
+  for (const [path, value] of Object.entries(settings)) {
+    let field = form.elements[path];
+    if (!field) { field = make("input", { type: "hidden", name: path }); form.append(field); }
+    field.value = value;
+  }
+  placeSliders();
+  ask();
+}
+
+function helping(list) {
+  if (!list.length) return [];
+  const items = list.map((one) => {
+    const button = Object.keys(one.settings).length ? make("button", { type: "button", "aria-label": `Use ${one.words}` }, "Use this") : "";
+    if (button) button.addEventListener("click", () => use(one.settings));
+    return make("li", {}, make("span", {}, one.words), make("span", { class: one.fits ? "pill better" : "pill none" }, `${one.size}, ${one.fits ? "fits" : "still too much"}`), button);
+  });
+  return [make("h3", {}, "What would help"), make("ul", { class: "helping" }, ...items)];
+}
+
+function show(part) {
+  by("found").classList.remove("old");
+  by("sentence").textContent = part.sentence;
+  by("sentence").dataset.state = part.state;
+  by("way").hidden = !part.way;
+  by("way").textContent = part.way;
+  const drawn = [stack(part.bar, part.limit, part.limit_words)];
+  if (part.whole) drawn.push(make("details", {}, make("summary", {}, `With everything in memory it would be ${part.whole.size}`), make("div", {}, stack(part.whole, part.limit, part.limit_words))));
+  by("bar").replaceChildren(...drawn);
+  by("time").textContent = `${part.time} ${part.trained}.`;
+  by("helping").replaceChildren(...helping(part.helping));
+  by("more").hidden = !part.printed;
+  by("printed").textContent = part.printed || "";
+}
+
+function problems(list) {
+  const shown = list.length ? [make("div", { class: "warning problems", role: "alert" }, make("ul", {}, ...list.map((line) => make("li", { class: "message" }, line))))] : [];
+  by("problems").replaceChildren(...shown);
+  if (!list.length) return;
+  by("sentence").textContent = "No answer yet.";
+  by("sentence").dataset.state = "none";
+}
+
+function stop() {
+  if (source) source.close();
+  source = null;
+  clearInterval(clock);
+  by("busy").hidden = true;
+}
+
+function ask() {
+  clearTimeout(later);
+  stop();
+  const fields = filled();
+  const query = new URLSearchParams(fields);
+  history.replaceState(null, "", `/fit?${query}`);
+  query.delete("machine");
+  by("go-on").href = `/run?${query}`;
+  by("go-on").hidden = !fields["model.path"] || !fields["data.train"];
+  by("own-budget").hidden = form.elements.machine.value !== "budget";
+  problems([]);
+  if (!fields["model.path"] || (fields.machine === "budget" && !fields["memory.budget"])) return;
+  by("found").classList.add("old");
+  const begun = Date.now();
+  const waits = () => { const seconds = (Date.now() - begun) / 1000; by("waited").textContent = seconds > 1 ? `plans, for ${duration(seconds)}` : "plans …"; };
+  waits();
+  clock = setInterval(waits, 500);
+  by("busy").hidden = false;
+  source = new EventSource(`/fit/events?${new URLSearchParams(fields)}`);
+  source.addEventListener("same", (event) => {
+    const found = JSON.parse(event.data);
+    const [command, file] = by("same").querySelectorAll("code");
+    command.textContent = found.command;
+    file.textContent = found.file;
+    by("run-file").hidden = !found.file;
+    by("same").hidden = false;
+  });
+  source.addEventListener("part", (event) => show(JSON.parse(event.data)));
+  source.addEventListener("problems", (event) => { stop(); problems(JSON.parse(event.data).problems); });
+  source.addEventListener("done", stop);
+  source.onerror = () => { stop(); problems(["The studio does not answer. Is it still running?"]); };
+}
+
+function soon() {
+  clearTimeout(later);
+  later = setTimeout(ask, 200);
+}
+
+function placeSliders() {
+  for (const slider of document.querySelectorAll(".slider")) {
+    const value = Number(by(slider.dataset.for).value || slider.dataset.default);
+    if (value > 0) slider.value = Math.round(Math.log2(value));
+    slider.setAttribute("aria-valuetext", String(value));
+  }
+}
+
+form.elements["model.path"].setAttribute("list", "models");
+form.elements["data.train"].setAttribute("list", "rows");
+form.addEventListener("input", (event) => {
+  if (event.target.dataset.for) { by(event.target.dataset.for).value = 2 ** event.target.value; event.target.setAttribute("aria-valuetext", String(2 ** event.target.value)); } else placeSliders();
+  soon();
+});
+form.addEventListener("submit", (event) => { event.preventDefault(); ask(); });
+by("cancel").addEventListener("click", () => { stop(); by("sentence").textContent = "Cancelled."; by("sentence").dataset.state = "none"; });
+placeSliders();
+ask();

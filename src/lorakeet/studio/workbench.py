@@ -1,0 +1,177 @@
+"""Work beside the pages: what takes seconds is done by a process of its own, forked from one that has the modules already.
+
+    studio ── a byte and two pipes ──> workbench ── fork ──> process: reads the settings, writes lines of JSON, ends
+
+The workbench imports and computes nothing else, so it has one thread, and a fork of it is safe. A page that goes away, or sends
+new settings, ends its process. The workbench ends with the studio, or after IDLE seconds without work.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import os
+import signal
+import socket
+import subprocess
+import sys
+from collections.abc import AsyncIterator, Callable, Mapping, Sequence
+from contextlib import suppress
+from importlib import import_module
+from typing import Any
+
+from lorakeet.errors import LorakeetError
+from lorakeet.memory.import_cost import without_triton
+
+Send = Callable[[Mapping[str, Any]], None]
+IDLE = 600.0  # seconds; the modules take some 400 MB
+AT_ONCE = 2  # processes
+PREPARED = ("lorakeet.studio.fitting", "lorakeet.studio.shown_rows")  # imported before the first fork
+_LARGEST = 1 << 24  # bytes of a line
+
+
+class Workbench:
+    """The studio's end. One for all pages; its process is started when the first page needs it."""
+
+    def __init__(self) -> None:
+        self._socket: socket.socket | None = None
+        self._process: subprocess.Popen[bytes] | None = None
+        self._places = asyncio.Semaphore(AT_ONCE)
+
+    def start(self) -> None:
+        """Starts the process, unless it runs: a page that will need it calls this while it is read."""
+        if self._process is not None and self._process.poll() is None:
+            return
+        self.close()
+        own, other = socket.socketpair()
+        command = [sys.executable, "-m", "lorakeet.studio.workbench", str(other.fileno())]
+        with other:
+            self._process = subprocess.Popen(
+                command, stdin=subprocess.DEVNULL, pass_fds=(other.fileno(),), start_new_session=True
+            )
+        self._socket = own
+
+    def close(self) -> None:
+        """Ends the process."""
+        if self._socket is not None:
+            self._socket.close()
+        if self._process is not None:
+            self._process.terminate()
+            self._process.wait()
+        self._socket = self._process = None
+
+    async def answers(self, work: str, settings: Mapping[str, Any]) -> AsyncIterator[dict[str, Any]]:
+        """What the function `work` ("module:name") sends for these settings, as it comes; closing the iterator ends its process.
+
+        The last one is {"error": "…"} where it raised, in the words of the command line, and {"done": true} otherwise.
+        """
+        async with self._places:
+            reader, transport = await self._sent(work, settings)
+            pid, ended = 0, False
+            try:
+                while line := await reader.readline():
+                    found = json.loads(line)
+                    if "pid" in found:
+                        pid = found["pid"]
+                        continue
+                    ended = "done" in found or "error" in found
+                    yield found
+                    if ended:
+                        return
+                yield {"error": "It was ended from outside, perhaps because memory ran out. Try again."}
+            finally:
+                transport.close()
+                if pid and not ended:
+                    with suppress(ProcessLookupError):
+                        os.kill(pid, signal.SIGKILL)
+
+    async def _sent(self, work: str, settings: Mapping[str, Any]) -> tuple[asyncio.StreamReader, asyncio.ReadTransport]:
+        request, sending = os.pipe()
+        reading, answered = os.pipe()
+        try:
+            self.start()
+            assert self._socket is not None
+            await asyncio.to_thread(socket.send_fds, self._socket, [b"w"], [request, answered])
+        finally:
+            os.close(request)
+            os.close(answered)
+        reader = asyncio.StreamReader(limit=_LARGEST)
+        pipe = os.fdopen(reading, "rb")
+        transport, _ = await asyncio.get_running_loop().connect_read_pipe(lambda: asyncio.StreamReaderProtocol(reader), pipe)
+        with suppress(BrokenPipeError), os.fdopen(sending, "wb") as out:
+            out.write(json.dumps({"work": work, "settings": dict(settings)}).encode())
+        return reader, transport
+
+
+def work_on(number: int) -> None:
+    """The workbench's end, in its own process: a fork for each pair of pipes that arrives on the socket `number`."""
+    running: list[int] = []
+    with socket.socket(fileno=number) as waiting:
+        with without_triton():
+            for name in PREPARED:
+                import_module(name)
+        waiting.settimeout(IDLE)
+        while True:
+            try:
+                word, pipes, _, _ = socket.recv_fds(waiting, 1, 2)
+            except TimeoutError:
+                running = _alive(running)
+                if running:
+                    continue
+                return
+            running = _alive(running)
+            if not word:  # the studio has ended
+                for pid in running:
+                    os.kill(pid, signal.SIGKILL)
+                return
+            pid = os.fork()
+            if pid == 0:
+                _carry_out(waiting, *pipes)
+            running.append(pid)
+            for pipe in pipes:
+                os.close(pipe)
+
+
+def _alive(pids: Sequence[int]) -> list[int]:
+    """Those of the forked processes that run; the others are taken note of, so that their numbers become free."""
+    return [pid for pid in pids if os.waitpid(pid, os.WNOHANG)[0] == 0]
+
+
+def _carry_out(waiting: socket.socket, request: int, answered: int) -> None:
+    """In the forked process, which ends here: one piece of work."""
+    code = 1
+    try:
+        waiting.close()
+        os.nice(5)  # a run that trains comes first
+        with os.fdopen(request, "rb") as given, os.fdopen(answered, "w", encoding="utf-8") as out:
+
+            def send(values: Mapping[str, Any]) -> None:
+                out.write(json.dumps(values) + "\n")
+                out.flush()
+
+            send({"pid": os.getpid()})
+            wanted = json.loads(given.read())
+            send(answer_of(wanted["work"], wanted["settings"], send))
+        code = 0
+    except BrokenPipeError:  # its page has gone
+        code = 0
+    finally:
+        os._exit(code)
+
+
+def answer_of(work: str, settings: Mapping[str, Any], send: Send) -> dict[str, Any]:
+    """Calls the function `work` with the settings; returns the last line for the page."""
+    module, _, name = work.partition(":")
+    try:
+        getattr(import_module(module), name)(settings, send)
+    except BrokenPipeError:
+        raise
+    except LorakeetError as error:
+        return {"error": str(error)}
+    except Exception as error:
+        return {"error": f"{type(error).__name__}: {error}. This is a fault of Lorakeet; please report it with these settings."}
+    return {"done": True}
+
+
+if __name__ == "__main__":
+    work_on(int(sys.argv[1]))

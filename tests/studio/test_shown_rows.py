@@ -1,0 +1,105 @@
+"""`studio.shown_rows`: what the screen Data shows is what a run reads: columns, trained tokens, leaks with both rows, the cut."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+from lorakeet.data.chat import Encoder
+from lorakeet.data.rows import Row, Turn
+from lorakeet.data.spec import DataSpec
+from lorakeet.errors import DataError
+from lorakeet.studio import shown_rows
+from lorakeet.studio.shown_rows import length_values, row_values, show_rows_of
+from tiny.models import save_tiny_llama, tiny_tokenizer
+from tiny.pictures import album
+
+WORDS = ["ash", "bay", "cup", "dew", "elm", "fog", "gem", "hat", "ice", "jar", "key", "lap", "map", "net", "oak", "pin", "rug"]
+HOSTILE = "<script>alert(1)</script>"
+
+
+def rows(count: int) -> list[dict[str, str]]:
+    chance = np.random.default_rng(0)
+    return [{"prompt": " ".join(chance.choice(WORDS, 12)), "completion": f"it is {number}"} for number in range(count)]
+
+
+@pytest.fixture
+def file(tmp_path: Path) -> Path:
+    made = rows(40)
+    made[3]["prompt"] = HOSTILE
+    made += [{"prompt": row["prompt"], "completion": row["completion"]} for row in made[:12]]
+    path = tmp_path / "rows.jsonl"
+    path.write_text("".join(json.dumps(row) + "\n" for row in made))
+    return path
+
+
+def sent_for(settings: Mapping[str, str]) -> dict[str, Any]:
+    sent: list[Any] = []
+    show_rows_of(settings, sent.append)
+    return {values["part"]: values for values in sent if "part" in values}
+
+
+def test_rows_are_shown_as_a_run_reads_them(file: Path, tmp_path: Path) -> None:
+    model = save_tiny_llama(tmp_path / "model")
+    found = sent_for({"model.path": str(model), "data.train": str(file), "data.max_tokens": "48"})
+    assert list(found) == ["first", "columns", "split", "tokens", "lengths"]
+    assert found["first"]["columns"] == ["prompt", "completion"] and found["first"]["rows"][3]["cells"][0] == HOSTILE
+    assert found["columns"]["used"] == {"prompt": "prompt", "completion": "answer"}
+    split = found["split"]
+    assert sum(split["counts"].values()) + split["dropped"] == 52 and split["repeats"] + split["leaks"] >= 12
+    pair = split["pairs"][0]
+    assert {row["source"] for row in pair["rows"]} <= {f"rows.jsonl:{line}" for line in range(1, 53)} and len(pair["rows"]) == 2
+    row = found["tokens"]["rows"][0]
+    trained = "".join(text for text, marked in row["pieces"] if marked)
+    assert "it is" in trained and row["trained"] < row["tokens"]
+    assert found["lengths"]["limit"] == 48 and sum(bar[2] for bar in found["lengths"]["bars"]) == split["counts"]["training"]
+
+
+def test_without_a_model_all_but_the_tokens_are_shown(file: Path) -> None:
+    assert list(sent_for({"data.train": str(file)})) == ["first", "columns", "split"]
+
+
+def test_records_are_shown_even_where_no_column_fits(tmp_path: Path) -> None:
+    path = tmp_path / "rows.csv"
+    path.write_text("frage,antwort\na,b\n")
+    sent: list[Any] = []
+    with pytest.raises(DataError, match="match no known shape"):
+        show_rows_of({"data.train": str(path)}, sent.append)
+    assert sent == [{"part": "first", "columns": ["frage", "antwort"], "rows": [{"source": "rows.csv:2", "cells": ["a", "b"]}]}]
+
+
+def encoder(limit: int) -> Encoder:
+    return Encoder(tiny_tokenizer(), DataSpec(train="f", max_tokens=limit, chat_template="off"))
+
+
+def prompt(text: str) -> Row:
+    return Row((Turn("user", text, False, (0, len(text))), Turn("assistant", "yes", True)), None, None, "f:1")
+
+
+def test_lengths_are_those_before_the_cut(monkeypatch: pytest.MonkeyPatch) -> None:
+    found = length_values([prompt("a " * count) for count in (4, 8, 200)], encoder(32))
+    assert found["longer"] == 1 and found["longest"] > 200 and len(found["bars"]) <= shown_rows.BARS
+    assert sum(bar[2] for bar in found["bars"]) == 3 and found["bars"][0][0] == 1 and found["bars"][-1][1] >= found["longest"]
+    monkeypatch.setattr(shown_rows, "COUNTED", 2)
+    some = length_values([prompt("a " * count) for count in range(1, 10)], encoder(32))
+    assert (some["counted"], some["rows"]) == (2, 9)
+
+
+def test_a_shortened_row_says_so() -> None:
+    found = row_values(prompt("a " * 200), encoder(32))
+    assert found is not None and found["cut"] and found["tokens"] <= 32 and found["pieces"][-1][1]
+
+
+def test_pictures_have_captions_sizes_and_copies(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("LORAKEET_CACHE", str(tmp_path / "cache"))
+    folder = album(tmp_path / "album", 8)
+    given = {"kind": "image", "data.train": str(folder), "data.held_out_fraction": "0.25", "images.smallest": "8"}
+    found = sent_for({**given, "images.resolution": "64"})["album"]
+    assert sum(found["counts"].values()) == 8 == found["shown"] and sum(count for _, count in found["buckets"]) == 8
+    assert found["pictures"][0]["thumb"].startswith("data:image/png;base64,") and found["pictures"][0]["caption"]
+    assert "trained as" in found["pictures"][0]["size"] and found["alike"] == []

@@ -1,0 +1,105 @@
+"""`studio.workbench`: answers come as they are found, errors are the command line's, and work ends with its page."""
+
+from __future__ import annotations
+
+import asyncio
+import os
+import sys
+import time
+import types
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from lorakeet.errors import ConfigError
+from lorakeet.studio import workbench as module
+from lorakeet.studio.workbench import Send, Workbench, answer_of
+
+WORK = """
+import os, time
+from pathlib import Path
+from lorakeet.errors import ConfigError
+def count(settings, send):
+    for number in range(int(settings["to"])):
+        send({"number": number})
+def refuse(settings, send):
+    raise ConfigError("data is missing")
+def sleep(settings, send):
+    send({"begun": os.getpid()})
+    time.sleep(60)
+def die(settings, send):
+    os._exit(9)
+"""
+
+
+@pytest.fixture
+def bench(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Workbench]:
+    """A workbench that has one small module, so that it starts at once."""
+    (tmp_path / "small_work.py").write_text(WORK)
+    start = tmp_path / "start.py"
+    begin = "workbench.PREPARED = ('small_work',)\nworkbench.work_on(int(sys.argv[-1]))\n"
+    start.write_text(f"import sys\nfrom lorakeet.studio import workbench\n{begin}")
+    program = tmp_path / "python"
+    program.write_text(f'#!/bin/sh\nexec {sys.executable} {start} "$@"\n')
+    program.chmod(0o755)
+    monkeypatch.setattr(module.sys, "executable", str(program))
+    monkeypatch.setenv("PYTHONPATH", os.pathsep.join([str(tmp_path), *sys.path]))
+    found = Workbench()
+    yield found
+    found.close()
+
+
+def all_of(bench: Workbench, work: str, settings: Mapping[str, Any] | None = None) -> list[dict[str, Any]]:
+    async def collect() -> list[dict[str, Any]]:
+        return [found async for found in bench.answers(work, settings or {})]
+
+    return asyncio.run(collect())
+
+
+def test_answers_come_one_by_one_and_end(bench: Workbench) -> None:
+    assert all_of(bench, "small_work:count", {"to": 3}) == [{"number": 0}, {"number": 1}, {"number": 2}, {"done": True}]
+    process = bench._process
+    assert all_of(bench, "small_work:count", {"to": 0}) == [{"done": True}] and bench._process is process
+
+
+def test_what_fails_says_why_and_the_next_work_goes_on(bench: Workbench) -> None:
+    assert all_of(bench, "small_work:refuse") == [{"error": "data is missing"}]
+    assert "ended from outside" in all_of(bench, "small_work:die")[-1]["error"]
+    assert all_of(bench, "small_work:count", {"to": 1})[-1] == {"done": True}
+
+
+def test_a_page_that_goes_away_ends_its_work(bench: Workbench) -> None:
+    async def leave() -> int:
+        answers = bench.answers("small_work:sleep", {})
+        pid = int((await anext(answers))["begun"])
+        await answers.aclose()  # type: ignore[attr-defined]
+        return pid
+
+    pid = asyncio.run(leave())
+    for _ in range(200):
+        status = Path(f"/proc/{pid}/stat")
+        if not status.exists() or status.read_text().split()[2] == "Z":
+            return
+        time.sleep(0.02)
+    raise AssertionError("its process still runs")
+
+
+def test_a_workbench_that_was_killed_begins_again(bench: Workbench) -> None:
+    assert all_of(bench, "small_work:count", {"to": 0}) and bench._process is not None
+    bench._process.kill()
+    bench._process.wait()
+    assert all_of(bench, "small_work:count", {"to": 1}) == [{"number": 0}, {"done": True}]
+
+
+def test_a_fault_of_the_program_is_said_as_one(monkeypatch: pytest.MonkeyPatch) -> None:
+    def broken(settings: Mapping[str, Any], send: Send) -> None:
+        raise KeyError("x")
+
+    def refused(settings: Mapping[str, Any], send: Send) -> None:
+        raise ConfigError("wrong")
+
+    monkeypatch.setitem(sys.modules, "made_up", types.SimpleNamespace(broken=broken, refused=refused))  # type: ignore[arg-type]
+    assert "KeyError: 'x'. This is a fault of Lorakeet" in answer_of("made_up:broken", {}, print)["error"]
+    assert answer_of("made_up:refused", {}, print) == {"error": "wrong"}
