@@ -33,6 +33,7 @@ from lorakeet.workflows.options import EvaluateOptions
 from lorakeet.workflows.planning.encoded_rows import within_context
 from lorakeet.workflows.planning.evaluation import fit_evaluation
 from lorakeet.workflows.planning.forecast_text_run import Workload
+from lorakeet.workflows.replying.harness import HarnessTasks, require_tasks, run_tasks, tasks_report
 from lorakeet.workflows.runs.open_adapter import NAME, Opened, open_adapter
 from lorakeet.workflows.runs.output_paths import require_empty, writing
 from lorakeet.workflows.runs.residency import peak_said
@@ -64,7 +65,7 @@ class _EvaluationRows:
 
 
 def evaluate(options: EvaluateOptions, *, console: Console) -> Evaluated:
-    """Evaluates base and adapter on `data`, or on the test (else held-out) rows of the run; writes a report to `out` if given.
+    """Evaluates base and adapter on `data`, on `tasks`, or on the test (else held-out) rows of the run; a report goes to `out`.
 
     Keeps to `memory`, or else to the run's memory.budget, if need be by streaming the weights.
     """
@@ -74,6 +75,8 @@ def evaluate(options: EvaluateOptions, *, console: Console) -> Evaluated:
     path = Path(options.run_or_adapter)
     opened = open_adapter(path, base=options.base, config=options.config, say=console.print).within(options.memory)
     opened = dataclasses.replace(opened, config=with_judge_of(opened.config, options.judge))
+    if options.tasks:
+        return _written(_on_tasks(options, opened, console), options, console)
     require_encodable(opened.config)
     rows = _rows_of_file(opened, options.data) if options.data else _rows_of_run(opened)
     workload = Workload(bool(rows.labels), sum(len(row.text) for row in rows.rows))
@@ -95,15 +98,40 @@ def evaluate(options: EvaluateOptions, *, console: Console) -> Evaluated:
         leak_search="" if found is None else found.method(),
         warnings=(*rows.warnings, *report.warnings),
     )
+    return _written(report, options, console)
+
+
+def _written(report: Report, options: EvaluateOptions, console: Console) -> Evaluated:
+    """Shows the report and writes it to `options.out`, if that is given."""
     for warning in report.warnings:
         console.print(warning, markup=False, soft_wrap=True)
-    if out is not None:
+    if (out := options.out) is not None:
         with writing(f"The report in {out}", "Free some space, or choose another --out."):
             out.mkdir(parents=True, exist_ok=True)
             write_report(report, out)
         console.print(f"Report: {out / 'report.html'}", soft_wrap=True)
     show_results(report, console)
     return Evaluated(report)
+
+
+def _on_tasks(options: EvaluateOptions, opened: Opened, console: Console) -> Report:
+    """The report on tasks of lm-evaluation-harness. Under a memory budget their prompts have at most data.max_tokens tokens."""
+    given = {"--data": options.data, "--metric": options.metric, "--judge": options.judge}
+    if beside := [name for name, value in given.items() if value is not None]:
+        raise ConfigError(f"--tasks has rows and metrics of its own, and {', '.join(beside)} stands beside it. Leave one out.")
+    wanted = HarnessTasks(options.tasks, options.task_folder, options.task_rows, options.task_examples, options.task_chat)
+    require_tasks(wanted)
+    config = opened.config
+    say = partial(console.print, markup=False, soft_wrap=True)
+    residency = fit_evaluation(config, opened.adapter, say, Workload(False, 0))
+    with enforcing_gpu_budget(residency.budget, "Raise it with --memory."), peak_said(residency, console):
+        text = dataclasses.replace(opened, residency=residency).text_model(console)
+        context = text.context or config.data.max_tokens
+        longest = min(config.data.max_tokens, context) if residency.budget else context
+        tokens = max(config.train.micro_tokens, longest)
+        found = run_tasks(text, wanted, adapter=NAME, longest=longest, micro_tokens=tokens, console=console)
+    report = tasks_report(f"{options.run_or_adapter} on {', '.join(options.tasks)}", found, config.evaluate)
+    return dataclasses.replace(report, subtitle=f"{text.name}, tasks of lm-evaluation-harness", part="test")
 
 
 def with_judge_of(config: RunConfig, judge: str | None) -> RunConfig:

@@ -39,6 +39,27 @@ def row_losses(
     return sums, weights
 
 
+def scored_rows(
+    text: TextModel, rows: Sequence[Example], *, micro_tokens: int, chunk: int = HEAD_CHUNK
+) -> tuple[Floats, NDArray[np.bool_]]:
+    """Returns Σ log p over the targets of each row (rows,), and whether each of them is the likeliest token (rows,)."""
+    text.model.eval()
+    WORKSPACES.release()
+    sums, likeliest = np.zeros(len(rows)), np.ones(len(rows), np.bool_)
+    for batch in _numbered_batches(text, rows, micro_tokens):
+        row_of_target, targets = batch.target_rows.cpu().numpy(), batch.target_ids.cpu()
+        numbers, at = [int(key) for key in batch.keys], 0
+        for log_probs in log_probs_at_targets(text, batch, chunk):
+            ids = targets[at : at + len(log_probs)].to(log_probs.device)
+            own = log_probs.gather(1, ids[:, None])[:, 0].double().cpu().numpy()
+            equal = (log_probs.argmax(1) == ids).cpu().numpy()
+            for place, score, same in zip(row_of_target[at : at + len(ids)], own, equal, strict=True):
+                sums[numbers[place]] += score
+                likeliest[numbers[place]] &= same
+            at += len(ids)
+    return sums, likeliest
+
+
 def label_scores(
     text: TextModel, rows: Sequence[Candidates], *, micro_tokens: int, chunk: int = HEAD_CHUNK, progress: Progress | None = None
 ) -> Floats:
@@ -124,7 +145,7 @@ def _example(prompt: Ids, ending: Ids) -> Example:
 
 
 def log_probs_at_targets(text: TextModel, batch: Batch, chunk: int) -> Iterator[torch.Tensor]:
-    """Yields log p over the vocabulary at the one target of each row, (chunk, vocabulary) at a time, without gradient."""
+    """Yields log p over the vocabulary at each target, (chunk, vocabulary) at a time, without gradient."""
     with torch.no_grad():
         hidden = text.hidden(batch.to(text.device))
     for part in hidden.split(chunk):  # type: ignore[no-untyped-call]

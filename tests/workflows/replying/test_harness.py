@@ -1,0 +1,76 @@
+"""`lorakeet evaluate --tasks`: base and adapter answer the same rows of lm-evaluation-harness, with paired intervals."""
+
+from __future__ import annotations
+
+import json
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from lorakeet.cli.main import main
+from lorakeet.errors import ConfigError, EnvironmentProblem
+from lorakeet.evaluate.spec import EvaluateSpec
+from lorakeet.workflows.replying.harness import HarnessTasks, TaskScores, require_tasks, scores_of, tasks_report
+from tiny.harness_tasks import write_tasks
+from tiny.runs import run, write_rows
+
+SPEC = EvaluateSpec(resamples=500)
+installed = pytest.mark.skipif("not __import__('importlib.util').util.find_spec('lm_eval')", reason="lorakeet[tasks] is not here")
+
+
+def test_values_of_rows_are_told_from_values_of_all_rows() -> None:
+    first, second = {"doc_id": 0, "acc": 0.0, "ppl": (-2.0, 3)}, {"doc_id": 1, "acc": 1.0, "ppl": (-1.0, 3)}
+    samples = [second, first, {"doc_id": 0, "acc": 1.0}]  # the last one by another filter
+    results = {
+        "samples": {"quiz": samples}, "higher_is_better": {"quiz": {"acc": True, "ppl": False}},
+        "results": {"quiz": {"acc,none": 0.5, "ppl,none": 7.5}},
+    }  # fmt: skip
+    found = scores_of(results)
+    assert found.by_row["quiz acc"].tolist() == [0.0, 1.0], "in the order of rows, by the first filter"
+    assert found.whole == {"quiz ppl": 7.5}
+
+
+def test_a_report_compares_both_on_the_same_rows() -> None:
+    def scores(values: list[float]) -> TaskScores:
+        return TaskScores({"quiz acc": np.array(values)}, {"quiz ppl": 7.5}, {"quiz acc": True})
+
+    found = {"adapter": scores([1.0] * 20), "base": scores([0.0] * 18 + [1.0] * 2)}
+    report = tasks_report("t", found, SPEC)
+    (compared,) = report.comparisons
+    assert compared.verdict == "better" and compared.test == "McNemar" and compared.difference.value == pytest.approx(0.9)
+    assert "quiz ppl has no value for each row" in report.warnings[0]
+
+
+def test_without_the_harness_the_message_says_how_to_install_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "lm_eval.tasks", None)
+    with pytest.raises(EnvironmentProblem, match=r'pip install "lorakeet\[tasks\]"'):
+        require_tasks(HarnessTasks(("arc_easy",)))
+
+
+@installed
+def test_an_unknown_task_and_folder_are_named(tmp_path: Path) -> None:
+    folder = write_tasks(tmp_path / "tasks")
+    with pytest.raises(ConfigError, match=r"no task 'tiny_choise'.*tiny_choice"):
+        require_tasks(HarnessTasks(("tiny_choise",), folder))
+    with pytest.raises(ConfigError, match="does not exist; name a folder"):
+        require_tasks(HarnessTasks(("tiny_choice",), tmp_path / "none"))
+
+
+@installed
+def test_a_run_is_evaluated_on_tasks(
+    tiny_llama_folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("HF_DATASETS_CACHE", str(tmp_path / "cache"))
+    rows = [{"prompt": f"Is {n} even? Answer:", "completion": " yes" if n % 2 == 0 else " no"} for n in range(20, 80)]
+    run(tiny_llama_folder, write_rows(tmp_path / "rows.jsonl", rows), tmp_path / "run", {"train.steps": 3})
+    folder = write_tasks(tmp_path / "tasks")
+    command = ["evaluate", str(tmp_path / "run"), "--tasks", "tiny_choice,tiny_written,tiny_read", "--task-folder", str(folder)]
+    assert main([*command, "--task-rows", "8", "--out", str(tmp_path / "report")]) == 0
+    said = capsys.readouterr().out
+    assert "tiny_read word_perplexity has no value for each row" in " ".join(said.split())
+    report = json.loads((tmp_path / "report" / "report.json").read_text())
+    found = {one["metric"]: one["difference"]["n"] for one in report["comparisons"]}
+    assert found == {"tiny_choice acc": 8, "tiny_written exact_match": 8}
+    assert main([*command, "--data", str(tmp_path / "rows.jsonl")]) == 2 and "--data stands beside it" in capsys.readouterr().err
