@@ -12,7 +12,7 @@ import pytest
 from lorakeet.cli.main import main
 from lorakeet.errors import ConfigError, EnvironmentProblem
 from lorakeet.evaluate.spec import EvaluateSpec
-from lorakeet.workflows.replying.harness import HarnessTasks, TaskScores, require_tasks, scores_of, tasks_report
+from lorakeet.workflows.replying.harness import HarnessTasks, TaskScores, require_tasks, task_scores, tasks_report
 from tiny.harness_tasks import write_tasks
 from tiny.runs import run, write_rows
 
@@ -27,7 +27,7 @@ def test_values_of_rows_are_told_from_values_of_all_rows() -> None:
         "samples": {"quiz": samples}, "higher_is_better": {"quiz": {"acc": True, "ppl": False}},
         "results": {"quiz": {"acc,none": 0.5, "ppl,none": 7.5}},
     }  # fmt: skip
-    found = scores_of(results)
+    found = task_scores(results)
     assert found.by_row["quiz acc"].tolist() == [0.0, 1.0], "in the order of rows, by the first filter"
     assert found.whole == {"quiz ppl": 7.5}
 

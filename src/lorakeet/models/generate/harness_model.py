@@ -29,16 +29,7 @@ def harness_model(text: TextModel, *, longest: int, micro_tokens: int) -> Any:
     from lm_eval.utils import get_rolling_token_windows, make_disjoint_window
 
     tokenizer = text.tokenizer
-    start = next((one for one in (tokenizer.bos_token_id, tokenizer.eos_token_id) if one is not None), 0)
-
-    def pair(context: str, continuation: str) -> tuple[list[int], list[int]]:
-        spaces = len(context) - len(context.rstrip())
-        if spaces:
-            context, continuation = context[:-spaces], context[-spaces:] + continuation
-        if not context:
-            return [int(start)], tokenizer.encode(continuation, add_special_tokens=False)
-        whole, first = tokenizer.encode(context + continuation), tokenizer.encode(context)
-        return first, whole[len(first) :]
+    start = next((int(one) for one in (tokenizer.bos_token_id, tokenizer.eos_token_id) if one is not None), 0)
 
     def scores(pairs: Sequence[tuple[Sequence[int], Sequence[int]]]) -> list[tuple[float, bool]]:
         rows = [_example(context, continuation, longest) for context, continuation in pairs]
@@ -51,7 +42,7 @@ def harness_model(text: TextModel, *, longest: int, micro_tokens: int) -> Any:
         tokenizer_name = str(text.name)
 
         def loglikelihood(self, requests: Any) -> list[tuple[float, bool]]:
-            return scores([pair(*request.args) for request in requests])
+            return scores([_tokens(tokenizer, *request.args, start) for request in requests])
 
         def loglikelihood_rolling(self, requests: Any) -> list[float]:
             found = []
@@ -81,6 +72,17 @@ def harness_model(text: TextModel, *, longest: int, micro_tokens: int) -> Any:
             return str(tokenizer.chat_template or "")
 
     return HarnessModel()
+
+
+def _tokens(tokenizer: Any, context: str, continuation: str, start: int) -> tuple[list[int], list[int]]:
+    """A context and its continuation as tokens; `start` stands for a context that is empty."""
+    spaces = len(context) - len(context.rstrip())
+    if spaces:
+        context, continuation = context[:-spaces], context[-spaces:] + continuation
+    if not context:
+        return [start], tokenizer.encode(continuation, add_special_tokens=False)
+    whole, first = tokenizer.encode(context + continuation), tokenizer.encode(context)
+    return first, whole[len(first) :]
 
 
 def _example(context: Sequence[int], continuation: Sequence[int], longest: int) -> Example:

@@ -83,12 +83,12 @@ def run_tasks(
             )  # fmt: skip
         except (OSError, ValueError, KeyError, ImportError) as error:  # data that is not here, tasks that need more
             raise EnvironmentProblem(f"lm-evaluation-harness could not run {', '.join(wanted.names)}: {error}") from error
-        found[system] = scores_of(results)
+        found[system] = task_scores(results)
     activate(text.model, adapter)
     return found
 
 
-def scores_of(results: Mapping[str, Any]) -> TaskScores:
+def task_scores(results: Mapping[str, Any]) -> TaskScores:
     """What `simple_evaluate` returned, by "task metric"; of several filters the first one's."""
     by_row: dict[str, Floats] = {}
     whole: dict[str, float] = {}
