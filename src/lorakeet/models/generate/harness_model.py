@@ -42,7 +42,7 @@ def harness_model(text: TextModel, *, longest: int, micro_tokens: int) -> Any:
         tokenizer_name = str(text.name)
 
         def loglikelihood(self, requests: Any) -> list[tuple[float, bool]]:
-            return scores([_tokens(tokenizer, *request.args, start) for request in requests])
+            return scores([_tokens(tokenizer, request.args[0], request.args[1], start) for request in requests])
 
         def loglikelihood_rolling(self, requests: Any) -> list[float]:
             found = []
