@@ -59,6 +59,10 @@ def test_a_run_that_ended_early_shows_the_commands_message_and_can_go_on(
     monkeypatch.setattr(type(job), "state", state)
     live = live_run(studio.places, studio.queue, "mine")
     assert live.message.startswith("Ctrl-C: stopped after step 3.") and live.can_resume and not live.can_stop
+    words = {"stopped": "Stopped before the first step", "failed": "Could not go on", "killed": "Was ended from outside"}
+    assert live.said == words[state]
+    (run / "metrics.jsonl").write_text(lines(3))
+    assert ("is kept" in live_run(studio.places, studio.queue, "mine").said) == (state == "stopped")
 
 
 def test_a_run_from_elsewhere_is_known_by_its_files(studio: Studio, run: Path) -> None:

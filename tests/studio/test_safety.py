@@ -12,7 +12,7 @@ from lorakeet.studio.pages import Studio
 from lorakeet.studio.safety import LARGEST_FORM, token_of
 
 WAYS: dict[str, tuple[dict[str, Any], int]] = {
-    "another host name": ({"headers": {"host": "evil.example:8017"}}, 403),
+    "another host name": ({"headers": {"host": "evil.example:8017", "origin": "http://evil.example:8017"}}, 403),
     "another site's page": ({"headers": {"origin": "http://evil.example"}}, 403),
     "another port's page": ({"headers": {"origin": "http://127.0.0.1:9000"}}, 403),
     "no origin": ({"headers": {"origin": ""}}, 403),

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import fcntl
 import os
 import re
 import signal
@@ -14,6 +15,7 @@ from pathlib import Path
 import pytest
 
 from lorakeet.cli.main import main
+from lorakeet.studio.start import StudioServer
 
 
 def test_the_address_that_it_prints_opens_the_page(tmp_path: Path) -> None:
@@ -32,6 +34,17 @@ def test_the_address_that_it_prints_opens_the_page(tmp_path: Path) -> None:
             process.send_signal(signal.SIGINT)
         rest, _ = process.communicate(timeout=20)
     assert process.returncode == 0 and "The studio is closed." in rest
+
+
+def test_the_last_studio_to_be_closed_ends_the_model_that_is_tried(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    closed: list[int] = []
+    monkeypatch.setattr("lorakeet.studio.start.close_trial", lambda queue: closed.append(1))
+    monkeypatch.setattr(StudioServer, "run", lambda server, sockets: sockets[0].close())
+    words = ["studio", "--runs", str(tmp_path / "runs"), "--port", "0"]
+    assert main(words) == 0 and closed == [1]
+    with (tmp_path / "runs" / ".studio" / "open").open("rb") as other:  # as a second studio has it
+        fcntl.flock(other, fcntl.LOCK_SH)
+        assert main(words) == 0 and closed == [1]
 
 
 def test_what_cannot_be_opened_is_refused_without_torch(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

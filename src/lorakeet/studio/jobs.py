@@ -105,6 +105,8 @@ class Queue:
         self.folder = folder
         self.jobs_folder = folder / "jobs"
         self.jobs_folder.mkdir(parents=True, exist_ok=True)
+        self._known: dict[str, Job] = {}  # what was read once: a job's file never changes
+        self._over: set[str] = set()
 
     def add(
         self, words: Sequence[str], *, title: str, run: str = "", device: str = _AUTO, files: Mapping[str, str] | None = None
@@ -123,8 +125,18 @@ class Queue:
 
     def jobs(self) -> list[Job]:
         """All jobs, the oldest first."""
-        found = (read_job(folder) for folder in sorted(self.jobs_folder.iterdir()) if not folder.name.startswith("."))
-        return [job for job in found if job is not None]
+        with os.scandir(self.jobs_folder) as entries:
+            names = sorted(entry.name for entry in entries if not entry.name.startswith("."))
+        for name in names:
+            if name not in self._known and (job := read_job(self.jobs_folder / name)) is not None:
+                self._known[name] = job
+        return [self._known[name] for name in names if name in self._known]
+
+    def _going(self) -> list[tuple[Job, State]]:
+        """The jobs that are not over, with their state; those that are over are never read again."""
+        found = [(job, job.state) for job in self.jobs() if job.name not in self._over]
+        self._over |= {job.name for job, state in found if state not in ("waiting", "running")}
+        return [(job, state) for job, state in found if state in ("waiting", "running")]
 
     def job(self, name: str) -> Job:
         """The job `name`. Raises NotHere."""
@@ -139,14 +151,13 @@ class Queue:
 
     def ahead(self, job: Job) -> int:
         """The number of jobs on its device that run or wait before it."""
-        earlier = (other for other in self.jobs() if other.made < job.made and _same_device(job.device, other.device))
-        return sum(other.state in ("running", "waiting") for other in earlier)
+        return sum(other.made < job.made and _same_device(job.device, other.device) for other, _ in self._going())
 
     def start_waiting(self) -> list[Job]:
         """Starts the oldest waiting job of each device on which none runs; returns what was started."""
         started = []
         with self._alone():
-            jobs = [(job, job.state) for job in self.jobs()]
+            jobs = self._going()
             busy = [job.device for job, state in jobs if state == "running"]
             for job in (job for job, state in jobs if state == "waiting"):
                 if not any(_same_device(job.device, other) for other in busy):

@@ -23,7 +23,7 @@ _WORDS = {
     "measuring": "Answers the held-out rows and measures",
     "running": "Runs, started outside of this studio",
     "done": "Done",
-    "stopped": "Stopped; what it has learned so far is kept",
+    "stopped": "Stopped; what it has trained so far is kept",
     "failed": "Could not go on",
     "killed": "Was ended from outside",
     "cancelled": "Was taken out of the queue",
@@ -112,7 +112,7 @@ def live_run(places: Places, queue: Queue, name: str, numbers: RunNumbers | None
     return LiveRun(
         name=name,
         state=state,
-        said=_WORDS[state],
+        said=_WORDS[state] if step or state != "stopped" else "Stopped before the first step",
         message=job.error if job is not None and ended else "",
         step=step,
         total=total,

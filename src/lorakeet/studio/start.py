@@ -2,21 +2,25 @@
 
 from __future__ import annotations
 
+import fcntl
 import logging
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from types import FrameType
-from typing import Any
+from typing import Any, BinaryIO
 
 import uvicorn
 from rich.console import Console
 
+from lorakeet.disk import open_in_place
+from lorakeet.errors import LorakeetError
 from lorakeet.serve.listening import listening_socket
 from lorakeet.studio.app import make_studio, studio_app
 from lorakeet.studio.jobs import Starter
 from lorakeet.studio.pages import Studio
 from lorakeet.studio.places import Places
+from lorakeet.studio.trial import close_trial
 from lorakeet.workflows.options import StudioOptions
 from lorakeet.workflows.runs.studio_options import LOOPBACK_ADDRESS, require_studio
 
@@ -30,6 +34,13 @@ class Studied:
     def to_mapping(self) -> dict[str, Any]:
         """Plain values for --json."""
         return {"runs": str(self.runs)}
+
+
+def _free_memory(studio: Studio, opened: BinaryIO) -> None:
+    """Ends the model that was loaded to be tried, if no other studio is open on the folder."""
+    with suppress(BlockingIOError, LorakeetError):
+        fcntl.flock(opened, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        close_trial(studio.queue)
 
 
 class StudioServer(uvicorn.Server):
@@ -63,7 +74,10 @@ def studio(options: StudioOptions, *, console: Console) -> Studied:
     said = "The address is a key: share it with no other user of this machine. Ctrl-C closes the studio; jobs that run go on."
     console.print(said, soft_wrap=True)
     server = StudioServer(found)
-    with Starter(found.queue.start_waiting), suppress(KeyboardInterrupt):
-        server.run([listening])
+    with open_in_place(found.places.own / "open") as opened:
+        fcntl.flock(opened, fcntl.LOCK_SH)
+        with Starter(found.queue.start_waiting), suppress(KeyboardInterrupt):
+            server.run([listening])
+        _free_memory(found, opened)
     console.print("The studio is closed.")
     return Studied(found.places.runs)
