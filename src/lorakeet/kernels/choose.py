@@ -14,7 +14,7 @@ from typing import Any, TypeVar
 import torch
 from torch import Tensor
 
-from lorakeet.kernels import efficient_varlen, flash_varlen, liger, onednn
+from lorakeet.kernels import bitsandbytes_nf4, efficient_varlen, flash_varlen, liger, onednn
 from lorakeet.kernels.cpu import attention, block, dense, head, int8_rows, operators, panels, stored, trained_pairs
 from lorakeet.kernels.cpu import inference_pairs as pairs
 from lorakeet.kernels.cpu import trained_block as whole_block
@@ -115,6 +115,8 @@ TABLE: dict[str, tuple[Kernel, ...]] = {
     "product, quantised weight": (
         Kernel("Triton: tiles", support.why_not, support.takes_rows, "few tokens (model.fused_tokens)", _TRITON + "tiles"),
         Kernel("C: stored.c", stored.why_not, stored.takes, stored.NEEDS, _C + "stored"),
+        Kernel("bitsandbytes: gemm_4bit", bitsandbytes_nf4.why_not, bitsandbytes_nf4.takes, bitsandbytes_nf4.NEEDS,
+               "lorakeet.kernels.bitsandbytes_nf4"),
         Kernel("torch, on the dequantised weight", _always),
     ),
     "product in int8": (
@@ -124,6 +126,8 @@ TABLE: dict[str, tuple[Kernel, ...]] = {
     "dequantise": (
         Kernel("Triton: tiles", support.why_not, support.takes_tiles, "contiguous results", _TRITON + "tiles"),
         Kernel("C: stored.c", stored.why_not_dequantise, stored.takes_whole, stored.READABLE, _C + "stored"),
+        Kernel("bitsandbytes: dequantize_4bit", bitsandbytes_nf4.why_not, bitsandbytes_nf4.takes_matrix, bitsandbytes_nf4.READABLE,
+               "lorakeet.kernels.bitsandbytes_nf4"),
         TORCH,
     ),
     "product and pair in one": (

@@ -18,6 +18,7 @@ from typing import Any, NamedTuple, Protocol
 import torch
 from torch import Tensor
 
+from lorakeet.kernels.nf4_codes import Nf4Codes
 from lorakeet.kernels.tiled_weight import TiledWeight, TritonRequest
 
 
@@ -66,6 +67,9 @@ class QuantisedWeight(Protocol):
 
     def stored(self) -> Any:
         """The weight as C reads it (kernels/cpu/stored.StoredWeight); None if it cannot."""
+
+    def nf4_codes(self, first: int, rows: int) -> Nf4Codes | None:
+        """Rows of the weight as NF4 codes in whole blocks; None if they are none."""
 
     def in_tiles(self) -> TiledWeight | None:
         """The weight as Triton kernels multiply it; None if they cannot."""

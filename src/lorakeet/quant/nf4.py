@@ -31,6 +31,7 @@ import torch
 from torch import Tensor
 
 from lorakeet.kernels.cpu.stored import NF4, StoredWeight, address_of
+from lorakeet.kernels.nf4_codes import Nf4Codes
 from lorakeet.kernels.tiled_weight import TiledWeight
 from lorakeet.quant.packed import PackedBase, tile_size
 
@@ -110,6 +111,17 @@ class Nf4Base(PackedBase):
     def row_step(self) -> int:
         whole = self.block_size * SCALE_BLOCK
         return whole // math.gcd(whole, self.shape[1])
+
+    def nf4_codes(self, first: int, rows: int) -> Nf4Codes | None:
+        begin, count, size = first * self.shape[1], rows * self.shape[1], self.block_size
+        nested = self.scales is not None
+        if count % size or begin % (size * SCALE_BLOCK if nested else size):
+            return None
+        blocks = slice(begin // size, (begin + count) // size)
+        scales = None if self.scales is None else self.scales[blocks.start // SCALE_BLOCK : -(-blocks.stop // SCALE_BLOCK)]
+        tables = _table("levels", self.packed), _table("dynamic", self.packed)
+        packed = self.packed[begin // 2 : (begin + count) // 2]
+        return Nf4Codes(packed, self.absmax[blocks], scales, self.mean, *tables, size)
 
     def in_tiles(self) -> TiledWeight | None:
         return None if self.shape[1] % 2 else self._in_tiles(self.shape)

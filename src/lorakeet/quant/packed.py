@@ -15,6 +15,7 @@ from lorakeet.core.scratch import SCRATCH
 from lorakeet.kernels.choose import add_product_as_stored, dequantised, product_as_stored
 from lorakeet.kernels.cpu.stored import StoredWeight, is_readable
 from lorakeet.kernels.device import is_cpu
+from lorakeet.kernels.nf4_codes import Nf4Codes
 from lorakeet.kernels.tiled_weight import TiledWeight, TritonRequest
 
 TILE = 1 << 20  # numbers packed or unpacked at once: their temporary copies stay in a CPU's cache
@@ -93,6 +94,10 @@ class PackedBase(nn.Module):
         """W as Triton kernels dequantise it, and the row of these tiles at which row `first` starts; None if no kernel does."""
         tiles = self.in_tiles()
         return None if tiles is None else (tiles, first)
+
+    def nf4_codes(self, first: int, rows: int) -> Nf4Codes | None:
+        """`rows` rows of W from `first` on as NF4 codes in whole blocks; None if they are none."""
+        return None
 
     def _stored_weight(self) -> StoredWeight | None:
         """The buffers as C reads them; None for settings or numbers that C does not support."""
