@@ -126,8 +126,8 @@ TABLE: dict[str, tuple[Kernel, ...]] = {
     "dequantise": (
         Kernel("Triton: tiles", support.why_not, support.takes_tiles, "contiguous results", _TRITON + "tiles"),
         Kernel("C: stored.c", stored.why_not_dequantise, stored.takes_whole, stored.READABLE, _C + "stored"),
-        Kernel("bitsandbytes: dequantize_4bit", bitsandbytes_nf4.why_not, bitsandbytes_nf4.takes_matrix, bitsandbytes_nf4.READABLE,
-               "lorakeet.kernels.bitsandbytes_nf4"),
+        Kernel("bitsandbytes: dequantize_4bit", bitsandbytes_nf4.why_not, bitsandbytes_nf4.takes_matrix,
+               bitsandbytes_nf4.READABLE, "lorakeet.kernels.bitsandbytes_nf4"),
         TORCH,
     ),
     "product and pair in one": (
