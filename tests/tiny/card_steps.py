@@ -46,11 +46,11 @@ def training_on_card(
     quantize: str = "none",
     lora: LoraSpec = LORA,
     spec: TrainSpec = SPEC,
-    **model: Any,
+    **residence: Any,
 ) -> Training[Any]:
-    """A Training of the model in `folder` on the card, ready to `step`, that writes nothing."""
-    given = ModelSpec(path=str(folder), dtype=dtype, device="cuda", quantize=QuantSpec(method=quantize), **model)
-    text = load_text_model(given)
+    """A Training of the model in `folder` on the card, ready to `step`; `residence` is for load_text_model."""
+    given = ModelSpec(path=str(folder), dtype=dtype, device="cuda", quantize=QuantSpec(method=quantize))
+    text = load_text_model(given, **residence)
     initialise_adapter(text, plan_for(text.model, lora, text.family), seed=0)
     return silent_training(TextTask(text, list(rows), held_out=(), spec=replace(spec)), spec)
 

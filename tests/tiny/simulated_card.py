@@ -81,6 +81,9 @@ class CardTensor(Tensor):
     is_cuda = property(lambda self: True)
     is_cpu = is_meta = property(lambda self: False)
 
+    def record_stream(self, _: Any) -> None:
+        """Nothing is reused while a stream runs: there is none."""
+
     def __repr__(self, **_: Any) -> str:
         return f"on the card: {self.value!r}"
 
@@ -345,12 +348,11 @@ def _in_its_thread(card: Card, work: Any) -> Any:
     def run() -> None:
         try:
             card.asked.here = True  # what torch itself makes there is on the card
-            with card.modes():
-                made.append(work())
+            made.append(work())
         except BaseException as error:
             raised.append(error)
 
-    thread = threading.Thread(target=run, name="autograd of the card")
+    thread = threading.Thread(target=run)
     thread.start()
     thread.join()
     if raised:
@@ -434,6 +436,13 @@ def _patched(card: Card, patch: pytest.MonkeyPatch) -> None:
         patch.setattr(built, name, lambda *_: 0, raising=False)
     patch.setattr(torch.backends.cuda, "is_flash_attention_available", lambda: True)
     patch.setattr(torch, "Generator", _Generator)
+    run = threading.Thread.run
+
+    def there(thread: threading.Thread) -> None:
+        with card.modes():
+            run(thread)
+
+    patch.setattr(threading.Thread, "run", there)  # readers of weights copy to the card too
     patch.setattr(torch.autograd, "has_torch_function", lambda *_: False)  # what it calls is not called within torch's functions
     for name in ("backward", "grad"):
         patch.setattr(torch.autograd, name, _through_thread(card, getattr(torch.autograd, name)))

@@ -33,7 +33,7 @@ from lorakeet.workflows.planning.text_run import (
 )
 from lorakeet.workflows.planning.unbound_text_run import fit_text_run
 from lorakeet.workflows.runs.open_adapter import Opened, open_adapter
-from lorakeet.workflows.runs.residency import RESIDENT, Residency, Way
+from lorakeet.workflows.runs.residency import RESIDENT, Residency, Way, with_more
 from tiny.memory_plans import same_runtime
 from tiny.models import save_tiny_llama
 from tiny.runs import adapter_bytes, chats, quiet, run, settings, write_rows
@@ -321,3 +321,25 @@ def test_evaluation_may_be_what_decides() -> None:
     assert evaluated(LEAST).peak == 9000
     found = chosen(10_000, evaluated)
     assert found.fits and found.way.slots == 3 and found.plan.training_peak == 3000
+
+
+def test_embedding_and_head_stay_where_that_moves_less() -> None:
+    """On a card the loss reads the head for every chunk of targets, twice, in each micro-batch: more than a few blocks are."""
+    ends, head = 1500, 6 * 1000
+    batches = Batches(4, STATE, ends_bytes=ends, head_read=head)
+
+    def with_ends(way: Way) -> TextRunPlan:
+        return with_more(plan(way), ends if way.ends else 0, "base", None)
+
+    def found_within(budget: int) -> WayChoice[TextRunPlan]:
+        work = Streamed(with_ends)
+        work.ways = lambda budget: streaming_ways(with_ends, batches, budget)  # type: ignore[method-assign]
+        return choose(work, Budget(budget, str(budget)))
+
+    assert found_within(10**6).way.ends and bytes_moved(found_within(10**6).way, with_ends(LEAST), batches) == 0
+    least = with_ends(LEAST).peak
+    assert not found_within(least).way.ends, "where they do not fit, they are read"
+    within = found_within(plan(Way(True, together=4)).peak + ends)
+    assert within.way.ends and within.fits and within.way.slots < BLOCKS
+    reading = bytes_moved(replace(within.way, ends=False, slots=3), within.plan, batches)
+    assert bytes_moved(within.way, within.plan, batches) < reading

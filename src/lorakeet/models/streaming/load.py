@@ -46,6 +46,7 @@ class Residence:
     slots: int = 2
     device: torch.device = CPU
     pinned: bool = False  # whether blocks stay in pinned host memory once they were read, for a CUDA device
+    ends: bool = False  # whether embedding and head are there too, in place of reads row by row
 
     def transfer(self, store: WeightStore) -> HostTransfer | None:
         """Returns the transfer of records from `store` to the device; None for the CPU."""
@@ -139,7 +140,8 @@ def open_streamed(
     blocks = cast(nn.ModuleList, model.get_submodule(prefix))
     for index in range(count):
         blocks[index] = streamed.add(blocks[index])
-    _stream_ends(model, store, device)
+    if not residence.ends:
+        _stream_ends(model, store, device)
     for name in store.tensors:
         if not name.startswith(f"{prefix}."):
             _make_resident(model, store, name, device)

@@ -35,7 +35,7 @@ from lorakeet.models.files.quiet import quiet_transformers
 from lorakeet.models.files.validate import auto_class_of, require_sizes, require_text_model
 from lorakeet.models.modules import block_of
 from lorakeet.models.spec import ModelSpec
-from lorakeet.models.streaming.load import EMPTY_ON_META, Residence, empty_packed, open_streamed, records_of
+from lorakeet.models.streaming.load import EMPTY_ON_META, ON_CPU, Residence, empty_packed, open_streamed, records_of
 from lorakeet.models.streaming.model import StreamedBlocks
 from lorakeet.models.text.load import set_attention
 from lorakeet.models.text.model import PassOptions, TextModel
@@ -140,9 +140,9 @@ def streamed_model_from_config(
     attention: str = "auto",
     quantize: QuantSpec | None = None,
     files: Path | None = None,
-    slots: int = 2,
+    residence: Residence = ON_CPU,
 ) -> TextModel:
-    """Returns the frozen model that `config` describes, in eval mode, without a tokenizer, with `slots` blocks in memory.
+    """Returns the frozen model that `config` describes, in eval mode, without a tokenizer, where `residence` says.
 
     As in `model_from_config`, linear layers are packed as `quantize` says or as they are in `files`, and attention auto is
     varlen. Raises ConfigError if the model has no list of blocks.
@@ -151,7 +151,7 @@ def streamed_model_from_config(
     with _disable_current_modes():  # tensors on disk are not in the ledger
         store = shape_store(empty_packed(config, dtype, quantize, files), family)
     base_of = EMPTY_ON_META if quantize.int8_products else lambda settings: ShapeBase(EMPTY_ON_META(settings))
-    model, streamed = open_streamed(store, config, dtype, family, residence=Residence(slots), base_of=base_of)
+    model, streamed = open_streamed(store, config, dtype, family, residence=residence, base_of=base_of)
     if quantize.int8_products:
         enable_int8_products(model)
     return _text_model(model, streamed, attention, name=name, dtype=dtype, products=products, device=torch.device("cpu"))

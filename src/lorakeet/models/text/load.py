@@ -51,6 +51,7 @@ def load_text_model(
     store: Path | None = None,
     slots: int = 2,
     pinned: bool = False,
+    ends: bool = False,
     changes: Changes | None = None,
     tokenizer: Any = None,
 ) -> TextModel:
@@ -59,7 +60,8 @@ def load_text_model(
     `say` gets messages for the user (default: the log).
 
     With a folder `store`, its blocks are streamed from a store there, `slots` of them on the device (models/streaming/model),
-    with `changes` made to its weights; `pinned` keeps all of them in pinned host memory, for a CUDA device.
+    with `changes` made to its weights; `pinned` keeps all of them in pinned host memory, for a CUDA device. With `ends` its
+    embedding and its head are on the device too.
 
     Raises ConfigError or DataError for a wrong name or damaged files, EnvironmentProblem if the machine lacks something or
     the check of the head or of the attention fails.
@@ -72,8 +74,8 @@ def load_text_model(
         model = _model(source, dtype, spec.quantize, say).to(device)
     else:
         model, streamed = streamed_model(
-            source, read_config(source), dtype, quantize=spec.quantize, folder=store, residence=Residence(slots, device, pinned),
-            changes=changes, say=say,
+            source, read_config(source), dtype, quantize=spec.quantize, folder=store, changes=changes, say=say,
+            residence=Residence(slots, device, pinned, ends),
         )
         take_generation_settings(model, source)
     _require_end_ids(model, source)

@@ -119,6 +119,7 @@ def assemble_text(
     model = dataclasses.replace(config.model, device="cpu") if sharded else config.model
     text = load_text_model(
         model, say=console.print, store=residency.store, slots=residency.way.slots, pinned=residency.pinned,
+        ends=residency.way.ends,
         tokenizer=rows.tokenizer,
     )  # fmt: skip
     measures = measures_rows(config)

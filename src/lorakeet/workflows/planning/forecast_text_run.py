@@ -378,7 +378,7 @@ def builder_of(spec: ModelSpec, way: Way, model_config: Any, precision: Precisio
     """Makes the model of `spec` on shapes, with all of its blocks or a few, in memory or streamed as `way` says."""
     make: Callable[..., TextModel] = model_from_config
     if way.streamed:
-        make = partial(streamed_model_from_config, slots=way.slots)
+        make = partial(streamed_model_from_config, residence=way.residence)
     elif way.recomputed:
         make = partial(_recomputed_from_config, keep=way.slots)
     settings: dict[str, Any] = {"products": precision.products, "attention": spec.attention, "quantize": precision.quantize}

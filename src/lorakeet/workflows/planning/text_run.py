@@ -6,6 +6,7 @@ import math
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 from functools import cached_property
+from itertools import product
 from pathlib import Path
 from typing import Any
 
@@ -42,6 +43,8 @@ class Batches:
 
     count: int
     state_bytes: int
+    ends_bytes: int = 0  # of the embedding and the head, where these may stay in memory
+    head_read: int = 0  # bytes of the head that the loss of one reads, where it does not
 
 
 def streaming_ways(plan: Callable[[Way], MemoryPlan], batches: Batches, budget: int) -> Iterator[Way]:
@@ -62,21 +65,24 @@ def bytes_moved(way: Way, plan: MemoryPlan, batches: Batches) -> int:
 
         blocks     ⌈b / together⌉ · 2·(n − s) · bytes of a block       nothing if all blocks are in memory
         inputs     b · 2·n · bytes of a state                          if the inputs of blocks are on disk
+        head       b · 2·⌈targets / train.head_chunk⌉ · bytes of it    if it is not in memory
 
     or less, if the lowest blocks train nothing.
     """
     moved = math.ceil(batches.count / way.together) * 2 * (plan.blocks - way.slots) * plan.block_bytes
-    return moved + (batches.count * 2 * plan.blocks * batches.state_bytes if way.spilled else 0)
+    inputs = batches.count * 2 * plan.blocks * batches.state_bytes if way.spilled else 0
+    return moved + inputs + (0 if way.ends else batches.count * batches.head_read)
 
 
 def _estimated(plan: Callable[[Way], MemoryPlan], batches: Batches, budget: int) -> Iterator[tuple[int, int, Way]]:
     """Bytes moved, peak and way, of those that seem to fit; inputs are spilled only if something moves with all in memory."""
-    for spilled in (False, True):
+    for spilled, ends in product((False, True), (True, False) if batches.ends_bytes else (False,)):
         one = plan(Way(True, together=1, spilled=spilled))
         states = STATES_ON_THE_WAY + (0 if spilled else one.blocks)
         for together in range(1, min(batches.count, MOST_TOGETHER) + 1):
-            way = Way(True, together=together, spilled=spilled)
+            way = Way(True, together=together, spilled=spilled, ends=ends)
             estimate = with_more(one, (together - 1) * batches.state_bytes * states, "saved activations", (STEP,))
+            estimate = with_more(estimate, batches.ends_bytes if ends else 0, "base", None)
             if estimate.peak > budget:
                 continue
             slots = min(one.blocks, FEWEST + estimate.more_blocks(budget))
@@ -138,7 +144,20 @@ class TextRun(BudgetedWork[TextRunPlan]):
         config, text = self.with_tokens(micro_tokens), self.model[0].get_text_config()
         rows = largest_rows(config, self.lengths, window_of(self.model[0]))
         state = rows.tokens * int(text.hidden_size) * precision_of(self.config).dtype.itemsize
-        return Batches(math.ceil(self.config.train.sequences / rows.count), state)
+        return Batches(math.ceil(self.config.train.sequences / rows.count), state, *self._ends(rows))
+
+    def _ends(self, rows: RowShape) -> tuple[int, int]:
+        """Bytes of embedding and head, and of the head what the loss of a micro-batch of `rows` reads.
+
+        Nothing for a model on a CPU, where they lie in the page cache.
+        """
+        if self.device.type == "cpu":
+            return 0, 0
+        text = self.model[0].get_text_config()
+        one = int(text.vocab_size) * int(text.hidden_size) * precision_of(self.config).dtype.itemsize
+        tied = bool(getattr(text, "tie_word_embeddings", False))
+        chunks = math.ceil(max(1, rows.count * (rows.length - rows.prompt)) / self.config.train.head_chunk)
+        return one if tied else 2 * one, 2 * chunks * one
 
     @property
     def state_bytes(self) -> int:
@@ -176,7 +195,7 @@ class TextRun(BudgetedWork[TextRunPlan]):
             return super().words(way, plan)
         on_gpu = self.device.type != "cpu"
         memory, spilled = (f"on {self.device}", "in host memory") if on_gpu else ("in memory", "on disk")
-        inputs = spilled if way.spilled else memory
+        inputs = f"{spilled if way.spilled else memory}{f', embedding and head {memory}' * way.ends}"
         if way.slots >= plan.blocks:
             return f"every frozen block stays {memory} and is computed again in the backward pass, its inputs {inputs}"
         streamed = way_text(way, plan.blocks, self.device, self.keep)

@@ -17,6 +17,7 @@ from lorakeet.memory.budget import Budget
 from lorakeet.memory.forecast import Forecast, Phase
 from lorakeet.memory.measure import PeakMemory
 from lorakeet.memory.spill import OF_A_RUN, HostSpill, Spill
+from lorakeet.models.streaming.load import Residence
 from lorakeet.models.text.model import TextModel
 from lorakeet.workflows.runs.output_paths import temporary_folder
 
@@ -36,8 +37,14 @@ class Way:
     one_base: bool = False  # whether the certificate makes do with the base that was trained on
     together: int = 0  # micro-batches of a training step that pass through a block while it is in memory; 0 for all
     spilled: bool = False  # whether hidden states between blocks are on disk, or, of a model on a GPU, in host memory
+    ends: bool = False  # whether embedding and head stay in memory where blocks are streamed, in place of reads row by row
     longest: int | None = None  # tokens of a row that a check compares, if longer rows do not fit
     change: str = ""  # of the settings, as a person reads it
+
+    @property
+    def residence(self) -> Residence:
+        """Where the parts of a streamed model on shapes are."""
+        return Residence(self.slots, ends=self.ends)
 
 
 RESIDENT = Way()
