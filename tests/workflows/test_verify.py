@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any, get_args
 
 import pytest
+import torch
 from rich.console import Console
 from tokenizers.processors import TemplateProcessing
 
@@ -283,6 +284,18 @@ def test_ranks_that_are_yet_to_be_chosen_will_differ(tmp_path: Path) -> None:
     with pytest.raises(VerificationFailed, match=r"several scales is computed wrongly.*\(ranks\.choose given\), or merge"):
         check_deployment(plan, "vllm", quiet())
     assert loads(plan, "llama.cpp") == {"several ranks", "several scales"}
+
+
+@pytest.mark.parametrize(
+    ("setting", "found"), [("continue_from", {"rank above 16"}), ("on_top_of", {"rank above 16", "several ranks"})]
+)
+def test_the_ranks_of_an_earlier_adapter_count(tmp_path: Path, setting: str, found: set[str]) -> None:
+    path = "model.layers.0.self_attn.q_proj"
+    earlier = tmp_path / "earlier"
+    earlier.mkdir()
+    peft.write(Adapter({path: Pair(torch.ones(20, 64), torch.ones(64, 20), 20.0)}, base="model"), earlier)
+    plan = run_file(tmp_path, f"{{rank: 4, alpha: 4, target_modules: [q_proj], {setting}: {earlier}}}")
+    assert loads(plan, "peft") == found
 
 
 def test_ranks_that_will_fall_will_differ(tmp_path: Path) -> None:
