@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from lorakeet.errors import DataError, VerificationFailed, reader
+from lorakeet.errors import DataError, EnvironmentProblem, VerificationFailed, reader
 from lorakeet.evaluate.intervals import Estimate
 from lorakeet.evaluate.values import decode, encode, from_text, put_text, to_text
 
@@ -92,17 +92,20 @@ class Certificate:
     facts: dict[str, str] = field(default_factory=dict)
     unchecked: tuple[Unchecked, ...] = ()
     modules: tuple[ServedModules, ...] = ()
+    incomplete: dict[str, str] = field(default_factory=dict)  # by artefact, why its checks ended early
 
     @property
     def passed(self) -> bool:
-        """True if the subject has checks of its own and all of them passed."""
-        return bool(self.own) and all(check.passed for check in self.own)
+        """True if the subject has checks of its own and all of them passed; about artefacts alone, if none is incomplete."""
+        ended = bool(self.incomplete) and all(check.artefact for check in self.checks)
+        return bool(self.own) and all(check.passed for check in self.own) and not ended
 
     @property
     def artefacts(self) -> dict[str, bool]:
-        """By name of artefact, true if all of its checks passed."""
-        names = dict.fromkeys(check.artefact for check in self.checks if check.artefact)
-        return {name: all(check.passed for check in self.checks if check.artefact == name) for name in names}
+        """By name of artefact, true if all of its checks were made and passed."""
+        names = dict.fromkeys([*(check.artefact for check in self.checks if check.artefact), *self.incomplete])
+        passed = {name: all(check.passed for check in self.checks if check.artefact == name) for name in names}
+        return {name: good and name not in self.incomplete for name, good in passed.items()}
 
     @property
     def failed_artefacts(self) -> tuple[str, ...]:
@@ -126,9 +129,15 @@ class Certificate:
         put_text(path, to_text({"passed": self.passed, "artefacts": self.artefacts, **encode(self)}))
 
     def raise_if_failed(self) -> None:
-        """Raises VerificationFailed that names every failed check of the subject with its measures and detail."""
+        """Raises VerificationFailed that names every failed check of the subject with its measures and detail.
+
+        EnvironmentProblem where none failed, and some could not be made.
+        """
         if self.passed:
             return
+        if self.incomplete and all(check.passed for check in self.own):
+            name, why = next(iter(self.incomplete.items()))
+            raise EnvironmentProblem(f"{why} {len(self.checks)} checks of {name} passed until then; they are incomplete.")
         if not self.checks:
             raise VerificationFailed(f"{self.subject} was not verified: it has no check; expected at least one.")
         lines = [f"{self.subject} does not compute what it should:"]

@@ -127,6 +127,7 @@ def certify_artefacts(opened: Opened, options: VerifyOptions, console: Console, 
     checks: list[Check] = []
     unchecked: list[Unchecked] = []
     modules: list[ServedModules] = []
+    incomplete: dict[str, str] = {}
     for target in options.against:
         console.print(f"Comparing {target} with the live adapter.", markup=False, soft_wrap=True)
         if target.startswith(SERVERS):
@@ -136,6 +137,8 @@ def certify_artefacts(opened: Opened, options: VerifyOptions, console: Console, 
                 live, Server(target, allowed), probes, opened.config.evaluate, formats, modules=options.modules
             )
             checks, unchecked, modules = checks + served.checks, unchecked + served.unchecked, modules + served.modules
+            if served.ended:
+                incomplete[target] = served.ended
             continue
         form = partial(
             open_artefact, target, opened, base=options.base_gguf, precision=options.precision, console=console,
@@ -154,7 +157,7 @@ def certify_artefacts(opened: Opened, options: VerifyOptions, console: Console, 
     facts |= {"live adapter": "computed in float32", FACT: record(live.text, NAME).to_text()}
     made = datetime.now(timezone.utc).isoformat(timespec="seconds")
     dated = tuple(replace(check, made=made) for check in checks)
-    return Certificate(f"What became of {options.run_or_adapter}", dated, facts, tuple(unchecked), tuple(modules))
+    return Certificate(f"What became of {options.run_or_adapter}", dated, facts, tuple(unchecked), tuple(modules), incomplete)
 
 
 def _formats(opened: Opened, live: InTorch, precision: str, console: Console) -> dict[str, Callable[[str], InTorch]]:
@@ -261,7 +264,7 @@ def _keep(opened: Opened, certificate: Certificate) -> None:
     run = opened.run
     if run is None:
         return
-    again, beside = {check.artefact for check in certificate.checks}, _place(opened).parent
+    again, beside = {*certificate.artefacts}, _place(opened).parent
     before = read_certificate(run.certificate) if run.certificate.exists() else Certificate(f"The run {run.path}", ())
     kept = tuple(
         check
@@ -271,8 +274,14 @@ def _keep(opened: Opened, certificate: Certificate) -> None:
     missing = tuple(one for one in before.unchecked if one.artefact not in again and is_there(one.artefact, beside))
     facts, unchecked = {**certificate.facts, **before.facts}, (*missing, *certificate.unchecked)
     modules = tuple(one for one in before.modules if one.artefact not in again and is_there(one.artefact, beside))
+    ended = {name: why for name, why in before.incomplete.items() if name not in again and is_there(name, beside)}
     whole = replace(
-        before, checks=(*kept, *certificate.checks), facts=facts, unchecked=unchecked, modules=(*modules, *certificate.modules)
+        before,
+        checks=(*kept, *certificate.checks),
+        facts=facts,
+        unchecked=unchecked,
+        modules=(*modules, *certificate.modules),
+        incomplete=ended | certificate.incomplete,
     )
     with writing(f"The certificate in {run.path}", "Free some space and verify again."):
         whole.write(run.certificate)

@@ -31,10 +31,11 @@ from lorakeet.workflows.verification.artefact import InTorch, live_side
 from lorakeet.workflows.verification.server import Server, _label
 from lorakeet.workflows.verification.server_apis import Api, Step, Token, Written
 from lorakeet.workflows.verify import probes_of, verify
+from tiny import servers
 from tiny.exports import loud_run, write_model
 from tiny.llama_cpp import llama_server
 from tiny.runs import quiet
-from tiny.servers import KINDS, serving
+from tiny.servers import KINDS, Fake, serving
 from tiny.site import Site
 
 
@@ -244,3 +245,50 @@ def test_the_label_that_was_written_is_the_longest_that_fits() -> None:
 def test_nothing_there_is_said() -> None:
     with pytest.raises(EnvironmentProblem, match="gives no answer that can be used"):
         Server("http://127.0.0.1:9", F16)
+
+
+class Leaving(Fake):
+    """A server that answers some requests, and then refuses all, or closes every connection."""
+
+    left, status = 8, 500
+
+    def do_POST(self) -> None:
+        type(self).left -= 1
+        if self.left >= 0:
+            super().do_POST()
+        elif not self.status:
+            self.connection.close()
+        else:
+            self.rfile.read(int(self.headers["Content-Length"]))
+            self.send_response(self.status)
+            self.end_headers()
+
+
+@pytest.mark.parametrize("status", [0, 401, 429, 500])
+def test_what_was_checked_before_a_server_went_away_is_kept_and_incomplete(
+    finished: Any, loud: Path, status: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    run = shutil.copytree(loud, tmp_path / "run")
+    file = write_model(finished.model, open_adapter(run).adapter, tmp_path / "right.gguf")
+    monkeypatch.setattr(servers, "Fake", type("Leaving", (Leaving,), {"left": 10, "status": status}))
+    ends = pytest.raises(EnvironmentProblem, match=r"checks of .* passed until then; they are incomplete")
+    with serving(file, load_tokenizer(finished.model), "llama.cpp") as url, ends as caught:
+        verify(VerifyOptions(str(run), against=(url,), rows=1, modules=False), console=quiet())
+    assert caught.value.exit_code == 2 and (f"({status} " in str(caught.value) or not status)
+    kept = read_certificate(run / "certificate.json")
+    assert set(kept.incomplete) == {url} and kept.artefacts[url] is False
+    assert [check.name for check in kept.checks if check.artefact == url][:1] == [f"{url}: prompt ids"]
+    assert "the server stopped answering" in {one.why for one in kept.unchecked}
+    assert "incomplete" in (run / "certificate.json").read_text()
+
+
+def test_a_failed_check_wins_over_an_early_end(
+    finished: Any, loud: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    run = shutil.copytree(loud, tmp_path / "run")
+    file = write_model(finished.model, open_adapter(run).adapter, tmp_path / "right.gguf")
+    tokenizer = load_tokenizer(finished.model)
+    tokenizer.chat_template = tokenizer.bos_token + tokenizer.chat_template
+    monkeypatch.setattr(servers, "Fake", type("Leaving", (Leaving,), {"left": 10, "status": 500}))
+    with serving(file, tokenizer, "llama.cpp") as url, pytest.raises(VerificationFailed, match="BOS is doubled"):
+        verify(VerifyOptions(str(run), against=(url,), rows=1, modules=False), console=quiet())

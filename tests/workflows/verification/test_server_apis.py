@@ -146,3 +146,34 @@ def test_answers_of_any_kind_are_values_or_one_message(kind: type[Api], monkeypa
         with contextlib.suppress(EnvironmentProblem, ConfigError):
             find_api("http://x", "")
     assert refused > 200
+
+
+@pytest.mark.parametrize("most", [5, 1, 0])
+def test_a_server_that_reports_fewer_likeliest_tokens_is_queried_for_so_many(
+    most: int, tmp_path: Path, tiny_llama_folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """One that refuses more is queried again once; what it accepts is remembered."""
+    file = write_model(tiny_llama_folder, None, tmp_path / "model.gguf")
+    refused: list[int] = []
+    completions = Fake.completions
+
+    def few(self: Any, asked: Any) -> Any:
+        if asked.get("logprobs", 0) > most:
+            refused.append(asked["logprobs"])
+            return None
+        return completions(self, asked)
+
+    monkeypatch.setattr(Fake, "completions", few)
+    with serving(file, load_tokenizer(tiny_llama_folder), "OpenAI") as url:
+        api = find_api(url, "")
+        written = [api.write([5, 9, 70], 2) for _ in range(2)]
+    assert all(len(one.steps) == (2 if most else 0) and one.text for one in written)
+    assert all(0 < len(step.top) <= most for one in written for step in one.steps)
+    assert refused == [10, 5, 1][: {5: 1, 1: 2, 0: 3}[most]]
+
+
+def test_a_server_without_tls_is_one_message(tmp_path: Path, tiny_llama_folder: Path) -> None:
+    file = write_model(tiny_llama_folder, None, tmp_path / "model.gguf")
+    broken = pytest.raises(EnvironmentProblem, match=r"gives no answer that can be used .*SSL")
+    with serving(file, load_tokenizer(tiny_llama_folder), "OpenAI") as url, broken:
+        find_api(url.replace("http:", "https:"), "")

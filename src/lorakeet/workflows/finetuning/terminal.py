@@ -181,6 +181,8 @@ def show_certificate(certificate: Certificate, console: Console) -> None:
     """Prints a line for each check, and one for each thing that was not checked."""
     for check in certificate.checks:
         console.print(Text(str(check), style="green" if check.passed else "bold red"))
+    for name, why in certificate.incomplete.items():
+        console.print(Text(f"incomplete: {name}: {why}", style="bold yellow"), soft_wrap=True)
     for missing in certificate.unchecked:
         console.print(Text(str(missing), style="yellow"))
     if certificate.passed and certificate.failed_artefacts:

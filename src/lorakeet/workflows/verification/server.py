@@ -17,6 +17,7 @@ import numpy as np
 from torch import Tensor
 
 from lorakeet.data.chat import Ids
+from lorakeet.errors import EnvironmentProblem
 from lorakeet.evaluate.certificate import Check, ServedModules, Unchecked
 from lorakeet.evaluate.intervals import mean, share
 from lorakeet.evaluate.parity import kl_lower_bound
@@ -301,6 +302,7 @@ class ServerFound:
     checks: list[Check]
     unchecked: list[Unchecked]
     modules: list[ServedModules]
+    ended: str = ""  # why the server could not be queried to the end
 
 
 def check_server(
@@ -317,6 +319,19 @@ def check_server(
     With `formats`, what rounding may do is measured on the live adapter; else the limits of the server are fixed.
     """
     found = _Comparison(live, server, probes, spec, formats or {})
+    ended, about = "", ""
+    try:
+        about = server.api.about()
+        _compare(found, modules)
+    except EnvironmentProblem as error:
+        ended = str(error)
+        found.skip("what comes after the last check", "the server stopped answering")
+    return ServerFound([replace(check, against=about) for check in found.checks], found.unchecked, found.modules, ended)
+
+
+def _compare(found: _Comparison, modules: bool) -> None:
+    """All checks, one after another, into `found`."""
+    server, probes = found.server, found.probes
     found.check_prompts()
     along = [Reported(row.tolist(), found.along(row.tolist())) for row in probes.rows] if server.api.takes_ids else []
     readings = found.read_writing()
@@ -329,8 +344,6 @@ def check_server(
     if modules:
         found.check_modules(reported)
     found.skip("the stored weights", "a server does not tell them")
-    about = server.api.about()
-    return ServerFound([replace(check, against=about) for check in found.checks], found.unchecked, found.modules)
 
 
 @dataclass(frozen=True)

@@ -24,6 +24,7 @@ from lorakeet.workflows.runs.server_answer import open_answer, read_answer, refu
 from lorakeet.workflows.verification.artefact import Messages
 
 TOP = 10  # likeliest tokens that are requested; vLLM reports at most 20, OpenAI 20
+_FEWER = (TOP, 5, 1, 0)  # where a server refuses that many; 0: none
 _BY_ID = "token_id:"  # how vLLM writes a token if ids are requested
 _SHOWN = 8
 _ROUNDED = 1e-3  # above 0
@@ -96,6 +97,20 @@ class Api:
 
     def __init__(self, url: str, model: str) -> None:
         self.url, self.model = url, model
+        self._most: tuple[int, ...] = _FEWER  # numbers of likeliest tokens that it may accept, the most first
+
+    def _with_likeliest(self, call: Callable[[int], dict[str, Any]]) -> dict[str, Any]:
+        """What `call` answers to the largest number of likeliest tokens that the server does not refuse."""
+        for place, count in enumerate(self._most):
+            try:
+                found = call(count)
+            except CallRefused:
+                if place + 1 == len(self._most):
+                    raise
+                continue
+            self._most = (count,)
+            return found
+        raise ValueError("no number of likeliest tokens is left to request")
 
     @understood
     def about(self) -> str:
@@ -125,8 +140,12 @@ class Api:
     @understood
     def write(self, prompt: Sequence[int], tokens: int) -> Written:
         """The likeliest continuation of token ids."""
-        requested = {"model": self.model, "prompt": list(prompt), "max_tokens": tokens, "temperature": 0, "logprobs": TOP}
-        found = ask(self.url, "/v1/completions", {**requested, **self._more()})["choices"][0]
+        requested = {"model": self.model, "prompt": list(prompt), "max_tokens": tokens, "temperature": 0, **self._more()}
+
+        def call(top: int) -> dict[str, Any]:
+            return ask(self.url, "/v1/completions", {**requested, "logprobs": top} if top else requested)
+
+        found = self._with_likeliest(call)["choices"][0]
         reported = found.get("logprobs") or {}
         written = list(zip(reported.get("tokens") or (), reported.get("token_logprobs") or (), strict=True))
         tops = reported.get("top_logprobs") or ()
@@ -142,7 +161,12 @@ class Api:
     def chat(self, messages: Messages, tokens: int) -> Written:
         """The likeliest answer in a conversation."""
         requested = {"model": self.model, "messages": list(messages), "max_tokens": tokens, "temperature": 0}
-        found = ask(self.url, "/v1/chat/completions", {**requested, "logprobs": True, "top_logprobs": TOP})["choices"][0]
+
+        def call(top: int) -> dict[str, Any]:
+            likeliest = {"logprobs": True, "top_logprobs": top} if top else {}
+            return ask(self.url, "/v1/chat/completions", {**requested, **likeliest})
+
+        found = self._with_likeliest(call)["choices"][0]
         return Written(str(found["message"]["content"]), _steps((found.get("logprobs") or {}).get("content") or ()))
 
     @understood
@@ -171,8 +195,12 @@ class VllmApi(Api):
 
     @understood
     def along(self, ids: Sequence[int]) -> dict[int, tuple[Token, ...]] | None:
-        requested = {"model": self.model, "prompt": list(ids), "max_tokens": 1, "temperature": 0, "prompt_logprobs": TOP}
-        found = ask(self.url, "/v1/completions", requested)["choices"][0].get("prompt_logprobs")
+        requested = {"model": self.model, "prompt": list(ids), "max_tokens": 1, "temperature": 0}
+
+        def call(top: int) -> dict[str, Any]:
+            return ask(self.url, "/v1/completions", {**requested, "prompt_logprobs": top} if top else requested)
+
+        found = self._with_likeliest(call)["choices"][0].get("prompt_logprobs")
         if not found:
             return None
         return {
