@@ -133,6 +133,9 @@ def test_a_run_is_served_as_it_was_trained_and_its_certificate_says_so(finished:
             third = shutil.copytree(run, tmp_path / "third")
             verify(VerifyOptions(str(third), against=(f"{url}#{finished.model.name}",), rows=2), console=quiet())
         assert httpx.post(f"{url}/v1/adapters/run/certificate", timeout=60).json()["passed"]
+        page = httpx.get(f"{url}/metrics", timeout=60).text
+        assert 'lorakeet_adapter_checks_total{adapter="run",result="same"} 1' in page
+        assert 'lorakeet_adapter_checks_total{adapter="wrong",result="different"} 1' in page
     certificate = read_certificate(run / "certificate.json")
     asked = ("prompt ids", "greedy text", "log-probabilities", "answers", "modules")
     assert [check.name for check in certificate.checks[-6:]] == [*(f"{url}/v1#run: {what}" for what in asked), "served"]

@@ -17,6 +17,7 @@ _FAMILIES = {
     "cached": ("counter", "lorakeet_cached_tokens_total", "Tokens of prompts that were in the prefix cache, by adapter."),
     "written": ("counter", "lorakeet_generated_tokens_total", "Tokens written, by adapter."),
     "loads": ("counter", "lorakeet_adapter_loads_total", "Loads of an adapter into memory."),
+    "checks": ("counter", "lorakeet_adapter_checks_total", "First loads, by how they compare with the certificate."),
     "first": ("histogram", "lorakeet_time_to_first_token_seconds", "From the request, loads included, to its first token."),
     "token": ("histogram", "lorakeet_time_per_output_token_seconds", "Mean time between a text's tokens, by adapter."),
     "load": ("histogram", "lorakeet_adapter_load_seconds", "How long it took to bring an adapter into memory."),

@@ -15,7 +15,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from lorakeet.errors import ConfigError, EnvironmentProblem, nearest
+from lorakeet.errors import ConfigError, EnvironmentProblem, VerificationFailed, nearest
 from lorakeet.formats.files.loaded_file import free_spare_memory
 from lorakeet.models.text.serving import ServingModel
 from lorakeet.serve.adapter_files import AdapterSource, inspect_adapter, read_stored_adapter
@@ -80,6 +80,7 @@ class Registry:
         self.prober = Prober(live.text, live.selection)
         self._changed = changed or (lambda: None)
         self.loaded: Callable[[Version], object] = lambda _: None  # called with every version that was read into memory
+        self.compared: Callable[[Version, str], object] = lambda *_: None  # called with same, different or unknown
         self._current: dict[str, Version] = {}
         self._resident: dict[str, Version] = {}  # by key
         self._mixes: Counter[Key] = Counter()  # the leased weighted mixes, which have copies of their own
@@ -289,9 +290,11 @@ class Registry:
         self.live.attach(version.key, adapter)
         if not version.loads:
             try:
-                self._verify(version, record)
-            except BaseException:
+                self.compared(version, "same" if self._verify(version, record) else "unknown")
+            except BaseException as error:
                 self.live.detach(version.key)
+                if isinstance(error, VerificationFailed):
+                    self.compared(version, "different")
                 raise
         with self._lock:
             version.loaded, version.used = True, time.monotonic()
@@ -300,18 +303,25 @@ class Registry:
         version.load_seconds = time.perf_counter() - began
         self.loaded(version)
 
-    def _verify(self, version: Version, record: bool) -> None:
+    def _verify(self, version: Version, record: bool) -> bool:
+        """Whether it was compared with a record of it, and is the same. VerificationFailed if it is not."""
         certified = None if version.certificate is None else read_record(version.certificate)
         if not record and certified is None and version.probe is None:
-            return
+            return False
         found = self.engine.call(lambda: self.prober.probe(version.key)).result()
+        same = False
         known = {"the server's record of it": version.probe, str(version.certificate): certified}
         for where, one in known.items():
             allowed = 0.0 if one is None else self.prober.allowed(one.effect)
-            if one is not None and not compare_record(version.name, found, one, allowed, where):
+            if one is None:
+                continue
+            if compare_record(version.name, found, one, allowed, where):
+                same = True
+            else:
                 about = f"{one.base} in {one.precision}, here {found.base} in {found.precision}"
                 log.warning("not compared adapter=%s record=%s reason=%s", version.name, json.dumps(where), json.dumps(about))
         version.probe = found
+        return same
 
     def probe(self, name: str) -> Probe:
         """The probe of an adapter, made now if there is none."""

@@ -121,6 +121,7 @@ class Service:
         self.access, self.store, self.limits = access or Access(), store, limits or RequestLimits()
         self.metrics, self.grammars = ServerMetrics(), Grammars(text)
         registry.loaded = self._loaded
+        registry.compared = lambda version, result: self.metrics.add("checks", adapter=version.name, result=result)
         self.began = int(time.time())
         self._tokenizing = threading.Lock()  # one prompt at a time, beside the event loop
         self._longest = 0  # characters of the longest token

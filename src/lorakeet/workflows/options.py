@@ -205,6 +205,12 @@ class VerifyOptions:
     deploy: Literal["vllm", "llama.cpp", "ollama", "peft"] | None = setting(
         None, "Only check whether the adapter will load in this program; nothing is compared."
     )
+    watch: str | None = setting(
+        None, "Address of a running server: compare it again and again, with few rows, and end with exit code 3 when it differs."
+    )
+    every: str = setting("1h", "Time between two rounds of --watch, such as 30m, 1h or 1d.")
+    rounds: int = setting(0, "Number of rounds of --watch; 0: until it differs.")
+    metrics: Path | None = setting(None, "File for the metrics of --watch in Prometheus' text format, written after each round.")
     memory: str | None = setting(None, _MEMORY)
 
 

@@ -71,10 +71,12 @@ from lorakeet.workflows.verification.checks import (
 )
 from lorakeet.workflows.verification.diagnose import cause_from_logits, cause_from_weights
 from lorakeet.workflows.verification.server import Server, check_server
+from lorakeet.workflows.verification.watch import parse_duration, watch_server
 
 TEXTS, GREEDY = 8, 4  # raw texts, greedy continuations
 RAW_TEXTS = ("It's 10:30 on 12/04.", "naïve café, 日本語 🙂", "two  spaces\n\n\tand a tab", "x = y+1; // 1,234.5")
 _SECOND_MODEL = 2.0  # times its weights in 16 bits: while it is loaded, and with its logits
+WATCHED_ROWS = 4
 CAUSE_TOKENS = 128  # of a row, on which mistakes are tried
 
 
@@ -103,6 +105,8 @@ def verify(options: VerifyOptions, *, console: Console) -> Verified | Deployable
     path = Path(options.run_or_adapter)
     if options.deploy is not None:
         return check_deployment(path, options.deploy, console, base=options.base)
+    if options.watch is not None:
+        return _watched(path, options.watch, options, console)
     opened = open_adapter(path, base=options.base, say=console.print).within(options.memory)
     options = replace(options, against=options.against or _found_beside(opened))
     source = find_source(opened.config.model, console.print)
@@ -115,6 +119,27 @@ def verify(options: VerifyOptions, *, console: Console) -> Verified | Deployable
     _keep(opened, certificate)
     certificate.raise_if_failed()
     return Verified(certificate)
+
+
+def _watched(path: Path, target: str, options: VerifyOptions, console: Console) -> Verified:
+    """Compares a running server again and again; ConfigError for options that contradict each other."""
+    if options.against:
+        raise ConfigError("--watch and --against contradict each other; give --watch URL alone.")
+    if not target.startswith(SERVERS):
+        raise ConfigError(f"--watch is '{target}'; expected the address of a server, such as http://127.0.0.1:8000#reviews.")
+    if options.rounds < 0:
+        raise ConfigError(f"--rounds is {options.rounds}; it must be 0 (no end) or more.")
+    every = parse_duration(options.every)
+    opened = open_adapter(path, base=options.base, say=console.print).within(options.memory)
+    few = replace(options, against=(target,), rows=min(options.rows, WATCHED_ROWS), modules=False)
+
+    def say(text: str) -> None:
+        console.print(text, markup=False, soft_wrap=True)
+
+    def compare() -> Certificate:
+        return certify_artefacts(opened, few, console, beside=_place(opened).parent)
+
+    return Verified(watch_server(compare, target, every, rounds=options.rounds, metrics=options.metrics, say=say))
 
 
 def certify_artefacts(opened: Opened, options: VerifyOptions, console: Console, *, beside: Path | None = None) -> Certificate:
