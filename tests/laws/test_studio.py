@@ -129,7 +129,8 @@ def test_from_nothing_to_a_verdict(browser: Any, tmp_path: Path, tiny_llama_fold
         tab = page.context.new_page()
         tab.goto(page.url)
         page.click("#resume button")
-        tab.wait_for_selector("#said:not([data-state='stopped'])")
+        for one in (page, tab):
+            one.wait_for_selector("#said:not([data-state='stopped'])")
         process.end(kill=True)  # the job goes on without it
         page.wait_for_selector("#said[data-lost]", timeout=30_000)
         process.start()
@@ -141,11 +142,45 @@ def test_from_nothing_to_a_verdict(browser: Any, tmp_path: Path, tiny_llama_fold
         assert "does not prove" in page.inner_text("main")
         page.locator("iframe.report").scroll_into_view_if_needed()
         assert page.frame_locator("iframe.report").locator("h1").inner_text() == page.inner_text("h1")
+        talk_to_both(page)
         page.click("nav >> text=Runs")
         assert "my-reviews-1" in page.inner_text("table.runs")
         assert not [said for said in page.said if "ERR_CONNECTION" not in said and "ERR_INCOMPLETE" not in said], page.said
     finally:
         process.end()
+
+
+def talk_to_both(page: Any) -> None:
+    """From the result: loads base and adapter; with weight 0 both sides write the same, with weight 1 they do not."""
+    page.click("text=Try it")
+    page.click("form[action='/try/open'] button")
+    page.wait_for_selector("#talk:not([hidden])", timeout=90_000)
+    page.click("summary:has-text('Settings and mixing')")
+    page.fill("#max_tokens", "12")
+    said = []
+    for weight in ("0", "1"):
+        page.click("#again")
+        page.locator("#weights input[type=range]").evaluate(f"slider => {{ slider.value = {weight}; }}")
+        page.click("#example")
+        page.click("#send")
+        page.wait_for_selector(".side.adapter .tok")
+        page.wait_for_selector("#send:has-text('Send to both')")
+        said.append([page.inner_text(f".side.{side} .reply") for side in ("base", "adapter")])
+    assert said[0][0] == said[0][1] == said[1][0] != said[1][1] and not page.is_visible("#message")
+    page.hover(".side.adapter .tok")
+    assert re.search(r"had [\d.]+ %; instead: ", page.inner_text("#token"))
+    assert serious(page) == []
+    page.click("text=Close it")
+    page.wait_for_selector("#state[data-state='off']", timeout=30_000)
+
+
+def serious(page: Any) -> list[tuple[str, str]]:
+    """What axe-core finds on a page that is serious or worse; nothing without axe-core."""
+    if not AXE.is_file():
+        return []
+    page.evaluate(AXE.read_text(encoding="utf-8"))
+    found = page.evaluate("axe.run(document, {resultTypes: ['violations']}).then((result) => result.violations)")
+    return [(one["id"], one["nodes"][0]["html"][:200]) for one in found if one["impact"] in ("serious", "critical")]
 
 
 def test_a_killed_job_can_be_resumed_or_read_about(browser: Any, studio: Studio, address: str) -> None:
@@ -241,16 +276,11 @@ def test_each_screen_fits_and_can_be_read_by_all(browser: Any, studio: Studio, a
     made_run(studio, "b", right=2)
     more = ["/result/a", "/run/a", "/runs/overlay?name=a&name=b", "/runs/compare?name=a&name=b"]
     page = opened(browser, address, color_scheme=scheme, viewport=NARROW)
-    axe = AXE.read_text(encoding="utf-8") if AXE.is_file() else ""
     for path in [*(screen.path for screen in SCREENS), *more]:
         page.goto(address.partition("/?")[0] + path)
         page.wait_for_selector("#curve svg, #curves svg, h1")
         assert page.evaluate("document.documentElement.scrollWidth") <= NARROW["width"], f"{path} is wider than a phone"
-        if axe:
-            page.evaluate(axe)
-            found = page.evaluate("axe.run(document, {resultTypes: ['violations']}).then((result) => result.violations)")
-            serious = [(one["id"], one["nodes"][0]["html"][:200]) for one in found if one["impact"] in ("serious", "critical")]
-            assert serious == [], path
+        assert serious(page) == [], path
     assert page.said == []
-    if not axe:
+    if not AXE.is_file():
         pytest.skip("axe-core is not there, so accessibility was not checked: make axe fetches it into build/")

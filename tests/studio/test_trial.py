@@ -49,6 +49,12 @@ def test_a_trial_is_the_command_serve_beside_other_jobs(studio: Studio) -> None:
     assert current_trial(studio.queue) == trial and trial_state(trial) == ("starting", "")
     close_trial(studio.queue)
     assert trial.job.state == "cancelled" and trial_state(current_trial(studio.queue)) == ("off", "")
+    again = open_trial(studio.places, studio.queue, "mine")
+    for name in ("alive", "pid"):
+        (again.job.folder / name).touch()
+    (again.job.folder / "code").write_text("0")  # it has ended, or is about to
+    close_trial(studio.queue)
+    assert current_trial(studio.queue) is None
 
 
 def test_what_cannot_be_tried_is_refused(studio: Studio) -> None:

@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from lorakeet.config import read_run
+from lorakeet.disk import write_whole
 from lorakeet.errors import ConfigError, EnvironmentProblem
 from lorakeet.serve.listening import listening_socket
 from lorakeet.studio.jobs import BESIDE, Job, Queue
@@ -21,7 +22,7 @@ from lorakeet.workflows.runs.studio_options import LOOPBACK_ADDRESS
 
 TrialState = Literal["off", "starting", "ready", "failed"]
 _SECONDS = 600.0  # without a byte of an answer
-_ABOUT, _KEYS = "trial.json", "keys.json"
+_ABOUT, _KEYS, _CLOSED = "trial.json", "keys.json", "closed"
 _MOST_TOKENS = 2048
 
 
@@ -62,7 +63,10 @@ def open_trial(places: Places, queue: Queue, run: str) -> TriedModel:
 def close_trial(queue: Queue) -> None:
     """Ends the server, if one runs or waits."""
     found = current_trial(queue)
-    if found is not None and found.job.state in ("running", "waiting"):
+    if found is None:
+        return
+    write_whole(found.job.folder / _CLOSED, b"")  # it ends within seconds, and is not talked to meanwhile
+    if found.job.state in ("running", "waiting"):
         queue.stop(found.job)
 
 
@@ -70,6 +74,8 @@ def current_trial(queue: Queue) -> TriedModel | None:
     """The newest server that was not closed on purpose; None if there is none."""
     for job in reversed(queue.jobs()):
         if job.words[:1] == ("serve",) and (job.folder / _ABOUT).is_file():
+            if (job.folder / _CLOSED).exists():
+                return None
             about = json.loads((job.folder / _ABOUT).read_bytes())
             return TriedModel(job, str(about["run"]), int(about["port"]), str(about["key"]))
     return None
