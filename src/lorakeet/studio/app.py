@@ -17,11 +17,11 @@ from lorakeet.studio.jobs import Queue
 from lorakeet.studio.pages import Screen, Studio, asset, refused_page
 from lorakeet.studio.places import NotHere, Places
 from lorakeet.studio.safety import Guard, token_of
-from lorakeet.studio.screens import data, fit, home, result, run, runs, talk
+from lorakeet.studio.screens import data, fit, home, result, run, runs, take, talk
 
 # in the order of the navigation
 SCREENS: tuple[Screen, ...] = (
-    home.SCREEN, fit.SCREEN, data.SCREEN, run.SCREEN, result.SCREEN, runs.SCREEN, talk.SCREEN
+    home.SCREEN, fit.SCREEN, data.SCREEN, run.SCREEN, result.SCREEN, runs.SCREEN, talk.SCREEN, take.SCREEN
 )  # fmt: skip
 _KINDS = {".js": "text/javascript", ".css": "text/css", ".svg": "image/svg+xml"}
 

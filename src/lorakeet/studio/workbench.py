@@ -26,7 +26,7 @@ from lorakeet.memory.import_cost import without_triton
 Send = Callable[[Mapping[str, Any]], None]
 IDLE = 600.0  # seconds; the modules take some 400 MB
 AT_ONCE = 2  # processes
-PREPARED = ("lorakeet.studio.fitting", "lorakeet.studio.shown_rows")  # imported before the first fork
+PREPARED = ("lorakeet.studio.fitting", "lorakeet.studio.shown_rows", "lorakeet.studio.sizing")  # imported before the first fork
 _LARGEST = 1 << 24  # bytes of a line
 
 

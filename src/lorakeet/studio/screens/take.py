@@ -1,0 +1,127 @@
+"""Take away: merge, GGUF, Ollama, MLX, kohya, a hub: size and time before, the certificate after, each a job of the queue."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import AsyncIterator
+from functools import partial
+from typing import Any
+
+from starlette.requests import Request
+from starlette.responses import JSONResponse, Response
+from starlette.routing import Route
+
+from lorakeet.errors import ConfigError, LorakeetError
+from lorakeet.studio.forms import command_line
+from lorakeet.studio.jobs import Job
+from lorakeet.studio.pages import Screen, Studio, event, event_stream, form_of, moved, page, studio_of
+from lorakeet.studio.taking import QUANTS, default_name, job_values, jobs_of, stamp_of, wanted, ways_of, why_not
+
+WORK = "lorakeet.studio.sizing:sizes_of_run"
+EVERY = 0.5  # seconds between two reads of the jobs' files
+
+
+def _newest(request: Request) -> Response:
+    done = taken_runs(studio_of(request))
+    return moved(f"/take/{done[0]}") if done else page(request, "take_empty.html")
+
+
+def taken_runs(studio: Studio) -> list[str]:
+    """The runs that have an adapter, the newest first."""
+    names = [run.name for run in studio.index.summaries() if run.step or run.ended == "done"]
+    return [name for name in names if (studio.places.runs / name / "adapter").is_dir()]
+
+
+def _name(request: Request) -> str:
+    return str(request.path_params["name"])
+
+
+def _take(request: Request) -> Response:
+    studio, name = studio_of(request), _name(request)
+    ways = ways_of(studio.places, name)
+    studio.workbench.start()
+    return page(
+        request, "take.html", name=name, ways=ways, runs=taken_runs(studio), quants=QUANTS, chosen="q8_0",
+        names={way.key: default_name(name, way, "q8_0") for way in ways},
+    )  # fmt: skip
+
+
+def _check(request: Request) -> Response:
+    """What is missing, and the command that does the same; live, while a form changes."""
+    try:
+        found = wanted(studio_of(request).places, _name(request), str(request.path_params["way"]), form_of(request))
+    except ConfigError as error:
+        return JSONResponse({"missing": str(error), "command": ""})
+    command = command_line(found.words) if all(found.words) else ""  # a repository is not named yet
+    return JSONResponse({"missing": why_not(found), "command": command})
+
+
+def _start(request: Request) -> Response:
+    studio, name = studio_of(request), _name(request)
+    found = wanted(studio.places, name, str(request.path_params["way"]), form_of(request))
+    if missing := why_not(found):
+        raise ConfigError(missing)
+    where = found.options.name if found.out is None else found.out.name
+    studio.queue.add(found.words, title=f"{found.way.title}: {where}")
+    return moved(f"/take/{name}")
+
+
+def _events(request: Request) -> Response:
+    studio, name = studio_of(request), _name(request)
+    ways_of(studio.places, name)
+    return event_stream(partial(_stream, studio, name))
+
+
+async def _stream(studio: Studio, name: str) -> AsyncIterator[str]:
+    """The jobs of this run whenever something changed."""
+    before, folder = "", studio.places.run(name)
+    while not studio.closing.is_set():
+        jobs = await asyncio.to_thread(jobs_of, studio.queue, folder)
+        stamp = await asyncio.to_thread(stamp_of, jobs)
+        if stamp != before:
+            values = [await asyncio.to_thread(job_shown, job) for job in jobs]
+            yield event({"jobs": values}, name="jobs")
+        before = stamp
+        await asyncio.sleep(EVERY)
+
+
+def job_shown(job: Job) -> dict[str, Any]:
+    """The values of a job, its command as a line for a shell."""
+    values = job_values(job)
+    return {**values, "command": command_line(values["command"])}
+
+
+def _sizes(request: Request) -> Response:
+    studio, name = studio_of(request), _name(request)
+    ways_of(studio.places, name)
+    return event_stream(partial(_measured, studio, name))
+
+
+async def _measured(studio: Studio, name: str) -> AsyncIterator[str]:
+    """How large each way is, once; what is wrong ends it."""
+    try:
+        folder = str(studio.places.run(name))
+    except LorakeetError as error:
+        yield event({"message": str(error)}, name="problem")
+        return
+    async for found in studio.workbench.answers(WORK, {"folder": folder}):
+        if "error" in found:
+            yield event({"message": found["error"]}, name="problem")
+        elif "sizes" in found:
+            yield event(found, name="sizes")
+        elif "done" in found:
+            yield event({}, name="done")
+
+
+SCREEN = Screen(
+    "Take away",
+    "/take",
+    (
+        Route("/take", _newest),
+        Route("/take/{name}", _take),
+        Route("/take/{name}/events", _events),
+        Route("/take/{name}/sizes", _sizes),
+        Route("/take/{name}/{way}/check", _check, methods=["POST"]),
+        Route("/take/{name}/{way}", _start, methods=["POST"]),
+    ),
+)

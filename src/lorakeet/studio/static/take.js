@@ -1,0 +1,85 @@
+// Take away: each card checks itself as it changes; jobs and certificates come as events.
+import { csrf, make, post } from "./page.js";
+import { bytes } from "./svg.js";
+
+const root = document.getElementById("take");
+const by = (id) => document.getElementById(id);
+let sizes = null;
+
+function fields(form) {
+  const found = {};
+  for (const [name, value] of new FormData(form)) if (name !== "csrf") found[name] = value;
+  return found;
+}
+
+function sizeOf(form) {
+  const way = form.dataset.way;
+  const quant = form.elements.quant;
+  const said = form.querySelector(".size");
+  if (sizes) said.textContent = quant ? sizes.quants[quant.value] || "" : sizes.sizes[way] || "";
+}
+
+async function check(form) {
+  const number = (form.checks = (form.checks || 0) + 1);
+  const name = form.elements.name;
+  if (form.dataset.way === "gguf") name.placeholder = name.placeholder.replace(/-[a-z0-9_]+\.gguf$/, `-${form.elements.quant.value}.gguf`);
+  sizeOf(form);
+  let found;
+  try { found = await post(`${root.dataset.run}/${form.dataset.way}/check`, fields(form)); } catch (error) { found = { missing: error.message, command: "" }; }
+  if (number !== form.checks) return;
+  form.querySelector("button.primary").disabled = Boolean(found.missing);
+  form.querySelector(".missing").textContent = found.missing;
+  const shown = form.parentElement.querySelector(".cmd");
+  shown.hidden = !found.command;
+  shown.querySelector("code").textContent = found.command;
+}
+
+function command(text, purpose) {
+  return make("div", { class: "cmd" }, make("code", {}, text), make("p", {}, purpose), make("button", { type: "button", class: "copy", "aria-label": `Copy: ${purpose}` }, "Copy"));
+}
+
+const STATES = { waiting: "waits in the queue", running: "is made and checked", done: "done", stopped: "stopped", failed: "could not be made", killed: "was ended from outside", cancelled: "taken out of the queue" };
+
+function certificate(found) {
+  const lines = found.checks.map((one) => make("li", {}, make("span", { class: one.passed ? "pill pass" : "pill fail" }, one.passed ? "pass" : "fail"), ` ${one.words.replace(/^(pass|FAIL)\s+/, "")}`));
+  const missing = found.unchecked.map((line) => make("li", { class: "soft" }, line));
+  return make("div", { class: `certificate-of ${found.passed ? "pass" : "fail"}` }, make("p", { class: `stamp ${found.passed ? "pass" : "fail"}` }, `Certificate: ${found.verdict}`), make("details", {}, make("summary", {}, "What was compared"), make("ul", {}, ...lines, ...missing)));
+}
+
+function job(one, open) {
+  const parts = [make("p", {}, make("b", {}, one.title), " ", make("span", { class: "pill" }, STATES[one.state]), one.state === "done" && one.bytes ? ` ${bytes(one.bytes)} in ` : "", one.state === "done" && one.out ? make("code", {}, one.out) : "")];
+  if (one.state === "running" || one.state === "waiting") {
+    const stop = make("form", { method: "post", action: `/jobs/${encodeURIComponent(one.name)}/stop` }, make("input", { type: "hidden", name: "csrf", value: csrf }), make("button", { type: "submit", "aria-label": `Cancel ${one.title}` }, "Cancel"));
+    stop.addEventListener("submit", (event) => { event.preventDefault(); post(stop.getAttribute("action")).catch((error) => { stop.append(make("span", { class: "problem" }, error.message)); }); });
+    parts.push(make("div", { class: "busy" }, make("progress", { "aria-label": one.title }), make("span", { class: "soft" }, one.last), stop));
+  }
+  if (one.error) parts.push(make("p", { class: "warning message" }, one.error));
+  if (one.certificate) parts.push(certificate(one.certificate));
+  parts.push(...one.use.map(([text, purpose]) => command(text, purpose)));
+  if (one.log) parts.push(make("details", open ? { open: "" } : {}, make("summary", {}, "What the command printed"), make("div", {}, make("pre", { tabindex: "0", "aria-label": "Log" }, make("code", {}, one.log)))));
+  return make("article", { class: "card taken", id: `job-${one.name}`, "data-state": one.state, "aria-label": one.title }, ...parts);
+}
+
+const source = new EventSource(`${root.dataset.run}/events`);
+source.addEventListener("jobs", (event) => {
+  const found = JSON.parse(event.data).jobs;
+  const open = new Set([...document.querySelectorAll("#jobs details[open]")].map((one) => `${one.closest("article").id} ${one.querySelector("summary").textContent}`));
+  by("jobs-part").hidden = !found.length;
+  by("jobs").replaceChildren(...found.map((one) => job(one)));
+  for (const one of document.querySelectorAll("#jobs details")) if (open.has(`${one.closest("article").id} ${one.querySelector("summary").textContent}`)) one.open = true;
+  for (const form of document.querySelectorAll(".way-form")) check(form); // a name may be taken now
+});
+
+const counted = new EventSource(`${root.dataset.run}/sizes`);
+counted.addEventListener("sizes", (event) => { sizes = JSON.parse(event.data); document.querySelectorAll(".way-form").forEach(sizeOf); });
+counted.addEventListener("done", () => counted.close());
+const unknown = (message) => { counted.close(); document.querySelectorAll(".size").forEach((said) => { said.textContent = "Its size is not known."; }); if (message) { by("sizes-problem").textContent = message; by("sizes-problem").hidden = false; } };
+counted.addEventListener("problem", (event) => unknown(JSON.parse(event.data).message));
+counted.onerror = () => unknown("");
+
+for (const form of document.querySelectorAll(".way-form")) {
+  let later = 0;
+  form.addEventListener("input", () => { clearTimeout(later); later = setTimeout(() => check(form), 250); });
+  check(form);
+}
+by("which")?.addEventListener("change", (event) => { location.href = event.target.value; });
