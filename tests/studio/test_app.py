@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import re
 from importlib.resources import files
 
@@ -10,6 +11,7 @@ from starlette.testclient import TestClient
 
 from lorakeet.errors import ConfigError
 from lorakeet.studio.app import SCREENS
+from lorakeet.studio.jobs import Queue
 from lorakeet.studio.pages import Studio, asset, event, problems_of
 
 MOST_BYTES = 250_000
@@ -49,6 +51,16 @@ def test_only_static_files_are_served(browser: TestClient, name: str) -> None:
 def test_errors_are_pages_with_the_message_escaped(browser: TestClient) -> None:
     lost = browser.get("/<script>alert(1)</script>")
     assert lost.status_code == 404 and "<script>alert" not in lost.text and "&lt;script&gt;" in lost.text
+
+
+def test_a_full_disk_is_said_on_a_page(browser: TestClient, monkeypatch: pytest.MonkeyPatch) -> None:
+    def full(*_: object, **__: object) -> None:
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(Queue, "add", full)
+    said = browser.post("/quickstart")
+    assert said.status_code == 400 and "No space left on device" in said.text and "Free some space" in said.text
+    assert browser.get("/").status_code == 200
 
 
 def test_the_theme_is_a_cookie(browser: TestClient) -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from collections import deque
 from dataclasses import asdict, dataclass
+from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
@@ -181,11 +182,17 @@ def _state(run: RunFolder | None, job: Job | None, step: int, total: int | None)
     return state or "unfinished"
 
 
+@lru_cache(maxsize=64)
+def _settings(path: Path, changed: int) -> RunConfig:
+    """The settings in a file, read once for each time of its change."""
+    return read_run(path)
+
+
 def _bounds(run: RunFolder | None, last: dict[str, Any]) -> tuple[int | None, int | None]:
     """The steps of the whole run, and its memory budget in bytes; None where they are not known."""
     try:
-        config = RunConfig() if run is None else read_run(run.config)
-    except LorakeetError:
+        config = RunConfig() if run is None else _settings(run.config, run.config.stat().st_mtime_ns)
+    except (LorakeetError, OSError):
         return None, None
     each = round(last["step"] / last["epoch"]) if last.get("epoch") else None
     total = config.train.steps if each is None else config.train.total_steps(each)

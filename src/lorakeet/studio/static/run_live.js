@@ -62,8 +62,7 @@ function samples(files) {
     make("figcaption", {}, file))));
 }
 
-const source = new EventSource(live.dataset.events);
-source.addEventListener("run", (event) => {
+function take(event) {
   const found = JSON.parse(event.data);
   if (found.restarted) records = [];
   for (const record of found.records) {
@@ -76,11 +75,27 @@ source.addEventListener("run", (event) => {
   if (now !== seen || found.restarted) curve(found.run);
   seen = now;
   if (found.log !== null) by("log").textContent = found.log;
-});
-source.addEventListener("gone", (event) => {
+}
+
+let source = null;
+let gone = false;
+
+function listen() {
+  source = new EventSource(live.dataset.events);
+  source.addEventListener("run", take);
+  source.addEventListener("gone", (event) => {
+    gone = true;
+    source.close();
+    by("said").textContent = JSON.parse(event.data).message;
+    by("said").dataset.state = "gone";
+  });
+  source.onerror = () => { by("said").dataset.lost = "true"; };
+  source.onopen = () => { delete by("said").dataset.lost; };
+}
+
+// A browser has six connections to a server: tabs in the background give theirs back.
+document.addEventListener("visibilitychange", () => {
   source.close();
-  by("said").textContent = JSON.parse(event.data).message;
-  by("said").dataset.state = "gone";
+  if (!document.hidden && !gone) listen();
 });
-source.onerror = () => { by("said").dataset.lost = "true"; };
-source.onopen = () => { delete by("said").dataset.lost; };
+listen();
