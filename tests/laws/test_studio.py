@@ -116,6 +116,12 @@ def test_from_nothing_to_a_verdict(browser: Any, tmp_path: Path, tiny_llama_fold
         page.click(f"[data-fill='data.train'][data-value='{rows}']")
         page.wait_for_selector("#start:has-text('Start the run'):enabled")
         assert "steps: 150" in page.inner_text("#same") and "lorakeet finetune" in page.inner_text("#same")
+        page.click("nav >> text=Fit")  # what was typed goes along, and back
+        page.wait_for_selector("#fit")
+        assert page.input_value("#fit [name='model.path']") == str(tiny_llama_folder)
+        page.click("nav >> text=Run >> nth=0")
+        page.wait_for_selector("#start:has-text('Start the run'):enabled")
+        assert page.input_value("[name='train.steps']") == "150"
         page.click("#start")
         page.wait_for_selector("#curve polyline.train", timeout=60_000)
         page.click("#stop button")

@@ -38,7 +38,7 @@ def test_every_screen_is_in_the_navigation_and_opens(browser: TestClient) -> Non
     for screen in SCREENS:
         opened = browser.get(screen.path)
         assert opened.status_code == 200, opened.text
-        assert f'aria-current="page">{screen.title}</a>' in opened.text
+        assert re.search(rf'aria-current="page">{screen.title}</a>', opened.text)
 
 
 @pytest.mark.parametrize("name", ["gone.js", "..%2fapp.py", "../app.py", "base.html", "__init__.py"])

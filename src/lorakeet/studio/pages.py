@@ -68,8 +68,9 @@ def draft_of(request: Request) -> dict[str, str]:
 def page(request: Request, template: str, status: int = 200, **values: Any) -> Response:
     """A page made by a template; everything in `values` is escaped."""
     draft, studio = draft_of(request), studio_of(request)
+    query = f"?{urlencode(draft)}" if draft else ""
     links = [
-        (screen.title, screen.path + (f"?{urlencode(draft)}" if screen.draft and draft else ""), _here(request, screen))
+        (screen.title, screen.path + (query if screen.draft else ""), _here(request, screen), screen.draft)
         for screen in request.app.state.screens
     ]
     theme = request.cookies.get(THEME, "")

@@ -41,6 +41,8 @@ function switchTheme() {
 
 document.documentElement.classList.add("js");
 document.addEventListener("click", (event) => {
+  const link = event.target.closest("a[data-draft]"); // what is being prepared goes with the user to the next screen
+  if (link && document.querySelector("nav a[aria-current][data-draft]")) link.search = location.search;
   const button = event.target.closest("button");
   if (!button) return;
   if (button.classList.contains("copy")) copyOf(button);
