@@ -20,7 +20,7 @@ ROOT = Path(__file__).resolve().parents[1]
 # What a machine with torch 2.11+cu130, Triton 3.6 and transformers 5.17 lacks, with the releases that Lorakeet is tested with.
 PACKAGES = (
     "transformers>=5.24,<6", "peft>=0.21.2,<0.22", "bitsandbytes>=0.50.2,<0.51", "liger-kernel>=0.8.5,<0.9",
-    "diffusers>=0.42.1,<0.43", "trl>=1.16,<2", "datasets>=5,<6", "dill", "multiprocess",
+    "diffusers>=0.42.1,<0.43", "trl>=1.16,<2", "datasets>=5,<6", "dill<0.4.2", "multiprocess<0.70.20", "importlib_metadata",
 )  # fmt: skip
 PLATFORMS = tuple(f"manylinux{each}_x86_64" for each in ("_2_34", "_2_28", "_2_27", "_2_24", "_2_17", "2014"))
 MOST = 64 << 20  # bytes, with the tree

@@ -8,12 +8,14 @@ import sys
 from importlib import metadata
 from pathlib import Path
 from types import SimpleNamespace
+from typing import Any
 
 import pytest
 import torch
 from packaging.requirements import Requirement
 from rich.console import Console
 
+from lorakeet.errors import EnvironmentProblem
 from lorakeet.kernels.choose import TABLE, passed_over
 from lorakeet.kernels.protocol import Situation
 from lorakeet.models.nvidia import NvidiaGpus
@@ -86,6 +88,40 @@ def test_the_kernels_of_each_task_are_listed_in_the_order_of_the_table_with_reas
         words = " ".join(text.split())
         assert all(name.split(":")[0] in words for name in use.passed_over)
     assert json.loads(json.dumps(checkup.to_mapping()))["kernels"][0]["task"] == on_cpu[0].task
+
+
+def test_on_a_gpu_each_choice_is_named_with_its_reason(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A T4 without liger-kernel: text in float16, attention by the memory-efficient kernel, and the command that installs it."""
+    from lorakeet.kernels import efficient_varlen, flash_varlen
+    from lorakeet.models import placement
+
+    monkeypatch.setattr(placement, "device_for", lambda _: torch.device("cuda", 0))
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda **_: False)
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda *_: (7, 5))
+    monkeypatch.setattr(torch.backends.cuda, "is_flash_attention_available", lambda: True)
+    for cached in (flash_varlen._has_kernel, efficient_varlen._has_kernel):
+        cached.cache_clear()
+    try:
+        uses = {use.task: use for use in module.kernels_used() if use.device == "cuda, float16"}
+    finally:
+        for cached in (flash_varlen._has_kernel, efficient_varlen._has_kernel):
+            cached.cache_clear()
+    assert [*uses] == list(TABLE)
+    assert uses["attention"].used == "torch: memory-efficient varlen"
+    assert uses["attention"].passed_over["torch: flash varlen"] == "this torch has no flash attention for the GPU"
+    norms = uses["elementwise ops"]
+    assert norms.used.startswith("Liger") or "pip install" in norms.passed_over["Liger: norm, gate, rotary positions"]
+    assert uses["dequantise"].used.startswith("bitsandbytes") or "pip install" in str(uses["dequantise"].passed_over)
+
+
+def test_without_an_installed_package_the_command_that_installs_it_is_said(monkeypatch: pytest.MonkeyPatch) -> None:
+    def missing(name: str) -> Any:
+        raise metadata.PackageNotFoundError(name)
+
+    monkeypatch.setattr(metadata, "requires", missing)
+    with pytest.raises(EnvironmentProblem, match=r"Lorakeet is not installed in .* -m pip install --editable \."):
+        module.doctor(console=Console(quiet=True))
 
 
 def test_a_gpu_is_named_with_its_driver_and_one_that_torch_does_not_use_with_the_remedy(monkeypatch: pytest.MonkeyPatch) -> None:

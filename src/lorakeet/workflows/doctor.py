@@ -164,11 +164,11 @@ def kernels_used() -> list[KernelUse]:
 
     from lorakeet.kernels.choose import TABLE, passed_over
     from lorakeet.kernels.protocol import Situation
-    from lorakeet.models.placement import device_for, dtype_for
+    from lorakeet.models.placement import device_for, text_dtype_for
 
     found = []
     for device in dict.fromkeys((torch.device("cpu"), device_for("auto"))):
-        dtype = dtype_for("auto", device)
+        dtype = text_dtype_for("auto", device)
         situation = Situation(device, dtype, _products() if device.type == "cpu" else dtype)
         for task in TABLE:
             kernel, skipped = passed_over(task, situation)

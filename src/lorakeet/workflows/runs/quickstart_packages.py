@@ -104,8 +104,18 @@ def _install(packages: Sequence[NeededPackage], *flags: str) -> list[str]:
 
 
 def requirements_of(extra: str) -> list[Requirement]:
-    """The requirements of the installed package: always (""), or those of one extra."""
-    needs = [Requirement(line) for line in metadata.requires("lorakeet") or ()]
+    """The requirements of the installed package: always (""), or those of one extra.
+
+    Raises EnvironmentProblem where Lorakeet runs from its source tree and is not installed.
+    """
+    try:
+        lines = metadata.requires("lorakeet") or ()
+    except metadata.PackageNotFoundError as error:
+        raise EnvironmentProblem(
+            f"Lorakeet is not installed in {sys.prefix}, so what it needs is not known. In its source tree: "
+            f"{sys.executable} -m pip install --editable ."
+        ) from error
+    needs = [Requirement(line) for line in lines]
     always = [need for need in needs if need.marker is None or need.marker.evaluate({"extra": ""})]
     if not extra:
         return always
