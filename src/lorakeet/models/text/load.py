@@ -79,11 +79,7 @@ def load_text_model(
         )
         take_generation_settings(model, source)
     _require_end_ids(model, source)
-    if spec.quantize.int8_products and not enable_int8_products(model):
-        raise ConfigError(
-            f"model.quantize.int8_products is true, but no weight of {spec.path} is in int8. Set model.quantize.method to "
-            "int8."
-        )
+    _multiply_in_int8(model, spec)
     text = TextModel(
         model=model,
         tokenizer=load_tokenizer(source) if tokenizer is None else tokenizer,
@@ -106,6 +102,15 @@ def load_text_model(
     if kernels is not None:
         _use_checked_kernels(text, kernels)
     return text
+
+
+def _multiply_in_int8(model: Any, spec: ModelSpec) -> None:
+    """Lets the weights in int8 multiply so, where that is set. Raises ConfigError where there are none."""
+    if spec.quantize.int8_products and not enable_int8_products(model):
+        raise ConfigError(
+            f"model.quantize.int8_products is true, but no weight of {spec.path} is in int8. Set model.quantize.method to "
+            "int8."
+        )
 
 
 def _require_end_ids(model: Any, source: Path) -> None:
