@@ -20,6 +20,7 @@ CASES: dict[str, dict[str, Any]] = {
     "fp32": {"dtype": "float32"},
     "nf4": {"quantize": "nf4"},
     "int8": {"quantize": "int8"},
+    "products in int8": {"quantize": "int8", "int8_products": True, "spec": replace(SPEC, batch_size=8, micro_tokens=120)},
     "dropout": {"lora": replace(LORA, dropout=0.1)},
     "moments of 8 bits": {"spec": replace(SPEC, moments="8bit")},
 }
@@ -40,6 +41,16 @@ def test_a_micro_batch_waits_for_nothing(case: str, card: Card, tiny_llama_folde
     assert within == []
     assert len(all_of_step) <= MOST, all_of_step
     assert card.flash.calls + card.flash.efficient_calls > 0, "rows in one call of attention"
+
+
+@pytest.mark.parametrize("family", ["qwen3_moe", "gpt_oss"])
+def test_grouped_products_of_experts_wait_for_nothing(family: str, tmp_path: Path) -> None:
+    with simulated_card((9, 0)) as card:
+        folder = save_tiny_llama(tmp_path / family, family=family, intermediate_size=48)
+        training = training_on_card(folder, rows_behind(BEGINNING, 24), lora=replace(LORA, rank=8))
+        within, all_of_step, _ = stepped(training, card)
+        assert within == [] and len(all_of_step) <= MOST
+        assert card.launches["_grouped_mm"] > 0
 
 
 @pytest.mark.parametrize("family", ["qwen3_moe", "mixtral", "gpt_oss"])

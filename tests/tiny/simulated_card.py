@@ -26,6 +26,7 @@ from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves, tree_map
 
+from lorakeet.core.layers import grouped_experts
 from lorakeet.core.scratch import SCRATCH
 from lorakeet.kernels import choose, efficient_varlen, flash_varlen
 from lorakeet.quant import nf4
@@ -221,6 +222,8 @@ def _by_cpu(func: Any, *args: Any, **kwargs: Any) -> Any:
     """An operation on the CPU, also where only a card takes whole numbers."""
     if func._schema.name == "aten::histc" and not args[0].is_floating_point():
         return func(args[0].double(), *args[1:], **kwargs).to(args[0].dtype)
+    if func._schema.name == "aten::_int_mm" and args[1].stride(0) != 1:  # pytorch/pytorch issue 169956
+        raise RuntimeError("CUDA error: CUBLAS_STATUS_NOT_SUPPORTED when calling `cublasLtMatmul`")
     if func._schema.name == "aten::mm" and func._overloadname == "dtype":
         return torch.mm(args[0].to(args[2]), args[1].to(args[2]))
     return func(*args, **kwargs)
@@ -413,11 +416,11 @@ class Properties(NamedTuple):
     uuid: str = "simulated"
 
 
-def _patched(card: Card, patch: pytest.MonkeyPatch) -> None:
+def _patched(card: Card, patch: pytest.MonkeyPatch, capability: tuple[int, int]) -> None:
     """torch.cuda as it is with one device."""
     values: dict[str, Any] = {
         "is_available": lambda: True, "device_count": lambda: 1, "current_device": lambda: 0, "set_device": lambda _: None,
-        "get_device_capability": lambda *_: (8, 0), "get_device_name": lambda *_: Properties().name,
+        "get_device_capability": lambda *_: capability, "get_device_name": lambda *_: Properties().name,
         "get_device_properties": lambda *_: Properties(), "mem_get_info": lambda *_: (TOTAL - (600 << 20), TOTAL),
         "memory_reserved": lambda *_: 0, "memory_allocated": lambda *_: 0, "max_memory_reserved": lambda *_: 64 << 20,
         "max_memory_allocated": lambda *_: 32 << 20, "reset_peak_memory_stats": lambda *_: None, "empty_cache": lambda: None,
@@ -450,7 +453,8 @@ def _patched(card: Card, patch: pytest.MonkeyPatch) -> None:
 
 def _forget() -> None:
     """Drops what the package keeps of a device from one run to the next."""
-    for kept in (flash_varlen.sequences, flash_varlen.proved, flash_varlen._has_kernel, efficient_varlen._has_kernel):
+    of_attention = flash_varlen.sequences, flash_varlen.proved, flash_varlen._has_kernel, efficient_varlen._has_kernel
+    for kept in (grouped_experts.grouped_product_proved, *of_attention):
         kept.cache_clear()
     choose.CANDIDATES.clear()
     nf4._CACHED.clear()
@@ -459,13 +463,13 @@ def _forget() -> None:
 
 
 @contextmanager
-def simulated_card() -> Iterator[Card]:
-    """A context in which torch has one CUDA device, cuda:0, of compute capability 8.0."""
+def simulated_card(capability: tuple[int, int] = (8, 0)) -> Iterator[Card]:
+    """A context in which torch has one CUDA device, cuda:0, of that compute capability."""
     card = Card()
     with ExitStack() as stack:
         _forget()
         stack.callback(_forget)
-        _patched(card, stack.enter_context(pytest.MonkeyPatch.context()))
+        _patched(card, stack.enter_context(pytest.MonkeyPatch.context()), capability)
         before = torch.__future__.get_swap_module_params_on_conversion()
         torch.__future__.set_swap_module_params_on_conversion(True)  # a moved parameter stays the same one
         stack.callback(torch.__future__.set_swap_module_params_on_conversion, before)

@@ -22,6 +22,8 @@ EXPERT_PARAMETERS = ("gate_up_proj", "up_proj", "down_proj")
 LINEAR_ALIKE = ("FalconLinear",)  # which have a forward of their own that computes the same
 HEADS = ("lm_head", "embed_out", "score", "classifier", "classification_head", "qa_outputs", "value_head", "v_head")
 
+RANDOM = ("drop", "jitter", "noise")  # in the names of settings with which a model draws random numbers
+
 
 def original_modules(model: nn.Module, prefix: str = "") -> Iterator[tuple[str, nn.Module]]:
     """Yields (path, module) in model order, with the original of every wrapped module."""
@@ -167,6 +169,18 @@ def is_router(model: nn.Module, path: str) -> bool:
         if beside & EXPERTS:
             return True
     return False
+
+
+def draws_numbers(model: nn.Module) -> bool:
+    """True if a pass in training mode may draw random numbers: its configuration or a module names a chance of dropping, or a
+    router's noise; or its code is not that of transformers, and may do anything.
+    """
+    settings: dict[Any, Any] = getattr(getattr(model, "config", None), "to_dict", dict)()
+    parts = [settings, *(part for part in settings.values() if isinstance(part, dict))]
+    chances = [value for part in parts for name, value in part.items() if any(word in str(name) for word in RANDOM)]
+    chances += [getattr(module, name, 0) for module in model.modules() for name in ("dropout", "p")]
+    known = type(model).__module__.partition(".")[0] == "transformers"
+    return not known or any(isinstance(value, int | float) and value > 0 for value in chances)
 
 
 def output_layer(model: nn.Module) -> nn.Module | None:

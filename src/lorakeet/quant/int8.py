@@ -28,6 +28,7 @@ from lorakeet.core.base import QuantisedRows
 from lorakeet.kernels.choose import int8_products
 from lorakeet.kernels.cpu import int8_rows
 from lorakeet.kernels.cpu.stored import INT8, StoredWeight, address_of
+from lorakeet.kernels.device import is_cpu
 from lorakeet.quant.packed import PackedBase, tile_size
 
 STEPS = 127
@@ -84,7 +85,8 @@ class Int8Base(PackedBase):
             codes, scale = kernel.QUANTISE_ROWS(grad, self.scale)
             return kernel.INT8_PRODUCT(codes, scale, self.packed, None, True)
         steps, scale = _in_steps(grad * self.scale)
-        return torch._int_mm(steps.to(torch.int8), self.packed).float().mul_(scale).to(grad.dtype)
+        packed = self.packed if is_cpu(grad.device) else self.packed.t().contiguous().t()  # cuBLASLt takes columns alone
+        return torch._int_mm(steps.to(torch.int8), packed).float().mul_(scale).to(grad.dtype)
 
     def add_matmul_t(self, to: Tensor, grad: Tensor) -> None:
         if self.runs_in_int8(grad):

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import sys
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -12,8 +14,10 @@ from lorakeet.core.spec import LoraSpec
 from lorakeet.memory.spill import HostSpill, Spill
 from lorakeet.memory.transfer import CudaTransfer
 from lorakeet.models.inject import trained_parameters
+from lorakeet.models.modules import draws_numbers
 from lorakeet.models.targets import plan_for
 from lorakeet.models.text.adapters import initialise_adapter
+from lorakeet.train import rng
 from lorakeet.train.spec import TrainSpec
 from lorakeet.train.text.streamed_gradients import _Random, gradients_by_block
 from lorakeet.train.text.task import TextTask
@@ -76,6 +80,22 @@ def test_random_numbers_of_the_step_leave_the_generator_where_the_resident_step_
         gradients(task_on(folder, store))
         states.append(torch.get_rng_state())
     assert torch.equal(*states)
+
+
+def test_random_states_are_kept_for_models_that_draw_alone(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A state is 5 KB of the CPU and a call of the device for each block, micro-batch and pass."""
+    seen: list[int] = []
+    own = rng.seeded
+    monkeypatch.setattr(rng, "seeded", lambda seed, device: seen.append(seed) or own(seed, device))
+    folder = save_tiny_llama(tmp_path / "model")
+    task = task_on(folder, tmp_path / "store")
+    gradients(task)
+    assert len(seen) >= 4 and draws_numbers(task.text.model)
+    seen.clear()
+    monkeypatch.setattr(sys.modules[__name__], "LORA", replace(LORA, dropout=0.0))
+    task = task_on(folder, tmp_path / "other")
+    gradients(task)
+    assert not seen and not draws_numbers(task.text.model)
 
 
 def test_nothing_stays_spilled(tmp_path: Path) -> None:

@@ -18,6 +18,7 @@ import torch
 from torch import Tensor, nn
 
 from lorakeet.core.base import SliceBase, TransposedSliceBase
+from lorakeet.core.layers.grouped_experts import Sorted, grouped_low_rank, why_not_grouped
 from lorakeet.core.layers.linear import AdaptedLayer
 from lorakeet.core.lowrank import LoraPair, frozen_linear, low_rank_linear
 
@@ -34,7 +35,16 @@ class LoraExperts(AdaptedLayer):
 
     def __init__(self, original: nn.Module) -> None:
         super().__init__(original)
-        self.tokens: Counter[int] = Counter()
+        self._tokens: Counter[int] = Counter()
+        self._counted: Tensor | None = None  # of grouped products, on their device
+
+    @property
+    def tokens(self) -> Counter[int]:
+        """By expert, the tokens of training so far."""
+        if self._counted is not None:
+            self._tokens.update(dict(enumerate(self._counted.tolist())))
+            self._counted = None
+        return self._tokens
 
     @property
     def count(self) -> int:
@@ -50,13 +60,40 @@ class LoraExperts(AdaptedLayer):
         result = torch.zeros_like(hidden_states)
         counting = self.training and torch.is_grad_enabled()  # a streamed block runs a second time without gradients
         first = first_stack(self.original)
+        if not self._why_not_grouped(pairs, first, hidden_states):
+            choices = Sorted.of(top_k_index, top_k_weights, self.count)
+            return self._grouped(pairs, first, hidden_states, choices, counting=counting)
         for expert, token, weight in shares_of_experts(top_k_index, top_k_weights, self.count):
             if counting:
-                self.tokens[expert] += len(token)
+                self._tokens[expert] += len(token)
             inner = self._gated(self._project(pairs, first, expert, hidden_states[token]))
             out = self._project(pairs, "down_proj", expert, inner)
             result = result.index_add(0, token, (out * weight).to(result.dtype))
         return result
+
+    def _why_not_grouped(self, pairs: ExpertPairs, first: str, x: Tensor) -> str:
+        """Why each expert computes its tokens for itself; empty where grouped products compute those of all (grouped_experts)."""
+        if any(cast(LoraPair, pair).dropout > 0 and pair.training for pair in pairs.values()):
+            return "pairs drop numbers"
+        matrices = [cast(Tensor, getattr(self.original, name)).shape[1:] for name in (first, "down_proj")]
+        ranks = [cast(LoraPair, pair).rank for pair in pairs.values()]
+        return why_not_grouped(x, self.products, (*(width for matrix in matrices for width in matrix), *ranks))
+
+    def _grouped(self, pairs: ExpertPairs, first: str, x: Tensor, choices: Sorted, *, counting: bool) -> Tensor:
+        """All experts at once."""
+        if counting:
+            counts = torch.diff(choices.ends, prepend=choices.ends.new_zeros(1))
+            self._counted = counts if self._counted is None else self._counted + counts
+
+        def project(name: str, rows: Tensor) -> Tensor:
+            stacked, biases = cast(Tensor, getattr(self.original, name)), getattr(self.original, f"{name}_bias", None)
+            weight = stacked.mT if stored_transposed(self.original) else stacked
+            pair = cast(LoraPair, pairs[name]) if name in pairs else None
+            out = grouped_low_rank(rows, weight, choices.ends, None if pair is None else (pair.A, pair.B, pair.scale))
+            return out if biases is None else out + biases.index_select(0, choices.experts).to(out.dtype)
+
+        out = project("down_proj", self._gated(project(first, x.index_select(0, choices.tokens))))
+        return torch.zeros_like(x).index_add(0, choices.tokens, (out * choices.weights).to(x.dtype))
 
     def _gated(self, gate_up: Tensor) -> Tensor:
         """act(gate)·up, (tokens, 2·width) to (tokens, width), by the block's own function where it has one: some clamp both.

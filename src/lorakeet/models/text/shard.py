@@ -12,12 +12,13 @@ from __future__ import annotations
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import replace
+from itertools import pairwise
 from typing import cast
 
 import torch
 from torch import Tensor, nn
 from torch.distributed.device_mesh import init_device_mesh
-from torch.distributed.fsdp import fully_shard
+from torch.distributed.fsdp import FSDPModule, fully_shard
 from torch.distributed.tensor import DTensor
 
 from lorakeet.errors import ConfigError, EnvironmentProblem
@@ -37,6 +38,7 @@ def shard_blocks(text: TextModel, count: int, device: torch.device) -> TextModel
         kind = text.model.config.model_type
         raise ConfigError(f"train.shard shards a model's blocks, but this '{kind}' model has no list of blocks. Leave it out.")
     mesh = init_device_mesh(device.type, (count,))
+    sharded: list[FSDPModule] = []
     for number in range(blocks):
         # the original, whose hooks a TrainedBlock calls
         block = modules.unwrapped(cast(nn.Module, modules.find(text.model, f"{prefix}.{number}")))
@@ -47,7 +49,10 @@ def shard_blocks(text: TextModel, count: int, device: torch.device) -> TextModel
                     base.register_parameter(name, nn.Parameter(buffer, requires_grad=False))
         with _packed_weights_refused():
             ignored = {each for each in block.parameters() if each.requires_grad or not each.dim()}
-            fully_shard(block, mesh=mesh, ignored_params=ignored)
+            sharded.append(fully_shard(block, mesh=mesh, ignored_params=ignored))
+    for lower, upper in pairwise(sharded):  # a block is gathered while its neighbour computes
+        lower.set_modules_to_forward_prefetch([upper])
+        upper.set_modules_to_backward_prefetch([lower])
     decoder = modules.decoder_of(text.model)
     outside = {each for each in decoder.parameters() if not isinstance(each, DTensor)}
     fully_shard(decoder, mesh=mesh, ignored_params=outside)  # it shards nothing itself; blocks below it are prefetched

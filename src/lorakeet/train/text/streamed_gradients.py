@@ -19,6 +19,7 @@ from torch import Tensor, nn
 
 from lorakeet.data.pack import Batch
 from lorakeet.memory.spill import Spill
+from lorakeet.models import modules
 from lorakeet.models.streaming.model import BlockInputs, StreamedBlocks, plain_output
 from lorakeet.models.text.model import TextModel
 from lorakeet.train import rng
@@ -87,7 +88,8 @@ class _Step:
 
     def __init__(self, text: TextModel, streamed: StreamedBlocks, batches: list[Batch], seeds: list[int], spill: Spill) -> None:
         self.text, self.streamed, self.batches, self.spill = text, streamed, batches, spill
-        self.random = [_Random(seed, text.device) for seed in seeds]
+        draws = modules.draws_numbers(text.model)
+        self.random = [_Random(seed, text.device, draws=draws) for seed in seeds]
         self.passages: list[BlockInputs] = []
         self.states: list[Tensor] = []  # outputs of the latest block; in the backward pass their gradients
         self.outer: list[dict[nn.Parameter, Tensor]] = []  # by batch: gradients outside the blocks, from the head
@@ -187,15 +189,21 @@ class _Step:
 
 
 class _Random:
-    """The random state of one micro-batch on CPU and device: continues from block to block, and is replayed in backward."""
+    """The random state of one micro-batch on CPU and device: continues from block to block, and is replayed in backward.
 
-    def __init__(self, seed: int, device: torch.device) -> None:
-        self.device, self._state = device, rng.seeded(seed, device)
+    Nothing is saved or restored for a model that `draws` no numbers.
+    """
+
+    def __init__(self, seed: int, device: torch.device, *, draws: bool = True) -> None:
+        self.device, self.draws, self._state = device, draws, rng.seeded(seed, device) if draws else ()
         self._kept: dict[int, tuple[Tensor, ...]] = {}
 
     @contextmanager
     def drawing(self, keep_for: int | None = None) -> Iterator[None]:
         """A context with this micro-batch's random state; stores the state at block `keep_for`."""
+        if not self.draws:
+            yield
+            return
         if keep_for is not None:
             self._kept[keep_for] = self._state
         with torch.random.fork_rng(devices=rng.cuda_devices(self.device)):
@@ -206,6 +214,9 @@ class _Random:
     @contextmanager
     def again(self, index: int) -> Iterator[None]:
         """A context that replays the random numbers of block `index`."""
+        if not self.draws:
+            yield
+            return
         with torch.random.fork_rng(devices=rng.cuda_devices(self.device)):
             rng.draw_from(self._kept.pop(index), self.device)
             yield
