@@ -15,6 +15,7 @@ from starlette.routing import Route
 from lorakeet.errors import ConfigError, LorakeetError
 from lorakeet.studio.forms import settings_of
 from lorakeet.studio.pages import Screen, Studio, form_of, moved, page, studio_of
+from lorakeet.studio.screens import pictures
 from lorakeet.studio.trial import (
     TriedModel,
     add_run,
@@ -56,6 +57,8 @@ def _system(studio: Studio, trial: TriedModel | None) -> str:
 
 def _open(request: Request) -> Response:
     studio, run = studio_of(request), form_of(request).get("run", "")
+    if settings_of(studio.places.run(run)).get("kind") == "image":
+        return moved(f"/try/pictures/{run}")
     open_trial(studio.places, studio.queue, run)
     return moved("/try", {"run": run})
 
@@ -125,5 +128,6 @@ SCREEN = Screen(
         Route("/try/state", _state),
         Route("/try/add", _add, methods=["POST"]),
         Route("/try/say", _say, methods=["POST"]),
+        *pictures.ROUTES,
     ),
 )

@@ -1,0 +1,81 @@
+"""Pictures of an image run at several strengths of its adapter: `lorakeet generate` as a job, with the same seed for all."""
+
+from __future__ import annotations
+
+import json
+import secrets
+from dataclasses import dataclass
+from pathlib import Path
+
+from lorakeet.config import read_run
+from lorakeet.disk import open_regular
+from lorakeet.errors import ConfigError, DataError
+from lorakeet.studio.jobs import Job, Queue
+from lorakeet.studio.places import NotHere, Places
+from lorakeet.workflows.options import GenerateOptions
+from lorakeet.workflows.runs.drawing_options import adapters_and_mixes
+
+STRENGTHS = (0.0, 0.25, 0.5, 0.75, 1.0, 1.25, 1.5)
+_NAME = "it"  # of the adapter, in the command
+
+
+@dataclass(frozen=True)
+class DrawnPicture:
+    """One picture, by the strength of the adapter; 0 is the base."""
+
+    file: str
+    strength: float
+
+
+def draw_strengths(places: Places, queue: Queue, run: str, *, prompt: str, seed: str, steps: str) -> Job:
+    """Puts the command that draws `prompt` at each of STRENGTHS into the queue. ConfigError for what it would refuse."""
+    folder = places.run(run)
+    if not (folder / "adapter").is_dir():
+        raise ConfigError(f"'{run}' has no adapter yet. Wait until it has trained, or resume it.")
+    prompt = " ".join(prompt.split())
+    if not prompt:
+        raise ConfigError("The prompt is empty. Describe the picture, as the captions of your pictures do.")
+    out = places.own / "drawn" / f"{run}-{secrets.token_hex(4)}"
+    mixes = [f"{_NAME}={strength:g}" if strength else "base" for strength in STRENGTHS]
+    try:
+        numbers = int(seed or 0), int(steps or GenerateOptions.steps)
+    except ValueError:
+        raise ConfigError(f"seed is {seed!r:.40} and steps {steps!r:.40}; expected whole numbers.") from None
+    adapter, prompts = f"{_NAME}={folder}", (prompt,) * len(STRENGTHS)
+    adapters_and_mixes(
+        GenerateOptions(prompts, out, adapter=(adapter,), each=tuple(mixes), seed=numbers[0], steps=numbers[1])
+    )
+    words = ["generate", "--adapter", adapter, "--out", str(out), "--seed", str(numbers[0]), "--steps", str(numbers[1])]
+    for mix in mixes:
+        words += ["--prompt", prompt, "--each", mix]
+    return queue.add(words, title=f"Draw with {run}", device=read_run(folder / "config.yaml").model.device)
+
+
+def drawing_jobs(queue: Queue, run: str) -> list[Job]:
+    """The jobs that draw with a run, the newest first."""
+    return [job for job in reversed(queue.jobs()) if job.words[:1] == ("generate",) and job.title == f"Draw with {run}"]
+
+
+def drawn_pictures(job: Job) -> list[DrawnPicture]:
+    """The pictures of a job, by strength; none before it is done."""
+    try:
+        listed = json.loads((_folder(job) / "pictures.json").read_bytes())
+        found = [DrawnPicture(str(one["file"]), float(one["mix"].get(_NAME, 0.0))) for one in listed]
+    except (OSError, ValueError, KeyError, TypeError, AttributeError):
+        return []
+    return sorted(found, key=lambda one: one.strength)
+
+
+def picture_bytes(job: Job, file: str) -> bytes:
+    """One PNG of a job. NotHere for a name that is not listed."""
+    if file not in [one.file for one in drawn_pictures(job)] or "/" in file:
+        raise NotHere(f"There is no picture {file:.100}.")
+    try:
+        with open_regular(_folder(job) / file) as found:
+            return found.readall()
+    except OSError as error:
+        raise DataError(f"The picture {file:.100} cannot be read: {error}.") from error
+
+
+def _folder(job: Job) -> Path:
+    return Path(job.words[job.words.index("--out") + 1])
