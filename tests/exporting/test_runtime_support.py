@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import typing
 
 import pytest
@@ -12,6 +13,7 @@ from lorakeet.core.math import Kind
 from lorakeet.core.plan import ExtraEntry, Plan, PlanEntry
 from lorakeet.exporting.runtime_support import (
     LIMITS,
+    VLLM_TRIED,
     Feature,
     Runtime,
     features_of_adapter,
@@ -19,6 +21,7 @@ from lorakeet.exporting.runtime_support import (
     has_head,
     limits_of,
 )
+from structure.tree import ROOT
 
 
 def pair(rank: int = 4, alpha: float = 12.0, **more: typing.Any) -> Pair:
@@ -85,3 +88,21 @@ def test_every_row_of_the_table_is_whole() -> None:
         assert limit.runtime in typing.get_args(Runtime) and limit.feature in typing.get_args(Feature)
         assert limit.source and limit.remedy.endswith(".") and limit.what and not limit.what.endswith(".")
     assert len({(limit.runtime, limit.feature) for limit in LIMITS}) == len(LIMITS)
+
+
+def test_vllms_rules_say_what_a_real_vllm_did() -> None:
+    """The newest result of benchmarks/vllm_rules.py, rule by rule; what is refused there is never said to load here."""
+    newest = max(ROOT.glob("benchmarks/results/vllm_rules.*.json"), key=lambda path: json.loads(path.read_text())["began"])
+    result = json.loads(newest.read_text())
+    assert json.loads(result["vllm"])["version"] == VLLM_TRIED
+    rules = {limit.feature: limit for limit in LIMITS if limit.runtime == "vllm"}
+    tried = {feature: found["does"] for feature, found in result["attempts"].items()}
+    assert len(tried) >= 13 and {feature: limit.seen for feature, limit in rules.items() if limit.seen} == {
+        feature: does for feature, does in tried.items() if feature in rules
+    }
+    assert all(limit.effect == "refused" for limit in rules.values() if limit.seen == "refused")
+    assert tried["rank above --max-lora-rank"] == "refused" and {"plain pairs", "rsLoRA"} <= set(tried)
+    others = tried.keys() - rules.keys() - {"rank above --max-lora-rank"}
+    assert {tried[feature] for feature in others} == {"right"}
+    assert "vllm 0.32.0, tried: refused" in rules["DoRA"].evidence
+    assert rules["expert pairs"].evidence == rules["expert pairs"].source

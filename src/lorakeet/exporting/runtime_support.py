@@ -1,6 +1,7 @@
 """Which features of an adapter each runtime supports, refuses, or silently computes wrongly.
 
-A table of facts with their sources. vLLM: `vllm/lora/peft_helper.py` and the engine's arguments as of October 2025. llama.cpp:
+A table of facts with their sources. vLLM: `vllm/lora/peft_helper.py` and the engine's arguments as of October 2025, and one real
+attempt for each rule (benchmarks/vllm_rules.py). Versions differ: several ranks and scales are right in VLLM_TRIED. llama.cpp:
 `src/llama-adapter.cpp` and this package's own GGUF adapters, which carry the true scale of every pair. Ollama: `convert/` and
 `server/create.go`; it starts llama.cpp's server, and gets GGUF from here, never safetensors. PEFT: 0.21, by running it.
 """
@@ -20,6 +21,7 @@ Feature = Literal[
     "whole modules", "new tokens", "embedding pairs", "tied head pairs", "expert pairs", "convolution pairs",
 ]  # fmt: skip
 Effect = Literal["refused", "wrong", "note"]
+VLLM_TRIED = "0.32.0"
 
 
 @dataclass(frozen=True)
@@ -32,6 +34,12 @@ class Limit:
     what: str
     remedy: str
     source: str
+    seen: str = ""  # of vLLM: what version VLLM_TRIED did with a real adapter; empty where none was tried
+
+    @property
+    def evidence(self) -> str:
+        """Where the rule is from, and what was seen."""
+        return f"{self.source}; {self.runtime} {VLLM_TRIED}, tried: {self.seen}" if self.seen else self.source
 
 
 _ONE = "Use one rank and alpha (ranks.choose given), or merge."
@@ -50,16 +58,17 @@ def _gguf(feature: Feature, what: str, source: str = _LORA) -> tuple[Limit, Limi
 
 
 _ENGINE = "vllm/config/lora.py"
+_SMALLER = "Take a smaller rank, or merge."
 _WIDE = "Start it with --max-lora-rank as large as the rank."
 LIMITS: tuple[Limit, ...] = (
-    Limit("vllm", "rank above 512", "refused", "512 is the largest --max-lora-rank", "Take a smaller rank, or merge.", _ENGINE),
-    Limit("vllm", "rank above 16", "note", "the server needs a larger --max-lora-rank", _WIDE, _ENGINE),
-    Limit("vllm", "several ranks", "wrong", "every pair gets the scale of the global rank", _ONE, _HELPER),
-    Limit("vllm", "several scales", "wrong", "alpha_pattern is dropped", _ONE, _HELPER),
-    Limit("vllm", "DoRA", "refused", "use_dora is an error", _MERGE, _HELPER),
-    Limit("vllm", "bias in the pairs", "refused", "bias other than none is an error", _MERGE, _HELPER),
-    Limit("vllm", "whole modules", "refused", "modules_to_save is an error", _MERGE, _HELPER),
-    Limit("vllm", "new tokens", "refused", "trained token rows are not supported", _MERGE, _HELPER),
+    Limit("vllm", "rank above 512", "refused", "512 is the largest --max-lora-rank", _SMALLER, _ENGINE, "refused"),
+    Limit("vllm", "rank above 16", "note", "the server needs a larger --max-lora-rank", _WIDE, _ENGINE, "right"),
+    Limit("vllm", "several ranks", "wrong", "older versions scale every pair by the global rank", _ONE, _HELPER, "right"),
+    Limit("vllm", "several scales", "wrong", "older versions drop alpha_pattern", _ONE, _HELPER, "right"),
+    Limit("vllm", "DoRA", "refused", "use_dora is an error", _MERGE, _HELPER, "refused"),
+    Limit("vllm", "bias in the pairs", "refused", "lora_bias is an error", _MERGE, _HELPER, "refused"),
+    Limit("vllm", "whole modules", "refused", "modules_to_save is an error", _MERGE, _HELPER, "refused"),
+    Limit("vllm", "new tokens", "refused", "trained token rows are not supported", _MERGE, _HELPER, "refused"),
     Limit("vllm", "expert pairs", "wrong", "PEFT's target_parameters were silently dropped", _MERGE, "vllm pull request 41384"),
     Limit("vllm", "convolution pairs", "refused", "only linear and embedding layers take pairs", _MERGE, "vllm/lora/layers"),
     *_gguf("DoRA", "GGUF adapters cannot hold magnitudes", "llama.cpp issue 6536"),

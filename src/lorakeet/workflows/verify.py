@@ -343,7 +343,7 @@ def check_deployment(config_or_run: Path, runtime: Runtime, console: Console, *,
         what = "would not load" if planned else "does not load"
         lines = [f"The adapter of {config_or_run} {what} rightly in {runtime}:"]
         words = {"refused": "is refused", "wrong": "is computed wrongly, without a word"}
-        lines += [f"  - {limit.feature} {words[limit.effect]}: {limit.what} ({limit.source}). {limit.remedy}" for limit in bad]
+        lines += [f"  - {limit.feature} {words[limit.effect]}: {limit.what} ({limit.evidence}). {limit.remedy}" for limit in bad]
         raise VerificationFailed("\n".join(lines))
     for limit in limits:
         console.print(f"{runtime}: {limit.feature}: {limit.what}. {limit.remedy}", soft_wrap=True)

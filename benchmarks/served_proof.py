@@ -1,0 +1,335 @@
+"""Claim: `lorakeet verify --against` calls no right server wrong, and finds every planted fault, over real servers.
+
+    python benchmarks/served_proof.py [--quick] [--run RUN …] [--until 23:30] [--lines FILE]
+
+Models: four tiny families, each with adapters of several training seeds, and each finished --run (SmolLM2-135M's quickstart).
+Servers: lorakeet's own (float32, bfloat16), llama.cpp's (f16, q8_0, q4_k_m merged; f16 with a LoRA file), and vLLM (bfloat16)
+where LORAKEET_VLLM_PYTHON names its environment; vLLM's CPU engine does not take the tiny families' heads. Each serving is a
+line of --lines: started again, the program goes on where it ended. No timings: a busy machine does not change them.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import socket
+import sys
+from collections import Counter
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
+from datetime import datetime
+from functools import cached_property
+from pathlib import Path
+from tempfile import TemporaryDirectory
+from typing import Any
+
+from contenders.mixed_cache import MixedCacheApi
+from harness.llama_server import llama_server
+from harness.machine import REPOSITORY, RESULTS, origin, write_result
+from rich.console import Console
+from safetensors.torch import load_file
+
+from lorakeet.core.adapter import Adapter
+from lorakeet.exporting.gguf_model import write_gguf
+from lorakeet.exporting.llama_cpp import quantise
+from lorakeet.exporting.tolerances import F16, PRECISIONS
+from lorakeet.formats import gguf
+from lorakeet.formats.files.base_model import open_base
+from lorakeet.formats.peft import peft
+from lorakeet.models.files.source import find_source
+from lorakeet.models.text.load import load_tokenizer
+from lorakeet.workflows.runs.open_adapter import NAME, Opened, open_adapter
+from lorakeet.workflows.runs.server_answer import open_answer, read_answer
+from lorakeet.workflows.serving.vllm_process import base_url, running_vllm, vllm_python
+from lorakeet.workflows.verification.artefact import InTorch, live_side
+from lorakeet.workflows.verification.server import Server, check_server
+from lorakeet.workflows.verify import probes_of
+
+sys.path.insert(0, str(REPOSITORY / "tests"))
+from tiny.models import save_tiny_llama
+from tiny.runs import reviews, run, write_rows
+
+from lorakeet.workflows.serve import Registry, Service, ServingModel, load_text_model  # isort: skip
+from lorakeet.models.spec import ModelSpec  # isort: skip
+from lorakeet.serve.engine import Engine  # isort: skip
+from tiny.site import Site  # isort: skip
+
+FAMILIES = ("llama", "qwen2", "qwen3", "mistral")
+SEEDS = 8  # adapters of a family; 4 families, 8 seeds and 6 servings are 192
+FORMS = ("ours float32", "ours bfloat16", "llama.cpp f16", "llama.cpp f16 + LoRA", "llama.cpp q8_0", "llama.cpp q4_k_m")
+PRECISION = {"llama.cpp q8_0": "8-bit", "llama.cpp q4_k_m": "4-bit"}
+FAULTS = (
+    "adapter of the checkpoint before", "scale off by 2 %", "one pair missing", "another adapter of the task",
+    "prefix cache of another adapter", "another chat template", "BOS doubled", "a base in q4_k_m",
+)  # fmt: skip
+CONTEXT, ROWS = 1024, 8
+
+
+@dataclass
+class Subject:
+    """A finished run: what is proved of its servings."""
+
+    name: str
+    path: Path
+    other: Path | None  # another run of the same task
+
+    @cached_property
+    def opened(self) -> Opened:
+        return open_adapter(self.path, say=lambda _: None)
+
+    @cached_property
+    def source(self) -> Path:
+        return find_source(self.opened.config.model, lambda _: None)
+
+    @cached_property
+    def side(self) -> tuple[InTorch, Any]:
+        """The live adapter, and the rows and prompts that are compared."""
+        live = live_side(self.opened, Console(quiet=True))
+        return live, probes_of(self.opened, self.opened.dataset, live, ROWS)
+
+    def before(self) -> Adapter | None:
+        """The adapter of the earliest checkpoint that is kept; None where there is one at most."""
+        folders = sorted((self.path / "checkpoints").glob("step-*"))
+        if len(folders) < 2:
+            return None
+        kept = load_file(folders[0] / "trained.safetensors")
+        held = self.opened.adapter
+        pairs = {path: replace(pair, A=kept[f"{path}.A"], B=kept[f"{path}.B"]) for path, pair in held.pairs.items()}
+        return replace(held, pairs=pairs)
+
+    def faulty(self, fault: str) -> Adapter | None:
+        """The adapter that a server with the fault applies; None where this run has none."""
+        held = self.opened.adapter
+        paths = list(held.pairs)
+        missing = paths[len(paths) // 2]
+        if fault == "adapter of the checkpoint before":
+            return self.before()
+        if fault == "another adapter of the task":
+            return None if self.other is None else open_adapter(self.other, say=lambda _: None).adapter
+        factors = dict.fromkeys(paths, 0.98 if fault == "scale off by 2 %" else 1.0)
+        if fault == "one pair missing":
+            factors[missing] = 0.0
+        return replace(held, pairs={path: replace(pair, B=pair.B * factors[path]) for path, pair in held.pairs.items()})
+
+
+def proved(subject: Subject, server: Server, precision: str) -> dict[str, Any]:
+    """The verdict on one serving."""
+    live, probes = subject.side
+    console = Console(quiet=True)
+
+    def in_format(name: str) -> InTorch:
+        return InTorch(subject.opened.text_model(console, dtype=name), NAME, name)
+
+    formats = dict.fromkeys(("float16", "bfloat16"), in_format) if precision == "auto" else {}
+    found = check_server(live, server, probes, subject.opened.config.evaluate, formats)
+    failed = [check.name.rpartition(": ")[2] for check in found.checks if not check.passed]
+    by_name = {check.name.rpartition(": ")[2]: check for check in found.checks}
+    modules = found.modules[0] if found.modules else None
+    result: dict[str, Any] = {"passed": not failed and not found.ended, "failed": failed, "ended": found.ended}
+    if "log-probabilities" in by_name:
+        told = by_name["log-probabilities"]
+        result |= {"mean_kl": told.measured["mean_kl"], "allowed_kl": told.tolerance["mean_kl"]}
+    if modules is not None:
+        check = by_name["modules"]
+        result |= {"active": len(modules.active), "of": check.n, "missing": list(modules.missing)}
+        result |= {"scale_error": check.measured["scale_error"], "scale_allowed": check.tolerance["scale_error"]}
+    return result
+
+
+@contextmanager
+def ours(subject: Subject, adapter: Adapter, dtype: Any, folder: Path) -> Iterator[str]:
+    """lorakeet's own server over the base, with this adapter."""
+    peft.write(adapter, folder / "adapter")
+    text = load_text_model(ModelSpec(path=str(subject.source), dtype=dtype))
+    live = ServingModel(text)
+    engine = Engine(text, live.selection, slots=2, context=min(CONTEXT, text.context or CONTEXT), chunk=256)
+    engine.start()
+    registry = Registry(live, engine, base="base", budget=None, changed=lambda: None)
+    registry.register("mine", folder / "adapter")
+    site = Site(Service(text, engine, registry))
+    try:
+        yield f"{site.url}#mine"
+    finally:
+        site.stop()
+        engine.drain(timeout=0.0)
+
+
+@contextmanager
+def in_llama_cpp(
+    subject: Subject,
+    adapter: Adapter,
+    form: str,
+    folder: Path,
+    *,
+    template: Callable[[str, str], str] | None = None,
+    base: str = "f16",
+) -> Iterator[str]:
+    """llama.cpp's server of the merged model, or of a base in the type `base` with a LoRA file."""
+    tokenizer = load_tokenizer(subject.opened.tokenizer or subject.source)
+    if template is not None:
+        tokenizer.chat_template = template(tokenizer.chat_template, tokenizer.bos_token or "")
+    apart, quant = form.endswith("LoRA"), form.split()[1]
+    wide, model, lora = folder / "wide.gguf", folder / "model.gguf", folder / "lora.gguf"
+    write_gguf(subject.source, None if apart else adapter, wide, tokenizer=tokenizer, quant="f16", facts={})
+    kind = base if apart else quant
+    if kind == "f16":
+        wide.rename(model)
+    else:
+        quantise(wide, model, kind)
+    if apart:
+        gguf.write(adapter, lora, base=open_base(subject.source))
+    with llama_server(model, [lora] if apart else [], context=CONTEXT, scale=1.0) as (url, _):
+        yield url
+
+
+@contextmanager
+def served(subject: Subject, form: str, fault: str, folder: Path) -> Iterator[Server | None]:
+    """The server of one serving; None where this subject has no such fault."""
+    allowed, held = F16 if form not in PRECISION else PRECISIONS[PRECISION[form]], subject.opened.adapter
+    adapter = subject.faulty(fault) if fault else held
+    if adapter is None:
+        yield None
+    elif fault == "prefix cache of another adapter":
+        other = subject.faulty("another adapter of the task") or subject.before()
+        if other is None:
+            yield None
+            return
+        server = Server.__new__(Server)
+        server.allowed, server.name = allowed, "http://mixed#right"
+        text = load_text_model(ModelSpec(path=str(subject.source), dtype="float32"))
+        server.api = MixedCacheApi(text, held, other)
+        yield server
+    elif form.startswith("ours"):
+        with ours(subject, adapter, form.split()[1], folder) as url:
+            yield Server(url, allowed)
+    else:
+        templates: dict[str, Callable[[str, str], str]] = {
+            "another chat template": lambda text, _: text.replace("user", "human").replace("\\n", " "),
+            "BOS doubled": lambda text, bos: bos + bos + text,
+        }
+        base = "q4_k_m" if fault == "a base in q4_k_m" else "f16"
+        with in_llama_cpp(subject, adapter, form, folder, template=templates.get(fault), base=base) as url:
+            yield Server(url, allowed)
+
+
+def form_of(fault: str) -> str:
+    """The server in which a fault is planted."""
+    elsewhere = {"a base in q4_k_m": "llama.cpp f16 + LoRA", "prefix cache of another adapter": "ours float32"}
+    return elsewhere.get(fault, "llama.cpp f16")
+
+
+def subjects(folder: Path, seeds: int, families: Sequence[str]) -> Iterator[Subject]:
+    """Runs of tiny families, trained now, one seed after another."""
+    before: dict[str, Path] = {}
+    for seed in range(seeds + 1):
+        for family in families:
+            base, model = folder / family, folder / family / "model"
+            if not seed:
+                save_tiny_llama(model, family=family)
+                write_rows(base / "rows.jsonl", reviews(60))
+            changes = {"train.seed": seed, "train.checkpoint_every": 3, "evaluate.answers": 0, "train.steps": 9}
+            run(model, base / "rows.jsonl", base / f"run{seed}", changes)
+            if seed:
+                yield Subject(f"{family}, seed {seed - 1}", before[family], base / f"run{seed}")
+            before[family] = base / f"run{seed}"
+
+
+def in_vllm(subject: Subject, folder: Path, python: Path, wanted: Sequence[str]) -> Iterator[tuple[str, dict[str, Any]]]:
+    """By fault ("" for none), the verdict on vLLM in bfloat16; one start for all, adapters are loaded at run time."""
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = int(probe.getsockname()[1])
+    url = base_url("127.0.0.1", port)
+    words = ["vllm", "serve", str(subject.source), "--enable-lora", "--max-lora-rank", "64", "--max-cpu-loras", "8"]
+    words += ["--dtype", "bfloat16", "--max-model-len", str(CONTEXT), "--host", "127.0.0.1", "--port", str(port)]
+    with running_vllm(python, words, url):
+        for number, fault in enumerate(wanted):
+            adapter = subject.faulty(fault) if fault else subject.opened.adapter
+            if adapter is None:
+                continue
+            peft.write(adapter, folder / f"a{number}")
+            named = {"lora_name": f"a{number}", "lora_path": str(folder / f"a{number}")}
+            with open_answer(f"{url}/v1/load_lora_adapter", named) as one:
+                read_answer(one)
+            yield fault, proved(subject, Server(f"{url}#a{number}", F16), "auto")
+
+
+class Lines:
+    """The servings that were proved, one a line."""
+
+    def __init__(self, path: Path, until: str) -> None:
+        self.path, self.until = path, until
+        self.known = [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
+
+    @property
+    def late(self) -> bool:
+        return bool(self.until) and datetime.now().strftime("%H:%M") >= self.until
+
+    def has(self, model: str, form: str, fault: str) -> bool:
+        return any((one["model"], one["server"], one["fault"]) == (model, form, fault) for one in self.known)
+
+    def add(self, model: str, form: str, fault: str, result: dict[str, Any]) -> None:
+        one = {"model": model, "server": form, "fault": fault, **result}
+        self.known.append(one)
+        with self.path.open("a", encoding="utf-8") as file:
+            file.write(json.dumps(one) + "\n")
+        print({key: one[key] for key in ("model", "server", "fault", "passed", "failed")}, flush=True)
+
+    def summary(self) -> dict[str, Any]:
+        right = [one for one in self.known if not one["fault"]]
+        faults = [one for one in self.known if one["fault"]]
+        tally = Counter((one["fault"], "missed" if one["passed"] else "found") for one in faults)
+        planted = dict.fromkeys(one["fault"] for one in faults)
+        return {
+            "right servings": len(right),
+            "false alarms": [one for one in right if not one["passed"]],
+            "modules of right servings called missing": sum(len(one.get("missing", ())) for one in right),
+            "modules of right servings shown active": [sum(one.get(key, 0) for one in right) for key in ("active", "of")],
+            "faults": {fault: {how: tally[fault, how] for how in ("found", "missed")} for fault in planted},
+        }
+
+
+def prove(subject: Subject, lines: Lines, forms: Sequence[str], faults: Sequence[str]) -> None:
+    """All servings of one subject that are not in `lines` yet."""
+    for form, fault in [*((form, "") for form in forms), *((form_of(fault), fault) for fault in faults)]:
+        if lines.late or lines.has(subject.name, form, fault):
+            continue
+        with TemporaryDirectory() as name, served(subject, form, fault, Path(name)) as server:
+            if server is not None:
+                lines.add(subject.name, form, fault, proved(subject, server, PRECISION.get(form, "auto")))
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
+    parser.add_argument("--run", type=Path, action="append", default=[], help="a finished run that is served too; repeatable")
+    parser.add_argument("--families", nargs="*", default=list(FAMILIES), choices=FAMILIES, help="tiny families")
+    parser.add_argument("--run-forms", nargs="*", default=list(FORMS), choices=FORMS, help="servings of the runs, beside vLLM's")
+    parser.add_argument("--quick", action="store_true", help="one adapter of one family")
+    parser.add_argument("--until", default="", help="HH:MM after which no serving is started")
+    parser.add_argument("--lines", type=Path, default=Path("served_proof.jsonl"), help="a line for each serving; read first")
+    parser.add_argument("--results", type=Path, default=RESULTS, help="where the result is written")
+    given = parser.parse_args(arguments)
+    about, lines, python = origin(), Lines(given.lines, given.until), vllm_python()
+    seeds, families = (1, given.families[:1]) if given.quick else (SEEDS, given.families)
+    with TemporaryDirectory() as name:
+        for path in given.run:
+            subject = Subject(path.name, path, None)
+            wanted = [fault for fault in ("", *FAULTS[:4]) if not lines.has(subject.name, "vLLM bfloat16", fault)]
+            if python is not None and wanted and not lines.late:
+                for fault, result in in_vllm(subject, Path(name), python, wanted):
+                    lines.add(subject.name, "vLLM bfloat16", fault, result)
+            prove(subject, lines, given.run_forms, FAULTS if given.run_forms else ())
+        for number, subject in enumerate(subjects(Path(name), seeds, families)):
+            prove(subject, lines, FORMS, FAULTS if number < len(families) else ())
+            if lines.late:
+                break
+    found, claim = lines.summary(), "served_proof_quick" if given.quick else "served_proof"
+    print(json.dumps({**found, "false alarms": len(found["false alarms"])}, indent=1))
+    print(write_result(claim, {**found, "servings": lines.known}, seed=0, about=about, folder=given.results))
+    missed = sum(counts["missed"] for counts in found["faults"].values())
+    return 1 if found["false alarms"] or missed else 0
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())
