@@ -63,7 +63,7 @@ FAULTS = (
     "adapter of the checkpoint before", "scale off by 2 %", "one pair missing", "another adapter of the task",
     "prefix cache of another adapter", "another chat template", "BOS doubled", "a base in q4_k_m",
 )  # fmt: skip
-CONTEXT, ROWS = 1024, 8
+CONTEXT = 1024
 
 
 @dataclass
@@ -73,6 +73,7 @@ class Subject:
     name: str
     path: Path
     other: Path | None  # another run of the same task
+    rows: int  # held-out rows that are compared
 
     @cached_property
     def opened(self) -> Opened:
@@ -86,7 +87,7 @@ class Subject:
     def side(self) -> tuple[InTorch, Any]:
         """The live adapter, and the rows and prompts that are compared."""
         live = live_side(self.opened, Console(quiet=True))
-        return live, probes_of(self.opened, self.opened.dataset, live, ROWS)
+        return live, probes_of(self.opened, self.opened.dataset, live, self.rows)
 
     def before(self) -> Adapter | None:
         """The adapter of the earliest checkpoint that is kept; None where there is one at most."""
@@ -219,7 +220,7 @@ def form_of(fault: str) -> str:
     return elsewhere.get(fault, "llama.cpp f16")
 
 
-def subjects(folder: Path, seeds: int, families: Sequence[str]) -> Iterator[Subject]:
+def subjects(folder: Path, seeds: int, families: Sequence[str], rows: int) -> Iterator[Subject]:
     """Runs of tiny families, trained now, one seed after another."""
     before: dict[str, Path] = {}
     for seed in range(seeds + 1):
@@ -231,7 +232,7 @@ def subjects(folder: Path, seeds: int, families: Sequence[str]) -> Iterator[Subj
             changes = {"train.seed": seed, "train.checkpoint_every": 3, "evaluate.answers": 0, "train.steps": 9}
             run(model, base / "rows.jsonl", base / f"run{seed}", changes)
             if seed:
-                yield Subject(f"{family}, seed {seed - 1}", before[family], base / f"run{seed}")
+                yield Subject(f"{family}, seed {seed - 1}", before[family], base / f"run{seed}", rows)
             before[family] = base / f"run{seed}"
 
 
@@ -305,6 +306,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--run", type=Path, action="append", default=[], help="a finished run that is served too; repeatable")
     parser.add_argument("--families", nargs="*", default=list(FAMILIES), choices=FAMILIES, help="tiny families")
     parser.add_argument("--run-forms", nargs="*", default=list(FORMS), choices=FORMS, help="servings of the runs, beside vLLM's")
+    parser.add_argument("--rows", type=int, default=8, help="held-out rows of each serving that are compared")
     parser.add_argument("--quick", action="store_true", help="one adapter of one family")
     parser.add_argument("--until", default="", help="HH:MM after which no serving is started")
     parser.add_argument("--lines", type=Path, default=Path("served_proof.jsonl"), help="a line for each serving; read first")
@@ -314,13 +316,13 @@ def main(arguments: Sequence[str] | None = None) -> int:
     seeds, families = (1, given.families[:1]) if given.quick else (SEEDS, given.families)
     with TemporaryDirectory() as name:
         for path in given.run:
-            subject = Subject(path.name, path, None)
+            subject = Subject(path.name, path, None, given.rows)
             wanted = [fault for fault in ("", *FAULTS[:4]) if not lines.has(subject.name, "vLLM bfloat16", fault)]
             if python is not None and wanted and not lines.late:
                 for fault, result in in_vllm(subject, Path(name), python, wanted):
                     lines.add(subject.name, "vLLM bfloat16", fault, result)
             prove(subject, lines, given.run_forms, FAULTS if given.run_forms else ())
-        for number, subject in enumerate(subjects(Path(name), seeds, families)):
+        for number, subject in enumerate(subjects(Path(name), seeds, families, given.rows)):
             prove(subject, lines, FORMS, FAULTS if number < len(families) else ())
             if lines.late:
                 break

@@ -1,6 +1,7 @@
 """Claim: one server with thousands of adapters generates as fast as with one, in flat memory; compared with PEFT and llama.cpp.
 
-    python benchmarks/serving.py [--quick] [--streams 16] [--rank 8] [--targets all q_proj,v_proj] [--rounds 3] [--peft] [--llama]
+    python benchmarks/serving.py [--quick] [--streams 16] [--rank 8] [--targets all q_proj,v_proj]
+                                 [--rounds 3] [--peft] [--llama] [--vllm]
 
 Real clients over loopback stream completions from `lorakeet serve`. Every request starts as one ends, so that `streams` are open.
 Everything is measured for adapters on each of the --targets: all linear layers, and PEFT's own default. Rounds of the base alone
@@ -13,6 +14,9 @@ have no cache yet. So there is a round of prompts without a shared beginning, to
 --llama sends the same requests to llama.cpp's server (pip install xllamacpp), over the same weights as GGUF: its base alone, one
 adapter, and 8 adapters alternating; also with 8-bit weights, for which it has kernels that Lorakeet lacks. Only for the first of
 the --targets.
+
+--vllm sends the same requests to vLLM's CPU engine in bfloat16 (LORAKEET_VLLM_PYTHON, make vllm): its base alone, 1, 8 and 64
+adapters. Only for the first of the --targets.
 """
 
 from __future__ import annotations
@@ -20,6 +24,7 @@ from __future__ import annotations
 import argparse
 import json
 import os
+import socket
 import statistics
 import subprocess
 import sys
@@ -43,8 +48,10 @@ FILES = 64  # distinct adapters on disk; larger numbers of names share them even
 READ = 44  # adapters that may be in memory beside the copies which texts use: fewer than there are files
 NUMBER = 2  # bytes of a number in a step: the base's weights and the copies of A and B are in bf16
 IN_TURN = 8  # adapters that llama.cpp alternates between
+VLLM_COUNTS = (1, 8, FILES)  # adapters known to vLLM
 # Ratios of throughput: many adapters over one, 16 of them mixed over the base alone, over PEFT's, 8 alternating over llama.cpp's.
 PROMISED = {"many_over_one": 0.93, "mixed_over_base": 0.85, "over_peft": 3.0, "in_turn_over_llama_f16": 1.0}
+PROMISED |= {"base_over_vllm": 1.3, "8_over_vllm": 3.0, "64_over_vllm": 3.0}
 FLAT = f"memory_many_over_{FILES}"  # resident memory: both have more adapters than may be in memory; one adapter takes less
 MOST_MEMORY = 1.1
 
@@ -157,6 +164,32 @@ def with_llama(source: Path, folders: Sequence[Path], load: Load, rounds: int, w
     return found
 
 
+def with_vllm(source: Path, folders: Sequence[Path], load: Load, rounds: int, rank: int) -> dict[str, Any]:
+    """The same traffic to vLLM, which knows all adapters: {"vLLM base": numbers, "vLLM 8": …}."""
+    from lorakeet.formats.limits import VLLM_RANKS
+    from lorakeet.workflows.serving.vllm_process import base_url, running_vllm, vllm_python
+
+    python = vllm_python()
+    if python is None:
+        raise SystemExit("--vllm: vLLM is not installed here; name its environment with LORAKEET_VLLM_PYTHON")
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = int(probe.getsockname()[1])
+    names = {f"a{number}": folder for number, folder in enumerate(folders[:FILES])}
+    largest = next(size for size in VLLM_RANKS if size >= rank)
+    words = ["vllm", "serve", str(source), "--served-model-name", "base", "--enable-lora", "--max-lora-rank", str(largest)]
+    words += ["--max-loras", str(min(load.streams, len(names))), "--max-cpu-loras", str(len(names)), "--dtype", "bfloat16"]
+    words += ["--max-num-seqs", str(load.streams), "--max-model-len", "2048", "--host", "127.0.0.1", "--port", str(port)]
+    words += ["--lora-modules", *(f"{name}={folder.resolve()}" for name, folder in names.items())]
+    laws = {"base": Law(["base"]), **{str(count): Law(list(names)[:count]) for count in VLLM_COUNTS}}
+    found: dict[str, Any] = {}
+    with running_vllm(python, words, base_url("127.0.0.1", port)) as process:
+        for law, measured in rounds_of(base_url("127.0.0.1", port), process.pid, laws, load, rounds).items():
+            found[f"vLLM {law}"] = told(measured)
+            print(f"  vLLM {law:12}: {line(told(measured))}", flush=True)
+    return found
+
+
 def ratios_of(found: Mapping[str, Mapping[str, Any]], kind: Kind, load: Load) -> dict[str, dict[str, float]]:
     """Each ratio, and what reading would allow: {"mixed_over_base": {"is", "reading"}, …}."""
     counts = sorted({int(key.split()[0]) for key in found if key[0].isdigit()})
@@ -188,6 +221,10 @@ def ratios_of(found: Mapping[str, Mapping[str, Any]], kind: Kind, load: Load) ->
         for law, key in ours.items():
             if f"llama.cpp {quant} {law}" in rate:
                 ratios[f"{law.replace(' ', '_')}_over_llama_{quant}"] = {"is": rate[key] / rate[f"llama.cpp {quant} {law}"]}
+    for law, key in {"base": f"{few} base", **{str(count): f"{count} uniform" for count in VLLM_COUNTS}}.items():
+        if f"vLLM {law}" in found and key in found:
+            ratios[f"{law}_over_vllm"] = {"is": rate[key] / rate[f"vLLM {law}"]}
+            ratios[f"{law}_ttft_over_vllm"] = {"is": found[key]["ttft_p50"] / found[f"vLLM {law}"]["ttft_p50"]}
     return ratios
 
 
@@ -211,6 +248,7 @@ def _parsed(arguments: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--rounds", type=int, default=3, help="with 1 adapter and with the most; the others have one")
     parser.add_argument("--peft", action="store_true", help="also transformers + PEFT with adapter_names")
     parser.add_argument("--llama", action="store_true", help="also llama.cpp's server, 8 adapters alternating")
+    parser.add_argument("--vllm", action="store_true", help="also vLLM's CPU engine, with 1, 8 and 64 adapters")
     parser.add_argument("--results", type=Path, default=Path(__file__).with_name("results"), help="where the result is written")
     return parser.parse_args(arguments)
 
@@ -224,19 +262,21 @@ def main(arguments: Sequence[str] | None = None) -> int:
     rounds = 1 if given.quick else given.rounds
     content: dict[str, Any] = {}
     for targets in given.targets:
-        llama = given.llama and targets == given.targets[0]
+        llama, vllm = (wanted and targets == given.targets[0] for wanted in (given.llama, given.vllm))
         with TemporaryDirectory() as folder:
             source, shapes = shapes_of(MODEL)
             kind = _kind(source, shapes, targets, given.rank, Path(folder))
             own, base = (size / 2**20 for size in (NUMBER * kind.numbers, kind.base))
             print(f"\nRank {given.rank} on {targets}: a step reads {own:.1f} MiB of an adapter, {base:.0f} of the base")
             found: dict[str, Any] = {}
-            for count in sorted({*counts, *([IN_TURN] if llama else [])}):
+            for count in sorted({*counts, *([IN_TURN] if llama or vllm else [])}):
                 turns = rounds if count in (counts[0], counts[-1]) else 1
                 measured = of_server(kind, count, load, turns, Path(folder))
                 found |= {f"{count} {law}": told(of_law) for law, of_law in measured.items()}
             if llama:
                 found |= with_llama(source, kind.folders, load, min(2, rounds), Path(folder))
+            if vllm:
+                found |= with_vllm(source, kind.folders, load, min(2, rounds), given.rank)
             if given.peft:
                 found["peft adapter_names"] = with_peft(source, kind.folders, load, min(2, rounds))
         ratios = ratios_of(found, kind, load)
