@@ -79,3 +79,4 @@ def studio_here(studio: Any) -> Iterator[str]:
         server.should_exit = True
         thread.join()
         listening.close()
+        studio.workbench.close()

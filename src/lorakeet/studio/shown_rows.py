@@ -69,7 +69,8 @@ def _show_text(config: RunConfig, send: Send) -> None:
     send({"say": "Makes tokens of the rows"})
     encoded = EncodedRows(config, (dataset.train, dataset.held_out), dataset.labels, lambda line: send({"say": line}))
     send({"part": "tokens", "rows": [values for row in dataset.train[:FIRST] if (values := row_values(row, encoded.encoder))]})
-    send({"part": "lengths", **length_values(dataset.train, encoded.encoder)})
+    every = (*dataset.train, *dataset.held_out, *dataset.test)
+    send({"part": "lengths", **length_values(every, encoded.encoder)})
 
 
 def first_values(records: Sequence[FileRecord]) -> dict[str, Any]:

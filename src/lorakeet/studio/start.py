@@ -79,5 +79,6 @@ def studio(options: StudioOptions, *, console: Console) -> Studied:
         with Starter(found.queue.start_waiting), suppress(KeyboardInterrupt):
             server.run([listening])
         _free_memory(found, opened)
+    found.workbench.close()
     console.print("The studio is closed.")
     return Studied(found.places.runs)

@@ -190,6 +190,7 @@ async function upload(event) {
   if (response.ok) { form.elements["data.train"].value = found.path; ask(); }
 }
 
+if (matchMedia("(max-width: 899px)").matches) for (const part of form.querySelectorAll("details")) part.open = false; // so that the answer is near
 form.elements["model.path"].setAttribute("list", "models");
 form.elements["data.train"].setAttribute("list", "rows");
 form.addEventListener("input", () => { clearTimeout(later); later = setTimeout(ask, 400); });

@@ -129,6 +129,7 @@ function placeSliders() {
   }
 }
 
+if (matchMedia("(max-width: 899px)").matches) for (const part of form.querySelectorAll("details")) part.open = false; // so that the answer is near
 form.elements["model.path"].setAttribute("list", "models");
 form.elements["data.train"].setAttribute("list", "rows");
 form.addEventListener("input", (event) => {

@@ -1,0 +1,100 @@
+"""Fit, Data and Take away in a real browser: one short way through each. Without Chromium these are skipped."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+from urllib.parse import urlencode
+
+import pytest
+
+pytest.importorskip("starlette", reason="starlette, of the extra lorakeet[studio], makes the pages")
+pytest.importorskip("uvicorn", reason="uvicorn, of the extra lorakeet[studio], serves the pages")
+
+from lorakeet.studio.app import make_studio
+from lorakeet.studio.pages import Studio
+from lorakeet.studio.places import Places
+from tiny.browser import chromium, studio_here
+from tiny.runs import chats, run, write_rows
+
+pytestmark = pytest.mark.slow
+HOSTILE = "<img src=x onerror=\"document.title='taken'\"><script>document.title='taken'</script>"
+SHORT = {"train.steps": 2, "data.max_tokens": 192, "evaluate.drift_texts": 0, "evaluate.answers": 0, "evaluate.examples": 0}
+WAIT = 60_000  # milliseconds
+
+
+@pytest.fixture(scope="module")
+def browser() -> Iterator[Any]:
+    with chromium() as found:
+        yield found
+
+
+@pytest.fixture
+def studio(tmp_path: Path, tiny_llama_folder: Path) -> Studio:
+    return make_studio(Places.of(tmp_path / "runs", (tmp_path, tiny_llama_folder.parent)))
+
+
+@pytest.fixture
+def page(browser: Any, studio: Studio) -> Iterator[Any]:
+    """A page of the studio; `page.at` opens a path of it, and what scripts complain of is in `page.said`."""
+    with studio_here(studio) as address:
+        found = browser.new_context(viewport={"width": 1200, "height": 900}).new_page()
+        found.said = []
+        found.on("pageerror", lambda error: found.said.append(str(error)))
+        found.on("console", lambda message: found.said.append(message.text) if message.type == "error" else None)
+        found.goto(address)
+        found.at = lambda path, **query: found.goto(f"{address.partition('/?')[0]}{path}?{urlencode(query)}")
+        yield found
+        found.context.close()
+
+
+def test_whether_a_run_fits_is_said_anew_as_settings_move(page: Any, tiny_llama_folder: Path) -> None:
+    page.at("/fit", **{"model.path": str(tiny_llama_folder), "machine": "gpu-8"})
+    page.wait_for_selector("#sentence[data-state='fits']", timeout=WAIT)
+    assert "GiB free on a GPU of 8 GB" in page.inner_text("#sentence") and page.is_visible("svg.stack")
+    before = page.inner_text(".stack-names")
+    for power in ("3", "1"):  # the first answer is dropped
+        page.locator("[data-for='field-lora-rank']").evaluate(
+            f"slider => {{ slider.value = {power}; slider.dispatchEvent(new Event('input', {{bubbles: true}})); }}"
+        )
+    page.wait_for_selector("#same code:has-text('--lora.rank 2 --machine gpu-8')")
+    page.wait_for_selector("#busy", state="hidden", timeout=WAIT)
+    assert page.inner_text(".stack-names") != before and page.input_value("#field-lora-rank") == "2"
+    page.fill("#field-model-path", "none/such")
+    page.wait_for_selector("#problems .warning", timeout=WAIT)
+    assert "none/such" in page.inner_text("#problems") and not [said for said in page.said if "ERR_" not in said]
+
+
+def test_rows_are_shown_as_text_with_what_is_trained(page: Any, tmp_path: Path, tiny_llama_folder: Path) -> None:
+    rows = [{"prompt": f"{HOSTILE} {number}", "completion": f"answer {number} {HOSTILE}"} for number in range(30)]
+    rows.append({"prompt": "word " * 400, "completion": "long"})
+    file = write_rows(tmp_path / "rows.jsonl", [*rows, rows[0]])
+    given = {"data.train": str(file), "data.max_tokens": "256", "data.near_duplicates": "0"}
+    page.at("/data", **given, **{"model.path": str(tiny_llama_folder)})
+    page.wait_for_selector("#lengths:not([hidden])", timeout=WAIT)
+    page.wait_for_selector("#busy", state="hidden", timeout=WAIT)
+    assert "answer" in page.inner_text("#seen-rows mark >> nth=0") and HOSTILE in page.inner_text("#records")
+    assert page.locator("#histogram .cut").count() == 1 and "longer than data.max_tokens, 256" in page.inner_text("#lengths-says")
+    assert "rows.jsonl:32" in page.inner_text("#pairs") and "rows.jsonl:1" in page.inner_text("#pairs")
+    assert page.title() != "taken" and not page.query_selector("main img") and page.said == []
+    page.select_option("#field-data-format", "alpaca")
+    page.wait_for_selector("#problems .warning", timeout=WAIT)
+    assert "instruction" in page.inner_text("#problems") and HOSTILE in page.inner_text("#records"), "the records stay in sight"
+
+
+def test_a_run_is_merged_and_its_certificate_shown(page: Any, studio: Studio, tmp_path: Path, tiny_llama_folder: Path) -> None:
+    data = write_rows(tmp_path / "chats.jsonl", chats(30))
+    run(tiny_llama_folder, data, studio.places.runs / "mine", SHORT)
+    page.at("/take")
+    page.wait_for_selector("[data-size='merge']:has-text('here, its check among it')", timeout=WAIT)
+    assert page.title().startswith("Take mine away")
+    page.click("[data-way='merge'] button.primary")
+    page.wait_for_selector(".taken[data-state='waiting']")
+    studio.queue.start_waiting()
+    page.wait_for_selector(".taken[data-state='done']", timeout=WAIT)
+    assert "Certificate: Passed" in page.inner_text(".taken") and "lorakeet verify" in page.inner_text(".taken")
+    assert json.loads((studio.places.runs / "mine-merged" / "certificate.json").read_bytes())["passed"]
+    page.wait_for_selector("#missing-merge:has-text('exists already')")
+    assert page.said == []
