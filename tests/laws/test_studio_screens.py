@@ -13,6 +13,7 @@ import pytest
 pytest.importorskip("starlette", reason="starlette, of the extra lorakeet[studio], makes the pages")
 pytest.importorskip("uvicorn", reason="uvicorn, of the extra lorakeet[studio], serves the pages")
 
+from laws.test_studio import serious
 from lorakeet.studio.app import make_studio
 from lorakeet.studio.pages import Studio
 from lorakeet.studio.places import Places
@@ -53,6 +54,7 @@ def page(browser: Any, studio: Studio) -> Iterator[Any]:
 def test_whether_a_run_fits_is_said_anew_as_settings_move(page: Any, tiny_llama_folder: Path) -> None:
     page.at("/fit", **{"model.path": str(tiny_llama_folder), "machine": "gpu-8"})
     page.wait_for_selector("#sentence[data-state='fits']", timeout=WAIT)
+    assert serious(page) == []
     assert "GiB free on a GPU of 8 GB" in page.inner_text("#sentence") and page.is_visible("svg.stack")
     before = page.inner_text(".stack-names")
     for power in ("3", "1"):  # the first answer is dropped
@@ -78,7 +80,7 @@ def test_rows_are_shown_as_text_with_what_is_trained(page: Any, tmp_path: Path, 
     assert "answer" in page.inner_text("#seen-rows mark >> nth=0") and HOSTILE in page.inner_text("#records")
     assert page.locator("#histogram .cut").count() == 1 and "longer than data.max_tokens, 256" in page.inner_text("#lengths-says")
     assert "rows.jsonl:32" in page.inner_text("#pairs") and "rows.jsonl:1" in page.inner_text("#pairs")
-    assert page.title() != "taken" and not page.query_selector("main img") and page.said == []
+    assert page.title() != "taken" and not page.query_selector("main img") and page.said == [] and serious(page) == []
     page.select_option("#field-data-format", "alpaca")
     page.wait_for_selector("#problems .warning", timeout=WAIT)
     assert "instruction" in page.inner_text("#problems") and HOSTILE in page.inner_text("#records"), "the records stay in sight"
@@ -97,4 +99,4 @@ def test_a_run_is_merged_and_its_certificate_shown(page: Any, studio: Studio, tm
     assert "Certificate: Passed" in page.inner_text(".taken") and "lorakeet verify" in page.inner_text(".taken")
     assert json.loads((studio.places.runs / "mine-merged" / "certificate.json").read_bytes())["passed"]
     page.wait_for_selector("#missing-merge:has-text('exists already')")
-    assert page.said == []
+    assert page.said == [] and serious(page) == []
