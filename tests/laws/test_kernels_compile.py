@@ -24,7 +24,8 @@ pytestmark = [needs_triton, pytest.mark.slow]
 ALL = bool(os.environ.get("LORAKEET_COMPILE"))
 SHARED = {"7.5": 64 << 10, "8.0": 163 << 10, "9.0": 227 << 10, "10.0": 227 << 10}  # bytes that a program can have
 LEAST_SHARED = 99 << 10  # on 8.6, 8.9 and 12.0
-SPILLED = 392  # bytes a thread: of GPTQ's products, with code for columns in any order; as seen with Triton 3.6 on 8.0
+SPILLED = 400  # bytes a thread: of GPTQ's products, with code for columns in any order; 3 bits and 64 tokens on 8.0
+THEIRS = 48  # of liger-kernel's: GeGLU backward on 12.0 with Triton 3.6
 OWN = ("_unpack", "_product")
 LIGERS = {"_rms_norm_forward_kernel", "_rms_norm_backward_kernel", "_swiglu_backward_kernel",
           "_geglu_tanh_backward_kernel", "_triton_rope", "liger_cross_entropy_kernel"}  # fmt: skip
@@ -56,9 +57,10 @@ def test_all_fit_on_the_chip(compiled: Rows) -> None:
 
 
 def test_numbers_stay_in_registers(compiled: Rows) -> None:
-    """Only GPTQ's products may keep some outside of them."""
+    """Only GPTQ's products may keep some outside of them, and with an older Triton one of liger-kernel's."""
     for row in compiled:
-        assert row["spilled"] <= (SPILLED if row["name"].startswith("gptq") and row["tokens"] else 0), short(row)
+        most = THEIRS if row["kernel"] == "_geglu_tanh_backward_kernel" else 0
+        assert row["spilled"] <= (SPILLED if row["name"].startswith("gptq") and row["tokens"] else most), short(row)
 
 
 def test_memory_is_moved_in_wide_pieces(compiled: Rows) -> None:

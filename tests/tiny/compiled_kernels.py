@@ -45,7 +45,7 @@ BF16, FP16, FP32 = torch.bfloat16, torch.float16, torch.float32
 # Weight, dtype, tokens and card: each kernel and way of keeping a weight once, and the ones that want most of the chip.
 CASES: list[tuple[str, torch.dtype, int, str]] = [
     ("nf4", BF16, 0, "8.0"), ("nf4", FP32, 0, "9.0"), ("nf4", BF16, 64, "9.0"), ("gptq 3", BF16, 0, "8.9"),
-    ("gptq 4", FP16, 1, "8.6"), ("dense", BF16, 64, "12.0"),
+    ("gptq 3", BF16, 64, "8.6"), ("gptq 4", FP16, 1, "8.6"), ("dense", BF16, 64, "12.0"),
     ("norm", BF16, TOKENS, "8.0"), ("norm", FP16, TOKENS, "7.5"), ("norm backward", BF16, TOKENS, "9.0"),
     ("gates backward", BF16, TOKENS, "8.9"), ("gelu gates backward", BF16, TOKENS, "12.0"),
     ("rotation", BF16, TOKENS, "8.0"), ("loss", FP32, TOKENS, "8.6"),

@@ -20,10 +20,11 @@ class TiledWeight:
     """A weight (out, in) of which tiles can be loaded into registers.
 
     `load` is a Triton function (signature: kernels/triton/tiles). `tensors` are passed to it as pointers, `how` as compile-time
-    numbers.
+    numbers. A product has at most `stages` tiles of it on their way at once.
     """
 
     load: Any
     tensors: tuple[Tensor, ...]
     shape: tuple[int, int]
     how: tuple[int, ...]
+    stages: int = 3

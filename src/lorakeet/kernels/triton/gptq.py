@@ -11,10 +11,13 @@ from torch import Tensor
 
 from lorakeet.kernels.tiled_weight import TiledWeight
 
+# Codes of three bits lie across words, so a tile of them takes twice the shared memory: three would not fit on 8.6, 8.9 and 12.0.
+STAGES = {3: 2}
+
 
 def gptq_tiles(buffers: tuple[Tensor, ...], shape: tuple[int, int], bits: int, zero_less_one: bool) -> TiledWeight:
     """W (out, in) from qweight, qzeros, scales and g_idx; `zero_less_one` for checkpoints of format "gptq"."""
-    return TiledWeight(gptq_tile, buffers, shape, (bits, int(zero_less_one)))
+    return TiledWeight(gptq_tile, buffers, shape, (bits, int(zero_less_one)), STAGES.get(bits, 3))
 
 
 @triton.jit

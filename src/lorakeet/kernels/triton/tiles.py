@@ -146,7 +146,7 @@ def fused_product(
             1.0 if pair is None else pair.before, 1.0 if pair is None else pair.after,
             tiles.load, tiles.how, out, inner, rank, max(16, triton.next_power_of_2(rank)) if rank else 0,
             transposed, blocks.tokens, blocks.rows, blocks.columns,
-            num_warps=blocks.warps, num_stages=blocks.stages, **EXACT,
+            num_warps=blocks.warps, num_stages=min(blocks.stages, tiles.stages), **EXACT,
         )  # fmt: skip
     return y, shrunk
 
