@@ -13,7 +13,8 @@ from lorakeet.studio.pages import Studio
 
 def test_models_and_rows_in_the_folders_are_offered(studio: Studio, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     folder = tmp_path / "models"
-    for name in ("tiny/config.json", "deep/a/b/c/config.json", "small.gguf", "my rows.csv", ".hidden/config.json", "note.md"):
+    made = ["tiny/config.json", "tiny/tokenizer.json", "sd/model_index.json", "sd/unet/config.json", "deep/a/b/c/config.json"]
+    for name in (*made, "small.gguf", "my rows.csv", ".hidden/config.json", "note.md"):
         (folder / name).parent.mkdir(parents=True, exist_ok=True)
         (folder / name).touch()
     (folder / "link").symlink_to(tmp_path)
@@ -22,7 +23,8 @@ def test_models_and_rows_in_the_folders_are_offered(studio: Studio, tmp_path: Pa
     found = offers(studio.places)
     assert {str(folder / "tiny"), str(folder / "small.gguf"), "org/base-1"} <= set(found.models)
     assert not [name for name in found.models if "hidden" in name or "deep" in name or "link" in name]
-    assert found.rows == (str(folder / "my rows.csv"),)
+    assert found.rows == (str(folder / "my rows.csv"),) and str(folder / "sd") in found.models
+    assert str(folder / "sd" / "unet") not in found.models, "a part of a model is none"
 
 
 def test_rows_that_the_browser_sends_are_kept_and_offered(browser: TestClient, studio: Studio) -> None:

@@ -217,11 +217,15 @@ class Starter:
         self._thread.join()
 
     def _run(self) -> None:
+        said = ""
         while not self._end.wait(self._every):
             try:
                 self._tick()
+                said = ""
             except OSError as error:  # a full disk, a folder that vanished: it is tried again
-                print(f"The queue waits: {error}", file=sys.stderr)
+                if said != str(error):
+                    said = str(error)
+                    print(f"The queue waits: {said}", file=sys.stderr)
 
 
 def read_job(folder: Path) -> Job | None:

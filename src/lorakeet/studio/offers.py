@@ -47,7 +47,7 @@ def offers(places: Places) -> Offers:
     for folder in places.folders:
         for path, names in _walk(folder, places.runs, _DEPTH):
             left -= len(names)
-            if "config.json" in names or "model_index.json" in names:
+            if _is_model(names):
                 models.append(str(path))
             else:
                 rows += [str(path / name) for name in names if name.lower().endswith(ROWS)]
@@ -60,17 +60,22 @@ def offers(places: Places) -> Offers:
 
 
 def _walk(folder: Path, runs: Path, depth: int) -> Iterator[tuple[Path, list[str]]]:
-    """Each folder with the names of its files; neither hidden ones, nor links, nor the runs."""
+    """Each folder with the names of its files; neither hidden ones, nor links, nor the runs, nor the parts of a model."""
     try:
         entries = sorted(os.scandir(folder), key=lambda entry: entry.name)
     except OSError:
         return
-    yield folder, [entry.name for entry in entries if entry.is_file(follow_symlinks=False) and not entry.name.startswith(".")]
-    for entry in entries:
+    names = [entry.name for entry in entries if entry.is_file(follow_symlinks=False) and not entry.name.startswith(".")]
+    yield folder, names
+    for entry in entries if not _is_model(names) else ():
         inner = Path(entry.path)
         left_out = entry.name.startswith(".") or entry.name in _LEFT_OUT or inner == runs
         if depth and entry.is_dir(follow_symlinks=False) and not left_out:
             yield from _walk(inner, runs, depth - 1)
+
+
+def _is_model(names: list[str]) -> bool:
+    return "config.json" in names or "model_index.json" in names
 
 
 def _cached() -> list[str]:

@@ -25,6 +25,7 @@ async function check() {
   start.disabled = !good;
   start.textContent = good ? "Start the run" : fields["model.path"] ? (fields["data.train"] ? "Not ready yet" : "Choose rows first") : "Choose a model first";
   missing.textContent = good || !fields["model.path"] || !fields["data.train"] ? "" : found.problems.join(" ");
+  document.getElementById("columns").hidden = good || !fields["data.train"];
   same.hidden = !good;
   if (good) { command.textContent = found.command; file.textContent = found.file; }
   history.replaceState(null, "", `/run?${new URLSearchParams(fields)}`);
