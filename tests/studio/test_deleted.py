@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import fcntl
-import os
 from pathlib import Path
 
 import pytest
@@ -43,7 +42,6 @@ def test_nothing_is_overwritten_and_nothing_else_is_erased(studio: Studio, run: 
     assert deleted_runs(studio.places) == [second]
 
 
-@pytest.mark.skipif(not os.path.exists("/proc/locks"), reason="this system lists no locks")
 def test_a_run_that_goes_on_is_not_deleted(studio: Studio, run: Path) -> None:
     with (run / ".lock").open("w") as lock:
         fcntl.flock(lock, fcntl.LOCK_EX)
@@ -52,3 +50,14 @@ def test_a_run_that_goes_on_is_not_deleted(studio: Studio, run: Path) -> None:
     studio.queue.add(["finetune"], title="x", run=run.name)
     with pytest.raises(ConfigError, match="runs or waits"):
         delete_run(studio.places, studio.queue, run.name)
+
+
+def test_a_run_that_another_job_reads_is_not_deleted(studio: Studio, run: Path) -> None:
+    """It is measured for a comparison, or is loaded in Try."""
+    for words in (["evaluate", str(run)], ["serve", "--adapter", f"it={run}"]):
+        job = studio.queue.add(words, title="Measure it")
+        with pytest.raises(ConfigError, match="used by a job that is waiting: Measure it"):
+            delete_run(studio.places, studio.queue, run.name)
+        studio.queue.stop(job)
+    studio.queue.add(["evaluate", f"{run}-2"], title="Measure another one")
+    delete_run(studio.places, studio.queue, run.name)

@@ -68,6 +68,33 @@ def test_only_what_changed_is_read_again(tmp_path: Path, monkeypatch: pytest.Mon
     assert len(index.summaries(most=2)) == 2 and len(index.summaries(most=2)) == 3
 
 
+BROKEN = [
+    ("report.json", "[1]"), ("report.json", '{"verdict": "x"}'), ("report.json", '{"verdict": {"phrases": 1}}'),
+    ("report.json", "[" * 100_000), ("metrics.jsonl", '{"step": null}\n'), ("metrics.jsonl", "[1]\n"),
+    ("metrics.jsonl", '{"step": 1, "loss": {}}\n'), ("metrics.jsonl", "{}\n"),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize(("name", "text"), BROKEN)
+def test_a_file_that_no_run_writes_is_a_problem_of_its_run_alone(tmp_path: Path, name: str, text: str) -> None:
+    made_run(tmp_path / "good", losses=[1.0], held_out=[1.0])
+    (made_run(tmp_path / "broken", losses=[1.0], held_out=[]) / name).write_text(text)
+    found = {one.name: one for one in Index(tmp_path, tmp_path / "index").summaries()}
+    assert found["broken"].problem and found["broken"].model == "package:tiny" and not found["good"].problem
+
+
+def test_the_newest_runs_are_read_first(tmp_path: Path) -> None:
+    for number, name in enumerate("abc", 1):
+        os.utime(made_run(tmp_path / name, losses=[1.0], held_out=[]) / "config.yaml", (number, number))
+    assert [one.name for one in Index(tmp_path, tmp_path / "index").summaries(most=2)] == ["c", "b"]
+
+
+def test_only_a_loss_before_the_first_step_is_that_of_the_base(tmp_path: Path) -> None:
+    folder = made_run(tmp_path / "a", losses=[1.0], held_out=[])
+    (folder / "metrics.jsonl").write_text('{"step": 50, "held_out_loss": 2.0}\n')
+    assert (summary_of(folder).base, summary_of(folder).best) == (None, 2.0)
+
+
 def test_a_run_that_vanished_is_forgotten(tmp_path: Path) -> None:
     index = Index(tmp_path / "runs", tmp_path / "index")
     assert index.summaries() == []

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import math
 import os
 import signal
 import time
 from collections.abc import Callable, Iterator
 from contextlib import suppress
+from io import FileIO
 from pathlib import Path
 
 import pytest
@@ -80,6 +82,92 @@ def test_stop_is_the_signal_of_ctrl_c(queue: Queue) -> None:
         queue.stop(job)
 
 
+def test_a_second_stop_sends_no_second_signal(queue: Queue, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A training ends without a checkpoint at the second one."""
+    job = queue.add(["sleep"], title="Long")
+    queue.start_waiting()
+    until(lambda: works(job))
+    sent: list[int] = []
+    with monkeypatch.context() as patched:
+        patched.setattr(module.os, "killpg", lambda _, number: sent.append(number))
+        for _ in range(3):
+            queue.stop(job)
+        assert sent == [signal.SIGINT] and job.stopping
+        queue.stop(job, at_once=True)
+        assert sent == [signal.SIGINT] * 2
+    queue.stop(job, at_once=True)
+    until(lambda: job.state == "stopped")
+
+
+def test_a_process_that_has_the_number_of_a_job_is_not_signalled(queue: Queue, monkeypatch: pytest.MonkeyPatch) -> None:
+    job = queue.add(["sleep"], title="Long")
+    queue.start_waiting()
+    until(lambda: works(job))
+    number = (job.folder / "pid").read_text()
+    (job.folder / "pid").write_text(str(os.getpid()))
+    if Path("/proc/self/cmdline").exists():
+        with pytest.raises(ConfigError, match="has just ended"):
+            queue.stop(job)
+    (job.folder / "pid").write_text(number)
+
+    def gone(*_: object) -> None:
+        raise ProcessLookupError
+
+    with monkeypatch.context() as patched:
+        patched.setattr(module.os, "killpg", gone)
+        with pytest.raises(ConfigError, match="has just ended"):
+            queue.stop(job)
+    assert not job.stopping
+
+
+def test_a_log_is_read_from_its_end(queue: Queue, monkeypatch: pytest.MonkeyPatch) -> None:
+    job = queue.add(["sleep"], title="Long")
+    (job.folder / "log").write_bytes(b"x" * 3_000_000 + "é".encode() * 100_000 + b"\nError: no rows\n")
+    read = 0
+
+    class Counted(FileIO):
+        def readall(self) -> bytes | None:
+            nonlocal read
+            found = super().readall() or b""
+            read += len(found)
+            return found
+
+    monkeypatch.setattr(module, "open_regular", lambda path: Counted(str(path)))
+    assert job.error == "no rows" and job.log.startswith("é") and read < 200_000
+
+
+def test_a_code_that_a_full_disk_refused_is_written_later(queue: Queue, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The shell's own attempt fails here by a folder in its way; an empty code would make the job one that was killed."""
+    monkeypatch.setattr(module, "AGAIN", 0.01)
+    job = queue.add(["end", "4"], title="Short")
+    (job.folder / "code.partial").mkdir()
+    queue.start_waiting()
+    until((job.folder / "code").exists)
+    assert (job.state, job.code) == ("stopped", 4)
+
+
+def test_a_form_that_was_sent_twice_makes_one_job_and_a_run_is_made_by_one(queue: Queue) -> None:
+    first = queue.add(["sleep"], title="Long", run="mine", once="a")
+    assert queue.add(["sleep"], title="Long", run="mine-2", once="a") == first and queue.jobs() == [first]
+    with pytest.raises(ConfigError, match="'mine' waits already"):
+        queue.add(["sleep"], title="Long", run="mine", once="b")
+    queue.stop(first)
+    assert queue.add(["sleep"], title="Long", run="mine", once="a") != first
+
+
+def test_a_name_in_braces_is_a_name(queue: Queue) -> None:
+    job = queue.add(["end", "{folder}/run.yaml", "/runs/{folder}/x", "a={folder}"], title="x")
+    assert job.words == ("end", f"{job.folder}/run.yaml", "/runs/{folder}/x", "a={folder}")
+    assert job.names(job.folder) and job.names(Path("{folder}")) and not job.names(Path("/run"))
+
+
+def test_cuda_is_its_first_device(queue: Queue) -> None:
+    queue.add(["sleep"], title="first", device="cuda")
+    later, other = queue.add(["sleep"], title="later", device="cuda:0"), queue.add(["sleep"], title="other", device="cuda:10")
+    assert [job.title for job in queue.start_waiting()] == ["first", "other"]
+    assert (later.state, queue.ahead(later), queue.ahead(other)) == ("waiting", 1, 0)
+
+
 def test_a_waiting_job_is_taken_out_of_the_queue(queue: Queue) -> None:
     job = queue.add(["end", "0"], title="Short")
     queue.stop(job)
@@ -112,6 +200,8 @@ def test_a_killed_job_is_known_as_killed(queue: Queue, whole: bool) -> None:
                 os.kill(int(folder.name), signal.SIGKILL)
     until(lambda: job.state == "killed")
     assert job.code == (None if whole else 137) and queue.of_run("mine") == job
+    queue.start_waiting()
+    assert (job.end < math.inf) and (job.folder / "ended").exists() == whole
 
 
 def test_a_number_that_was_given_to_another_process_is_no_job(queue: Queue) -> None:

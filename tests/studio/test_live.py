@@ -4,12 +4,15 @@ from __future__ import annotations
 
 import fcntl
 import json
+import os
+import time
 from pathlib import Path
 
 import pytest
 
-from lorakeet.studio.jobs import read_lock
-from lorakeet.studio.live import RunNumbers, drawn_samples, live_run, new_records, plain_values, thinned
+from lorakeet.studio import live as module
+from lorakeet.studio.jobs import Job, read_lock
+from lorakeet.studio.live import RunNumbers, all_records, drawn_samples, live_run, new_records, plain_values, thinned
 from lorakeet.studio.pages import Studio
 from lorakeet.studio.places import NotHere
 
@@ -54,7 +57,7 @@ def test_a_run_says_how_far_it_is_and_how_long_it_takes(studio: Studio, run: Pat
 def test_a_run_that_ended_early_shows_the_commands_message_and_can_go_on(
     studio: Studio, run: Path, monkeypatch: pytest.MonkeyPatch, state: str
 ) -> None:
-    job = studio.queue.add(["finetune"], title="x", run="mine")
+    job = over(studio, "mine", "2", at=time.time() + 9)
     (job.folder / "log").write_text("step 3\nError: Ctrl-C: stopped after step 3.\nResume with: it\n")
     monkeypatch.setattr(type(job), "state", state)
     live = live_run(studio.places, studio.queue, "mine")
@@ -63,6 +66,67 @@ def test_a_run_that_ended_early_shows_the_commands_message_and_can_go_on(
     assert live.said == words[state]
     (run / "metrics.jsonl").write_text(lines(3))
     assert ("is kept" in live_run(studio.places, studio.queue, "mine").said) == (state == "stopped")
+
+
+def over(studio: Studio, name: str, code: str, *, at: float) -> Job:
+    """A job that ended at a time, with an exit code."""
+    job = studio.queue.add(["finetune"], title="x", run=name)
+    for file, text in (("alive", ""), ("pid", "1"), ("code", code)):
+        (job.folder / file).write_text(text)
+    os.utime(job.folder / "code", (at, at))
+    return job
+
+
+def test_a_resume_that_was_cancelled_changes_nothing(studio: Studio, run: Path) -> None:
+    over(studio, "mine", "4", at=time.time() + 9)
+    studio.queue.stop(studio.queue.add(["finetune", "--resume"], title="x", run="mine"))
+    stopped = live_run(studio.places, studio.queue, "mine")
+    assert (stopped.state, stopped.can_resume) == ("stopped", True)
+    studio.queue.stop(studio.queue.add(["finetune"], title="x", run="other"))
+    assert live_run(studio.places, studio.queue, "other").state == "cancelled"
+
+
+def test_the_folder_comes_before_the_job(studio: Studio, run: Path) -> None:
+    """Finished in a terminal; another run of the name; a folder that was deleted."""
+    over(studio, "mine", "4", at=time.time() - 60)
+    unfinished = live_run(studio.places, studio.queue, "mine")
+    assert (unfinished.state, unfinished.message) == ("unfinished", ""), "the folder is newer than the job's end"
+    for path in (run / "config.yaml",):
+        os.utime(path, (1.0, 1.0))
+    assert live_run(studio.places, studio.queue, "mine").state == "stopped"
+    (run / "report.json").write_text("{}")
+    assert live_run(studio.places, studio.queue, "mine").state == "done"
+    over(studio, "gone", "0", at=time.time())
+    with pytest.raises(NotHere):
+        live_run(studio.places, studio.queue, "gone")
+
+
+def test_the_button_to_stop_says_what_is_kept(studio: Studio, run: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    job = studio.queue.add(["finetune"], title="x", run="mine")
+    assert live_run(studio.places, studio.queue, "mine").stop == "Take it out of the queue"
+    monkeypatch.setattr(type(job), "state", "running")
+    starting = live_run(studio.places, studio.queue, "mine")
+    assert (starting.state, starting.stop) == ("starting", "Stop") and "nothing is kept" in starting.stop_note
+    (run / "metrics.jsonl").write_text(lines(3))
+    assert "keeps" in live_run(studio.places, studio.queue, "mine").stop_note
+    (job.folder / "stopping").touch()
+    stopping = live_run(studio.places, studio.queue, "mine")
+    assert (stopping.state, stopping.stop, stopping.can_stop) == ("stopping", "Stop at once", True)
+
+
+BROKEN = ['{"step": null}', '{"loss": 1.0}', '{"step": 1, "loss": "x"}', '{"step": 1, "loss": 1, "seconds": {}}', "[1]"]
+
+
+@pytest.mark.parametrize("line", BROKEN)
+def test_lines_that_no_run_writes_are_left_out(studio: Studio, run: Path, line: str) -> None:
+    (run / "metrics.jsonl").write_text(f"{line}\n{lines(3)}")
+    assert live_run(studio.places, studio.queue, "mine").step == 3
+
+
+def test_long_metrics_are_read_to_their_end(run: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(module, "AT_ONCE", 1000)
+    (run / "metrics.jsonl").write_text(lines(30))
+    assert [record["step"] for record in all_records(run)][-1] == 30
 
 
 def test_a_run_from_elsewhere_is_known_by_its_files(studio: Studio, run: Path) -> None:

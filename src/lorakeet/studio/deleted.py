@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+import fcntl
 import os
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
-from lorakeet.disk import erase
+from lorakeet.disk import erase, open_in_place
 from lorakeet.errors import ConfigError
-from lorakeet.studio.jobs import Queue, read_lock
+from lorakeet.studio.jobs import Queue
 from lorakeet.studio.places import NotHere, Places
 
 _MARK = "@"  # between the name and the time of its deletion
@@ -27,14 +30,28 @@ class DeletedRun:
 def delete_run(places: Places, queue: Queue, name: str) -> DeletedRun:
     """Moves a run into the bin, whole. ConfigError while it runs or waits."""
     folder = places.run(name)
-    job = queue.of_run(name)
-    if (job is not None and job.state in ("running", "waiting")) or read_lock(folder / ".lock"):
-        raise ConfigError(f"'{name}' runs or waits. Stop it first, then delete it.")
-    key = f"{name}{_MARK}{time.time_ns()}"
-    target = places.own / "deleted" / key
+    target = places.own / "deleted" / f"{name}{_MARK}{time.time_ns()}"
     target.parent.mkdir(parents=True, exist_ok=True)
-    os.rename(folder, target)
+    with queue.alone():  # nothing is started meanwhile
+        for job, state in queue.going():
+            if job.run == name:
+                raise ConfigError(f"'{name}' runs or waits. Stop it first, then delete it.")
+            if job.names(folder):
+                raise ConfigError(f"'{name}' is used by a job that is {state}: {job.title}. Stop or close that first.")
+        with _locked(folder / ".lock", name):
+            os.rename(folder, target)
     return _deleted(target)
+
+
+@contextmanager
+def _locked(path: Path, name: str) -> Iterator[None]:
+    """A context with the lock of a run, which no process that trains it can have meanwhile."""
+    with open_in_place(path) as lock:
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise ConfigError(f"'{name}' runs or waits. Stop it first, then delete it.") from None
+        yield
 
 
 def restore_run(places: Places, key: str) -> str:

@@ -19,7 +19,7 @@ from lorakeet.train.log import read_metrics
 from lorakeet.train.run import RunFolder
 
 TAGS = ".studio.json"  # in a run folder
-VERSION = 1  # of what is cached
+VERSION = 2  # of what is cached
 _SPARK = 40  # points of a small curve
 
 
@@ -66,7 +66,8 @@ class Index:
         with self._lock:
             known = self._load()
             found = {name: known[name][1] for name, stamp in stamps.items() if name in known and known[name][0] == stamp}
-            missing = [name for name in stamps if name not in found][:most]
+            newest = sorted(stamps, key=lambda name: -int("0" + stamps[name].partition(":")[0].strip("-")))
+            missing = [name for name in newest if name not in found][:most]
             fresh = {name: summary_of(self.runs / name) for name in missing}
             if fresh or known.keys() - stamps.keys():
                 self._store({name: (stamps[name], summary) for name, summary in {**found, **fresh}.items()})
@@ -103,43 +104,44 @@ class Index:
 
 
 def summary_of(folder: Path) -> RunSummary:
-    """What the files of a run say; a file that cannot be read is named in `problem`."""
+    """What the files of a run say; a file that cannot be read is named in `problem`, and those after it are left out."""
     run, problem = RunFolder(folder), ""
-    settings: dict[str, Any] = {}
-    metrics: list[dict[str, Any]] = []
-    report: dict[str, Any] = {}
-    made = 0.0
+    found: dict[str, Any] = {}
     try:
-        made = run.config.stat().st_mtime
+        found["made"] = run.config.stat().st_mtime
         settings = read_yaml(run.config)
-        metrics = [record for record in read_metrics(run.metrics) if isinstance(record, dict)]
+        found["model"] = str(_inner(settings, "model", "path"))
+        found["rows"] = str(_inner(settings, "data", "train"))
+        found["objective"] = str(_inner(settings, "train", "objective") or "sft")
+        found |= _numbers(read_metrics(run.metrics))
         if run.report.is_file():
-            report = json.loads(run.report.read_bytes())
+            found |= _verdict(json.loads(run.report.read_bytes()))
     except (LorakeetError, OSError, ValueError) as error:
         problem = str(error)
-    held_out = [float(record["held_out_loss"]) for record in metrics if record.get("held_out_loss") is not None]
-    losses = [float(record["loss"]) for record in metrics if record.get("loss") is not None]
+    except (TypeError, KeyError, AttributeError, RecursionError) as error:
+        problem = f"Its files are not as Lorakeet writes them ({error}). Restore them from a copy, or delete the run."
+    return RunSummary(name=folder.name, **found, passed=_passed(run.certificate), tags=tags_of(folder), problem=problem)
+
+
+def _numbers(records: list[dict[str, Any]]) -> dict[str, Any]:
+    """What a summary says of metrics. ValueError, TypeError or AttributeError for lines that no run writes."""
+    held_out = [(int(one["step"]), float(one["held_out_loss"])) for one in records if one.get("held_out_loss") is not None]
+    losses = [float(record["loss"]) for record in records if record.get("loss") is not None]
+    return {
+        "ended": "stopped" if records else "",
+        "step": max((int(record["step"]) for record in records), default=0),
+        "loss": losses[-1] if losses else None,
+        "held_out": held_out[-1][1] if held_out else None,
+        "best": min((value for _, value in held_out), default=None),
+        "base": held_out[0][1] if held_out and not held_out[0][0] else None,
+        "spark": _thinned(losses),
+    }
+
+
+def _verdict(report: Any) -> dict[str, Any]:
+    """What a summary says of a report. AttributeError for a report that no run writes."""
     verdict = report.get("verdict") or {}
-    ended = "done" if report else "stopped" if metrics else ""
-    return RunSummary(
-        name=folder.name,
-        made=made,
-        model=str(_inner(settings, "model", "path")),
-        rows=str(_inner(settings, "data", "train")),
-        objective=str(_inner(settings, "train", "objective") or "sft"),
-        ended=ended,
-        step=max((int(record.get("step", 0)) for record in metrics), default=0),
-        loss=losses[-1] if losses else None,
-        held_out=held_out[-1] if held_out else None,
-        best=min(held_out) if held_out else None,
-        base=held_out[0] if held_out else None,
-        verdict=_sentence(verdict),
-        tone=str(verdict.get("tone", "")),
-        passed=_passed(run.certificate),
-        spark=_thinned(losses),
-        tags=tags_of(folder),
-        problem=problem,
-    )
+    return {"ended": "done", "verdict": _sentence(verdict), "tone": str(verdict.get("tone", ""))}
 
 
 def tags_of(folder: Path) -> tuple[str, ...]:

@@ -7,6 +7,8 @@
                       log        all that they print
                       code       the exit code
                       cancelled  it was taken out of the queue
+                      stopping   it was sent the signal of Ctrl-C
+                      ended      written after the end of one without a code
 
 The lock is the truth: it ends with the process, whatever ends that, and a number that was given to another process does not have
 it. So jobs outlive the studio, a restarted one finds them, and of two studios on a folder only one starts a job (queue.lock).
@@ -16,6 +18,7 @@ from __future__ import annotations
 
 import fcntl
 import json
+import math
 import os
 import secrets
 import signal
@@ -24,12 +27,12 @@ import sys
 import threading
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Literal
 
-from lorakeet.disk import open_in_place, write_new, write_whole, written_whole
+from lorakeet.disk import open_in_place, open_regular, write_new, write_whole, written_whole
 from lorakeet.errors import ConfigError
 from lorakeet.studio.places import NotHere
 
@@ -37,10 +40,16 @@ State = Literal["waiting", "running", "done", "stopped", "failed", "killed", "ca
 STOPPED = (4, 130, 143)  # exit codes of a run that ended early, Ctrl-C, SIGTERM
 _AUTO = "auto"
 BESIDE = ""  # the device of a job that waits for no other
+_OWN = "{folder}/"  # before the name of a job's own file, in a word
 _STARTING = 5.0  # seconds that the start of a process may take
-_LOG_END = 20_000  # characters of a log that a page shows
+AGAIN = 1.0  # seconds between two attempts to write a code
+_LOG_END = 20_000  # characters of a log that a page shows, of at most four bytes each
 # The shell outlives Ctrl-C, which reaches the whole group, and writes the exit code even if no studio runs then.
-_SCRIPT = 'trap : INT TERM; echo $$ > "$0/pid"; "$@"; code=$?; echo $code > "$0/code.partial"; mv "$0/code.partial" "$0/code"'
+# On a full disk neither an empty number nor an empty code counts: the studio writes the code when there is space.
+_SCRIPT = (
+    'trap : INT TERM; echo $$ > "$0/pid" || exit 1; "$@"; code=$?; '
+    'echo $code > "$0/code.partial" && mv "$0/code.partial" "$0/code"; exit $code'
+)
 
 
 @dataclass(frozen=True)
@@ -53,6 +62,7 @@ class Job:
     run: str = ""  # the run folder's name, where it makes or resumes one
     device: str = _AUTO
     made: float = 0.0  # seconds since 1970
+    once: str = ""  # of the form that made it, so that a second click makes no second job
 
     @property
     def name(self) -> str:
@@ -79,6 +89,24 @@ class Job:
             return "killed"
         return "done" if code == 0 else "stopped" if code in STOPPED else "failed"
 
+    @property
+    def stopping(self) -> bool:
+        """True after it was sent the signal of Ctrl-C."""
+        return (self.folder / "stopping").exists()
+
+    @property
+    def end(self) -> float:
+        """When it was over, in seconds since 1970: infinity while that is not known."""
+        for name in ("code", "ended"):
+            with suppress(OSError):
+                return (self.folder / name).stat().st_mtime
+        return math.inf
+
+    def names(self, folder: Path) -> bool:
+        """True if its command has `folder`, or a file in it, as an argument."""
+        parts = (part for word in self.words for part in word.split("="))
+        return any(part == str(folder) or part.startswith(f"{folder}/") for part in parts)
+
     def _age(self) -> float:
         """Seconds since its start."""
         try:
@@ -89,7 +117,7 @@ class Job:
     @property
     def log(self) -> str:
         """The end of what it printed."""
-        return _text(self.folder / "log")[-_LOG_END:]
+        return _text(self.folder / "log", 4 * _LOG_END)[-_LOG_END:]
 
     @property
     def error(self) -> str:
@@ -109,15 +137,35 @@ class Queue:
         self._over: set[str] = set()
 
     def add(
-        self, words: Sequence[str], *, title: str, run: str = "", device: str = _AUTO, files: Mapping[str, str] | None = None
+        self,
+        words: Sequence[str],
+        *,
+        title: str,
+        run: str = "",
+        device: str = _AUTO,
+        files: Mapping[str, str] | None = None,
+        once: str = "",
     ) -> Job:
-        """Puts a command into the queue. `{folder}` in a word becomes the job's folder, where `files` are written by name."""
+        """Puts a command into the queue. "{folder}/" at a word's beginning is the job's folder, where `files` are written.
+
+        Returns the job that waits or runs where one was made with the same `once`. ConfigError while another one makes `run`.
+        """
+        with self.alone():
+            for job, state in self.going():
+                if once and job.once == once:
+                    return job
+                if run and job.run == run:
+                    raise ConfigError(f"'{run}' {'runs' if state == 'running' else 'waits'} already. Stop it first, or wait.")
+            return self._add(words, title, run, device, files or {}, once)
+
+    def _add(self, words: Sequence[str], title: str, run: str, device: str, files: Mapping[str, str], once: str) -> Job:
         made = time.time()
         folder = self.jobs_folder / f"{time.strftime('%Y%m%d-%H%M%S')}-{int(made * 1e6) % 10**6:06d}-{secrets.token_hex(3)}"
-        job = Job(folder, tuple(word.replace("{folder}", str(folder)) for word in words), title, run, device, made)
+        whole = tuple(f"{folder}/{word.removeprefix(_OWN)}" if word.startswith(_OWN) else word for word in words)
+        job = Job(folder, whole, title, run, device, made, once)
         with written_whole(folder) as place:
             place.mkdir()
-            for name, text in (files or {}).items():
+            for name, text in files.items():
                 write_new(place / name, text.encode())
             about = {name: value for name, value in asdict(job).items() if name != "folder"}
             write_new(place / "job.json", json.dumps(about).encode())
@@ -132,9 +180,13 @@ class Queue:
                 self._known[name] = job
         return [self._known[name] for name in names if name in self._known]
 
-    def _going(self) -> list[tuple[Job, State]]:
+    def going(self) -> list[tuple[Job, State]]:
         """The jobs that are not over, with their state; those that are over are never read again."""
         found = [(job, job.state) for job in self.jobs() if job.name not in self._over]
+        for job, state in found:
+            if state == "killed" and job.end == math.inf:
+                with suppress(OSError):
+                    write_whole(job.folder / "ended", b"")
         self._over |= {job.name for job, state in found if state not in ("waiting", "running")}
         return [(job, state) for job, state in found if state in ("waiting", "running")]
 
@@ -145,19 +197,20 @@ class Queue:
             raise NotHere(f"There is no job '{name:.80}'.")
         return found
 
-    def of_run(self, name: str) -> Job | None:
-        """The newest job that made or resumed the run `name`."""
-        return next((job for job in reversed(self.jobs()) if job.run == name), None)
+    def of_run(self, name: str, *, cancelled: bool = True) -> Job | None:
+        """The newest job that made or resumed the run `name`, without those that never started unless `cancelled`."""
+        found = (job for job in reversed(self.jobs()) if job.run == name)
+        return next((job for job in found if cancelled or job.state != "cancelled"), None)
 
     def ahead(self, job: Job) -> int:
         """The number of jobs on its device that run or wait before it."""
-        return sum(other.made < job.made and _same_device(job.device, other.device) for other, _ in self._going())
+        return sum(other.made < job.made and _same_device(job.device, other.device) for other, _ in self.going())
 
     def start_waiting(self) -> list[Job]:
         """Starts the oldest waiting job of each device on which none runs; returns what was started."""
         started = []
-        with self._alone():
-            jobs = self._going()
+        with self.alone():
+            jobs = self.going()
             busy = [job.device for job, state in jobs if state == "running"]
             for job in (job for job, state in jobs if state == "waiting"):
                 if not any(_same_device(job.device, other) for other in busy):
@@ -166,21 +219,20 @@ class Queue:
                 busy.append(job.device)  # later ones of the device wait behind it
         return started
 
-    def stop(self, job: Job) -> None:
-        """Takes a waiting job out of the queue; sends a running one the signal of Ctrl-C. ConfigError if it does neither."""
-        with self._alone():
+    def stop(self, job: Job, *, at_once: bool = False) -> None:
+        """Takes a waiting job out of the queue; sends a running one the signal of Ctrl-C, once. ConfigError if it does neither.
+
+        A second signal ends a training without a checkpoint, so it is sent with `at_once` alone.
+        """
+        with self.alone():
             state = job.state
             if state == "waiting":
                 write_whole(job.folder / "cancelled", b"")
-                return
-        if state != "running":
-            raise ConfigError(f"'{job.title}' does not run any more: it is {state}.")
-        for _ in range(100):  # the shell writes its number first of all
-            if (number := _text(job.folder / "pid").strip()).isdigit():
-                os.killpg(int(number), signal.SIGINT)
-                return
-            time.sleep(0.02)
-        raise ConfigError(f"'{job.title}' has just been started. Try again in a moment.")
+            elif state != "running":
+                raise ConfigError(f"'{job.title}' does not run any more: it is {state}.")
+            elif at_once or not job.stopping:
+                _interrupt(job)
+                write_whole(job.folder / "stopping", b"")
 
     def _start(self, job: Job) -> None:
         given = {**os.environ, "PYTHONUNBUFFERED": "1", "COLUMNS": "100"}
@@ -191,11 +243,11 @@ class Queue:
                 command, stdin=subprocess.DEVNULL, stdout=log, stderr=log, env=given, start_new_session=True,
                 pass_fds=(alive.fileno(),),
             )  # fmt: skip
-        threading.Thread(target=process.wait, name=f"studio-{job.name}", daemon=True).start()  # so that no zombie stays
+        threading.Thread(target=_await, args=(process, job), name=f"studio-{job.name}", daemon=True).start()
 
     @contextmanager
-    def _alone(self) -> Iterator[None]:
-        """A context in which no other studio, and no other thread of this one, starts or cancels a job."""
+    def alone(self) -> Iterator[None]:
+        """A context in which no other studio, and no other thread of this one, makes, starts or cancels a job."""
         with open_in_place(self.folder / "queue.lock") as lock:
             fcntl.flock(lock, fcntl.LOCK_EX)
             yield
@@ -233,7 +285,8 @@ def read_job(folder: Path) -> Job | None:
     try:
         about = json.loads((folder / "job.json").read_bytes())
         words = tuple(map(str, about["words"]))
-        return Job(folder, words, str(about["title"]), str(about["run"]), str(about["device"]), float(about["made"]))
+        title, run, device = (str(about[name]) for name in ("title", "run", "device"))
+        return Job(folder, words, title, run, device, float(about["made"]), str(about.get("once", "")))
     except (OSError, ValueError, KeyError, TypeError):
         return None
 
@@ -250,8 +303,39 @@ def read_lock(path: Path) -> bool:
 
 
 def _same_device(one: str, other: str) -> bool:
-    """True if jobs on these devices may be on one: what auto will be is not known before."""
-    return BESIDE not in (one, other) and (one == other or _AUTO in (one, other))
+    """True if jobs on these devices may be on one: what auto will be is not known before. cuda is cuda:0."""
+    if BESIDE in (one, other):
+        return False
+    return _AUTO in (one, other) or one.removesuffix(":0") == other.removesuffix(":0")
+
+
+def _await(process: subprocess.Popen[bytes], job: Job) -> None:
+    """Waits for the end of a job's shell, and writes the code that it could not write, as soon as there is space."""
+    code = process.wait()
+    while code >= 0 and job.folder.is_dir() and job.code is None:
+        with suppress(OSError):
+            write_whole(job.folder / "code", f"{code}\n".encode())
+            return
+        time.sleep(AGAIN)
+
+
+def _interrupt(job: Job) -> None:
+    """Sends the signal of Ctrl-C to a job's processes. ConfigError where it has no number yet, or none any more."""
+    for _ in range(100):  # the shell writes its number first of all
+        if (number := _text(job.folder / "pid").strip()).isdigit():
+            break
+        time.sleep(0.02)
+    else:
+        raise ConfigError(f"'{job.title}' has just been started. Try again in a moment.")
+    try:
+        words = Path("/proc", number, "cmdline").read_bytes().split(b"\0")
+    except OSError:  # the shell has ended, or this system lists no processes
+        words = []
+    with suppress(ProcessLookupError):
+        if not words or str(job.folder).encode() in words:  # else another process was given this number
+            os.killpg(int(number), signal.SIGINT)
+            return
+    raise ConfigError(f"'{job.title}' has just ended.")
 
 
 def _locked(path: Path) -> bool:
@@ -266,8 +350,15 @@ def _locked(path: Path) -> bool:
     return False
 
 
-def _text(path: Path) -> str:
+def _text(path: Path, most: int = 1 << 16) -> str:
+    """The last `most` bytes of a file as text; empty where it cannot be read."""
+    return _bytes(path, most).decode("utf-8", "replace")
+
+
+def _bytes(path: Path, most: int = 1 << 16) -> bytes:
     try:
-        return path.read_bytes().decode("utf-8", "replace")
+        with open_regular(path) as file:
+            file.seek(max(0, file.seek(0, os.SEEK_END) - most))
+            return file.readall() or b""
     except OSError:
-        return ""
+        return b""

@@ -16,12 +16,13 @@ from lorakeet.studio.jobs import Job, Queue, read_lock
 from lorakeet.studio.places import NotHere, Places
 from lorakeet.train.run import RunFolder
 
-_AT_ONCE = 1 << 22  # bytes of metrics in one event
+AT_ONCE = 1 << 22  # bytes of metrics in one event
 _WORDS = {
     "waiting": "Waits in the queue",
     "starting": "Reads the model and the rows",
     "training": "Trains",
     "measuring": "Answers the held-out rows and measures",
+    "stopping": "Stops after this step or evaluation",
     "running": "Runs, started outside of this studio",
     "done": "Done",
     "stopped": "Stopped; what it has trained so far is kept",
@@ -30,6 +31,15 @@ _WORDS = {
     "cancelled": "Was taken out of the queue",
     "unfinished": "Is not finished",
 }
+GOING = ("waiting", "starting", "training", "measuring", "stopping", "running")
+_STOP = {
+    "waiting": ("Take it out of the queue", "It has not started."),
+    "starting": ("Stop", "It has trained no step yet, so nothing is kept."),
+    "training": ("Stop", "It stops after this step and keeps what it has trained; you can go on later."),
+    "measuring": ("Stop", "The adapter is kept, but not the evaluation that runs."),
+    "stopping": ("Stop at once", "What it has trained since its last checkpoint is lost."),
+}
+_NUMBERS = ("epoch", "loss", "held_out_loss", "low", "high", "seconds", "tokens_per_second", "memory_bytes")
 
 
 @dataclass(frozen=True)
@@ -51,6 +61,8 @@ class LiveRun:
     best_step: int | None = None
     ahead: int = 0  # jobs before it in the queue
     can_stop: bool = False
+    stop: str = ""  # the button's text
+    stop_note: str = ""  # what is kept then
     can_resume: bool = False
 
 
@@ -83,9 +95,8 @@ class RunNumbers:
     @property
     def pace(self) -> float | None:
         """Seconds of a step, held-out evaluations included; None before there are two."""
-        if len(self.recent) < 2:
-            return None
-        return float(self.recent[-1]["seconds"] - self.recent[0]["seconds"]) / (len(self.recent) - 1)
+        times = [float(record["seconds"]) for record in self.recent if record.get("seconds") is not None]
+        return (times[-1] - times[0]) / (len(times) - 1) if len(times) > 1 else None
 
     @property
     def speed(self) -> float | None:
@@ -99,16 +110,20 @@ def live_run(places: Places, queue: Queue, name: str, numbers: RunNumbers | None
 
     Raises NotHere where there is neither a folder nor a job.
     """
-    folder, job = places.new_run(name), queue.of_run(name)
+    folder, job = places.new_run(name), job_of(places, queue, name)
     run = RunFolder.at(folder)
-    if run is None and job is None:
+    if run is None and (job is None or job.state == "done"):
         raise NotHere(f"There is no run '{name}' in {places.runs}. It may have been deleted or moved.")
     if numbers is None:
         numbers = RunNumbers()
-        numbers.feed(new_records(folder, 0)[0])
+        numbers.feed(all_records(folder))
     step = int(numbers.last.get("step", 0))
     total, budget = _bounds(run, numbers.last)
-    state = _state(run, job, step, total)
+    state = run_state(run, job)
+    if state == "running" and job is not None and job.state == "running":
+        reached = "measuring" if total and step >= total else "training"
+        state = "stopping" if job.stopping else reached if step else "starting"
+    stop, note = _STOP.get(state, ("", ""))
     ended = state in ("stopped", "failed", "killed")
     return LiveRun(
         name=name,
@@ -125,7 +140,9 @@ def live_run(places: Places, queue: Queue, name: str, numbers: RunNumbers | None
         best=numbers.best,
         best_step=numbers.best_step,
         ahead=queue.ahead(job) if job is not None and state == "waiting" else 0,
-        can_stop=state in ("waiting", "starting", "training", "measuring"),
+        can_stop=bool(stop),
+        stop=stop,
+        stop_note=note,
         can_resume=run is not None and (ended or state == "unfinished"),
     )
 
@@ -143,7 +160,7 @@ def new_records(folder: Path, offset: int) -> tuple[list[dict[str, Any]], int]:
             size = file.seek(0, 2)
             begin = offset if 0 <= offset <= size else 0
             file.seek(begin)
-            data = file.read(_AT_ONCE) or b""
+            data = file.read(AT_ONCE) or b""
     except OSError:
         return [], 0
     whole = data[: data.rfind(b"\n") + 1]
@@ -153,9 +170,20 @@ def new_records(folder: Path, offset: int) -> tuple[list[dict[str, Any]], int]:
             record = json.loads(line)
         except ValueError:
             continue  # of a disk that was full
-        if isinstance(record, dict):
+        if _is_record(record):
             records.append(record)
     return records, begin + len(whole)
+
+
+def all_records(folder: Path) -> list[dict[str, Any]]:
+    """All whole lines of metrics.jsonl."""
+    found: list[dict[str, Any]] = []
+    offset, end = -1, 0
+    while end > offset:
+        offset = end
+        records, end = new_records(folder, offset)
+        found += records
+    return found
 
 
 def drawn_samples(folder: Path) -> list[str]:
@@ -169,17 +197,44 @@ def plain_values(live: LiveRun) -> dict[str, Any]:
     return asdict(live)
 
 
-def _state(run: RunFolder | None, job: Job | None, step: int, total: int | None) -> str:
+def job_of(places: Places, queue: Queue, name: str) -> Job | None:
+    """The job that the run `name` is as it is because of; None where another process has made or changed its folder since.
+
+    A job that was cancelled has changed no folder.
+    """
+    run = RunFolder.at(places.new_run(name))
+    job = queue.of_run(name, cancelled=run is None)
+    if run is None or job is None:
+        return job
+    return None if max(map(_changed, (run.config, run.metrics, run.report))) > job.end else job
+
+
+def run_state(run: RunFolder | None, job: Job | None) -> str:
+    """What has become of a run, by its folder and its job; "running" also where it was started outside of the studio."""
     state = "" if job is None else job.state
-    if state in ("waiting", "cancelled"):
+    if state in ("waiting", "running"):
         return state
-    if state == "running":
-        return "starting" if not step else "measuring" if total and step >= total else "training"
-    if run is not None and read_lock(run.path / ".lock"):
+    if run is None:
+        return state or "unfinished"
+    if read_lock(run.path / ".lock"):
         return "running"
-    if run is not None and run.report.is_file() and state in ("", "done"):
-        return "done"
-    return state or "unfinished"
+    if state in ("", "done"):
+        return "done" if run.report.is_file() else "unfinished"
+    return state
+
+
+def _changed(path: Path) -> float:
+    try:
+        return path.stat().st_mtime
+    except OSError:
+        return 0.0
+
+
+def _is_record(record: Any) -> bool:
+    """True for a line as runs write them."""
+    if not isinstance(record, dict) or type(record.get("step")) is not int:
+        return False
+    return all(isinstance(record.get(name, 0.0), int | float | None) for name in _NUMBERS)
 
 
 @lru_cache(maxsize=64)

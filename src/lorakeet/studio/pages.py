@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import json
+import secrets
 import threading
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cache
 from importlib.resources import files
 from typing import Any, cast
-from urllib.parse import urlencode
+from urllib.parse import quote, urlencode
 
 import jinja2
 from starlette.requests import Request
@@ -77,6 +78,7 @@ def page(request: Request, template: str, status: int = 200, **values: Any) -> R
     text = _templates().get_template(template).render(
         links=links,
         csrf=csrf_of(studio.token),
+        once=secrets.token_hex(8),
         theme=theme if theme in ("light", "dark") else "",
         draft=draft,
         query=urlencode(draft),
@@ -88,6 +90,11 @@ def page(request: Request, template: str, status: int = 200, **values: Any) -> R
 def moved(path: str, query: Mapping[str, str] | None = None) -> Response:
     """Leads the browser to another page after a form was carried out."""
     return RedirectResponse(path + (f"?{urlencode(query)}" if query else ""), 303)
+
+
+def page_address(*parts: str) -> str:
+    """The address of a page; each part may have any character."""
+    return "".join(f"/{quote(part, safe='')}" for part in parts)
 
 
 def refused_page(request: Request, error: LorakeetError) -> Response:

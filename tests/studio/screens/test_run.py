@@ -115,7 +115,14 @@ def test_events_carry_what_is_new_and_begin_again_where_a_run_does(studio: Studi
     line = {"step": 1, "epoch": 1, "loss": 1.0, "seconds": 1.0}
     metrics.write_text("".join(json.dumps({**line, "step": step}) + "\n" for step in (1, 2)))
     later = json.dumps({**line, "loss": 9.0}) + "\n"
-    changes: list[Callable[[], object]] = [lambda: None, lambda: metrics.write_text(later), (folder / "config.yaml").unlink]
+    job = studio.queue.add(["finetune"], title="x", run="old")
+    monkeypatch.setattr(type(job), "state", "running")
+    def forget() -> None:
+        (folder / "config.yaml").unlink()
+        (job.folder / "job.json").unlink()
+        studio.queue._known.clear()
+
+    changes: list[Callable[[], object]] = [lambda: None, lambda: metrics.write_text(later), forget]
     monkeypatch.setattr(module, "EVERY", 0)
 
     async def events() -> list[str]:
@@ -130,3 +137,34 @@ def test_events_carry_what_is_new_and_begin_again_where_a_run_does(studio: Studi
     assert [record["step"] for record in values[0]["records"]] == [1, 2] and values[0]["restarted"]
     assert [record["loss"] for record in values[1]["records"]] == [9.0] and values[1]["restarted"]
     assert gone.startswith("event: gone") and "may have been deleted" in gone
+
+
+def test_the_events_of_a_run_that_is_over_end(studio: Studio, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A browser has six connections to a server: seven tabs of runs that are over would wait for each other."""
+    monkeypatch.setattr(module, "EVERY", 0)
+    folder = studio.places.runs / "old"
+    folder.mkdir()
+    (folder / "config.yaml").write_text("model: m\ndata: r\n")
+    (folder / "metrics.jsonl").write_text('{"step": 1, "loss": 1.0}\n' * 3)
+
+    async def events() -> list[str]:
+        return [text async for text in module._stream(studio, "old")]
+
+    found = asyncio.run(asyncio.wait_for(events(), 60))
+    assert found[0].startswith("event: run") and found[-1].startswith("event: over")
+
+
+def test_a_second_click_starts_no_second_run(browser: TestClient, studio: Studio, filled: dict[str, str]) -> None:
+    sent = [browser.post("/run", data={**filled, "once": "a"}).headers["location"] for _ in range(2)]
+    assert sent == ["/run/my-rows-1"] * 2 and len(studio.queue.jobs()) == 1
+    assert 'name="once"' in browser.get("/run").text
+    for _ in range(2):
+        browser.post("/quickstart", data={"once": "b"})
+    assert len(studio.queue.jobs()) == 2
+
+
+@pytest.mark.parametrize("name", ["50 %", "what?", "a#b"])
+def test_a_run_is_found_by_any_name(browser: TestClient, studio: Studio, filled: dict[str, str], name: str) -> None:
+    started = browser.post("/run", data={**filled, "out": name})
+    assert browser.get(started.headers["location"]).status_code == 200
+    assert name in browser.get(started.headers["location"]).text

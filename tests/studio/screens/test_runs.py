@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import fcntl
 import json
 from pathlib import Path
 
@@ -44,6 +45,18 @@ def test_a_job_without_a_folder_yet_is_in_the_table(browser: TestClient, studio:
     made(studio, "old")
     assert [(line.run.name, line.state) for line in lines_of(studio)] == [("coming", "waiting"), ("old", "stopped")]
     assert 'href="/run/coming"' in browser.get("/runs").text
+
+
+def test_the_table_says_what_the_page_of_a_run_says(browser: TestClient, studio: Studio) -> None:
+    folder = made(studio, "here")
+    job = studio.queue.add(["finetune"], title="x", run="here")
+    for name, text in (("alive", ""), ("code", "2")):
+        (job.folder / name).write_text(text)
+    assert [line.state for line in lines_of(studio)] == ["failed"]
+    if Path("/proc/locks").exists():
+        with (folder / ".lock").open("w") as lock:
+            fcntl.flock(lock, fcntl.LOCK_EX)
+            assert [line.state for line in lines_of(studio)] == ["running"]
 
 
 def test_curves_lie_over_each_other(browser: TestClient, studio: Studio) -> None:

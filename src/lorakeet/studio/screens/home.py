@@ -9,7 +9,7 @@ from starlette.responses import Response
 from starlette.routing import Route
 
 from lorakeet.config import RunConfig, read_run
-from lorakeet.studio.pages import Screen, moved, page, studio_of
+from lorakeet.studio.pages import Screen, form_of, moved, page, page_address, studio_of
 from lorakeet.train.run import RunFolder
 from lorakeet.workflows.options import VERBS
 from lorakeet.workflows.runs.early_checks import require_new_run
@@ -35,8 +35,9 @@ def _quickstart(request: Request) -> Response:
     folder = studio.places.new_run(name)
     require_new_run(RunFolder(folder))
     words = ["quickstart", "--out", str(folder)]
-    studio.queue.add(words, title=f"Quickstart into {name}", run=name)
-    return moved(f"/run/{name}")
+    once = form_of(request).get("once", "")
+    job = studio.queue.add(words, title=f"Quickstart into {name}", run=name, once=once)
+    return moved(page_address("run", job.run))
 
 
 SCREEN = Screen("Start", "/", (Route("/", _home), Route("/quickstart", _quickstart, methods=["POST"])))

@@ -14,7 +14,7 @@ from starlette.routing import Route
 from lorakeet.errors import LorakeetError
 from lorakeet.evaluate.report.report import OUTCOMES, Report, read_report, render_html
 from lorakeet.evaluate.wording import check_words, compact, metric_words
-from lorakeet.studio.pages import Screen, moved, page, studio_of
+from lorakeet.studio.pages import Screen, moved, page, page_address, studio_of
 from lorakeet.studio.pairing import measuring
 from lorakeet.studio.places import NotHere, Places
 from lorakeet.train.run import RunFolder
@@ -30,14 +30,14 @@ def report_of(places: Places, name: str) -> Report | None:
 
 def _newest(request: Request) -> Response:
     done = [run.name for run in studio_of(request).index.summaries() if run.ended == "done"]
-    return moved(f"/result/{done[0]}") if done else page(request, "result_empty.html")
+    return moved(page_address("result", done[0])) if done else page(request, "result_empty.html")
 
 
 def _result(request: Request) -> Response:
     studio, name = studio_of(request), str(request.path_params["name"])
     report = report_of(studio.places, name)
     if report is None:
-        return moved(f"/run/{name}")
+        return moved(page_address("run", name))
     others = [run.name for run in studio.index.summaries() if run.ended == "done" and run.name != name]
     folder = studio.places.run(name)
     names = list(dict.fromkeys(metric for system in report.systems for metric in system.metrics if metric_words(metric).drawn))

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import AsyncIterator
+from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 
@@ -25,9 +26,31 @@ from lorakeet.studio.forms import (
     settings_of,
 )  # fmt: skip
 from lorakeet.studio.jobs import Job
-from lorakeet.studio.live import RunNumbers, drawn_samples, live_run, new_records, plain_values, thinned
+from lorakeet.studio.live import (
+    GOING,
+    LiveRun,
+    RunNumbers,
+    drawn_samples,
+    job_of,
+    live_run,
+    new_records,
+    plain_values,
+    thinned,
+)  # fmt: skip
 from lorakeet.studio.offers import UPLOAD, offers
-from lorakeet.studio.pages import Screen, Studio, draft_of, event, event_stream, form_of, moved, page, problems_of, studio_of
+from lorakeet.studio.pages import (
+    Screen,
+    Studio,
+    draft_of,
+    event,
+    event_stream,
+    form_of,
+    moved,
+    page,
+    page_address,
+    problems_of,
+    studio_of,
+)  # fmt: skip
 from lorakeet.studio.places import NotHere
 from lorakeet.workflows.options import FinetuneOptions
 from lorakeet.workflows.runs.early_checks import check_early
@@ -85,8 +108,11 @@ def _start(request: Request) -> Response:
         return _prepare(request, problems_of(error), 400)
     out = Path(config.out)
     words, files = ["finetune", "{folder}/run.yaml"], {"run.yaml": run_file(config)}
-    studio.queue.add(words, title=f"Fine-tune into {out.name}", run=out.name, device=config.model.device, files=files)
-    return moved(f"/run/{out.name}")
+    once = form_of(request).get("once", "")
+    job = studio.queue.add(
+        words, title=f"Fine-tune into {out.name}", run=out.name, device=config.model.device, files=files, once=once
+    )
+    return moved(page_address("run", job.run))
 
 
 def queue_of(studio: Studio) -> list[tuple[Job, str]]:
@@ -103,13 +129,17 @@ def _follow(request: Request) -> Response:
     studio, name = studio_of(request), _name(request)
     live = live_run(studio.places, studio.queue, name)
     folder = studio.places.new_run(name)
-    job = studio.queue.of_run(name)
+    job = job_of(studio.places, studio.queue, name)
     return page(
         request, "run_live.html", live=live, settings=settings_of(folder if job is None else job.folder, folder),
         words=list(job.words) if job else ["finetune", str(folder / "config.yaml")], log=job.log if job else "",
         file=file_of(job.folder) if job else "",
         resume=["finetune", "--resume", str(folder)],
     )  # fmt: skip
+
+
+def _at_once(request: Request) -> bool:
+    return form_of(request).get("at_once") == "true"
 
 
 def file_of(folder: Path) -> str:
@@ -120,17 +150,17 @@ def file_of(folder: Path) -> str:
 
 def _stop(request: Request) -> Response:
     studio, name = studio_of(request), _name(request)
-    job = studio.queue.of_run(name)
+    job = job_of(studio.places, studio.queue, name)
     if job is None:
         raise ConfigError(f"'{name}' was not started here. Stop it where it was started, with Ctrl-C.")
-    studio.queue.stop(job)
-    return moved(f"/run/{name}")
+    studio.queue.stop(job, at_once=_at_once(request))
+    return moved(page_address("run", name))
 
 
 def _stop_job(request: Request) -> Response:
     """Stops any job, or takes it out of the queue."""
     queue = studio_of(request).queue
-    queue.stop(queue.job(_name(request)))
+    queue.stop(queue.job(_name(request)), at_once=_at_once(request))
     return moved("/run")
 
 
@@ -142,7 +172,7 @@ def _resume(request: Request) -> Response:
     device = settings_of(studio.places.run(name)).get("model.device", "auto")
     words = ["finetune", "--resume", str(studio.places.run(name))]
     studio.queue.add(words, title=f"Resume {name}", run=name, device=device)
-    return moved(f"/run/{name}")
+    return moved(page_address("run", name))
 
 
 def _events(request: Request) -> Response:
@@ -151,30 +181,49 @@ def _events(request: Request) -> Response:
     return event_stream(partial(_stream, studio, name))
 
 
+@dataclass(frozen=True)
+class _Moment:
+    """A run's files at one moment."""
+
+    live: LiveRun
+    log: str
+    pictures: list[str]
+
+
+def _seen(studio: Studio, name: str, numbers: RunNumbers) -> _Moment:
+    live = live_run(studio.places, studio.queue, name, numbers)
+    job = job_of(studio.places, studio.queue, name)
+    return _Moment(live, job.log if job else "", drawn_samples(studio.places.runs / name))
+
+
 async def _stream(studio: Studio, name: str) -> AsyncIterator[str]:
-    """The run and what is new in its metrics, whenever something changed; the first event has all of them."""
-    before, log, offset, first = "", "", 0, True
-    numbers = RunNumbers()
+    """The run and what is new in its metrics, whenever something changed; the first event has all of them.
+
+    A run that is over ends the stream: a browser has six connections to a server, for all tabs together.
+    """
+    before: _Moment | None = None
+    offset, numbers = 0, RunNumbers()
     while not studio.closing.is_set():
         records, end = await asyncio.to_thread(new_records, studio.places.runs / name, offset)
-        restarted = first or end < offset
+        restarted = before is None or end < offset
         if end < offset:  # resumed from an earlier checkpoint
             numbers = RunNumbers()
             records, end = await asyncio.to_thread(new_records, studio.places.runs / name, 0)
         numbers.feed(records)
         try:
-            live = await asyncio.to_thread(live_run, studio.places, studio.queue, name, numbers)
+            seen = await asyncio.to_thread(_seen, studio, name, numbers)
         except LorakeetError as error:
             yield event({"message": str(error)}, name="gone")
             return
-        job = studio.queue.of_run(name)
-        text = job.log if job else ""
-        if records or restarted or str(live) != before or text != log:
-            changed = text if text != log or first else None
-            values = {"run": plain_values(live), "records": thinned(records), "restarted": restarted, "log": changed}
-            yield event({**values, "pictures": drawn_samples(studio.places.runs / name)}, name="run")
-        offset, before, log, first = end, str(live), text, False
-        await asyncio.sleep(EVERY)
+        if records or restarted or seen != before:
+            log = seen.log if before is None or seen.log != before.log else None
+            values = {"run": plain_values(seen.live), "records": thinned(records), "restarted": restarted, "log": log}
+            yield event({**values, "pictures": seen.pictures}, name="run")
+        if seen.live.state not in GOING and end == offset:
+            yield event({}, name="over")
+            return
+        offset, before = end, seen
+        await asyncio.sleep(0 if records else EVERY)
 
 
 def _picture(request: Request) -> Response:

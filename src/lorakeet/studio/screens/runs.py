@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+from collections.abc import Mapping
 from dataclasses import dataclass
 
 from starlette.requests import Request
@@ -15,9 +16,10 @@ from lorakeet.evaluate.wording import metric_words, signed
 from lorakeet.studio.deleted import delete_run, deleted_runs, erase_run, restore_run
 from lorakeet.studio.index import RunSummary, write_tags
 from lorakeet.studio.jobs import Job
-from lorakeet.studio.live import new_records, thinned
+from lorakeet.studio.live import all_records, job_of, run_state, thinned
 from lorakeet.studio.pages import Screen, Studio, form_of, moved, page, studio_of
 from lorakeet.studio.pairing import PairedRuns, measuring, pair_runs, whole_report
+from lorakeet.train.run import RunFolder
 
 _AT_ONCE = 40  # runs that are read for one page; the page gets the others by itself
 _OVERLAID = 8
@@ -40,7 +42,7 @@ def lines_of(studio: Studio, most: int | None = None) -> list[RunLine]:
     known = {summary.name for summary in summaries}
     coming = [RunSummary(name=job.run, made=job.made) for job in jobs.values() if job.run not in known and _goes_on(job)]
     return [
-        RunLine(run, _state(run, jobs.get(run.name)), sparkline(run.spark), age_of(time.time() - run.made))
+        RunLine(run, _state(studio, run, jobs), sparkline(run.spark), age_of(time.time() - run.made))
         for run in (*reversed(coming), *summaries)
     ]
 
@@ -67,10 +69,11 @@ def _goes_on(job: Job) -> bool:
     return job.state in ("waiting", "running")
 
 
-def _state(run: RunSummary, job: Job | None) -> str:
-    if job is not None and _goes_on(job):
-        return job.state
-    return run.ended or "unfinished"
+def _state(studio: Studio, run: RunSummary, jobs: Mapping[str, Job]) -> str:
+    """As the run's own page says it; in a folder without a report, what the job or the metrics say."""
+    job = job_of(studio.places, studio.queue, run.name) if run.name in jobs else None
+    state = run_state(RunFolder.at(studio.places.runs / run.name), job)
+    return run.ended or state if state == "unfinished" else state
 
 
 def _list(request: Request) -> Response:
@@ -96,7 +99,7 @@ def _overlay(request: Request) -> Response:
         raise ConfigError(f"{len(names)} runs are chosen; choose 1 to {_OVERLAID} in the table to see their curves.")
     curves = []
     for name in names:
-        records = thinned(new_records(studio.places.run(name), 0)[0], 600)
+        records = thinned(all_records(studio.places.run(name)), 600)
         points = [
             {"x": record["step"], "y": record["held_out_loss"], "low": record.get("low"), "high": record.get("high")}
             for record in records

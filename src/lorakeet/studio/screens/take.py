@@ -14,7 +14,7 @@ from starlette.routing import Route
 from lorakeet.errors import ConfigError, LorakeetError
 from lorakeet.studio.forms import command_line
 from lorakeet.studio.jobs import Job
-from lorakeet.studio.pages import Screen, Studio, event, event_stream, form_of, moved, page, studio_of
+from lorakeet.studio.pages import Screen, Studio, event, event_stream, form_of, moved, page, page_address, studio_of
 from lorakeet.studio.taking import QUANTS, default_name, job_values, jobs_of, stamp_of, wanted, ways_of, why_not
 
 WORK = "lorakeet.studio.sizing:sizes_of_run"
@@ -23,7 +23,7 @@ EVERY = 0.5  # seconds between two reads of the jobs' files
 
 def _newest(request: Request) -> Response:
     done = taken_runs(studio_of(request))
-    return moved(f"/take/{done[0]}") if done else page(request, "take_empty.html")
+    return moved(page_address("take", done[0])) if done else page(request, "take_empty.html")
 
 
 def taken_runs(studio: Studio) -> list[str]:
@@ -63,7 +63,7 @@ def _start(request: Request) -> Response:
         raise ConfigError(missing)
     where = found.options.name if found.out is None else found.out.name
     studio.queue.add(found.words, title=f"{found.way.title}: {where}")
-    return moved(f"/take/{name}")
+    return moved(page_address("take", name))
 
 
 def _events(request: Request) -> Response:

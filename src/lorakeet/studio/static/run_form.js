@@ -11,7 +11,7 @@ let later = 0;
 
 function filled() {
   const fields = {};
-  for (const [name, value] of new FormData(form)) if (name !== "csrf" && typeof value === "string" && value.trim()) fields[name] = value;
+  for (const [name, value] of new FormData(form)) if (name !== "csrf" && name !== "once" && typeof value === "string" && value.trim()) fields[name] = value;
   return fields;
 }
 
@@ -57,5 +57,7 @@ form.addEventListener("click", (event) => {
 });
 form.addEventListener("input", soon);
 form.addEventListener("change", soon);
+form.addEventListener("submit", () => { setTimeout(() => { start.disabled = true; }); }); // after the form was read
+addEventListener("pageshow", (event) => { if (event.persisted) check(); });
 document.getElementById("upload").addEventListener("change", upload);
 check();

@@ -45,6 +45,9 @@ function show(run) {
   by("progress").max = run.total || 1;
   by("progress").value = run.step;
   by("stop").hidden = !run.can_stop;
+  by("stop").elements.at_once.value = run.state === "stopping";
+  by("stop").querySelector("button").textContent = run.stop;
+  by("stop").querySelector(".soft").textContent = run.stop_note;
   by("resume").hidden = !run.can_resume;
   by("result").hidden = run.state !== "done";
   document.title = `${run.state === "training" && run.total ? `${Math.floor((100 * run.step) / run.total)} % ` : ""}${run.name} · Lorakeet studio`;
@@ -88,6 +91,10 @@ function listen() {
     source.close();
     by("said").textContent = JSON.parse(event.data).message;
     by("said").dataset.state = "gone";
+  });
+  source.addEventListener("over", () => {
+    gone = true;
+    source.close();
   });
   source.onerror = () => { by("said").dataset.lost = "true"; };
   source.onopen = () => { delete by("said").dataset.lost; };
