@@ -5,6 +5,7 @@ Without Chromium these are skipped; accessibility is checked where `make axe` ha
 
 from __future__ import annotations
 
+import fcntl
 import json
 import os
 import re
@@ -222,10 +223,13 @@ def test_texts_of_strangers_run_nowhere(browser: Any, studio: Studio, address: s
 
 def test_a_run_that_vanishes_is_said(browser: Any, studio: Studio, address: str) -> None:
     folder = made_run(studio, "mine")
-    page = opened(browser, address.replace("/?", "/run/mine?"))
-    page.wait_for_selector("#curve svg")
-    folder.rename(studio.places.runs.parent / "away")
-    page.wait_for_selector("#said[data-state='gone']")
+    with (folder / ".lock").open("w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)  # as while it trains: events of a run that is over end
+        page = opened(browser, address.replace("/?", "/run/mine?"))
+        page.wait_for_selector("#said[data-state='running']")
+        page.wait_for_selector("#curve svg")
+        folder.rename(studio.places.runs.parent / "away")
+        page.wait_for_selector("#said[data-state='gone']")
     assert "may have been deleted or moved" in page.inner_text("#said")
 
 

@@ -154,6 +154,14 @@ def test_the_events_of_a_run_that_is_over_end(studio: Studio, monkeypatch: pytes
     assert found[0].startswith("event: run") and found[-1].startswith("event: over")
 
 
+def test_a_page_of_a_run_that_is_over_learns_that_it_goes_on(browser: TestClient, studio: Studio) -> None:
+    (studio.places.runs / "old").mkdir()
+    (studio.places.runs / "old" / "config.yaml").write_text("model: m\ndata: r\n")
+    assert browser.get("/run/old/state").json() == {"goes_on": False}
+    assert browser.post("/run/old/resume").status_code == 303
+    assert browser.get("/run/old/state").json() == {"goes_on": True}
+
+
 def test_a_second_click_starts_no_second_run(browser: TestClient, studio: Studio, filled: dict[str, str]) -> None:
     sent = [browser.post("/run", data={**filled, "once": "a"}).headers["location"] for _ in range(2)]
     assert sent == ["/run/my-rows-1"] * 2 and len(studio.queue.jobs()) == 1

@@ -35,6 +35,7 @@ from lorakeet.studio.live import (
     live_run,
     new_records,
     plain_values,
+    run_state,
     thinned,
 )  # fmt: skip
 from lorakeet.studio.offers import UPLOAD, offers
@@ -52,6 +53,7 @@ from lorakeet.studio.pages import (
     studio_of,
 )  # fmt: skip
 from lorakeet.studio.places import NotHere
+from lorakeet.train.run import RunFolder
 from lorakeet.workflows.options import FinetuneOptions
 from lorakeet.workflows.runs.early_checks import check_early
 
@@ -181,6 +183,13 @@ def _events(request: Request) -> Response:
     return event_stream(partial(_stream, studio, name))
 
 
+def _state(request: Request) -> Response:
+    """Whether a run that was over goes on again, without its metrics."""
+    studio, name = studio_of(request), _name(request)
+    state = run_state(RunFolder.at(studio.places.new_run(name)), job_of(studio.places, studio.queue, name))
+    return JSONResponse({"goes_on": state in GOING})
+
+
 @dataclass(frozen=True)
 class _Moment:
     """A run's files at one moment."""
@@ -246,6 +255,7 @@ SCREEN = Screen(
         Route("/run/{name}/stop", _stop, methods=["POST"]),
         Route("/run/{name}/resume", _resume, methods=["POST"]),
         Route("/run/{name}/events", _events),
+        Route("/run/{name}/state", _state),
         Route("/jobs/{name}/stop", _stop_job, methods=["POST"]),
         Route("/run/{name}/sample/{file:path}", _picture),
         UPLOAD,

@@ -82,6 +82,14 @@ function take(event) {
 
 let source = null;
 let gone = false;
+let later = 0;
+
+// A run that is over ends its events; it may be resumed in another tab or a terminal.
+async function again() {
+  const answer = await fetch(live.dataset.events.replace(/events$/, "state")).catch(() => null);
+  if (answer?.ok && (await answer.json()).goes_on) listen();
+  else later = setTimeout(again, 3000);
+}
 
 function listen() {
   source = new EventSource(live.dataset.events);
@@ -93,8 +101,8 @@ function listen() {
     by("said").dataset.state = "gone";
   });
   source.addEventListener("over", () => {
-    gone = true;
     source.close();
+    later = setTimeout(again, 3000);
   });
   source.onerror = () => { by("said").dataset.lost = "true"; };
   source.onopen = () => { delete by("said").dataset.lost; };
@@ -103,6 +111,7 @@ function listen() {
 // A browser has six connections to a server: tabs in the background give theirs back.
 document.addEventListener("visibilitychange", () => {
   source.close();
+  clearTimeout(later);
   if (!document.hidden && !gone) listen();
 });
 listen();
