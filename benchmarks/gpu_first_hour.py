@@ -36,6 +36,7 @@ from first_hour.stages import STAGES, Stage
 ROOT = Path(__file__).resolve().parents[1]
 PRELOADED = ("torch", "lorakeet.workflows.finetune", "first_hour.contender", "first_hour.images", "first_hour.proofs",
              "first_hour.kernels", "first_hour.waits", "first_hour.speed", "first_hour.shards", "lorakeet.cli.main")  # fmt: skip
+PATIENCE = 5  # times the limits, in a rehearsal: its machine may be busy with other work
 LINES = 12  # of the log, of a stage that failed
 QUIET = {"HF_HUB_OFFLINE": "1", "TRANSFORMERS_OFFLINE": "1", "TOKENIZERS_PARALLELISM": "false", "DO_NOT_TRACK": "1"}
 
@@ -149,7 +150,7 @@ def _commit() -> str:
 
 def _run(stage: Stage, report: Report, scratch: Path, given: argparse.Namespace) -> bool:
     """Runs a stage in its own process, and keeps in the report what it has found so far. Whether all of it ran to its end."""
-    limit = given.limit or stage.seconds
+    limit = given.limit or stage.seconds * (PATIENCE if given.rehearse else 1)
     print(f"{stage.key}. {stage.title} (at most {limit:g} s)", flush=True)
     path, began = scratch / f"{stage.key}.json", time.monotonic()
     path.unlink(missing_ok=True)

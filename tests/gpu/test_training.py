@@ -13,7 +13,7 @@ import torch
 from lorakeet.train.log import read_metrics
 from tiny.runs import reviews, run, write_rows
 
-pytestmark = pytest.mark.gpu
+pytestmark = [pytest.mark.gpu, pytest.mark.filterwarnings("default")]  # those of drivers and compilers are no failures
 CLOSE = 0.05  # nats: 16-bit products beside fp32
 WAITS = 3  # of a step
 
