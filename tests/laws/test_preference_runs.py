@@ -9,6 +9,7 @@ import shutil
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 
@@ -17,6 +18,7 @@ from lorakeet.errors import ConfigError, DataError, RunStopped, VerificationFail
 from lorakeet.formats.detect import read_adapter
 from lorakeet.train import loop
 from lorakeet.train.preference_spec import OBJECTIVES, SFT
+from lorakeet.train.text.preference_task import PreferenceTask
 from lorakeet.workflows.evaluate import evaluate
 from lorakeet.workflows.finetune import finetune
 from lorakeet.workflows.options import EvaluateOptions, FinetuneOptions
@@ -133,6 +135,21 @@ def test_the_reference_stays_what_it_was_when_its_run_changes(
     before = evaluate(ask, console=quiet()).report.systems[0].metrics["lead"]
     shutil.rmtree(earlier)
     assert evaluate(ask, console=quiet()).report.systems[0].metrics["lead"] == before
+
+
+def test_a_reference_of_other_rows_is_found_in_the_first_step(
+    rows: Path, tiny_llama_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The margins of the first step are 0: nothing is trained yet."""
+    computed = PreferenceTask.log_probs
+
+    def rolled(self: PreferenceTask, given: Any) -> Any:
+        sums, tokens = computed(self, given)
+        return (np.roll(sums, 2) if given is self.train else sums), tokens
+
+    monkeypatch.setattr(PreferenceTask, "log_probs", rolled)
+    with pytest.raises(VerificationFailed, match="In the first step the answers' log-probabilities differ from the reference"):
+        run(tiny_llama_folder, rows / "pairs.jsonl", tmp_path / "run", {"train.objective": "dpo", "train.steps": 1})
 
 
 def test_an_adapter_of_another_base_is_refused(

@@ -22,6 +22,7 @@ from lorakeet.data.batches import StepOrder, distribute_rows
 from lorakeet.data.chat import Example
 from lorakeet.data.pack import Batch
 from lorakeet.data.pairs import pair_batches
+from lorakeet.errors import VerificationFailed
 from lorakeet.models.generate.score import row_losses
 from lorakeet.models.text.model import TextModel
 from lorakeet.train.preference_spec import KTO, PreferenceSpec
@@ -70,6 +71,7 @@ class PreferenceTask(TextTask):
     """
 
     reference: Reference | None = None
+    start_within: float | None = None  # nats a token from the reference in the first step, which must then be zero but for rounding
     measured: Preferred | None = None  # at the latest held-out evaluation
 
     def __init__(
@@ -86,13 +88,14 @@ class PreferenceTask(TextTask):
         self.train = [replace(example, key=str(number)) for number, example in enumerate(self.train)]
         self.order = order_of_pairs(self.train, self.spec)
         self.steps_per_epoch = self.order.steps_per_epoch
-        self._kl = 0.0
+        self._kl, self._step = 0.0, 0
 
     @property
     def objective(self) -> str:
         return self.spec.objective
 
     def batches(self, step: int) -> list[Batch]:
+        self._step = step
         pairs = self._own_pairs(self.train, self.order.indices(step))
         if self.objective == KTO:
             return self.text.micro_batches([self.train[2 * pair] for pair in pairs], self.spec.micro_tokens)
@@ -143,6 +146,8 @@ class PreferenceTask(TextTask):
         tokens = torch.tensor(counts, dtype=torch.float64, device=sums.device)
         numbers = np.array([int(key) for key in batch.keys])
         known = None if self.reference is None else torch.from_numpy(self.reference.train[numbers]).to(sums.device)
+        if known is not None and self.start_within is not None and self._step == 0:
+            require_start(float(((sums.detach() - known).abs() / tokens).mean()), self.start_within)
         if self.objective == KTO and known is not None:
             wanted = torch.from_numpy(self.desirable[0][numbers // 2]).to(sums.device)
             return kto_losses(self.preference, sums, known, wanted, self._kl).sum()
@@ -195,6 +200,15 @@ class PreferenceTask(TextTask):
     @property
     def learning_rate(self) -> float:
         return RATE_FACTOR * super().learning_rate
+
+
+def require_start(found: float, most: float) -> None:
+    """Raises VerificationFailed if the first step is `found` nats a token from the reference: then its margins are not 0."""
+    if not found <= most:
+        raise VerificationFailed(
+            f"In the first step the answers' log-probabilities differ from the reference by {found:.3g} nats a token, where {most:g} "
+            "is allowed: nothing is trained yet, so both should agree. Report the model and the settings."
+        )
 
 
 RATE_FACTOR = 0.1  # of the default rate of sft

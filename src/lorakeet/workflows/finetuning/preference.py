@@ -86,6 +86,8 @@ class PreferenceRunKind(TextRunKind):
         """Computes the reference before the first step, or reads that of a run that is resumed."""
         if isinstance(task, PreferenceTask) and needs_reference(task.objective):  # before states are cached: another path rounds
             task.reference = self._reference(setup, task, run, console)
+            if setup.config.train.reference == START and not setup.config.lora.dropout:
+                task.start_within = _most(setup)
         with super().training(setup, task, run, console):
             yield
 
