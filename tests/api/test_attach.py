@@ -49,6 +49,14 @@ def test_a_plain_loop_trains_the_pairs_alone() -> None:
     torch.testing.assert_close(net(x), after, rtol=0, atol=1e-6)
 
 
+@pytest.mark.parametrize("name", ["continue_from", "on_top_of"])
+def test_an_earlier_adapter_is_refused_rather_than_ignored(name: str) -> None:
+    net = small_net()
+    with pytest.raises(ConfigError, match="names the earlier adapter runs/sft"):
+        lk.attach(net, lk.Lora(rank=2, target_modules=("0",), **{name: "runs/sft"}))
+    assert isinstance(net[0], nn.Linear)
+
+
 def test_flags_of_gradients_come_back() -> None:
     net = small_net()
     net[0].weight.requires_grad_(False)

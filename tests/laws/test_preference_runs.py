@@ -16,6 +16,7 @@ import torch
 from lorakeet.cli.main import main
 from lorakeet.errors import ConfigError, DataError, RunStopped, VerificationFailed
 from lorakeet.formats.detect import read_adapter
+from lorakeet.formats.peft import peft
 from lorakeet.train import loop
 from lorakeet.train.preference_spec import OBJECTIVES, SFT
 from lorakeet.train.text.preference_task import PreferenceTask
@@ -275,6 +276,31 @@ def test_a_broken_run_on_top_of_another_goes_on_to_the_same_bytes(taught: Path, 
     assert adapter_bytes(tmp_path / "broken") == adapter_bytes(tmp_path / "whole")
 
 
+def test_a_run_on_top_of_an_adapter_that_changed_is_not_resumed(taught: Path, tiny_llama_folder: Path, tmp_path: Path) -> None:
+    earlier = tmp_path / "earlier"
+    shutil.copytree(taught, earlier)
+    answers = [{"prompt": pair["prompt"], "completion": pair["chosen"]} for pair in preferences(60, seed=4)]
+    data = write_rows(tmp_path / "rows.jsonl", answers)
+    changes = {"lora.on_top_of": earlier, "lora.rank": 2, "train.steps": 2, "train.checkpoint_every": 1}
+    run(tiny_llama_folder, data, tmp_path / "run", changes)
+    changed = read_adapter(earlier)
+    first = next(iter(changed.pairs.values()))
+    first.A.mul_(2)
+    shutil.rmtree(earlier / "adapter")
+    (earlier / "adapter").mkdir()
+    peft.write(changed, earlier / "adapter")
+    with pytest.raises(ConfigError, match="the earlier adapter"):
+        resumed = settings(tiny_llama_folder, data, tmp_path / "run", changes)
+        finetune(resumed, FinetuneOptions(resume=tmp_path / "run"), console=quiet())
+
+
+def test_targets_that_leave_an_earlier_pair_out_are_named(taught: Path, tiny_llama_folder: Path, tmp_path: Path) -> None:
+    answers = [{"prompt": pair["prompt"], "completion": pair["chosen"]} for pair in preferences(60, seed=4)]
+    changes = {"lora.on_top_of": taught, "lora.target_modules": "q_proj"}
+    with pytest.raises(ConfigError, match="that lora's targets leave out"):
+        run(tiny_llama_folder, write_rows(tmp_path / "rows.jsonl", answers), tmp_path / "run", changes)
+
+
 def test_sft_goes_on_from_an_adapter(taught: Path, tiny_llama_folder: Path, tmp_path: Path) -> None:
     answers = [{"prompt": pair["prompt"], "completion": pair["chosen"]} for pair in preferences(60, seed=4)]
     changes = {"lora.continue_from": taught, "train.steps": 1, "train.learning_rate": 1e-9}
@@ -301,7 +327,7 @@ def test_a_run_is_evaluated_again_and_merged(
     other = write_rows(tmp_path / "other.jsonl", preferences(30, seed=8))
     ask = EvaluateOptions(str(tmp_path / "run"), data=str(other), judge="http://127.0.0.1:9#none")
     found = evaluate(ask, console=quiet())
-    assert "The judge http://127.0.0.1:9#none compared no replies" in " ".join(found.report.warnings)
+    assert "The judge none gave a vote in both orders for 0 of" in " ".join(found.report.warnings)
     assert found.report.task == "preference" and 20 < found.report.rows_of <= 30  # without near-copies of training rows
     assert main(["merge", str(tmp_path / "run"), "--out", str(tmp_path / "merged")]) == 0
     assert main(["compress", str(tmp_path / "run"), "--out", str(tmp_path / "small")]) == 2

@@ -42,6 +42,11 @@ def attach(net: nn.Module, lora: LoraSpec | Adapter = LoraSpec(), *, name: str =
         config: Any = getattr(net, "config", None)
         text = config.get_text_config() if hasattr(config, "get_text_config") else config
         checked = load_settings(LoraSpec, to_mapping(lora), where="lk.attach")
+        if earlier := checked.continue_from or checked.on_top_of:
+            raise ConfigError(
+                f"lk.attach adds new pairs, but lora names the earlier adapter {earlier}. Attach lk.Adapter.read({earlier!r}) "
+                "to train it further, or use lk.finetune."
+            )
         plan = plan_for(net, checked, family_of(text))
         inject.inject(net, plan, name, seed=seed)
     for parameter in parameters(net, name):

@@ -10,6 +10,7 @@ from lorakeet.errors import Problems
 from lorakeet.setting import setting
 
 FACTORED = ("pissa", "olora")  # starts from factors of the frozen weight, whose initial values are stored too (core/lowrank)
+SUM = "(?#sum)"  # a comment in the pattern of a rank or alpha that is of an earlier adapter and the one on top of it together
 MEASURED = ("gradient", "activation")  # starts whose A is measured on training rows (ranks/score)
 
 

@@ -33,7 +33,7 @@ class EvaluateSpec:
         None, "Own metric of replies: a Python file and its function(reply, reference), such as my.py:score."
     )
     judge: str | None = setting(
-        None, "Model behind OpenAI's API that compares replies of adapter and base: URL#MODEL. It is sent held-out prompts."
+        None, "Model behind OpenAI's API that compares the replies, URL#MODEL; it gets prompts, references and replies."
     )
     drift_texts: int = setting(
         64, "Number of texts, sampled from the base, on which the adapter's drift is measured; 0 for none."
@@ -51,6 +51,6 @@ class EvaluateSpec:
         for name, low in least.items():
             if getattr(self, name) < low:
                 problems.add(f"evaluate.{name} is {getattr(self, name)}; expected {low} or more.")
-        if self.judge is not None and not re.fullmatch(r"https?://[^#\s]+#\S+", self.judge):
+        if self.judge is not None and not re.fullmatch(r"https?://[^#@\s]+#\S+", self.judge):
             problems.add(f"evaluate.judge is {self.judge!r}; expected the address and the model, as in http://localhost:8000#qwen3.")
         problems.raise_if_any()

@@ -12,7 +12,7 @@ from torch import nn
 from lorakeet.core.layers.experts import stack_shape, why_not_experts
 from lorakeet.core.math import Kind
 from lorakeet.core.plan import ExtraEntry, Plan, PlanEntry, path_range
-from lorakeet.core.spec import MEASURED, LoraSpec, layers_chosen, pattern_value
+from lorakeet.core.spec import MEASURED, SUM, LoraSpec, layers_chosen, pattern_value
 from lorakeet.errors import Problems, nearest
 from lorakeet.formats.peft.renamed_targets import needs_parameter, refused_by_peft
 from lorakeet.models import modules
@@ -211,6 +211,8 @@ def _entry(site: Site, spec: LoraSpec) -> PlanEntry:
 def _check_patterns(entries: tuple[PlanEntry, ...], spec: LoraSpec, problems: Problems) -> None:
     for name, pattern in (("rank_pattern", spec.rank_pattern), ("alpha_pattern", spec.alpha_pattern)):
         for key in pattern:
+            if key.endswith(SUM):  # of an earlier adapter, whose modules are compared with the plan by their names
+                continue
             if not any(pattern_value({key: 1}, entry.path) for entry in entries):
                 names = leaf_names(entry.path for entry in entries)
                 problems.add(f"lora.{name} '{key}' matches none of the adapted modules ({listed(names)}).{nearest(key, names)}")

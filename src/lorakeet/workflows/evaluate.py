@@ -127,9 +127,10 @@ def _on_tasks(options: EvaluateOptions, opened: Opened, console: Console) -> Rep
     with enforcing_gpu_budget(residency.budget, "Raise it with --memory."), peak_said(residency, console):
         text = dataclasses.replace(opened, residency=residency).text_model(console)
         context = text.context or config.data.max_tokens
-        longest = min(config.data.max_tokens, context) if residency.budget else context
-        tokens = max(config.train.micro_tokens, longest)
-        found = run_tasks(text, wanted, adapter=NAME, longest=longest, micro_tokens=tokens, console=console)
+        longest = (min(config.data.max_tokens, context) if residency.budget else context) - 1
+        found = run_tasks(
+            text, wanted, adapter=NAME, longest=longest, micro_tokens=config.train.micro_tokens, console=console
+        )
     report = tasks_report(f"{options.run_or_adapter} on {', '.join(options.tasks)}", found, config.evaluate)
     return dataclasses.replace(report, subtitle=f"{text.name}, tasks of lm-evaluation-harness", part="test")
 

@@ -64,7 +64,7 @@ class EvaluateOptions:
     base: str | None = setting(None, _BASE)
     out: Path | None = setting(None, "Folder for a report; without it no report is written.")
     metric: str | None = setting(None, "Own metric of replies, such as my.py:score; that of the run's settings is not computed.")
-    judge: str | None = setting(None, "Model that compares replies of adapter and base, as URL#MODEL; it is sent the prompts.")
+    judge: str | None = setting(None, "Model that compares the replies, URL#MODEL; it gets prompts, references and replies.")
     tasks: tuple[str, ...] = setting((), "Tasks of lm-evaluation-harness, such as arc_easy,gsm8k, in place of rows.")
     task_folder: Path | None = setting(None, "Folder with task files of your own (.yaml) for --tasks.")
     task_rows: int | None = setting(None, "Rows of each task; the default is all.")

@@ -22,7 +22,7 @@ def test_a_preference_is_a_metric_of_both_and_a_comparison() -> None:
     shares = [system.metrics[JUDGE_WINS].value for system in found.systems]
     assert np.allclose(shares, [0.9, 0.1])
     (compared,) = found.comparisons
-    assert compared.verdict == "better" and "position bias 0" in compared.test and not found.warnings
+    assert compared.verdict == "better" and "read first is preferred by 0" in compared.test and not found.warnings
 
 
 def test_a_bias_that_exceeds_the_effect_leaves_no_comparison() -> None:
@@ -35,4 +35,11 @@ def test_missing_votes_are_said_and_too_few_give_no_result() -> None:
     some = with_judge(REPORT, votes([1.0] * 8 + [nan] * 2, [0.0] * 10), SYSTEMS, SPEC)
     assert "2 of 10 prompts; they are left out" in some.warnings[0] and some.comparisons[0].difference.n == 8
     few = with_judge(REPORT, votes([nan] * 6 + [1.0] * 4, [0.0] * 10), SYSTEMS, SPEC)
-    assert "for 4 of 10 prompts, too few" in few.warnings[0] and not few.comparisons
+    assert "for 4 of 10 prompts with other replies, too few" in few.warnings[0] and not few.comparisons
+
+
+def test_equal_replies_are_no_votes() -> None:
+    nan = float("nan")
+    unread = JudgeVotes("model", np.array([[0.5, 0.5]] * 6 + [[nan, nan]] * 4), equal=6)
+    found = with_judge(REPORT, unread, SYSTEMS, SPEC)
+    assert "for 0 of 4 prompts" in found.warnings[0] and JUDGE_WINS not in found.systems[0].metrics

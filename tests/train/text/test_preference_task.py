@@ -158,7 +158,7 @@ def test_streamed_blocks_give_the_same_bits(objective: str, tiny_llama_folder: P
 def test_a_long_prompt_is_computed_once_for_both_answers(tiny_llama_folder: Path) -> None:
     task = task_on(adapted(tiny_llama_folder), "dpo", micro_tokens=4096, examples=pairs(3, 5, prompt=150))
     batches = task.batches(0)
-    computed = sum(len(task.text.layout(batch).ids) for batch in batches)
+    computed = sum(task.text.layout(batch).tokens for batch in batches)
     rows, prompts = sum(len(row.ids) for row in task.train), sum(150 + number for number in range(3))
     assert len(batches) == 3 and computed == rows - prompts
 

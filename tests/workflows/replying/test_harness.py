@@ -20,16 +20,18 @@ SPEC = EvaluateSpec(resamples=500)
 installed = pytest.mark.skipif("not __import__('importlib.util').util.find_spec('lm_eval')", reason="lorakeet[tasks] is not here")
 
 
-def test_values_of_rows_are_told_from_values_of_all_rows() -> None:
-    first, second = {"doc_id": 0, "acc": 0.0, "ppl": (-2.0, 3)}, {"doc_id": 1, "acc": 1.0, "ppl": (-1.0, 3)}
+def test_values_of_rows_are_distinguished_from_values_of_all_rows() -> None:
+    first = {"doc_id": 0, "acc": 0.0, "ppl": (-2.0, 3), "words": -3.0}
+    second = {"doc_id": 1, "acc": 1.0, "ppl": (-1.0, 3), "words": -1.0}
     samples = [second, first, {"doc_id": 0, "acc": 1.0}]  # the last one by another filter
     results = {
-        "samples": {"quiz": samples}, "higher_is_better": {"quiz": {"acc": True, "ppl": False}},
-        "results": {"quiz": {"acc,none": 0.5, "ppl,none": 7.5}},
+        "samples": {"quiz": samples}, "higher_is_better": {"quiz": {"acc": True, "ppl": False, "words": False}},
+        "results": {"quiz": {"acc,none": 0.5, "ppl,none": 7.5, "words,none": 7.39, "acc,other": 1.0}},
+        "groups": {"all": {"alias": "all", "acc,none": 0.5, "acc_stderr,none": 0.1}},
     }  # fmt: skip
     found = task_scores(results)
     assert found.by_row["quiz acc"].tolist() == [0.0, 1.0], "in the order of rows, by the first filter"
-    assert found.whole == {"quiz ppl": 7.5}
+    assert found.whole == {"quiz ppl": 7.5, "quiz words": 7.39, "all acc": 0.5}
 
 
 def test_a_report_compares_both_on_the_same_rows() -> None:
@@ -41,6 +43,18 @@ def test_a_report_compares_both_on_the_same_rows() -> None:
     (compared,) = report.comparisons
     assert compared.verdict == "better" and compared.test == "McNemar" and compared.difference.value == pytest.approx(0.9)
     assert "quiz ppl has no value for each row" in report.warnings[0]
+
+
+def test_several_tasks_are_adjusted_for_their_number_and_all_decide() -> None:
+    better, worse, same = np.array([1.0] * 20), np.array([0.0] * 20), np.array([1.0, 0.0] * 10)
+    names = {"one acc": True, "two acc": True, "three acc": True}
+    mine = TaskScores(dict(zip(names, (better, worse, same), strict=True)), {}, names, shortened=3)
+    base = TaskScores(dict(zip(names, (worse, better, same), strict=True)), {}, names)
+    report = tasks_report("t", {"adapter": mine, "base": base}, SPEC)
+    assert all("Holm over 3" in one.test for one in report.comparisons)
+    assert report.verdict is not None and report.verdict.tone == "mixed"
+    assert "better than its base in 1 and worse in 1" in report.verdict.phrases[0].text
+    assert "3 prompts were longer" in report.warnings[-1]
 
 
 def test_without_the_harness_the_message_says_how_to_install_it(monkeypatch: pytest.MonkeyPatch) -> None:

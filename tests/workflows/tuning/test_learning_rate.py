@@ -50,6 +50,14 @@ def tried(setup: TextAssembly, **options: bool) -> tuple[TextAssembly, Any, str]
     return chosen, found, said.getvalue()
 
 
+def test_no_rate_is_tried_on_top_of_an_earlier_adapter(tiny_llama_folder: Path, rows: Path, tmp_path: Path) -> None:
+    """A trial would train the earlier terms too."""
+    setup = assembled(tiny_llama_folder, rows, tmp_path / "run")
+    setup = replace(setup, config=setup.config.changed(lora={"on_top_of": "runs/first"}))
+    _, found, said = tried(setup)
+    assert found is None and "lora.on_top_of keeps an earlier adapter" in said
+
+
 def test_the_rate_is_tried_saved_and_the_run_is_that_of_the_rate(tiny_llama_folder: Path, rows: Path, tmp_path: Path) -> None:
     """The run after a trial, a run that is given the rate, and one that was cut short and resumed: the same bytes."""
     done = finetune(settings(tiny_llama_folder, rows, tmp_path / "run", LONG), console=quiet())

@@ -18,9 +18,12 @@ LEAST_SHARE = 0.5  # of the pairs that need a vote in both orders; with fewer th
 def with_judge(report: Report, found: JudgeVotes, systems: tuple[str, str], spec: EvaluateSpec) -> Report:
     """The report with the judge's preference between two systems, the left one first, after all other comparisons."""
     complete, total, name = int(found.complete.sum()), len(found.votes), found.judge
-    if complete < max(1, LEAST_SHARE * total):
-        few = f"The judge {name} gave a vote in both orders for {complete} of {total} prompts, too few for a result."
-        return replace(report, warnings=(*report.warnings, f"{few} Take a larger model."))
+    why = f" It gave no further answer: {found.failed}" if found.failed else ""
+    different = total - found.equal
+    if complete - found.equal < max(1, LEAST_SHARE * different):
+        voted = complete - found.equal
+        few = f"The judge {name} gave a vote in both orders for {voted} of {different} prompts with other replies"
+        return replace(report, warnings=(*report.warnings, f"{few}, too few for a result.{why or ' Take a larger model.'}"))
     wins, bias = found.wins, found.position_bias
     groups = None
     if found.groups is not None:
@@ -30,7 +33,7 @@ def with_judge(report: Report, found: JudgeVotes, systems: tuple[str, str], spec
         replace(system, metrics={**system.metrics, JUDGE_WINS: shares[system.name]}) if system.name in shares else system
         for system in report.systems
     )
-    said = [f"The judge {name} gave no vote in both orders for {total - complete} of {total} prompts; they are left out."]
+    said = [f"The judge {name} gave no vote in both orders for {total - complete} of {total} prompts; they are left out.{why}"]
     said, effect, comparisons = said[: complete < total], float(wins.mean() - 0.5), report.comparisons
     if abs(bias) >= abs(effect):
         said.append(
@@ -39,5 +42,6 @@ def with_judge(report: Report, found: JudgeVotes, systems: tuple[str, str], spec
         )
     else:
         compared = compare_values(systems, JUDGE_WINS, (wins, 1 - wins), spec, groups=groups)
-        comparisons = (*comparisons, replace(compared, test=f"{compared.test}, position bias {signed(bias)}"))
+        both = f"{compared.test}; the reply read first is preferred by {signed(2 * bias)} in the same unit"
+        comparisons = (*comparisons, replace(compared, test=both))
     return replace(report, systems=known, comparisons=comparisons, warnings=(*report.warnings, *said))

@@ -13,6 +13,7 @@ from typing import Any
 import numpy as np
 
 from lorakeet.data.chat import Example, Ids
+from lorakeet.errors import ConfigError
 from lorakeet.models.generate.sample import sample
 from lorakeet.models.generate.score import scored_rows
 from lorakeet.models.text.model import TextModel
@@ -21,9 +22,10 @@ REPLY_TOKENS = 256  # where a task names no limit
 
 
 def harness_model(text: TextModel, *, longest: int, micro_tokens: int) -> Any:
-    """An `lm_eval.api.model.LM` of `text`; `longest` is the most tokens of a context with its continuation.
+    """An `lm_eval.api.model.LM` of `text`. Its `shortened` counts contexts that lost their beginning.
 
-    Raises ImportError without lm-evaluation-harness.
+    `longest` is the most tokens that the model reads: of a context and its continuation all but the last one. Raises ImportError
+    without lm-evaluation-harness.
     """
     from lm_eval.api.model import LM
     from lm_eval.utils import get_rolling_token_windows, make_disjoint_window
@@ -33,6 +35,7 @@ def harness_model(text: TextModel, *, longest: int, micro_tokens: int) -> Any:
 
     def scores(pairs: Sequence[tuple[Sequence[int], Sequence[int]]]) -> list[tuple[float, bool]]:
         rows = [_example(context, continuation, longest) for context, continuation in pairs]
+        model.shortened += sum(len(context) + len(continuation) > longest + 1 for context, continuation in pairs)
         sums, greedy = scored_rows(text, rows, micro_tokens=micro_tokens)
         return [(float(one), bool(likeliest)) for one, likeliest in zip(sums, greedy, strict=True)]
 
@@ -40,6 +43,7 @@ def harness_model(text: TextModel, *, longest: int, micro_tokens: int) -> Any:
         """Answers the harness's requests."""
 
         tokenizer_name = str(text.name)
+        shortened = 0
 
         def loglikelihood(self, requests: Any) -> list[tuple[float, bool]]:
             return scores([_tokens(tokenizer, request.args[0], request.args[1], start) for request in requests])
@@ -59,7 +63,9 @@ def harness_model(text: TextModel, *, longest: int, micro_tokens: int) -> Any:
             found: dict[int, str] = {}
             for numbers in alike.values():
                 contexts = [requests[number].args[0] for number in numbers]
-                found |= dict(zip(numbers, _replies(text, contexts, requests[numbers[0]].args[1], longest), strict=True))
+                replies, shortened = _replies(text, contexts, requests[numbers[0]].args[1], longest)
+                model.shortened += shortened
+                found |= dict(zip(numbers, replies, strict=True))
             return [found[number] for number in range(len(requests))]
 
         def apply_chat_template(self, chat_history: list[dict[str, str]], add_generation_prompt: bool = True) -> str:
@@ -71,7 +77,14 @@ def harness_model(text: TextModel, *, longest: int, micro_tokens: int) -> Any:
         def chat_template(self, chat_template: bool | str = False) -> str:
             return str(tokenizer.chat_template or "")
 
-    return HarnessModel()
+    model = HarnessModel()
+    return model
+
+
+def _encoded(tokenizer: Any, text: str) -> list[int]:
+    """The tokens of a text; one that begins with the BOS token, as chat templates write it, gets no second one."""
+    own = bool(tokenizer.bos_token) and text.startswith(tokenizer.bos_token)
+    return list(tokenizer.encode(text, add_special_tokens=False) if own else tokenizer.encode(text))
 
 
 def _tokens(tokenizer: Any, context: str, continuation: str, start: int) -> tuple[list[int], list[int]]:
@@ -81,25 +94,34 @@ def _tokens(tokenizer: Any, context: str, continuation: str, start: int) -> tupl
         context, continuation = context[:-spaces], context[-spaces:] + continuation
     if not context:
         return [start], tokenizer.encode(continuation, add_special_tokens=False)
-    whole, first = tokenizer.encode(context + continuation), tokenizer.encode(context)
+    whole, first = _encoded(tokenizer, context + continuation), _encoded(tokenizer, context)
     return first, whole[len(first) :]
 
 
 def _example(context: Sequence[int], continuation: Sequence[int], longest: int) -> Example:
     """The context's last tokens and the continuation, which is the target."""
-    ids = np.array([*context, *continuation][-longest:], np.int64)
+    ids = np.array([*context, *continuation][-(longest + 1) :], np.int64)
     targets = np.arange(len(ids)) >= max(1, len(ids) - len(continuation))  # nothing predicts the first token
     return Example(ids, targets, "", None, False)
 
 
-def _replies(text: TextModel, contexts: Sequence[str], settings: dict[str, Any], longest: int) -> list[str]:
-    """The continuation of each context, cut at the first of the settings' `until`."""
+def _replies(text: TextModel, contexts: Sequence[str], settings: dict[str, Any], longest: int) -> tuple[list[str], int]:
+    """The continuation of each context, cut at the first of the settings' `until`, and how many contexts were shortened.
+
+    Raises ConfigError where the task's longest reply leaves nothing for a prompt.
+    """
     until = settings.get("until") or []
     stops = [until] if isinstance(until, str) else [stop for stop in until if stop]
-    most = min(int(settings.get("max_gen_toks", REPLY_TOKENS)), longest - 1)
+    most = int(settings.get("max_gen_toks", REPLY_TOKENS))
+    if most >= longest:
+        raise ConfigError(
+            f"The task's replies may have {most:,} tokens (max_gen_toks), and the model reads {longest:,}: nothing is left for a "
+            "prompt. Raise the memory budget or data.max_tokens, take a model with a longer context, or another task."
+        )
     sampled = bool(settings.get("do_sample", settings.get("temperature", 0) > 0))
     temperature = float(settings.get("temperature", 1.0)) if sampled else 0.0
-    prompts: list[list[int]] = [text.tokenizer.encode(context)[-(longest - most) :] for context in contexts]
+    prompts = [_encoded(text.tokenizer, context) for context in contexts]
+    shortened = sum(len(prompt) > longest - most for prompt in prompts)
 
     def decoded(written: list[int] | Ids) -> str:
         return str(text.tokenizer.decode(written, skip_special_tokens=True))
@@ -108,7 +130,8 @@ def _replies(text: TextModel, contexts: Sequence[str], settings: dict[str, Any],
         said = decoded(written)
         return any(stop in said for stop in stops)
 
-    replies = [decoded(ids) for ids in sample(text, prompts, max_tokens=most, temperature=temperature, done=done)]
+    cut = [prompt[-(longest - most) :] for prompt in prompts]
+    replies = [decoded(ids) for ids in sample(text, cut, max_tokens=most, temperature=temperature, done=done)]
     for stop in stops:
         replies = [reply.split(stop, 1)[0] for reply in replies]
-    return replies
+    return replies, shortened

@@ -71,7 +71,7 @@ class PreferenceTask(TextTask):
     """
 
     reference: Reference | None = None
-    start_within: float | None = None  # nats a token from the reference in the first step, which must then be zero but for rounding
+    start_within: float | None = None  # nats a token by which the first step may differ from the reference, by rounding
     measured: Preferred | None = None  # at the latest held-out evaluation
 
     def __init__(
@@ -206,8 +206,8 @@ def require_start(found: float, most: float) -> None:
     """Raises VerificationFailed if the first step is `found` nats a token from the reference: then its margins are not 0."""
     if not found <= most:
         raise VerificationFailed(
-            f"In the first step the answers' log-probabilities differ from the reference by {found:.3g} nats a token, where {most:g} "
-            "is allowed: nothing is trained yet, so both should agree. Report the model and the settings."
+            f"In the first step the answers' log-probabilities differ from the reference by {found:.3g} nats a token, where "
+            f"{most:g} is allowed: nothing is trained yet, so both should agree. Report the model and the settings."
         )
 
 

@@ -20,7 +20,7 @@ from lorakeet.config import RunConfig
 from lorakeet.core.adapter import Adapter, Pair
 from lorakeet.core.math import alpha_for, scale_of, term_dims
 from lorakeet.core.plan import Plan
-from lorakeet.core.spec import pattern_value
+from lorakeet.core.spec import SUM, pattern_value
 from lorakeet.errors import ConfigError, Problems
 from lorakeet.evaluate.certificate import Check, tolerance_check
 from lorakeet.formats.detect import read_adapter
@@ -29,7 +29,6 @@ from lorakeet.models.inject import trained_parameters
 from lorakeet.models.text.model import TextModel
 from lorakeet.train.task import KeptTerms
 
-SUM = "(?#sum)"  # a comment in the regular expression of a rank or alpha that is of both adapters together
 ROUNDED = 1e-6  # by which share B₁ may change when its scale becomes that of the new pair
 
 

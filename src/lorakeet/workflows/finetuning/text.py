@@ -44,6 +44,7 @@ from lorakeet.ranks.prune import final_budget
 from lorakeet.train.processes import Processes
 from lorakeet.train.run import RunFolder
 from lorakeet.train.text.own_code import require_own_code
+from lorakeet.train.text.reference import adapter_digest
 from lorakeet.train.text.task import TextTask
 from lorakeet.workflows.finetuning.assemble_text import TextAssembly, assemble_text, text_task
 from lorakeet.workflows.finetuning.certify_text import certify_text, with_own_code
@@ -405,6 +406,8 @@ class TextRunKind(RunKind[TextAssembly]):
             "lora settings": {key: value for key, value in dataclasses.asdict(config.lora).items() if value is not None},
             "tokens of the rows": [[example.key, example.ids.tolist()] for example in examples],
         }
+        if (below := config.lora.on_top_of) is not None:
+            parts["the earlier adapter"] = adapter_digest(read_adapter(Path(below)))
         if cuts := setup.cuts:  # all that a pruned run takes from the ranks settings
             parts["cuts of the ranks"] = cuts
         alone = config.model if setup.processes.count == 1 else None  # earlier versions refused several CUDA devices

@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import json
 import os
+import time
 import urllib.error
 from collections.abc import Hashable, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from http.client import HTTPException
 
 from rich.console import Console
@@ -20,7 +21,8 @@ from lorakeet.train.progress import counted
 from lorakeet.workflows.runs.server_answer import open_answer, read_answer, refusal_of
 
 KEY = "LORAKEET_JUDGE_KEY"  # environment variable with the server's API key
-MOST_TOKENS = 512  # of a vote with its reason
+MOST_TOKENS = 2048  # of a vote with its reason
+BUSY, WAITS = (429, 502, 503, 504), (1.0, 4.0, 15.0)  # statuses after which a server is called again, and seconds until then
 
 
 @dataclass(frozen=True)
@@ -37,19 +39,28 @@ class JudgeServer:
         return cls(url.rstrip("/").removesuffix("/v1"), name)
 
     def reply(self, question: str) -> str:
-        """The judge's whole answer, greedy. Raises EnvironmentProblem with what the server says where it gives none."""
+        """The judge's whole answer, greedy; empty if it reached MOST_TOKENS, where it may have quoted a vote.
+
+        Raises EnvironmentProblem with what the server says where it gives none; a busy server is called again.
+        """
         body = {
             "model": self.name, "messages": [{"role": "user", "content": question}], "temperature": 0, "max_tokens": MOST_TOKENS,
         }  # fmt: skip
-        try:
-            with open_answer(f"{self.url}/v1/chat/completions", body, key=os.environ.get(KEY, "")) as response:
-                return str(json.loads(read_answer(response))["choices"][0]["message"]["content"] or "")
-        except urllib.error.HTTPError as error:
-            raise EnvironmentProblem(f"{self.url} refuses {refusal_of(error)}") from error
-        except (OSError, ValueError, HTTPException) as error:
-            raise EnvironmentProblem(f"{self.url} gives no answer that can be read ({error}).") from error
-        except (LookupError, TypeError, AttributeError, RecursionError) as error:
-            raise EnvironmentProblem(f"{self.url} gives no message ({type(error).__name__}: {error}).") from error
+        for wait in (*WAITS, None):
+            try:
+                with open_answer(f"{self.url}/v1/chat/completions", body, key=os.environ.get(KEY, "")) as response:
+                    choice = json.loads(read_answer(response))["choices"][0]
+                return "" if choice.get("finish_reason") == "length" else str(choice["message"]["content"] or "")
+            except urllib.error.HTTPError as error:
+                said = refusal_of(error)
+                if error.code not in BUSY or wait is None:
+                    raise EnvironmentProblem(f"{self.url} refuses {said}") from error
+                time.sleep(wait)
+            except (OSError, ValueError, HTTPException) as error:
+                raise EnvironmentProblem(f"{self.url} gives no answer that can be read ({error}).") from error
+            except (LookupError, TypeError, AttributeError, RecursionError) as error:
+                raise EnvironmentProblem(f"{self.url} gives no message ({type(error).__name__}: {error}).") from error
+        raise AssertionError("the last try returns or raises")
 
 
 def compared_by_judge(
@@ -67,14 +78,11 @@ def compared_by_judge(
     if spec.judge is None or not pairs:
         return report
     server = JudgeServer.at(spec.judge)
-    try:
-        with counted(console, f"judge {server.name} reads replies", 2 * len(pairs)) as advance:
+    with counted(console, f"judge {server.name} reads replies", 2 * len(pairs)) as advance:
 
-            def reply(question: str) -> str:
-                advance(1)
-                return server.reply(question)
+        def reply(question: str) -> str:
+            advance(1)
+            return server.reply(question)
 
-            votes = collect_votes(server.name, pairs, reply, groups)
-    except EnvironmentProblem as error:
-        return replace(report, warnings=(*report.warnings, f"The judge {spec.judge} compared no replies: {error}"))
+        votes = collect_votes(server.name, pairs, reply, groups)
     return with_judge(report, votes, systems, spec)

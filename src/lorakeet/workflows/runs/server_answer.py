@@ -9,8 +9,9 @@ import time
 import urllib.error
 import urllib.request
 from collections.abc import Iterator, Mapping
+from contextlib import suppress
 from functools import partial
-from http.client import HTTPConnection, HTTPResponse, HTTPSConnection
+from http.client import HTTPConnection, HTTPException, HTTPResponse, HTTPSConnection
 from typing import Any
 
 from lorakeet.errors import EnvironmentProblem
@@ -45,6 +46,13 @@ class _TimedTls(_Timed, HTTPSConnection):
     """The same with TLS."""
 
 
+class _Stay(urllib.request.HTTPRedirectHandler):
+    """Follows no redirect with a key: it would be sent to another place."""
+
+    def redirect_request(self, req: urllib.request.Request, *given: Any) -> urllib.request.Request | None:
+        return None if req.has_header("Authorization") else super().redirect_request(req, *given)
+
+
 class _Http(urllib.request.HTTPHandler):
     def http_open(self, req: urllib.request.Request) -> HTTPResponse:
         return self.do_open(_Timed, req)
@@ -63,7 +71,7 @@ def open_answer(url: str, body: Mapping[str, Any] | None = None, *, key: str = "
     data = None if body is None else json.dumps(body).encode()
     headers = {"Content-Type": "application/json", **({"Authorization": f"Bearer {key}"} if key else {})}
     request = urllib.request.Request(url, data=data, headers=headers)
-    return urllib.request.build_opener(_Http, _Https).open(request, timeout=SILENCE)
+    return urllib.request.build_opener(_Http, _Https, _Stay).open(request, timeout=SILENCE)
 
 
 def read_answer(response: Any) -> bytes:
@@ -99,6 +107,7 @@ def _pieces(response: Any, seconds: float) -> Iterator[bytes]:
 
 def refusal_of(error: urllib.error.HTTPError) -> str:
     """What the server says of an error, with its status: "(404 Not Found): no such model". Closes the answer."""
-    with error:
+    said = "what else it says cannot be read"
+    with error, suppress(OSError, HTTPException):
         said = error.fp.read1(_SHOWN).decode("utf-8", "replace")  # type: ignore[attr-defined]
     return f"({error.code} {error.reason}): {said}"

@@ -82,7 +82,8 @@ def _why_not(setup: TextAssembly, rows: SearchRows, steps: int) -> str:
     units = {rows.groups.get(example.key, example.key) for example in rows.search}
     if len(units) < 2:
         return f"{len(units)} {'groups of ' if rows.groups else ''}held-out rows cannot distinguish two rates"
-    if refusal := why_not_together(setup.text, setup.plan):
+    below = "lora.on_top_of keeps an earlier adapter, which a trial would train" * (setup.config.lora.on_top_of is not None)
+    if refusal := below or why_not_together(setup.text, setup.plan):
         return refusal
     if setup.sharded:
         return "train.shard is on, and a trial needs the whole base"
