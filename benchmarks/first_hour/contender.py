@@ -243,19 +243,23 @@ def _attention() -> str:
         groups = q.shape[1] // k.shape[1]
         if groups > 1:  # its argument for groups is younger than torch 2.11
             k, v = (states.repeat_interleave(groups, 1) for states in (k, v))
-        causal = _causal(varlen_attn)
-        found = varlen_attn(q, k, v, starts, starts, longest, longest, scale=given.get("scaling"), **causal)
+        found = varlen_attn(q, k, v, starts, starts, longest, longest, **_options(varlen_attn, given.get("scaling")))
         return found[None], None
 
     AttentionInterface.register("varlen by hand", attend)
     return "varlen by hand"
 
 
-def _causal(function: Any) -> dict[str, Any]:
-    """The argument for a causal mask, whose name changed between releases of torch."""
+def _options(function: Any, scale: float | None) -> dict[str, Any]:
+    """The arguments for a causal mask, whose name changed between releases of torch, and for the factor of the scores.
+
+    Without the second the function takes 1/√d, which is Llama's.
+    """
     import inspect
 
-    return {"window_size": (-1, 0)} if "window_size" in inspect.signature(function).parameters else {"is_causal": True}
+    known = inspect.signature(function).parameters
+    mask: dict[str, Any] = {"window_size": (-1, 0)} if "window_size" in known else {"is_causal": True}
+    return mask | ({"scale": scale} if "scale" in known else {})
 
 
 def _pack(model: Any, dtype: torch.dtype) -> None:

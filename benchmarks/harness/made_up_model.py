@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import json
 from collections.abc import Mapping
 from pathlib import Path
@@ -51,6 +52,9 @@ def write_model(shape: Mapping[str, Any], folder: Path, device: torch.device | s
         ends = {"bos_token_id": 0, "eos_token_id": 0, "pad_token_id": 1}
         dense_model({**shape, **ends}, device, dtype).save_pretrained(folder)
         tokenizer().save_pretrained(folder)
+        if torch.device(device).type == "cuda":
+            gc.collect()
+            torch.cuda.empty_cache()  # the GPU is for the processes that read the folder
     return folder
 
 
