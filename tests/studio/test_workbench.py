@@ -31,6 +31,13 @@ def sleep(settings, send):
     time.sleep(60)
 def die(settings, send):
     os._exit(9)
+PREPARED = []
+def prepare(settings):
+    PREPARED.append(os.getpid())
+    if settings.get("fail"):
+        raise ValueError("said by the work itself")
+def prepared(settings, send):
+    send({"times": len(PREPARED), "elsewhere": os.getpid() not in PREPARED})
 """
 
 
@@ -68,6 +75,11 @@ def test_what_fails_says_why_and_the_next_work_goes_on(bench: Workbench) -> None
     assert all_of(bench, "small_work:refuse") == [{"error": "data is missing"}]
     assert "ended from outside" in all_of(bench, "small_work:die")[-1]["error"]
     assert all_of(bench, "small_work:count", {"to": 1})[-1] == {"done": True}
+
+
+def test_what_was_prepared_stays_for_later_work(bench: Workbench) -> None:
+    found = [all_of(bench, "small_work:prepared", {"fail": fail})[0] for fail in (False, True, False)]
+    assert found == [{"times": times, "elsewhere": True} for times in (1, 2, 3)]
 
 
 def test_a_page_that_goes_away_ends_its_work(bench: Workbench) -> None:

@@ -17,6 +17,8 @@ from lorakeet.evaluate.wording import bytes_text, duration_text
 from lorakeet.memory.budget import Budget
 from lorakeet.memory.forecast import Forecast, Phase
 from lorakeet.models.files.quiet import quiet_transformers
+from lorakeet.models.spec import ModelSpec
+from lorakeet.models.text.from_config import config_of, local_files
 from lorakeet.settings import fields_of
 from lorakeet.studio.workbench import Send
 from lorakeet.workflows.finetuning.kind import Advice, PlanResult
@@ -37,6 +39,14 @@ WORDS = {
 }  # in the order of a bar
 ON_GPU = {**WORDS, "runtime": "CUDA and its libraries"}
 _WIDTH = 110
+
+
+def prepare(settings: Mapping[str, str]) -> None:
+    """Reads the configuration of a .gguf model, which takes seconds and is kept, so that each later plan begins with it."""
+    local = local_files(settings.get("model.path", ""))
+    if local is not None and local.suffix == ".gguf":
+        with quiet_transformers():
+            config_of(ModelSpec(path=settings["model.path"]), lambda line: None)
 
 
 def fit(settings: Mapping[str, str], send: Send) -> None:

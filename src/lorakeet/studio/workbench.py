@@ -2,8 +2,8 @@
 
     studio ── a byte and two pipes ──> workbench ── fork ──> process: reads the settings, writes lines of JSON, ends
 
-The workbench imports and computes nothing else, so it has one thread, and a fork of it is safe. A page that goes away, or sends
-new settings, ends its process. The workbench ends with the studio, or after IDLE seconds without work.
+The workbench imports and reads configurations, and computes nothing: it has one thread, so a fork of it is safe. A page that goes
+away, or sends new settings, ends its process. The workbench ends with the studio, or after IDLE seconds without work.
 """
 
 from __future__ import annotations
@@ -124,12 +124,14 @@ def work_on(number: int) -> None:
                 for pid in running:
                     os.kill(pid, signal.SIGKILL)
                 return
+            with os.fdopen(pipes[0], "rb") as request:
+                wanted = json.loads(request.read())
+            prepare_for(wanted)
             pid = os.fork()
             if pid == 0:
-                _carry_out(waiting, *pipes)
+                _carry_out(waiting, wanted, pipes[1])
             running.append(pid)
-            for pipe in pipes:
-                os.close(pipe)
+            os.close(pipes[1])
 
 
 def _alive(pids: Sequence[int]) -> list[int]:
@@ -137,20 +139,27 @@ def _alive(pids: Sequence[int]) -> list[int]:
     return [pid for pid in pids if os.waitpid(pid, os.WNOHANG)[0] == 0]
 
 
-def _carry_out(waiting: socket.socket, request: int, answered: int) -> None:
+def prepare_for(wanted: Mapping[str, Any]) -> None:
+    """Calls `prepare` of the work's module, if there is one: what it keeps, later processes have. Its errors the work raises."""
+    module = import_module(str(wanted["work"]).partition(":")[0])
+    if prepare := getattr(module, "prepare", None):
+        with suppress(Exception):
+            prepare(wanted["settings"])
+
+
+def _carry_out(waiting: socket.socket, wanted: Mapping[str, Any], answered: int) -> None:
     """In the forked process, which ends here: one piece of work."""
     code = 1
     try:
         waiting.close()
         os.nice(5)  # a run that trains comes first
-        with os.fdopen(request, "rb") as given, os.fdopen(answered, "w", encoding="utf-8") as out:
+        with os.fdopen(answered, "w", encoding="utf-8") as out:
 
             def send(values: Mapping[str, Any]) -> None:
                 out.write(json.dumps(values) + "\n")
                 out.flush()
 
             send({"pid": os.getpid()})
-            wanted = json.loads(given.read())
             send(answer_of(wanted["work"], wanted["settings"], send))
         code = 0
     except BrokenPipeError:  # its page has gone

@@ -89,7 +89,7 @@ function shares(counts) {
     place += (100 * count) / all;
   });
   const words = { training: "trained on", "held-out": "held out, to choose the best checkpoint", test: "test, used once at the end" };
-  const names = make("ul", { class: "stack-names" }, ...shown.map(([part, count], number) => make("li", {}, make("span", { class: `chip ${["k0", "k2", "k1"][number]}` }), words[part] || part, make("b", {}, short(count)))));
+  const names = make("ul", { class: "stack-names" }, ...shown.map(([part, count], number) => make("li", {}, make("span", { class: `hue ${["k0", "k2", "k1"][number]}` }), words[part] || part, make("b", {}, short(count)))));
   return make("figure", { class: "plotted" }, drawing, names);
 }
 
@@ -194,6 +194,7 @@ if (matchMedia("(max-width: 899px)").matches) for (const part of form.querySelec
 form.elements["model.path"].setAttribute("list", "models");
 form.elements["data.train"].setAttribute("list", "rows");
 form.addEventListener("input", () => { clearTimeout(later); later = setTimeout(ask, 400); });
+form.addEventListener("click", (event) => { const chip = event.target.closest("[data-fill]"); if (chip) { form.elements[chip.dataset.fill].value = chip.dataset.value; ask(); } });
 form.addEventListener("submit", (event) => { event.preventDefault(); ask(); });
 by("upload").addEventListener("change", upload);
 by("cancel").addEventListener("click", () => { stop(); by("sentence").textContent = "Cancelled."; by("sentence").dataset.state = "none"; });

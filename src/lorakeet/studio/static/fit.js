@@ -28,8 +28,8 @@ function stack(bar, limit, limitWords) {
     place += width;
   }
   if (limit) drawing.append(svg("rect", { x: (100 * limit) / most - 0.25, y: -1.5, width: 0.5, height: 13, class: "limit" }));
-  const names = make("ul", { class: "stack-names" }, ...bar.kinds.map((one) => make("li", {}, make("span", { class: `chip k${KINDS.indexOf(one.kind)}` }), one.words, make("b", {}, one.size))));
-  const ends = make("p", { class: "stack-ends" }, make("span", {}, `${bar.size} at most, in phase “${bar.phase}”`), make("span", {}, limitWords ? `the black line: ${limitWords}` : ""));
+  const names = make("ul", { class: "stack-names" }, ...bar.kinds.map((one) => make("li", {}, make("span", { class: `hue k${KINDS.indexOf(one.kind)}` }), one.words, make("b", {}, one.size))));
+  const ends = make("p", { class: "stack-ends" }, make("span", {}, `${bar.size} at most, in phase “${bar.phase}”`), make("span", {}, limitWords ? `the line: ${limitWords}` : ""));
   return make("figure", { class: "plotted" }, drawing, ends, names);
 }
 
@@ -136,6 +136,7 @@ form.addEventListener("input", (event) => {
   if (event.target.dataset.for) { by(event.target.dataset.for).value = 2 ** event.target.value; event.target.setAttribute("aria-valuetext", String(2 ** event.target.value)); } else placeSliders();
   soon();
 });
+form.addEventListener("click", (event) => { const chip = event.target.closest("[data-fill]"); if (chip) { form.elements[chip.dataset.fill].value = chip.dataset.value; ask(); } });
 form.addEventListener("submit", (event) => { event.preventDefault(); ask(); });
 by("cancel").addEventListener("click", () => { stop(); by("sentence").textContent = "Cancelled."; by("sentence").dataset.state = "none"; });
 placeSliders();
