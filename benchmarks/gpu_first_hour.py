@@ -37,6 +37,7 @@ ROOT = Path(__file__).resolve().parents[1]
 PRELOADED = ("torch", "lorakeet.workflows.finetune", "first_hour.contender", "first_hour.images", "first_hour.proofs",
              "first_hour.kernels", "first_hour.waits", "first_hour.speed", "first_hour.shards", "lorakeet.cli.main")  # fmt: skip
 PATIENCE = 5  # times the limits, in a rehearsal: its machine may be busy with other work
+MARGIN = 2.0  # seconds that a stage thinks to have less, to end what it has started by itself
 LINES = 12  # of the log, of a stage that failed
 QUIET = {"HF_HUB_OFFLINE": "1", "TRANSFORMERS_OFFLINE": "1", "TOKENIZERS_PARALLELISM": "false", "DO_NOT_TRACK": "1"}
 
@@ -170,8 +171,8 @@ def _run(stage: Stage, report: Report, scratch: Path, given: argparse.Namespace)
         log.write(f"\n== {stage.key}. {stage.title}\n")
     start = report.log.stat().st_size
     flags = ["toy"] if given.rehearse else []
-    arguments = [stage.module, str(path), str(scratch), str(limit - 2), *flags]
-    how = wait(Started("first_hour.stage", arguments, report.log), limit, watch)
+    arguments = [stage.module, str(path), str(scratch), str(began + limit - MARGIN), *flags]
+    how = wait(Started("first_hour.stage", arguments, report.log), began + limit - time.monotonic(), watch)
     said = ""
     if how != DONE:
         text = report.log.read_bytes()[start:].decode("utf-8", errors="replace")

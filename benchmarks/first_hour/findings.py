@@ -13,13 +13,16 @@ import torch
 
 
 class Findings:
-    """The values of a stage; `toy` is a rehearsal with small sizes on the CPU. `folder` is for files that stages share."""
+    """The values of a stage; `toy` is a rehearsal with small sizes on the CPU. `folder` is for files that stages share.
 
-    def __init__(self, path: Path, folder: Path, *, toy: bool, seconds: float) -> None:
+    It is ended at `ends`, by the clock that all processes of a machine share (time.monotonic), whenever it began.
+    """
+
+    def __init__(self, path: Path, folder: Path, *, toy: bool, ends: float) -> None:
         self.path, self.folder, self.toy = path, folder, toy
         self.device = torch.device("cpu") if toy else torch.device("cuda", 0)
         self.dtype = torch.float32 if toy else torch.bfloat16 if torch.cuda.is_bf16_supported(False) else torch.float16
-        self.ends = time.monotonic() + seconds
+        self.ends = ends
         self.values: dict[str, Any] = {}
 
     def add(self, name: str, value: Any) -> None:

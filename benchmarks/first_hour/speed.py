@@ -3,10 +3,8 @@
 from __future__ import annotations
 
 import json
-import subprocess
 import sys
 from importlib.util import find_spec
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -88,16 +86,16 @@ def _foreign(found: Findings, program: str) -> Any:
         return {"not_run": f"{program} is not installed"}
     if found.toy or found.left < 2 * LEAST:
         return {"not_run": "no time was left"}
-    results = found.folder / program
+    results, log = found.folder / program, found.folder / f"{program}.log"
     names = {"trl": "lorakeet,trl,trl-keeping", "unsloth": "lorakeet,unsloth"}
-    command = [sys.executable, str(Path(__file__).parents[1] / "gpu_training.py"), "--models", "1B", "--bases", "none"]
-    command += ["--tokens", "4096", "--rounds", "1", "--steps", "12", "--skip", "4", "--contenders", names[program]]
-    command += ["--unsloth-python", sys.executable, "--results", str(results), "--scratch", str(found.folder)]
-    ended = subprocess.run(command, capture_output=True, text=True, timeout=found.left - 2, check=False)
-    print(ended.stdout, ended.stderr)
+    command = ["--models", "1B", "--bases", "none", "--tokens", "4096", "--rounds", "1", "--steps", "12", "--skip", "4"]
+    command += ["--contenders", names[program], "--unsloth-python", sys.executable, "--results", str(results)]
+    how = wait(Started("gpu_training", [*command, "--scratch", str(found.folder)], log), found.left - 2)
+    said = log.read_text(encoding="utf-8", errors="replace") if log.exists() else ""
+    print(said)
     written = sorted(results.glob("*.json"))
     if not written:
-        return {"failed": " ".join((ended.stderr or ended.stdout).strip().splitlines()[-1:])}
+        return {"failed": " ".join([how, *said.strip().splitlines()[-1:]])[:600]}
     cases = json.loads(written[-1].read_text(encoding="utf-8"))["cases"]
     return {name: {key: row[key] for key in ("tokens_per_second", "peak_bytes", "share_of_rate")}
             for case in cases for name, row in case["contenders"].items()}  # fmt: skip

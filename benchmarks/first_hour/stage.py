@@ -1,4 +1,4 @@
-"""Runs one stage: `python -m first_hour.stage MODULE FOUND.json FOLDER SECONDS [toy]`."""
+"""Runs one stage: `python -m first_hour.stage MODULE FOUND.json FOLDER ENDS [toy]`."""
 
 from __future__ import annotations
 
@@ -11,8 +11,8 @@ from first_hour.findings import Findings, failure
 
 
 def main(arguments: Sequence[str]) -> None:
-    module, path, folder, seconds, *toy = arguments
-    found = Findings(Path(path), Path(folder), toy=bool(toy), seconds=float(seconds))
+    module, path, folder, ends, *toy = arguments
+    found = Findings(Path(path), Path(folder), toy=bool(toy), ends=float(ends))
     try:
         importlib.import_module(f"first_hour.{module}").run(found)
     except Exception as error:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import signal
 import subprocess
 import sys
 import zipfile
@@ -174,6 +175,71 @@ def test_a_stage_that_fails_or_is_late_is_kept_and_the_next_goes_on(
     again.put(stages.STAGES[0], {"number": 9}, seconds=0, limit=1, ended="done")
     kept = json.loads((out / "report.json").read_text())["stages"]
     assert kept["q"]["found"] == {"number": 9} and kept["l"] == found["l"], "a stage that is run again replaces its own findings"
+
+
+NEST = """
+import os, signal, sys, time
+from pathlib import Path
+from first_hour.process import Started, wait
+
+def main(arguments):
+    depth, folder = int(arguments[0]), Path(arguments[1])
+    (folder / f"{depth}.pid").write_text(str(os.getpid()))
+    if depth == 0:
+        time.sleep(30)
+    below = Started("nest", [str(depth - 1), str(folder)], folder / "below.log")
+    while not (folder / "0.pid").is_file():
+        time.sleep(0.01)
+    if depth == 2:
+        (folder / "ready").touch()
+    time.sleep(30)
+
+if __name__ == "__main__":
+    main(sys.argv[1:])
+"""
+
+
+def computes(pid: int) -> bool:
+    """Whether it is there, and does not only wait for its parent."""
+    status = Path(f"/proc/{pid}/status")
+    return status.is_file() and "State:\tZ" not in status.read_text()
+
+
+@pytest.mark.parametrize("forked", [True, False])
+@pytest.mark.parametrize("orphaned", [True, False])
+def test_what_a_stage_has_started_ends_with_it(
+    forked: bool, orphaned: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A contender that a late stage has started would stay on the GPU, and spoil what the next stages measure."""
+    process = import_module("first_hour.process")
+    (tmp_path / "nest.py").write_text(NEST)
+    monkeypatch.syspath_prepend(str(tmp_path))
+    monkeypatch.setenv("PYTHONPATH", str(tmp_path))
+    monkeypatch.setenv("LORAKEET_HOUR_FORKED", "1") if forked else monkeypatch.delenv("LORAKEET_HOUR_FORKED", raising=False)
+    outer = process.Started("nest", ["2", str(tmp_path)], tmp_path / "log")
+    late: list[int] = []
+
+    def ready() -> None:
+        if (tmp_path / "ready").is_file() and not late:
+            late.extend(int((tmp_path / f"{depth}.pid").read_text()) for depth in (0, 1, 2))
+            if orphaned:
+                os.kill(late[1], signal.SIGKILL)  # the process between has ended: the innermost one has another parent
+            raise TimeoutError
+
+    with pytest.raises(TimeoutError):
+        process.wait(outer, 60, ready)
+    assert len(late) == 3 and not any(map(computes, late)), "all three have ended when the wait is over"
+    sys.modules.pop("nest", None)
+
+
+def test_a_stage_knows_when_it_is_ended(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """However late it began: its imports count."""
+    stage = import_module("first_hour.stage")
+    (tmp_path / "quick.py").write_text("def run(found):\n    found.add('ends', found.ends)\n")
+    monkeypatch.setattr(import_module("first_hour"), "__path__", [str(tmp_path)])
+    stage.main(["quick", str(tmp_path / "found.json"), str(tmp_path), "12345.5", "toy"])
+    assert json.loads((tmp_path / "found.json").read_text()) == {"ends": 12345.5}
+    sys.modules.pop("first_hour.quick", None)
 
 
 def test_goals_are_met_missed_or_not_measured() -> None:
