@@ -133,6 +133,43 @@ def test_one_that_differs_is_not_used_and_is_said_once(
     assert "NF4 weights are unpacked by torch's operations" in record.getMessage()
 
 
+FAULTS = ("the first scale for all maxima", "maxima of the first row", "maxima by columns", "the first block of a row")
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("fault", FAULTS)
+def test_faults_that_one_block_a_row_does_not_show(
+    fault: str, dtype: torch.dtype, gpu: list[Any], monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    """Right for a matrix of a block a row under one scale, and wrong for real ones."""
+    write, multiply = kernels.write_blocks, kernels.few_tokens_product
+
+    def written(codes: Any, out: Tensor) -> None:
+        assert codes.scales is not None
+        write(codes._replace(scales=codes.scales[:1].expand(len(codes.scales)).contiguous()), out)
+
+    def multiplied(codes: Any, x: Tensor, shape: tuple[int, int]) -> Tensor:
+        a_row = shape[1] // codes.block
+        if fault == FAULTS[3]:
+            x = torch.cat([x[:, : codes.block], torch.zeros_like(x[:, codes.block :])], 1)
+        maxima = codes.absmax.view(-1, a_row)
+        maxima = maxima[:1].expand(shape[0], a_row) if fault == FAULTS[1] and a_row > 1 else maxima
+        maxima = codes.absmax.view(a_row, -1).t() if fault == FAULTS[2] else maxima
+        return multiply(codes._replace(absmax=maxima.reshape(-1)), x, shape)
+
+    monkeypatch.setattr(kernels, "write_blocks", written if fault == FAULTS[0] else write)
+    monkeypatch.setattr(kernels, "few_tokens_product", multiply if fault == FAULTS[0] else multiplied)
+    with caplog.at_level(logging.WARNING, logger="lorakeet"):
+        assert not kernels.dequantise_into(base(), torch.zeros(SHAPE, dtype=dtype), 0)
+    assert ("dequantises" if fault == FAULTS[0] else "multiplies") in caplog.text
+
+
+def test_each_width_is_proved(gpu: list[Any]) -> None:
+    for rows, width in ((8, 64), (8, 128), (16, 128)):
+        assert kernels.dequantise_into(base(shape=(rows, width)), torch.zeros(rows, width), 0)
+    assert sorted(key[-1] for key in kernels.AGREED) == [64, 128]
+
+
 def test_one_that_does_not_run_is_not_used(gpu: list[Any], caplog: pytest.LogCaptureFixture) -> None:
     """As where its library for this CUDA is missing: the operator fails."""
     meta = base().to("meta")

@@ -2,8 +2,9 @@
 
 **Lorakeet has not run on a GPU yet**; its own code for NF4 is as little tried, while thousands run these kernels (MIT). W is
 whole in three launches: the block maxima from their codes, their mean, W. It was seven for 2^24 numbers, and a copy. Before the
-first use for a dtype and a block size, blocks of the weight are computed by the formula too. Where these differ by more than
-rounding, or a kernel does not run, one warning says so, and torch computes.
+first use for a dtype, a block size and a width of W, made-up codes of that width are computed by the formula too: rows of several
+blocks, and block maxima under several scales. Where these differ by more than rounding, or a kernel does not run, one warning
+says so, and torch computes.
 """
 
 from __future__ import annotations
@@ -30,7 +31,7 @@ DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 READABLE, NEEDS = "NF4 weights in whole blocks", "NF4 weights in whole blocks, up to 4 tokens"
 FEW = 4  # tokens: for more, bitsandbytes may dequantise W into memory of its own
 NESTED = 256  # block maxima that share one scale
-PROVED = 64  # blocks that are compared, and rows of a product
+ROWS, BLOCKS = 16, 3 * NESTED - 8  # of made-up codes, at least; blocks are so many that scales of maxima are three
 ROUNDINGS = 8  # of a product, relative to its largest number
 SAID = 160  # characters of an error in a warning
 
@@ -69,16 +70,18 @@ def takes(x: Tensor, weight: QuantisedWeight) -> bool:
 def dequantise_into(weight: QuantisedWeight, out: Tensor, first: int) -> bool:
     """Writes the rows of W from `first` on into `out` (rows, in), rounded once; False if it cannot read W."""
     codes = weight.nf4_codes(first, len(out))
-    if codes is None or not _agrees(codes, out.dtype):
+    if codes is None or not _agrees(codes, out.dtype, weight.shape[1]):
         return False
     write_blocks(codes, out)
     return True
 
 
 def quantised_product(weight: QuantisedWeight, x: Tensor, across: bool) -> Tensor | None:
-    """x·Wᵀ of x (tokens, in), with sums in fp32; None for x·W, and for a weight that it cannot read."""
+    """x·Wᵀ of x (tokens, in), with sums in fp32; None for x·W, and for a weight whose rows are not whole blocks."""
     codes = None if across else weight.nf4_codes(0, weight.shape[0])
-    return few_tokens_product(codes, x, weight.shape) if codes is not None and _agrees(codes, x.dtype) else None
+    if codes is None or x.shape[1] % codes.block or not _agrees(codes, x.dtype, x.shape[1]):
+        return None
+    return few_tokens_product(codes, x, weight.shape)
 
 
 def add_quantised_product(weight: QuantisedWeight, to: Tensor, x: Tensor, across: bool) -> bool:
@@ -106,19 +109,19 @@ def few_tokens_product(codes: Nf4Codes, x: Tensor, shape: tuple[int, int]) -> Te
     return found
 
 
-AGREED: dict[tuple[object, ...], bool] = {}  # by device, dtype, block size and whether maxima have codes
+AGREED: dict[tuple[object, ...], bool] = {}  # by device, dtype, block size, whether maxima have codes, and width
 
 
-def _agrees(codes: Nf4Codes, dtype: torch.dtype) -> bool:
-    """True if both kernels compute these codes as the formula does, for their first weight; else one warning says how not."""
-    key = codes.packed.device, dtype, codes.block, codes.scales is not None
+def _agrees(codes: Nf4Codes, dtype: torch.dtype, width: int) -> bool:
+    """True if both kernels compute codes like these, in rows of `width` numbers, by the formula; else one warning says how."""
+    key = codes.packed.device, dtype, codes.block, codes.scales is not None, width
     if key not in AGREED:
         said = ""
         try:
             import bitsandbytes  # noqa: F401 - it registers its operators
 
             with torch.inference_mode(False), torch.no_grad():
-                said = _difference(codes.of_first(PROVED), dtype)
+                said = _difference(_made_up(codes, width), dtype, width)
         except torch.OutOfMemoryError:
             raise
         except Exception as error:  # of many types: of the package, of its library, of torch
@@ -131,17 +134,32 @@ def _agrees(codes: Nf4Codes, dtype: torch.dtype) -> bool:
     return AGREED[key]
 
 
-def _difference(codes: Nf4Codes, dtype: torch.dtype) -> str:
-    """How W or a product differs from the formula by more than rounding; empty if they do not."""
-    blocks = len(codes.absmax)
+def _made_up(like: Nf4Codes, width: int) -> Nf4Codes:
+    """Random codes of whole rows of `width` numbers; no two blocks side by side, and no two scales, are alike."""
+    a_row = max(1, -(-width // like.block))
+    blocks = a_row * max(ROWS, -(-BLOCKS // a_row))
+    draw, device = torch.Generator().manual_seed(0), like.packed.device
+    packed = torch.randint(256, (blocks * like.block // 2,), generator=draw, dtype=torch.uint8)
+    if like.scales is None:
+        return like._replace(packed=packed.to(device), absmax=(torch.rand(blocks, generator=draw) + 0.5).to(device))
+    absmax = torch.randint(256, (blocks,), generator=draw, dtype=torch.uint8)
+    scales = (torch.arange(-(-blocks // NESTED)) % 3 + 1.0) / 4
+    mean = None if like.mean is None else torch.full_like(like.mean, 0.75)
+    return like._replace(packed=packed.to(device), absmax=absmax.to(device), scales=scales.to(device), mean=mean)
+
+
+def _difference(codes: Nf4Codes, dtype: torch.dtype, width: int) -> str:
+    """How W, of rows of `width` numbers, or a product differs from the formula by more than rounding; empty if they do not."""
+    blocks, width = len(codes.absmax), -(-width // codes.block) * codes.block
     expected = codes.by_formula()
     found = torch.empty(blocks, codes.block, dtype=dtype, device=expected.device)
     write_blocks(codes, found)
     if not torch.allclose(found.float(), expected.to(dtype).float(), rtol=torch.finfo(dtype).eps, atol=0.0):
         worst = float((found.float() - expected).abs().max())
         return f"dequantises NF4 otherwise than its formula in {dtype}: the largest difference is {worst:.3g}"
-    x = torch.randn(FEW, codes.block, generator=torch.Generator().manual_seed(0)).to(expected.device, dtype)
-    product, wanted = few_tokens_product(codes, x, (blocks, codes.block)).float(), x.float() @ expected.t()
+    whole = expected.view(-1, width)
+    x = torch.randn(FEW, width, generator=torch.Generator().manual_seed(0)).to(expected.device, dtype)
+    product, wanted = few_tokens_product(codes, x, (len(whole), width)).float(), x.float() @ whole.t()
     worst, allowed = float((product - wanted).abs().max()), ROUNDINGS * torch.finfo(dtype).eps * float(wanted.abs().max())
     if worst <= allowed:
         return ""

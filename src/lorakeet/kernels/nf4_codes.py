@@ -19,12 +19,6 @@ class Nf4Codes(NamedTuple):
     dynamic: Tensor  # (256,), fp32: the numbers of the codes
     block: int
 
-    def of_first(self, blocks: int) -> Nf4Codes:
-        """At most so many blocks, from the first one on."""
-        absmax = self.absmax[:blocks]
-        scales = None if self.scales is None else self.scales[: -(-len(absmax) // 256)]
-        return self._replace(packed=self.packed[: len(absmax) * self.block // 2], absmax=absmax, scales=scales)
-
     def by_formula(self) -> Tensor:
         """The numbers (blocks, block) in fp32: level times the block's largest absolute value."""
         maxima = self.absmax
