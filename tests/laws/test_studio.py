@@ -193,7 +193,7 @@ def serious(page: Any) -> list[tuple[str, str]]:
 def test_a_killed_job_can_be_resumed_or_read_about(browser: Any, studio: Studio, address: str) -> None:
     folder = made_run(studio, "mine")
     (folder / "report.json").unlink()
-    lasting = ["studio", "--runs", str(folder.parent.parent / "others"), "--port", "0"]  # a command that goes on until it is ended
+    lasting = ["studio", "--runs", str(folder.parent.parent / "others"), "--port", "0"]  # goes on until it is ended
     job = studio.queue.add(lasting, title="x", run="mine")
     studio.queue.start_waiting()
     until((job.folder / "pid").exists)
