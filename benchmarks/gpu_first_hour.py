@@ -103,7 +103,7 @@ def _preload(folders: Sequence[str]) -> str:
     sys.path[:0] = folders
     if problem := refusal("gpu-wheels", toy=True):
         return problem
-    os.environ.update({FORKED: "1", "CUDA_VISIBLE_DEVICES": "", "OMP_NUM_THREADS": "1"})
+    os.environ.update({FORKED: "1", "CUDA_VISIBLE_DEVICES": "", "OMP_NUM_THREADS": "1", "TRITON_INTERPRET": "1"})
     for module in PRELOADED:
         importlib.import_module(module)
     importlib.import_module("torch").set_num_threads(1)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import platform
 import time
 from collections.abc import Callable
@@ -75,8 +74,6 @@ def _triton_launch(found: Findings) -> Any:
     """The same for a Triton kernel; on a CPU Triton interprets it."""
     if find_spec("triton") is None:
         return {"not_run": "Triton is not installed"}
-    if found.toy:
-        os.environ.setdefault("TRITON_INTERPRET", "1")
     from lorakeet.kernels.triton.tiles import unpack_tiles
     from lorakeet.quant.nf4 import Nf4Base
 

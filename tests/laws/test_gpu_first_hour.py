@@ -29,7 +29,8 @@ def benchmarks(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def program(*arguments: object, **environment: str) -> subprocess.CompletedProcess[str]:
-    given = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONWARNINGS": "ignore", "TRITON_INTERPRET": "1", **environment}
+    given = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONWARNINGS": "ignore", **environment}
+    given.pop("TRITON_INTERPRET", None)  # the program sets it itself, before Triton is imported
     command = [sys.executable, str(PROGRAM), *map(str, arguments)]
     return subprocess.run(command, env=given, capture_output=True, text=True, timeout=1800, check=False)
 
