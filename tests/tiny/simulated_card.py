@@ -85,6 +85,10 @@ class CardTensor(Tensor):
     def record_stream(self, _: Any) -> None:
         """Nothing is reused while a stream runs: there is none."""
 
+    def __deepcopy__(self, _: Any) -> Tensor:
+        copy = CardTensor(self.value.detach().clone(), self.card)
+        return torch.nn.Parameter(copy, self.requires_grad) if hasattr(self, "_is_param") else copy
+
     def __repr__(self, **_: Any) -> str:
         return f"on the card: {self.value!r}"
 
