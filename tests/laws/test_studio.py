@@ -53,6 +53,7 @@ def opened(browser: Any, address: str, **more: Any) -> Any:
     page.on("pageerror", lambda error: page.said.append(str(error)))
     page.on("console", lambda message: page.said.append(message.text) if message.type == "error" else None)
     page.goto(address)
+    page.wait_for_selector("nav")  # the page with the token goes on by itself
     return page
 
 

@@ -12,6 +12,7 @@ import pytest
 from lorakeet.errors import ConfigError
 from lorakeet.evaluate.wording import bytes_text
 from lorakeet.memory.forecast import KINDS, Phase
+from lorakeet.studio import fitting
 from lorakeet.studio.fitting import ON_GPU, WORDS, bar_values, changed_settings, fit, time_words
 from lorakeet.workflows.planning import text_run
 from tiny.configs import SMALL
@@ -51,6 +52,12 @@ def test_what_does_not_fit_at_once_is_said_before_the_way_that_fits(
     assert first["state"] == "searching" and first["sentence"].startswith("With everything in memory it takes ")
     assert last["state"] == "otherwise" and "of the budget of " in last["sentence"] and last["way"].endswith(".")
     assert last["whole"]["bytes"] == whole > last["limit"] >= last["bar"]["bytes"]
+
+
+def test_rows_are_not_read_where_that_would_fetch_or_unpack(model: dict[str, str], monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(fitting, "unready_model", lambda config: "it is to be unpacked")
+    last = parts_of({**model, "machine": "gpu-8", "data.train": "rows.jsonl"})[-1]
+    assert last["state"] == "fits" and "without reading your rows: it is to be unpacked" in last["printed"]
 
 
 def test_what_is_wrong_is_raised_as_by_the_command() -> None:

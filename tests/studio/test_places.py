@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 from lorakeet.errors import ConfigError
-from lorakeet.studio.places import NotHere, Places
+from lorakeet.studio.places import NotHere, Places, regular_within
 
 
 @pytest.fixture
@@ -42,3 +42,43 @@ def test_paths_of_settings_stay_within_the_folders(places: Places, tmp_path: Pat
             places.require({"memory.store": str(text)})
     with pytest.raises(ConfigError, match=r"data\.train is '/no/such/file'"):  # whether it exists is not said
         places.require({"data.train": "/no/such/file"})
+
+
+@pytest.mark.parametrize("form", ["{}/rows.zip!a.csv", "{}/saved#train", "{}#train", "{}/own.py:score"])
+@pytest.mark.parametrize("setting", ["data.train", "evaluate.metric"])
+def test_members_splits_and_functions_are_outside_where_their_file_is(
+    places: Places, tmp_path: Path, setting: str, form: str
+) -> None:
+    for where, refused in ((f"{tmp_path}/models/../elsewhere", True), (f"{tmp_path}/models", False)):
+        named = {setting: form.format(where)}
+        if refused:
+            with pytest.raises(ConfigError, match="outside of the folders"):
+                places.require(named)
+        else:
+            places.require(named)
+
+
+def test_what_is_written_stays_within_the_folders(places: Places, tmp_path: Path) -> None:
+    """Even where nothing is there yet."""
+    places.require({"memory.store": str(tmp_path / "models" / "new"), "images.cache": str(tmp_path / "runs" / "new")})
+    for text in (str(tmp_path / "new"), "~nosuch/new", "new", "../new"):
+        for name in ("memory.store", "images.cache"):
+            with pytest.raises(ConfigError, match="outside of the folders"):
+                places.require({name: text})
+
+
+def test_a_word_is_no_path(places: Places, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "image").mkdir()
+    places.require({"kind": "image", "data.train": "~nosuch/rows.jsonl", "lora.target_modules": "attention"})
+    with pytest.raises(ConfigError, match="outside of the folders"):
+        places.require({"data.train": "image"})
+
+
+def test_links_lead_to_no_file_outside(places: Places, tmp_path: Path) -> None:
+    folder, secret = places.runs / "first", tmp_path / "elsewhere" / "secret.txt"
+    secret.write_text("x")
+    (folder / "own").write_text("x")
+    (folder / "away").symlink_to(secret)
+    assert regular_within(folder, folder / "own")
+    assert not any(regular_within(folder, folder / name) for name in ("away", "gone", "."))

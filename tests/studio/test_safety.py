@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
+import asyncio
 import stat
 from typing import Any
 
 import pytest
 from starlette.testclient import TestClient
+from starlette.types import Message, Receive, Scope, Send
 
 from lorakeet.studio.pages import Studio
-from lorakeet.studio.safety import LARGEST_FORM, token_of
+from lorakeet.studio.safety import LARGEST_FORM, Guard, token_of
 
 WAYS: dict[str, tuple[dict[str, Any], int]] = {
     "another host name": ({"headers": {"host": "evil.example:8017", "origin": "http://evil.example:8017"}}, 403),
@@ -48,10 +50,14 @@ def test_a_form_may_have_its_csrf_token_in_a_field(browser: TestClient, studio: 
 def test_the_token_becomes_a_cookie_that_scripts_and_other_sites_do_not_get(stranger: TestClient, studio: Studio) -> None:
     assert stranger.get("/").status_code == 401 and stranger.get("/?token=x").status_code == 401
     opened = stranger.get(f"/?a=b&token={studio.token}")
-    assert (opened.status_code, opened.headers["location"]) == (303, "/?a=b")
+    assert opened.status_code == 200 and 'content="0; url=/?a=b"' in opened.text, "a redirect would come without the cookie"
     cookie = opened.headers["set-cookie"].lower()
     assert "httponly" in cookie and "samesite=strict" in cookie
-    assert stranger.get("/").status_code == 200
+    assert studio.token not in opened.headers["set-cookie"], "other ports of this machine get it as well"
+    name, _, value = opened.headers["set-cookie"].partition(";")[0].partition("=")
+    stranger.cookies.clear()
+    for other, status in ((studio.token, 401), (value[:-1], 401), (f"a{value}", 401), (value, 200)):
+        assert stranger.get("/", headers={"cookie": f"{name}={other}"}).status_code == status
 
 
 def test_pages_run_no_inline_script_and_nothing_from_elsewhere(browser: TestClient) -> None:
@@ -69,3 +75,42 @@ def test_only_the_owner_reads_the_token_and_a_restart_keeps_it(studio: Studio) -
 
 def test_a_form_without_end_is_not_read(browser: TestClient) -> None:
     assert browser.post("/quickstart", data={"a": "x" * LARGEST_FORM}).status_code == 413
+
+
+@pytest.mark.parametrize(("site", "status"), [("cross-site", 403), ("same-site", 403), ("same-origin", 200), ("none", 200)])
+def test_other_sites_start_no_work_by_a_link_or_a_picture(browser: TestClient, studio: Studio, site: str, status: int) -> None:
+    headers = {"sec-fetch-site": site}
+    assert browser.get("/run", headers=headers).status_code == status
+    assert browser.get("/static/page.js", headers=headers).status_code == status
+    assert browser.get(f"/run?token={studio.token}", headers=headers).status_code == 303, "the printed address, as a link"
+
+
+def test_the_printed_address_leads_to_no_other_host(stranger: TestClient, studio: Studio) -> None:
+    text = stranger.get(f"//evil.example/%22%3E?token={studio.token}").text
+    assert "url=//" not in text and '">?' not in text and "evil" not in text.partition("url=")[2].partition("/")[0]
+
+
+def test_a_form_that_did_not_arrive_whole_is_not_carried_out(studio: Studio) -> None:
+    carried_out: list[str] = []
+
+    async def app(scope: Scope, receive: Receive, send: Send) -> None:
+        carried_out.append(scope["path"])
+
+    guard = Guard(app, studio.token)
+    pairs = {
+        "host": "127.0.0.1", "origin": "http://127.0.0.1", "x-csrf": guard.csrf,
+        "cookie": f"{guard.cookie}={guard._session('a')}", "content-type": "application/x-www-form-urlencoded",
+    }  # fmt: skip
+    headers = [(name.encode(), value.encode()) for name, value in pairs.items()]
+    scope = {"type": "http", "method": "POST", "path": "/run", "query_string": b"", "headers": headers}
+    messages: list[Message] = [{"type": "http.request", "body": b"out=my", "more_body": True}, {"type": "http.disconnect"}]
+    sent: list[Message] = []
+
+    async def receive() -> Message:
+        return messages.pop(0)
+
+    async def send(message: Message) -> None:
+        sent.append(message)
+
+    asyncio.run(guard(scope, receive, send))
+    assert carried_out == [] and sent[0]["status"] == 400

@@ -13,9 +13,10 @@ import pytest
 from lorakeet.data.chat import Encoder
 from lorakeet.data.rows import Row, Turn
 from lorakeet.data.spec import DataSpec
-from lorakeet.errors import DataError
+from lorakeet.errors import DataError, EnvironmentProblem
 from lorakeet.studio import shown_rows
 from lorakeet.studio.shown_rows import length_values, row_values, show_rows_of
+from lorakeet.workflows.planning import encoded_rows
 from tiny.models import save_tiny_llama, tiny_tokenizer
 from tiny.pictures import album
 
@@ -58,6 +59,17 @@ def test_rows_are_shown_as_a_run_reads_them(file: Path, tmp_path: Path) -> None:
     trained = "".join(text for text, marked in row["pieces"] if marked)
     assert "it is" in trained and row["trained"] < row["tokens"]
     assert found["lengths"]["limit"] == 48 and sum(bar[2] for bar in found["lengths"]["bars"]) == sum(split["counts"].values())
+
+
+def test_nothing_is_fetched_while_somebody_types(file: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    sent: list[Any] = []
+    monkeypatch.setattr(encoded_rows, "find_source", lambda *_: pytest.fail("it would be fetched"))
+    monkeypatch.setenv("HF_HUB_CACHE", str(file.parent))
+    with pytest.raises(EnvironmentProblem, match="nobody/nothing' is not on this machine"):
+        show_rows_of({"model.path": "nobody/nothing", "data.train": str(file)}, sent.append)
+    assert [values["part"] for values in sent if "part" in values] == ["first", "columns", "split"]
+    with pytest.raises(EnvironmentProblem, match="data set of the hub"):
+        show_rows_of({"data.train": "hub:nobody/nothing"}, sent.append)
 
 
 def test_without_a_model_all_but_the_tokens_are_shown(file: Path) -> None:

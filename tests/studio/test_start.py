@@ -29,6 +29,8 @@ def test_the_address_that_it_prints_opens_the_page(tmp_path: Path) -> None:
             assert found, lines
             opener = urllib.request.build_opener(urllib.request.HTTPCookieProcessor())
             with opener.open(found[0], timeout=10) as answer:
+                assert b"Open the studio" in answer.read()
+            with opener.open(found[0].partition("?")[0], timeout=10) as answer:
                 assert b"quickstart" in answer.read() and "server" not in answer.headers
         finally:
             process.send_signal(signal.SIGINT)

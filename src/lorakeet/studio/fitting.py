@@ -20,6 +20,7 @@ from lorakeet.models.files.quiet import quiet_transformers
 from lorakeet.models.spec import ModelSpec
 from lorakeet.models.text.from_config import config_of, local_files
 from lorakeet.settings import fields_of
+from lorakeet.studio.local import fetched_rows, unready_model
 from lorakeet.studio.workbench import Send
 from lorakeet.workflows.finetuning.kind import Advice, PlanResult
 from lorakeet.workflows.finetuning.text import TextPlanResult
@@ -59,6 +60,10 @@ def fit(settings: Mapping[str, str], send: Send) -> None:
     config = read_run(None, {"data.train": NO_ROWS, **given})
     machine: Any = None if config.memory.limit else settings.get("machine") or "this"
     said = io.StringIO()
+    with_rows = config.kind == "text" and config.data.train != NO_ROWS
+    if with_rows and (why := unready_model(config) or ", ".join(fetched_rows(config.data))):
+        said.write(f"Planned for rows of data.max_tokens, without reading your rows: {why}\n")
+        config = config.changed(data={"train": NO_ROWS})
     console = Console(file=said, width=_WIDTH, color_system=None, soft_wrap=True)
     with quiet_transformers():
         result = plan(

@@ -15,6 +15,7 @@ from lorakeet.config import read_yaml
 from lorakeet.disk import write_whole
 from lorakeet.errors import DataError, LorakeetError
 from lorakeet.evaluate.values import from_text, to_text
+from lorakeet.studio.places import regular_within
 from lorakeet.train.log import read_metrics
 from lorakeet.train.run import RunFolder
 
@@ -113,8 +114,9 @@ def summary_of(folder: Path) -> RunSummary:
         found["model"] = str(_inner(settings, "model", "path"))
         found["rows"] = str(_inner(settings, "data", "train"))
         found["objective"] = str(_inner(settings, "train", "objective") or "sft")
-        found |= _numbers(read_metrics(run.metrics))
-        if run.report.is_file():
+        if regular_within(folder, run.metrics):
+            found |= _numbers(read_metrics(run.metrics))
+        if regular_within(folder, run.report):
             found |= _verdict(json.loads(run.report.read_bytes()))
     except (LorakeetError, OSError, ValueError) as error:
         problem = str(error)

@@ -13,7 +13,7 @@ from lorakeet.config import RunConfig, read_run
 from lorakeet.disk import open_regular
 from lorakeet.errors import LorakeetError
 from lorakeet.studio.jobs import Job, Queue, read_lock
-from lorakeet.studio.places import NotHere, Places
+from lorakeet.studio.places import NotHere, Places, regular_within
 from lorakeet.train.run import RunFolder
 
 AT_ONCE = 1 << 22  # bytes of metrics in one event
@@ -156,6 +156,8 @@ def thinned(records: list[dict[str, Any]], most: int = 4000) -> list[dict[str, A
 def new_records(folder: Path, offset: int) -> tuple[list[dict[str, Any]], int]:
     """The whole lines of metrics.jsonl from byte `offset` on, and where they end; from the start if the file is shorter now."""
     try:
+        if not regular_within(folder, folder / "metrics.jsonl"):
+            return [], 0
         with open_regular(folder / "metrics.jsonl") as file:
             size = file.seek(0, 2)
             begin = offset if 0 <= offset <= size else 0
@@ -189,7 +191,8 @@ def all_records(folder: Path) -> list[dict[str, Any]]:
 def drawn_samples(folder: Path) -> list[str]:
     """The samples that an image run has drawn so far, as paths below RUN/progress."""
     progress = folder / "progress"
-    return [str(path.relative_to(progress)) for path in sorted(progress.glob("step-*/*.png"))][-60:]
+    found = (path for path in sorted(progress.glob("step-*/*.png")) if regular_within(folder, path))
+    return [str(path.relative_to(progress)) for path in found][-60:]
 
 
 def plain_values(live: LiveRun) -> dict[str, Any]:

@@ -10,7 +10,11 @@ from lorakeet.errors import ConfigError, LorakeetError, Problems
 
 OWN = ".studio"  # the studio's own folder within that of the runs
 _REMOTE = ("package:", "hub:")
-_LOCAL = ("model.path", "data.train", "data.held_out", "data.test", "images.prior", "model.config")  # settings that are paths
+_WRITTEN = ("memory.store", "images.cache")  # settings that are paths, even where nothing is there yet
+_READ = (
+    "model.path", "model.config", "data.train", "data.held_out", "data.test", "lora.continue_from", "lora.on_top_of",
+    "train.reference", "evaluate.encoder", "evaluate.metric", "images.prior", "diffusion.scorer",
+)  # fmt: skip
 
 
 class NotHere(LorakeetError):
@@ -59,10 +63,9 @@ class Places:
         problems = Problems("These paths cannot be used here")
         shown = ", ".join(map(str, dict.fromkeys((*self.folders, self.runs))))
         for name, text in settings.items():
-            path = _path_of(text)
-            if path is None or self.within(path):
-                continue
-            if _exists(path) or (name in _LOCAL and path.is_absolute()):
+            paths = _paths_of(text)
+            found = [path for path in paths if _exists(path)] or paths[:1]
+            if any(_names(name, text, path) and not self.within(path) for path in found):
                 problems.add(
                     f"{name} is {text!r:.200}, which lies outside of the folders of this studio: {shown}. Copy it there, or "
                     "start the studio with --folder."
@@ -70,11 +73,34 @@ class Places:
         problems.raise_if_any()
 
 
-def _path_of(text: str) -> Path | None:
-    """The path in a setting, without a member of an archive or a split; None for what is none."""
+def _names(setting: str, text: str, path: Path) -> bool:
+    """True if a setting with this text names this path: of other settings than those of paths, only a text with a slash does."""
+    if setting in _WRITTEN:
+        return True
+    if setting in _READ:
+        return path.is_absolute() or _exists(path)
+    return ("/" in text or text.startswith("~")) and _exists(path)
+
+
+def _paths_of(text: str) -> list[Path]:
+    """The paths in a setting as readers take it: whole, without an archive's member, a split, or a function of a file."""
     if not text or text.startswith(_REMOTE) or "\n" in text or "\0" in text:
-        return None
-    return Path(text.partition("!")[0]).expanduser()
+        return []
+    texts = dict.fromkeys((text, text.partition("!")[0], text.partition("#")[0], text.rpartition(":")[0]))
+    return [_expanded(part) for part in texts if part]
+
+
+def _expanded(text: str) -> Path:
+    try:
+        return Path(text).expanduser()
+    except RuntimeError:  # an unknown user
+        return Path(text)
+
+
+def regular_within(folder: Path, path: Path) -> bool:
+    """True if `path` is a file in `folder` and no link leads out of it."""
+    whole = _whole(path)
+    return whole.is_file() and whole.is_relative_to(_whole(folder))
 
 
 def _exists(path: Path) -> bool:

@@ -3,6 +3,7 @@
     Host     a loopback name                        against names that were pointed at this machine (DNS rebinding)
     token    in the printed address, then a cookie  HttpOnly, SameSite=Strict
     Origin   of every POST is that of the page      against pages of other sites
+    site     Sec-Fetch-Site of every request        against links and pictures of other sites that start work
     csrf     a field or header of every POST        against what the two above may miss
 
 Every answer forbids inline scripts, other sites' frames and all that is not served from here.
@@ -12,13 +13,14 @@ from __future__ import annotations
 
 import hashlib
 import hmac
+import html
 import secrets
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
-from urllib.parse import parse_qs, parse_qsl, urlencode, urlsplit
+from urllib.parse import parse_qs, parse_qsl, quote, urlencode, urlsplit
 
-from starlette.responses import PlainTextResponse, RedirectResponse, Response
+from starlette.responses import HTMLResponse, PlainTextResponse, RedirectResponse, Response
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from lorakeet.disk import write_whole
@@ -28,6 +30,7 @@ LARGEST_FORM = 1 << 20  # bytes of a posted form
 LARGEST_UPLOAD = 1 << 30  # bytes of uploaded rows
 FORM = "studio.form"  # where a request's scope has the fields of a posted form
 SAFE = ("GET", "HEAD")
+_OWN_SITES = ("same-origin", "none")  # Sec-Fetch-Site of a page of the studio, and of an address that was typed
 POLICY = (
     "default-src 'none'; script-src 'self'; style-src 'self'; img-src 'self' data:; connect-src 'self'; frame-src 'self'; "
     "form-action 'self'; base-uri 'none'; frame-ancestors 'self'"
@@ -90,18 +93,32 @@ class Guard:
             if not hmac.compare_digest(given.encode(), self.token.encode()):
                 return _closed()
             rest = urlencode([(name, value) for name, value in query if name != "token"])
-            welcome = RedirectResponse(scope["path"] + (f"?{rest}" if rest else ""), 303)
-            welcome.set_cookie(self.cookie, self.token, httponly=True, samesite="strict", path="/")
+            where = "/" + quote(scope["path"]).lstrip("/") + (f"?{rest}" if rest else "")  # two slashes would name a host
+            if self._knows(headers):
+                return RedirectResponse(where, 303)
+            welcome = _welcome(where)
+            welcome.set_cookie(self.cookie, self._session(secrets.token_urlsafe(16)), httponly=True, samesite="strict", path="/")
             return welcome
+        if headers.get("sec-fetch-site", "none") not in _OWN_SITES:
+            return PlainTextResponse("Pages of other sites may open nothing here. Type the address in a new tab.", 403)
         if scope["path"].startswith("/static/") and scope["method"] in SAFE:
             return None
-        if not hmac.compare_digest(_cookies(headers).get(self.cookie, "").encode(), self.token.encode()):
+        if not self._knows(headers):
             return _closed()
         if scope["method"] not in SAFE:
             origin = headers.get("origin", "")
             if urlsplit(origin).netloc != host or not origin:
                 return PlainTextResponse(f"Pages of {origin[:100] or 'an unknown origin'} may change nothing here.", 403)
         return None
+
+    def _knows(self, headers: Mapping[str, str]) -> bool:
+        """True if the browser has opened the address with the token before."""
+        given = _cookies(headers).get(self.cookie, "")
+        return hmac.compare_digest(given.encode(), self._session(given.partition(".")[0]).encode())
+
+    def _session(self, chance: str) -> str:
+        """The cookie of a browser: other ports of this machine get it too, so the token cannot be computed from it."""
+        return f"{chance}.{hmac.new(self.token.encode(), f'session {chance}'.encode(), hashlib.sha256).hexdigest()}"
 
     async def _posted(self, scope: Scope, headers: Mapping[str, str], receive: Receive) -> tuple[Response | None, Receive]:
         """A refusal, or the form's fields in the scope; the body of anything else is left to its handler."""
@@ -110,8 +127,10 @@ class Guard:
             body, more = bytearray(), True
             while more:
                 message = await receive()
+                if message["type"] == "http.disconnect":
+                    return PlainTextResponse("The form did not arrive whole. Send it again.", 400), receive
                 body += message.get("body", b"")
-                more = message["type"] == "http.request" and message.get("more_body", False)
+                more = message.get("more_body", False)
                 if len(body) > LARGEST_FORM:
                     return PlainTextResponse(f"The form has more than {LARGEST_FORM:,} bytes.", 413), receive
             fields = parse_qs(body.decode("utf-8", "replace"), keep_blank_values=True)
@@ -121,6 +140,15 @@ class Guard:
             said = "This form is not of this studio, or it is old. Reload the page and send it again."
             return PlainTextResponse(said, 403), receive
         return None, receive
+
+
+def _welcome(path: str) -> Response:
+    """A page that goes on to `path`: after a link on another page, a redirect would not have the new cookie."""
+    where = html.escape(path)
+    return HTMLResponse(
+        f'<!doctype html><html lang="en"><title>Lorakeet studio</title><meta http-equiv="refresh" content="0; url={where}">'
+        f'<p><a href="{where}">Open the studio</a></p></html>'
+    )
 
 
 def _closed() -> Response:

@@ -25,9 +25,10 @@ from lorakeet.data.read import read_records
 from lorakeet.data.rows import Row
 from lorakeet.data.shapes import columns_used
 from lorakeet.data.tables import FileRecord, RowProblems
-from lorakeet.errors import DataError
+from lorakeet.errors import DataError, EnvironmentProblem
 from lorakeet.models.files.quiet import quiet_transformers
 from lorakeet.models.image.latent_cache import cache_in
+from lorakeet.studio.local import require_local_rows, unready_model
 from lorakeet.studio.workbench import Send
 from lorakeet.workflows.planning.encoded_rows import EncodedRows
 
@@ -46,6 +47,7 @@ def show_rows_of(settings: Mapping[str, str], send: Send) -> None:
     one: album. Raises what a run would raise; what is known before that was sent.
     """
     config = read_run(None, {"model.path": NO_MODEL, **settings})
+    require_local_rows(config.data)
     with quiet_transformers():
         if config.kind == "image":
             _show_pictures(config, send)
@@ -66,6 +68,8 @@ def _show_text(config: RunConfig, send: Send) -> None:
     send({"part": "split", **split_values(dataset)})
     if config.model.path == NO_MODEL:
         return
+    if why := unready_model(config):
+        raise EnvironmentProblem(f"{why} Until then rows are shown without their tokens.")
     send({"say": "Makes tokens of the rows"})
     encoded = EncodedRows(config, (dataset.train, dataset.held_out), dataset.labels, lambda line: send({"say": line}))
     send({"part": "tokens", "rows": [values for row in dataset.train[:FIRST] if (values := row_values(row, encoded.encoder))]})

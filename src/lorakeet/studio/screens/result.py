@@ -16,7 +16,7 @@ from lorakeet.evaluate.report.report import OUTCOMES, Report, read_report, rende
 from lorakeet.evaluate.wording import check_words, compact, metric_words
 from lorakeet.studio.pages import Screen, moved, page, page_address, studio_of
 from lorakeet.studio.pairing import measuring
-from lorakeet.studio.places import NotHere, Places
+from lorakeet.studio.places import NotHere, Places, regular_within
 from lorakeet.train.run import RunFolder
 
 _FIRST = 12  # rows shown at once
@@ -25,7 +25,7 @@ _FIRST = 12  # rows shown at once
 def report_of(places: Places, name: str) -> Report | None:
     """The report of a run; None while it has none."""
     run = RunFolder(places.run(name))
-    return read_report(run.report) if run.report.is_file() else None
+    return read_report(run.report) if regular_within(run.path, run.report) else None
 
 
 def _newest(request: Request) -> Response:
