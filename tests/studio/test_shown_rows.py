@@ -61,7 +61,7 @@ def test_rows_are_shown_as_a_run_reads_them(file: Path, tmp_path: Path) -> None:
     assert found["lengths"]["limit"] == 48 and sum(bar[2] for bar in found["lengths"]["bars"]) == sum(split["counts"].values())
 
 
-def test_nothing_is_fetched_while_somebody_types(file: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_nothing_is_fetched_while_a_form_changes(file: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     sent: list[Any] = []
     monkeypatch.setattr(encoded_rows, "find_source", lambda *_: pytest.fail("it would be fetched"))
     monkeypatch.setenv("HF_HUB_CACHE", str(file.parent))

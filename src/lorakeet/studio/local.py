@@ -1,4 +1,4 @@
-"""What pages may read while somebody types: only what lies on this machine, ready to be read. Nothing is fetched or unpacked."""
+"""What pages may read while a form changes: only what lies on this machine, ready to be read. Nothing is fetched or unpacked."""
 
 from __future__ import annotations
 

@@ -87,18 +87,8 @@ class Guard:
         host = headers.get("host", "")
         if _name(host) not in HOSTS:
             return PlainTextResponse(f"This is no name of this machine: {host[:100]}. Open the studio as 127.0.0.1.", 403)
-        query = parse_qsl(scope["query_string"].decode("latin-1"), keep_blank_values=True)
-        given = dict(query).get("token")
-        if given is not None and scope["method"] in SAFE:
-            if not hmac.compare_digest(given.encode(), self.token.encode()):
-                return _closed()
-            rest = urlencode([(name, value) for name, value in query if name != "token"])
-            where = "/" + quote(scope["path"]).lstrip("/") + (f"?{rest}" if rest else "")  # two slashes would name a host
-            if self._knows(headers):
-                return RedirectResponse(where, 303)
-            welcome = _welcome(where)
-            welcome.set_cookie(self.cookie, self._session(secrets.token_urlsafe(16)), httponly=True, samesite="strict", path="/")
-            return welcome
+        if scope["method"] in SAFE and (landed := self._landed(scope, headers)) is not None:
+            return landed
         if headers.get("sec-fetch-site", "none") not in _OWN_SITES:
             return PlainTextResponse("Pages of other sites may open nothing here. Type the address in a new tab.", 403)
         if scope["path"].startswith("/static/") and scope["method"] in SAFE:
@@ -110,6 +100,22 @@ class Guard:
             if urlsplit(origin).netloc != host or not origin:
                 return PlainTextResponse(f"Pages of {origin[:100] or 'an unknown origin'} may change nothing here.", 403)
         return None
+
+    def _landed(self, scope: Scope, headers: Mapping[str, str]) -> Response | None:
+        """The answer to an address with a token; None to one without."""
+        query = parse_qsl(scope["query_string"].decode("latin-1"), keep_blank_values=True)
+        given = dict(query).get("token")
+        if given is None:
+            return None
+        if not hmac.compare_digest(given.encode(), self.token.encode()):
+            return _closed()
+        rest = urlencode([(name, value) for name, value in query if name != "token"])
+        where = "/" + quote(scope["path"]).lstrip("/") + (f"?{rest}" if rest else "")  # two slashes would name a host
+        if self._knows(headers):
+            return RedirectResponse(where, 303)
+        welcome = _welcome(where)
+        welcome.set_cookie(self.cookie, self._session(secrets.token_urlsafe(16)), httponly=True, samesite="strict", path="/")
+        return welcome
 
     def _knows(self, headers: Mapping[str, str]) -> bool:
         """True if the browser has opened the address with the token before."""
