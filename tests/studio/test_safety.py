@@ -51,6 +51,7 @@ def test_the_token_becomes_a_cookie_that_scripts_and_other_sites_do_not_get(stra
     assert stranger.get("/").status_code == 401 and stranger.get("/?token=x").status_code == 401
     opened = stranger.get(f"/?a=b&token={studio.token}")
     assert opened.status_code == 200 and 'content="0; url=/?a=b"' in opened.text, "a redirect would come without the cookie"
+    assert 'href="/static/icon.svg"' in opened.text, "else the browser looks for one that is not there"
     cookie = opened.headers["set-cookie"].lower()
     assert "httponly" in cookie and "samesite=strict" in cookie
     assert studio.token not in opened.headers["set-cookie"], "other ports of this machine get it as well"

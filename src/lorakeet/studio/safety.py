@@ -152,7 +152,8 @@ def _welcome(path: str) -> Response:
     """A page that goes on to `path`: after a link on another page, a redirect would not have the new cookie."""
     where = html.escape(path)
     return HTMLResponse(
-        f'<!doctype html><html lang="en"><title>Lorakeet studio</title><meta http-equiv="refresh" content="0; url={where}">'
+        f'<!doctype html><html lang="en"><title>Lorakeet studio</title><link rel="icon" href="/static/icon.svg">'
+        f'<meta http-equiv="refresh" content="0; url={where}">'
         f'<p><a href="{where}">Open the studio</a></p></html>'
     )
 
