@@ -244,7 +244,7 @@ def in_vllm(subject: Subject, folder: Path, python: Path, wanted: Sequence[str])
     url = base_url("127.0.0.1", port)
     words = ["vllm", "serve", str(subject.source), "--enable-lora", "--max-lora-rank", "64", "--max-cpu-loras", "8"]
     words += ["--dtype", "bfloat16", "--max-model-len", str(CONTEXT), "--host", "127.0.0.1", "--port", str(port)]
-    with running_vllm(python, words, url):
+    with running_vllm(python, words, url, loading=True):
         for number, fault in enumerate(wanted):
             adapter = subject.faulty(fault) if fault else subject.opened.adapter
             if adapter is None:

@@ -163,20 +163,27 @@ def test_ctrl_c_leaves_with_130(monkeypatch: pytest.MonkeyPatch, capsys: pytest.
     assert "Stopped by Ctrl-C" in capsys.readouterr().err
 
 
-def test_sigterm_leaves_with_143_and_clears_away(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+@pytest.mark.parametrize(("which", "code"), [(signal.SIGTERM, 143), (signal.SIGHUP, 129)])
+def test_other_signals_clear_away_too(
+    which: signal.Signals, code: int, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
     cleared: list[bool] = []
 
     def run(self: Any, options: Any, **rest: Any) -> None:
         try:
-            signal.raise_signal(signal.SIGTERM)
+            signal.raise_signal(which)
         finally:
             cleared.append(True)
 
     monkeypatch.setattr(verbs_module.Verb, "run", run)
     monkeypatch.setattr(early_checks, "check_early", lambda verb, options, config: None)
-    assert main(["doctor"]) == 143 and cleared
-    assert "Stopped by SIGTERM" in capsys.readouterr().err
-    assert main(["doctor", "--json"]) == 143
+    before = signal.signal(which, signal.SIG_DFL)  # under nohup a hang-up is ignored
+    try:
+        assert main(["doctor"]) == code and cleared
+        assert f"Stopped by {which.name}" in capsys.readouterr().err
+        assert main(["doctor", "--json"]) == code
+    finally:
+        signal.signal(which, before)
     assert json.loads(capsys.readouterr().out)["error"] == "Stopped"
 
 

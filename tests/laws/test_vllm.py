@@ -60,7 +60,7 @@ def served(tmp_path_factory: pytest.TempPathFactory) -> Iterator[tuple[str, Path
     url = base_url("127.0.0.1", port)
     words = ["vllm", "serve", str(find_source(ModelSpec(path=BASE), print)), "--served-model-name", "base", "--enable-lora"]
     words += ["--max-lora-rank", "8", "--dtype", "float32", "--max-model-len", "512", "--port", str(port)]
-    with running_vllm(python, [*words, "--lora-modules", f"right={folder / 'right'}"], url):
+    with running_vllm(python, [*words, "--lora-modules", f"right={folder / 'right'}"], url, loading=True):
         yield url, folder
 
 

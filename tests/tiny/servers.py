@@ -138,9 +138,11 @@ class Fake(BaseHTTPRequestHandler):
                 break
         return found
 
-    def _say(self, body: dict[str, Any] | None) -> None:
-        data = json.dumps(body or {"error": "not found"}).encode()
-        self.send_response(404 if body is None else 200)
+    def _say(self, body: dict[str, Any] | int | None) -> None:
+        """Answers with `body`; a number is the status of a refusal, and None is 404."""
+        status = 404 if body is None else body if isinstance(body, int) else 200
+        data = json.dumps(body if isinstance(body, dict) else {"error": "refused"}).encode()
+        self.send_response(status)
         self.send_header("Content-Length", str(len(data)))
         self.end_headers()
         self.wfile.write(data)

@@ -84,3 +84,19 @@ def test_a_second_sigterm_in_training_ends_the_process_at_once_also_there(monkey
         assert (stop.requested, raised) == ("SIGTERM", [])
         stop._handle(signal.SIGTERM, None)
     assert raised == [signal.SIG_DFL]
+
+
+def test_a_closed_terminal_ends_as_ctrl_c_does_and_what_it_sends_twice_is_ignored() -> None:
+    before = signal.signal(signal.SIGHUP, signal.SIG_DFL)
+    try:
+        with pytest.raises(KeyboardInterrupt, match="SIGHUP"), terminable():
+            try:
+                signal.raise_signal(signal.SIGHUP)
+            finally:
+                signal.raise_signal(signal.SIGHUP)
+        assert signal.getsignal(signal.SIGHUP) == signal.SIG_DFL
+        signal.signal(signal.SIGHUP, signal.SIG_IGN)
+        with terminable():  # under nohup
+            signal.raise_signal(signal.SIGHUP)
+    finally:
+        signal.signal(signal.SIGHUP, before)

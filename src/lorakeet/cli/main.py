@@ -1,6 +1,7 @@
 """The command `lorakeet`: parses the verb and its settings, runs it, prints the result or error, and returns the exit code.
 
-Exit codes: 0 done, 2 an error that the user can fix, 3 a verification failed, 4 a run stopped early, 130 Ctrl-C, 143 SIGTERM.
+Exit codes: 0 done, 2 an error that the user can fix, 3 a verification failed, 4 a run stopped early, 130 Ctrl-C, 143 SIGTERM,
+129 SIGHUP.
 Of several processes that torchrun started, only the first prints.
 """
 
@@ -49,7 +50,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
         said = f"The disk (or the quota) is full: {error}. Free some space and run it again; what was finished before is whole."
         return _report(error, said, exit_code=LorakeetError.exit_code, as_json=False, debug="--debug" in arguments)
     except click.Abort as error:  # which is a RuntimeError too
-        by, code = ("SIGTERM", 143) if str(error.__cause__ or "") == "SIGTERM" else ("Ctrl-C", 130)
+        by = str(error.__cause__ or "") or "Ctrl-C"
+        code = {"SIGTERM": 143, "SIGHUP": 129}.get(by, 130)
         return _report(error, f"Stopped by {by} before it finished.", exit_code=code, as_json=as_json, debug=False)
     except RuntimeError as error:
         if type(error).__name__ != "OutOfMemoryError":  # torch's, which most verbs never import
@@ -204,7 +206,7 @@ def _report(error: BaseException, message: str, *, exit_code: int, as_json: bool
         click.echo(visible("".join(traceback.format_exception(error))), err=True, nl=False)
     if not launched().first:  # an error that every process has; train/processes reports one of a single process
         return exit_code
-    kind = "Stopped" if exit_code in (130, 143) else type(error).__name__
+    kind = "Stopped" if exit_code in (129, 130, 143) else type(error).__name__
     kind = "UsageError" if isinstance(error, click.ClickException) else kind
     if as_json:
         click.echo(json_text({"error": kind, "message": message}))

@@ -7,6 +7,7 @@ import socket
 from lorakeet.errors import ConfigError, EnvironmentProblem
 
 LARGEST_PORT = 65535
+LOOPBACK = ("127.0.0.1", "localhost", "::1")  # which no other machine reaches
 
 
 def listening_socket(host: str, port: int) -> socket.socket:

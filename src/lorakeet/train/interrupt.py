@@ -1,6 +1,6 @@
 """Ctrl-C and SIGTERM: in training the first stops after the step, with a checkpoint, and the second ends the process at once.
 
-Elsewhere SIGTERM acts like Ctrl-C."""
+Elsewhere SIGTERM and SIGHUP (the terminal was closed) act like Ctrl-C."""
 
 from __future__ import annotations
 
@@ -62,20 +62,26 @@ def _tell(text: str) -> None:
 
 @contextmanager
 def terminable() -> Iterator[None]:
-    """A context in which the first SIGTERM raises KeyboardInterrupt("SIGTERM"), for cleanup; the second ends the process at once.
+    """A context in which the first SIGTERM or SIGHUP raises KeyboardInterrupt with its name, for cleanup.
 
-    A handler that is already installed stays in place."""
-    if threading.current_thread() is not threading.main_thread() or signal.getsignal(signal.SIGTERM) != signal.SIG_DFL:
-        yield
-        return
-    signal.signal(signal.SIGTERM, _as_ctrl_c)
+    A second SIGTERM ends the process at once; a second SIGHUP is ignored, since shell and kernel both send one. A handler that is
+    already installed stays in place, and so does nohup's."""
+    here = threading.current_thread() is threading.main_thread()
+    ours = [which for which in _ENDS if here and signal.getsignal(which) == signal.SIG_DFL]
+    for which in ours:
+        signal.signal(which, _as_ctrl_c)
     try:
         yield
     finally:
-        signal.signal(signal.SIGTERM, signal.SIG_DFL)
+        for which in ours:
+            signal.signal(which, signal.SIG_DFL)
+
+
+_HANGUP = getattr(signal, "SIGHUP", None)  # Windows has none
+_ENDS = (signal.SIGTERM,) if _HANGUP is None else (signal.SIGTERM, _HANGUP)
 
 
 def _as_ctrl_c(number: int, frame: FrameType | None) -> None:
-    """The handler of the first SIGTERM in `terminable`."""
-    signal.signal(signal.SIGTERM, signal.SIG_DFL)
-    raise KeyboardInterrupt("SIGTERM")
+    """The handler of the first SIGTERM or SIGHUP in `terminable`."""
+    signal.signal(number, signal.SIG_IGN if number == _HANGUP else signal.SIG_DFL)
+    raise KeyboardInterrupt(signal.Signals(number).name)

@@ -142,8 +142,13 @@ def _watched(path: Path, target: str, options: VerifyOptions, console: Console) 
     return Verified(watch_server(compare, target, every, rounds=options.rounds, metrics=options.metrics, say=say))
 
 
-def certify_artefacts(opened: Opened, options: VerifyOptions, console: Console, *, beside: Path | None = None) -> Certificate:
-    """Returns the checks of every artefact of `options.against` against the live adapter, each named by the artefact's path."""
+def certify_artefacts(
+    opened: Opened, options: VerifyOptions, console: Console, *, beside: Path | None = None, key: str = ""
+) -> Certificate:
+    """Returns the checks of every artefact of `options.against` against the live adapter, each named by the artefact's path.
+
+    Servers are sent `key`.
+    """
     dataset = opened.dataset if opened.run else None
     source = find_source(opened.config.model, console.print)
     live = live_side(opened, console)
@@ -159,7 +164,7 @@ def certify_artefacts(opened: Opened, options: VerifyOptions, console: Console, 
             allowed = F16 if options.precision == "auto" else PRECISIONS[options.precision]
             formats = _formats(opened, live, options.precision, console)
             served = check_server(
-                live, Server(target, allowed), probes, opened.config.evaluate, formats, modules=options.modules
+                live, Server(target, allowed, key), probes, opened.config.evaluate, formats, modules=options.modules
             )
             checks, unchecked, modules = checks + served.checks, unchecked + served.unchecked, modules + served.modules
             if served.ended:

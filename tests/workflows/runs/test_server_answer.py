@@ -78,3 +78,14 @@ def test_what_a_server_says_of_an_error_is_cut() -> None:
         open_answer(url)
     said = refusal_of(caught.value)
     assert said.startswith("(404 Nothing): yyy") and len(said) < 600
+
+
+def test_this_machines_own_addresses_are_not_reached_through_a_proxy(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A proxy elsewhere has another 127.0.0.1."""
+    monkeypatch.setenv("http_proxy", "http://127.0.0.1:9")  # where nothing is
+    monkeypatch.delenv("no_proxy", raising=False)
+    monkeypatch.delenv("NO_PROXY", raising=False)
+    with answering([b"here"]) as url, open_answer(url) as response:
+        assert read_answer(response) == b"here"
+    with pytest.raises(OSError, match="refused"):
+        open_answer("http://elsewhere.invalid/")

@@ -49,7 +49,19 @@ def test_a_start_that_fails_is_one_message(tmp_path: Path) -> None:
         pass
     given = json.loads((tmp_path / "words.json").read_text())
     assert given["words"] == ["-m", "vllm.entrypoints.cli.main", "serve", "m"]
-    assert given["environment"] == {"VLLM_ALLOW_RUNTIME_LORA_UPDATING": "True"}
+    assert given["environment"] == {"VLLM_ALLOW_RUNTIME_LORA_UPDATING": None}, "any client could replace a verified adapter"
+
+
+@pytest.mark.parametrize(("loading", "given"), [(None, "1"), (True, "True"), (False, "False")])
+def test_loading_later_is_on_only_if_it_is_meant(
+    loading: bool | None, given: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("VLLM_ALLOW_RUNTIME_LORA_UPDATING", "1")
+    program, url = fake_python(tmp_path, "dies"), f"http://127.0.0.1:{free_port()}"
+    dead = pytest.raises(EnvironmentProblem, match="ended with exit code 7")
+    with dead, running_vllm(program, ["vllm", "serve", "m"], url, loading=loading):
+        pass
+    assert json.loads((tmp_path / "words.json").read_text())["environment"] == {"VLLM_ALLOW_RUNTIME_LORA_UPDATING": given}
 
 
 def test_it_ends_with_the_context_and_one_that_is_not_ready_in_time_is_ended(

@@ -8,12 +8,15 @@ import shutil
 import signal
 import subprocess
 import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import pytest
 
-from lorakeet.errors import VerificationFailed
+from lorakeet.errors import ConfigError, VerificationFailed
 from lorakeet.formats.files.digest import sha256_of
 from lorakeet.models.text.load import load_tokenizer
 from lorakeet.workflows.options import ServeOptions
@@ -57,6 +60,49 @@ def test_a_wrong_adapter_there_is_not_served(finished: Any, loud: Path, tmp_path
     options = ServeOptions(model=str(finished.model), adapter=(f"tiny={loud}",), engine="vllm", port=free_port())
     with pytest.raises(VerificationFailed, match="the adapter is not applied"):
         serve_with_vllm(options, {"tiny": loud}, quiet())
+
+
+@pytest.mark.parametrize("host", ["0.0.0.0", "::", "10.0.0.1"])
+def test_other_machines_are_not_let_in_without_a_key(
+    host: str, loud: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv(VARIABLE, str(fake_python(tmp_path, "dies")))
+    monkeypatch.delenv("VLLM_API_KEY", raising=False)
+    options = ServeOptions(model="/elsewhere/m", adapter=(f"a={loud}",), engine="vllm", host=host, port=free_port())
+    with pytest.raises(ConfigError, match=r"opens vLLM to other machines. Set VLLM_API_KEY"):
+        serve_with_vllm(options, {"a": loud}, quiet())
+    assert not (tmp_path / "words.json").exists()
+
+
+@contextmanager
+def pretended(given: dict[str, Any], *arguments: Any, **more: Any) -> Iterator[None]:
+    """In place of running_vllm."""
+    given |= more
+    try:
+        yield
+    finally:
+        given["ended"] = True
+
+
+@pytest.mark.parametrize(("host", "loading"), [("127.0.0.1", None), ("0.0.0.0", False)])
+def test_the_key_goes_to_the_verification_and_ctrl_c_in_it_is_no_success(
+    host: str, loading: bool | None, loud: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    given: dict[str, Any] = {}
+
+    def interrupted(opened: Any, options: Any, console: Any, *, key: str) -> None:
+        given["key"] = key
+        raise KeyboardInterrupt
+
+    monkeypatch.setenv("VLLM_API_KEY", "sesame-sesame")
+    monkeypatch.setattr(with_vllm, "vllm_python", lambda: Path(sys.executable))
+    monkeypatch.setattr(with_vllm, "running_vllm", partial(pretended, given))
+    monkeypatch.setattr(with_vllm, "open_adapter", lambda *_, **__: None)
+    monkeypatch.setattr(with_vllm, "certify_artefacts", interrupted)
+    options = ServeOptions(model="/elsewhere/m", adapter=(f"a={loud}",), engine="vllm", host=host, port=free_port())
+    with pytest.raises(KeyboardInterrupt):
+        serve_with_vllm(options, {"a": loud}, quiet())
+    assert given == {"loading": loading, "key": "sesame-sesame", "ended": True}
 
 
 def test_it_says_that_it_serves_once_verified_and_ends_with_sigterm(finished: Any, loud: Path, tmp_path: Path) -> None:

@@ -28,9 +28,10 @@ from lorakeet.serve.engine import Engine
 from lorakeet.serve.registry import Registry
 from lorakeet.serve.service import Service
 from lorakeet.workflows.runs.open_adapter import open_adapter
+from lorakeet.workflows.verification import modules as modules_file
 from lorakeet.workflows.verification.artefact import InTorch, live_side
 from lorakeet.workflows.verification.checks import Probes
-from lorakeet.workflows.verification.modules import ProbedValues, choose_rows, left_out, sets_of
+from lorakeet.workflows.verification.modules import ProbedValues, check_modules, choose_rows, left_out, sets_of
 from lorakeet.workflows.verification.rounding import Reported
 from lorakeet.workflows.verification.server import Server, check_server
 from lorakeet.workflows.verify import probes_of
@@ -80,10 +81,10 @@ def served(base: Path, adapters: dict[str, Path], dtype: Any) -> Iterator[str]:
 
 @pytest.fixture(scope="module")
 def side(loud: Path) -> tuple[InTorch, Probes]:
-    """The live adapter, and four held-out rows."""
+    """The live adapter, and a dozen held-out rows."""
     opened = open_adapter(loud)
     live = live_side(opened, quiet())
-    probes = probes_of(opened, opened.dataset, live, 4)
+    probes = probes_of(opened, opened.dataset, live, 12)
     return live, dataclasses.replace(probes, prompts=[], labelled=[], conversations=[], texts=[])
 
 
@@ -138,14 +139,28 @@ def test_a_server_that_tells_every_place_is_not_asked_again(finished: Any, loud:
     assert modules.missing == (GATE,) and not check.passed
 
 
-def test_only_so_many_rows_as_were_meant_are_probed_and_those_that_tell_most(side: Any) -> None:
+def test_only_so_many_tokens_as_were_meant_are_probed_of_many_rows(side: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Long rows end early rather than that few rows are probed; of many, those that tell most."""
     live = side[0]
     chance = np.random.default_rng(0)
+    monkeypatch.setattr(modules_file, "PROBE_ROWS", 3)
     rows = [Reported([int(one) for one in chance.integers(10, 200, length)], {}) for length in (40, 30, 50, 20, 30)]
     assert choose_rows(live, rows, 200) == rows
-    chosen = choose_rows(live, rows, 100)
-    assert 0 < sum(len(one.ids) for one in chosen) <= 100 and all(one in rows for one in chosen)
-    assert choose_rows(live, rows, 100) == chosen, "it is the same each time"
+    assert [one.ids for one in choose_rows(live, rows[:3], 90)] == [one.ids[:30] for one in rows[:3]]
+    chosen = choose_rows(live, rows, 90)
+    assert 3 <= len(chosen) < 5 and sum(len(one.ids) for one in chosen) <= 90
+    assert choose_rows(live, rows, 90) == chosen, "it is the same each time"
+    prompt = [int(one) for one in chance.integers(10, 200, 60)]
+    long = [Reported([*prompt, *one.ids], {60: {5: -1.0}, 75: {5: -2.0}}) for one in rows[:3]]
+    assert [len(one.ids) for one in choose_rows(live, long, 30)] == [70, 70, 70], "what all begin with does not count"
+    assert all(set(one.places) == {60} for one in choose_rows(live, long, 30))
+
+
+def test_fewer_rows_than_are_needed_are_said(side: Any) -> None:
+    rows = [Reported(row.tolist(), {}) for row in side[1].rows[:3]]
+    given = {place: {5: -1.0} for place in range(len(rows[0].ids) - 1)}
+    found = check_modules(side[0], [dataclasses.replace(one, places=given) for one in rows], None, ("live", "there"), 0.01)
+    assert isinstance(found, str) and "of 3 rows; 4 are needed, since rounding differs by row" in found
 
 
 def test_what_is_left_out_is_there_again_afterwards(side: Any) -> None:

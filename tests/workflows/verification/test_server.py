@@ -7,6 +7,7 @@ import shutil
 from collections.abc import Sequence
 from datetime import datetime, timezone
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -15,6 +16,7 @@ from lorakeet.core.adapter import Pair
 from lorakeet.data.prepare import load_dataset
 from lorakeet.errors import EnvironmentProblem, VerificationFailed
 from lorakeet.evaluate.certificate import Check, read_certificate
+from lorakeet.evaluate.spec import EvaluateSpec
 from lorakeet.exporting.tolerances import F16
 from lorakeet.formats.gguf import permute, unpermute
 from lorakeet.models.spec import ModelSpec
@@ -26,10 +28,10 @@ from lorakeet.serve.service import Service
 from lorakeet.workflows.convert import convert
 from lorakeet.workflows.options import ConvertOptions, VerifyOptions
 from lorakeet.workflows.runs.open_adapter import open_adapter
-from lorakeet.workflows.verification import server
+from lorakeet.workflows.verification import server, server_apis
 from lorakeet.workflows.verification.artefact import InTorch, live_side
-from lorakeet.workflows.verification.server import Server, _label
-from lorakeet.workflows.verification.server_apis import Api, Step, Token, Written
+from lorakeet.workflows.verification.server import Server, _label, check_server
+from lorakeet.workflows.verification.server_apis import Api, CallRefused, Step, Token, Written
 from lorakeet.workflows.verify import probes_of, verify
 from tiny import servers
 from tiny.exports import loud_run, write_model
@@ -53,7 +55,7 @@ def test_the_right_model_passes_and_the_base_does_not(finished: Any, loud: Path,
     run = shutil.copytree(loud, tmp_path / "run")  # whose certificate will hold a failed check
     adapter, tokenizer = open_adapter(run).adapter, load_tokenizer(finished.model)
     with serving(write_model(finished.model, adapter, tmp_path / "right.gguf"), tokenizer, kind) as right:
-        found: Any = verify(VerifyOptions(str(run), against=(right,), rows=2), console=quiet())
+        found: Any = verify(VerifyOptions(str(run), against=(right,), rows=4), console=quiet())
     checks = found.certificate.checks
     tells = kind in ("llama.cpp", "vLLM")
     first = "prompt ids" if tells else "prompt lengths"
@@ -63,7 +65,7 @@ def test_the_right_model_passes_and_the_base_does_not(finished: Any, loud: Path,
     assert told.n == {"vLLM": sum_of_places(run)}.get(kind, told.n) and told.n >= 8
     assert set(told.estimates) == {"mean_kl", "top1_agreement"}
     answers = checks[3]
-    assert answers.measured == {"different_answers": 0} and answers.n == 2
+    assert answers.measured == {"different_answers": 0} and answers.n == 4
     assert answers.estimates["accuracy_live"] == answers.estimates["accuracy_there"]
     missing = {str(one) for one in found.certificate.unchecked}
     assert f"not checked: the stored weights of {right}, since a server does not tell them" in missing
@@ -79,7 +81,7 @@ def test_the_right_model_passes_and_the_base_does_not(finished: Any, loud: Path,
 
 def sum_of_places(run: Path) -> int:
     opened = open_adapter(run)
-    probes = probes_of(opened, load_dataset(opened.config.data), live_side(opened, quiet()), 2)
+    probes = probes_of(opened, load_dataset(opened.config.data), live_side(opened, quiet()), 4)
     return sum(len(ids) - 1 for ids in probes.rows)
 
 
@@ -210,7 +212,7 @@ def test_lorakeet_serve_gives_what_the_live_adapter_gives(finished: Any, loud: P
     registry.register("mine", run)
     site = Site(Service(text, engine, registry))
     try:
-        found: Any = verify(VerifyOptions(str(run), against=(f"{site.url}#mine",), precision="float32", rows=2), console=quiet())
+        found: Any = verify(VerifyOptions(str(run), against=(f"{site.url}#mine",), precision="float32", rows=4), console=quiet())
         names = kinds(found.certificate.checks)
         with pytest.raises(VerificationFailed, match="the adapter is not applied"):
             verify(VerifyOptions(str(run), against=(f"{site.url}/v1#base",), rows=2), console=quiet())
@@ -228,7 +230,7 @@ def test_a_real_llama_server_writes_what_the_live_adapter_writes_merged_or_not(f
     convert(ConvertOptions(run, tmp_path / "a.gguf", to="gguf", base=finished.model), console=quiet())
     for model, adapters in ((merged, ()), (base, (tmp_path / "a.gguf",))):
         with llama_server(model, *adapters) as url:
-            found: Any = verify(VerifyOptions(str(run), against=(url,), rows=2), console=quiet())
+            found: Any = verify(VerifyOptions(str(run), against=(url,), rows=4), console=quiet())
             names = [check.name.rpartition(": ")[2] for check in found.certificate.checks]
             assert names == ["prompt ids", "greedy text", "log-probabilities", "answers", "modules"]
             assert found.certificate.checks[2].against.startswith(f"{model} by llama.cpp")
@@ -271,6 +273,7 @@ def test_what_was_checked_before_a_server_went_away_is_kept_and_incomplete(
     run = shutil.copytree(loud, tmp_path / "run")
     file = write_model(finished.model, open_adapter(run).adapter, tmp_path / "right.gguf")
     monkeypatch.setattr(servers, "Fake", type("Leaving", (Leaving,), {"left": 10, "status": status}))
+    monkeypatch.setattr(server_apis, "PAUSES", (0.0,))
     ends = pytest.raises(EnvironmentProblem, match=r"checks of .* passed until then; they are incomplete")
     with serving(file, load_tokenizer(finished.model), "llama.cpp") as url, ends as caught:
         verify(VerifyOptions(str(run), against=(url,), rows=1, modules=False), console=quiet())
@@ -280,6 +283,23 @@ def test_what_was_checked_before_a_server_went_away_is_kept_and_incomplete(
     assert [check.name for check in kept.checks if check.artefact == url][:1] == [f"{url}: prompt ids"]
     assert "the server stopped answering" in {one.why for one in kept.unchecked}
     assert "incomplete" in (run / "certificate.json").read_text()
+
+
+@pytest.mark.parametrize(("code", "serves_it", "differs"), [(404, False, True), (400, False, True), (404, True, False)])
+def test_a_model_that_the_server_has_no_more_is_a_difference(code: int, serves_it: bool, differs: bool) -> None:
+    """A removed adapter is refused for ever: `verify --watch` ends with 3, and the certificate is whole."""
+
+    def refused() -> str:
+        raise CallRefused(f"/v1/completions refuses ({code}): no such model", code)
+
+    api = SimpleNamespace(about=refused, serves_it=lambda: serves_it)
+    gone: Any = SimpleNamespace(name="http://h#a", allowed=F16, api=api)
+    live: Any = SimpleNamespace(name="live")
+    probes: Any = None
+    found = check_server(live, gone, probes, EvaluateSpec())
+    assert bool(found.ended) is not differs
+    assert [(check.name, check.passed) for check in found.checks] == ([("http://h#a: model", False)] if differs else [])
+    assert all("no such model" in check.detail for check in found.checks)
 
 
 def test_a_failed_check_wins_over_an_early_end(

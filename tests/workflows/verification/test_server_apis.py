@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import contextlib
 import json
+import threading
 from collections.abc import Callable, Iterator
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from typing import Any
 
@@ -152,7 +154,7 @@ def test_answers_of_any_kind_are_values_or_one_message(kind: type[Api], monkeypa
 def test_a_server_that_reports_fewer_likeliest_tokens_is_queried_for_so_many(
     most: int, tmp_path: Path, tiny_llama_folder: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """One that refuses more is queried again once; what it accepts is remembered."""
+    """One that refuses more in two calls is queried for fewer from then on."""
     file = write_model(tiny_llama_folder, None, tmp_path / "model.gguf")
     refused: list[int] = []
     completions = Fake.completions
@@ -160,16 +162,112 @@ def test_a_server_that_reports_fewer_likeliest_tokens_is_queried_for_so_many(
     def few(self: Any, asked: Any) -> Any:
         if asked.get("logprobs", 0) > most:
             refused.append(asked["logprobs"])
-            return None
+            return 400
         return completions(self, asked)
 
     monkeypatch.setattr(Fake, "completions", few)
     with serving(file, load_tokenizer(tiny_llama_folder), "OpenAI") as url:
         api = find_api(url, "")
-        written = [api.write([5, 9, 70], 2) for _ in range(2)]
+        written = [api.write([5, 9, 70], 2) for _ in range(4)]
     assert all(len(one.steps) == (2 if most else 0) and one.text for one in written)
     assert all(0 < len(step.top) <= most for one in written for step in one.steps)
-    assert refused == [10, 5, 1][: {5: 1, 1: 2, 0: 3}[most]]
+    assert refused == [10, 5, 1][: {5: 1, 1: 2, 0: 3}[most]] * 2
+
+
+def answering(*statuses: int | bytes) -> tuple[str, list[str], Callable[[], None]]:
+    """The address of a server that answers each request with the next status, or these bytes, and then with {"tokens": [1]}."""
+    left, seen = list(statuses), list[str]()
+
+    class Next(BaseHTTPRequestHandler):
+        def do_POST(self) -> None:
+            self.rfile.read(int(self.headers["Content-Length"]))
+            seen.append(self.headers.get("Authorization", ""))
+            status = left.pop(0) if left else 200
+            if isinstance(status, bytes):
+                self.wfile.write(status)
+                return
+            data = b'{"tokens": [1]}'
+            self.send_response(status)
+            self.send_header("Content-Length", str(len(data)))
+            self.end_headers()
+            self.wfile.write(data)
+
+        def log_message(self, *_: object) -> None:
+            """Says nothing."""
+
+    server = ThreadingHTTPServer(("127.0.0.1", 0), Next)
+    thread = threading.Thread(target=server.serve_forever)
+    thread.start()
+
+    def stop() -> None:
+        server.shutdown()
+        thread.join()
+        server.server_close()
+
+    return f"http://127.0.0.1:{server.server_port}", seen, stop
+
+
+def test_a_server_that_has_no_time_is_queried_again_and_later_has_none() -> None:
+    waits = list[float]()
+    url, seen, stop = answering(429, 503)
+    try:
+        assert ask(url, "/x", {}, key="sesame", pause=waits.append) == {"tokens": [1]}
+        assert waits == [1.0, 3.0] and seen == ["Bearer sesame"] * 3
+    finally:
+        stop()
+    url, seen, stop = answering(*[429] * 9)
+    try:
+        with pytest.raises(EnvironmentProblem, match=r"refuses \(429") as raised:
+            ask(url, "/x", {}, pause=waits.append)
+        assert not isinstance(raised.value, CallRefused) and len(seen) == 4
+    finally:
+        stop()
+
+
+@pytest.mark.parametrize("status", [401, 404, 500])
+def test_another_refusal_is_none_of_the_number_of_likeliest_tokens(status: int) -> None:
+    """What a server reports is not forgotten because of it."""
+    url, seen, stop = answering(status)
+    try:
+        api = Api(url, "m", "sesame")
+        with pytest.raises(CallRefused) as raised:
+            api.write([1], 1)
+        assert raised.value.code == status and len(seen) == 1 and api._most == (10, 5, 1, 0) and seen == ["Bearer sesame"]
+    finally:
+        stop()
+
+
+def test_a_number_that_was_refused_once_is_requested_again(monkeypatch: pytest.MonkeyPatch) -> None:
+    refusals, requested = [400], list[int]()
+
+    def answer(url: str, path: str, body: Any, **_: Any) -> dict[str, Any]:
+        requested.append(body.get("logprobs", 0))
+        if refusals:
+            raise CallRefused("no", refusals.pop())
+        return {"choices": [{"text": "x"}]}
+
+    monkeypatch.setattr(server_apis, "ask", answer)
+    api = Api("http://x", "m")
+    for _ in range(3):
+        api.write([1], 1)
+    assert requested == [10, 5, 10, 10]
+
+
+@pytest.mark.parametrize("body", [b"ffff\r\nno such", b"zz\r\nno such"])
+def test_an_error_whose_body_is_cut_or_broken_is_a_refusal(body: bytes) -> None:
+    url, _, stop = answering(b"HTTP/1.1 404 Not Found\r\nTransfer-Encoding: chunked\r\n\r\n" + body)
+    try:
+        with pytest.raises(CallRefused, match="404"):
+            ask(url, "/x", {})
+    finally:
+        stop()
+
+
+def test_whether_the_model_is_still_served_is_known(served: Any) -> None:
+    kind, api, _ = served
+    assert api.serves_it()
+    other = type(api)(api.url, "another")
+    assert other.serves_it() is (kind == "llama.cpp"), "which has a single one"
 
 
 def test_a_server_without_tls_is_one_message(tmp_path: Path, tiny_llama_folder: Path) -> None:

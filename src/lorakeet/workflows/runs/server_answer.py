@@ -13,8 +13,10 @@ from contextlib import suppress
 from functools import partial
 from http.client import HTTPConnection, HTTPException, HTTPResponse, HTTPSConnection
 from typing import Any
+from urllib.parse import urlsplit
 
 from lorakeet.errors import EnvironmentProblem
+from lorakeet.serve.listening import LOOPBACK
 
 MOST_ANSWER = 64 << 20  # bytes
 LONGEST_LINE = 1 << 20  # bytes of a streamed event
@@ -71,7 +73,8 @@ def open_answer(url: str, body: Mapping[str, Any] | None = None, *, key: str = "
     data = None if body is None else json.dumps(body).encode()
     headers = {"Content-Type": "application/json", **({"Authorization": f"Bearer {key}"} if key else {})}
     request = urllib.request.Request(url, data=data, headers=headers)
-    return urllib.request.build_opener(_Http, _Https, _Stay).open(request, timeout=SILENCE)
+    direct = [urllib.request.ProxyHandler({})] if urlsplit(url).hostname in LOOPBACK else []  # a proxy has another loopback
+    return urllib.request.build_opener(_Http, _Https, _Stay, *direct).open(request, timeout=SILENCE)
 
 
 def read_answer(response: Any) -> bytes:

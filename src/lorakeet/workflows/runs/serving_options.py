@@ -12,11 +12,10 @@ from pathlib import Path
 from lorakeet.errors import ConfigError, EnvironmentProblem, Problems
 from lorakeet.memory.budget import Budget, parse_size
 from lorakeet.serve.access import read_keys
-from lorakeet.serve.listening import require_free_port
+from lorakeet.serve.listening import LOOPBACK, require_free_port
 from lorakeet.serve.model_names import check_name
 from lorakeet.workflows.options import ServeOptions, non_default
 
-LOOPBACK = ("127.0.0.1", "localhost", "::1")
 LEAST_CONTEXT = 2  # a token of a prompt and one of its text
 _VLLM_TOO = {"context": "--max-model-len", "host": "--host", "port": "--port", "dtype": "--dtype"}
 _PACKAGES = ("starlette", "uvicorn")

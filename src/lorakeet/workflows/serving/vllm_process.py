@@ -26,7 +26,8 @@ _STOPPING = 30.0  # seconds until processes that do not end are killed
 _STANDARD_ERROR = 2
 _COMMAND = "vllm.entrypoints.cli.main"
 _KEYS_AND_VALUES = {"VLLM_CPU_KVCACHE_SPACE": "2"}  # GiB; by itself the CPU engine takes 92 % of the memory, or refuses
-_LOADING_LATER = {"VLLM_ALLOW_RUNTIME_LORA_UPDATING": "True"}  # /v1/load_lora_adapter
+KEY = "VLLM_API_KEY"  # vLLM's own variable with its API key
+_LOADING = "VLLM_ALLOW_RUNTIME_LORA_UPDATING"  # /v1/load_lora_adapter, by which any client may replace an adapter
 
 
 def vllm_python() -> Path | None:
@@ -48,14 +49,17 @@ def base_url(host: str, port: int) -> str:
 
 @contextmanager
 def running_vllm(
-    python: Path, words: Sequence[str], url: str, *, longest: float = LONGEST_START
+    python: Path, words: Sequence[str], url: str, *, longest: float = LONGEST_START, loading: bool | None = None
 ) -> Iterator[subprocess.Popen[bytes]]:
     """A context in which `vllm serve …` (`words`) answers at `url`; its messages go to standard error.
 
+    `loading`: whether adapters may be loaded and unloaded while it runs; None leaves that to vLLM's variable (if unset: no).
     EnvironmentProblem if it ends before it answers, or does not answer in `longest` seconds. All that it started ends with the
     context.
     """
-    command, variables = [str(python), "-m", _COMMAND, *words[1:]], {**_KEYS_AND_VALUES, **_environment(), **_LOADING_LATER}
+    command, variables = [str(python), "-m", _COMMAND, *words[1:]], {**_KEYS_AND_VALUES, **_environment()}
+    if loading is not None:
+        variables[_LOADING] = str(loading)
     with subprocess.Popen(
         command, stdin=subprocess.DEVNULL, stdout=_STANDARD_ERROR, start_new_session=True, env=variables
     ) as process:

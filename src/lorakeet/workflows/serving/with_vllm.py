@@ -5,6 +5,7 @@ checked ──► copied where vLLM would misread ──► vLLM started ──�
 
 from __future__ import annotations
 
+import os
 import shlex
 import subprocess
 from collections.abc import Mapping
@@ -21,7 +22,7 @@ from lorakeet.formats.limits import check_vllm, misread_by_vllm, uniform, vllm_m
 from lorakeet.formats.peft import peft
 from lorakeet.models.files.source import find_source
 from lorakeet.models.spec import ModelSpec
-from lorakeet.serve.listening import require_free_port
+from lorakeet.serve.listening import LOOPBACK, require_free_port
 from lorakeet.train.durable import new_folder
 from lorakeet.train.interrupt import terminable
 from lorakeet.workflows.finetuning.terminal import show_certificate
@@ -29,7 +30,7 @@ from lorakeet.workflows.options import ServeOptions, VerifyOptions
 from lorakeet.workflows.runs.open_adapter import open_adapter
 from lorakeet.workflows.runs.output_paths import writing
 from lorakeet.workflows.runs.serving_options import vllm_flags
-from lorakeet.workflows.serving.vllm_process import INSTALL, base_url, running_vllm, vllm_python
+from lorakeet.workflows.serving.vllm_process import INSTALL, KEY, base_url, running_vllm, vllm_python
 from lorakeet.workflows.verify import certify_artefacts
 
 CHECK_ROWS = 4
@@ -93,6 +94,8 @@ def _readable(model: str, console: Console) -> tuple[str, list[str]]:
 def serve_with_vllm(options: ServeOptions, adapters: Mapping[str, Path], console: Console) -> VllmCommand:
     """Starts vLLM, verifies each adapter there, says so, and serves until SIGINT or SIGTERM. Returns its command.
 
+    Machines beyond this one are only listened to with vLLM's key, and can then load no adapters.
+
     Without vLLM, and with `options.command_only`, the command is printed instead. EnvironmentProblem if vLLM does not start or
     ends by itself; VerificationFailed (exit code 3) if an adapter is not what vLLM computes: nothing is served then.
     """
@@ -103,25 +106,34 @@ def serve_with_vllm(options: ServeOptions, adapters: Mapping[str, Path], console
         if not options.command_only:
             console.print(f"vLLM is not installed here, so it was not started: {INSTALL}.", soft_wrap=True, markup=False)
         return command
+    key, private = os.environ.get(KEY, ""), options.host in LOOPBACK
+    if not (private or key):
+        raise ConfigError(
+            f"--host {options.host} opens vLLM to other machines. Set {KEY}, which vLLM then requires of clients, or "
+            "leave --host out."
+        )
     require_free_port(options.host, options.port)  # another server there would seem to be this one
     if not options.port:
         raise ConfigError("--port 0 cannot be used with --engine vllm; name a free port.")
     url = base_url(options.host, options.port)
     console.print(f"Starting {command}", soft_wrap=True, markup=False)
-    with terminable(), suppress(KeyboardInterrupt), running_vllm(python, command.words, url) as process:
+    loading = None if private else False
+    with terminable(), running_vllm(python, command.words, url, loading=loading) as process:
         for name, path in adapters.items():
-            _verify(path, f"{url}#{name}", options.model, console)
+            _verify(path, f"{url}#{name}", options.model, key, console)
         many = f"{len(adapters)} adapter{'' if len(adapters) == 1 else 's'}"
-        console.print(f"vLLM serves {many} at {url}/v1, each verified against the live adapter.", soft_wrap=True, markup=False)
-        _until_it_ends(process)
+        with suppress(KeyboardInterrupt):
+            said = f"vLLM serves {many} at {url}/v1, each verified against the live adapter."
+            console.print(said, soft_wrap=True, markup=False)
+            _until_it_ends(process)
     return command
 
 
-def _verify(path: Path, target: str, model: str, console: Console) -> None:
+def _verify(path: Path, target: str, model: str, key: str, console: Console) -> None:
     """VerificationFailed where the served adapter is not the live one."""
     opened = open_adapter(path, base=model, say=lambda _: None)
     check = VerifyOptions(str(path), against=(target,), rows=CHECK_ROWS, modules=False)
-    found = certify_artefacts(opened, check, console)
+    found = certify_artefacts(opened, check, console, key=key)
     show_certificate(found, console)
     found.raise_if_failed()
 

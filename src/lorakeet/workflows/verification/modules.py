@@ -1,6 +1,6 @@
 """Which modules' pairs are active in a served model: each is left out of the live model, and the server's numbers are compared.
 
-    rows         those on which modules count most, by one backward pass a row, up to PROBE_TOKENS
+    rows         those on which modules count most, by one backward pass a row: PROBE_TOKENS, or the beginnings of PROBE_ROWS
     effects      one forward pass over these rows for each module; sets of modules only if one is not shown active
     questions    of a server that answers one place at a time: the places where modules tell most, for the weakest ones too
     verdict      evaluate/served/module_activity
@@ -22,7 +22,15 @@ from lorakeet.data.chat import Example
 from lorakeet.data.pack import pack_examples
 from lorakeet.evaluate.certificate import Check, ServedModules
 from lorakeet.evaluate.intervals import Floats
-from lorakeet.evaluate.served.module_activity import FEWEST_PLACES, ActivityFound, EffectValues, LeftOut, Modules, find_activity
+from lorakeet.evaluate.served.module_activity import (
+    FEWEST_PLACES,
+    FEWEST_ROWS,
+    ActivityFound,
+    EffectValues,
+    LeftOut,
+    Modules,
+    find_activity,
+)
 from lorakeet.exporting.llama_cpp import PASS
 from lorakeet.models.inject import activate
 from lorakeet.models.modules import adapted_layers
@@ -32,7 +40,8 @@ from lorakeet.workflows.verification.diagnose import changed_pairs, numbered_par
 from lorakeet.workflows.verification.rounding import Reported
 from lorakeet.workflows.verification.server_apis import TOP
 
-PROBE_TOKENS = 512  # of all probed rows, if the first one is not longer
+PROBE_TOKENS = 512  # of all probed rows, what all begin with and prompts of written texts not counted
+PROBE_ROWS = 12  # at least, where there are so many: rounding is measured between rows
 QUESTIONS = 64  # places that a server is queried for, beyond what it has reported
 _SCALE_STEP = 0.05  # of the scale, for its effect in first order
 _SHOWN = 3
@@ -41,11 +50,12 @@ Ask = Callable[[list[int], Sequence[int]], Mapping[int, Mapping[int, float]]]
 
 
 def check_modules(
-    live: InTorch, reported: Sequence[Reported], ask: Ask | None, names: tuple[str, str]
+    live: InTorch, reported: Sequence[Reported], ask: Ask | None, names: tuple[str, str], scale: float
 ) -> tuple[Check, ServedModules] | str:
     """The check of all adapted modules of the second of `names`, and what was shown of each; else why it was not made.
 
-    `reported` are the log-probabilities that the server has reported; `ask` reports them of further places of a row.
+    `reported` are the log-probabilities that the server has reported; `ask` reports them of further places of a row. A `scale`
+    that is so much of itself off is what the server's number format may do.
     """
     if live.text.streamed is not None:
         return "the live model's weights are streamed, and each module would take a pass over all of them"
@@ -63,13 +73,16 @@ def check_modules(
     if (count := len(np.unique(places))) < FEWEST_PLACES:
         return f"the server reports log-probabilities at {count} places of the probed rows; {FEWEST_PLACES} are needed"
     known = probe.known(here)
+    if (count := len(np.unique(values.rows_of[here]))) < FEWEST_ROWS:
+        return f"the server reports log-probabilities of {count} rows; {FEWEST_ROWS} are needed, since rounding differs by row"
     apart = values.theirs[here] - values.ours[here]
-    found = find_activity(EffectValues.of(apart, places, values.rows_of[here], known.table), known)
+    found = find_activity(EffectValues.of(apart, places, values.rows_of[here], known.table()), known)
     served = ServedModules(names[1], found.active, found.missing, found.unclear)
-    return _check_of(found, served, names, f"{probe.passes} passes over {values.tokens} tokens of {len(rows)} rows"), served
+    cost = f"{probe.passes} passes over {values.tokens} tokens of {len(rows)} rows"
+    return _check_of(found, served, names, cost, scale), served
 
 
-def _check_of(found: ActivityFound, served: ServedModules, names: tuple[str, str], cost: str) -> Check:
+def _check_of(found: ActivityFound, served: ServedModules, names: tuple[str, str], cost: str, scale: float) -> Check:
     total = len(served.active) + len(served.missing) + len(served.unclear)
     parts = [f"Active in {len(served.active)} of {total} modules."]
     if served.missing:
@@ -80,10 +93,10 @@ def _check_of(found: ActivityFound, served: ServedModules, names: tuple[str, str
     for name, why in served.unclear.items():
         reasons.setdefault(why, []).append(name)
     parts += [f"Not distinguished: {_listed(modules)}, since {why}." for why, modules in list(reasons.items())[:_SHOWN]]
-    limit = max(found.quantile * found.scale_spread, 1e-4)
+    limit = found.scale_limit(scale)
     if abs(found.scale - 1) > limit:
         parts.append(f"The server's scale is {found.scale:.3g} times what it should be.")
-    parts.append(f"A scale that is {limit:.2g} of itself off would be seen. It took {cost} of the live model.")
+    parts.append(f"A scale that is {2 * limit - scale:.2g} of itself off would be seen. It took {cost} of the live model.")
     measured = {"missing_modules": float(found.faults), "scale_error": abs(found.scale - 1)}
     allowed = {"missing_modules": 0.0, "scale_error": limit}
     return named_check("modules", names, measured, allowed, n=total, detail=" ".join(parts))
@@ -97,20 +110,32 @@ def _listed(modules: Sequence[str]) -> str:
 
 
 def choose_rows(live: InTorch, rows: Sequence[Reported], most: int) -> list[Reported]:
-    """Rows of at most `most` tokens in all (the first may be longer), on which modules count most, the weak ones as the strong.
+    """Rows of at most `most` tokens in all, or PROBE_ROWS of them, on which modules count most, the weak ones as the strong.
 
+    Where all have more tokens, each ends `most` / PROBE_ROWS tokens after what all begin with, or after its first reported place.
     A module counts on a row by the squared derivative of its log-probabilities, added with random signs, along the module's
     scale: one backward pass a row.
     """
     if sum(len(one.ids) for one in rows) <= most:
         return list(rows)
+    every = list(zip(*(one.ids for one in rows), strict=False))
+    alike = next((place for place, tokens in enumerate(every) if len(set(tokens)) > 1), len(every)) if len(rows) > 1 else 0
+    rows = [_beginning(one, max(alike, min(one.places, default=0)) + max(most // PROBE_ROWS, 2)) for one in rows]
+    if len(rows) <= PROBE_ROWS:
+        return rows
     table = np.stack([_derivatives(live, one, number) for number, one in enumerate(rows)]) ** 2
     counts = (table / np.maximum(table.sum(0), 1e-30)).sum(1) / [len(one.ids) for one in rows]
     chosen: list[int] = []
     for number in np.argsort(-counts, kind="stable").tolist():
-        if not chosen or sum(len(rows[other].ids) for other in [*chosen, number]) <= most:
+        if len(chosen) < PROBE_ROWS or sum(len(rows[other].ids) for other in [*chosen, number]) <= most:
             chosen.append(number)
     return [rows[number] for number in sorted(chosen)]
+
+
+def _beginning(row: Reported, tokens: int) -> Reported:
+    """Its first `tokens` tokens, and what is reported of the places among them that have a next token."""
+    ids = row.ids[:tokens]
+    return Reported(ids, {place: known for place, known in row.places.items() if place < len(ids) - 1})
 
 
 def _derivatives(live: InTorch, row: Reported, seed: int) -> Floats:

@@ -31,7 +31,7 @@ from lorakeet.workflows.verification.checks import Probes, answer, check_ids, co
 from lorakeet.workflows.verification.diagnose import cause_from_reported, changed_pairs
 from lorakeet.workflows.verification.modules import check_modules
 from lorakeet.workflows.verification.rounding import LIKELY, Reading, Reported, replicas
-from lorakeet.workflows.verification.server_apis import TOP, Step, Token, Written, find_api
+from lorakeet.workflows.verification.server_apis import TOP, CallRefused, Step, Token, Written, find_api
 
 PLACES = 8  # of a held-out row, if a server answers one position at a time
 _READ_TOKENS = 8 * TOP  # of the live model's likeliest tokens, before all of them are
@@ -44,11 +44,12 @@ _SURE = 1.0  # nats between the likeliest piece and the next
 class Server:
     """A served model at `url`, which ends in #NAME where the server has several: http://127.0.0.1:8000#reviews."""
 
-    def __init__(self, url: str, allowed: Allowed) -> None:
-        """EnvironmentProblem where nothing answers, ConfigError where several models do and none is named."""
+    def __init__(self, url: str, allowed: Allowed, key: str = "") -> None:
+        """`key` is sent as a bearer token. EnvironmentProblem where nothing answers, ConfigError where several models do and none
+        is named."""
         place, _, model = url.partition("#")
         self.allowed, self.name = allowed, url
-        self.api = find_api(place.rstrip("/").removesuffix("/v1"), model)
+        self.api = find_api(place.rstrip("/").removesuffix("/v1"), model, key)
 
 
 InFormat = Callable[[str], InTorch]  # the live adapter in a number format: float16 or bfloat16
@@ -260,7 +261,8 @@ class _Comparison:
 
     def check_modules(self, reported: Sequence[Reported]) -> None:
         """Which modules are active there."""
-        found = check_modules(self.live, reported, self.reported_at if self.one_by_one else None, self.names)
+        ask = self.reported_at if self.one_by_one else None
+        found = check_modules(self.live, reported, ask, self.names, self.server.allowed.share)
         if isinstance(found, str):
             self.skip("which modules are active", found)
         else:
@@ -324,9 +326,20 @@ def check_server(
         about = server.api.about()
         _compare(found, modules)
     except EnvironmentProblem as error:
-        ended = str(error)
-        found.skip("what comes after the last check", "the server stopped answering")
+        if isinstance(error, CallRefused) and not _serves_it(server):
+            found.checks.append(named_check("model", found.names, {"missing": 1.0}, {"missing": 0.0}, n=1, detail=f"{error}"))
+        else:
+            ended = str(error)
+        found.skip("what comes after the last check", "the server stopped answering" if ended else "it has no such model")
     return ServerFound([replace(check, against=about) for check in found.checks], found.unchecked, found.modules, ended)
+
+
+def _serves_it(server: Server) -> bool:
+    """Whether the server lists the model; True where it does not tell."""
+    try:
+        return server.api.serves_it()
+    except EnvironmentProblem:
+        return True
 
 
 def _compare(found: _Comparison, modules: bool) -> None:

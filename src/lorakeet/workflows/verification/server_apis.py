@@ -12,7 +12,9 @@ Ollama takes no token ids, so it writes after conversations alone. Sources: each
 from __future__ import annotations
 
 import json
+import time
 import urllib.error
+from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import wraps
@@ -25,6 +27,10 @@ from lorakeet.workflows.verification.artefact import Messages
 
 TOP = 10  # likeliest tokens that are requested; vLLM reports at most 20, OpenAI 20
 _FEWER = (TOP, 5, 1, 0)  # where a server refuses that many; 0: none
+_TOO_MANY = (400, 422)  # what a server answers to more likeliest tokens than it reports
+_NO_TIME = (429, 503)
+PAUSES = (1.0, 3.0, 9.0)  # seconds
+_TRIES = 2  # calls that a number of likeliest tokens is requested in, before it counts as refused
 _BY_ID = "token_id:"  # how vLLM writes a token if ids are requested
 _SHOWN = 8
 _ROUNDED = 1e-3  # above 0
@@ -56,16 +62,41 @@ class Written:
 
 
 class CallRefused(EnvironmentProblem):
-    """The server answered, but not this call."""
+    """The server answered, but not this call; `code` is HTTP's."""
+
+    def __init__(self, message: str, code: int) -> None:
+        super().__init__(message)
+        self.code = code
 
 
-def ask(url: str, path: str, body: Mapping[str, Any] | None = None) -> dict[str, Any]:
-    """The JSON object that a server answers. Refused where it answers with an error, EnvironmentProblem where with nothing."""
+def ask(
+    url: str, path: str, body: Mapping[str, Any] | None = None, *, key: str = "", pause: Callable[[float], object] = time.sleep
+) -> dict[str, Any]:
+    """The JSON object that a server answers; one that has no time (429, 503) is queried again after each of PAUSES.
+
+    CallRefused where it answers with another error, EnvironmentProblem where with nothing, or has no time still.
+    """
+    for wait in PAUSES:
+        try:
+            return _answer(url, path, body, key)
+        except CallRefused as error:
+            if error.code not in _NO_TIME:
+                raise
+        pause(wait)
     try:
-        with open_answer(url + path, body) as response:
+        return _answer(url, path, body, key)
+    except CallRefused as error:
+        if error.code in _NO_TIME:
+            raise EnvironmentProblem(str(error)) from error
+        raise
+
+
+def _answer(url: str, path: str, body: Mapping[str, Any] | None, key: str) -> dict[str, Any]:
+    try:
+        with open_answer(url + path, body, key=key) as response:
             found = json.loads(read_answer(response))
     except urllib.error.HTTPError as error:
-        raise CallRefused(f"{url}{path} refuses {refusal_of(error)} Correct --against, or the server.") from error
+        raise CallRefused(f"{url}{path} refuses {refusal_of(error)} Correct --against, or the server.", error.code) from error
     except (urllib.error.URLError, OSError, ValueError, HTTPException, RecursionError) as error:
         raise EnvironmentProblem(
             f"{url}{path} gives no answer that can be used ({error}). Start the server, or correct --against."
@@ -95,20 +126,36 @@ class Api:
 
     takes_ids = True
 
-    def __init__(self, url: str, model: str) -> None:
-        self.url, self.model = url, model
+    def __init__(self, url: str, model: str, key: str = "") -> None:
+        """`key` is sent with every call."""
+        self.url, self.model, self.key = url, model, key
         self._most: tuple[int, ...] = _FEWER  # numbers of likeliest tokens that it may accept, the most first
+        self._refused: Counter[int] = Counter()  # in how many calls each was refused, and fewer accepted
+
+    @understood
+    def serves_it(self) -> bool:
+        """Whether the server lists the model."""
+        return self.model in {str(one.get("id", "")) for one in self._ask("/v1/models").get("data") or ()}
+
+    def _ask(self, path: str, body: Mapping[str, Any] | None = None) -> dict[str, Any]:
+        return ask(self.url, path, body, key=self.key)
 
     def _with_likeliest(self, call: Callable[[int], dict[str, Any]]) -> dict[str, Any]:
-        """What `call` answers to the largest number of likeliest tokens that the server does not refuse."""
-        for place, count in enumerate(self._most):
+        """What `call` answers to the largest number of likeliest tokens that the server does not refuse.
+
+        A number is requested in _TRIES calls: one may be refused for another reason.
+        """
+        refused = list[int]()
+        for count in self._most:
             try:
                 found = call(count)
-            except CallRefused:
-                if place + 1 == len(self._most):
+            except CallRefused as error:
+                if error.code not in _TOO_MANY or count == self._most[-1]:
                     raise
+                refused.append(count)
                 continue
-            self._most = (count,)
+            self._refused.update(refused)
+            self._most = tuple(one for one in self._most if self._refused[one] < _TRIES)
             return found
         raise ValueError("no number of likeliest tokens is left to request")
 
@@ -132,7 +179,7 @@ class Api:
         """How many tokens a conversation has there."""
         requested = {"model": self.model, "messages": list(messages), "max_tokens": 1, "temperature": 0}
         try:
-            count = (ask(self.url, "/v1/chat/completions", requested).get("usage") or {}).get("prompt_tokens")
+            count = (self._ask("/v1/chat/completions", requested).get("usage") or {}).get("prompt_tokens")
         except CallRefused:
             return None
         return None if count is None else int(count)
@@ -143,7 +190,7 @@ class Api:
         requested = {"model": self.model, "prompt": list(prompt), "max_tokens": tokens, "temperature": 0, **self._more()}
 
         def call(top: int) -> dict[str, Any]:
-            return ask(self.url, "/v1/completions", {**requested, "logprobs": top} if top else requested)
+            return self._ask("/v1/completions", {**requested, "logprobs": top} if top else requested)
 
         found = self._with_likeliest(call)["choices"][0]
         reported = found.get("logprobs") or {}
@@ -164,7 +211,7 @@ class Api:
 
         def call(top: int) -> dict[str, Any]:
             likeliest = {"logprobs": True, "top_logprobs": top} if top else {}
-            return ask(self.url, "/v1/chat/completions", {**requested, **likeliest})
+            return self._ask("/v1/chat/completions", {**requested, **likeliest})
 
         found = self._with_likeliest(call)["choices"][0]
         return Written(str(found["message"]["content"]), _steps((found.get("logprobs") or {}).get("content") or ()))
@@ -180,7 +227,7 @@ class Api:
 
     def _tokens(self, body: Mapping[str, Any]) -> list[int] | None:
         try:
-            found = ask(self.url, "/tokenize", body).get("tokens")
+            found = self._ask("/tokenize", body).get("tokens")
         except CallRefused:
             return None
         return None if found is None else [int(number) for number in found]
@@ -191,14 +238,14 @@ class VllmApi(Api):
 
     @understood
     def about(self) -> str:
-        return f"{self.model} by vLLM {ask(self.url, '/version').get('version', '')}"
+        return f"{self.model} by vLLM {self._ask('/version').get('version', '')}"
 
     @understood
     def along(self, ids: Sequence[int]) -> dict[int, tuple[Token, ...]] | None:
         requested = {"model": self.model, "prompt": list(ids), "max_tokens": 1, "temperature": 0}
 
         def call(top: int) -> dict[str, Any]:
-            return ask(self.url, "/v1/completions", {**requested, "prompt_logprobs": top} if top else requested)
+            return self._ask("/v1/completions", {**requested, "prompt_logprobs": top} if top else requested)
 
         found = self._with_likeliest(call)["choices"][0].get("prompt_logprobs")
         if not found:
@@ -220,8 +267,12 @@ class LlamaCppApi(Api):
     """llama-server's own API."""
 
     @understood
+    def serves_it(self) -> bool:
+        return True  # it has one model, whatever it is called
+
+    @understood
     def about(self) -> str:
-        reported = ask(self.url, "/props")
+        reported = self._ask("/props")
         return f"{reported.get('model_path') or 'a model'} by llama.cpp {reported.get('build_info') or ''}".strip()
 
     @understood
@@ -231,14 +282,14 @@ class LlamaCppApi(Api):
     @understood
     def prompt(self, messages: Messages) -> list[int] | None:
         try:
-            return self.tokenise(str(ask(self.url, "/apply-template", {"messages": list(messages)})["prompt"]))
+            return self.tokenise(str(self._ask("/apply-template", {"messages": list(messages)})["prompt"]))
         except CallRefused:
             return None
 
     @understood
     def write(self, prompt: Sequence[int], tokens: int) -> Written:
         requested = {"prompt": list(prompt), "n_predict": tokens, "temperature": 0, "n_probs": TOP, "cache_prompt": False}
-        found = ask(self.url, "/completion", requested)
+        found = self._ask("/completion", requested)
         return Written(str(found.get("content", "")), _steps(found.get("completion_probabilities") or ()))
 
 
@@ -248,11 +299,16 @@ class OllamaApi(Api):
     takes_ids = False
 
     @understood
+    def serves_it(self) -> bool:
+        names = {str(one.get("name", "")) for one in self._ask("/api/tags").get("models") or ()}
+        return not names.isdisjoint({self.model, f"{self.model}:latest"})
+
+    @understood
     def about(self) -> str:
-        listed = ask(self.url, "/api/tags").get("models") or ()
+        listed = self._ask("/api/tags").get("models") or ()
         names = self.model, f"{self.model}:latest"
         digest = next((str(one.get("digest", ""))[:12] for one in listed if one.get("name") in names), "")
-        return f"{self.model}{f' ({digest})' if digest else ''} by Ollama {ask(self.url, '/api/version').get('version', '')}"
+        return f"{self.model}{f' ({digest})' if digest else ''} by Ollama {self._ask('/api/version').get('version', '')}"
 
     @understood
     def tokenise(self, text: str) -> list[int] | None:
@@ -278,22 +334,22 @@ class OllamaApi(Api):
     def _chat(self, messages: Messages, tokens: int) -> dict[str, Any]:
         options = {"temperature": 0, "num_predict": tokens, "repeat_penalty": 1.0}  # 1.1, its own, would write another text
         requested = {"model": self.model, "messages": list(messages), "stream": False, "options": options}
-        return ask(self.url, "/api/chat", {**requested, "logprobs": True, "top_logprobs": TOP})
+        return self._ask("/api/chat", {**requested, "logprobs": True, "top_logprobs": TOP})
 
 
-def find_api(url: str, model: str) -> Api:
-    """The API of the server at `url`, asking for `model`; "" is the only one that it serves.
+def find_api(url: str, model: str, key: str = "") -> Api:
+    """The API of the server at `url`, asking for `model` with `key`; "" is the only model that it serves.
 
     EnvironmentProblem where nothing answers, ConfigError where several models do and none is named.
     """
     with one_message(f"{url} gives an answer that cannot be used", _BROKEN, EnvironmentProblem):
-        return _found(url, model)
+        return _found(url, model, key)
 
 
-def _found(url: str, model: str) -> Api:
-    if _answers(url, "/props"):
-        return LlamaCppApi(url, model)
-    listed = ask(url, "/v1/models").get("data") or [{}]  # raises where nothing answers at all
+def _found(url: str, model: str, key: str) -> Api:
+    if _answers(url, "/props", key):
+        return LlamaCppApi(url, model, key)
+    listed = ask(url, "/v1/models", key=key).get("data") or [{}]  # raises where nothing answers at all
     names = [str(one.get("id", "")) for one in listed]
     if not model and len(names) > 1:
         raise ConfigError(
@@ -302,14 +358,14 @@ def _found(url: str, model: str) -> Api:
         )
     model = model or names[0]
     if any(one.get("owned_by") == "lorakeet" for one in listed):
-        return Api(url, model)
+        return Api(url, model, key)
     kinds = {"/version": VllmApi, "/api/version": OllamaApi}
-    return next((kind for path, kind in kinds.items() if _answers(url, path)), Api)(url, model)
+    return next((kind for path, kind in kinds.items() if _answers(url, path, key)), Api)(url, model, key)
 
 
-def _answers(url: str, path: str) -> bool:
+def _answers(url: str, path: str, key: str) -> bool:
     try:
-        ask(url, path)
+        ask(url, path, key=key)
     except EnvironmentProblem:
         return False
     return True
