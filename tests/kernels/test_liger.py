@@ -5,6 +5,7 @@ from __future__ import annotations
 import functools
 import logging
 from importlib import metadata
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -150,6 +151,68 @@ def test_one_that_differs_is_not_used_and_is_said_once(
     assert said in record.getMessage() and "Torch computes instead" in record.getMessage()
     x = numbers(2, 48)
     assert (elementwise_ops(x, x) is None) == (kind == "gates") and (elementwise_ops(x, by_rows=True) is None) == (kind == "norm")
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("width", [48, 512])
+def test_the_other_gelu_is_seen_in_narrow_dtypes(
+    liger: Any, width: int, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    """By erf; it differs from the approximation with tanh by at most 0.0005 of u."""
+    def by_erf(gate: Tensor, up: Tensor) -> Tensor:
+        return (torch.nn.functional.gelu(gate.float()) * up.float()).to(gate.dtype)
+
+    monkeypatch.setattr(liger, "gelu_gated", by_erf)
+    with caplog.at_level(logging.WARNING, logger="lorakeet"):
+        assert not liger.computes_the_same("gates", CPU, dtype, width)
+    assert "in gelu(z)∘u" in caplog.text
+
+
+def test_small_numbers_of_a_gradient_are_compared(
+    liger: Any, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    """Those of the gates that are below a tenth are lost."""
+    right = liger.gated_backward_
+
+    def wrong(gate: Tensor, up: Tensor, grad: Tensor) -> Tensor:
+        found: Tensor = right(gate, up, grad)
+        gate.masked_fill_(gate.abs() < 0.1, 0.0)
+        return found
+
+    monkeypatch.setattr(liger, "gated_backward_", wrong)
+    with caplog.at_level(logging.WARNING, logger="lorakeet"):
+        assert not liger.computes_the_same("gates", CPU, torch.bfloat16, 48)
+    assert "in ∂z of silu" in caplog.text
+
+
+def test_each_program_of_a_norm_computes_several_rows(liger: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The backward pass has a program for each of a GPU's processors, which loops over rows."""
+    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda _: SimpleNamespace(multi_processor_count=132))
+    arange = torch.arange
+
+    def on_the_cpu(*given: Any, device: torch.device) -> Tensor:
+        assert device == CUDA
+        return arange(*given)
+
+    monkeypatch.setattr(torch, "arange", on_the_cpu)
+    rows = kernels._norm_rows(CUDA)
+    assert len(rows) > 2 * 132 and set(rows.tolist()) == set(range(kernels.ROWS))
+
+
+def test_rotations_are_proved_for_each_number_of_heads(liger: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The kernel is compiled for it: one that does not compile for 8 heads serves 2, and torch computes the others."""
+    right, seen = liger.rotate_, []
+
+    def rotate(states: Tensor, *given: Any) -> None:
+        seen.append(states.shape[1])
+        if states.shape[1] == 8:
+            raise RuntimeError("out of resource: shared memory")
+        right(states, *given)
+
+    monkeypatch.setattr(liger, "rotate_", rotate)
+    angles = numbers(3, 16)
+    assert [elementwise_ops(numbers(3, heads, 16), angles) is liger for heads in (2, 8)] == [True, False]
+    assert set(seen) == {2, 8}
 
 
 def test_one_that_does_not_run_is_not_used(
