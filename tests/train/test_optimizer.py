@@ -277,3 +277,15 @@ def test_a_step_is_counted_as_a_change(moments: str) -> None:
         parameter.grad = torch.ones(8)
     optimizer.step(0.1)
     assert all(parameter._version > one for parameter, one in zip(parameters.values(), before, strict=True))
+
+
+def test_a_restored_step_count_stays_on_the_cpu() -> None:
+    """Where a fresh run has it: powers of it are computed by the same kernel then, on a GPU to the same bit."""
+    parameter, there = Parameter(torch.ones(40, 130)), Parameter(torch.ones(40, 130, device="meta"))
+    first = Optimizer({"x.A": parameter}, TrainSpec(moments="8bit"))
+    parameter.grad = torch.ones(40, 130)
+    first.step(0.1)
+    second = Optimizer({"x.A": there}, TrainSpec(moments="8bit"))
+    second.load(first.state())
+    devices = {key: value.device.type for key, value in second.adamw.state[there].items()}
+    assert devices.pop("step") == "cpu" and devices and {*devices.values()} == {"meta"}

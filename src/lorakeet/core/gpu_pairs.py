@@ -3,8 +3,8 @@
     h = s·x·Aᵀ      y += h·Bᵀ            u = s·g·B      ∂x += u·A      ∂B = gᵀ·h      ∂A = uᵀ·x
 
 A and B are fp32; products take copies of them in their own dtype, the A's of layers with one input stacked. A pass makes them. If
-an optimizer says when it changes A and B (`announces_changes`), all passes until then share them: torch's fused optimizers alone
-leave no trace of a change. ∂A and ∂B come out of the product in fp32.
+an optimizer says when it changes A and B (`announces_changes`), all passes until then share them, until it is closed: torch's
+fused optimizers alone leave no trace of a change. ∂A and ∂B come out of the product in fp32.
 """
 
 from __future__ import annotations
@@ -37,6 +37,13 @@ def announces_changes(parameters: Iterable[Tensor]) -> None:
     """For an optimizer that calls torch.autograd.graph.increment_version after each step over these parameters."""
     for parameter in parameters:
         setattr(parameter, ANNOUNCED, True)
+
+
+def announces_no_more(parameters: Iterable[Tensor]) -> None:
+    """When that optimizer takes no more steps: another one may change the parameters and say nothing. Kept copies are freed."""
+    for parameter in parameters:
+        for name in (ANNOUNCED, COPIES):
+            vars(parameter).pop(name, None)
 
 
 def copy_of(factors: Sequence[Tensor], dtype: torch.dtype) -> Tensor:

@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 from torch.nn import Parameter
 
-from lorakeet.core.gpu_pairs import announces_changes
+from lorakeet.core.gpu_pairs import announces_changes, announces_no_more
 from lorakeet.errors import ConfigError
 from lorakeet.train.spec import TrainSpec
 
@@ -48,6 +48,7 @@ class Optimizer:
         groups = [{"params": group, "factor": factor} for group, factor in ((others, 1.0), (bs, self.ratio)) if group]
         owner: Any = AdamW8bit if spec.moments == "8bit" else partial(torch.optim.AdamW, fused=True)
         announces_changes(self.parameters.values())
+        self.counts_on_cpu = owner is AdamW8bit  # its step counts are numbers of the host, on every device
         self.adamw: torch.optim.Optimizer = owner(
             groups, lr=0.0, betas=(spec.beta1, spec.beta2), eps=spec.epsilon, weight_decay=spec.weight_decay
         )
@@ -59,6 +60,10 @@ class Optimizer:
         self.adamw.step()
         torch.autograd.graph.increment_version(list(self.parameters.values()))  # which torch's fused AdamW leaves as it was
         self.adamw.zero_grad(set_to_none=True)
+
+    def close(self) -> None:
+        """After the last step: whatever changes the parameters now does not say so."""
+        announces_no_more(self.parameters.values())
 
     def state(self) -> dict[str, Tensor]:
         """The moments and step counts, not copied, by `parameter|moment`; empty before the first step."""
@@ -80,7 +85,8 @@ class Optimizer:
         for name, tensor in state.items():
             parameter_name, _, key = name.rpartition("|")
             parameter = self.parameters[parameter_name]
-            self.adamw.state[parameter][key] = tensor.clone().to(parameter.device)
+            device = torch.device("cpu") if key == "step" and self.counts_on_cpu else parameter.device
+            self.adamw.state[parameter][key] = tensor.clone().to(device)
 
 
 class AdamW8bit(torch.optim.Optimizer):
