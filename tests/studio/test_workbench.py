@@ -36,6 +36,9 @@ def prepare(settings):
     PREPARED.append(os.getpid())
     if settings.get("fail"):
         raise ValueError("said by the work itself")
+
+BEFORE = (prepare,)
+
 def prepared(settings, send):
     send({"times": len(PREPARED), "elsewhere": os.getpid() not in PREPARED})
 """

@@ -42,12 +42,15 @@ ON_GPU = {**WORDS, "runtime": "CUDA and its libraries"}
 _WIDTH = 110
 
 
-def prepare(settings: Mapping[str, str]) -> None:
+def keep_configuration(settings: Mapping[str, str]) -> None:
     """Reads the configuration of a .gguf model, which takes seconds and is kept, so that each later plan begins with it."""
     local = local_files(settings.get("model.path", ""))
     if local is not None and local.suffix == ".gguf":
         with quiet_transformers():
             config_of(ModelSpec(path=settings["model.path"]), lambda line: None)
+
+
+BEFORE = (keep_configuration,)  # called by the workbench before it forks
 
 
 def fit(settings: Mapping[str, str], send: Send) -> None:

@@ -140,11 +140,11 @@ def _alive(pids: Sequence[int]) -> list[int]:
 
 
 def prepare_for(wanted: Mapping[str, Any]) -> None:
-    """Calls `prepare` of the work's module, if there is one: what it keeps, later processes have. Its errors the work raises."""
+    """Calls the functions `BEFORE` of the work's module: what they keep, later processes have. Their errors the work raises."""
     module = import_module(str(wanted["work"]).partition(":")[0])
-    if prepare := getattr(module, "prepare", None):
+    for function in getattr(module, "BEFORE", ()):
         with suppress(Exception):
-            prepare(wanted["settings"])
+            function(wanted["settings"])
 
 
 def _carry_out(waiting: socket.socket, wanted: Mapping[str, Any], answered: int) -> None:
