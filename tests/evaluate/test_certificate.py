@@ -7,8 +7,15 @@ from pathlib import Path
 
 import pytest
 
-from lorakeet.errors import DataError, VerificationFailed
-from lorakeet.evaluate.certificate import Certificate, Check, read_certificate, tolerance_check, worst_layer
+from lorakeet.errors import DataError, EnvironmentProblem, VerificationFailed
+from lorakeet.evaluate.certificate import (
+    Certificate,
+    Check,
+    ServedModules,
+    read_certificate,
+    tolerance_check,
+    worst_layer,
+)
 from lorakeet.evaluate.intervals import proportion
 
 
@@ -103,3 +110,25 @@ def test_what_an_older_certificate_says_of_all_checks_is_still_read(tmp_path: Pa
     path.write_text(json.dumps({**written, "passed": False}))
     with pytest.raises(DataError, match='says "passed": False'):
         read_certificate(path)
+
+
+def test_an_incomplete_artefact_did_not_pass_and_is_no_failure() -> None:
+    """What was checked passed: it could not be compared to the end, which is another exit code than a difference."""
+    limit = {"different": 0.0}
+    check = tolerance_check("http://h#a: prompt ids", limit, tolerance=limit, between=("live", "http://h#a"))
+    whole = Certificate("run", (check,))
+    ended = replace(whole, incomplete={"http://h#a": "it went away."})
+    assert whole.passed and whole.artefacts == {"http://h#a": True}
+    assert not ended.passed and ended.artefacts == {"http://h#a": False} and ended.failed_artefacts == ("http://h#a",)
+    with pytest.raises(EnvironmentProblem, match=r"it went away. 1 checks of http://h#a passed until then; they are incomplete"):
+        ended.raise_if_failed()
+    own = replace(ended, checks=(replace(check, name="frozen weights"), check))
+    assert own.passed, "a run is not worse for a server that went away"
+
+
+def test_modules_of_a_server_are_kept(tmp_path: Path) -> None:
+    check = tolerance_check("u: modules", {"missing_modules": 1.0}, tolerance={"missing_modules": 0.0}, between=("live", "u"))
+    modules = ServedModules("u", ("a", "b"), ("c",), {"d": "it changes nothing"})
+    path = tmp_path / "certificate.json"
+    Certificate("run", (check,), modules=(modules,)).write(path)
+    assert read_certificate(path).modules == (modules,)
