@@ -312,3 +312,18 @@ def test_a_failed_check_wins_over_an_early_end(
     monkeypatch.setattr(servers, "Fake", type("Leaving", (Leaving,), {"left": 10, "status": 500}))
     with serving(file, tokenizer, "llama.cpp") as url, pytest.raises(VerificationFailed, match="BOS is doubled"):
         verify(VerifyOptions(str(run), against=(url,), rows=1, modules=False), console=quiet())
+
+
+def test_a_text_is_read_up_to_a_piece_of_a_character_that_is_reported_with_the_next_token(loud: Path) -> None:
+    """llama.cpp drops the entry of the piece, so that what follows has other ids than were written."""
+    live = live_side(open_adapter(loud), quiet())
+    decode = live.text.tokenizer.decode
+    piece = next(number for number in range(320) if decode([number]) == "\ufffd")
+    plain = [number for number in range(320) if decode([number]).isascii() and decode([number]).isalpha()][:3]
+    whole = [Step(Token(decode([number]), number, -0.5)) for number in plain]
+    joined = Step(Token(f"\ufffd{decode([plain[2]])}", plain[2], -0.5))
+    for steps, tokens in ((whole, 3), ([*whole[:2], joined, *whole], 2), ([whole[0], Step(Token("\ufffd", piece, -0.5))], 2)):
+        reading = server._read(live, [5, 9], Written("".join(step.token.text for step in steps), tuple(steps)))
+        assert reading.tokens == tokens
+    by_id = Step(Token(f"token_id:{piece}", piece, -0.5))
+    assert server._read(live, [5, 9], Written("x", (by_id, *whole))).tokens == 4

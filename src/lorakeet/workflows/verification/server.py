@@ -413,6 +413,7 @@ def _read(live: InTorch, prompt: list[int], written: Written) -> _TextReading:
     """
     reading = _TextReading(Reported(list(prompt), {}))
     ids, tokenizer = reading.reported.ids, live.text.tokenizer
+    written = replace(written, steps=_before_joined_pieces(tokenizer, written.steps))
     steps: Sequence[Step | None] = written.steps or [None] * GREEDY_TOKENS
     rest = written.text
     numbers = [step.token.number for step in written.steps if step.token.number is not None]
@@ -443,6 +444,17 @@ def _read(live: InTorch, prompt: list[int], written: Written) -> _TextReading:
         rest = rest[len(text) :]
         reading.tokens += 1
     return reading
+
+
+def _before_joined_pieces(tokenizer: Any, steps: tuple[Step, ...]) -> tuple[Step, ...]:
+    """The steps before the first whose text is not its token's: llama.cpp reports a piece of a character with the next token."""
+    for number, step in enumerate(steps):
+        if step.token.number is None or step.token.by_id:
+            continue
+        text = tokenizer.decode([step.token.number])
+        if _PIECE in text + step.token.text and text != step.token.text:
+            return steps[:number]
+    return steps
 
 
 @dataclass(frozen=True)

@@ -44,6 +44,11 @@ class Token:
     number: int | None = None
     logprob: float | None = None
 
+    @property
+    def by_id(self) -> bool:
+        """Whether its id stands in place of its text."""
+        return self.text.startswith(_BY_ID)
+
 
 @dataclass(frozen=True)
 class Step:
