@@ -172,3 +172,8 @@ def test_samples_are_the_drawn_samples_the_run(run: Path) -> None:
     (run / "progress" / "step-000002" / "a.png").touch()
     (run / "progress" / "step-000002" / "a.txt").touch()
     assert drawn_samples(run) == ["step-000002/a.png"]
+
+
+def test_a_run_that_was_killed_speaks_of_memory(studio: Studio, run: Path) -> None:
+    over(studio, "mine", "137", at=time.time() + 9)
+    assert "memory" in live_run(studio.places, studio.queue, "mine").message

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 
 import numpy as np
@@ -14,7 +15,7 @@ from lorakeet.evaluate.likelihood import RowLosses
 from lorakeet.evaluate.report.report import Report, ScoredAnswer, SideBySide, write_report
 from lorakeet.evaluate.spec import EvaluateSpec
 from lorakeet.studio.pages import Studio
-from lorakeet.studio.pairing import measured_folder, measuring, pair_runs, whole_report
+from lorakeet.studio.pairing import measured_folder, measuring, pair_runs, was_measured, whole_report
 
 SPEC = EvaluateSpec(resamples=500)
 
@@ -80,3 +81,18 @@ def test_what_is_missing_is_measured_by_a_command(studio: Studio, tmp_path: Path
     (tmp_path / "run.yaml").write_text(file)
     config = read_run(tmp_path / "run.yaml")
     assert config.lora.rank == 3 and config.evaluate.show_rows > 1e6 and config.evaluate.answers == 0
+
+
+def test_a_report_of_earlier_weights_does_not_count(studio: Studio) -> None:
+    folder = studio.places.runs / "mine"
+    (folder / "adapter").mkdir(parents=True)
+    weights = folder / "adapter" / "adapter_model.safetensors"
+    weights.touch()
+    os.utime(weights, (1.0, 1.0))
+    write_report(labelled([True] * 5), folder)
+    assert whole_report(studio.places, "mine") is not None
+    before = measured_folder(studio.places, "mine")
+    os.utime(weights, (9e9, 9e9))  # written over: the folder's own time stays
+    assert whole_report(studio.places, "mine") is None and measured_folder(studio.places, "mine") != before
+    write_report(labelled([True] * 5), measured_folder(studio.places, "mine"))
+    assert whole_report(studio.places, "mine") is not None and was_measured(studio.places, "mine")

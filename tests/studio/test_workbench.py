@@ -8,6 +8,7 @@ import sys
 import time
 import types
 from collections.abc import Iterator, Mapping
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -29,6 +30,8 @@ def refuse(settings, send):
 def sleep(settings, send):
     send({"begun": os.getpid()})
     time.sleep(60)
+def long(settings, send):
+    send({"text": "x" * (17 << 20)})
 def die(settings, send):
     os._exit(9)
 PREPARED = []
@@ -118,3 +121,26 @@ def test_a_fault_of_the_program_is_said_as_one(monkeypatch: pytest.MonkeyPatch) 
     monkeypatch.setitem(sys.modules, "made_up", types.SimpleNamespace(broken=broken, refused=refused))  # type: ignore[arg-type]
     assert "KeyError: 'x'. This is a fault of Lorakeet" in answer_of("made_up:broken", {}, print)["error"]
     assert answer_of("made_up:refused", {}, print) == {"error": "wrong"}
+
+
+def test_a_part_that_is_too_long_is_an_error_in_words(bench: Workbench) -> None:
+    async def found() -> list[dict[str, Any]]:
+        return [values async for values in bench.answers("small_work:long", {})]
+
+    [only] = asyncio.run(found())
+    assert "more than 16 MiB" in only["error"]
+
+
+def test_pages_in_several_threads_start_one_process(bench: Workbench, monkeypatch: pytest.MonkeyPatch) -> None:
+    started: list[int] = []
+    begin = module.subprocess.Popen
+
+    def slow(*given: Any, **more: Any) -> Any:
+        started.append(1)
+        time.sleep(0.1)
+        return begin(*given, **more)
+
+    monkeypatch.setattr(module.subprocess, "Popen", slow)
+    with ThreadPoolExecutor(4) as pool:
+        list(pool.map(lambda _: bench.start(), range(4)))
+    assert started == [1]

@@ -32,6 +32,7 @@ _WORDS = {
     "unfinished": "Is not finished",
 }
 GOING = ("waiting", "starting", "training", "measuring", "stopping", "running")
+_KILLED = "The system ends a process so when memory has run out: lower memory.budget, or see on the screen Fit what helps."
 _STOP = {
     "waiting": ("Take it out of the queue", "It has not started."),
     "starting": ("Stop", "It has trained no step yet, so nothing is kept."),
@@ -129,7 +130,7 @@ def live_run(places: Places, queue: Queue, name: str, numbers: RunNumbers | None
         name=name,
         state=state,
         said=_WORDS[state] if step or state != "stopped" else "Stopped before the first step",
-        message=job.error if job is not None and ended else "",
+        message=(job.error or (_KILLED if state == "killed" else "")) if job is not None and ended else "",
         step=step,
         total=total,
         seconds_left=(total - step) * numbers.pace if state == "training" and total and numbers.pace else None,

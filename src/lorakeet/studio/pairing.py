@@ -47,22 +47,36 @@ class PairedRuns:
 
 
 def whole_report(places: Places, name: str) -> Report | None:
-    """A report of the run `name` with all of its rows: its own, or one that was measured for comparisons; None without one."""
-    for path in (measured_folder(places, name) / "report.json", places.run(name) / "report.json"):
-        if path.is_file():
+    """A report of the run `name` with all of its rows: its own, or one that was measured for comparisons; None without one.
+
+    A report that is older than the adapter's weights is of other weights, and does not count.
+    """
+    measured, own = measured_folder(places, name) / "report.json", places.run(name) / "report.json"
+    for path in (measured, own):
+        if path.is_file() and (path == measured or path.stat().st_mtime_ns >= _weights_changed(places, name)):
             report = read_report(path)
             if report.rows and len(report.rows) == report.rows_of:
                 return report
     return None
 
 
+def was_measured(places: Places, name: str) -> bool:
+    """True if the run was measured for comparisons, with its present weights."""
+    return (measured_folder(places, name) / "report.json").is_file()
+
+
 def measured_folder(places: Places, name: str) -> Path:
     """Where a run is measured on all rows; another one for another adapter of the same name."""
+    return places.own / "measured" / f"{name}-{_weights_changed(places, name):x}"
+
+
+def _weights_changed(places: Places, name: str) -> int:
+    """When the adapter's weights were written, in ns since 1970. DataError without an adapter."""
+    folder = places.run(name) / "adapter"
     try:
-        changed = (places.run(name) / "adapter").stat().st_mtime_ns
+        return max(path.stat().st_mtime_ns for path in [*folder.glob("*.safetensors")] or [folder])
     except OSError:
         raise DataError(f"'{name}' has no adapter yet, so it cannot be compared. Wait until it is done, or resume it.") from None
-    return places.own / "measured" / f"{name}-{changed:x}"
 
 
 def measuring(places: Places, name: str) -> tuple[list[str], str]:
@@ -77,7 +91,7 @@ def measuring(places: Places, name: str) -> tuple[list[str], str]:
 def pair_runs(left: tuple[str, Report], right: tuple[str, Report], spec: EvaluateSpec | None = None) -> PairedRuns:
     """`left` − `right`, each a name and its whole report, on the rows that both have. DataError if there are none, or too few.
 
-    Labelled rows and replies are compared by how many are right, all others by the mean loss of a row in nats per token.
+    Labelled rows and replies are compared by how many are right, all others by the mean over rows of the loss in nats per token.
     """
     spec = spec or EvaluateSpec()
     mine, other = _by_key(left[1].rows), _by_key(right[1].rows)

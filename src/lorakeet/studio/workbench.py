@@ -15,6 +15,7 @@ import signal
 import socket
 import subprocess
 import sys
+import threading
 from collections.abc import AsyncIterator, Callable, Mapping, Sequence
 from contextlib import suppress
 from importlib import import_module
@@ -37,12 +38,16 @@ class Workbench:
         self._socket: socket.socket | None = None
         self._process: subprocess.Popen[bytes] | None = None
         self._places = asyncio.Semaphore(AT_ONCE)
+        self._lock = threading.Lock()  # pages are made in several threads
 
     def start(self) -> None:
         """Starts the process, unless it runs: a page that will need it calls this while it is read."""
-        if self._process is not None and self._process.poll() is None:
-            return
-        self.close()
+        with self._lock:
+            if self._process is None or self._process.poll() is not None:
+                self._close()
+                self._start()
+
+    def _start(self) -> None:
         own, other = socket.socketpair()
         command = [sys.executable, "-m", "lorakeet.studio.workbench", str(other.fileno())]
         with other:
@@ -53,6 +58,10 @@ class Workbench:
 
     def close(self) -> None:
         """Ends the process."""
+        with self._lock:
+            self._close()
+
+    def _close(self) -> None:
         if self._socket is not None:
             self._socket.close()
         if self._process is not None:
@@ -69,7 +78,7 @@ class Workbench:
             reader, transport = await self._sent(work, settings)
             pid, ended = 0, False
             try:
-                while line := await reader.readline():
+                while line := await _line(reader):
                     found = json.loads(line)
                     if "pid" in found:
                         pid = found["pid"]
@@ -101,6 +110,15 @@ class Workbench:
         with suppress(BrokenPipeError), os.fdopen(sending, "wb") as out:
             out.write(json.dumps({"work": work, "settings": dict(settings)}).encode())
         return reader, transport
+
+
+async def _line(reader: asyncio.StreamReader) -> bytes:
+    """The next line; in place of one that is too long, an error for the page."""
+    try:
+        return await reader.readline()
+    except ValueError:
+        said = f"One part of the answer has more than {_LARGEST >> 20} MiB, as of very long rows. Shorten those."
+        return json.dumps({"error": said}).encode()
 
 
 def work_on(number: int) -> None:

@@ -118,3 +118,20 @@ def test_ages_are_said_as_people_say_them(seconds: float, words: str) -> None:
 def test_small_curves_fill_their_box() -> None:
     assert sparkline((3.0, 1.0, 2.0)) == "0.0,2.0 50.0,22.0 100.0,12.0" and sparkline((1.0,)) == ""
     assert sparkline((1.0, 1.0)) == "0.0,22.0 100.0,22.0"
+
+
+def test_runs_that_were_measured_in_different_ways_can_be_measured_again(browser: TestClient, studio: Studio) -> None:
+    made(studio, "good", rights=[True] * 12)
+    folder = made(studio, "other")
+    rows = [SideBySide(f"{HOSTILE} {i}", "yes", ScoredAnswer("no"), ScoredAnswer("yes")) for i in range(12)]
+    write_report(Report("x", rows=tuple(rows), rows_of=12), folder)
+    text = browser.get("/runs/compare?name=good&name=other").text
+    assert "measured in different ways" in text and "Measure on all rows</button>" in text
+    browser.post("/runs/compare?name=good&name=other", data={"missing": "good/other"})
+    assert [job.title for job in studio.queue.jobs()] == ["Measure good on all rows", "Measure other on all rows"]
+
+
+def test_deleting_for_good_is_a_second_step(browser: TestClient, studio: Studio) -> None:
+    made(studio, "mine")
+    browser.post("/runs/mine/delete")
+    assert "cannot be restored then" in browser.get("/runs").text

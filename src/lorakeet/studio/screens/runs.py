@@ -18,7 +18,7 @@ from lorakeet.studio.index import RunSummary, write_tags
 from lorakeet.studio.jobs import Job
 from lorakeet.studio.live import all_records, job_of, run_state, thinned
 from lorakeet.studio.pages import Screen, Studio, form_of, moved, page, studio_of
-from lorakeet.studio.pairing import PairedRuns, measuring, pair_runs, whole_report
+from lorakeet.studio.pairing import PairedRuns, measuring, pair_runs, was_measured, whole_report
 from lorakeet.train.run import RunFolder
 
 _AT_ONCE = 40  # runs that are read for one page; the page gets the others by itself
@@ -118,10 +118,13 @@ def _compare(request: Request) -> Response:
     problem, missing = "", [name for name, report in zip(names, reports, strict=True) if report is None]
     commands, running = [], []
     try:
-        commands = [[word.replace("{folder}/", "") for word in measuring(studio.places, name)[0]] for name in missing]
-        running = [job for job in studio.queue.jobs() if job.title in map(_title, missing) and _goes_on(job)]
         if reports[0] is not None and reports[1] is not None:
             found = pair_runs((names[0], reports[0]), (names[1], reports[1]))
+    except LorakeetError as error:
+        problem, missing = str(error), [name for name in names if not was_measured(studio.places, name)]
+    try:
+        commands = [[word.replace("{folder}/", "") for word in measuring(studio.places, name)[0]] for name in missing]
+        running = [job for job in studio.queue.jobs() if job.title in map(_title, missing) and _goes_on(job)]
     except LorakeetError as error:
         problem = str(error)
     failed = [job for job in studio.queue.jobs() if job.title in map(_title, missing) and job.state == "failed"][-1:]
@@ -136,8 +139,10 @@ def _measure(request: Request) -> Response:
     """Puts the commands that measure both runs on all rows into the queue, where they are needed."""
     studio, names = studio_of(request), _names(request)
     waiting = {job.title for job in studio.queue.jobs() if _goes_on(job)}
+    wanted = form_of(request).get("missing", "").split("/")
     for name in names:
-        if whole_report(studio.places, name) is None and _title(name) not in waiting:
+        needed = name in wanted or whole_report(studio.places, name) is None
+        if needed and not was_measured(studio.places, name) and _title(name) not in waiting:
             words, file = measuring(studio.places, name)
             studio.queue.add(words, title=_title(name), files={"run.yaml": file})
     return moved("/runs/compare?" + request.url.query)

@@ -26,7 +26,7 @@ function choice() {
 }
 
 async function refresh() {
-  const open = document.querySelector("details.change[open]") || document.querySelector('input[name="name"]:checked');
+  const open = table.tBodies[0].contains(document.activeElement) || document.querySelector("details.change[open]") || document.querySelector('input[name="name"]:checked');
   if (!open) {
     const answer = await fetch("/runs");
     const other = new DOMParser().parseFromString(await answer.text(), "text/html").querySelector("table.runs");
