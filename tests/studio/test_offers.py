@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+import asyncio
+from io import BytesIO
 from pathlib import Path
+from typing import Any
 
 import pytest
 from starlette.testclient import TestClient
 
+from lorakeet.studio import offers as module
 from lorakeet.studio.offers import offers
 from lorakeet.studio.pages import Studio
 
@@ -42,3 +46,25 @@ def test_rows_that_the_browser_sends_are_kept_and_offered(browser: TestClient, s
 def test_other_names_are_refused(browser: TestClient, studio: Studio, name: str) -> None:
     assert browser.put(f"/rows/{name}", content=b"x").status_code in (400, 404)
     assert not list(studio.places.own.glob("rows/*"))
+
+
+def test_a_slow_disk_keeps_no_other_page_waiting(browser: TestClient, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Pieces are written where no loop runs."""
+    loops: list[bool] = []
+
+    class Noted(BytesIO):
+        def write(self, piece: Any) -> int:
+            try:
+                asyncio.get_running_loop()
+                loops.append(True)
+            except RuntimeError:
+                loops.append(False)
+            return super().write(piece)
+
+    def noted(path: Path) -> BytesIO:
+        path.touch()
+        return Noted()
+
+    monkeypatch.setattr(module, "create", noted)
+    assert browser.put("/rows/rows.csv", content=b"a,b").status_code == 200
+    assert loops and not any(loops)

@@ -5,7 +5,9 @@ from __future__ import annotations
 import json
 import stat
 import threading
+import time
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from typing import Any, ClassVar
@@ -14,7 +16,8 @@ import pytest
 
 from lorakeet.errors import ConfigError, EnvironmentProblem
 from lorakeet.serve.model_names import check_name, parse_model
-from lorakeet.studio.jobs import BESIDE, Job
+from lorakeet.studio import trial as module
+from lorakeet.studio.jobs import BESIDE, Job, Queue
 from lorakeet.studio.pages import Studio
 from lorakeet.studio.trial import (
     TriedModel,
@@ -131,3 +134,16 @@ def test_what_the_server_refuses_is_said_in_its_words(trial: TriedModel, studio:
             refused()
     with pytest.raises(EnvironmentProblem, match="does not answer"):
         list(reply_lines(TriedModel(trial.job, "mine", 1, "x"), {}))
+
+
+def test_two_tabs_that_load_a_model_leave_one(studio: Studio, monkeypatch: pytest.MonkeyPatch) -> None:
+    made(studio, "mine")
+
+    def slow(queue: Queue) -> None:
+        close_trial(queue)
+        time.sleep(0.1)
+
+    monkeypatch.setattr(module, "close_trial", slow)
+    with ThreadPoolExecutor(2) as pool:
+        list(pool.map(lambda _: open_trial(studio.places, studio.queue, "mine"), range(2)))
+    assert [state for _, state in studio.queue.going()] == ["waiting"]

@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import secrets
+import threading
 from collections.abc import Iterator, Mapping
 from contextlib import closing
 from dataclasses import dataclass
@@ -24,6 +25,7 @@ TrialState = Literal["off", "starting", "ready", "failed"]
 _SECONDS = 600.0  # without a byte of an answer
 _ABOUT, _KEYS, _CLOSED = "trial.json", "keys.json", "closed"
 _MOST_TOKENS = 2048
+_OPENING = threading.Lock()  # two tabs load one model after the other, so that the later one closes the other's
 
 
 @dataclass(frozen=True)
@@ -44,20 +46,21 @@ def open_trial(places: Places, queue: Queue, run: str) -> TriedModel:
     config = read_run(folder / "config.yaml")
     if config.kind != "text":
         raise ConfigError(f"'{run}' draws pictures. Use: lorakeet generate --prompt TEXT --adapter it={folder} --out pictures")
-    close_trial(queue)
-    with closing(listening_socket(LOOPBACK_ADDRESS, 0)) as free:
-        port, key = int(free.getsockname()[1]), secrets.token_urlsafe(24)
-    method = config.model.quantize.method
-    words = [
-        "serve", "--model", config.model.path, "--adapter", f"{adapter_name(run)}={folder}", "--lora-paths", str(places.runs),
-        "--port", str(port), "--keys", f"{{folder}}/{_KEYS}", "--quantize", method if method in ("nf4", "int8") else "none",
-        "--slots", "4",
-    ]  # fmt: skip
-    files = {
-        _ABOUT: json.dumps({"run": run, "port": port, "key": key}),
-        _KEYS: json.dumps({"keys": [{"key": key, "owner": "studio", "admin": True}]}),
-    }
-    return TriedModel(queue.add(words, title=f"Try {run}", device=BESIDE, files=files), run, port, key)
+    with _OPENING:
+        close_trial(queue)
+        with closing(listening_socket(LOOPBACK_ADDRESS, 0)) as free:
+            port, key = int(free.getsockname()[1]), secrets.token_urlsafe(24)
+        method = config.model.quantize.method
+        words = [
+            "serve", "--model", config.model.path, "--adapter", f"{adapter_name(run)}={folder}", "--lora-paths", str(places.runs),
+            "--port", str(port), "--keys", f"{{folder}}/{_KEYS}", "--quantize", method if method in ("nf4", "int8") else "none",
+            "--slots", "4",
+        ]  # fmt: skip
+        files = {
+            _ABOUT: json.dumps({"run": run, "port": port, "key": key}),
+            _KEYS: json.dumps({"keys": [{"key": key, "owner": "studio", "admin": True}]}),
+        }
+        return TriedModel(queue.add(words, title=f"Try {run}", device=BESIDE, files=files), run, port, key)
 
 
 def close_trial(queue: Queue) -> None:

@@ -41,8 +41,15 @@ async function upload(event) {
   const said = document.getElementById("uploaded");
   if (!chosen) return;
   said.textContent = "Copies it into the studio's folder …";
-  const response = await fetch(`/rows/${encodeURIComponent(chosen.name)}`, { method: "PUT", headers: { "x-csrf": csrf, accept: "application/json" }, body: chosen });
-  const found = await response.json();
+  let response;
+  let found;
+  try {
+    response = await fetch(`/rows/${encodeURIComponent(chosen.name)}`, { method: "PUT", headers: { "x-csrf": csrf, accept: "application/json" }, body: chosen });
+    found = await response.json();
+  } catch {
+    said.textContent = "It could not be copied: the studio does not answer, or the file has changed. Choose it again.";
+    return;
+  }
   said.textContent = response.ok ? `Copied: ${chosen.name}` : found.message;
   if (response.ok) { form.elements["data.train"].value = found.path; check(); }
 }

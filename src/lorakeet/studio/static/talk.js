@@ -7,7 +7,8 @@ const sides = { base: [], adapter: [] }; // the messages of each side
 let running = null;
 
 async function wait() {
-  const found = await (await fetch("/try/state")).json();
+  let found = { state: "starting" }; // as long as the studio does not answer
+  try { found = await (await fetch("/try/state")).json(); } catch { by("state").dataset.lost = "true"; }
   if (found.state === "starting") { setTimeout(wait, 700); return; }
   location.reload();
 }
@@ -82,13 +83,18 @@ async function ask(text) {
   }
   running = new AbortController();
   by("send").textContent = "Stop";
+  by("again").disabled = true; // what it clears is still written to
   const one = (side) => reply(side, places[side]).catch((error) => {
     if (error.name !== "AbortError") places[side].append(make("p", { class: "problem" }, error.message));
-    if (sides[side].at(-1).role === "user") sides[side].pop();
+    if (sides[side].at(-1)?.role === "user") sides[side].pop();
   });
-  await Promise.all(["base", "adapter"].map(one));
-  running = null;
-  by("send").textContent = "Send to both";
+  try {
+    await Promise.all(["base", "adapter"].map(one));
+  } finally {
+    running = null;
+    by("send").textContent = "Send to both";
+    by("again").disabled = false;
+  }
 }
 
 function send(event) {
