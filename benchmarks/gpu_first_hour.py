@@ -120,11 +120,12 @@ class Report:
             self.content = json.loads(self.path.read_text(encoding="utf-8"))
             if self.content.get("rehearsal") != rehearsal:
                 self.content = {"stages": {}}
-        self.content |= {"rehearsal": rehearsal, "began": datetime.now(timezone.utc).isoformat(timespec="seconds")}
-        self.content["commit"] = _commit()
+        self.content["rehearsal"] = rehearsal
+        self.began, self.commit = datetime.now(timezone.utc).isoformat(timespec="seconds"), _commit()
 
-    def put(self, stage: Stage, found: Mapping[str, Any], *, seconds: float, limit: float, ended: str, said: str = "") -> None:
-        value = {"title": stage.title, "ended": ended, "seconds": seconds, "limit": limit, "found": found, "said": said}
+    def put(self, stage: Stage, found: Mapping[str, Any], **how: Any) -> None:
+        """Keeps a stage: what it has found, how it ended, and of which GPU and commit that is, since earlier stages stay."""
+        value = {"title": stage.title, "began": self.began, "commit": self.commit, "said": "", **how, "found": found}
         stages = {**self.content["stages"], stage.key: value}
         self.content["stages"] = {each.key: stages[each.key] for each in STAGES if each.key in stages}
         self.content["goals"] = [goal.compared(self.content["stages"]) for goal in GOALS]
@@ -154,12 +155,15 @@ def _run(stage: Stage, report: Report, scratch: Path, given: argparse.Namespace)
     limit = given.limit or stage.seconds * (PATIENCE if given.rehearse else 1)
     print(f"{stage.key}. {stage.title} (at most {limit:g} s)", flush=True)
     path, began = scratch / f"{stage.key}.json", time.monotonic()
-    path.unlink(missing_ok=True)
+    for old in (path, path.with_suffix(".card")):
+        old.unlink(missing_ok=True)
     seen = 0
 
     def keep(ended: str, said: str = "") -> None:
         found = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
-        report.put(stage, found, seconds=time.monotonic() - began, limit=limit, ended=ended, said=said)
+        card = path.with_suffix(".card")
+        name = card.read_text(encoding="utf-8") if card.is_file() else "unknown"
+        report.put(stage, found, seconds=time.monotonic() - began, limit=limit, ended=ended, said=said, card=name)
 
     def watch() -> None:
         nonlocal seen

@@ -59,7 +59,7 @@ def main(arguments: Sequence[str]) -> None:
     except NotHere as why:
         found["not_run"] = str(why)
     except torch.OutOfMemoryError as error:
-        found["not_run"] = f"out of memory: {failure(error)}"
+        found["failed" if asked["program"] in OURS else "not_run"] = f"out of memory: {failure(error)}"
     path.write_text(json.dumps(found), encoding="utf-8")
 
 

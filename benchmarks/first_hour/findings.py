@@ -43,6 +43,10 @@ class Findings:
         self.add(name, value)
         return value
 
+    def card(self) -> str:
+        """The name of the GPU that is measured."""
+        return "none: a rehearsal on the CPU" if self.toy else torch.cuda.get_device_name(self.device)
+
     @property
     def left(self) -> float:
         """Seconds until the stage is ended."""

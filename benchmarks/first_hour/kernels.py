@@ -67,8 +67,10 @@ def _profiled(found: Findings, model: str, base: str) -> dict[str, Any]:
 
 
 def _seconds(each: Any, on_gpu: bool) -> float:
-    """Of a kernel on the GPU: operators of the host, which the profiler lists too, have none of their own."""
+    """Of a kernel on the GPU: operators of the host, which the profiler lists too, have none of their own, and spans with a name
+    (`Optimizer.step#AdamW.step`) are the time from their first kernel to their last."""
     if not on_gpu:
         return float(each.self_cpu_time_total) / 1e6
     own = getattr(each, "device_type", None)
-    return float(each.self_device_time_total) / 1e6 if own is not None and own.name == "CUDA" else 0.0
+    kernel = own is not None and own.name == "CUDA" and not each.is_user_annotation
+    return float(each.self_device_time_total) / 1e6 if kernel else 0.0

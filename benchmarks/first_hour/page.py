@@ -14,17 +14,23 @@ STYLE = (
 )
 VERDICTS = {True: ("met", "met"), False: ("missed", "missed"), None: ("", "not measured")}
 
+PARTLY = "met by what was measured"
+
 
 def page(report: Mapping[str, Any]) -> str:
     """HTML of the whole report."""
-    card = report["stages"].get("a", {}).get("found", {}).get("card", {}).get("name", "unknown")
-    title = f"Lorakeet's first hour on a GPU: {card}"
-    about = f"<p>Started {escape(report['began'])}. Goals are those of one H100.</p>"
+    stages = report["stages"].values()
+    cards, commits = (sorted({stage.get(name, "unknown") for stage in stages}) for name in ("card", "commit"))
+    title = f"Lorakeet's first hour on a GPU: {' and '.join(cards)}"
+    about = "<p>Goals are those of one H100.</p>"
+    if max(len(cards), len(commits)) > 1:
+        about += f"<p><b>Stages are of {' and '.join(map(escape, cards))}, at {' and '.join(map(escape, commits))}.</b></p>"
     if report["rehearsal"]:
         about += "<p><b>This is a rehearsal with small sizes on the CPU: its numbers mean nothing.</b></p>"
     parts = [about, "<h2>Goals</h2>", _goals(report["goals"])]
     for key, stage in report["stages"].items():
-        how = f"{stage['ended']} after {stage['seconds']:.0f} s of at most {stage['limit']} s"
+        how = f"{stage['ended']} after {stage['seconds']:.0f} s of at most {stage['limit']} s; started {stage['began']}"
+        how += f" at {stage['commit']}, on {stage.get('card', 'unknown')}"
         parts.append(f"<h2>{escape(key)}. {escape(stage['title'])}</h2><p>{escape(how)}</p>{_value(stage['found'])}")
         if stage.get("said"):
             parts.append(f"<p>It ended with:</p><p><code>{escape(stage['said'])}</code></p>")
@@ -38,6 +44,8 @@ def _goals(goals: list[Mapping[str, Any]]) -> str:
     lines = []
     for goal in goals:
         style, word = VERDICTS[goal["met"]]
+        word = PARTLY if goal["met"] is None and goal["measured"] is not None else word
+        word = ": ".join(filter(None, [word, escape("; ".join(goal["lacks"]))]))
         value = "" if goal["measured"] is None else _number(goal["measured"])
         cells = (escape(goal["goal"]), _number(goal["bound"]), value)
         lines.append(f"<tr>{''.join(f'<td>{cell}</td>' for cell in cells)}<td class='{style}'>{word}</td></tr>")

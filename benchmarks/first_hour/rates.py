@@ -33,7 +33,7 @@ def run(found: Findings) -> None:
 
 def _card(found: Findings) -> dict[str, Any]:
     if found.toy:
-        return {"name": "none: a rehearsal on the CPU"}
+        return {"name": found.card()}
     about = torch.cuda.get_device_properties(found.device)
     free, total = torch.cuda.mem_get_info(found.device)
     return {

@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from contenders.packed_workload import SPREAD
 from harness.device_clock import PROBE, rate
+from harness.made_up_model import write_model
 from rich.console import Console
 
 from first_hour.contender import settings_of
@@ -58,7 +59,7 @@ def _planned(found: Findings, model: str, base: str, tokens: int) -> dict[str, i
         "model.quantize.method": base,
     })  # fmt: skip
     if found.toy:  # the shape of the rehearsal has no published name
-        folder = str(found.folder / "small")
+        folder = str(write_model(shape_of(model, toy=True), found.folder / "small", "cpu"))
         config = config.changed(model={"path": folder, "dtype": "float32"})
     result = plan(config, PlanOptions(tokens=tokens), console=Console(quiet=True))
     return {"train step": result.planned.forecast.phase("train step").bytes, "run": result.peak}

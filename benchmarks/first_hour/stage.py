@@ -14,6 +14,7 @@ def main(arguments: Sequence[str]) -> None:
     module, path, folder, ends, *toy = arguments
     found = Findings(Path(path), Path(folder), toy=bool(toy), ends=float(ends))
     try:
+        found.path.with_suffix(".card").write_text(found.card(), encoding="utf-8")
         importlib.import_module(f"first_hour.{module}").run(found)
     except Exception as error:
         found.add("failed", failure(error))
