@@ -308,7 +308,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--run-forms", nargs="*", default=list(FORMS), choices=FORMS, help="servings of the runs, beside vLLM's")
     parser.add_argument("--rows", type=int, default=8, help="held-out rows of each serving that are compared")
     parser.add_argument("--quick", action="store_true", help="one adapter of one family")
-    parser.add_argument("--until", default="", help="HH:MM after which no serving is started")
+    parser.add_argument("--until", default="", help="HH:MM of today, after which no serving is started")
     parser.add_argument("--lines", type=Path, default=Path("served_proof.jsonl"), help="a line for each serving; read first")
     parser.add_argument("--results", type=Path, default=RESULTS, help="where the result is written")
     given = parser.parse_args(arguments)
