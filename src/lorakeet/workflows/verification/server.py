@@ -413,11 +413,11 @@ def _read(live: InTorch, prompt: list[int], written: Written) -> _TextReading:
     """
     reading = _TextReading(Reported(list(prompt), {}))
     ids, tokenizer = reading.reported.ids, live.text.tokenizer
-    written = replace(written, steps=_before_joined_pieces(tokenizer, written.steps))
+    vocabulary = range(live.text.model.config.get_text_config().vocab_size)
+    written = replace(written, steps=_before_joined_pieces(tokenizer, written.steps, vocabulary))
     steps: Sequence[Step | None] = written.steps or [None] * GREEDY_TOKENS
     rest = written.text
     numbers = [step.token.number for step in written.steps if step.token.number is not None]
-    vocabulary = range(live.text.model.config.get_text_config().vocab_size)
     by_id = bool(numbers) and len(numbers) == len(written.steps) and all(number in vocabulary for number in numbers)
     known = live.logits([*prompt, *numbers], len(numbers) + 1) if by_id else None
     for number, step in enumerate(steps):
@@ -446,10 +446,10 @@ def _read(live: InTorch, prompt: list[int], written: Written) -> _TextReading:
     return reading
 
 
-def _before_joined_pieces(tokenizer: Any, steps: tuple[Step, ...]) -> tuple[Step, ...]:
+def _before_joined_pieces(tokenizer: Any, steps: tuple[Step, ...], vocabulary: range) -> tuple[Step, ...]:
     """The steps before the first whose text is not its token's: llama.cpp reports a piece of a character with the next token."""
     for number, step in enumerate(steps):
-        if step.token.number is None or step.token.by_id:
+        if step.token.number not in vocabulary or step.token.by_id:  # ids of no token are compared further on
             continue
         text = tokenizer.decode([step.token.number])
         if _PIECE in text + step.token.text and text != step.token.text:
