@@ -60,6 +60,19 @@ def test_norm(liger: Any, dtype: torch.dtype, shape: tuple[int, ...]) -> None:
     assert torch.equal(grad, before), "the gradient of others stays"
 
 
+def test_a_norms_backward_pass_is_one_launch(liger: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The package's own function fills the result with zeros first; benchmarks/launches.py counts none."""
+    x, grad, weight = numbers(9, 48), numbers(9, 48, seed=1), numbers(48, seed=2)
+    _, rho = liger.norm(x, weight, EPSILON)
+    expected = liger.norm_backward(grad, x, rho, weight)
+
+    def refuse(*_: Any, **__: Any) -> Tensor:
+        raise AssertionError("a launch that is not counted")
+
+    monkeypatch.setattr(torch, "zeros_like", refuse)
+    assert torch.equal(liger.norm_backward(grad, x, rho, weight), expected)
+
+
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("kind", ["silu", "gelu"])
 def test_gates(liger: Any, dtype: torch.dtype, kind: str) -> None:

@@ -2,7 +2,8 @@
 
 **Lorakeet has not run on a GPU yet**, but thousands run these kernels (https://arxiv.org/abs/2410.10989, BSD 2-Clause): RMSNorm,
 the gates of SwiGLU and GeGLU, rotary positions, cross-entropy. Formulas are those of kernels/cpu/elementwise and train/text/loss.
-Its own functions around the kernels of rotation and loss are not called: they wait for the GPU, or need queries beside keys.
+Its own functions around the kernels of rotation, loss and a norm's backward pass are not called: they wait for the GPU, need
+queries beside keys, or fill with zeros what the kernel writes.
 
 Before the first call for a dtype and width, and for a number of heads, made-up rows are computed by the kernel and by torch: more
 rows than the GPU has processors, over which a norm's backward pass loops. Each number may differ by roundings of its own terms.
@@ -107,14 +108,23 @@ def norm_again(x: Tensor, rho: Tensor, weight: Tensor) -> Tensor:
 
 def norm_backward(grad: Tensor, x: Tensor, rho: Tensor, weight: Tensor) -> Tensor:
     """∂x = ρ·(w∘∂y − x̂·mean(w∘∂y∘x̂)), x̂ = x·ρ."""
-    from liger_kernel.ops.rms_norm import rms_norm_backward
-    from liger_kernel.ops.utils import calculate_settings
+    from liger_kernel.ops.rms_norm import _rms_norm_backward_kernel
+    from liger_kernel.ops.utils import calculate_settings, device_context, torch_to_triton_dtype
 
-    width = x.shape[-1]
-    found, _ = rms_norm_backward(
-        grad, x.view(-1, width), weight, rho.view(-1), 0.0, LLAMA, *calculate_settings(width), False, True, needs_dw=False
-    )
-    return found  # type: ignore[no-any-return]
+    width, found = x.shape[-1], torch.empty_like(grad)
+    rows, (block, warps) = x.numel() // width, calculate_settings(width)
+    programs = _programs(x.device)
+    with device_context(x.device):  # its own function fills ∂x with zeros before, which the kernel overwrites
+        _rms_norm_backward_kernel[(programs,)](
+            grad, width, found, width, x, width, torch_to_triton_dtype[x.dtype], weight, weight.stride(0), rho, 1, None, 0, rows,
+            width, 0.0, -(-rows // programs), LLAMA, elementwise_affine=True, BLOCK_SIZE=block, COMPUTE_DW=False, num_warps=warps,
+        )  # fmt: skip
+    return found
+
+
+def _programs(device: torch.device) -> int:
+    """Of a norm's backward pass: one for each processor of a GPU, which loops over rows."""
+    return torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else 1
 
 
 def gated(gate: Tensor, up: Tensor) -> Tensor:
@@ -235,8 +245,7 @@ def _difference(name: str, mine: Tensor, theirs: Tensor, terms: Tensor, rounding
 
 def _norm_rows(device: torch.device) -> Tensor:
     """The made-up row that each row of a norm has: more rows than programs, each of which then computes several."""
-    programs = torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else 1
-    return torch.arange(2 * programs + 3, device=device) % ROWS
+    return torch.arange(2 * _programs(device) + 3, device=device) % ROWS
 
 
 def _norms(device: torch.device, dtype: torch.dtype, width: int, _: int) -> list[str]:
