@@ -51,10 +51,14 @@ def page(browser: Any, studio: Studio) -> Iterator[Any]:
         found.context.close()
 
 
-def test_whether_a_run_fits_is_said_anew_as_settings_move(page: Any, tiny_llama_folder: Path) -> None:
+def test_whether_a_run_fits_is_said_anew_as_settings_move(page: Any, tmp_path: Path, tiny_llama_folder: Path) -> None:
+    write_rows(tmp_path / f"{'rows-of-a-long-name-' * 6}.jsonl", chats(3))
     page.at("/fit", **{"model.path": str(tiny_llama_folder), "machine": "gpu-8"})
     page.wait_for_selector("#sentence[data-state='fits']", timeout=WAIT)
     assert serious(page) == []
+    edges = page.evaluate("['#fit', '.answer'].map(name => document.querySelector(name).getBoundingClientRect())")
+    fields = page.evaluate("Math.max(...[...document.querySelectorAll('#fit *')].map(one => one.getBoundingClientRect().right))")
+    assert max(edges[0]["right"], fields) <= edges[1]["left"], "the fields lie over the answer"
     assert "GiB free on a GPU of 8 GB" in page.inner_text("#sentence") and page.is_visible("svg.stack")
     before = page.inner_text(".stack-names")
     for power in ("3", "1"):  # the first answer is dropped
