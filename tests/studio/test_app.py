@@ -76,3 +76,9 @@ def test_an_event_is_one_event_whatever_it_carries() -> None:
     assert made == 'event: step\nid: 7\ndata: {"text": "a\\n\\ndata: b"}\n\n'
     assert problems_of(ConfigError("head (2 problems):\n  - one\n  - two")) == ["one", "two"]
     assert "{% block main %}" in asset("templates", "base.html") and Studio.__dataclass_params__.frozen  # type: ignore[attr-defined]
+
+
+def test_a_page_that_is_opened_the_wrong_way_is_not_said_to_be_missing(browser: TestClient) -> None:
+    said = browser.get("/quickstart").text
+    assert "Method Not Allowed" in said and "There is no page" not in said
+    assert "There is no page /gone" in browser.get("/gone").text

@@ -177,3 +177,9 @@ def test_samples_are_the_drawn_samples_the_run(run: Path) -> None:
 def test_a_run_that_was_killed_speaks_of_memory(studio: Studio, run: Path) -> None:
     over(studio, "mine", "137", at=time.time() + 9)
     assert "memory" in live_run(studio.places, studio.queue, "mine").message
+
+
+def test_a_thinned_curve_ends_with_the_last_step() -> None:
+    records: list[dict[str, object]] = [{"step": step, "loss": 1.0} for step in range(1, 101)]
+    kept = thinned(records, 7)
+    assert kept[-1]["step"] == 100 and len(kept) <= 9

@@ -62,4 +62,7 @@ def _unreadable(request: Request, error: Exception) -> Response:
 
 
 def _missing(request: Request, error: Exception) -> Response:
+    found = cast(HTTPException, error)
+    if found.status_code != 404:
+        return refused_page(request, LorakeetError(f"{request.url.path:.200}, {request.method}: {found.detail}. Go back."))
     return refused_page(request, NotHere(f"There is no page {request.url.path:.200}."))

@@ -149,9 +149,10 @@ def live_run(places: Places, queue: Queue, name: str, numbers: RunNumbers | None
 
 
 def thinned(records: list[dict[str, Any]], most: int = 4000) -> list[dict[str, Any]]:
-    """All held-out records, and so many steps that a curve needs no more."""
+    """All held-out records, and so many steps, the last one among them, that a curve needs no more."""
     each = max(1, -(-len(records) // most))
-    return [record for number, record in enumerate(records) if number % each == 0 or "held_out_loss" in record]
+    last = len(records) - 1
+    return [record for number, record in enumerate(records) if number % each == 0 or number == last or "held_out_loss" in record]
 
 
 def new_records(folder: Path, offset: int) -> tuple[list[dict[str, Any]], int]:

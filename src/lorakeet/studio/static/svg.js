@@ -39,8 +39,8 @@ export function duration(seconds) {
 export function axis(values, { zero = false, count = 5 } = {}) {
   const finite = values.filter(Number.isFinite);
   if (zero) finite.push(0);
-  let low = finite.length ? Math.min(...finite) : 0;
-  let high = finite.length ? Math.max(...finite) : 1;
+  let low = finite.length ? finite.reduce((a, b) => Math.min(a, b)) : 0;
+  let high = finite.length ? finite.reduce((a, b) => Math.max(a, b)) : 1;
   const span = high - low || Math.abs(high) || 1;
   low -= zero && low === 0 ? 0 : 0.05 * span;
   high += 0.05 * span;
