@@ -301,6 +301,16 @@ def test_targets_that_leave_an_earlier_pair_out_are_named(taught: Path, tiny_lla
         run(tiny_llama_folder, write_rows(tmp_path / "rows.jsonl", answers), tmp_path / "run", changes)
 
 
+@pytest.mark.parametrize("setting", ["continue_from", "on_top_of"])
+def test_without_a_reference_the_adapter_is_compared_with_the_one_that_it_began_with(
+    setting: str, taught: Path, rows: Path, tiny_llama_folder: Path, tmp_path: Path
+) -> None:
+    changes = {"train.objective": "simpo", f"lora.{setting}": taught, "train.steps": 2}
+    report = run(tiny_llama_folder, rows / "pairs.jsonl", tmp_path / "run", changes).report
+    assert report is not None and report.certificate is not None and report.certificate.passed
+    assert ("earlier adapter", "preferred") in {(one.right, one.metric) for one in report.comparisons}
+
+
 def test_sft_goes_on_from_an_adapter(taught: Path, tiny_llama_folder: Path, tmp_path: Path) -> None:
     answers = [{"prompt": pair["prompt"], "completion": pair["chosen"]} for pair in preferences(60, seed=4)]
     changes = {"lora.continue_from": taught, "train.steps": 1, "train.learning_rate": 1e-9}

@@ -41,6 +41,7 @@ from lorakeet.workflows.finetuning.reply import ADAPTER, Replier
 from lorakeet.workflows.finetuning.reply import BASE as BASE_SYSTEM
 
 REFERENCE = "reference"  # its name on the model, and in reports
+EARLIER = "earlier adapter"  # that the run began with, where the objective has no reference
 
 
 def reference_path(config: RunConfig) -> Path | None:
@@ -105,6 +106,7 @@ class PreferenceEvaluator(TextEvaluator):
         if needs_reference(self.config.train.objective):
             with as_reference(self.text, self._reference_adapter(), self.name):
                 reference, _ = self._scored(examples, REFERENCE)
+        earlier, gone = self._earlier(examples)
         step = 1 if self._rated else 2
         wanted = [index for index, row in enumerate(rows) if row.desirable is not False]
         chosen = [rows[index] for index in wanted]
@@ -126,12 +128,23 @@ class PreferenceEvaluator(TextEvaluator):
             missing = "The evaluated answers are all wanted, so no preference can be measured. Evaluate rows of both labels."
             return replace(report, warnings=(missing, *report.warnings))
         texts = [] if self._rated else [_answers(row) for row in rows]
-        found = _Scored(self.config, adapter, base, reference, tokens, texts, row_groups(rows), named)
+        found = _Scored(self.config, adapter, base, reference, tokens, texts, row_groups(rows), named, earlier)
         scores = (found.paired(rows) if self._rated else found).preferences(_known_answers(baseline_rows, self._rated))
         left_out = len(self.rows) - len(rows)
         said = [f"{left_out} rows longer than {self.encoder.spec.max_tokens} tokens were left out of the evaluation."]
         report = with_preferences(report, scores, spec)
-        return replace(report, warnings=(*said[: bool(left_out)], *report.warnings))
+        return replace(report, warnings=(*said[: bool(left_out)], *gone, *report.warnings))
+
+    def _earlier(self, examples: Sequence[Example]) -> tuple[Floats | None, list[str]]:
+        """log p of each answer by the adapter that the run began with, where that is no reference; and why it is not known."""
+        lora = self.config.lora
+        given = lora.continue_from or lora.on_top_of
+        if given is None or needs_reference(self.config.train.objective):
+            return None, []
+        if not Path(given).exists():
+            return None, [f"The earlier adapter {given} is not there any more, so the adapter is not compared with it."]
+        with as_reference(self.text, read_adapter(Path(given)), self.name):
+            return self._scored(examples, EARLIER)[0], []
 
     def drift_from_reference(self, batches: Sequence[Batch]) -> str:
         """Mean KL(reference ‖ adapter) a token with its interval, where the reference is an adapter."""
@@ -195,6 +208,7 @@ class _Scored:
     texts: Sequence[tuple[str, str]]
     groups: tuple[Hashable, ...] | None
     named: bool  # whether the reference is an adapter
+    earlier: Floats | None = None  # of the adapter that the run began with, where that is no reference
 
     def paired(self, rows: Sequence[Row]) -> _Scored:
         """The same of rated answers, one a row, put into pairs of a wanted and an unwanted one.
@@ -228,6 +242,8 @@ class _Scored:
         changes = np.stack([((self.adapter - start) / self.tokens)[side::2] for side in (0, 1)], axis=1)
         mine, note = likely[ADAPTER], "prefers the answer with the higher mean log-probability"
         rivals = [PairPreferences(BASE_SYSTEM, likely[BASE_SYSTEM], groups, note)]
+        if self.earlier is not None:
+            rivals.append(PairPreferences(EARLIER, self._likelihood(self.earlier), groups, "which the run began with"))
         if compares:
             counts = torch.from_numpy(self.tokens)
             now, fixed = (pair_scores(torch.from_numpy(sums), counts) for sums in (self.adapter, self.reference))
