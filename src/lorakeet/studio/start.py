@@ -48,8 +48,8 @@ class StudioServer(uvicorn.Server):
 
     def __init__(self, studio: Studio) -> None:
         config = uvicorn.Config(
-            studio_app(studio), ws="none", lifespan="off", log_level=logging.ERROR, access_log=False, server_header=False,
-            timeout_graceful_shutdown=2,
+            studio_app(studio), ws="none", lifespan="off", log_config=None, log_level=logging.ERROR, access_log=False,
+            server_header=False, timeout_graceful_shutdown=2,
         )  # fmt: skip
         super().__init__(config)
         self._studio = studio
