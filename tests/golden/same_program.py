@@ -125,9 +125,9 @@ NOTES = (
     "trained = saved = loaded and, of runs without a budget, the adapter in PEFT. The phase judge is called final eval; what the "
     "certificate unpacks counts the largest packed matrix, which lets plans of 7B NF4 and 13B GPTQ keep more blocks.",
     "Changed by hand on purpose, as all else was the same: a headline says ': −0.667' where something is worse, not 'by −0.667'.",
-    "Since then on purpose: the places that a micro-batch reads are a tensor of the layout, some KiB in every plan; plans write less, "
-    "since random states are kept only by models that draw; certificates have what was incomplete and the modules of a server. No "
-    "byte of an adapter, a merge or an export changed.",
+    "Since then on purpose: the places that a micro-batch reads are a tensor of the layout, some KiB in every plan; plans write "
+    "less, since random states are kept only by models that draw; certificates have what was incomplete and the modules of a "
+    "server. No byte of an adapter, a merge or an export changed.",
 )
 DROPPED = {"created", "speed", "memory", "Versions", "Machine", "Kernels"}  # keys of report and certificate: time, machine
 MEASURED = {"flops_per_second", "bytes_per_second", "seconds_at_least", "tokens_per_second_at_most", "training_seconds_at_least"}

@@ -24,8 +24,13 @@ PROGRAM = BENCHMARKS / "gpu_first_hour.py"
 
 
 @pytest.fixture(autouse=True)
-def benchmarks(monkeypatch: pytest.MonkeyPatch) -> None:
+def benchmarks(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    """The program is found, and what it sets in the environment ends with the test."""
     monkeypatch.syspath_prepend(str(BENCHMARKS))
+    before = dict(os.environ)
+    yield
+    os.environ.clear()
+    os.environ.update(before)
 
 
 def program(*arguments: object, **environment: str) -> subprocess.CompletedProcess[str]:

@@ -14,7 +14,7 @@ from rich.console import Console
 
 from lorakeet.workflows.options import VERBS, DoctorOptions, MergeOptions, Verb, non_default
 
-CALLBACKS = ("on_step", "on_held_out")  # of the Python API
+CALLBACKS = ("on_step", "on_held_out", "watch")  # of the Python API and of the studio
 
 
 def test_a_verb_calls_the_function_of_its_name() -> None:
