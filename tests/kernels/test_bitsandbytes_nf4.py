@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from lorakeet.kernels import bitsandbytes_nf4 as kernels
-from lorakeet.kernels import choose
+from lorakeet.kernels import choose, proof
 from lorakeet.kernels.choose import passed_over
 from lorakeet.kernels.protocol import Situation
 from lorakeet.quant.int8 import Int8Base
@@ -190,14 +190,17 @@ def test_why_it_does_not_run_is_said(monkeypatch: pytest.MonkeyPatch) -> None:
     assert reasons() == ["torch sees no CUDA device here"]
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     install = "Install it with: pip install 'bitsandbytes<0.51,>=0.50.2'"
-    kernels._missing.cache_clear()
-    monkeypatch.setattr(kernels.importlib.util, "find_spec", lambda _: None)
+    proof.missing_package.cache_clear()
+
+    def missing(_: str) -> str:
+        raise metadata.PackageNotFoundError
+
+    monkeypatch.setattr(metadata, "version", missing)
     assert reasons() == [f"bitsandbytes is not installed. {install}"]
-    kernels._missing.cache_clear()
-    monkeypatch.setattr(kernels.importlib.util, "find_spec", lambda _: object())
+    proof.missing_package.cache_clear()
     monkeypatch.setattr(metadata, "version", lambda _: "0.45.0")
     assert reasons() == [f"bitsandbytes is 0.45.0; expected <0.51,>=0.50.2. {install}"]
-    kernels._missing.cache_clear()
+    proof.missing_package.cache_clear()
     monkeypatch.setattr(metadata, "version", lambda _: "0.50.2")
     assert not reasons()
-    kernels._missing.cache_clear()
+    proof.missing_package.cache_clear()

@@ -14,6 +14,7 @@ from torch import Tensor
 
 from lorakeet.core.fused.attention import rotated
 from lorakeet.kernels import liger as kernels
+from lorakeet.kernels import proof
 from lorakeet.kernels.choose import elementwise_ops, loss_kernel, passed_over
 from lorakeet.kernels.protocol import Situation
 from lorakeet.train.text.loss import frozen_head_losses
@@ -28,7 +29,7 @@ def forgotten() -> Any:
     """What was proved with kernels that a test has changed is not kept."""
     yield
     kernels.computes_the_same.cache_clear()
-    kernels._missing.cache_clear()
+    proof.missing_package.cache_clear()
 
 
 def numbers(*shape: int, dtype: torch.dtype = torch.float32, seed: int = 0, spread: float = 1.0) -> Tensor:
@@ -272,18 +273,18 @@ def test_why_it_does_not_run_is_said(monkeypatch: pytest.MonkeyPatch) -> None:
         (missing, f"liger-kernel is not installed. {install}"),
         (lambda _: "0.7.0", f"liger-kernel is 0.7.0; expected <0.9,>=0.8.5. {install}"),
     ):
-        kernels._missing.cache_clear()
-        monkeypatch.setattr(kernels.metadata, "version", version)
+        proof.missing_package.cache_clear()
+        monkeypatch.setattr(proof.metadata, "version", version)
         assert reasons() == reasons("loss of the head") == [said]
-    kernels._missing.cache_clear()
-    monkeypatch.setattr(kernels.metadata, "version", lambda _: "0.8.5")
+    proof.missing_package.cache_clear()
+    monkeypatch.setattr(proof.metadata, "version", lambda _: "0.8.5")
     if not torch.cuda.is_available():
         assert reasons() == ["torch sees no CUDA device here"]
 
 
 def test_gpus_that_are_too_old(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(kernels, "has_triton", lambda: True)
-    monkeypatch.setattr(kernels.metadata, "version", lambda _: "0.8.5")
+    monkeypatch.setattr(proof.metadata, "version", lambda _: "0.8.5")
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda _: (7, 5))
     assert not reasons() and not reasons(dtype=torch.float16)

@@ -9,10 +9,7 @@ says so, and torch computes.
 
 from __future__ import annotations
 
-import functools
-import importlib.util
 import logging
-from importlib import metadata
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -20,6 +17,7 @@ from packaging.specifiers import SpecifierSet
 from torch import Tensor
 
 from lorakeet.kernels.nf4_codes import Nf4Codes
+from lorakeet.kernels.proof import difference_found, missing_package
 from lorakeet.kernels.triton.support import are_numbers
 
 if TYPE_CHECKING:
@@ -33,7 +31,6 @@ FEW = 4  # tokens: for more, bitsandbytes may dequantise W into memory of its ow
 NESTED = 256  # block maxima that share one scale
 ROWS, BLOCKS = 16, 3 * NESTED - 8  # of made-up codes, at least; blocks are so many that scales of maxima are three
 ROUNDINGS = 8  # of a product, relative to its largest number
-SAID = 160  # characters of an error in a warning
 
 
 def why_not(situation: Situation) -> str:
@@ -44,17 +41,7 @@ def why_not(situation: Situation) -> str:
         return f"takes float32, bfloat16 and float16; states are {str(situation.dtype).removeprefix('torch.')}"
     if situation.device.type == "cuda" and not torch.cuda.is_available():
         return "torch sees no CUDA device here"
-    return _missing()
-
-
-@functools.cache
-def _missing() -> str:
-    """Why the package cannot be used; empty if it can. It is not imported."""
-    install = f"Install it with: pip install '{PACKAGE}{VERSIONS}'"
-    if importlib.util.find_spec(PACKAGE) is None:
-        return f"{PACKAGE} is not installed. {install}"
-    version = metadata.version(PACKAGE)
-    return "" if VERSIONS.contains(version, prereleases=True) else f"{PACKAGE} is {version}; expected {VERSIONS}. {install}"
+    return missing_package(PACKAGE, VERSIONS)
 
 
 def takes_matrix(out: Tensor, weight: QuantisedWeight) -> bool:
@@ -116,16 +103,13 @@ def _agrees(codes: Nf4Codes, dtype: torch.dtype, width: int) -> bool:
     """True if both kernels compute codes like these, in rows of `width` numbers, by the formula; else one warning says how."""
     key = codes.packed.device, dtype, codes.block, codes.scales is not None, width
     if key not in AGREED:
-        said = ""
-        try:
+
+        def compare() -> str:
             import bitsandbytes  # noqa: F401 - it registers its operators
 
-            with torch.inference_mode(False), torch.no_grad():
-                said = _difference(_made_up(codes, width), dtype, width)
-        except torch.OutOfMemoryError:
-            raise
-        except Exception as error:  # of many types: of the package, of its library, of torch
-            said = f"does not run: {type(error).__name__} {' '.join(str(error).split())[:SAID].rstrip('.')}"
+            return _difference(_made_up(codes, width), dtype, width)
+
+        said = difference_found(compare, of_any_kind=True)
         if said:
             logging.getLogger("lorakeet").warning(
                 "%s %s. NF4 weights are unpacked by torch's operations, which is slower. Please report it.", PACKAGE, said

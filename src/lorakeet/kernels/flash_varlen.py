@@ -29,6 +29,7 @@ from torch import Tensor
 from lorakeet.kernels.cpu.attention import RowAttention, attention_backward_shapes, attention_shapes, scores_of
 from lorakeet.kernels.cpu.operators import define
 from lorakeet.kernels.host_copies import together_on
+from lorakeet.kernels.proof import difference_found
 from lorakeet.kernels.protocol import Situation
 
 DTYPES = (torch.bfloat16, torch.float16)
@@ -38,7 +39,6 @@ CAPABILITY = (8, 0)  # of a GPU, at least
 BLOCK = 128  # tokens by which the kernel's sums of a sequence are padded, backward
 EVERYTHING = -1  # for a window: unlimited
 PROOF = (5, 300, 70, 1), 140, 150  # made-up rows, a prefix and a window, beyond the kernel's tiles of up to 128
-SAID = 160  # characters of torch's own message in a warning
 EVERYWHERE = "CompositeExplicitAutograd"  # torch's key for every device: torch's kernel runs there, or raises
 CLOSE = 3e-2  # relative to the largest number: a few roundings of bf16
 
@@ -245,16 +245,12 @@ def matches_definition(device: torch.device, dtype: torch.dtype, heads: int, kv:
 def proved(kernel: type[FlashVarlen], name: str, device: torch.device, dtype: torch.dtype, sizes: tuple[int, int, int]) -> bool:
     """The same for any `kernel` of torch, by its `name`; `sizes` are heads, heads of keys, and a head's width."""
     rows, prefix, window = PROOF
-    said = ""
-    try:
-        for shared, seen in ((0, None), (prefix, None), (0, window), (prefix, window)):
-            with torch.inference_mode(False), torch.no_grad():
-                said = said or _difference(kernel, (rows, shared, seen), sizes, (device, dtype))
-    except torch.OutOfMemoryError:
-        raise
-    except RuntimeError as error:
-        said = f"does not run: {' '.join(str(error).split())[:SAID].rstrip('.')}"
-    if said:
+
+    def compare() -> str:
+        shapes = ((rows, shared, seen) for seen in (None, window) for shared in (0, prefix))
+        return next(filter(None, (_difference(kernel, shape, sizes, (device, dtype)) for shape in shapes)), "")
+
+    if said := difference_found(compare):
         logging.getLogger("lorakeet").warning(
             "Torch's %s kernel %s. Attention is computed row by row, which is slower, and "
             "may hold more memory than was planned. Please report it.",

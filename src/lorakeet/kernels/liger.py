@@ -15,12 +15,12 @@ from __future__ import annotations
 import functools
 import logging
 from collections.abc import Callable, Sequence
-from importlib import metadata
 
 import torch
 from packaging.specifiers import SpecifierSet
 from torch import Tensor
 
+from lorakeet.kernels.proof import difference_found, missing_package
 from lorakeet.kernels.protocol import Situation
 from lorakeet.kernels.triton.support import are_numbers, has_triton
 
@@ -38,7 +38,6 @@ ROWS, EPSILON = 7, 1e-6  # of the proof
 ROUNDINGS, GATE_ROUNDINGS = 4, 2  # of a number's terms, that explain a difference; those of gates are two
 WIDE_ROUNDINGS = 16  # of fp32, relative to the largest term: of sums in another order, and of exponentials
 SPREAD = 2.0  # of gates: the two approximations of GELU part where it is small
-SAID = 160  # characters of an error in a warning
 
 
 def why_not(situation: Situation) -> str:
@@ -49,18 +48,7 @@ def why_not(situation: Situation) -> str:
         return f"takes float32, bfloat16 and float16; states are {str(situation.dtype).removeprefix('torch.')}"
     if not has_triton():
         return "Triton is not installed: torch for CUDA on Linux brings it"
-    return _missing() or _why_not_gpu(situation.device, situation.dtype)
-
-
-@functools.cache
-def _missing() -> str:
-    """Why the package cannot be used; empty if it can. It is not imported."""
-    install = f"Install it with: pip install '{PACKAGE}{VERSIONS}'"
-    try:
-        version = metadata.version(PACKAGE)
-    except metadata.PackageNotFoundError:
-        return f"{PACKAGE} is not installed. {install}"
-    return "" if VERSIONS.contains(version, prereleases=True) else f"{PACKAGE} is {version}; expected {VERSIONS}. {install}"
+    return missing_package(PACKAGE, VERSIONS) or _why_not_gpu(situation.device, situation.dtype)
 
 
 def _why_not_gpu(device: torch.device, dtype: torch.dtype) -> str:
@@ -208,14 +196,7 @@ def loss_in_place(logits: Tensor, targets: Tensor, *, wants_grad: bool) -> Tenso
 def computes_the_same(kind: str, device: torch.device, dtype: torch.dtype, width: int, heads: int = 1) -> bool:
     """True if the kernels of a kind compute made-up rows, of `heads` times `width` numbers, as torch does; else one warning says
     how not."""
-    said = ""
-    try:
-        with torch.inference_mode(False), torch.no_grad():
-            said = next(iter(_PROOFS[kind](device, dtype, width, heads)), "")
-    except torch.OutOfMemoryError:
-        raise
-    except Exception as error:  # of many types: those of Triton are only Exceptions
-        said = f"does not run: {type(error).__name__} {' '.join(str(error).split())[:SAID].rstrip('.')}"
+    said = difference_found(lambda: next(iter(_PROOFS[kind](device, dtype, width, heads)), ""), of_any_kind=True)
     if said:
         logging.getLogger("lorakeet").warning(
             "%s's kernel for %s of %d numbers %s. Torch computes instead, which is slower. Please report it.",

@@ -17,11 +17,11 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from lorakeet.core.gpu_pairs import copy_of
+from lorakeet.kernels.proof import difference_found
 
 CAPABILITY, MULTIPLE = (9, 0), 8  # of a GPU, at least; of every width and rank
 PROOF = (3, 0, 5), 32, 16, 8  # rows of made-up experts, widths and a rank
 CLOSE = 3e-2  # relative to the largest number: a few roundings of bf16
-SAID = 160  # characters of torch's own message in a warning
 
 
 class Sorted(NamedTuple):
@@ -105,13 +105,7 @@ def why_not_grouped(x: Tensor, products: torch.dtype | None, widths: tuple[int, 
 @functools.cache
 def grouped_product_proved(device: torch.device) -> bool:
     """True if grouped products of made-up experts are those of each expert alone; else one warning says so."""
-    try:
-        said = _difference(device)
-    except torch.OutOfMemoryError:
-        raise
-    except RuntimeError as error:
-        said = f"does not run: {' '.join(str(error).split())[:SAID].rstrip('.')}"
-    if said:
+    if said := difference_found(lambda: _difference(device)):
         logging.getLogger("lorakeet").warning(
             "Torch's grouped product %s. Experts are multiplied one by one: the host waits in each block. Please report it.",
             said,
