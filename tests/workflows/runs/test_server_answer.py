@@ -12,7 +12,7 @@ import pytest
 
 from lorakeet.errors import EnvironmentProblem
 from lorakeet.workflows.runs import server_answer
-from lorakeet.workflows.runs.server_answer import answer_lines, open_answer, read_answer, refusal_of
+from lorakeet.workflows.runs.server_answer import CallRefused, answer_lines, called_again, open_answer, read_answer, refusal_of
 from tiny.hostile_server import answering
 
 
@@ -89,3 +89,19 @@ def test_this_machines_own_addresses_are_not_reached_through_a_proxy(monkeypatch
         assert read_answer(response) == b"here"
     with pytest.raises(OSError, match="refused"):
         open_answer("http://elsewhere.invalid/")
+
+
+def test_a_busy_server_is_called_again_and_no_other() -> None:
+    codes, paused = iter((429, 503, 429)), list[float]()
+
+    def call() -> str:
+        if (code := next(codes, None)) is not None:
+            raise CallRefused("no time", code)
+        return "answer"
+
+    assert called_again(call, (429, 503), (1.0, 2.0, 4.0), paused.append) == "answer" and paused == [1.0, 2.0, 4.0]
+    for given, waits in ((404, []), (429, [1.0])):
+        codes, paused = iter((given, 404)), []
+        with pytest.raises(CallRefused) as caught:
+            called_again(call, (429, 503), (1.0,), paused.append)
+        assert caught.value.code == 404 and paused == waits

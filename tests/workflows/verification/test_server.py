@@ -28,10 +28,11 @@ from lorakeet.serve.service import Service
 from lorakeet.workflows.convert import convert
 from lorakeet.workflows.options import ConvertOptions, VerifyOptions
 from lorakeet.workflows.runs.open_adapter import open_adapter
+from lorakeet.workflows.runs.server_answer import CallRefused
 from lorakeet.workflows.verification import server, server_apis
 from lorakeet.workflows.verification.artefact import InTorch, live_side
 from lorakeet.workflows.verification.server import Server, _label, check_server
-from lorakeet.workflows.verification.server_apis import Api, CallRefused, Step, Token, Written
+from lorakeet.workflows.verification.server_apis import Api, Step, Token, Written
 from lorakeet.workflows.verify import probes_of, verify
 from tiny import servers
 from tiny.exports import loud_run, write_model

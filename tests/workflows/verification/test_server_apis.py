@@ -14,10 +14,10 @@ import pytest
 
 from lorakeet.errors import LONGEST_MESSAGE, ConfigError, EnvironmentProblem
 from lorakeet.models.text.load import load_tokenizer
+from lorakeet.workflows.runs.server_answer import CallRefused
 from lorakeet.workflows.verification import server_apis
 from lorakeet.workflows.verification.server_apis import (
     Api,
-    CallRefused,
     LlamaCppApi,
     OllamaApi,
     Token,

@@ -8,6 +8,7 @@ import time
 import urllib.error
 from collections.abc import Hashable, Sequence
 from dataclasses import dataclass
+from functools import partial
 from http.client import HTTPException
 
 from rich.console import Console
@@ -18,7 +19,7 @@ from lorakeet.evaluate.report.compose_judge import with_judge
 from lorakeet.evaluate.report.report import Report
 from lorakeet.evaluate.spec import EvaluateSpec
 from lorakeet.train.progress import counted
-from lorakeet.workflows.runs.server_answer import open_answer, read_answer, refusal_of
+from lorakeet.workflows.runs.server_answer import CallRefused, called_again, open_answer, read_answer, refusal_of
 
 KEY = "LORAKEET_JUDGE_KEY"  # environment variable with the server's API key
 MOST_TOKENS = 2048  # of a vote with its reason
@@ -43,24 +44,22 @@ class JudgeServer:
 
         Raises EnvironmentProblem with what the server says where it gives none; a busy server is called again.
         """
+        return called_again(partial(self._replied, question), BUSY, WAITS, time.sleep)
+
+    def _replied(self, question: str) -> str:
         body = {
             "model": self.name, "messages": [{"role": "user", "content": question}], "temperature": 0, "max_tokens": MOST_TOKENS,
         }  # fmt: skip
-        for wait in (*WAITS, None):
-            try:
-                with open_answer(f"{self.url}/v1/chat/completions", body, key=os.environ.get(KEY, "")) as response:
-                    choice = json.loads(read_answer(response))["choices"][0]
-                return "" if choice.get("finish_reason") == "length" else str(choice["message"]["content"] or "")
-            except urllib.error.HTTPError as error:
-                said = refusal_of(error)
-                if error.code not in BUSY or wait is None:
-                    raise EnvironmentProblem(f"{self.url} refuses {said}") from error
-                time.sleep(wait)
-            except (OSError, ValueError, HTTPException) as error:
-                raise EnvironmentProblem(f"{self.url} gives no answer that can be read ({error}).") from error
-            except (LookupError, TypeError, AttributeError, RecursionError) as error:
-                raise EnvironmentProblem(f"{self.url} gives no message ({type(error).__name__}: {error}).") from error
-        raise AssertionError("the last try returns or raises")
+        try:
+            with open_answer(f"{self.url}/v1/chat/completions", body, key=os.environ.get(KEY, "")) as response:
+                choice = json.loads(read_answer(response))["choices"][0]
+            return "" if choice.get("finish_reason") == "length" else str(choice["message"]["content"] or "")
+        except urllib.error.HTTPError as error:
+            raise CallRefused(f"{self.url} refuses {refusal_of(error)}", error.code) from error
+        except (OSError, ValueError, HTTPException) as error:
+            raise EnvironmentProblem(f"{self.url} gives no answer that can be read ({error}).") from error
+        except (LookupError, TypeError, AttributeError, RecursionError) as error:
+            raise EnvironmentProblem(f"{self.url} gives no message ({type(error).__name__}: {error}).") from error
 
 
 def compared_by_judge(

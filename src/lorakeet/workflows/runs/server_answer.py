@@ -8,16 +8,17 @@ import threading
 import time
 import urllib.error
 import urllib.request
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Container, Iterator, Mapping, Sequence
 from contextlib import suppress
 from functools import partial
 from http.client import HTTPConnection, HTTPException, HTTPResponse, HTTPSConnection
-from typing import Any
+from typing import Any, TypeVar
 from urllib.parse import urlsplit
 
 from lorakeet.errors import EnvironmentProblem
 from lorakeet.serve.listening import LOOPBACK
 
+Answer = TypeVar("Answer")
 MOST_ANSWER = 64 << 20  # bytes
 LONGEST_LINE = 1 << 20  # bytes of a streamed event
 SILENCE = 300.0  # seconds without a byte
@@ -106,6 +107,31 @@ def _pieces(response: Any, seconds: float) -> Iterator[bytes]:
         if time.monotonic() - began > seconds:
             raise EnvironmentProblem(f"The answer of {response.url} was not whole after {seconds:,.0f} s. {_ADVICE}")
         yield piece
+
+
+class CallRefused(EnvironmentProblem):
+    """The server answered, but not this call; `code` is HTTP's."""
+
+    def __init__(self, message: str, code: int) -> None:
+        super().__init__(message)
+        self.code = code
+
+
+def called_again(
+    call: Callable[[], Answer], busy: Container[int], pauses: Sequence[float], pause: Callable[[float], object]
+) -> Answer:
+    """What `call` returns. Where it raises CallRefused with a `busy` code, it is called again after each of `pauses`, in seconds.
+
+    The last refusal is raised.
+    """
+    for wait in pauses:
+        try:
+            return call()
+        except CallRefused as error:
+            if error.code not in busy:
+                raise
+        pause(wait)
+    return call()
 
 
 def refusal_of(error: urllib.error.HTTPError) -> str:

@@ -26,12 +26,13 @@ from lorakeet.evaluate.spec import EvaluateSpec
 from lorakeet.exporting.tolerances import PRECISIONS, Allowed, allowed_by_rounding
 from lorakeet.models.generate.sample import end_ids
 from lorakeet.workflows.planning.check import GREEDY_TOKENS
+from lorakeet.workflows.runs.server_answer import CallRefused
 from lorakeet.workflows.verification.artefact import InTorch
 from lorakeet.workflows.verification.checks import Probes, answer, check_ids, compare_labels, named_check
 from lorakeet.workflows.verification.diagnose import cause_from_reported, changed_pairs
 from lorakeet.workflows.verification.modules import check_modules
 from lorakeet.workflows.verification.rounding import LIKELY, Reading, Reported, replicas
-from lorakeet.workflows.verification.server_apis import TOP, CallRefused, Step, Token, Written, find_api
+from lorakeet.workflows.verification.server_apis import TOP, Step, Token, Written, find_api
 
 PLACES = 8  # of a held-out row, if a server answers one position at a time
 _READ_TOKENS = 8 * TOP  # of the live model's likeliest tokens, before all of them are

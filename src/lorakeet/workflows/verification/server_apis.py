@@ -17,12 +17,12 @@ import urllib.error
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from functools import wraps
+from functools import partial, wraps
 from http.client import HTTPException
 from typing import Any, TypeVar, cast
 
 from lorakeet.errors import ConfigError, EnvironmentProblem, one_message
-from lorakeet.workflows.runs.server_answer import open_answer, read_answer, refusal_of
+from lorakeet.workflows.runs.server_answer import CallRefused, called_again, open_answer, read_answer, refusal_of
 from lorakeet.workflows.verification.artefact import Messages
 
 TOP = 10  # likeliest tokens that are requested; vLLM reports at most 20, OpenAI 20
@@ -66,14 +66,6 @@ class Written:
     steps: tuple[Step, ...] = ()
 
 
-class CallRefused(EnvironmentProblem):
-    """The server answered, but not this call; `code` is HTTP's."""
-
-    def __init__(self, message: str, code: int) -> None:
-        super().__init__(message)
-        self.code = code
-
-
 def ask(
     url: str, path: str, body: Mapping[str, Any] | None = None, *, key: str = "", pause: Callable[[float], object] = time.sleep
 ) -> dict[str, Any]:
@@ -81,15 +73,8 @@ def ask(
 
     CallRefused where it answers with another error, EnvironmentProblem where with nothing, or has no time still.
     """
-    for wait in PAUSES:
-        try:
-            return _answer(url, path, body, key)
-        except CallRefused as error:
-            if error.code not in _NO_TIME:
-                raise
-        pause(wait)
     try:
-        return _answer(url, path, body, key)
+        return called_again(partial(_answer, url, path, body, key), _NO_TIME, PAUSES, pause)
     except CallRefused as error:
         if error.code in _NO_TIME:
             raise EnvironmentProblem(str(error)) from error
