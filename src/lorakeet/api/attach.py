@@ -42,7 +42,7 @@ def attach(net: nn.Module, lora: LoraSpec | Adapter = LoraSpec(), *, name: str =
         config: Any = getattr(net, "config", None)
         text = config.get_text_config() if hasattr(config, "get_text_config") else config
         checked = load_settings(LoraSpec, to_mapping(lora), where="lk.attach")
-        if earlier := checked.continue_from or checked.on_top_of:
+        if earlier := checked.earlier:
             raise ConfigError(
                 f"lk.attach adds new pairs, but lora names the earlier adapter {earlier}. Attach lk.Adapter.read({earlier!r}) "
                 "to train it further, or use lk.finetune."

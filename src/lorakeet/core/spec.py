@@ -54,6 +54,11 @@ class LoraSpec:
     extra_modules: tuple[str, ...] = setting((), "Modules trained in full beside the pairs, such as a classification head.")
     new_tokens: tuple[str, ...] = setting((), "Tokens to add to the vocabulary; only their embedding rows are trained.")
 
+    @property
+    def earlier(self) -> str | None:
+        """The run or adapter folder that training begins with; None without one."""
+        return self.continue_from if self.on_top_of is None else self.on_top_of
+
     def validate(self) -> list[str]:
         """Every problem of these settings in words; empty when they can be used."""
         found: list[str] = []
@@ -80,21 +85,15 @@ class LoraSpec:
                 f"lora.continue_from is {self.continue_from} and lora.on_top_of {self.on_top_of}: the first goes on training the "
                 "earlier adapter, the second keeps it as it is. Leave one of them out."
             ]
-        name = "continue_from" if self.continue_from is not None else "on_top_of"
-        if (earlier := self.continue_from or self.on_top_of) is None:
+        if self.earlier is None:
             return []
-        beside = {f"lora.start {self.start}": self.start != "kaiming"}
-        beside["lora.extra_modules or lora.new_tokens"] = bool(self.extra_modules or self.new_tokens)
-        found = [
-            f"lora.{name} is {earlier}, beside {given}, which begins anew. Leave one of them out."
-            for given, stands in beside.items() if stands
-        ]  # fmt: skip
-        both = {f"lora.dropout {self.dropout:g}": self.dropout > 0, f"lora.variant {self.variant}": self.variant != "lora"}
-        found += [
-            f"lora.on_top_of is {earlier}, beside {given}, which would change the earlier adapter too. Leave one of them out."
-            for given, stands in both.items() if stands and name == "on_top_of"
-        ]  # fmt: skip
-        return found
+        name, why = ("on_top_of", "would change the earlier adapter too") if self.on_top_of else ("continue_from", "")
+        anew = [f"lora.start {self.start}"] * (self.start != "kaiming")
+        anew += ["lora.extra_modules or lora.new_tokens"] * bool(self.extra_modules or self.new_tokens)
+        both = [f"lora.dropout {self.dropout:g}"] * (self.dropout > 0)
+        both += [f"lora.variant {self.variant}"] * (self.variant != "lora")
+        beside = [(given, "begins anew") for given in anew] + [(given, why) for given in both if why]
+        return [f"lora.{name} is {self.earlier}, beside {given}, which {does}. Leave one of them out." for given, does in beside]
 
     def check(self) -> None:
         """Raises ConfigError with every problem of `validate`."""

@@ -18,6 +18,7 @@ from starlette.responses import HTMLResponse, JSONResponse, RedirectResponse, Re
 from starlette.routing import Route
 
 from lorakeet.errors import LorakeetError
+from lorakeet.evaluate.report.templates import page_templates
 from lorakeet.evaluate.wording import bytes_text, duration_text, number, signed
 from lorakeet.studio.forms import command_line, given_settings
 from lorakeet.studio.index import Index
@@ -134,13 +135,7 @@ def asset(folder: str, name: str) -> str:
 
 @cache
 def _templates() -> jinja2.Environment:
-    environment = jinja2.Environment(
-        autoescape=True,
-        undefined=jinja2.StrictUndefined,
-        trim_blocks=True,
-        lstrip_blocks=True,
-        loader=jinja2.FunctionLoader(lambda name: asset("templates", name)),
-    )
+    environment = page_templates(lambda name: asset("templates", name))
     filters: dict[str, Callable[..., str]] = {
         "number": number, "signed": signed, "bytes": bytes_text, "duration": duration_text, "command": _command
     }  # fmt: skip

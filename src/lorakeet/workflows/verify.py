@@ -39,9 +39,8 @@ from lorakeet.models.image.model import image_plan
 from lorakeet.models.targets import plan_for
 from lorakeet.models.text.from_config import config_of, local_files, model_from_config
 from lorakeet.serve.probe import FACT, record
-from lorakeet.workflows.finetuning.continued import with_continued
 from lorakeet.workflows.finetuning.evaluate_text import sampled_texts
-from lorakeet.workflows.finetuning.stacked import with_stacked
+from lorakeet.workflows.finetuning.stacked import with_earlier
 from lorakeet.workflows.finetuning.terminal import show_certificate
 from lorakeet.workflows.options import VerifyOptions
 from lorakeet.workflows.planning.check import (
@@ -359,7 +358,7 @@ def check_deployment(config_or_run: Path, runtime: Runtime, console: Console, *,
 
 def _planned(run_file: Path, base: str | None, say: Say) -> frozenset[Feature]:
     """Of the plan that the run will have, made on the model's shapes alone."""
-    config = with_stacked(with_continued(read_run(run_file)))
+    config = with_earlier(read_run(run_file))
     if base is not None:
         config = config.changed(model={"path": base})
     first = max([config.lora.rank, *config.lora.rank_pattern.values()])

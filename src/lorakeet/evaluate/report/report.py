@@ -25,6 +25,7 @@ from lorakeet.evaluate.report import charts
 from lorakeet.evaluate.report.charts import Curves
 from lorakeet.evaluate.report.rank_values import RankCurve, RankMap, Search, curve_plot
 from lorakeet.evaluate.report.target_row import TargetRow
+from lorakeet.evaluate.report.templates import page_templates
 from lorakeet.evaluate.suspects import SuspectLabel
 from lorakeet.evaluate.values import from_text, put_text, to_text
 from lorakeet.evaluate.verdict import Verdict
@@ -243,13 +244,7 @@ def _asset(name: str) -> str:
 @cache
 def _templates() -> jinja2.Environment:
     """The page's templates, compiled on first use."""
-    environment = jinja2.Environment(
-        autoescape=True,
-        undefined=jinja2.StrictUndefined,
-        trim_blocks=True,
-        lstrip_blocks=True,
-        loader=jinja2.FunctionLoader(_asset),
-    )
+    environment = page_templates(_asset)
     environment.filters.update(
         number=number, signed=signed, bytes=bytes_text, metric=metric_words, measure=check_words, compact=compact
     )

@@ -30,10 +30,10 @@ from lorakeet.train.processes import ALONE, Processes
 from lorakeet.train.text.own_code import OwnCodeDifference
 from lorakeet.train.text.preference_task import Reference
 from lorakeet.train.text.task import TextTask
-from lorakeet.workflows.finetuning.continued import require_same_base, start_from, with_continued
+from lorakeet.workflows.finetuning.continued import require_same_base, start_from
 from lorakeet.workflows.finetuning.kind import Assembly
 from lorakeet.workflows.finetuning.ranks import choose_ranks, start_directions
-from lorakeet.workflows.finetuning.stacked import earlier_terms, start_on_top, with_stacked
+from lorakeet.workflows.finetuning.stacked import earlier_terms, start_on_top, with_earlier
 from lorakeet.workflows.planning.encoded_rows import EncodedRows
 from lorakeet.workflows.planning.forecast_text_run import TextRunPlan, measures_rows, reads_weights
 from lorakeet.workflows.planning.unbound_text_run import fit_text_run
@@ -104,7 +104,7 @@ def assemble_text(
     """
     if why := why_not_cuda(config.model.device):
         console.print(why, markup=False, soft_wrap=True)
-    config = with_stacked(with_continued(on_own_device(config, processes)))
+    config = with_earlier(on_own_device(config, processes))
     dataset = load_dataset(config.data, config.train.objective)
     if not dataset.held_out:
         raise DataError(

@@ -49,8 +49,7 @@ def reference_path(config: RunConfig) -> Path | None:
     if not needs_reference(config.train.objective) or config.train.reference == BASE:
         return None
     if config.train.reference == START:
-        earlier = config.lora.continue_from or config.lora.on_top_of
-        return None if earlier is None else Path(earlier)
+        return None if config.lora.earlier is None else Path(config.lora.earlier)
     return Path(config.train.reference)
 
 
@@ -137,8 +136,7 @@ class PreferenceEvaluator(TextEvaluator):
 
     def _earlier(self, examples: Sequence[Example]) -> tuple[Floats | None, list[str]]:
         """log p of each answer by the adapter that the run began with, where that is no reference; and why it is not known."""
-        lora = self.config.lora
-        given = lora.continue_from or lora.on_top_of
+        given = self.config.lora.earlier
         if given is None or needs_reference(self.config.train.objective):
             return None, []
         if not Path(given).exists():

@@ -103,8 +103,7 @@ def _reference(setup: TextAssembly) -> float:
     train = setup.config.train
     if not needs_reference(train.objective):
         return 0
-    lora = setup.config.lora
-    twice = 2 if train.reference == START and not (lora.continue_from or lora.on_top_of) else 1
+    twice = 2 if train.reference == START and setup.config.lora.earlier is None else 1
     return _read(setup.train, train.micro_tokens) + twice * _read(setup.held_out, train.micro_tokens)
 
 

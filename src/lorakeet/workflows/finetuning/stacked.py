@@ -28,8 +28,14 @@ from lorakeet.models.fits import plan_of
 from lorakeet.models.inject import trained_parameters
 from lorakeet.models.text.model import TextModel
 from lorakeet.train.task import KeptTerms
+from lorakeet.workflows.finetuning.continued import with_continued
 
 ROUNDED = 1e-6  # by which share B₁ may change when its scale becomes that of the new pair
+
+
+def with_earlier(config: RunConfig) -> RunConfig:
+    """The settings with what an earlier adapter gives: targets and ranks if it is trained further, ranks if it stays below."""
+    return with_stacked(with_continued(config))
 
 
 def with_stacked(config: RunConfig) -> RunConfig:

@@ -48,13 +48,12 @@ from lorakeet.train.text.reference import adapter_digest
 from lorakeet.train.text.task import TextTask
 from lorakeet.workflows.finetuning.assemble_text import TextAssembly, assemble_text, text_task
 from lorakeet.workflows.finetuning.certify_text import certify_text, with_own_code
-from lorakeet.workflows.finetuning.continued import with_continued
 from lorakeet.workflows.finetuning.cuda_graphs import record_graphs, require_graphable
 from lorakeet.workflows.finetuning.evaluate_text import TextEvaluator, require_encodable
 from lorakeet.workflows.finetuning.kind import NO_BOUND, Advice, Digests, PlanResult, RunKind
 from lorakeet.workflows.finetuning.report import leaks, pruned_map, rank_map
 from lorakeet.workflows.finetuning.run_time import Speed, measured_speed, run_time_text
-from lorakeet.workflows.finetuning.stacked import check_earlier, with_stacked
+from lorakeet.workflows.finetuning.stacked import check_earlier, with_earlier
 from lorakeet.workflows.finetuning.terminal import memory_table, show_advice, show_peak, show_rows, show_targets
 from lorakeet.workflows.finetuning.trained_targets import remarks_before, remarks_of_peft
 from lorakeet.workflows.planning.check import later_phases, with_later
@@ -321,7 +320,7 @@ class TextRunKind(RunKind[TextAssembly]):
     def plan(
         self, config: RunConfig, console: Console, free: Budget = NO_BOUND, watch: Callable[[PlanResult], None] | None = None
     ) -> TextPlanResult:
-        config = with_stacked(with_continued(config))
+        config = with_earlier(config)
         budget, precision = config.memory.limit, precision_of(config)
         if budget and not precision.on_gpu:
             if warning := larger_than_machine(budget):
