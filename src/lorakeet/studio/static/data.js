@@ -1,13 +1,12 @@
 // The rows of a run as it would read them. Texts of rows are only ever put in as text.
-import { csrf, make } from "./page.js";
+import { Answers, by, offer, say, sayProblems, showSame, takeFile } from "./answers.js";
+import { make } from "./page.js";
 import { duration, short, svg, tableOf } from "./svg.js";
 
 const form = document.getElementById("data");
-const by = (id) => document.getElementById(id);
 const SECTIONS = ["seen", "columns", "split", "lengths", "leaks", "album"];
-let source = null;
+const answers = new Answers(form, ask, problems);
 let later = 0;
-let clock = 0;
 let doing = "";
 let head = null;
 
@@ -35,8 +34,7 @@ const draw = {
   split(part) {
     const { training, test } = part.counts;
     const held = part.counts["held-out"];
-    by("sentence").textContent = `${short(training)} rows to train on, ${short(test || held)} to measure on.`;
-    by("sentence").dataset.state = part.leaks ? "none" : "fits";
+    say(`${short(training)} rows to train on, ${short(test || held)} to measure on.`, part.leaks ? "none" : "fits");
     by("split-bar").replaceChildren(shares(part.counts));
     by("labels").replaceChildren(...(part.labels.length ? [bars("Labels of the training rows", part.labels)] : []));
     by("notes").replaceChildren(...part.notes.map((line) => make("p", { class: "warning" }, line)));
@@ -64,8 +62,7 @@ const draw = {
   },
   album(part) {
     const total = Object.values(part.counts).reduce((sum, count) => sum + count, 0);
-    by("sentence").textContent = `${short(part.counts.training)} pictures to train on, ${short(total - part.counts.training)} to measure on.`;
-    by("sentence").dataset.state = part.alike.length ? "none" : "fits";
+    say(`${short(part.counts.training)} pictures to train on, ${short(total - part.counts.training)} to measure on.`, part.alike.length ? "none" : "fits");
     by("split").hidden = false;
     by("split-bar").replaceChildren(shares(part.counts));
     by("labels").replaceChildren(bars("Sizes that are trained (buckets)", part.buckets));
@@ -126,20 +123,12 @@ function pair(one) {
 }
 
 function problems(list) {
-  by("problems").replaceChildren(...(list.length ? [make("div", { class: "warning problems", role: "alert" }, make("ul", {}, ...list.map((line) => make("li", { class: "message" }, line))))] : []));
-  if (list.length) { by("sentence").textContent = head ? "These rows cannot be used yet." : "No answer yet."; by("sentence").dataset.state = "too-large"; }
-}
-
-function stop() {
-  if (source) source.close();
-  source = null;
-  clearInterval(clock);
-  by("busy").hidden = true;
+  sayProblems(list, head ? "These rows cannot be used yet." : "No answer yet.", "too-large");
 }
 
 function ask() {
   clearTimeout(later);
-  stop();
+  answers.stop();
   problems([]);
   const fields = filled();
   const query = new URLSearchParams(fields);
@@ -157,45 +146,20 @@ function ask() {
   by("sentence").textContent = "Reads the rows …";
   delete by("sentence").dataset.state;
   doing = "Reads the first rows";
-  const since = Date.now();
-  clock = setInterval(() => { by("waited").textContent = `${doing}, for ${duration((Date.now() - since) / 1000)}`; }, 500);
-  by("busy").hidden = false;
-  source = new EventSource(`/data/events?${query}`);
-  source.addEventListener("same", (event) => {
-    const found = JSON.parse(event.data);
-    const [command, file] = by("same").querySelectorAll("code");
-    command.textContent = found.command;
-    file.textContent = found.file;
-    by("same").hidden = !found.command;
-  });
-  source.addEventListener("say", (event) => { doing = JSON.parse(event.data).say; });
-  source.addEventListener("part", (event) => {
-    const part = JSON.parse(event.data);
-    draw[part.part](part);
-    const section = { first: "columns", columns: "columns", split: "split" }[part.part];
-    if (section) by(section).hidden = false;
-  });
-  source.addEventListener("problems", (event) => { stop(); problems(JSON.parse(event.data).problems); });
-  source.addEventListener("done", () => { stop(); if (!filled()["model.path"] && !image) by("sentence").append(make("span", { class: "soft" }, "Choose a model to see its tokens and lengths.")); });
-  source.onerror = () => { stop(); problems(["The studio does not answer. Is it still running?"]); };
+  const shown = {
+    same(found) { showSame(found); by("same").hidden = !found.command; },
+    say(found) { doing = found.say; },
+    part(part) {
+      draw[part.part](part);
+      const section = { first: "columns", columns: "columns", split: "split" }[part.part];
+      if (section) by(section).hidden = false;
+    },
+    done() { if (!filled()["model.path"] && !image) by("sentence").append(make("span", { class: "soft" }, "Choose a model to see its tokens and lengths.")); },
+  };
+  answers.open(`/data/events?${query}`, shown, (seconds) => `${doing}, for ${duration(seconds)}`);
 }
 
-async function upload(event) {
-  const chosen = event.target.files[0];
-  if (!chosen) return;
-  by("uploaded").textContent = "Copies it into the studio's folder …";
-  const response = await fetch(`/rows/${encodeURIComponent(chosen.name)}`, { method: "PUT", headers: { "x-csrf": csrf, accept: "application/json" }, body: chosen });
-  const found = await response.json();
-  by("uploaded").textContent = response.ok ? `Copied: ${chosen.name}` : found.message;
-  if (response.ok) { form.elements["data.train"].value = found.path; ask(); }
-}
-
-if (matchMedia("(max-width: 899px)").matches) for (const part of form.querySelectorAll("details")) part.open = false; // so that the answer is near
-form.elements["model.path"].setAttribute("list", "models");
-form.elements["data.train"].setAttribute("list", "rows");
+offer(form, ask);
+takeFile(form, ask);
 form.addEventListener("input", () => { clearTimeout(later); later = setTimeout(ask, 400); });
-form.addEventListener("click", (event) => { const chip = event.target.closest("[data-fill]"); if (chip) { form.elements[chip.dataset.fill].value = chip.dataset.value; ask(); } });
-form.addEventListener("submit", (event) => { event.preventDefault(); ask(); });
-by("upload").addEventListener("change", upload);
-by("cancel").addEventListener("click", () => { stop(); by("sentence").textContent = "Cancelled."; by("sentence").dataset.state = "none"; });
 ask();

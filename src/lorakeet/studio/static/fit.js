@@ -1,13 +1,12 @@
 // Will it fit: each change of the form opens a new stream of answers, and closes the one before, which ends its work.
+import { Answers, by, offer, say, sayProblems, showSame } from "./answers.js";
 import { make } from "./page.js";
 import { duration, svg } from "./svg.js";
 
 const form = document.getElementById("fit");
-const by = (id) => document.getElementById(id);
 const KINDS = ["base", "saved activations", "adapter", "moments", "gradients", "logits", "scratch", "runtime", "allocator"];
-let source = null;
+const answers = new Answers(form, ask, problems);
 let later = 0;
-let clock = 0;
 
 function filled() {
   const fields = {};
@@ -55,8 +54,7 @@ function helping(list) {
 
 function show(part) {
   by("found").classList.remove("old");
-  by("sentence").textContent = part.sentence;
-  by("sentence").dataset.state = part.state;
+  say(part.sentence, part.state);
   by("way").hidden = !part.way;
   by("way").textContent = part.way;
   const drawn = [stack(part.bar, part.limit, part.limit_words)];
@@ -69,23 +67,12 @@ function show(part) {
 }
 
 function problems(list) {
-  const shown = list.length ? [make("div", { class: "warning problems", role: "alert" }, make("ul", {}, ...list.map((line) => make("li", { class: "message" }, line))))] : [];
-  by("problems").replaceChildren(...shown);
-  if (!list.length) return;
-  by("sentence").textContent = "No answer yet.";
-  by("sentence").dataset.state = "none";
-}
-
-function stop() {
-  if (source) source.close();
-  source = null;
-  clearInterval(clock);
-  by("busy").hidden = true;
+  sayProblems(list, "No answer yet.", "none");
 }
 
 function ask() {
   clearTimeout(later);
-  stop();
+  answers.stop();
   const fields = filled();
   const query = new URLSearchParams(fields);
   history.replaceState(null, "", `/fit?${query}`);
@@ -96,24 +83,9 @@ function ask() {
   problems([]);
   if (!fields["model.path"] || (fields.machine === "budget" && !fields["memory.budget"])) return;
   by("found").classList.add("old");
-  const begun = Date.now();
-  const waits = () => { const seconds = (Date.now() - begun) / 1000; by("waited").textContent = seconds > 1 ? `plans, for ${duration(seconds)}` : "plans …"; };
-  waits();
-  clock = setInterval(waits, 500);
-  by("busy").hidden = false;
-  source = new EventSource(`/fit/events?${new URLSearchParams(fields)}`);
-  source.addEventListener("same", (event) => {
-    const found = JSON.parse(event.data);
-    const [command, file] = by("same").querySelectorAll("code");
-    command.textContent = found.command;
-    file.textContent = found.file;
-    by("run-file").hidden = !found.file;
-    by("same").hidden = false;
-  });
-  source.addEventListener("part", (event) => show(JSON.parse(event.data)));
-  source.addEventListener("problems", (event) => { stop(); problems(JSON.parse(event.data).problems); });
-  source.addEventListener("done", stop);
-  source.onerror = () => { stop(); problems(["The studio does not answer. Is it still running?"]); };
+  const same = (found) => { showSame(found); by("run-file").hidden = !found.file; by("same").hidden = false; };
+  const waits = (seconds) => (seconds > 1 ? `plans, for ${duration(seconds)}` : "plans …");
+  answers.open(`/fit/events?${new URLSearchParams(fields)}`, { same, part: show }, waits);
 }
 
 function soon() {
@@ -129,15 +101,10 @@ function placeSliders() {
   }
 }
 
-if (matchMedia("(max-width: 899px)").matches) for (const part of form.querySelectorAll("details")) part.open = false; // so that the answer is near
-form.elements["model.path"].setAttribute("list", "models");
-form.elements["data.train"].setAttribute("list", "rows");
+offer(form, ask);
 form.addEventListener("input", (event) => {
   if (event.target.dataset.for) { by(event.target.dataset.for).value = 2 ** event.target.value; event.target.setAttribute("aria-valuetext", String(2 ** event.target.value)); } else placeSliders();
   soon();
 });
-form.addEventListener("click", (event) => { const chip = event.target.closest("[data-fill]"); if (chip) { form.elements[chip.dataset.fill].value = chip.dataset.value; ask(); } });
-form.addEventListener("submit", (event) => { event.preventDefault(); ask(); });
-by("cancel").addEventListener("click", () => { stop(); by("sentence").textContent = "Cancelled."; by("sentence").dataset.state = "none"; });
 placeSliders();
 ask();

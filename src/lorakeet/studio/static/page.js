@@ -1,4 +1,4 @@
-// What every page does: copy buttons, light and dark, forms that ask before they delete.
+// What every page does: copy buttons, light and dark, and what is being prepared goes along to the next screen.
 
 /** The token that every request that changes something repeats. */
 export const csrf = document.querySelector('meta[name="csrf"]').content;

@@ -1,11 +1,11 @@
 // The form of a new run: what is missing, and the command and the file that do the same, as the form changes.
-import { csrf, post } from "./page.js";
+import { offer, showSame, takeFile } from "./answers.js";
+import { post } from "./page.js";
 
 const form = document.getElementById("prepare");
 const start = document.getElementById("start");
 const missing = document.getElementById("missing");
 const same = document.getElementById("same");
-const [command, file] = same.querySelectorAll("code");
 let asked = 0;
 let later = 0;
 
@@ -27,7 +27,7 @@ async function check() {
   missing.textContent = good || !fields["model.path"] || !fields["data.train"] ? "" : found.problems.join(" ");
   document.getElementById("columns").hidden = good || !fields["data.train"];
   same.hidden = !good;
-  if (good) { command.textContent = found.command; file.textContent = found.file; }
+  if (good) showSame(found);
   history.replaceState(null, "", `/run?${new URLSearchParams(fields)}`);
 }
 
@@ -36,35 +36,10 @@ function soon() {
   later = setTimeout(check, 250);
 }
 
-async function upload(event) {
-  const chosen = event.target.files[0];
-  const said = document.getElementById("uploaded");
-  if (!chosen) return;
-  said.textContent = "Copies it into the studio's folder …";
-  let response;
-  let found;
-  try {
-    response = await fetch(`/rows/${encodeURIComponent(chosen.name)}`, { method: "PUT", headers: { "x-csrf": csrf, accept: "application/json" }, body: chosen });
-    found = await response.json();
-  } catch {
-    said.textContent = "It could not be copied: the studio does not answer, or the file has changed. Choose it again.";
-    return;
-  }
-  said.textContent = response.ok ? `Copied: ${chosen.name}` : found.message;
-  if (response.ok) { form.elements["data.train"].value = found.path; check(); }
-}
-
-form.elements["model.path"].setAttribute("list", "models");
-form.elements["data.train"].setAttribute("list", "rows");
-form.addEventListener("click", (event) => {
-  const chip = event.target.closest("[data-fill]");
-  if (!chip) return;
-  form.elements[chip.dataset.fill].value = chip.dataset.value;
-  check();
-});
+offer(form, check);
+takeFile(form, check);
 form.addEventListener("input", soon);
 form.addEventListener("change", soon);
 form.addEventListener("submit", () => { setTimeout(() => { start.disabled = true; }); }); // after the form was read
 addEventListener("pageshow", (event) => { if (event.persisted) check(); });
-document.getElementById("upload").addEventListener("change", upload);
 check();
