@@ -15,8 +15,8 @@ import transformers
 from tokenizers import AddedToken, Tokenizer, decoders, models, normalizers, pre_tokenizers, processors, trainers
 
 from lorakeet.core.tiled_product import PART, parts
-from lorakeet.errors import ConfigError, DataError
-from lorakeet.exporting.gguf_layout import model_layout
+from lorakeet.errors import ConfigError, DataError, Problems
+from lorakeet.exporting.gguf_layout import ModelLayout, model_layout
 from lorakeet.exporting.gguf_model import DIGEST, NAME, _Item, write_gguf
 from lorakeet.exporting.gguf_vocabulary import BYTE, CONTROL, NORMAL, SPLITS, UNKNOWN, UNUSED, vocabulary_of
 from lorakeet.exporting.llama_cpp import LlamaCpp
@@ -185,21 +185,26 @@ def test_metadata_of_a_llama() -> None:
     assert layout.metadata["attention.key_length"] == 8 and not layout.notes and not layout.rope
 
 
+def change_of(layout: ModelLayout, name: str) -> Callable[[torch.Tensor], torch.Tensor] | None:
+    (part,) = layout.parts({name: name}, Problems("x")).values()
+    return part.convert
+
+
 def test_rows_of_q_and_k_are_permuted_by_their_own_heads_and_nothing_else() -> None:
     layout = model_layout(LLAMA, "x")
     weight = torch.arange(32.0)[:, None].expand(32, 3)
-    change = layout.change_of("model.layers.0.self_attn.q_proj.weight")
+    change = change_of(layout, "model.layers.0.self_attn.q_proj.weight")
     assert change is not None and change(weight)[:8, 0].tolist() == [0, 4, 1, 5, 2, 6, 3, 7]
-    key = layout.change_of("model.layers.0.self_attn.k_proj.weight")
+    key = change_of(layout, "model.layers.0.self_attn.k_proj.weight")
     assert key is not None and key(weight[:16])[:8, 0].tolist() == [0, 4, 1, 5, 2, 6, 3, 7]
-    assert layout.change_of("model.layers.0.self_attn.v_proj.weight") is None
-    assert layout.change_of("model.norm.weight") is None
-    assert model_layout({**LLAMA, "model_type": "qwen2"}, "x").change_of("model.layers.0.self_attn.q_proj.weight") is None
+    assert change_of(layout, "model.layers.0.self_attn.v_proj.weight") is None
+    assert change_of(layout, "model.norm.weight") is None
+    assert change_of(model_layout({**LLAMA, "model_type": "qwen2"}, "x"), "model.layers.0.self_attn.q_proj.weight") is None
 
 
 def test_gemma_norms_gain_one() -> None:
     layout = model_layout({**LLAMA, "model_type": "gemma3_text", "hidden_activation": "gelu_pytorch_tanh"}, "x")
-    change = layout.change_of("model.layers.0.self_attn.q_norm.weight")
+    change = change_of(layout, "model.layers.0.self_attn.q_norm.weight")
     assert change is not None and change(torch.zeros(2)).tolist() == [1, 1]
 
 

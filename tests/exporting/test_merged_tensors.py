@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from lorakeet.core.tiled_product import PART, parts
-from lorakeet.exporting.merged_tensors import PART_BYTES, Fp32Rows, MergedTensors, compare_stored
+from lorakeet.exporting.merged_tensors import PART_BYTES, Fp32Rows, MergedTensors, Stack, compare_stored
 from lorakeet.exporting.tolerances import BF16, F16, F32, PRECISIONS, Q4, Q6, Q8, allowed_for, row_of
 from lorakeet.formats.files.safetensors_file import open_safetensors, save_tensors
 from lorakeet.merging.merged_folder import merge_into
@@ -33,11 +33,8 @@ class Base:
     def changes(self, name: str) -> bool:
         return name == "a"
 
-    def fetch(self, name: str, *, folded: bool = True) -> Tensor:
+    def rows(self, name: str, *, folded: bool = True) -> Tensor:
         return self.weight + self.change if folded and name == "a" else self.weight
-
-    def rows(self, name: str) -> Tensor:
-        return self.fetch(name)
 
 
 @pytest.mark.parametrize("share", [1.0, 0.0, 1 / 3, 3.0])
@@ -107,6 +104,21 @@ def test_each_tensor_is_that_of_the_merge(tmp_path: Path) -> None:
     assert set(tensors.names) == set(written.tensors)
     before = dict(model.state_dict())
     for name in tensors.names:
-        assert torch.equal(tensors.fetch(name), written.read(name)) and torch.equal(tensors.rows(name)[:], written.read(name))
-        assert torch.equal(tensors.fetch(name, folded=False), before[name])
+        assert torch.equal(tensors.rows(name)[:], written.read(name))
+        assert torch.equal(tensors.rows(name, folded=False)[:], before[name])
         assert tensors.changes(name) is ("q_proj" in name) and tensors.shape(name) == written.tensors[name].shape
+
+
+def test_a_stack_is_computed_a_matrix_at_a_time() -> None:
+    matrices = torch.arange(24.0).reshape(4, 3, 2)
+    computed: list[int] = []
+
+    def matrix(number: int) -> Tensor:
+        computed.append(number)
+        return matrices[number]
+
+    rows = Stack((4, 3, 2), matrix).as_matrix()
+    assert tuple(rows.shape) == (12, 2)
+    read = torch.cat([rows[start : start + 2] for start in range(0, 12, 2)])
+    assert torch.equal(read, matrices.flatten(0, 1)) and computed == [0, 1, 2, 3]
+    assert torch.equal(Stack((4, 3, 2), matrix)[1:3], matrices[1:3])

@@ -61,6 +61,7 @@ CHANGES: dict[str, dict[str, Any]] = {
     "hrm_text": {"num_hidden_layers": 2, "num_layers_per_stack": None},  # the first becomes the passes through all stacks
     "hunyuan_v1_dense": {"head_dim": 16},
     "hunyuan_v1_moe": {"head_dim": 16, "num_experts": 4, "moe_topk": 2},
+    "lfm2": {"layer_types": ["conv", "full_attention", "conv", "full_attention"]},
     "lfm2_moe": {"layer_types": ["conv", "full_attention", "conv", "full_attention"]},
     "mamba2": {"num_heads": 4, "head_dim": 32, "expand": 2},
     "ministral": {"head_dim": 16},
@@ -73,6 +74,10 @@ CHANGES: dict[str, dict[str, Any]] = {
     **{kind: {"text_config": {"rope_parameters": MULTIPLE}} for kind in ("qwen2_vl", "qwen2_5_vl", "glm4v")},
     "glm4v_moe": {"text_config": {"rope_parameters": {**MULTIPLE, "partial_rotary_factor": 0.5, "mrope_section": [1, 1, 2]}}},
     "mistral4": {"head_dim": 16},
+    **{kind: {"linear_num_value_heads": 8} for kind in ("qwen3_5_text", "qwen3_5_moe_text")},
+    "qwen3_next": {"linear_num_value_heads": 8, "norm_topk_prob": True},
+    "qwen3_moe": {"norm_topk_prob": True},
+    **{kind: {"text_config": {"linear_num_value_heads": 8}} for kind in ("qwen3_5", "qwen3_5_moe")},
     "reformer": {"is_decoder": True},
 }  # fmt: skip
 

@@ -1,50 +1,25 @@
-"""Model families in llama.cpp: metadata keys from config.json, and the conversion of each stored tensor.
+"""A model in llama.cpp's layout: metadata keys from config.json, and the name and conversion of each stored tensor.
 
-    model_type             architecture   rows of q and k      norm weights
-    llama, mistral         llama          permuted (2.5)       as stored
-    qwen2, qwen3           qwen2, qwen3   as stored            as stored
-    gemma2, gemma3_text    gemma2/gemma3  as stored            w + 1, as llama.cpp multiplies by the stored number alone
-    phi3                   phi3           fused qkv, gate_up   as stored
-
-The permutation is that of `formats/gguf`: llama.cpp rotates neighbours where transformers rotates halves.
+What a family needs is a line of `exporting/gguf_families`; what all have alike is here.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from functools import lru_cache
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from lorakeet.errors import ConfigError, Problems, nearest
-from lorakeet.formats.gguf import permute, permuted_heads
+from lorakeet.exporting.gguf_families import ARCHITECTURES, Architecture, Target, Value, wide_head
+from lorakeet.exporting.merged_tensors import Convert, Part
+from lorakeet.formats.gguf import permute, permuted_heads, tensor_names
 
-Value = int | float | bool | str
-
-
-@dataclass(frozen=True)
-class Architecture:
-    """One row of the table above; `metadata` are pairs of (key without the architecture, key of config.json)."""
-
-    name: str
-    norm_plus_one: bool = False
-    metadata: tuple[tuple[str, str], ...] = ()
-
-
-_SLIDING = (("attention.sliding_window", "sliding_window"),)
-_CAPS = (("attn_logit_softcapping", "attn_logit_softcapping"), ("final_logit_softcapping", "final_logit_softcapping"))
-ARCHITECTURES: dict[str, Architecture] = {
-    "llama": Architecture("llama"),
-    "mistral": Architecture("llama"),
-    "qwen2": Architecture("qwen2"),
-    "qwen3": Architecture("qwen3"),
-    "gemma2": Architecture("gemma2", norm_plus_one=True, metadata=(*_SLIDING, *_CAPS)),
-    "gemma3_text": Architecture("gemma3", norm_plus_one=True, metadata=_SLIDING),
-    "phi3": Architecture("phi3", metadata=_SLIDING),
-}
 SHARED = (
     ("context_length", "max_position_embeddings"),
     ("embedding_length", "hidden_size"),
@@ -58,7 +33,7 @@ _WIDE_GEMMA = {("gemma2", 46), ("gemma3_text", 62)}  # the 27B models: 1/sqrt(hi
 
 @dataclass(frozen=True)
 class ModelLayout:
-    """A model's metadata in GGUF, and the conversion of its tensors; `notes` say what differs there."""
+    """A model's metadata in GGUF, and the tensors of the file; `notes` say what differs there."""
 
     model_type: str
     architecture: Architecture
@@ -66,17 +41,58 @@ class ModelLayout:
     heads: int
     kv_heads: int
     rope: Mapping[str, Tensor]  # rope_freqs.weight and the like, made from config.json
+    config: Mapping[str, Any] = field(default_factory=dict)  # of the text part
     notes: tuple[str, ...] = ()
 
-    def change_of(self, name: str) -> Callable[[Tensor], Tensor] | None:
-        """The conversion of the tensor that transformers calls `name`; None if it is written as stored."""
-        module, _, leaf = name.rpartition(".")
+    def parts(self, stored: Mapping[str, str], problems: Problems) -> dict[str, Part]:
+        """The tensors of the file by GGUF name, from those of the folder: the name in transformers' model to that on disk.
+
+        `problems` gets each that has no name in llama.cpp's architecture.
+        """
+        names = tensor_names(self.architecture.name, int(self.config["num_hidden_layers"]))
+        found: dict[str, Part] = {}
+        experts: dict[str, dict[int, str]] = {}
+        for plain, on_disk in stored.items():
+            rule, match = self._rule(plain)
+            for target in rule:
+                name = target.name or str(names.get_name(plain, try_suffixes=(".weight", ".bias")) or "")
+                if match is not None:
+                    name = name.replace("{n}", match["n"])
+                if not name:
+                    problems.add(f"{on_disk} has no name in llama.cpp's {self.architecture.name}.")
+                elif match is not None and "e" in match.groupdict():
+                    experts.setdefault(name, {})[int(match["e"])] = on_disk
+                else:
+                    found[name] = Part((on_disk,), self._convert(plain, target), by_matrix="_exps." in name)
+        for name, by_number in experts.items():
+            if sorted(by_number) != list(range(len(by_number))):
+                problems.add(f"{name} lacks some of its experts: the folder has {sorted(by_number)}.")
+            found[name] = Part(tuple(by_number[number] for number in sorted(by_number)), stacked=True)
+        return found
+
+    def _rule(self, plain: str) -> tuple[tuple[Target, ...], re.Match[str] | None]:
+        for rule in self.architecture.rules:
+            if match := _pattern(rule.name).fullmatch(plain):
+                return rule.targets, match
+        return (Target(""),), None
+
+    def _convert(self, plain: str, target: Target) -> Convert | None:
+        """The conversion of the tensor that transformers calls `plain`; None if it is written as stored."""
+        own = target.convert
+        if own is not None:
+            return lambda tensor: own(tensor, self.config)
+        module, _, leaf = plain.rpartition(".")
         heads = permuted_heads(self.model_type, module, self.heads, self.kv_heads)
         if heads and leaf in ("weight", "bias"):
             return lambda tensor: permute(tensor, heads)
-        if self.architecture.norm_plus_one and module.endswith("norm"):
+        if self.architecture.norms and module.endswith("norm") and not module.endswith(self.architecture.plain_norms or ("\0",)):
             return lambda tensor: tensor + 1
         return None
+
+
+@lru_cache(maxsize=256)
+def _pattern(name: str) -> re.Pattern[str]:
+    return re.compile(re.escape(name).replace(r"\{n\}", r"(?P<n>\d+)").replace(r"\{e\}", r"(?P<e>\d+)"))
 
 
 def model_layout(config: Mapping[str, Any], folder: object) -> ModelLayout:
@@ -91,6 +107,8 @@ def model_layout(config: Mapping[str, Any], folder: object) -> ModelLayout:
         )
     problems, notes = Problems(f"{folder} cannot be written as GGUF"), []
     missing = [theirs for _, theirs in SHARED if not isinstance(text.get(theirs), int)]
+    if "moe_intermediate_size" in text and "intermediate_size" in missing:  # every block has experts
+        missing.remove("intermediate_size")
     if missing:
         raise ConfigError(f"{folder}/config.json lacks {', '.join(missing)}; expected whole numbers.")
     heads = int(text["num_attention_heads"])
@@ -105,23 +123,42 @@ def model_layout(config: Mapping[str, Any], folder: object) -> ModelLayout:
         "attention.value_length": head_dim,
         "rope.dimension_count": int(head_dim * _rotated(text)),
     }
+    _check_computed(text, architecture, problems)
     if kind in ("gemma2", "gemma3_text"):
         _check_gemma(text, kind, head_dim, problems)
-    if kind in ("mistral", "phi3", "qwen2", "qwen3") and _slides(text):
+    if not architecture.windows and _slides(text):
         notes.append(
             f"The model attends to the last {text['sliding_window']} tokens only, llama.cpp's {architecture.name} to all, so "
             "longer texts give other numbers there."
         )
+    rope = _rope(text, found, kind, head_dim, problems)
+    if architecture.computed is not None:
+        found |= architecture.computed(text)
+    problems.raise_if_any()
+    return ModelLayout(kind, architecture, found, heads, kv_heads, rope, text, tuple(notes))
+
+
+def _check_computed(text: Mapping[str, Any], architecture: Architecture, problems: Problems) -> None:
+    """Adds to `problems` what llama.cpp computes in another way than the settings say."""
     for key in ("attention_bias", "mlp_bias"):
-        if text.get(key) and kind == "phi3":
+        if text.get(key) and architecture.name == "phi3":
             problems.add(f"{key} is on in config.json, which llama.cpp's phi3 does not support.")
-    activation = text.get("hidden_activation") or text.get("hidden_act") or "silu"
-    expected = ("gelu_pytorch_tanh",) if kind.startswith("gemma") else ("silu", "swish")
+    activation = text.get("hidden_activation") or text.get("hidden_act") or architecture.activation
+    expected = ("silu", "swish") if architecture.activation == "silu" else (architecture.activation,)
     if activation not in expected:
         problems.add(f"The activation is '{activation}'; llama.cpp's {architecture.name} computes {expected[0]}.")
-    rope = _rope(text, found, kind, head_dim, problems)
-    problems.raise_if_any()
-    return ModelLayout(kind, architecture, found, heads, kv_heads, rope, tuple(notes))
+    for key, allowed in architecture.fixed:
+        if key in text and text[key] not in allowed:
+            problems.add(f"{key} is {text[key]}; llama.cpp's {architecture.name} computes it with {allowed[0]}.")
+    every, types = architecture.every, list(text.get("layer_types") or [])
+    wanted = ["full_attention" if every and (block + 1) % every == 0 else "sliding_attention" for block in range(len(types))]
+    if every and types != wanted and _slides(text):
+        problems.add(f"layer_types is {types[:6]}…; llama.cpp lets every {every}th block attend to all tokens, the others slide.")
+    if architecture.rotates is not None:
+        stated = [bool(value) for value in text.get("no_rope_layers") or architecture.rotates(text)]  # 1 where it rotates
+        if stated != architecture.rotates(text):
+            stated_in = text["no_rope_layers"]
+            problems.add(f"no_rope_layers is {stated_in}; llama.cpp's {architecture.name} rotates all but every fourth.")
 
 
 def _rotated(text: dict[str, Any]) -> float:
@@ -138,18 +175,13 @@ def _slides(text: Mapping[str, Any]) -> bool:
 
 
 def _check_gemma(text: Mapping[str, Any], kind: str, head_dim: int, problems: Problems) -> None:
-    """Checks what llama.cpp fixes for Gemma: the scale of attention, and which blocks have a sliding window."""
+    """Checks the scale of attention, which llama.cpp fixes for Gemma."""
     blocks = int(text["num_hidden_layers"])
     wide = (kind, blocks) in _WIDE_GEMMA
     theirs = text["hidden_size"] // text["num_attention_heads"] if wide else head_dim
     scalar = text.get("query_pre_attn_scalar", theirs)
     if not math.isclose(float(scalar), float(theirs)):
         problems.add(f"query_pre_attn_scalar is {scalar}; llama.cpp takes {theirs} for a model of {blocks} blocks.")
-    every = 2 if kind == "gemma2" else 6
-    types = text.get("layer_types") or []
-    wanted = ["full_attention" if (block + 1) % every == 0 else "sliding_attention" for block in range(blocks)]
-    if types and types != wanted and _slides(text):
-        problems.add(f"layer_types is {types[:6]}…; llama.cpp lets every {every}th block attend to all tokens, the others slide.")
 
 
 def _rope(text: Mapping[str, Any], found: dict[str, Value], kind: str, head_dim: int, problems: Problems) -> dict[str, Tensor]:
@@ -158,7 +190,8 @@ def _rope(text: Mapping[str, Any], found: dict[str, Value], kind: str, head_dim:
     full = parameters.get("full_attention", parameters)
     local = parameters.get("sliding_attention", {})
     settings = {**(text.get("rope_scaling") or {}), **full}
-    found["rope.freq_base"] = float(settings.get("rope_theta") or text.get("rope_theta") or 10000.0)
+    base = float(settings.get("rope_theta") or text.get("rope_theta") or 10000.0)
+    found["rope.freq_base"] = base
     swa = local.get("rope_theta") or text.get("rope_local_base_freq")
     if swa and kind == "gemma3_text":
         found["rope.freq_base_swa"] = float(swa)
@@ -172,7 +205,10 @@ def _rope(text: Mapping[str, Any], found: dict[str, Value], kind: str, head_dim:
             "rope.scaling.original_context_length": int(settings["original_max_position_embeddings"]),
         }
     elif rule == "llama3":
-        return {"rope_freqs.weight": _llama3_factors(settings, float(found["rope.freq_base"]), head_dim)}
+        return {"rope_freqs.weight": _llama3_factors(settings, base, head_dim)}
+    elif rule == "proportional" and kind.startswith("gemma4"):
+        half, turned = wide_head(text) // 2, int(wide_head(text) * float(settings["partial_rotary_factor"]) / 2)
+        return {"rope_freqs.weight": torch.tensor([1.0] * turned + [1e30] * (half - turned))}  # 1e30: not rotated
     elif rule in ("longrope", "su") and kind == "phi3":
         original = int(text.get("original_max_position_embeddings") or settings["original_max_position_embeddings"])
         ratio = int(text["max_position_embeddings"]) / original
@@ -180,7 +216,8 @@ def _rope(text: Mapping[str, Any], found: dict[str, Value], kind: str, head_dim:
         found["rope.scaling.attn_factor"] = math.sqrt(1 + math.log(ratio) / math.log(original)) if ratio > 1 else 1.0
         return {f"rope_factors_{which}.weight": torch.tensor(settings[f"{which}_factor"]).float() for which in ("long", "short")}
     elif rule != "default":
-        problems.add(f"The rotary scaling '{rule}' is not known here; known: default, linear, llama3, yarn, Phi-3's longrope.")
+        known = "default, linear, llama3, yarn, Phi-3's longrope, Gemma 4's proportional"
+        problems.add(f"The rotary scaling '{rule}' is not known here; known: {known}.")
     return {}
 
 

@@ -16,25 +16,27 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from torch import Tensor
 
 from lorakeet.core.adapter import Adapter
 from lorakeet.core.tiled_product import RowSource, as_matrix, parts
 from lorakeet.errors import Problems
 from lorakeet.exporting.gguf_layout import ModelLayout, model_layout
 from lorakeet.exporting.gguf_vocabulary import Vocabulary, name_for_llama_cpp, vocabulary_of
-from lorakeet.exporting.merged_tensors import MergedTensors
+from lorakeet.exporting.merged_tensors import MergedTensors, Part
 from lorakeet.formats.files.gguf_array import WholeArray
 from lorakeet.formats.files.gguf_header import gguf_package
 from lorakeet.formats.files.whole_output import new_output, require_free, require_new
-from lorakeet.formats.gguf import tensor_names
 
 DIRECT = {"f32": ("F32", 0), "f16": ("F16", 1), "bf16": ("BF16", 32), "q8_0": ("Q8_0", 7)}  # type, general.file_type
 FILE_TYPE, NAME = "general.file_type", "general.name"
 DIGEST = "lorakeet.adapter_sha256"  # our key: the merged adapter; other programs ignore it
 _BLOCK = 32  # weights in a block of Q8_0
-_NOT_TEXT = ("vision_tower.", "multi_modal_projector.", "vision_model.", "model.vision_tower.", "model.multi_modal_projector.")
-_INNER = re.compile(r"^(model\.)?language_model\.(?:model\.)?(?!lm_head)")
+_TOWERS = ("vision_tower.", "multi_modal_projector.", "vision_model.", "audio_tower.", "embed_vision.", "embed_audio.", "visual.")
+_NOT_WRITTEN = {
+    "the vision and audio parts": (*_TOWERS, *(f"model.{name}" for name in _TOWERS)),
+    "the prediction of several tokens": ("mtp.", "model.mtp."),
+}
+_INNER = re.compile(r"^(model\.)?language_model\.(?:model\.)?")
 Progress = Callable[[int, int, str], None]  # tensors written, tensors in all, name of the last
 
 
@@ -86,31 +88,23 @@ class GgufTensors(MergedTensors):
         self.notes = [*self.edits.notes, *self.layout.notes]
         self.home = self._named()
 
-    def _named(self) -> dict[str, str]:
-        """GGUF name → name in the checkpoint."""
-        names = tensor_names(self.layout.architecture.name, int(self.layout.metadata["block_count"]))
+    def _named(self) -> dict[str, Part]:
+        """The parts of each tensor of the file, by GGUF name."""
         problems = Problems(f"{self.checkpoint.folder} cannot be written as GGUF")
         tied = self.own.get("tie_word_embeddings") is True
-        found: dict[str, str] = {}
-        skipped = 0
+        stored: dict[str, str] = {}
+        skipped = dict.fromkeys(_NOT_WRITTEN, 0)
         for name in self.home:
-            plain = _INNER.sub("model.", name)
-            if name.startswith(_NOT_TEXT):
-                skipped += 1
-            elif plain == "lm_head.weight" and tied:
-                continue  # llama.cpp uses the embedding if there is no output.weight
-            elif (mapped := names.get_name(plain, try_suffixes=(".weight", ".bias"))) is None:
-                problems.add(f"{name} has no name in llama.cpp's {self.layout.architecture.name}.")
-            else:
-                found[mapped] = name
-        if skipped:
-            self.notes.append(f"{skipped} tensors of the vision part were left out: the file holds the language model alone.")
+            plain = _INNER.sub("", name) if name.endswith("lm_head.weight") else _INNER.sub("model.", name)
+            other = next((what for what, prefixes in _NOT_WRITTEN.items() if name.startswith(prefixes)), None)
+            if other is not None:
+                skipped[other] += 1
+            elif plain != "lm_head.weight" or not tied:  # llama.cpp uses the embedding if there is no output.weight
+                stored[plain] = name
+        self.notes += [f"{count} tensors of {what} were left out." for what, count in skipped.items() if count]
+        parts = self.layout.parts(stored, problems)
         problems.raise_if_any()
-        return found
-
-    def conversion(self, name: str) -> Callable[[Tensor], Tensor] | None:
-        """The conversion of the tensor that GGUF calls `name` to llama.cpp's order; None if there is none."""
-        return self.layout.change_of(_INNER.sub("model.", self.home[name]))
+        return parts
 
 
 def write_gguf(
@@ -174,6 +168,10 @@ def _write(
         for key, value in values.items():
             if isinstance(value, str):
                 writer.add_string(key, value)
+            elif isinstance(value, list):
+                writer.add_array(key, value)
+            elif isinstance(value, bool):
+                writer.add_bool(key, value)
             elif isinstance(value, float):
                 writer.add_float32(key, value)
             else:

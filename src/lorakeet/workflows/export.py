@@ -19,9 +19,8 @@ from lorakeet.evaluate.report.report import Report, read_report
 from lorakeet.evaluate.values import encode
 from lorakeet.exporting import ollama
 from lorakeet.exporting.card import CardFacts, card, licence_of
-from lorakeet.exporting.gguf_model import DIGEST, DIRECT, NAME, GgufModel, write_gguf
+from lorakeet.exporting.gguf_model import DIGEST, DIRECT, NAME, GgufModel, GgufTensors, write_gguf
 from lorakeet.exporting.llama_cpp import ModelRefused, is_installed, quantise
-from lorakeet.exporting.merged_tensors import MergedTensors
 from lorakeet.exporting.ollama import push, require_address
 from lorakeet.exporting.runtime_support import features_of_adapter, limits_of
 from lorakeet.formats import gguf
@@ -248,9 +247,9 @@ def _wide(source: Path) -> str:
 
 def _taken(source: Path, opened: Opened, quant: str) -> tuple[int, int]:
     """Bytes of memory while the file is written, a tensor at a time, and about those of the file and of a wide one beside it."""
-    folded = MergedTensors(source, opened.adapter)
+    folded = GgufTensors(source, opened.adapter)
     sizes = {name: math.prod(folded.shape(name)) for name in folded.names}
-    changed = max((size for name, size in sizes.items() if folded.changes(name)), default=0)
+    changed = max((folded.whole(name) for name in folded.names), default=0)
     wide = FP32 if quant == "f32" or (quant not in DIRECT and _wide(source) == "f32") else FP32 // 2
     numbers = sum(sizes.values())
     return tensor_peak(FP32 * changed, max(sizes.values())), numbers * (wide + (0 if quant in DIRECT else 1))

@@ -192,11 +192,8 @@ class _Changes:
     def changes(self, name: str) -> bool:
         return name in self.by_path
 
-    def fetch(self, name: str, *, folded: bool = True) -> Tensor:
+    def rows(self, name: str, *, folded: bool = True) -> Tensor:
         return self.by_path[name] if folded else torch.zeros_like(self.by_path[name])
-
-    def rows(self, name: str) -> Tensor:
-        return self.by_path[name]
 
 
 def render_template(template: str, messages: Messages, *, bos: str, eos: str) -> str:
