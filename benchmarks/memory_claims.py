@@ -1,11 +1,12 @@
 """Claim: LoRA on models of true size within a stated memory, their frozen 4-bit weights streamed from disk.
 
-    python benchmarks/memory_claims.py [--claims 7b 7b-held-out 13b 13b-in-memory 70b overhead] [--stores FOLDER]
+    python benchmarks/memory_claims.py [--claims 7b 7b-held-out 7b-dpo 13b 13b-in-memory 70b overhead] [--stores FOLDER]
 
 Each claim runs in a process of its own, which plans its run as `lorakeet finetune --memory.budget` does. The weights are random,
 in the model's true shapes, in NF4 (13B: 4-bit GPTQ, groups of 128), in a store that is made once (7B: 3.9 GB, 13B: 7 GB, 70B: 36
 GB). The run is the real training loop, checkpoint and adapter on disk included; 7b-held-out chooses its best adapter by a
-held-out row. The peak is VmHWM of /proc/self/status from the start of the process to its end: resident pages of every kind, files
+held-out row, and 7b-dpo computes its reference first, then a step on a pair. With --layers a model has fewer blocks of the same
+width. The peak is VmHWM of /proc/self/status from the start of the process to its end: resident pages of every kind, files
 included. No GPU is used: the GPU column is the planned sum of the tensors of a step, and was not run.
 """
 
@@ -50,9 +51,11 @@ from lorakeet.models.text.model import TextModel
 from lorakeet.quant.construct import weights_in
 from lorakeet.quant.spec import QuantSpec
 from lorakeet.train.loop import Outcome, train
+from lorakeet.train.preference_spec import SFT, Objective, PreferenceSpec
 from lorakeet.train.progress import Record, Reporter
 from lorakeet.train.run import RunFolder
 from lorakeet.train.spec import TrainSpec
+from lorakeet.train.text.preference_task import PreferenceTask, Reference
 from lorakeet.train.text.task import TextTask
 from lorakeet.workflows.planning.fit import choose
 from lorakeet.workflows.planning.rehearse_text import STEP
@@ -78,11 +81,13 @@ class Claim:
     batches: int = 1
     gptq: bool = False  # whether the weights are in 4-bit GPTQ, else in NF4
     held_out: int = 0  # rows
+    objective: Objective = "sft"  # of preferences: `tokens` are those of a pair, a half for each of its answers
 
 
 CLAIMS = {
     "7b": Claim("meta-llama/Llama-2-7b-hf", tokens=2048, steps=3, budget=2 << 30),
     "7b-held-out": Claim("meta-llama/Llama-2-7b-hf", tokens=2048, steps=1, budget=2 << 30, held_out=1),
+    "7b-dpo": Claim("meta-llama/Llama-2-7b-hf", tokens=2048, steps=1, budget=2 << 30, objective="dpo"),
     "13b": Claim("meta-llama/Llama-2-13b-hf", tokens=256, steps=1, budget=2_500_000_000, gptq=True),
     "13b-in-memory": Claim("meta-llama/Llama-2-13b-hf", tokens=256, steps=1, budget=10_000_000_000, gptq=True),
     "70b": Claim("meta-llama/Llama-2-70b-hf", tokens=64, steps=1, budget=6_000_000_000),
@@ -126,11 +131,8 @@ def work(claim: Claim, stores: Path) -> dict[str, Any]:
     initialise_adapter(text, plan_for(text.model, settings.lora, text.family), seed=0)
     clock = Clock()
     with TemporaryDirectory(dir=stores) as folder:
-        examples = rows(claim)
-        task = TextTask(
-            text, examples[claim.held_out :], held_out=examples[: claim.held_out], spec=settings.train,
-            spill=Spill(stores) if way.spilled else None, together=way.together,
-        )  # fmt: skip
+        given = {"spill": Spill(stores) if way.spilled else None, "together": way.together}
+        task = task_of(claim, text, settings.train, **given)
         clock.last = time.perf_counter()
         run = RunFolder.create(Path(folder) / "run")
         outcome: Outcome = train(task, settings.train, run=run, report=clock, budget=claim.budget)
@@ -142,8 +144,21 @@ def work(claim: Claim, stores: Path) -> dict[str, Any]:
         "planned": (choice.plan if choice.fits else least).training_peak,
         "peak": max(outcome.peak_bytes, peak_bytes()), "read_bytes": text.streamed.stream.bytes_read,
         "gpu_planned": sum(size for kind, size in step.kinds.items() if kind not in ("runtime", "allocator")),
-        "parameters": weights_in(skeleton(config)),
+        "parameters": weights_in(skeleton(config)), "objective": claim.objective,
     }  # fmt: skip
+
+
+def task_of(claim: Claim, text: TextModel, spec: TrainSpec, **given: Any) -> TextTask:
+    """The task of the claim's rows; that of preferences with its reference, computed as it starts."""
+    if claim.objective == SFT:
+        examples = rows(claim)
+        return TextTask(text, examples[claim.held_out :], held_out=examples[: claim.held_out], spec=spec, **given)
+    preference = PreferenceSpec().resolved(claim.objective)
+    task = PreferenceTask(text, pairs(claim), held_out=(), spec=spec, preference=preference, **given)
+    begun = time.perf_counter()
+    task.reference = Reference(task.log_probs(task.train)[0], np.zeros(0), spec.micro_tokens)
+    print(f"reference: {time.perf_counter() - begun:.1f} s, peak {peak_bytes() / 1e9:.3f} GB", file=sys.stderr, flush=True)
+    return task
 
 
 def model_config(claim: Claim) -> Any:
@@ -157,12 +172,15 @@ def model_config(claim: Claim) -> Any:
 
 def run_config(claim: Claim) -> RunConfig:
     """Rank 16 on every linear layer; rows of `tokens` tokens, one a micro-batch."""
+    length = claim.tokens if claim.objective == SFT else claim.tokens // 2
     return RunConfig(
         model=ModelSpec(path=claim.model, dtype="bfloat16", device="cpu", quantize=QuantSpec() if claim.gptq else NF4),
         lora=LoraSpec(rank=16, alpha=32.0),
-        data=DataSpec(train="random rows", max_tokens=claim.tokens),
+        data=DataSpec(train="random rows", max_tokens=length),
         memory=MemorySpec(budget=f"{claim.budget / 1024}KiB"),
-        train=TrainSpec(steps=claim.steps, batch_size=claim.batches, micro_tokens=claim.tokens, learning_rate=1e-4),
+        train=TrainSpec(
+            steps=claim.steps, batch_size=claim.batches, micro_tokens=claim.tokens, learning_rate=1e-4, objective=claim.objective
+        ),
     )
 
 
@@ -193,6 +211,20 @@ def rows(claim: Claim) -> list[Example]:
         Example(draw.integers(5, 31_000, size=claim.tokens), supervised, str(number), None, False)
         for number in range(claim.held_out + claim.steps * claim.batches)
     ]
+
+
+def pairs(claim: Claim) -> list[Example]:
+    """Random pairs: one prompt, and two answers of an eighth of a row's tokens after it."""
+    draw, found = np.random.default_rng(0), []
+    length = claim.tokens // 2
+    answer = length // 8
+    supervised = np.arange(length) >= length - answer
+    for number in range(claim.steps * claim.batches):
+        prompt = draw.integers(5, 31_000, size=length - answer)
+        for _ in range(2):
+            ids = np.concatenate([prompt, draw.integers(5, 31_000, size=answer)])
+            found.append(Example(ids, supervised, str(number), None, False))
+    return found
 
 
 def in_own_process(claim: Claim, stores: Path) -> dict[str, Any]:
@@ -250,6 +282,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("--claims", nargs="+", default=[*CLAIMS, "overhead"], choices=[*CLAIMS, "overhead"])
     parser.add_argument("--stores", type=Path, default=cache_folder() / "claims", help="folder for stores and scratch files")
+    parser.add_argument("--layers", type=int, help="blocks of each model; left out, all")
     parser.add_argument("--pairs", type=int, default=3, help="alternated pairs behind the overhead")
     parser.add_argument("--results", type=Path, default=Path(__file__).with_name("results"), help="where the result is written")
     parser.add_argument("--worker", help=argparse.SUPPRESS)
@@ -273,10 +306,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
             content = {name: overhead(given.stores, given.pairs)}
             print(f"Streamed / the same with every block in memory: {content[name]['ratio']:.3f}")
         else:
-            found[name] = in_own_process(CLAIMS[name], given.stores)
+            found[name] = in_own_process(replace(CLAIMS[name], layers=given.layers or CLAIMS[name].layers), given.stores)
             content = {"claims": {name: found[name]}, "hiding": hiding_tokens(given.stores, found[name])}
             print(f"{name}: reading is hidden from {content['hiding']['tokens']:,.0f} tokens a step on.")
-        print(f"Written: {write_result(f'memory_claims_{name}', content, seed=0, about=about, folder=given.results)}", flush=True)
+        what = name if given.layers is None else f"{name}-of-{given.layers}-blocks"
+        print(f"Written: {write_result(f'memory_claims_{what}', content, seed=0, about=about, folder=given.results)}", flush=True)
     print(table(found))
     return 0 if all(one["peak"] <= one["planned"] <= one["budget"] for one in found.values()) else 1
 
