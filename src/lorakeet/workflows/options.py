@@ -261,10 +261,11 @@ class TuneOptions:
     rate_factors: tuple[float, ...] = setting(RATES, "Lowest and highest learning rate, as factors of the run file's.")
     rank_choices: tuple[int, ...] = setting(RANKS, "Ranks to choose from.")
     target_choices: tuple[str, ...] = setting(TARGETS, "Targets to choose from, as in lora.target_modules.")
+    beta_choices: tuple[float, ...] = setting((), "Values of preference.beta to choose from, for objectives other than sft.")
     seeds: int | None = setting(
         None, "Number of new seeds for the confirmation (default 3); 1 reuses the trials of the search, as --quick does."
     )
-    difference: float = setting(0.05, "Difference in nats per token that the comparison of trials should detect.")
+    difference: float = setting(0.05, "Difference in nats per token that the comparison of trials should detect (sft).")
 
     def folder(self, out: str) -> Path:
         """The folder of the results of a search from a run file whose `out` is given."""
@@ -490,7 +491,7 @@ VERBS = (
         reads_rows=False,
         checks="plan",
     ),
-    Verb("tune", "Choose learning rate, rank and targets on held-out rows.", TuneOptions, "file", checks="tune"),
+    Verb("tune", "Choose learning rate, rank, targets and beta on held-out rows.", TuneOptions, "file", checks="tune"),
     Verb("evaluate", "Measure a run or an adapter on rows of your own.", EvaluateOptions, checks="evaluate"),
     Verb("merge", "Merge adapters into a model, or combine them; certified.", MergeOptions, checks="merge"),
     Verb("compress", "Compress an adapter to the smallest size shown to be as good.", CompressOptions, checks="compress"),

@@ -1,4 +1,4 @@
-"""`lorakeet tune`: chooses learning rate, rank and targets on held-out rows, and confirms the choice on other rows.
+"""`lorakeet tune`: chooses learning rate, rank, targets and beta on held-out rows, and confirms the choice on other rows.
 
 rows for the search | rows for the confirmation → what so many rows can show, in words → generations of trials in one pass over
 the base (train/text/multi_adapter), the worse half stopped twice on the way → the best trial against the run file's settings,
@@ -32,6 +32,7 @@ from lorakeet.evaluate.wording import signed
 from lorakeet.memory.cuda import enforcing_gpu_budget
 from lorakeet.models.text.cached_states import cached_states
 from lorakeet.train.durable import new_folder
+from lorakeet.train.preference_spec import SFT
 from lorakeet.train.text.task import order_of
 from lorakeet.workflows.finetuning.assemble_text import TextAssembly, assemble_text
 from lorakeet.workflows.finetuning.kind import run_kind, what_trains
@@ -40,9 +41,10 @@ from lorakeet.workflows.options import TuneOptions, non_default
 from lorakeet.workflows.runs.output_paths import folder_above, require_empty, writing
 from lorakeet.workflows.runs.search_space import QUICK_FACTORS, SearchPoint, plan_of_point, space_for
 from lorakeet.workflows.tuning.confirm import Confirmation, confirm
+from lorakeet.workflows.tuning.pair_trials import PairTrials
 from lorakeet.workflows.tuning.trials import START, SearchBudget, SearchRows, Trial, Trials, groups_by_key
 
-SPACE = {"rate_factors", "rank_choices", "target_choices"}  # options that --quick replaces
+SPACE = {"rate_factors", "rank_choices", "target_choices", "beta_choices"}  # options that --quick replaces
 SEEDS = 3  # of the confirmation: a difference counts only beyond that between seeds
 
 
@@ -71,7 +73,8 @@ def tune(config: RunConfig, options: TuneOptions = TuneOptions(), *, console: Co
     quick, together = options.quick, options.together
     seeds = (1 if quick else SEEDS) if options.seeds is None else options.seeds
     _check(options, seeds)
-    if not run_kind(config).tries_rates:
+    kind, pairs = run_kind(config), config.train.objective != SFT
+    if not kind.searched:
         raise ConfigError(f"{what_trains(config)}, and no search is for that. Compare whole runs of lorakeet finetune.")
     if config.ranks.choose == "prune":
         raise ConfigError(
@@ -82,16 +85,23 @@ def tune(config: RunConfig, options: TuneOptions = TuneOptions(), *, console: Co
             raise ConfigError(
                 f"lora.{name} is {earlier}, but each trial starts with pairs of its own. Leave it out, or use lorakeet finetune."
             )
+    if pairs:
+        kind.check(config, 1)
+    if pairs and config.train.keep_prefix_states:
+        raise ConfigError(
+            f"train.keep_prefix_states is true, but a search over {config.train.objective} computes its reference with every "
+            "block. Leave it out."
+        )
     if config.train.cuda_graphs:
         raise ConfigError("train.cuda_graphs is true, which records one adapter; a search trains several. Leave it out.")
     if quick and SPACE & non_default(options).keys():
-        given = "--rate-factors, --rank-choices and --target-choices"
+        given = "--rate-factors, --rank-choices, --target-choices and --beta-choices"
         raise ConfigError(f"--quick compares half, once and twice the learning rate only. Leave it out, or {given}.")
     require_empty(out)
     sampler = None if quick else _sampler(config.train.seed)
     with enforcing_gpu_budget(config.memory.limit, "Raise the budget, or lower --together."):
         if quick:
-            options = replace(options, rate_factors=QUICK_FACTORS, rank_choices=(), target_choices=())
+            options = replace(options, rate_factors=QUICK_FACTORS, rank_choices=(), target_choices=(), beta_choices=())
         ranks, targets = options.rank_choices, options.target_choices
         planned = config.memory.budget or torch.cuda.is_available()
         largest = _largest(config, ranks, targets) if planned else None
@@ -99,9 +109,12 @@ def tune(config: RunConfig, options: TuneOptions = TuneOptions(), *, console: Co
         if quick:
             members = max(together, len(QUICK_FACTORS)) if seeds > 1 else len(QUICK_FACTORS)
         setup = assemble_text(config, console, members=members, largest=largest)
-        space = space_for(setup.config, setup.text, rate_factors=options.rate_factors, rank_choices=ranks, target_choices=targets)
+        space = space_for(
+            setup.config, setup.text, rate_factors=options.rate_factors, rank_choices=ranks, target_choices=targets,
+            beta_choices=options.beta_choices,
+        )  # fmt: skip
         budget = SearchBudget(None if options.minutes is None else 60 * options.minutes, options.tokens)
-        search = Trials(setup, space, _rows(setup), budget, console, folder_above(out))
+        search = (PairTrials if pairs else Trials)(setup, space, _rows(setup), budget, console, folder_above(out))
         with _cached_states(search, seeds, out):
             confirmed, found = _searched(search, sampler, options.difference, seeds, together)
         _show(found, console)
@@ -190,16 +203,16 @@ def _rows(setup: TextAssembly) -> SearchRows:
     first = set(units[: (len(units) + 1) // 2])
     search = [example for example in held_out if groups.get(example.key, example.key) in first]
     confirm = [example for example in held_out if groups.get(example.key, example.key) not in first]
-    if min(len(search), len(confirm)) < 2:
+    if min(len(search), len(confirm)) < 2 * setup.config.train.answers:
         raise DataError(
-            f"{len(held_out)} held-out rows are too few: those that choose and those that confirm must be 2 or more each. Raise "
-            "data.held_out_fraction, or name a data.test file."
+            f"{len(held_out) // setup.config.train.answers} held-out rows are too few: those that choose and those that confirm "
+            "must be 2 or more each. Raise data.held_out_fraction, or name a data.test file."
         )
     return SearchRows(search, confirm, groups, "held-out rows that the search never saw", "the held-out rows")
 
 
 def _show(search: Search, console: Console) -> None:
-    columns = ("trial", "settings", "steps", "loss, nats a token", "− run file", "verdict")
+    columns = ("trial", "settings", "steps", search.measure, "− run file", "verdict")
     table = Table(*columns, title="The search", title_justify="left")
     for trial in search.trials:
         loss, against = trial.loss, trial.against_start

@@ -96,11 +96,15 @@ class TrialResult:
     against_start: Comparison | None = None
 
 
+MEASURE = "loss in nats a token"  # what trials on text are compared by
+
+
 @dataclass(frozen=True)
 class Search:
     """All trials of a search on `rows` held-out rows, the power of the comparison, and the conclusion.
 
-    `winner` is the trial whose settings were taken, `best` the one of lowest loss, perhaps not confirmed on other rows.
+    `winner` is the trial whose settings were taken, `best` the one of lowest loss, perhaps not confirmed on other rows. `measure`
+    is what they are compared by.
     """
 
     trials: tuple[TrialResult, ...]
@@ -109,6 +113,7 @@ class Search:
     winner: str = ""
     conclusion: str = ""
     best: str = ""
+    measure: str = MEASURE
 
 
 def curve_plot(curve: RankCurve) -> Markup:

@@ -16,6 +16,7 @@ import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -26,12 +27,11 @@ from lorakeet.core.layers.linear import LoraEmbedding, LoraLinear
 from lorakeet.core.plan import Plan
 from lorakeet.core.selection import Selection, Share
 from lorakeet.data.chat import Example
-from lorakeet.data.pack import Batch, micro_batches
+from lorakeet.data.pack import Batch
 from lorakeet.errors import ConfigError, EnvironmentProblem, VerificationFailed
 from lorakeet.evaluate.intervals import Estimate
 from lorakeet.memory.allocator import keep_freed_memory, release_free_memory
 from lorakeet.memory.spill import Spill
-from lorakeet.models.generate.score import row_losses
 from lorakeet.models.inject import selection_of, trained_parameters
 from lorakeet.models.modules import adapted_layers, find, output_layer
 from lorakeet.models.text.cached_states import cache_states
@@ -40,22 +40,37 @@ from lorakeet.train import gradients, rng, schedule
 from lorakeet.train.optimizer import Optimizer
 from lorakeet.train.spec import TrainSpec
 from lorakeet.train.stopping import EarlyStopping
-from lorakeet.train.task import HeldOut, batch_seeds
+from lorakeet.train.task import batch_seeds
 from lorakeet.train.text.loss import head_losses
+from lorakeet.train.text.preference_task import Preferences, PreferenceTask
 from lorakeet.train.text.streamed_gradients import loss_gradients_by_block
-from lorakeet.train.text.task import learning_rate_of, order_of
+from lorakeet.train.text.task import TextTask
 
 UNSCALED = "several adapters at once are trained without the loss scale that float16 needs"
 
 
 @dataclass(frozen=True)
 class Member:
-    """One adapter, injected into the model under `name`: its settings, its training rows, the rows that choose its best step."""
+    """One adapter, injected into the model under `name`: its settings, its training rows, the rows that choose its best step.
+
+    With `preferences` the rows stand in pairs (data/pairs), and the loss is that of train.objective.
+    """
 
     name: str
     spec: TrainSpec
     train: Sequence[Example]
     held_out: Sequence[Example]
+    preferences: Preferences | None = None
+
+    def task(self, text: TextModel) -> TextTask:
+        """The task of its single run."""
+        given: dict[str, Any] = {"held_out": self.held_out, "spec": self.spec, "name": self.name}
+        if self.preferences is None:
+            return TextTask(text, self.train, **given)
+        about = self.preferences
+        found = PreferenceTask(text, self.train, preference=about.spec, desirable=about.desirable, **given)
+        found.reference, found.start_within = about.reference, about.start_within
+        return found
 
 
 @dataclass
@@ -66,7 +81,7 @@ class Progress:
     total: int
     learning_rate: float
     step: int = 0
-    losses: list[float] = field(default_factory=list)  # of each step, nats per target token
+    losses: list[float] = field(default_factory=list)  # of each step, per target: nats of a token, or the loss of a pair
     held_out: list[tuple[int, Estimate]] = field(default_factory=list)  # (step, loss)
     watch: EarlyStopping = field(default_factory=EarlyStopping)
     done: str = ""  # the reason it stopped; empty while active
@@ -77,6 +92,15 @@ class Progress:
     def best(self) -> Estimate | None:
         """The held-out loss at the best step."""
         return next((loss for step, loss in self.held_out if step == self.watch.best_step), None)
+
+    @property
+    def unit(self) -> str:
+        """Of the losses, after a space; of a preference's, which have none, empty."""
+        return " nats a token" if self.member.preferences is None else ""
+
+    def beyond_recovery(self, loss: float) -> bool:
+        """True if a loss is so far above the base's that the member has diverged."""
+        return self.watch.diverged(loss, nats=self.member.preferences is None)
 
 
 class MultiAdapterTraining:
@@ -127,9 +151,9 @@ class MultiAdapterTraining:
             return
         for learner in active:
             cache_states(self.text, learner.rows, micro_tokens=learner.at.member.spec.micro_tokens)
-        self.text.train()
         tokens = max(learner.at.member.spec.micro_tokens for learner in active)
-        groups = groups_of([learner.start_step(self.text) for learner in active], tokens)
+        groups = groups_of([self._start_step(learner) for learner in active], tokens)
+        self.text.train()
         if self.text.streamed is not None:
             groups = [merge_groups(groups)]
         self._rounds += 1
@@ -151,6 +175,10 @@ class MultiAdapterTraining:
         learner = next(learner for learner in self._members if learner.at.member.name == name)
         learner.at.done = learner.at.done or reason
 
+    def _start_step(self, learner: _Learner) -> list[Batch]:
+        self.selection.use(learner.at.member.name)
+        return learner.start_step()
+
     def _gradients(self, active: Sequence[_Learner], joint: Sequence[JointBatch]) -> None:
         """Adds the gradients of each member's mean loss, and sums its losses."""
         batches = [one.batch.to(self.text.device) for one in joint]
@@ -170,13 +198,13 @@ class MultiAdapterTraining:
             return text
 
         def loss(number: int) -> tuple[Tensor, Tensor]:
-            """Σ of the members' mean losses, to differentiate, and Σ of their losses."""
+            """Σ of the members' mean losses, to differentiate, and Σ over all targets."""
             hidden, parts = texts[number].hidden(batches[number]), joint[number].parts
             chunk = min(active[index].at.member.spec.head_chunk for index, _ in parts)
             losses = head_losses(self.text, hidden, batches[number].target_ids, chunk=chunk)
             means = []
-            for (index, _), own in zip(parts, torch.split(losses, [batch.targets for _, batch in parts]), strict=True):
-                summed = own.sum()
+            for (index, part), own in zip(parts, torch.split(losses, [batch.targets for _, batch in parts]), strict=True):
+                summed = active[index].task.loss_of(part, own)
                 means.append(summed / active[index].targets)
                 active[index].summed += summed.item()
             return torch.stack(means).sum(), losses.detach().sum()
@@ -206,10 +234,10 @@ class MultiAdapterTraining:
         if not member.held_out:
             return
         self.selection.use(member.name)
-        spec = member.spec
-        found = HeldOut(*row_losses(self.text, member.held_out, micro_tokens=spec.micro_tokens, chunk=spec.head_chunk))
+        found = learner.task.held_out()
         self.text.train()
-        learner.see(found.mean(seed=spec.seed))
+        if found is not None:
+            learner.see(found.mean(seed=member.spec.seed))
 
 
 class _Learner:
@@ -217,31 +245,32 @@ class _Learner:
 
     def __init__(self, text: TextModel, member: Member, folder: Path | None) -> None:
         spec = member.spec
-        self.order = order_of(member.train, spec)
+        self.task = member.task(text)
         self.parameters = trained_parameters(text.model, member.name)
         for parameter in self.parameters.values():
             parameter.requires_grad_(True)  # injecting the next adapter had frozen this one
         self.optimizer = Optimizer(self.parameters, spec)
-        rate = spec.learning_rate if spec.learning_rate is not None else learning_rate_of(text)
-        self.at = Progress(member, spec.total_steps(self.order.steps_per_epoch), rate)
+        rate = spec.learning_rate if spec.learning_rate is not None else self.task.learning_rate
+        self.at = Progress(member, spec.total_steps(self.task.steps_per_epoch), rate)
         self.warmup = schedule.warmup_steps(self.at.total, spec.warmup_fraction)
-        self.every = spec.evaluation_interval(self.order.steps_per_epoch)
-        self.targets, self.summed = 0, 0.0  # of this step: supervised tokens, and their losses
+        self.every = spec.evaluation_interval(self.task.steps_per_epoch)
+        self.targets, self.summed = 0, 0.0  # of this step: supervised tokens or pairs, and their losses
         self._best: Spill | None = None
         self._folder = folder
 
-    def start_step(self, text: TextModel) -> list[Batch]:
-        """Splits this step's rows into micro-batches, and resets the sum of losses."""
-        rows, most = self.rows, self.at.member.spec.micro_tokens
-        small = sum(len(row.ids) for row in rows) <= SMALL  # joins others' rows if it is one batch
-        found = micro_batches(rows, most) if small else text.micro_batches(rows, most)
-        self.targets, self.summed = sum(batch.targets for batch in found), 0.0
+    def start_step(self) -> list[Batch]:
+        """Splits this step's rows into micro-batches, and resets the sum of losses; the member's adapter is active."""
+        step = self.at.step
+        small = sum(len(row.ids) for row in self.rows) <= SMALL  # joins others' rows if it is one batch
+        found = self.task.joinable(step) if small else self.task.batches(step)
+        self.task.begin_step(found)
+        self.targets, self.summed = sum(self.task.size(batch).targets for batch in found), 0.0
         return found
 
     @property
     def rows(self) -> list[Example]:
         """This step's rows."""
-        return [self.at.member.train[row] for row in self.order.indices(self.at.step)]
+        return self.task.step_rows(self.at.step)
 
     def step(self) -> None:
         """Takes the step, unless the loss or the gradients are not finite."""
@@ -252,15 +281,15 @@ class _Learner:
             self.optimizer.adamw.zero_grad(set_to_none=True)
             at.done, at.diverged = f"step {at.step + 1}: the loss is {mean:.4g}, the gradient's norm {norm.item():.4g}", True
             return
-        if at.watch.diverged(mean):
+        if at.beyond_recovery(mean):
             self.optimizer.adamw.zero_grad(set_to_none=True)
-            at.done, at.diverged = f"step {at.step + 1}: the loss is {mean:.4g} nats a token", True
+            at.done, at.diverged = f"step {at.step + 1}: the loss is {mean:.4g}{at.unit}", True
             return
         if at.step < 2 and not self._check_gradients(mean):
             return
         gradients.clip(self.parameters, spec.clip_norm, norm=norm)
+        at.tokens += sum(len(row.ids) for row in self.rows)
         at.step += 1
-        at.tokens += sum(len(at.member.train[row].ids) for row in self.order.indices(at.step - 1))
         at.losses.append(mean)
         self.optimizer.step(at.learning_rate * schedule.factor(at.step, at.total, warmup=self.warmup, shape=spec.schedule))
 
@@ -273,7 +302,7 @@ class _Learner:
             if at.step == 0 or mean <= at.losses[0]:
                 raise
             self.optimizer.adamw.zero_grad(set_to_none=True)
-            at.done = f"step {at.step + 1}: the loss is {mean:.4g} nats a token, with zero gradients"
+            at.done = f"step {at.step + 1}: the loss is {mean:.4g}{at.unit}, with zero gradients"
             at.diverged = True
         return not at.diverged
 
@@ -281,8 +310,8 @@ class _Learner:
         """Records a held-out loss: stores the values if it is the best; ends the member if it diverged or stopped improving."""
         at, watch, spec = self.at, self.at.watch, self.at.member.spec
         at.held_out.append((at.step, loss))
-        if not math.isfinite(loss.value) or watch.diverged(loss.value):
-            at.done, at.diverged = f"step {at.step}: the held-out loss is {loss.value:.4g} nats a token", True
+        if not math.isfinite(loss.value) or at.beyond_recovery(loss.value):
+            at.done, at.diverged = f"step {at.step}: the held-out loss is {loss.value:.4g}{at.unit}", True
             return
         if watch.see(at.step, loss.value, min_improvement=spec.min_improvement):
             self._best = self._kept()

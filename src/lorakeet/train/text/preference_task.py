@@ -20,8 +20,9 @@ from torch import Tensor
 from lorakeet.core.adapter import Adapter
 from lorakeet.data.batches import StepOrder, distribute_rows
 from lorakeet.data.chat import Example
-from lorakeet.data.pack import Batch
+from lorakeet.data.pack import Batch, micro_batches
 from lorakeet.data.pairs import pair_batches
+from lorakeet.data.prefix import BatchLimits
 from lorakeet.errors import VerificationFailed
 from lorakeet.models.generate.score import row_losses
 from lorakeet.models.text.model import TextModel
@@ -60,6 +61,18 @@ class Preferred:
     share: float
     lead: float
     chosen: float  # mean log-ratio of the chosen answers to the reference, in nats a token
+
+
+@dataclass(frozen=True, eq=False)
+class Preferences:
+    """What training on pairs needs beside the rows: the resolved settings of the loss, the reference, and of each training and
+    each held-out row of kto whether its answer is wanted. `start_within` as in PreferenceTask.
+    """
+
+    spec: PreferenceSpec
+    reference: Reference | None = None
+    desirable: tuple[Sequence[bool], Sequence[bool]] = ((), ())
+    start_within: float | None = None
 
 
 class PreferenceTask(TextTask):
@@ -101,6 +114,16 @@ class PreferenceTask(TextTask):
             return self.text.micro_batches([self.train[2 * pair] for pair in pairs], self.spec.micro_tokens)
         return self._cut([self.train[number] for pair in pairs for number in (2 * pair, 2 * pair + 1)])
 
+    def step_rows(self, step: int) -> list[Example]:
+        return [self.train[number] for pair in self.order.indices(step) for number in (2 * pair, 2 * pair + 1)]
+
+    def joinable(self, step: int) -> list[Batch]:
+        self._step = step
+        rows, most = self.step_rows(step), self.spec.micro_tokens
+        if self.objective == KTO:
+            return micro_batches(rows[::2], most)
+        return pair_batches(rows, BatchLimits(most, most, 0), shares=False)
+
     def _cut(self, examples: Sequence[Example]) -> list[Batch]:
         text = self.text
         limits = text.batch_limits([len(example.ids) for example in examples], self.spec.micro_tokens)
@@ -120,8 +143,7 @@ class PreferenceTask(TextTask):
         return Size(rows=rows, tokens=batch.tokens, targets=rows if self.objective == KTO else rows // 2)
 
     def gradients(self, batches: Sequence[Batch], targets: float) -> Tensor:
-        if self.objective == KTO:
-            self._kl = self._kl_of(self.train, [int(key) // 2 for batch in batches for key in batch.keys], self._reference.train)
+        self.begin_step(batches)
         streamed = self.text.streamed
         if streamed is None:
             return super().gradients(batches, targets)
@@ -134,13 +156,19 @@ class PreferenceTask(TextTask):
 
         return loss_gradients_by_block(self.text, streamed, here, loss, spill=self.spill, together=self.together)
 
+    def begin_step(self, batches: Sequence[Batch]) -> None:
+        if self.objective == KTO:
+            self._kl = self._kl_of(self.train, [int(key) // 2 for batch in batches for key in batch.keys], self._reference.train)
+
     def loss(self, batch: Batch) -> Tensor:
         """The sum of the loss over the batch's pairs, with gradient, in training mode."""
         self.text.train()
         return self._loss_of(batch, batch.to(self.text.device))
 
     def _loss_of(self, batch: Batch, here: Batch) -> Tensor:
-        losses = head_losses(self.text, self.text.hidden(here), here.target_ids, chunk=self.spec.head_chunk)
+        return self.loss_of(batch, head_losses(self.text, self.text.hidden(here), here.target_ids, chunk=self.spec.head_chunk))
+
+    def loss_of(self, batch: Batch, losses: Tensor) -> Tensor:
         counts = np.bincount(batch.target_rows.cpu().numpy(), minlength=len(batch.lengths)).tolist()
         sums = -torch.stack([part.double().sum() for part in losses.split(counts)])  # type: ignore[no-untyped-call]
         tokens = torch.tensor(counts, dtype=torch.float64, device=sums.device)
@@ -238,6 +266,33 @@ def pair_losses(
     gap = log_ratio_gap(own, fixed, normalised=bool(spec.length_normalised))
     change = ((own.chosen - fixed.chosen) / own.chosen_tokens).mean()
     return losses, Preferred(float((gap > 0).double().mean()), float(gap.mean()), float(change))
+
+
+def not_preferred(
+    objective: str,
+    spec: PreferenceSpec,
+    sums: Floats,
+    reference: Floats | None,
+    tokens: Floats,
+    *,
+    desirable: Sequence[bool] = (),
+) -> Floats:
+    """1 for each pair (n,) whose rejected answer gained more, 0.5 where both gained equally, else 0; whatever β is.
+
+    Of log-probabilities (2n,) as in `pair_losses`. For kto 1 for an answer on the wrong side of the estimated KL.
+    """
+    policy, counts = torch.from_numpy(sums), torch.from_numpy(tokens)
+    known = None if reference is None else torch.from_numpy(reference)
+    if objective == KTO and known is not None:
+        change = policy - known
+        gap = change[::2] - change[1::2].mean().clamp(min=0.0)
+        gap = torch.where(torch.from_numpy(np.asarray(desirable, bool)), gap, -gap)
+    elif known is None:
+        mine, other = pair_scores(policy, counts).means()
+        gap = mine - other
+    else:
+        gap = log_ratio_gap(pair_scores(policy, counts), pair_scores(known, counts), normalised=bool(spec.length_normalised))
+    return np.asarray((1 - gap.sign().numpy()) / 2, np.float64)
 
 
 def pair_scores(sums: Tensor, tokens: Tensor) -> PairScores:

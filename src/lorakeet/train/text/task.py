@@ -84,9 +84,24 @@ class TextTask:
         }
 
     def batches(self, step: int) -> list[Batch]:
-        rows = [self.train[row] for row in self.order.indices(step)]
+        rows = self.step_rows(step)
         cut = self.text.micro_batches if self.replayed is None else micro_batches  # CUDA graphs share no prefixes
         return cut([rows[number] for number in self._own(rows)], self.spec.micro_tokens)
+
+    def step_rows(self, step: int) -> list[Example]:
+        """The rows of step `step`, counted from 0, with every answer of each."""
+        return [self.train[row] for row in self.order.indices(step)]
+
+    def joinable(self, step: int) -> list[Batch]:
+        """The micro-batches of a small step, which computes every token of its own, so that those of others can join."""
+        return micro_batches(self.step_rows(step), self.spec.micro_tokens)
+
+    def begin_step(self, batches: Sequence[Batch]) -> None:
+        """What must be known before the gradients of a step, by the model as it is."""
+
+    def loss_of(self, batch: Batch, losses: Tensor) -> Tensor:
+        """The loss of a batch, with gradient, from −log p of each of its targets (targets,), in their order."""
+        return losses.sum()
 
     def _own(self, rows: Sequence[Example]) -> Sequence[int]:
         """The numbers of the rows of this process."""

@@ -60,8 +60,8 @@ def reference_adapter(config: RunConfig) -> Adapter | None:
 
 
 @contextmanager
-def as_reference(text: TextModel, adapter: Adapter | None, name: str) -> Iterator[None]:
-    """A context in which `text` computes the reference: with the adapter off, or with `adapter` in place of `name`."""
+def as_reference(text: TextModel, adapter: Adapter | None, name: str | None) -> Iterator[None]:
+    """A context in which `text` computes the reference: with the adapter off, or with `adapter` in place of the active `name`."""
     if adapter is None:
         activate(text.model, None)
     else:

@@ -152,7 +152,8 @@ class RunKind(ABC, Generic[AssemblyT]):
     words: ClassVar[Words] = TEXT  # what is computed and evaluated, in the plural
     several_processes: ClassVar[bool] = False  # can be started by torchrun
     peft_adapter: ClassVar[bool] = False  # its adapter is in PEFT's format, and gets a README
-    tries_rates: ClassVar[bool] = False  # workflows/tuning can compare learning rates of it
+    tries_rates: ClassVar[bool] = False  # a run without a learning rate tries three first
+    searched: ClassVar[bool] = False  # lorakeet tune can search its settings
 
     def plan(
         self, config: RunConfig, console: Console, free: Budget = NO_BOUND, watch: Callable[[PlanResult], None] | None = None

@@ -53,7 +53,7 @@ APART_ROUNDED = 0.1  # the same for narrower weights; SmolLM2 in bf16 has 0.02
 class PreferenceRunKind(TextRunKind):
     """Fine-tunes an adapter of a causal language model on preferences."""
 
-    tries_rates = False  # the trial trains with the loss of sft
+    tries_rates = False  # few steps on pairs show which rate goes further, not which prefers better
 
     def check(self, config: RunConfig, processes: int) -> None:
         super().check(config, processes)
@@ -87,7 +87,7 @@ class PreferenceRunKind(TextRunKind):
         if isinstance(task, PreferenceTask) and needs_reference(task.objective):  # before states are cached: another path rounds
             task.reference = self._reference(setup, task, run, console)
             if setup.config.train.reference == START and not setup.config.lora.dropout:
-                task.start_within = _most(setup)
+                task.start_within = largest_difference(setup)
         with super().training(setup, task, run, console):
             yield
 
@@ -112,9 +112,10 @@ class PreferenceRunKind(TextRunKind):
             with as_reference(task.text, None, task.name):
                 base, _ = first(lambda: _held_out_log_probs(setup, task.spec.micro_tokens))
             apart = float(np.abs((held_out - base) / tokens).mean())
-            if not apart <= _most(setup):
+            most = largest_difference(setup)
+            if not apart <= most:
                 raise VerificationFailed(
-                    f"Before the first step the model differs from its base by {apart:.3g} nats a token, where {_most(setup):g} "
+                    f"Before the first step the model differs from its base by {apart:.3g} nats a token, where {most:g} "
                     "is allowed. Take lora.start kaiming, or model.dtype float32."
                 )
         found = Reference(train, held_out, task.spec.micro_tokens, apart, adapter, fresh=True)
@@ -136,7 +137,7 @@ class PreferenceRunKind(TextRunKind):
         checks = [_unchanged(setup, reference)]
         if reference.from_base is not None:
             sides = "the reference, by the pairs as they started", "the base with the adapter off"
-            measured, most = {"mean_difference": reference.from_base}, {"mean_difference": _most(setup)}
+            measured, most = {"mean_difference": reference.from_base}, {"mean_difference": largest_difference(setup)}
             count = len(reference.held_out)
             checks.append(tolerance_check("reference is the base", measured, tolerance=most, between=sides, n=count))
         return dataclasses.replace(certificate, checks=(*certificate.checks, *checks))
@@ -164,7 +165,8 @@ def _name(config: RunConfig) -> str:
     return "the base with the adapter off" if path is None else f"the adapter {path}"
 
 
-def _most(setup: TextAssembly) -> float:
+def largest_difference(setup: TextAssembly) -> float:
+    """By how many nats a token pairs that add nothing may change what the base computes, in the dtype of the run."""
     return APART.get(setup.config.model.dtype, APART_ROUNDED)
 
 
@@ -210,6 +212,6 @@ def _unchanged(setup: TextAssembly, reference: Reference) -> Check:
         now, tokens = _held_out_log_probs(setup, reference.micro_tokens)
     most = float((np.abs(now - reference.held_out) / tokens).max(initial=0.0))
     return tolerance_check(
-        "reference", {"difference": most}, tolerance={"difference": 0.0 if reference.fresh else _most(setup)},
+        "reference", {"difference": most}, tolerance={"difference": 0.0 if reference.fresh else largest_difference(setup)},
         between=("log-probabilities of the reference after training", "those that it was trained with"), n=len(now),
     )  # fmt: skip

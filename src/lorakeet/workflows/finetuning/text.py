@@ -316,6 +316,7 @@ class TextRunKind(RunKind[TextAssembly]):
     several_processes = True
     peft_adapter = True
     tries_rates = True
+    searched = True
 
     def plan(
         self, config: RunConfig, console: Console, free: Budget = NO_BOUND, watch: Callable[[PlanResult], None] | None = None

@@ -1,8 +1,9 @@
-"""What a search may vary: learning rate, rank and targets, checked against the model before the search begins."""
+"""What a search may vary: learning rate, rank, targets and beta, checked against the model before the search begins."""
 
 from __future__ import annotations
 
 import itertools
+import math
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 
@@ -12,6 +13,8 @@ from lorakeet.core.spec import LoraSpec
 from lorakeet.errors import ConfigError, Problems
 from lorakeet.models.targets import plan_for
 from lorakeet.models.text.model import TextModel
+from lorakeet.train.preference_spec import SFT
+from lorakeet.train.text.preference_task import RATE_FACTOR
 from lorakeet.train.text.task import learning_rate_of
 
 QUICK_FACTORS = (0.5, 1.0, 2.0)
@@ -19,11 +22,12 @@ QUICK_FACTORS = (0.5, 1.0, 2.0)
 
 @dataclass(frozen=True)
 class SearchPoint:
-    """One choice of settings: the rate as a factor of the run file's, and rank and targets, None for the run file's own."""
+    """One choice of settings: the rate as a factor of the run file's; rank, targets and preference.beta, None for its own."""
 
     rate_factor: float = 1.0
     rank: int | None = None
     targets: str | None = None
+    beta: float | None = None
 
     def words(self, rate: float) -> str:
         """The settings as a person reads them."""
@@ -32,6 +36,8 @@ class SearchPoint:
             parts.append(f"rank {self.rank}")
         if self.targets is not None:
             parts.append(f"targets {self.targets}")
+        if self.beta is not None:
+            parts.append(f"beta {self.beta:g}")
         return ", ".join(parts)
 
 
@@ -45,6 +51,7 @@ class Space:
     high: float
     ranks: tuple[int, ...]
     targets: tuple[str, ...]
+    betas: tuple[float, ...] = ()
 
     @property
     def points(self) -> list[SearchPoint]:
@@ -62,7 +69,8 @@ class Space:
     def resolved(self, point: SearchPoint) -> RunConfig:
         """The run file with the settings of `point`."""
         train = replace(self.config.train, learning_rate=self.rate * point.rate_factor)
-        return replace(self.config, lora=self.lora(point), train=train)
+        preference = self.config.preference if point.beta is None else replace(self.config.preference, beta=point.beta)
+        return replace(self.config, lora=self.lora(point), train=train, preference=preference)
 
     def draw(self, number: Callable[[str, float, float], float], choice: Callable[[str, tuple[str, ...]], str]) -> SearchPoint:
         """A point, each of its settings from one of the two functions (of a sampler): a number on a log scale, or a choice."""
@@ -70,7 +78,9 @@ class Space:
         ranks = tuple(map(str, self.ranks))
         rank = int(choice("rank", ranks)) if len(ranks) > 1 else next(iter(self.ranks), None)
         targets = choice("targets", self.targets) if len(self.targets) > 1 else next(iter(self.targets), None)
-        return SearchPoint(factor, rank, targets)
+        betas = tuple(f"{beta:g}" for beta in self.betas)
+        beta = float(choice("beta", betas)) if len(betas) > 1 else next(iter(self.betas), None)
+        return SearchPoint(factor, rank, targets, beta)
 
 
 def space_for(
@@ -80,19 +90,25 @@ def space_for(
     rate_factors: tuple[float, ...],
     rank_choices: tuple[int, ...],
     target_choices: tuple[str, ...],
+    beta_choices: tuple[float, ...] = (),
 ) -> Space:
     """The space that the flags describe. Raises ConfigError with every choice that does not fit, and where there is none."""
     problems = Problems("The search space cannot be used")
-    rule = learning_rate_of(text)
+    rule = learning_rate_of(text) if config.train.objective == SFT else RATE_FACTOR * learning_rate_of(text)
     rate = config.train.learning_rate if config.train.learning_rate is not None else rule
     low, high = (min(rate_factors), max(rate_factors)) if rate_factors else (1.0, 1.0)
     if low <= 0 or rate * high > 1:
         given = ", ".join(f"{factor:g}" for factor in rate_factors)
         problems.add(f"--rate-factors {given} times the rate {rate:.2e} must lie above 0 and give at most 1.")
+    betas = tuple(dict.fromkeys(beta_choices))
+    if betas and config.train.objective == SFT:
+        problems.add("--beta-choices is given, but train.objective is sft, which has no beta. Leave it out.")
+    if wrong := [beta for beta in betas if not (math.isfinite(beta) and beta > 0)]:
+        problems.add(f"--beta-choices has {wrong[0]:g}; expected values above 0.")
     ranks, targets = tuple(dict.fromkeys(rank_choices)), tuple(dict.fromkeys(target_choices))
-    space = Space(config, rate, low, high, ranks, targets)
-    if low == high and len(ranks) < 2 and len(targets) < 2:
-        flags = "--rate-factors, --rank-choices or --target-choices"
+    space = Space(config, rate, low, high, ranks, targets, betas)
+    if low == high and len(ranks) < 2 and len(targets) < 2 and len(betas) < 2:
+        flags = "--rate-factors, --rank-choices, --target-choices or, of preferences, --beta-choices"
         problems.add(f"The search space has nothing in it to choose; give {flags} two values.")
     for point in space.points:
         try:

@@ -53,7 +53,7 @@ class Confirmation:
             return found + self._cut_short
         gap = confirmed.difference
         seeds = f"{self.seeds} new seeds each" if self.seeds > 1 else f"of seed {trials.setup.config.train.seed} alone"
-        numbers = f"{signed(gap.value, 4)} nats a token [{signed(gap.low, 4)}, {signed(gap.high, 4)}], n = {gap.n}, {seeds}"
+        numbers = f"{signed(gap.value, 4)} {trials.unit} [{signed(gap.low, 4)}, {signed(gap.high, 4)}], n = {gap.n}, {seeds}"
         if confirmed.verdict == "no difference shown":
             both = f"{winner.name} ({words}) and the run file's settings"
             found = f"No difference shown between {both} on {trials.rows.where}: {numbers}."
@@ -91,7 +91,7 @@ def confirm(trials: Trials, winner: Trial, seeds: int, together: int = 2) -> Con
         for side, trial in zip(sides, (winner, start), strict=True):
             assert trial.adapter is not None
             attach(trials.setup.text.model, trial.adapter, CONFIRM)
-            side.append(trials.losses(trial.name, trials.rows.confirm, CONFIRM))
+            side.append(trials.losses(trial.name, trials.rows.confirm, CONFIRM, trial.point))
             trials.take_out(CONFIRM)
     at_once = max(1, together // 2)
     for first in range(1, seeds + 1 if seeds > 1 else 1, at_once):
@@ -133,7 +133,7 @@ def _again(made: Confirmation, both: Sequence[Trial], seeds: Sequence[int]) -> l
                 made.unconfirmed = f"with seed {setup.config.train.seed + seed} {trial.name} diverged ({at.done})"
         for seed in () if made.unconfirmed else seeds:
             of_seed = [(trial, f"{number}_{seed}") for number, trial in enumerate(both)]
-            found.append([trials.losses(trial.name, trials.rows.confirm, name) for trial, name in of_seed])
+            found.append([trials.losses(trial.name, trials.rows.confirm, name, trial.point) for trial, name in of_seed])
     except DataError as error:
         made.unconfirmed = f"losses with another seed are not finite ({error})"
     finally:

@@ -19,7 +19,7 @@ from lorakeet.errors import DataError
 from lorakeet.evaluate.compare import Comparison, compare_losses, holm
 from lorakeet.evaluate.likelihood import RowLosses, measure_losses
 from lorakeet.evaluate.power import paired_power
-from lorakeet.evaluate.report.rank_values import Search, TrialResult
+from lorakeet.evaluate.report.rank_values import MEASURE, Search, TrialResult
 from lorakeet.models.generate.score import row_losses
 from lorakeet.models.inject import activate, adapter_names, adapter_of, eject
 from lorakeet.models.text.cached_states import cache_states
@@ -106,7 +106,12 @@ def groups_by_key(rows: Sequence[Row]) -> dict[str, str]:
 
 
 class Trials:
-    """The trials of a search over one model in memory."""
+    """The trials of a search over one model in memory.
+
+    They are compared by a `measure` on held-out rows, whose differences are in `unit`.
+    """
+
+    measure, unit = MEASURE, "nats a token"
 
     def __init__(
         self,
@@ -130,8 +135,15 @@ class Trials:
         tokens = base.tokens.astype(np.float64)
         return paired_power(base.losses, tokens, confidence=confidence, groups=base.groups).sentence(difference, self.rows.of)
 
-    def losses(self, system: str, rows: Sequence[Example], name: str | None) -> RowLosses:
-        """The losses with the adapter `name`; None for the base alone."""
+    @property
+    def rungs(self) -> tuple[float, ...]:
+        """The shares of a trial's steps after which the worse half is stopped."""
+        return RUNGS
+
+    def losses(
+        self, system: str, rows: Sequence[Example], name: str | None, point: SearchPoint | None = None
+    ) -> RowLosses:
+        """The losses with the adapter `name` of a trial's `point`; None for the base alone."""
         text, spec = self.setup.text, self.setup.config.train
         activate(text.model, name)
         cache_states(text, rows, micro_tokens=spec.micro_tokens)
@@ -144,7 +156,7 @@ class Trials:
         while not self.all or not self.budget.spent():
             fresh = [] if self.all else [Trial(START, SearchPoint())]
             fresh += [self._ask(study, len(self.all) + number) for number in range(len(fresh), together)]
-            self.generation(fresh, rungs=RUNGS)
+            self.generation(fresh, rungs=self.rungs)
             for trial in fresh:
                 if trial.handle is not None:
                     _tell(study, trial, lost=(self.base_loss or 0.0) + DIVERGED)
@@ -225,13 +237,13 @@ class Trials:
         assert at is not None
         trial.adapter = adapter_of(text.model, name, base=text.name)
         try:
-            found = self.losses(trial.name, self.rows.search, name)
+            found = self.losses(trial.name, self.rows.search, name, trial.point)
         except DataError:
             at.diverged, at.done = True, f"step {at.step}: losses on held-out rows are not finite"
             return None
         loss = _mean(found)
-        if at.watch.diverged(loss):
-            at.diverged, at.done = True, f"step {at.step}: the held-out loss is {loss:.4g} nats a token"
+        if at.beyond_recovery(loss):
+            at.diverged, at.done = True, f"step {at.step}: the held-out loss is {loss:.4g}{at.unit}"
             return None
         return found
 
@@ -274,7 +286,9 @@ class Trials:
         against = holm(compared, spec, beside=stopped)
         by_name = {trial.name: one for (trial, _), one in zip(others, against, strict=True)}
         results = tuple(self._line(trial, by_name.get(trial.name)) for trial in self.all)
-        return Search(results, len(self.rows.search), power, chosen.name, conclusion, "" if best is None else best.name)
+        rows = len(self.rows.search) // self.setup.config.train.answers
+        named = "" if best is None else best.name
+        return Search(results, rows, power, chosen.name, conclusion, named, self.measure)
 
     def _line(self, trial: Trial, against: Comparison | None) -> TrialResult:
         at = trial.at
@@ -286,13 +300,14 @@ class Trials:
     def _say(self, trial: Trial) -> None:
         at = trial.at
         assert at is not None
-        loss = "diverged" if trial.losses is None else f"held-out loss {loss_of(trial):.4f}"
+        what = "held-out loss" if self.measure == MEASURE else f"held-out {self.measure}"
+        loss = "diverged" if trial.losses is None else f"{what} {loss_of(trial):.4f}"
         said = f"{trial.name}: {trial.point.words(self.space.rate)}: {loss} after {at.step} steps ({at.done})"
         self.console.print(said, markup=False, soft_wrap=True)
 
 
 def loss_of(trial: Trial) -> float:
-    """The held-out loss of a trial in nats per token."""
+    """The held-out loss of a trial, in nats per token or of a pair."""
     assert trial.losses is not None
     return _mean(trial.losses)
 
