@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
 
-from lorakeet.data.preferences import dialogue, rows_for, verdict, with_mismatches
+from lorakeet.data.preferences import dialogue, rows_for, verdict, with_mismatches, with_prompt_groups
 from lorakeet.data.prepare import load_dataset
 from lorakeet.data.read import read_rows
 from lorakeet.data.rows import Row
@@ -238,3 +239,10 @@ def test_only_repeated_prompts_make_groups(tmp_path: Path) -> None:
     named = [_pair("One?", "a", who="x"), _pair("One?", "b", who="y"), _pair("Two?", "c", who="y")]
     given = read(tmp_path, *named, group_column="who")
     assert [row.group for row in given] == ["x", "y", "y"]
+
+
+def test_a_group_of_one_row_turns_no_others_off(tmp_path: Path) -> None:
+    pairs = [_pair("One?", "a"), _pair("One?", "b"), _pair("Two?", "c"), _pair("Two?", "d"), _pair("Three?", "e")]
+    first, *others = [replace(row, group=None) for row in read(tmp_path, *pairs)]
+    groups = [row.group for row in with_prompt_groups([replace(first, group="x"), *others])]
+    assert groups[:2] == ["x", "x"] and groups[2] == groups[3] is not None and groups[4] is None

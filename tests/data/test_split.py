@@ -148,6 +148,18 @@ def test_changed_data_is_named():
     assert "training rows changed (45 before, 44 now)" in message and "test rows changed (1 before, 1 now)" in message
 
 
+def test_a_run_from_before_prompts_were_kept_together_is_told_why():
+    rows = [row(f"t{n}", group=f"prompt {n // 2}") for n in range(50)]
+    now = split_record(rows[:40], rows[40:])
+    assert now["rows_of_shared_prompts"] == 50
+    before = split_record([row(f"t{n}") for n in range(1, 41)], [row(f"t{n}") for n in (0, *range(41, 50))])
+    with pytest.raises(DataError, match=r"50 rows share their prompt with others, and an earlier version .* Start a new run"):
+        check_split_record(before, now)
+    other = split_record(rows[:39], rows[39:])
+    with pytest.raises(DataError, match="The data has changed since this run started"):
+        check_split_record(other, now)
+
+
 @pytest.mark.parametrize("content", ["{", "[]", '{"format": 0, "held_out": []}', '{"format": 1}'])
 def test_files_that_are_no_record(tmp_path, content):
     (tmp_path / "split.json").write_text(content)

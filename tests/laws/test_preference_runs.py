@@ -15,8 +15,10 @@ import torch
 
 from lorakeet.cli.main import main
 from lorakeet.errors import ConfigError, DataError, RunStopped, VerificationFailed
+from lorakeet.formats import detect
 from lorakeet.formats.detect import read_adapter
 from lorakeet.formats.peft import peft
+from lorakeet.models.files import fingerprint
 from lorakeet.train import loop
 from lorakeet.train.preference_spec import OBJECTIVES, SFT
 from lorakeet.train.text.preference_task import PreferenceTask
@@ -172,6 +174,36 @@ def test_held_out_answers_of_which_none_is_wanted_are_refused_before_training(
     with pytest.raises(DataError, match="None of the 8 held-out rows has an answer that is wanted"):
         run(tiny_llama_folder, rows / "rated.jsonl", tmp_path / "run", changes)
     assert not (tmp_path / "run" / "metrics.jsonl").exists()
+
+
+def test_wanted_answers_that_are_all_too_long_are_refused_before_training(
+    rows: Path, tiny_llama_folder: Path, tmp_path: Path
+) -> None:
+    pairs = preferences(8, seed=6)
+    held_out = [{"prompt": f"{pair['prompt']} now", "completion": pair["rejected"], "label": False} for pair in pairs]
+    held_out.append({"prompt": "which", "completion": "oak " * 300, "label": True})
+    changes = {
+        "train.objective": "kto", "data.held_out": write_rows(tmp_path / "held_out.jsonl", held_out), "data.too_long": "drop"
+    }  # fmt: skip
+    with pytest.raises(DataError, match=r"None of the 9 held-out rows has an answer that is wanted that fits data\.max_tokens"):
+        run(tiny_llama_folder, rows / "rated.jsonl", tmp_path / "run", changes)
+    assert not (tmp_path / "run" / "metrics.jsonl").exists()
+
+
+def test_the_base_is_hashed_once_and_an_earlier_adapter_read_as_often_as_its_numbers_are_needed(
+    taught: Path, rows: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Its facts, its values in the model, those of the reference, and the certificate, which reads it again."""
+    base, hashed, read = save_tiny_llama(tmp_path / "base"), list[Path](), list[Path]()
+    add_file, detected = fingerprint.add_file, detect.detect
+    monkeypatch.setattr(fingerprint, "add_file", lambda found, shard: (hashed.append(shard), add_file(found, shard)))
+    monkeypatch.setattr(detect, "detect", lambda path: (read.append(path), detected(path))[1])
+    earlier = tmp_path / "earlier"
+    shutil.copytree(taught, earlier)
+    changes = {"train.objective": "dpo", "lora.on_top_of": earlier, "lora.rank": 2, "train.steps": 2}
+    run(base, rows / "pairs.jsonl", tmp_path / "run", changes)
+    assert [shard.parent for shard in hashed].count(base) == 1
+    assert read.count(earlier) == 4
 
 
 def test_rows_of_another_shape_are_refused_by_evaluate(rows: Path, tiny_llama_folder: Path, tmp_path: Path) -> None:

@@ -20,7 +20,7 @@ from dataclasses import replace
 from itertools import takewhile
 from typing import Any
 
-from lorakeet.data.rows import Row, Turn
+from lorakeet.data.rows import PROMPT_GROUP, Row, Turn
 from lorakeet.data.tables import UnusableRow
 from lorakeet.errors import DataError
 
@@ -172,15 +172,22 @@ def rows_for(rows: Sequence[Row], objective: str | None, part: str, *, trained: 
 def with_prompt_groups(rows: list[Row]) -> list[Row]:
     """The rows with preferences on one prompt as a group: their answers depend on each other.
 
-    Groups that were given stay. A prompt that all rows have tells none apart, and makes no group.
+    Groups that were given stay, and a row without one joins the first of those that its prompt has. A prompt that all rows have
+    tells none apart, and makes no group.
     """
-    if any(row.group or not (row.rejected or _is_rated(row)) for row in rows):
+    if not all(row.rejected or _is_rated(row) for row in rows):
         return rows
     prompts = [_prompt_digest(row) for row in rows]
-    counts = Counter(prompts)
+    counts, given = Counter(prompts), dict[str, str]()
     if len(counts) == 1:
         return rows
-    return [replace(row, group=f"prompt {key}") if counts[key] > 1 else row for row, key in zip(rows, prompts, strict=True)]
+    for row, key in zip(rows, prompts, strict=True):
+        if row.group is not None:
+            given.setdefault(key, row.group)
+    return [
+        row if row.group is not None or counts[key] == 1 else replace(row, group=given.get(key, f"{PROMPT_GROUP}{key}"))
+        for row, key in zip(rows, prompts, strict=True)
+    ]
 
 
 def _prompt_digest(row: Row) -> str:

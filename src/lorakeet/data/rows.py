@@ -9,6 +9,8 @@ from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import Any
 
+PROMPT_GROUP = "prompt "  # what the groups of rows with one prompt begin with
+
 
 @dataclass(frozen=True)
 class Turn:

@@ -10,12 +10,13 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from lorakeet.data.rows import Row
+from lorakeet.data.rows import PROMPT_GROUP, Row
 from lorakeet.data.spec import DataSpec
 from lorakeet.disk import write_whole
 from lorakeet.errors import DataError
 
 SPLIT_FORMAT = 1
+SHARED = "rows_of_shared_prompts"
 
 
 @dataclass(frozen=True)
@@ -78,7 +79,10 @@ def by_content(rows: Iterable[Row], seed: int) -> tuple[Row, ...]:
 def split_record(
     train: Sequence[Row], held_out: Sequence[Row], test: Sequence[Row] = (), *, labels: Sequence[str] = ()
 ) -> dict[str, object]:
-    """The content of split.json: labels, the held-out rows' hashes, and one hash for all training and all test rows."""
+    """The content of split.json: labels, the held-out rows' hashes, one hash for all training and all test rows, and how many
+    rows with preferences share their prompt with others, if any do.
+    """
+    shared = sum((row.group or "").startswith(PROMPT_GROUP) for row in (*train, *held_out))
     return {
         "format": SPLIT_FORMAT,
         "labels": list(labels),
@@ -87,6 +91,7 @@ def split_record(
         "test_rows": len(test),
         "test_sha256": _digest(test),
         "held_out": sorted(row.key for row in held_out),
+        **({SHARED: shared} if shared else {}),
     }
 
 
@@ -115,6 +120,12 @@ def check_split_record(record: dict[str, object], now: dict[str, object]) -> Non
     for part, word in (("train", "training"), ("test", "test")):
         if record.get(f"{part}_sha256") != now[f"{part}_sha256"]:
             changes.append(f"the {word} rows changed ({record.get(f'{part}_rows')} before, {now[f'{part}_rows']} now)")
+    if changes and now.get(SHARED) and SHARED not in record:
+        raise DataError(
+            f"This run has other rows than it would have now: {'; '.join(changes)}. {now[SHARED]} rows share their prompt with "
+            "others, and an earlier version held some of them out and trained on the rest; now they stay on one side. If the "
+            "files did not change, that is why. Start a new run; the adapter of this one stays usable and can be evaluated."
+        )
     if changes:
         raise DataError(
             f"The data has changed since this run started: {'; '.join(changes)}. "

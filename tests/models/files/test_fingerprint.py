@@ -41,6 +41,15 @@ def test_a_changed_end_of_the_file_shows(
     assert fingerprint(copy) != fingerprint(tiny_llama_folder)
 
 
+def test_files_that_did_not_change_are_read_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    folder, read = save_tiny_llama(tmp_path / "model", seed=3), list[Path]()
+    monkeypatch.setattr(module, "add_file", lambda found, shard: (read.append(shard), found.update(shard.read_bytes())))
+    first = fingerprint(folder)
+    assert fingerprint(folder) == first and len(read) == 1
+    save_tiny_llama(folder, seed=4)
+    assert fingerprint(folder) != first and len(read) == 2
+
+
 def test_pieces_of_a_large_model_are_all_that_is_read(tiny_llama_folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(module, "WHOLE", 0)
     monkeypatch.setattr(module, "WINDOW", 8)

@@ -18,7 +18,7 @@ from lorakeet.models.targets import plan_for
 from lorakeet.models.text.adapters import initialise_adapter
 from lorakeet.models.text.load import load_text_model
 from lorakeet.models.text.model import TextModel
-from lorakeet.workflows.finetuning.stacked import check_earlier, earlier_terms, start_on_top, with_stacked
+from lorakeet.workflows.finetuning.stacked import check_earlier, earlier_facts, start_on_top, with_stacked
 
 QUERY, VALUE = (f"model.layers.{layer}.self_attn.{name}" for layer, name in ((0, "q_proj"), (1, "v_proj")))
 
@@ -55,6 +55,19 @@ def test_ranks_add_up_and_the_new_pairs_have_their_own_scale(rule: str, earlier:
     assert with_stacked(found) == found  # as a resumed run reads them
 
 
+def test_the_terms_that_stay_are_named_by_their_dimension(earlier: Path) -> None:
+    kept = earlier_facts(earlier).kept_terms
+    assert kept[f"{QUERY}.A"] == (0, 4) and kept[f"{QUERY}.B"] == (1, 4)
+
+
+def test_facts_follow_the_files(earlier: Path) -> None:
+    before = earlier_facts(earlier)
+    assert earlier_facts(earlier) is before
+    peft.write(Adapter({QUERY: pair(5, 8.0)}, base="model"), earlier)
+    after = earlier_facts(earlier)
+    assert after.digest != before.digest and after.pairs == {QUERY: (5, "linear")}
+
+
 def test_nothing_changes_without_an_earlier_one() -> None:
     assert with_stacked(RunConfig()) == RunConfig()
 
@@ -70,7 +83,6 @@ def test_the_start_is_the_earlier_adapter(text: TextModel) -> None:
         torch.testing.assert_close(live.pairs[path].delta(), each.delta(), rtol=1e-5, atol=1e-5)
         found = live.pairs[path]
         assert torch.equal(found.A[:4], each.A) and found.A[4:].any() and not found.B[:, 4:].any()
-    assert earlier_terms(adapter)[f"{QUERY}.A"] == (0, 4) and earlier_terms(adapter)[f"{QUERY}.B"] == (1, 4)
     assert check_earlier(live, adapter).passed
     with torch.no_grad():
         live.pairs[QUERY].B[0, 0] += 0.01

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+from functools import lru_cache
 from pathlib import Path
 
 from lorakeet.formats.files.digest import add_file
@@ -16,26 +17,35 @@ def fingerprint(folder: Path) -> str:
     """Returns the SHA-256 of config.json and the safetensors shards of `folder`; DataError for a damaged shard.
 
     Small models are hashed whole. Of larger ones: names, dtypes, shapes, file sizes, and 16 evenly spaced pieces of 256 bytes of
-    each tensor. Training changes nearly every number, so it is detected; a few numbers edited by hand may not be.
+    each tensor. Training changes nearly every number, so it is detected; a few numbers edited by hand may not be. Files that did
+    not change since this process hashed them, by their size and time, are not read again.
     """
-    found = hashlib.sha256((folder / "config.json").read_bytes())
-    shards = sorted(folder.glob("*.safetensors"))
-    whole = sum(shard.stat().st_size for shard in shards) <= WHOLE
+    files = (folder / "config.json", *sorted(folder.glob("*.safetensors")))
+    stats = [file.stat() for file in files]
+    whole = sum(stat.st_size for stat in stats[1:]) <= WHOLE
+    return _hashed(files, tuple((stat.st_size, stat.st_mtime_ns, stat.st_ino) for stat in stats), 0 if whole else WINDOW)
+
+
+@lru_cache(maxsize=8)
+def _hashed(files: tuple[Path, ...], stats: tuple[tuple[int, int, int], ...], window: int) -> str:
+    """The hash of `files`, config.json first, whole or in pieces of `window` bytes; other `stats` are of files that changed."""
+    config, *shards = files
+    found = hashlib.sha256(config.read_bytes())
     for shard in shards:
         found.update(f"\n{shard.name} {shard.stat().st_size}\n".encode())
-        if whole:
-            add_file(found, shard)
+        if window:
+            _add_pieces(found, shard, window)
         else:
-            _add_pieces(found, shard)
+            add_file(found, shard)
     return found.hexdigest()
 
 
-def _add_pieces(found: hashlib._Hash, shard: Path) -> None:
+def _add_pieces(found: hashlib._Hash, shard: Path, window: int) -> None:
     opened = open_safetensors(shard)
     with shard.open("rb") as file:
         for name, stored in sorted(opened.tensors.items()):
             found.update(f"{name} {stored.dtype} {stored.shape}\n".encode())
-            last = max(stored.begin, stored.end - WINDOW)
+            last = max(stored.begin, stored.end - window)
             for offset in sorted({stored.begin + (last - stored.begin) * step // (WINDOWS - 1) for step in range(WINDOWS)}):
                 file.seek(offset)
-                found.update(file.read(min(WINDOW, stored.end - offset)))
+                found.update(file.read(min(window, stored.end - offset)))

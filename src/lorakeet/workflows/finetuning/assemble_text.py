@@ -33,7 +33,7 @@ from lorakeet.train.text.task import TextTask
 from lorakeet.workflows.finetuning.continued import require_same_base, start_from
 from lorakeet.workflows.finetuning.kind import Assembly
 from lorakeet.workflows.finetuning.ranks import choose_ranks, start_directions
-from lorakeet.workflows.finetuning.stacked import earlier_terms, start_on_top, with_earlier
+from lorakeet.workflows.finetuning.stacked import earlier_facts, start_on_top, with_earlier
 from lorakeet.workflows.planning.encoded_rows import EncodedRows
 from lorakeet.workflows.planning.forecast_text_run import TextRunPlan, measures_rows, reads_weights
 from lorakeet.workflows.planning.unbound_text_run import fit_text_run
@@ -170,7 +170,7 @@ def text_task(
     )  # fmt: skip
     task.pruning = pruning_of(setup.config, text, setup.plan, setup.steps)
     if (below := setup.config.lora.on_top_of) is not None:
-        task.kept_terms = earlier_terms(read_adapter(Path(below)))
+        task.kept_terms = earlier_facts(Path(below)).kept_terms
     return task
 
 

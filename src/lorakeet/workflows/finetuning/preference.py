@@ -63,15 +63,20 @@ class PreferenceRunKind(TextRunKind):
             raise ConfigError("evaluate.encoder is for rows with labels, but train.objective compares answers. Leave it out.")
         if (path := reference_path(config)) is not None and not path.exists():
             raise ConfigError(f"The reference {path} does not exist. Name a run or adapter folder with --train.reference.")
-        reference_adapter(config)  # raises now if it cannot be read
+        if config.train.reference != START:  # the adapter that training starts with is read for its ranks before the model is
+            reference_adapter(config)  # raises now if it cannot be read
 
     def new_task(self, setup: TextAssembly) -> PreferenceTask:
         config = setup.config
         desirable: tuple[list[bool], list[bool]] = ([], [])
         if config.train.objective == KTO:
             part, rows = setup.evaluated
-            if not any(row.desirable for row in rows):
-                raise DataError(f"None of the {len(rows)} {part} rows has an answer that is wanted. Add some of label true.")
+            wanted = _desirable(rows, setup.encoded[part])
+            if not any(wanted):
+                longer = f" that fits data.max_tokens {config.data.max_tokens}" * any(row.desirable for row in rows)
+                raise DataError(
+                    f"None of the {len(rows)} {part} rows has an answer that is wanted{longer}. Add some of label true."
+                )
             desirable = (_desirable(setup.dataset.train, setup.train), _desirable(setup.dataset.held_out, setup.held_out))
         make = partial(PreferenceTask, preference=config.preference.resolved(config.train.objective), desirable=desirable)
         return cast(PreferenceTask, text_task(setup, make=make))

@@ -10,7 +10,8 @@ So ranks add up, and every verb reads an adapter like any other. The gradients o
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import replace
+from dataclasses import dataclass, replace
+from functools import lru_cache
 from pathlib import Path
 from re import escape
 
@@ -28,6 +29,7 @@ from lorakeet.models.fits import plan_of
 from lorakeet.models.inject import trained_parameters
 from lorakeet.models.text.model import TextModel
 from lorakeet.train.task import KeptTerms
+from lorakeet.train.text.reference import adapter_digest
 from lorakeet.workflows.finetuning.continued import with_continued
 
 ROUNDED = 1e-6  # by which share B₁ may change when its scale becomes that of the new pair
@@ -54,16 +56,46 @@ def with_stacked(config: RunConfig) -> RunConfig:
     )
     ranks: dict[str, int] = {}
     alphas: dict[str, float] = {}
-    for path, pair in earlier_pairs(Path(given), read_adapter(Path(given))).items():
+    for path, (below, _) in earlier_facts(Path(given)).pairs.items():
         rank = int(pattern_value(own.rank_pattern, path) or own.rank)
         scale = scale_of(pattern_value(own.alpha_pattern, path) or own.alpha, rank, own.scale_rule)
         key = escape(path) + SUM
-        ranks[key] = pair.rank + rank
+        ranks[key] = below + rank
         alphas[key] = alpha_for(scale, ranks[key], own.scale_rule)
     return replace(
         config,
         lora=replace(own, rank_pattern={**ranks, **own.rank_pattern}, alpha_pattern={**alphas, **own.alpha_pattern}),
     )
+
+
+@dataclass(frozen=True)
+class EarlierFacts:
+    """What a run needs of an earlier adapter but its numbers: `pairs` is the rank and kind of each, `digest` the hash of all."""
+
+    pairs: Mapping[str, tuple[int, str]]
+    digest: str
+
+    @property
+    def kept_terms(self) -> KeptTerms:
+        """The terms that stay as they are: those of the earlier adapter, which come first."""
+        return {
+            f"{path}.{which}": (dim, rank)
+            for path, (rank, kind) in self.pairs.items() for which, dim in zip("AB", term_dims(kind), strict=True)
+        }  # fmt: skip
+
+
+def earlier_facts(path: Path) -> EarlierFacts:
+    """Read once for each state of the files at `path`. Raises ConfigError where no adapter can be trained on top of it."""
+    files = [path] if path.is_file() else sorted(file for place in (path, path / "adapter") for file in place.glob("*"))
+    stats = [(file, file.stat()) for file in files]
+    return _facts(path, tuple((str(file), stat.st_size, stat.st_mtime_ns, stat.st_ino) for file, stat in stats))
+
+
+@lru_cache(maxsize=2)
+def _facts(path: Path, state: tuple[tuple[str, int, int, int], ...]) -> EarlierFacts:
+    adapter = read_adapter(path)
+    pairs = {name: (pair.rank, pair.kind) for name, pair in earlier_pairs(path, adapter).items()}
+    return EarlierFacts(pairs, adapter_digest(adapter))
 
 
 def earlier_pairs(path: Path, adapter: Adapter) -> Mapping[str, Pair]:
@@ -97,14 +129,6 @@ def start_on_top(text: TextModel, plan: Plan, adapter: Adapter, name: str) -> No
             values = {"A": pair.A, "B": pair.B.float() * (pair.scale / entries[path].scale)}
             for (which, value), dim in zip(values.items(), term_dims(pair.kind), strict=True):
                 parameters[f"{path}.{which}"].narrow(dim, 0, pair.rank).copy_(value)
-
-
-def earlier_terms(adapter: Adapter) -> KeptTerms:
-    """The terms that stay as they are: those of the earlier `adapter`, which come first."""
-    return {
-        f"{path}.{which}": (dim, pair.rank)
-        for path, pair in adapter.pairs.items() for which, dim in zip("AB", term_dims(pair.kind), strict=True)
-    }  # fmt: skip
 
 
 def check_earlier(found: Adapter, earlier: Adapter) -> Check:

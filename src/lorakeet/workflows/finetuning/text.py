@@ -44,7 +44,6 @@ from lorakeet.ranks.prune import final_budget
 from lorakeet.train.processes import Processes
 from lorakeet.train.run import RunFolder
 from lorakeet.train.text.own_code import require_own_code
-from lorakeet.train.text.reference import adapter_digest
 from lorakeet.train.text.task import TextTask
 from lorakeet.workflows.finetuning.assemble_text import TextAssembly, assemble_text, text_task
 from lorakeet.workflows.finetuning.certify_text import certify_text, with_own_code
@@ -53,7 +52,7 @@ from lorakeet.workflows.finetuning.evaluate_text import TextEvaluator, require_e
 from lorakeet.workflows.finetuning.kind import NO_BOUND, Advice, Digests, PlanResult, RunKind
 from lorakeet.workflows.finetuning.report import leaks, pruned_map, rank_map
 from lorakeet.workflows.finetuning.run_time import Speed, measured_speed, run_time_text
-from lorakeet.workflows.finetuning.stacked import check_earlier, with_earlier
+from lorakeet.workflows.finetuning.stacked import check_earlier, earlier_facts, with_earlier
 from lorakeet.workflows.finetuning.terminal import memory_table, show_advice, show_peak, show_rows, show_targets
 from lorakeet.workflows.finetuning.trained_targets import remarks_before, remarks_of_peft
 from lorakeet.workflows.planning.check import later_phases, with_later
@@ -407,7 +406,7 @@ class TextRunKind(RunKind[TextAssembly]):
             "tokens of the rows": [[example.key, example.ids.tolist()] for example in examples],
         }
         if (below := config.lora.on_top_of) is not None:
-            parts["the earlier adapter"] = adapter_digest(read_adapter(Path(below)))
+            parts["the earlier adapter"] = earlier_facts(Path(below)).digest
         if cuts := setup.cuts:  # all that a pruned run takes from the ranks settings
             parts["cuts of the ranks"] = cuts
         alone = config.model if setup.processes.count == 1 else None  # earlier versions refused several CUDA devices
