@@ -123,7 +123,7 @@ def check_split_record(record: dict[str, object], now: dict[str, object]) -> Non
     if changes and now.get(SHARED) and SHARED not in record:
         raise DataError(
             f"This run has other rows than it would have now: {'; '.join(changes)}. {now[SHARED]} rows share their prompt with "
-            "others, and an earlier version held some of them out and trained on the rest; now they stay on one side. If the "
+            "others, and an earlier version split such rows between training and held-out; now they stay on one side. If the "
             "files did not change, that is why. Start a new run; the adapter of this one stays usable and can be evaluated."
         )
     if changes:

@@ -23,7 +23,7 @@ from lorakeet.models.text.load import load_text_model
 from lorakeet.train.preference_spec import OBJECTIVES, SFT, PreferenceSpec, needs_reference
 from lorakeet.train.spec import TrainSpec
 from lorakeet.train.text.preference_loss import PairScores, kto_losses, preference_losses
-from lorakeet.train.text.preference_task import PreferenceTask, Reference, order_of_pairs, pair_losses
+from lorakeet.train.text.preference_task import PreferenceTask, Reference, not_preferred, order_of_pairs, pair_losses
 from tiny.streams import loaded
 
 PAIRS = 6
@@ -223,6 +223,16 @@ def test_held_out_pairs_say_what_is_preferred() -> None:
     sums, reference = np.array([-1.0, -4.0, -3.0, -2.0]), np.array([-2.0, -2.0, -2.0, -2.0])
     _, found = pair_losses("dpo", spec, sums, reference, np.array([1.0, 1.0, 1.0, 1.0]))
     assert found is not None and found.share == 0.5 and found.lead == pytest.approx(1.0) and found.chosen == pytest.approx(0.0)
+
+
+def test_what_is_not_preferred_is_counted_whatever_beta_is() -> None:
+    """The second pair gains nothing; for kto the first answer of each pair is rated, the second estimates the KL."""
+    spec, tokens = PreferenceSpec().resolved("dpo"), np.ones(6)
+    sums, reference = np.array([-1.0, -4.0, -2.0, -2.0, -5.0, -1.0]), np.full(6, -2.0)
+    assert not_preferred("dpo", spec, sums, reference, tokens).tolist() == [0.0, 0.5, 1.0]
+    assert not_preferred("simpo", spec, sums, None, tokens).tolist() == [0.0, 0.5, 1.0]
+    rated = not_preferred("kto", spec, sums, reference, tokens, desirable=[True, True, False])
+    assert rated.tolist() == [0.0, 0.5, 0.0]
 
 
 def test_a_step_has_pairs_of_similar_length() -> None:

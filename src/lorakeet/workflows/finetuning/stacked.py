@@ -19,7 +19,7 @@ import torch
 
 from lorakeet.config import RunConfig
 from lorakeet.core.adapter import Adapter, Pair
-from lorakeet.core.math import alpha_for, scale_of, term_dims
+from lorakeet.core.math import Kind, alpha_for, scale_of, term_dims
 from lorakeet.core.plan import Plan
 from lorakeet.core.spec import SUM, pattern_value
 from lorakeet.errors import ConfigError, Problems
@@ -72,7 +72,7 @@ def with_stacked(config: RunConfig) -> RunConfig:
 class EarlierFacts:
     """What a run needs of an earlier adapter but its numbers: `pairs` is the rank and kind of each, `digest` the hash of all."""
 
-    pairs: Mapping[str, tuple[int, str]]
+    pairs: Mapping[str, tuple[int, Kind]]
     digest: str
 
     @property
