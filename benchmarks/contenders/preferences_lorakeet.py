@@ -46,6 +46,7 @@ def measured(asked: Mapping[str, Any]) -> dict[str, Any]:
     task = PreferenceTask(
         text, [row for step in steps for pair in step for row in examples(pair)], held_out=(), spec=spec,
         preference=PreferenceSpec(beta=asked["beta"]).resolved(asked["objective"]),
+        desirable=([bool(pair.get("wanted")) for step in asked["steps"] for pair in step], []),
     )  # fmt: skip
     order: Any = SimpleNamespace(
         indices=lambda step: list(range(step * pairs, (step + 1) * pairs)), steps_per_epoch=len(steps)

@@ -167,7 +167,7 @@ def test_the_budget_holds_what_the_confirmation_takes(setup: TextAssembly) -> No
 def test_losses_that_are_no_numbers_are_a_divergence(setup: TextAssembly, monkeypatch: pytest.MonkeyPatch) -> None:
     trials = trials_of(setup)
 
-    def broken(system: str, rows: Any, name: str | None) -> RowLosses:
+    def broken(*_: Any) -> RowLosses:
         raise DataError("no numbers")
 
     monkeypatch.setattr(trials, "losses", broken)
