@@ -14,6 +14,7 @@ from lorakeet.errors import (
     EnvironmentProblem,
     LorakeetError,
     Problems,
+    Remedy,
     RunStopped,
     VerificationFailed,
     nearest,
@@ -110,3 +111,16 @@ def test_a_file_that_is_not_read_is_named_with_the_reason_and_the_remedy() -> No
     assert unreadable(Path("a.yaml"), OSError("odd")) == said.format("odd")
     with pytest.raises(DataError, match=r"^a\.yaml cannot be read: odd"), readable(Path("a.yaml")):
         raise OSError("odd")
+
+
+def test_a_remedy_is_the_same_on_the_command_line_and_in_words() -> None:
+    flags = {value: Remedy("data.delimiter", value, "x").flag for value in (";", ",", "tab", "a b", "it's")}
+    assert [flag.removeprefix("--data.delimiter ") for flag in flags.values()] == ["';'", "','", "tab", "'a b'", "'it'\"'\"'s'"]
+    remedies = (Remedy("data.encoding", "cp1252", "Read it as cp1252"),)
+    assert DataError("a", remedies=remedies).remedies == remedies and DataError("a").remedies == ()
+    problems = Problems("Two", DataError, remedies=remedies)
+    for message in ("a", "b"):
+        problems.add(message)
+        with pytest.raises(DataError) as caught:
+            problems.raise_if_any()
+        assert caught.value.remedies == remedies

@@ -16,9 +16,11 @@ from __future__ import annotations
 import difflib
 import functools
 import itertools
+import shlex
 import traceback
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Concatenate, ParamSpec, TypeVar
 
@@ -50,16 +52,36 @@ def visible(text: str, form: str = "\\x{:02x}") -> str:
     return text if text.isprintable() else text.translate(_escapes(form))
 
 
+@dataclass(frozen=True)
+class Remedy:
+    """One setting that would mend what an error names.
+
+    `setting` is its path, such as "data.encoding", `value` the text that its flag takes, `words` are for a button.
+    """
+
+    setting: str
+    value: str
+    words: str
+
+    @property
+    def flag(self) -> str:
+        """The setting on the command line, as a shell takes it: "--data.encoding cp1252"."""
+        quoted = shlex.quote(self.value)
+        sign = quoted == self.value and not any(map(str.isalnum, quoted))  # which would read as a part of the sentence
+        return f"--{self.setting} {repr(quoted) if sign else quoted}"
+
+
 class LorakeetError(Exception):
     """Base of every error that a user can mend; `exit_code` is what the command line returns.
 
-    A message is at most LONGEST_MESSAGE characters long.
+    A message is at most LONGEST_MESSAGE characters long. `remedies` are settings that mend it, all of them together.
     """
 
     exit_code = 2
 
-    def __init__(self, *details: object) -> None:
+    def __init__(self, *details: object, remedies: Iterable[Remedy] = ()) -> None:
         super().__init__(*(shortened(one) if isinstance(one, str) else one for one in details))
+        self.remedies = tuple(remedies)
 
 
 class ConfigError(LorakeetError):
@@ -176,9 +198,16 @@ class Problems:
     """Collects messages and raises them together, so that a user mends everything in one go."""
 
     def __init__(
-        self, heading: str, kind: type[LorakeetError] = ConfigError, *, remedy: str = "", shown: int | None = None
+        self,
+        heading: str,
+        kind: type[LorakeetError] = ConfigError,
+        *,
+        remedy: str = "",
+        shown: int | None = None,
+        remedies: Iterable[Remedy] = (),
     ) -> None:
         self.heading = heading
+        self.remedies = tuple(remedies)  # of the error
         self.kind = kind
         self.remedy = remedy  # the last sentence, where one thing mends them all
         self.shown = shown  # of many problems the first so many are named and the others counted
@@ -195,13 +224,13 @@ class Problems:
     def raise_if_any(self) -> None:
         """Raises `kind` with the heading and one line per problem; a single problem stands alone. The remedy comes last."""
         if len(self.messages) == 1:
-            raise self.kind(" ".join([*self.messages, *([self.remedy] if self.remedy else [])]))
+            raise self.kind(" ".join([*self.messages, *([self.remedy] if self.remedy else [])]), remedies=self.remedies)
         if self.messages:
             named, count = self._fitting(), len(self.messages) + self.others
             lines = [f"{self.heading} ({count:,} problems):", *(f"  - {message}" for message in named)]
             if more := count - len(named):
                 lines.append(f"  - and {more:,} more.")
-            raise self.kind("\n".join([*lines, *([self.remedy] if self.remedy else [])]))
+            raise self.kind("\n".join([*lines, *([self.remedy] if self.remedy else [])]), remedies=self.remedies)
 
     def _fitting(self) -> list[str]:
         """The first messages that are shown: at most `shown`, and no more than fit into one message."""

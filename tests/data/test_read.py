@@ -200,7 +200,7 @@ def test_other_separators_and_encodings_are_named_and_read(tmp_path: Path) -> No
     (row,) = read_rows(str(tmp_path / "a.csv"), DataSpec(train="x", encoding="cp1252", delimiter=";"))
     assert (row.text, row.label) == ("schön", "gut")
     (tmp_path / "b.csv").write_text("text\tlabel\nx\ty\n")
-    with pytest.raises(DataError, match=r"set --data\.delimiter 'tab'"):
+    with pytest.raises(DataError, match=r"set --data\.delimiter tab"):
         read_rows(str(tmp_path / "b.csv"), DataSpec(train="x"))
     assert read_rows(str(tmp_path / "b.csv"), DataSpec(train="x", delimiter="tab"))[0].label == "y"
     (tmp_path / "c.jsonl").write_bytes('{"text": "é"}'.encode("utf-16"))

@@ -144,7 +144,7 @@ def open_text(location: Location, encoding: str = "utf-8", most: int = MOST_UNPA
             try:
                 yield text
             except UnicodeDecodeError as error:
-                raise DataError(encoding_refusal(error, encoding, location.name)) from error
+                raise encoding_refusal(error, encoding, location.name) from error
             except UnicodeError as error:  # UTF-16 without its mark
                 advice = f"Set --data.encoding to what the file was saved in, such as {encoding}-le or cp1252"
                 raise DataError(f"{location.name} is not {encoding} text ({error}). {advice}.") from error

@@ -15,7 +15,7 @@ from lorakeet.data.read import read_rows
 from lorakeet.data.rows import Row
 from lorakeet.data.spec import DataSpec
 from lorakeet.data.split import Split, by_content, split_record, split_rows
-from lorakeet.errors import DataError, Problems, nearest
+from lorakeet.errors import DataError, Problems, Remedy, nearest
 
 _SHOWN = 5
 _SAMPLED = 16  # rows, whose prompts are of one template
@@ -32,6 +32,7 @@ class Dataset:
     labels: tuple[str, ...]
     leaks: LeakReport
     notes: tuple[str, ...] = ()  # sentences about rows that were dropped or stand in prompts, and about labels
+    remedies: tuple[Remedy, ...] = ()  # settings that `notes` propose
 
     @property
     def label_counts(self) -> dict[str, int]:
@@ -51,7 +52,8 @@ def load_dataset(spec: DataSpec, objective: str | None = "sft") -> Dataset:
     """
     spec.validate()
     notes: list[str] = []
-    rows = read_rows(spec.train, spec, notes, objective)
+    remedies: list[Remedy] = []
+    rows = read_rows(spec.train, spec, notes, objective, remedies)
     test = read_rows(spec.test, spec, notes, objective) if spec.test else []
     if spec.held_out:
         split = Split(by_content(rows, spec.split_seed), tuple(read_rows(spec.held_out, spec, notes, objective)))
@@ -66,7 +68,7 @@ def load_dataset(spec: DataSpec, objective: str | None = "sft") -> Dataset:
     notes += [*prompt_leak_notes(parts, spec.on_leak), *_alike(labels)]
     shaped = [rows_for(rows, objective, part, trained=part == "training") for part, rows in parts.items()]
     notes += verdict_notes({part: rows for part, rows in parts.items() if part != "training"})
-    return Dataset(shaped[0], shaped[1], shaped[2], labels, clean.report, tuple(notes))
+    return Dataset(shaped[0], shaped[1], shaped[2], labels, clean.report, tuple(notes), tuple(remedies))
 
 
 def _alike(labels: Sequence[str]) -> list[str]:

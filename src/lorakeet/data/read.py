@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import replace
 from itertools import islice
 from pathlib import Path
 from typing import Any
@@ -11,28 +13,67 @@ from typing import Any
 from lorakeet.data.locate import PACKAGE, locate_data
 from lorakeet.data.parquet import parquet_records
 from lorakeet.data.preferences import with_prompt_groups
+from lorakeet.data.proposals.columns import SAMPLED, overlooked_label, overlooked_label_note
+from lorakeet.data.proposals.reading_on import every_problem
 from lorakeet.data.rows import Row
 from lorakeet.data.shapes import shape_rows
 from lorakeet.data.spec import DataSpec
-from lorakeet.data.tables import READERS, FileRecord, RowProblems, TextFormat, text_records
-from lorakeet.errors import DataError, EnvironmentProblem, nearest
+from lorakeet.data.tables import READERS, SHOWN_PROBLEMS, FileRecord, RowProblems, TextFormat, text_records
+from lorakeet.errors import DataError, EnvironmentProblem, Remedy, nearest
 
 HUB = "hub:"
+_READ_ON = 100_000  # rows that are read for the other problems of a file
 SAVED = ("dataset_info.json", "dataset_dict.json", "state.json")  # what datasets' save_to_disk leaves
 _HUB_ID = re.compile(r"[\w.-]+/[\w.-]+")
 _FILE = re.compile(r"\.(jsonl?|ndjson|csv|tsv|txt|parquet|zip|gz)$", re.IGNORECASE)
 
 
-def read_rows(name: str, spec: DataSpec, dropped: list[str] | None = None, objective: str | None = None) -> list[Row]:
+def read_rows(
+    name: str, spec: DataSpec, notes: list[str] | None = None, objective: str | None = None, proposed: list[Remedy] | None = None
+) -> list[Row]:
     """Reads the rows of one file, folder or hub data set, at most `spec.limit` of them; `objective` as in `shape_rows`.
 
     Preferences on one prompt are a group.
 
-    Raises one DataError that lists all problems of single rows. With data.bad_rows "drop" such rows are left out; a sentence
-    about them is added to `dropped`.
+    Raises one DataError that lists all problems of single rows, and of the file (`every_problem`). With data.bad_rows "drop" such
+    rows are left out; a sentence about them is added to `notes`. So is one about a column of labels that is not read, whose
+    setting is added to `proposed`.
     """
-    problems = RowProblems(f"{name} cannot be used as it is")
-    rows = list(shape_rows(islice(read_records(name, problems, spec), spec.limit), name, spec, problems, objective))
+    first: list[FileRecord] = []
+    with all_problems(name, spec, objective):
+        rows = _read(name, spec, notes, objective, first=first)
+    plain = not rows[0].turns[0].role and spec.label_column is None and spec.format == "auto"
+    if plain and notes is not None and (label := overlooked_label(first, {spec.text_column, spec.group_column or ""})):
+        notes.append(overlooked_label_note(name, first, spec.text_column, label))
+        if proposed is not None:
+            proposed.append(label)
+    return rows
+
+
+@contextmanager
+def all_problems(name: str, spec: DataSpec, objective: str | None = None) -> Iterator[None]:
+    """A context in which the DataError of reading a file becomes one of all its problems (`every_problem`)."""
+    try:
+        yield
+    except DataError as error:
+        if not error.remedies or not _opens_again(name):
+            raise
+        most = min(spec.limit or _READ_ON, _READ_ON)
+        whole = every_problem(error, name, spec, lambda other: _read(name, replace(other, limit=most), None, objective, shown=3))
+        raise whole from error
+
+
+def _read(
+    name: str,
+    spec: DataSpec,
+    dropped: list[str] | None,
+    objective: str | None,
+    shown: int = SHOWN_PROBLEMS,
+    first: list[FileRecord] | None = None,
+) -> list[Row]:
+    problems = RowProblems(f"{name} cannot be used as it is", shown)
+    records = _first_kept(islice(read_records(name, problems, spec), spec.limit), first)
+    rows = list(shape_rows(records, name, spec, problems, objective))
     if spec.bad_rows == "stop" or not rows:
         problems.raise_if_any()
     if not rows:
@@ -44,17 +85,32 @@ def read_rows(name: str, spec: DataSpec, dropped: list[str] | None = None, objec
     return with_prompt_groups(rows)
 
 
+def _first_kept(records: Iterator[FileRecord], kept: list[FileRecord] | None) -> Iterator[FileRecord]:
+    """The records; the first of them are added to `kept`."""
+    for record in records:
+        if kept is not None and len(kept) < SAMPLED:
+            kept.append(record)
+        yield record
+
+
 def check_first_record(name: str, spec: DataSpec, objective: str | None = None) -> None:
-    """Raises what `read_rows` would for a missing file, an unknown extension or a missing column; reads one record of the file.
+    """Raises what `read_rows` would for a missing file, an unknown extension or a missing column; reads one record of the file,
+    and where that is wrong more, for its other problems.
 
     Says nothing of data sets that the datasets library reads, nor of a named pipe, which can be read only once.
     """
-    path, folder = Path(name).expanduser(), Path(name.partition("#")[0]).expanduser()
-    on_hub = not name.startswith(PACKAGE) and not path.exists() and is_hub_id(name)
-    if on_hub or folder.is_dir() or path.is_fifo():
+    if not _opens_again(name):
         return
     problems = RowProblems(name)  # of single rows: all are named once the whole file is read
-    next(shape_rows(islice(read_records(name, problems, spec), 1), name, spec, problems, objective), None)
+    with all_problems(name, spec, objective):
+        next(shape_rows(read_records(name, problems, spec), name, spec, problems, objective), None)
+
+
+def _opens_again(name: str) -> bool:
+    """Whether `name` is a file that Lorakeet itself reads, and can read once more."""
+    path, folder = Path(name).expanduser(), Path(name.partition("#")[0]).expanduser()
+    on_hub = not name.startswith(PACKAGE) and not path.exists() and is_hub_id(name)
+    return not (on_hub or folder.is_dir() or path.is_fifo())
 
 
 def is_absent(name: str) -> bool:

@@ -5,8 +5,9 @@ from __future__ import annotations
 import html
 import json
 import math
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
+from itertools import islice
 from typing import Any
 
 from lorakeet.data.preferences import (
@@ -21,11 +22,12 @@ from lorakeet.data.preferences import (
     verdict,
     with_prompt,
 )
+from lorakeet.data.proposals.columns import SAMPLED, column_remedy, near_column, propose_answers, propose_columns
 from lorakeet.data.rows import Row, Turn
 from lorakeet.data.spec import DataSpec, fill_template, template_fields
-from lorakeet.data.tables import FileRecord, RowProblems, UnusableRow, separator_hint
+from lorakeet.data.tables import FileRecord, RowProblems, UnusableRow, separator_hint, separator_remedies
 from lorakeet.data.tool_calls import message_extra, row_tools
-from lorakeet.errors import DataError, nearest
+from lorakeet.errors import DataError, Remedy, nearest
 
 ROLES = ("system", "user", "assistant", "tool")
 _CHAT_COLUMNS = ("messages", "conversations")
@@ -42,14 +44,15 @@ def shape_rows(
 ) -> Iterator[Row]:
     """Yields the rows of the records; with format "auto" the first record decides the shape.
 
+    Columns of no known shape end in a DataError that proposes some, by their names and what the first records hold.
     Of several shapes that fit, a known `objective` (train.objective) takes that of its rows. Raises DataError for a missing
     column; problems of single records are added to `problems`.
     """
     shape = ""
     for record in records:
         if not shape:
-            shape = _find_shape(record, name, spec, objective)
-            _require_columns(record, shape, name, spec)
+            shape = _find_shape(record, name, spec, objective, records)
+            _require_columns(record, shape, name, spec, records)
         try:
             row = _shape(record, shape, spec)
             _require_length(row, spec)
@@ -60,8 +63,8 @@ def shape_rows(
 
 def columns_used(record: FileRecord, name: str, spec: DataSpec, objective: str | None = None) -> tuple[str, dict[str, str]]:
     """The shape of a record, and the columns of it that are read, each with what it becomes. DataError as `shape_rows`."""
-    shape = _find_shape(record, name, spec, objective)
-    _require_columns(record, shape, name, spec)
+    shape = _find_shape(record, name, spec, objective, iter(()))
+    _require_columns(record, shape, name, spec, iter(()))
     used: dict[str, str] = {}
     if shape == "classification":
         used = dict.fromkeys(template_fields(spec.template), "prompt")
@@ -92,18 +95,26 @@ def _require_length(row: Row, spec: DataSpec) -> None:
         )
 
 
-def _find_shape(record: FileRecord, name: str, spec: DataSpec, objective: str | None) -> str:
+def _find_shape(
+    record: FileRecord, name: str, spec: DataSpec, objective: str | None, following: Iterator[FileRecord]
+) -> str:
     columns = record.values
     if spec.format != "auto":
         return spec.format
     compared, plain = _compared_shape(columns, objective), _plain_shape(columns, spec, objective)
     if found := (plain or compared) if objective == "sft" else (compared or plain):
         return found
-    raise DataError(
+    said = (
         f"{name}: the columns {_listed(columns)} match no known shape; expected 'messages', or 'prompt' and 'completion', "
-        f"or 'instruction' and 'output', or 'chosen' and 'rejected', or '{spec.text_column}'. Name yours with --data.text_column "
-        f"(and --data.label_column for labelled texts), or choose --data.format.{_one_of_several(columns)}"
+        f"or 'instruction' and 'output', or 'chosen' and 'rejected', or '{spec.text_column}'."
     )
+    general = "Name yours with --data.text_column (and --data.label_column for labelled texts), or choose --data.format."
+    if several := _separators(columns):
+        raise DataError(f"{said} {general}{separator_hint(several)}", remedies=several)
+    sample = [record, *islice(following, SAMPLED - 1)]
+    proposal = propose_columns(sample, {"text": spec.text_column, "label": spec.label_column})
+    words = [propose_answers(columns), proposal.words if proposal else "", general]
+    raise DataError(" ".join([said, *filter(None, words)]), remedies=proposal.remedies if proposal else ())
 
 
 def _compared_shape(columns: Mapping[str, object], objective: str | None) -> str:
@@ -140,7 +151,9 @@ def _classified_columns(spec: DataSpec) -> dict[str, str]:
     return needed
 
 
-def _require_columns(record: FileRecord, shape: str, name: str, spec: DataSpec) -> None:
+def _require_columns(
+    record: FileRecord, shape: str, name: str, spec: DataSpec, following: Iterator[FileRecord]
+) -> None:
     columns = record.values
     needed: dict[str, str] = {}
     if shape == "chat" and not any(column in columns for column in _CHAT_COLUMNS):
@@ -161,20 +174,40 @@ def _require_columns(record: FileRecord, shape: str, name: str, spec: DataSpec) 
         needed |= _classified_columns(spec)
     if spec.group_column is not None:
         needed[spec.group_column] = "name it with --data.group_column"
-    missing = [
+    missing = {column: remedy for column, remedy in needed.items() if column not in columns}
+    if not missing:
+        return
+    several = _separators(columns)
+    remedies = several or _column_remedies([record, *islice(following, SAMPLED - 1)], missing, spec)
+    flags = f" It may be: {' '.join(one.flag for one in remedies)}." if remedies and not several else ""
+    lines = [
         f"{name} has no column '{column}'; it has {_listed(columns)}.{nearest(column, columns)} Otherwise {remedy}."
-        f"{_one_of_several(columns)}"
-        for column, remedy in needed.items()
-        if column not in columns
+        f"{separator_hint(several)}"
+        for column, remedy in missing.items()
     ]
-    if missing:
-        raise DataError("\n".join(missing))
+    raise DataError("\n".join(lines) + flags, remedies=remedies)
 
 
-def _one_of_several(columns: Mapping[str, object]) -> str:
-    """A hint where one column has the names of several, since another separator was given."""
+def _column_remedies(sample: Sequence[FileRecord], missing: Mapping[str, str], spec: DataSpec) -> tuple[Remedy, ...]:
+    """Settings for text and label columns that are missing: the nearest name, else what a proposal says."""
+    columns = sample[0].values
+    named = {"data.text_column": spec.text_column, "data.label_column": spec.label_column or _LABEL}
+    near = {
+        setting: found
+        for setting, column in named.items()
+        if column in missing and (found := near_column(column, columns)) is not None
+    }
+    given = {"text": near.get("data.text_column", spec.text_column), "label": near.get("data.label_column", spec.label_column)}
+    proposal = propose_columns(sample, given)
+    remedies = [column_remedy("text" if setting == "data.text_column" else "label", column) for setting, column in near.items()]
+    others = proposal.remedies if proposal else ()
+    return (*remedies, *(one for one in others if one.setting not in near and named[one.setting] in missing))
+
+
+def _separators(columns: Mapping[str, object]) -> list[Remedy]:
+    """What to set where one column has the names of several, since another separator was given."""
     only, *others = columns or [""]
-    return "" if others else separator_hint(only)
+    return [] if others else separator_remedies(only)
 
 
 def _shape(record: FileRecord, shape: str, spec: DataSpec) -> Row:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import csv
 import json
 import re
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from itertools import chain
@@ -14,10 +14,11 @@ from typing import IO, NamedTuple
 from lorakeet.data.guarded_stream import MOST_UNPACKED
 from lorakeet.data.locate import Location, open_text
 from lorakeet.data.spec import LONGEST_ROW
-from lorakeet.errors import DataError, Problems
+from lorakeet.errors import DataError, Problems, Remedy
 
 SHOWN_PROBLEMS = 10
 DELIMITER_NAMES = {"\t": "tab"}  # as a flag names those that a shell cannot
+LEAVE_OUT = Remedy("data.bad_rows", "drop", "Leave such rows out")
 _BLANKS = re.compile(r"[ \t\n\r]*")
 _LONGEST_WORD = 12  # characters of "-Infinity" or an escape, and some
 _START = 60  # characters of a broken line that are shown
@@ -36,13 +37,15 @@ class UnusableRow(Exception):
 
 
 class RowProblems:
-    """Collects problems of single rows; names the first ten and counts the rest."""
+    """Collects problems of single rows; names the first `shown` and counts the rest."""
 
-    def __init__(self, heading: str) -> None:
-        self._problems = Problems(heading, DataError, remedy="To leave such rows out, set --data.bad_rows drop.")
+    def __init__(self, heading: str, shown: int = SHOWN_PROBLEMS) -> None:
+        self._shown = shown
+        remedy = f"To leave such rows out, set {LEAVE_OUT.flag}."
+        self._problems = Problems(heading, DataError, remedy=remedy, remedies=[LEAVE_OUT])
 
     def add(self, source: str, message: str) -> None:
-        if len(self._problems.messages) < SHOWN_PROBLEMS:
+        if len(self._problems.messages) < self._shown:
             self._problems.add(f"{source}: {message}")
         else:
             self._problems.others += 1
@@ -257,7 +260,8 @@ def _separated(delimiter: str, *, given: bool = False) -> Callable[[LineReader, 
         lines = _whole_lines(stream, name)
         first = next(lines, "")
         _refuse_excel_s_line(first, delimiter, name)
-        other, hint = _other_separator(first, delimiter), separator_hint(first, delimiter)
+        other = _other_separator(first, delimiter)
+        hint = separator_remedies(first, delimiter)
         with _long_fields(stream.longest):
             reader = csv.reader(chain([first], lines), delimiter=delimiter, strict=True)
             header = next(_checked(reader, name, hint), None)
@@ -265,12 +269,13 @@ def _separated(delimiter: str, *, given: bool = False) -> Callable[[LineReader, 
             return
         one = len(header) == 1
         if one and hint and not given:
-            raise DataError(f"{name} has one column, {header[0]!r:.80}, which seems to be several.{hint}")
+            said = f"{name} has one column, {header[0]!r:.80}, which seems to be several."
+            raise DataError(f"{said}{separator_hint(hint)}", remedies=hint)
         twice = sorted({column for column in header if header.count(column) > 1})
         if twice:
             raise DataError(f"{name} has more than one column {', '.join(map(repr, twice))}; give each column its own name.")
         start = reader.line_num + 1
-        rows, none_yet = _checked(reader, name, hint if one else ""), True
+        rows, none_yet = _checked(reader, name, hint if one else []), True
         while True:
             # Set around each row: the limit is global to the process, and a reader may be abandoned halfway.
             with _long_fields(stream.longest):
@@ -283,7 +288,7 @@ def _separated(delimiter: str, *, given: bool = False) -> Callable[[LineReader, 
             if len(row) != len(header):
                 counted = f"{len(row)} fields where the header has {len(header)} ({', '.join(header)})"
                 if none_yet and hint and first.count(other) == delimiter.join(row).count(other):
-                    raise DataError(f"{source}: {counted}.{hint}")
+                    raise DataError(f"{source}: {counted}.{separator_hint(hint)}", remedies=hint)
                 problems.add(source, f"{counted}; {_FIX}")
                 continue
             none_yet = False
@@ -292,10 +297,16 @@ def _separated(delimiter: str, *, given: bool = False) -> Callable[[LineReader, 
     return read
 
 
-def separator_hint(text: str, delimiter: str = "") -> str:
-    """What to set where `text` has a sign that separates columns, other than `delimiter`; else an empty string."""
+def separator_remedies(text: str, delimiter: str = "") -> list[Remedy]:
+    """What to set where `text` has a sign that separates columns, other than `delimiter`; else empty."""
     sign = _other_separator(text, delimiter)
-    return f" Its columns may be separated by {sign!r}: set --data.delimiter {DELIMITER_NAMES.get(sign, sign)!r}." if sign else ""
+    name = DELIMITER_NAMES.get(sign, sign)
+    return [Remedy("data.delimiter", name, f"Columns are separated by {name}")] if sign else []
+
+
+def separator_hint(remedies: Sequence[Remedy]) -> str:
+    """The sentence of a message that names `separator_remedies`, with a space before it; empty for none."""
+    return "".join(f" Its columns may be separated by {one.value!r}: set {one.flag}." for one in remedies)
 
 
 def _other_separator(text: str, delimiter: str) -> str:
@@ -305,11 +316,11 @@ def _other_separator(text: str, delimiter: str) -> str:
 def _refuse_excel_s_line(first: str, delimiter: str, name: str) -> None:
     start, _, sign = first.strip('"\r\n').partition("=")
     if start.lower() == "sep" and len(sign) <= 1:
-        other = f", and set --data.delimiter {DELIMITER_NAMES.get(sign, sign)!r}" if sign and sign != delimiter else ""
+        other = "".join(f", and set {one.flag}" for one in separator_remedies(sign, delimiter))
         raise DataError(f"{name} begins with {first.strip()!r}, a line for Excel alone. Remove that line{other}.")
 
 
-def _checked(reader: Iterator[list[str]], name: str, hint: str) -> Iterator[list[str]]:
+def _checked(reader: Iterator[list[str]], name: str, hint: Sequence[Remedy]) -> Iterator[list[str]]:
     """The rows; DataError for what is no row, with the `hint` that another separator may be the cause."""
     try:
         yield from reader
@@ -318,7 +329,7 @@ def _checked(reader: Iterator[list[str]], name: str, hint: str) -> Iterator[list
         if "field limit" in str(error):
             raise DataError(f"{name}:{number}: {error}; close double quotes, or raise --data.longest_row.") from error
         expected = "expected closed double quotes, and doubled quotes inside a field."
-        raise DataError(f"{name}:{number}: {error}; {expected}{hint}") from error
+        raise DataError(f"{name}:{number}: {error}; {expected}{separator_hint(hint)}", remedies=hint) from error
 
 
 def _whole_lines(stream: LineReader, name: str) -> Iterator[str]:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import codecs
 
-from lorakeet.errors import DataError
+from lorakeet.errors import DataError, Remedy
 
 MARKS = (
     (codecs.BOM_UTF8, "utf-8"), (codecs.BOM_UTF32_LE, "utf-32"), (codecs.BOM_UTF16_LE, "utf-16"), (codecs.BOM_UTF16_BE, "utf-16")
@@ -12,6 +12,7 @@ MARKS = (
 OTHERS = "cp1250, cp1251, cp850, mac_roman, shift_jis, gb18030, euc_kr"
 _SHOWN = 24  # bytes on each side of the one that could not be read
 _LEAVE_OUT = "Leave out --data.encoding"
+_WESTERN = "cp1252"
 
 
 def codec_of(beginning: bytes, encoding: str, name: str) -> str:
@@ -24,14 +25,17 @@ def codec_of(beginning: bytes, encoding: str, name: str) -> str:
     if mark is not None:
         if chosen.startswith(mark):
             return "utf-8-sig" if mark == "utf-8" else mark
-        raise DataError(f"{name} begins with the byte-order mark of {mark}, so it is not {encoding} text. {_set(mark)}.")
+        said = f"{name} begins with the byte-order mark of {mark}, so it is not {encoding} text."
+        raise DataError(f"{said} {_advice(mark)}.", remedies=[_remedy(mark)])
     found = utf_16_of(beginning)
     if found and chosen not in (found, "utf-32", "utf-32-le", "utf-32-be"):
-        raise DataError(f"{name} has a zero byte beside each letter, as {found} has: it is not {encoding} text. {_set(found)}.")
+        said = f"{name} has a zero byte beside each letter, as {found} has: it is not {encoding} text."
+        raise DataError(f"{said} {_advice(found)}.", remedies=[_remedy(found)])
     if not found and not chosen.startswith(("utf-8", "ascii")):
-        said = _as_utf_8(beginning)
-        if said and (chosen.startswith("utf") or not said.isascii()):
-            raise DataError(f"{name} is utf-8 text and not {encoding}{_otherwise(said, encoding)}. {_LEAVE_OUT}.")
+        text = _as_utf_8(beginning)
+        if text and (chosen.startswith("utf") or not text.isascii()):
+            said = f"{name} is utf-8 text and not {encoding}{_otherwise(text, encoding)}."
+            raise DataError(f"{said} {_advice('utf-8')}.", remedies=[_remedy("utf-8")])
     return "utf-8-sig" if chosen == "utf-8" else encoding
 
 
@@ -43,28 +47,35 @@ def utf_16_of(beginning: bytes) -> str:
     return "utf-16-le" if odd > even else "utf-16-be"
 
 
-def encoding_refusal(error: UnicodeDecodeError, encoding: str, name: str) -> str:
-    """What to say of bytes that `encoding` cannot read: what they are, or how they read as cp1252, for the user to see."""
+def encoding_refusal(error: UnicodeDecodeError, encoding: str, name: str) -> DataError:
+    """The error for bytes that `encoding` cannot read: what they are, or how they read as cp1252, for the user to see."""
     block, at = error.object, error.start
     said = f"{name} is not {encoding} text (byte 0x{block[at : at + 1].hex()})."
     if codecs.lookup(encoding).name != "utf-8" and not block.isascii() and _as_utf_8(block) is not None:
-        return f"{said} It is utf-8. {_LEAVE_OUT}."
+        return DataError(f"{said} It is utf-8. {_advice('utf-8')}.", remedies=[_remedy("utf-8")])
     around = block[max(0, at - _SHOWN) : at + _SHOWN]
     shown = next((line for line in around.splitlines() if not line.isascii()), around).strip()
     try:
-        western = shown.decode("cp1252") if _letters_stand_alone(block) else None
+        western = shown.decode(_WESTERN) if _letters_stand_alone(block) else None
     except UnicodeDecodeError:
         western = None
     if western is None:
-        return f"{said} Set --data.encoding to what the file was saved in, such as {OTHERS}, or convert the file to UTF-8."
-    return (
-        f"{said} Set --data.encoding cp1252 if {western!r} reads right; otherwise what the file was saved in, such as {OTHERS}, "
-        "or convert the file to UTF-8."
+        return DataError(
+            f"{said} Set --data.encoding to what the file was saved in, such as {OTHERS}, or convert the file to UTF-8."
+        )
+    return DataError(
+        f"{said} {_advice(_WESTERN)} if {western!r} reads right; otherwise what the file was saved in, such as {OTHERS}, or "
+        "convert the file to UTF-8.",
+        remedies=[_remedy(_WESTERN)],
     )
 
 
-def _set(encoding: str) -> str:
-    return _LEAVE_OUT if encoding == "utf-8" else f"Set --data.encoding {encoding}"
+def _remedy(encoding: str) -> Remedy:
+    return Remedy("data.encoding", encoding, f"Read it as {encoding}")
+
+
+def _advice(encoding: str) -> str:
+    return _LEAVE_OUT if encoding == "utf-8" else f"Set {_remedy(encoding).flag}"
 
 
 def _as_utf_8(block: bytes) -> str | None:

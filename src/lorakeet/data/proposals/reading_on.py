@@ -1,0 +1,52 @@
+"""Finds all that is wrong with how a file is read: applies what each message proposes, and reads on to the next."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import replace
+from typing import Any
+
+from lorakeet.data.spec import DataSpec
+from lorakeet.data.tables import LEAVE_OUT
+from lorakeet.errors import DataError, Problems, Remedy
+
+_PREFIX = "data."
+
+
+def mended(spec: DataSpec, remedies: Sequence[Remedy]) -> DataSpec:
+    """The settings with these remedies applied, each of a text setting of `data`; the last one of a setting counts."""
+    changes: dict[str, Any] = {one.setting.removeprefix(_PREFIX): one.value for one in remedies}
+    return replace(spec, **changes)
+
+
+def every_problem(first: DataError, name: str, spec: DataSpec, read: Callable[[DataSpec], object]) -> DataError:
+    """The error for all problems of the file `name` that can be known at once; `first` itself if there is but one.
+
+    `read` reads the file with other settings. It is called until it succeeds, until its error proposes nothing new, or until all
+    that is left are single rows.
+    """
+    messages, remedies, error = [str(first)], list(first.remedies), first
+    while {one.setting for one in error.remedies} - {LEAVE_OUT.setting}:
+        try:
+            read(mended(spec, remedies))
+            break
+        except DataError as found:
+            error = found
+        known = {one.setting for one in remedies}
+        new = [one for one in error.remedies if one.setting not in known]
+        messages.append(str(error))
+        if not new:
+            break
+        remedies += new
+    if len(messages) == 1:
+        return first
+    flags = " ".join(one.flag for one in remedies)
+    together = f"If all of that is right, set: {flags}"
+    problems = Problems(f"{name} cannot be read as it is", DataError, remedy=together, remedies=remedies)
+    for message in dict.fromkeys(messages):
+        problems.add(message.replace("\n", "\n  "))
+    try:
+        problems.raise_if_any()
+    except DataError as combined:
+        return combined
+    return first
