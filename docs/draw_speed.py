@@ -361,8 +361,31 @@ def _int8_row(name: str, one: Mapping[str, Any]) -> str:
     return f"| {shown(name)} | {one['metric'].replace('_', '-')} | {gap} | {found['n']} | {one['verdict']} |"
 
 
+def attached(drawings: Drawings) -> Iterator[str]:
+    """Pairs on a model of a trainer of one's own, against PEFT's layers."""
+    for number, result in enumerate(newest("attach_vs_peft")):
+        if number == 0:
+            yield "## In a trainer of your own (`lk.attach`)"
+        lines = result["lines"]
+        gap = max(one["loss_gap"] for one in lines)
+        agreed = "differ" if all(one["losses_agree"] for one in lines) else "**do not agree**: they differ"
+        yield (
+            f"SmolLM2-135M in fp32 as transformers loads it, rank {result['rank']} on all linear layers, one adapter file. A "
+            f"step is transformers' forward pass and loss, the backward pass, and AdamW. Processes alternate, {result['steps']} "
+            f"counted steps each: {source(result)}. Losses {agreed} by at most {gap:.0e} of themselves."
+        )
+        head = ["| a step | `lk.attach`, ms | PEFT's layers, ms | Lorakeet is faster by |", f"| --- |{' ---: |' * 3}"]
+        yield "\n".join([*head, *(_attached(one) for one in lines)])
+
+
+def _attached(one: Mapping[str, Any]) -> str:
+    took = (spread(one["milliseconds"][name], 0) for name in ("lorakeet", "peft"))
+    rows = f"{one['rows']} row{'s' if one['rows'] > 1 else ''} of {one['tokens']} tokens"
+    return f"| {rows} | {' | '.join(took)} | {spread(one['faster'], 2)} |"
+
+
 SECTIONS: tuple[Callable[[Drawings], Iterator[str]], ...] = (in_short, compared, time_to_loss)
-MEASURED: tuple[Callable[[Drawings], Iterator[str]], ...] = (roofline, beginnings, growth, top_layers, int8)
+MEASURED: tuple[Callable[[Drawings], Iterator[str]], ...] = (roofline, beginnings, growth, top_layers, int8, attached)
 
 
 def page() -> tuple[str, Drawings]:

@@ -109,6 +109,7 @@ python benchmarks/roofline.py --model meta-llama/Llama-3.2-1B --lengths 512 2048
 python benchmarks/int8_products.py
 python benchmarks/growth.py
 python benchmarks/frozen_prefix.py
+python benchmarks/attach_vs_peft.py
 make docs
 ```
 

@@ -70,12 +70,13 @@ class PairProducts:
             return self.on_gpu.add(ys, x)
         shrunk: list[Tensor] = []
         for rows, pairs in self.parts:
-            together = torch.mm(x[rows], self._all_a(pairs, factors).t())  # (tokens of the part, all its ranks)
+            together = torch.mm(_part(x, rows), self._all_a(pairs, factors).t())  # (tokens of the part, all its ranks)
             ranks = [len(factors[2 * pair]) for pair in pairs]
-            for pair, h in zip(pairs, torch.split(together, ranks, dim=1), strict=True):
+            each = torch.split(together, ranks, dim=1) if len(pairs) > 1 else (together,)
+            for pair, h in zip(pairs, each, strict=True):
                 place = self.places[pair]
                 shrunk.append(h.contiguous())
-                add_low_rank(ys[place.layer][rows], shrunk[-1], self._b(pair, factors), place.scale)
+                add_low_rank(_part(ys[place.layer], rows), shrunk[-1], self._b(pair, factors), place.scale)
         return tuple(shrunk)
 
     def backward(
@@ -99,12 +100,12 @@ class PairProducts:
             us = []
             for pair in pairs:
                 place, B = self.places[pair], self._b(pair, factors)
-                grad = grads[place.layer][rows]
+                grad = _part(grads[place.layer], rows)
                 us.append(shrink_grad(grad, B, place.scale))
                 of_bs.append(grad_of_b(grad, shrunk[pair], place.scale).to(factors[2 * pair + 1].dtype))
             through.append(us[0] if len(us) == 1 else torch.cat(us, dim=1))  # (tokens of the part, all its ranks)
             if grad_x is not None:
-                grad_x[rows].addmm_(through[-1], self._all_a(pairs, factors))
+                _part(grad_x, rows).addmm_(through[-1], self._all_a(pairs, factors))
         return tuple(through), of_bs
 
     def of_a(self, through: Sequence[Tensor], x: Tensor, factors: Sequence[Tensor]) -> list[Tensor]:
@@ -115,11 +116,13 @@ class PairProducts:
             return _cut(self.kernel.TRAINED_PAIRS_OF_A(through[0], x, list(factors), self._numbers), factors[::2])
         if self.on_gpu is not None:
             return self.on_gpu.of_a(through, x)
-        found = [torch.mm(u.t(), x[rows]) for (rows, _), u in zip(self.parts, through, strict=True)]
+        found = [torch.mm(u.t(), _part(x, rows)) for (rows, _), u in zip(self.parts, through, strict=True)]
         return self.split(found, factors)
 
     def split(self, found: Sequence[Tensor], factors: Sequence[Tensor]) -> list[Tensor]:
         """Splits uᵀ·x of each part (all its ranks, in) into ∂A of each pair."""
+        if len(found) == len(self.places):  # a pair each
+            return [grad.to(A.dtype) for grad, A in zip(found, factors[::2], strict=True)]
         each: list[Tensor] = []
         for (_, pairs), of_part in zip(self.parts, found, strict=True):
             dtype = factors[2 * pairs[0]].dtype
@@ -135,6 +138,11 @@ class PairProducts:
 
     def _b(self, pair: int, factors: Sequence[Tensor]) -> Tensor:
         return factors[2 * pair + 1].to(self.products)
+
+
+def _part(tensor: Tensor, rows: slice) -> Tensor:
+    """The rows of a part; the tensor itself where these are all, since a view of it takes as long as a small product."""
+    return tensor if rows.start == 0 and rows.stop == len(tensor) else tensor[rows]
 
 
 def alternated(of_a: Iterable[Tensor | None], of_b: Iterable[Tensor]) -> list[Tensor | None]:
