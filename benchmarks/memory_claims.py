@@ -87,7 +87,7 @@ class Claim:
 CLAIMS = {
     "7b": Claim("meta-llama/Llama-2-7b-hf", tokens=2048, steps=3, budget=2 << 30),
     "7b-held-out": Claim("meta-llama/Llama-2-7b-hf", tokens=2048, steps=1, budget=2 << 30, held_out=1),
-    "7b-dpo": Claim("meta-llama/Llama-2-7b-hf", tokens=2048, steps=1, budget=2 << 30, objective="dpo"),
+    "7b-dpo": Claim("meta-llama/Llama-2-7b-hf", tokens=512, steps=1, budget=2 << 30, objective="dpo"),
     "13b": Claim("meta-llama/Llama-2-13b-hf", tokens=256, steps=1, budget=2_500_000_000, gptq=True),
     "13b-in-memory": Claim("meta-llama/Llama-2-13b-hf", tokens=256, steps=1, budget=10_000_000_000, gptq=True),
     "70b": Claim("meta-llama/Llama-2-70b-hf", tokens=64, steps=1, budget=6_000_000_000),

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -142,6 +143,20 @@ def test_neither_cuts_nor_attention_nor_shared_prompts_change_them(objective: st
         assert loss == pytest.approx(whole[0], rel=1e-5)
         for name, gradient in found.items():
             assert apart(gradient, whole[1][name]) < 1e-4, name
+
+
+@pytest.mark.parametrize("objective", PREFERENCES)
+def test_the_order_of_a_steps_rows_changes_nothing(objective: str, tiny_llama_folder: Path) -> None:
+    found = []
+    for turned in (False, True):
+        task = with_reference(task_on(adapted(tiny_llama_folder), objective, micro_tokens=40))
+        rows, usual = list(range(PAIRS)), task.order
+        assert sorted(usual.indices(0)) == rows
+        order: Any = SimpleNamespace(indices=lambda step, rows=rows[::-1] if turned else rows: rows)
+        task.order = order
+        found.append(gradients(task))
+    assert found[0][0] == pytest.approx(found[1][0], rel=1e-5)
+    assert all(apart(gradient, found[1][1][name]) < 1e-4 for name, gradient in found[0][1].items())
 
 
 @pytest.mark.parametrize("objective", ["dpo", "kto"])
