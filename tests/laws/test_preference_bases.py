@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import math
 from pathlib import Path
 from typing import Any
@@ -18,6 +17,7 @@ from lorakeet.data.spec import DataSpec
 from lorakeet.errors import ConfigError
 from lorakeet.evaluate.certificate import read_certificate
 from lorakeet.formats.detect import read_adapter
+from lorakeet.memory.spec import MemorySpec
 from lorakeet.models.inject import activate, attach
 from lorakeet.models.spec import ModelSpec
 from lorakeet.models.text.from_config import config_of
@@ -32,6 +32,8 @@ from tiny.gguf_file import write_tiny_gguf
 from tiny.gptq_folder import save_mixed_gptq
 from tiny.runs import run, write_rows
 from tiny.together import Together
+
+PROGRAM = 500_000_000  # bytes of a process with the libraries of a run, before its model
 
 
 def quantised(kind: str, folder: Path, tiny_llama_folder: Path) -> tuple[Path, dict[str, Any]]:
@@ -84,7 +86,7 @@ def test_a_chain_is_one_adapter_for_every_verb(tiny_llama_folder: Path, tmp_path
     assert {pair.rank for pair in chain.pairs.values()} == {8}
 
     def logits(folder: Path, adapter: Any = None) -> torch.Tensor:
-        text = load_text_model(ModelSpec(path=str(folder), dtype="float32", device="cpu"))
+        text = load_text_model(ModelSpec(path=str(folder), dtype="float32", device="cpu", attention="sdpa"))
         if adapter is not None:
             attach(text.model, adapter, "it")
             activate(text.model, "it")
@@ -95,7 +97,7 @@ def test_a_chain_is_one_adapter_for_every_verb(tiny_llama_folder: Path, tmp_path
     assert not torch.equal(wanted, logits(tiny_llama_folder, read_adapter(tmp_path / "sft")))
     assert main(["merge", str(tmp_path / "dpo"), "--out", str(tmp_path / "merged")]) == 0
     torch.testing.assert_close(logits(tmp_path / "merged"), wanted, rtol=1e-4, atol=1e-4)
-    assert main(["convert", str(tmp_path / "dpo"), "--to", "mlx", "--out", str(tmp_path / "mlx")]) == 0
+    assert main(["convert", str(tmp_path / "dpo"), str(tmp_path / "mlx"), "--to", "mlx"]) == 0
     torch.testing.assert_close(logits(tiny_llama_folder, read_adapter(tmp_path / "mlx")), wanted, rtol=1e-4, atol=1e-4)
 
 
@@ -107,12 +109,16 @@ def test_a_budget_below_the_least_is_one_message(tiny_llama_folder: Path, tmp_pa
 
 
 def test_a_block_of_a_streamed_7b_adds_no_more_than_its_pairs() -> None:
-    """In the true shape of Llama-2-7B in NF4: with more blocks a step of DPO holds more pairs, and nothing else."""
+    """In the true shape of Llama-2-7B in NF4: with more blocks a step of DPO holds more pairs, and nothing else.
+
+    Pairs, those of the reference, gradients and two moments are 20 bytes a number; beside the program, 32 blocks fit into 2 GiB.
+    """
     steps = []
-    for layers in (6, 7):
+    for layers in (3, 4):
         config = RunConfig(
             model=ModelSpec(path="meta-llama/Llama-2-7b-hf", dtype="bfloat16", device="cpu", quantize=QuantSpec(method="nf4")),
             data=DataSpec(train="pairs", max_tokens=1024),
+            memory=MemorySpec(budget="2GiB"),
             train=TrainSpec(objective="dpo", steps=1, batch_size=1, micro_tokens=2048),
         )
         shape = config_of(config.model, say=lambda _: None)
@@ -120,7 +126,8 @@ def test_a_block_of_a_streamed_7b_adds_no_more_than_its_pairs() -> None:
         planned = TextRun(config, Workload(labelled=False), lambda _: None, (shape, None)).plan(
             Way(streamed=True, slots=2, together=1, spilled=True)
         )
-        steps.append((planned.forecast.phase(STEP), planned.plan.parameters))
+        step = planned.forecast.phase(STEP)
+        steps.append((step.bytes - step.kinds["runtime"], planned.plan.parameters))
     (few, some), (more, all_) = steps
-    assert 0 < more.bytes - few.bytes <= 16 * (all_ - some) * 1.01, "fp32 values, gradients and two moments"
-    assert more.bytes + 26 * (more.bytes - few.bytes) < 2 << 30, json.dumps(more.kinds)
+    assert 0 < more - few <= 20 * (all_ - some) + 1024
+    assert more + 28 * (more - few) < (2 << 30) - PROGRAM
