@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -109,6 +110,24 @@ def test_a_system_prompt_stands_before_both_answers(tmp_path: Path) -> None:
     (row,) = read(tmp_path, SHAPES["texts"], system="Be brief.")
     assert row.other is not None
     assert [turn.role for turn in row.turns] == [turn.role for turn in row.other.turns] == ["system", "user", "assistant"]
+
+
+def test_tools_stand_before_both_answers(tmp_path: Path) -> None:
+    tool = {"type": "function", "function": {"name": "turn", "description": "Turns.", "parameters": {"type": "object"}}}
+    (row,) = read(tmp_path, {**SHAPES["implicit prompt"], "tools": [tool]})
+    other = row.other
+    assert other is not None and row.tools == other.tools and json.loads(row.tools)[0]["function"]["name"] == "turn"
+    (plain,) = read(tmp_path, SHAPES["implicit prompt"])
+    assert plain.key != row.key
+
+
+def test_a_pair_whose_prompt_is_a_copy_is_found_whatever_its_answers(tmp_path: Path) -> None:
+    prompt = "What did the gardener say about the red roses near the old stone wall in spring"
+    train = [_pair(f"{prompt} of year {number} at noon, when it rained?", f"Answer {number}.") for number in range(3)]
+    held_out = [_pair(train[0]["prompt"].upper(), "Something else."), _pair("Another question?", "Yes, it is.")]
+    paths = [str(write_rows(tmp_path / f"{name}.jsonl", rows)) for name, rows in (("train", train), ("held_out", held_out))]
+    found = load_dataset(DataSpec(train=paths[0], held_out=paths[1]), objective="dpo")
+    assert found.leaks.pairs and found.leaks.pairs[0].kind == "prompt"
 
 
 def test_the_rejected_answer_is_part_of_a_rows_content(tmp_path: Path) -> None:

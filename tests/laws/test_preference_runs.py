@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import math
 import random
+import re
 import shutil
 from pathlib import Path
 from typing import Any
@@ -73,6 +74,7 @@ def test_every_objective_ends_in_proof(objective: str, rows: Path, tiny_llama_fo
     assert {"preferred", "lead"} <= report.systems[0].metrics.keys()
     assert report.comparisons[0].metric == "preferred" and report.comparisons[0].right == "base" and report.verdict is not None
     assert report.facts["Objective"].startswith(f"{objective} (beta ")
+    assert all("reply_words" in system.metrics for system in report.systems[:2]), "whether answers grew longer"
     first = json.loads((tmp_path / "run" / "metrics.jsonl").read_text().splitlines()[0])
     expected = {"dpo": math.log(2), "cdpo": math.log(2), "ipo": 25.0, "kto": 0.5}.get(objective)
     assert expected is None or first["held_out_loss"] == pytest.approx(expected, rel=1e-4)
@@ -410,4 +412,5 @@ def test_a_preference_run_is_planned(rows: Path, tiny_llama_folder: Path, capsys
     assert main(["finetune", *given, "--train.objective", "dpo", "--dry-run"]) == 0
     said = capsys.readouterr().out
     assert "with its chosen answer" in said and "with its rejected answer" in said
+    assert re.search(r"tokens an epoch, \d+\.\d% of them targets", " ".join(said.split()))
     assert pair["micro_batch"]["rows"] >= 2

@@ -73,9 +73,10 @@ def show_rows(setup: TextAssembly, console: Console) -> None:
             "best one: a run that ends before leaves its checkpoints, and no adapter.",
             soft_wrap=True,
         )
-    model = setup.config.model
+    model, targets = setup.config.model, sum(int(example.supervised.sum()) for example in setup.train.examples)
     console.print(
-        f"{setup.steps} steps of {setup.config.train.batch_size} rows, {setup.tokens_per_epoch:,} tokens an epoch; "
+        f"{setup.steps} steps of {setup.config.train.batch_size} rows, {setup.tokens_per_epoch:,} tokens an epoch, "
+        f"{targets / setup.tokens_per_epoch:.1%} of them targets; "
         f"{model.dtype} weights, {model.products} products, {model.attention} attention on {model.device}"
     )
     planned = setup.residency.plan
