@@ -123,11 +123,11 @@ def test_tools_stand_before_both_answers(tmp_path: Path) -> None:
 
 def test_a_pair_whose_prompt_is_a_copy_is_found_whatever_its_answers(tmp_path: Path) -> None:
     prompt = "What did the gardener say about the red roses near the old stone wall in spring"
-    train = [_pair(f"{prompt} of year {number} at noon, when it rained?", f"Answer {number}.") for number in range(3)]
-    held_out = [_pair(train[0]["prompt"].upper(), "Something else."), _pair("Another question?", "Yes, it is.")]
+    train = [_pair(f"{prompt}?", "They are ready."), _pair("Which of the two rivers is longer, and by how much?", "The first.")]
+    held_out = [_pair(prompt.upper(), "Something else."), _pair("Another question?", "Yes, it is.")]
     paths = [str(write_rows(tmp_path / f"{name}.jsonl", rows)) for name, rows in (("train", train), ("held_out", held_out))]
     found = load_dataset(DataSpec(train=paths[0], held_out=paths[1]), objective="dpo")
-    assert found.leaks.pairs and found.leaks.pairs[0].kind == "prompt"
+    assert [pair.kind for pair in found.leaks.across] == ["prompt"] and len(found.train) == 1
 
 
 def test_the_rejected_answer_is_part_of_a_rows_content(tmp_path: Path) -> None:
