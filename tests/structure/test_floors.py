@@ -25,7 +25,7 @@ PLACES: dict[str, tuple[str, ...]] = {
     "yaml": ("config.py", "formats/files/yaml_mapping.py", "models/files/origin.py", "exporting/card.py",
              "exporting/published_readme.py"),
     "scipy": ("evaluate/",),
-    "sklearn": ("evaluate/",),
+    "sklearn": (),
     "regex": ("data/copies/words.py", "evaluate/replies.py"),
     "datasets": ("data/",),
     "pyarrow": ("data/",),

@@ -14,7 +14,7 @@ import pytest
 
 from structure.tree import SOURCE, committed_files, named, parsed
 
-HEAVY = ("torch", "transformers", "numpy", "scipy", "sklearn", "datasets", "safetensors", "rich")
+HEAVY = ("torch", "transformers", "numpy", "scipy", "datasets", "safetensors", "rich")
 
 ON_IMPORT = """
 import json, sys

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import warnings
 from collections import Counter
 from collections.abc import Callable, Hashable, Sequence
 from dataclasses import dataclass
@@ -13,7 +12,9 @@ import numpy as np
 from lorakeet.errors import DataError, Problems
 from lorakeet.evaluate.answers import Answers, answers_from_probabilities
 from lorakeet.evaluate.intervals import Floats
+from lorakeet.evaluate.logistic import ITERATIONS, Regression, regression
 from lorakeet.evaluate.replies import Replies, unspaced_share
+from lorakeet.evaluate.terms import Split, Terms, characters_of, words_of
 
 MAJORITY = "majority class"
 TFIDF = "TF-IDF + logistic regression"
@@ -110,8 +111,8 @@ def _fit_and_answer(
     if fitted is None:
         return None, "the training rows have no words, so it answers like the majority class"
     terms, model, fault = fitted
-    known = np.asarray(model.predict_proba(terms.transform(texts)), dtype=np.float64)
-    columns = {label: index for index, label in enumerate(model.classes_)}
+    known = model.probabilities(terms.transform(texts))
+    columns = {label: index for index, label in enumerate(model.classes)}
     floor = 1 / (len(train_labels) + 1)
     table = np.stack([known[:, columns[label]] if label in columns else np.full(len(texts), floor) for label in labels], axis=1)
     return table / table.sum(axis=1, keepdims=True), why + said + fault
@@ -137,60 +138,39 @@ def _better_terms(texts: Sequence[str], labels: Sequence[str], vectors: Embeddin
         for kind in right:
             fitted = _fit([texts[row] for row in inside], chosen, kind, vectors)
             if fitted is not None:
-                answers = fitted[1].predict(fitted[0].transform([texts[row] for row in outside]))
-                right[kind] += int(np.sum(answers == np.array([labels[row] for row in outside])))
+                answers = fitted[1].answers(fitted[0].transform([texts[row] for row in outside]))
+                right[kind] += sum(answer == labels[row] for answer, row in zip(answers, outside, strict=True))
     kind = max(right, key=lambda name: right[name])
     *others, last = (f"{count / len(order):.3f} by {name}" for name, count in right.items())
     shares = f"{', '.join(others)} and {last}"
     return kind, f"{kind} (accuracy in cross-validation {shares}); "
 
 
-def _fit(texts: Sequence[str], labels: Sequence[str], kind: str, vectors: Embeddings | None) -> tuple[Any, Any, str] | None:
+def _fit(
+    texts: Sequence[str], labels: Sequence[str], kind: str, vectors: Embeddings | None
+) -> tuple[Terms | Embeddings, Regression, str] | None:
     """The fitted terms (or `vectors`) and regression, and what was unusual; None if the texts have no terms."""
     if kind == EMBEDDINGS and vectors is not None:
         return vectors, *_regression(vectors.transform(texts), labels)
-    terms, said = _terms(texts, kind)
-    if terms is None:
+    split: Split = words_of
+    if kind != WORDS:
+        split = characters_of(1, 4) if unspaced_share(texts) >= 0.2 else characters_of(2, 5)
+    said = ""
+    found = Terms.fitted(texts, split, least=2, most=FEATURES)
+    if found is None:
+        said = "no word occurs in two training rows, so words of a single row are used; "
+        found = Terms.fitted(texts, split, most=FEATURES)
+    if found is None:
         return None
-    model, fault = _regression(terms.fit_transform(texts), labels)
+    terms, features = found
+    model, fault = _regression(features, labels)
     return terms, model, said + fault
 
 
-def _terms(texts: Sequence[str], kind: str) -> tuple[Any, str]:
-    """The terms of a kind, not fitted yet, and what was unusual; None if the texts have none."""
-    from sklearn.feature_extraction.text import TfidfVectorizer
-
-    if kind == WORDS:
-        terms = TfidfVectorizer(ngram_range=(1, 2), min_df=2, sublinear_tf=True, max_features=FEATURES)
-    else:
-        lengths = (1, 4) if unspaced_share(texts) >= 0.2 else (2, 5)
-        terms = TfidfVectorizer(analyzer="char_wb", ngram_range=lengths, min_df=2, sublinear_tf=True, max_features=FEATURES)
-    analyse = terms.build_analyzer()
-    seen: set[str] = set()
-    occurs_twice = False
-    for text in texts:
-        found = set(analyse(text))
-        if occurs_twice := not seen.isdisjoint(found):
-            break
-        seen |= found
-    if not occurs_twice:
-        if not seen:
-            return None, ""
-        terms.set_params(min_df=1)
-    return terms, "" if occurs_twice else "no word occurs in two training rows, so words of a single row are used; "
-
-
-def _regression(features: Any, labels: Sequence[str]) -> tuple[Any, str]:
+def _regression(features: Any, labels: Sequence[str]) -> tuple[Regression, str]:
     """The fitted logistic regression, and whether it had not converged."""
-    from sklearn.exceptions import ConvergenceWarning
-    from sklearn.linear_model import LogisticRegression
-
-    model = LogisticRegression(C=10, class_weight="balanced", max_iter=2000)
-    with warnings.catch_warnings(record=True) as caught:
-        warnings.simplefilter("always", ConvergenceWarning)
-        model.fit(features, list(labels))
-    failed = any(issubclass(warning.category, ConvergenceWarning) for warning in caught)
-    return model, "the logistic regression had not converged after 2000 iterations; " if failed else ""
+    model = regression(features, labels)
+    return model, "" if model.converged else f"the logistic regression had not converged after {ITERATIONS} iterations; "
 
 
 def nearest_answers(
@@ -200,15 +180,12 @@ def nearest_answers(
 
     `like` has the references and groups of the prompts.
     """
-    from sklearn.feature_extraction.text import TfidfVectorizer
-
-    terms = TfidfVectorizer(analyzer="char_wb", ngram_range=(2, 5), sublinear_tf=True, max_features=FEATURES)
     count = _within(train_prompts)
     train_prompts, train_answers = train_prompts[:count], train_answers[:count]
-    try:
-        known = terms.fit_transform(train_prompts)
-    except ValueError:  # no prompt has a term
+    found = Terms.fitted(train_prompts, characters_of(2, 5), most=FEATURES)
+    if found is None:  # no prompt has a term
         return constant_answer(train_answers, like=like)
+    terms, known = found
     nearest = np.asarray((terms.transform(prompts) @ known.T).argmax(axis=1)).ravel()
     return _copied(NEAREST, [train_answers[row] for row in nearest], like, f"out of {len(train_answers)} training rows")
 

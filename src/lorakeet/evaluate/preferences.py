@@ -17,7 +17,9 @@ from numpy.typing import NDArray
 from lorakeet.errors import DataError
 from lorakeet.evaluate.compare import Comparison, compare_values
 from lorakeet.evaluate.intervals import Estimate, Floats, mean, share
+from lorakeet.evaluate.logistic import regression
 from lorakeet.evaluate.spec import EvaluateSpec
+from lorakeet.evaluate.terms import Terms, characters_of, words_of
 
 PREFERRED, PREFERRED_ALIKE, LIKELIER = "preferred", "preferred_alike", "likelier"
 CHOSEN_CHANGE, REJECTED_CHANGE, LEAD = "chosen_change", "rejected_change", "lead"
@@ -102,22 +104,12 @@ def tfidf_difference(
     None with fewer than LEAST_TERMS training pairs, or where no term occurs twice.
     """
     from scipy.sparse import hstack, vstack
-    from sklearn.feature_extraction.text import TfidfVectorizer
-    from sklearn.linear_model import LogisticRegression
 
     if len(train) < LEAST_TERMS:
         return None
-    kinds = (
-        TfidfVectorizer(ngram_range=(1, 2), min_df=2, sublinear_tf=True, max_features=1 << 16),
-        TfidfVectorizer(analyzer="char_wb", ngram_range=(2, 5), min_df=2, sublinear_tf=True, max_features=1 << 16),
-    )
-    fitted = []
-    for terms in kinds:
-        try:
-            terms.fit([text for both in train for text in both])
-        except ValueError:  # no term occurs twice
-            continue
-        fitted.append(terms)
+    answers = [text for both in train for text in both]
+    found = (Terms.fitted(answers, split, least=2, most=1 << 16) for split in (words_of, characters_of(2, 5)))
+    fitted = [each[0] for each in found if each is not None]
     if not fitted:
         return None
 
@@ -126,9 +118,9 @@ def tfidf_difference(
         return hstack(parts).tocsr()
 
     known = differences(train)
-    model = LogisticRegression(C=10, fit_intercept=False, max_iter=2000)
-    model.fit(vstack([known, -known]), [1] * len(train) + [0] * len(train))
-    scores = np.asarray(model.decision_function(differences(pairs)), float)
+    labels = ["wanted"] * len(train) + ["unwanted"] * len(train)
+    model = regression(vstack([known, -known]).tocsr(), labels, intercept=False, balanced=False)
+    scores = model.scores(differences(pairs))[:, 1]
     return PairPreferences(DIFFERENCE, scores, groups, f"sees the two answers without their prompt; fitted to {len(train)} pairs")
 
 

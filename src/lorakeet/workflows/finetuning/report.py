@@ -194,7 +194,7 @@ def _speed(metrics: Sequence[dict[str, Any]], outcome: Outcome, computed: str, t
     return found
 
 
-PACKAGES = ("torch", "transformers", "diffusers", "safetensors", "numpy", "scikit-learn")
+PACKAGES = ("torch", "transformers", "diffusers", "safetensors", "numpy", "scipy")
 
 
 def versions() -> str:

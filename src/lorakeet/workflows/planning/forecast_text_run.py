@@ -67,8 +67,8 @@ LATER = (MERGE, EXPORT)  # processes of their own
 TOKENIZER_ENTRY = 1024  # bytes for each word of a vocabulary; measured: 45.8 MiB for SmolLM2's 49,152
 ROW_BYTES = 9  # for each character of a row: at most a token, with its id and whether it is a target
 INTERVALS = 64 << 20  # bytes: numpy's copies of the weights of resamples (evaluate/intervals), whatever the number of rows
-SCIKIT_LEARN = 64 << 20  # bytes when imported
-FLOORS = 128 << 20  # bytes: scikit-learn and its terms, at least
+SCIPY = 64 << 20  # bytes when its optimizer and its sparse matrices are imported, at most
+FLOORS = 128 << 20  # bytes: SciPy and its terms, at least
 NARROW = 40 << 20  # bytes: oneDNN's code for shapes of narrow products that the probe does not meet, and what one lays out anew
 COUNT_BYTES = 15 << 19  # what stays of the code for each further number of tokens (memory/onednn_code), about 25 products
 CHECK_TOKENS = 1024  # of a micro-batch of the certificate (workflows/finetuning/certify_text)
@@ -254,10 +254,10 @@ class Workload:
     lengths: Callable[[], RowLengths] | None = None
 
     def floors(self, config: RunConfig, *, on_gpu: bool) -> int:
-        """Bytes of the simple baselines: scikit-learn, and the terms of the rows' characters. Nothing on a GPU."""
+        """Bytes of the simple baselines: SciPy, and the terms of the rows' characters. Nothing on a GPU."""
         if on_gpu or not config.evaluate.baselines or (self.labelled is False and not config.evaluate.answers):
             return 0
-        return max(FLOORS, SCIKIT_LEARN + CHARACTER_BYTES * min(self.characters, CHARACTERS))
+        return max(FLOORS, SCIPY + CHARACTER_BYTES * min(self.characters, CHARACTERS))
 
 
 def evaluation_of(
