@@ -47,6 +47,8 @@ def test_it_generates_as_its_folder(tiny_llama_folder: Path, tmp_path: Path) -> 
 def test_what_cannot_be_saved_is_named(tiny_llama_folder: Path) -> None:
     with pytest.raises(ConfigError, match=r"no tokenizer beside it. Give one: lk.load\(model, tokenizer=…\)"):
         lk.load(tiny_model("llama"))
+    with pytest.raises(ConfigError, match=r"are on device meta, without numbers: model.embed_tokens.weight"):
+        lk.load(tiny_model("llama").to("meta"), tokenizer=load_tokenizer(tiny_llama_folder))
     with pytest.raises(ConfigError, match=r"model is a Linear; expected a name, a path, or a transformers model"):
         lk.load(nn.Linear(2, 2))
     tokenizer = load_tokenizer(tiny_llama_folder)

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 import lorakeet as lk
-from lorakeet.errors import ConfigError
+from lorakeet.errors import ConfigError, LorakeetError
 from tiny.models import tiny_model
 
 pytestmark = pytest.mark.filterwarnings("ignore::FutureWarning")  # PEFT's use of transformers
@@ -39,5 +39,10 @@ def test_there_and_back_computes_the_same() -> None:
 def test_what_is_no_peft_model_is_named() -> None:
     with pytest.raises(ConfigError, match="from_peft was given a LlamaForCausalLM; expected a PeftModel"):
         lk.from_peft(tiny_model("llama"))
+    from peft import IA3Config, get_peft_model
+
+    foreign = get_peft_model(tiny_model("llama"), IA3Config(target_modules=["k_proj"], feedforward_modules=[]))
+    with pytest.raises(LorakeetError, match="IA3"):
+        lk.from_peft(foreign)
     with pytest.raises(ConfigError, match=r"no adapter 'othr'; it has default, other. Did you mean 'other'\?"):
         lk.from_peft(peft_model(), "othr")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import signal
 from pathlib import Path
 from typing import Any
 
@@ -111,6 +112,24 @@ def test_mistakes_are_one_message_and_write_nothing(
     assert not out.exists() and sorted(path.name for path in tmp_path.iterdir()) == ["cache"], "nothing was written beside it"
     with pytest.raises(ConfigError, match="classify takes a list of texts"):
         shared.run.classify("fine")
+
+
+def test_ctrl_c_stops_a_run_as_in_a_terminal(
+    tiny_llama_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The interrupt of a notebook is the same signal, sent while its cell runs in the main thread."""
+    monkeypatch.setenv("LORAKEET_CACHE", str(tmp_path / "cache"))
+    before = signal.getsignal(signal.SIGINT)
+
+    def interrupt(record: Any) -> None:
+        if record["step"] == 2:
+            signal.raise_signal(signal.SIGINT)
+
+    with pytest.raises(lk.LorakeetError, match=r"Ctrl-C: stopped after step [23] of 6, with the checkpoint") as caught:
+        rows = lk.rows(reviews(40), held_out=0.3)
+        lk.finetune(tiny_llama_folder, rows, out=tmp_path / "out", quiet=True, on_step=interrupt, **SETTINGS)
+    assert caught.value.exit_code == 4 and signal.getsignal(signal.SIGINT) is before
+    assert any((tmp_path / "out" / "checkpoints").iterdir()) and not (tmp_path / "out" / "report.json").exists()
 
 
 def test_a_callback_that_fails_ends_the_run_with_its_error(

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import ast
+import re
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 
@@ -56,7 +58,25 @@ def test_ruff_finds_nothing() -> None:
     assert code == 0, text
 
 
+USED = """
+import torch
+from typing import Any
+
+transformers_model: Any = None
+net: torch.nn.Module = torch.nn.Linear(2, 2)
+{pages}
+wrong: str = run.path  # type: ignore[assignment]
+lk.Lora(rank="8")  # type: ignore[arg-type]
+lk.finetnue(model)  # type: ignore[attr-defined]
+lk.load(model, budget=2)  # type: ignore[call-overload,arg-type]
+"""
+
+
 @pytest.mark.slow
-def test_mypy_finds_nothing() -> None:
-    code, text = output_of("mypy")
+def test_mypy_finds_nothing(tmp_path: Path) -> None:
+    """Neither in the package nor in a user's script, by `--strict`: the pages' lines, and wrong ones that it has to find."""
+    pages = [(ROOT / page).read_text(encoding="utf-8") for page in ("README.md", "docs/how-to/from-python.md")]
+    lines = "\n".join(block for page in pages for block in re.findall(r"```python\n(.*?)```", page, re.DOTALL))
+    (tmp_path / "script.py").write_text(USED.format(pages=lines), encoding="utf-8")
+    code, text = output_of("mypy", "src", "examples/python_api.py", str(tmp_path / "script.py"))
     assert code == 0, text

@@ -16,6 +16,8 @@ from lorakeet.errors import ConfigError, DataError
 from lorakeet.workflows.chat import chat
 from lorakeet.workflows.options import ChatOptions
 from lorakeet.workflows.replying import speakers
+from lorakeet.workflows.runs.open_adapter import open_adapter
+from tiny.exports import write_model
 from tiny.hostile_server import answering
 from tiny.runs import chats, run, write_rows
 
@@ -69,6 +71,8 @@ def test_models_and_further_adapters(talks: Path, tiny_llama_folder: Path, monke
     merged = lk.merge(talks, out=talks.parent / "merged", quiet=True).out
     shown, _ = answers(ChatOptions(target=str(merged), **QUICK), "alder\n", monkeypatch)
     assert shown.strip() and shown.strip() != base
+    file = write_model(tiny_llama_folder, open_adapter(talks).adapter, talks.parent / "talks.gguf")
+    assert answers(ChatOptions(target=str(file), **QUICK), "alder\n", monkeypatch)[0] == shown
 
 
 def test_the_command_reads_a_pipe(talks: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:

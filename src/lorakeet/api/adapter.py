@@ -95,6 +95,15 @@ def combine(
 
     `method`: linear, cat, svd, magnitude, ties, dare or della; linear and cat are exact. Raises ConfigError for adapters that
     cannot be combined, and for a wrong number of weights.
+
+    Examples:
+        >>> import torch, lorakeet as lk
+        >>> from lorakeet.core.adapter import Pair
+        >>> pair = Pair(A=torch.ones(1, 3), B=torch.ones(2, 1), alpha=2.0)
+        >>> mixed = lk.combine({"a": lk.Adapter({"q_proj": pair}), "b": lk.Adapter({"q_proj": pair})}, weights=(0.75, 0.25))
+        >>> mixed["q_proj"].delta()
+        tensor([[2., 2., 2.],
+                [2., 2., 2.]])
     """
     if not adapters:
         raise ConfigError("There is nothing to combine: adapters is empty. Give them by name, such as {'a': a, 'b': b}.")

@@ -29,6 +29,16 @@ def attach(net: nn.Module, lora: LoraSpec | Adapter = LoraSpec(), *, name: str =
     At the start B = 0, so that `net` computes what it did. Modules are wrapped, not copied: `net` stays the same object. Of
     several adapters the last one is active; `activate` chooses another. Raises ConfigError for settings that fit no module, an
     adapter that does not fit, a name that is taken, and a net that has adapters within a larger or smaller one.
+
+    Examples:
+        >>> import lorakeet as lk
+        >>> net = nn.Sequential(nn.Linear(8, 16), nn.ReLU(), nn.Linear(16, 4))
+        >>> plan = lk.attach(net, lk.Lora(rank=2, target_modules=("0", "2")))
+        >>> plan.parameters, [tuple(parameter.shape) for parameter in lk.parameters(net)]
+        (88, [(2, 8), (16, 2), (2, 16), (4, 2)])
+        >>> list(lk.adapter_of(net))
+        ['0', '2']
+        >>> lk.detach(net)
     """
     if inject.has_adapter(net, name):
         raise ConfigError(f"An adapter {name!r} is already attached. Detach it first, or give another name.")

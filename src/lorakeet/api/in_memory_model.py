@@ -29,6 +29,8 @@ def saved_model(model: Any, tokenizer: Any, folder: str | Path | None) -> Path:
     if not hasattr(model, "save_pretrained") or not hasattr(model, "config"):
         kind = type(model).__name__
         raise ConfigError(f"model is a {kind}; expected a name, a path, or a transformers model. lk.attach takes any nn.Module.")
+    if empty := [name for name, tensor in model.state_dict().items() if tensor.device.type == "meta"]:
+        raise ConfigError(f"{len(empty)} tensors of the model are on device meta, without numbers: {empty[0]}. Load its weights.")
     if tokenizer is None:
         tokenizer = _tokenizer_of(model)
     path = cache_folder() / "models" / _digest(model, tokenizer) if folder is None else Path(folder)

@@ -32,6 +32,14 @@ def rows(source: Any, *, held_out: Any = None, test: Any = None, **settings: Any
     nothing. `settings`: other fields of DataSpec, such as `template`. Records are kept as a file in the cache folder.
 
     Raises ConfigError for a wrong setting, DataError for records that are no rows.
+
+    Examples:
+        >>> import lorakeet as lk
+        >>> cities = ("Oslo", "Lima", "Rome", "Bern")
+        >>> records = [{"prompt": city, "completion": f" {number}"} for number, city in enumerate(cities)]
+        >>> rows = lk.rows(records, held_out=0.5)
+        >>> len(rows.train), len(rows.held_out), rows.train[0].turns[0].role
+        (2, 2, 'user')
     """
     kept: list[str] = []
     mapping: dict[str, Any] = dict(settings)
