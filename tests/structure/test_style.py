@@ -68,7 +68,7 @@ net: torch.nn.Module = torch.nn.Linear(2, 2)
 wrong: str = run.path  # type: ignore[assignment]
 lk.Lora(rank="8")  # type: ignore[arg-type]
 lk.finetnue(model)  # type: ignore[attr-defined]
-lk.load(model, budget=2)  # type: ignore[call-overload,arg-type]
+lk.load(model, budget=2)  # type: ignore[arg-type]
 """
 
 
