@@ -11,10 +11,10 @@ import numpy as np
 
 from lorakeet.errors import DataError, Problems
 from lorakeet.evaluate.answers import Answers, answers_from_probabilities
+from lorakeet.evaluate.classifier.logistic import ITERATIONS, Regression, regression
+from lorakeet.evaluate.classifier.terms import Split, Terms, characters_of, words_of
 from lorakeet.evaluate.intervals import Floats
-from lorakeet.evaluate.logistic import ITERATIONS, Regression, regression
 from lorakeet.evaluate.replies import Replies, unspaced_share
-from lorakeet.evaluate.terms import Split, Terms, characters_of, words_of
 
 MAJORITY = "majority class"
 TFIDF = "TF-IDF + logistic regression"

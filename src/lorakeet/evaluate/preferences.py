@@ -15,11 +15,11 @@ import numpy as np
 from numpy.typing import NDArray
 
 from lorakeet.errors import DataError
+from lorakeet.evaluate.classifier.logistic import regression
+from lorakeet.evaluate.classifier.terms import Terms, characters_of, words_of
 from lorakeet.evaluate.compare import Comparison, compare_values
 from lorakeet.evaluate.intervals import Estimate, Floats, mean, share
-from lorakeet.evaluate.logistic import regression
 from lorakeet.evaluate.spec import EvaluateSpec
-from lorakeet.evaluate.terms import Terms, characters_of, words_of
 
 PREFERRED, PREFERRED_ALIKE, LIKELIER = "preferred", "preferred_alike", "likelier"
 CHOSEN_CHANGE, REJECTED_CHANGE, LEAD = "chosen_change", "rejected_change", "lead"

@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 from sklearn.feature_extraction.text import TfidfVectorizer
 
-from lorakeet.evaluate.terms import Terms, characters_of, words_of
+from lorakeet.evaluate.classifier.terms import Terms, characters_of, words_of
 
 TEXTS = [
     "The lungs are clear; the heart is not.", "Clear LUNGS, no cough\tat all", "a b c", "", "Herz und Lunge: üblich, ﬁn",

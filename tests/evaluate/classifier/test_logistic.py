@@ -5,7 +5,7 @@ import pytest
 from scipy.sparse import csr_array
 from sklearn.linear_model import LogisticRegression
 
-from lorakeet.evaluate.logistic import regression
+from lorakeet.evaluate.classifier.logistic import regression
 
 
 def rows(classes: int, count: int = 60) -> tuple[np.ndarray, list[str]]:
@@ -37,5 +37,5 @@ def test_scores_without_a_constant_equal_those_of_scikit_learn() -> None:
 
 
 def test_a_fit_that_was_cut_off_says_so(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("lorakeet.evaluate.logistic.ITERATIONS", 1)
+    monkeypatch.setattr("lorakeet.evaluate.classifier.logistic.ITERATIONS", 1)
     assert not regression(*rows(3)).converged
