@@ -45,6 +45,7 @@ SMALL = {
     "finetune --model DIR --data rows.jsonl": QUICK,
     "finetune examples/preference.yaml": ["--model", "DIR", *QUICK, "--dry-run", "--data.limit", "40"],
     "finetune my-pairs.yaml --lora.continue_from": ["--evaluate.resamples", "200", "--dry-run"],
+    "plan examples/photos.yaml": ["--lora.rank", "4"],
     "finetune examples/photos.yaml": ["--model", "SD", "--model.device", "cpu", "--train.steps", "1", *QUICK, "--dry-run"],
     "finetune examples/photos.yaml --data": ["--model", "SD", "--model.device", "cpu", "--train.steps", "1", *QUICK,
                                              "--diffusion.sample_steps", "1"],
