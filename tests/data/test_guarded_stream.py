@@ -22,7 +22,7 @@ from lorakeet.data.guarded_stream import GuardedStream
 from lorakeet.data.locate import locate_data, open_binary
 from lorakeet.data.read import read_rows
 from lorakeet.data.spec import LONGEST_ROW, DataSpec
-from lorakeet.errors import DataError, LorakeetError
+from lorakeet.errors import LONGEST_MESSAGE, DataError, LorakeetError
 from tiny.fuzz import fuzzed
 
 SPEC = DataSpec(train="x", format="text")
@@ -218,7 +218,7 @@ def test_any_data_file_is_rows_or_one_message(seed: int, tmp_path_factory: pytes
         rows = read_rows(str(path), SPEC)
         assert all(row.key and row.text is not None for row in rows)
     except LorakeetError as error:
-        assert len(str(error)) <= 6000
+        assert len(str(error)) <= LONGEST_MESSAGE
 
 
 def test_the_stream_passes_on_messages_of_ours(tmp_path: Path) -> None:

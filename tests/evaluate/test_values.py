@@ -45,6 +45,7 @@ def test_text_is_strict_json() -> None:
         ({"size": True}, "True; expected a number"),
         ({"size": 1, "kind": "c"}, "expected one of 'a', 'b'"),
         ([1], "expected dict"),
+        ({"size": 10**400}, "has 401 digits; expected a number that fp64 can hold"),
     ],
 )
 def test_wrong_data_is_named(data: object, words: str) -> None:
@@ -56,6 +57,15 @@ def test_wrong_data_is_named(data: object, words: str) -> None:
 def test_broken_text_names_the_line() -> None:
     with pytest.raises(DataError, match=r"report\.json is not JSON: line 2"):
         from_text(Leaf, '{"size":\n oops}', where="report.json")
+
+
+def test_numbers_and_texts_that_could_be_written_nowhere_are_refused() -> None:
+    for digits in (10**400, 2**63):
+        with pytest.raises(DataError, match=r"x has \d+ digits; expected a whole number below 2\^63"):
+            from_text(int, str(digits), where="x")
+    with pytest.raises(DataError, match="report.json is not JSON: .*surrogates not allowed"):
+        from_text(dict[str, str], '{"size": "\\ud800"}', where="report.json")
+    assert from_text(dict[str, str], '{"size": "\\ud83d\\ude00"}', where="report.json") == {"size": "😀"}
 
 
 def test_a_file_that_cannot_be_written_is_as_it_was(tmp_path: Path) -> None:

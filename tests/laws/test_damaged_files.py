@@ -34,7 +34,7 @@ from lorakeet.models.text.from_config import config_of
 from lorakeet.models.text.load import load_text_model, load_tokenizer
 from tiny.adapters import random_adapter
 from tiny.damage import TEXTS, files_in, other_bytes, other_file, other_folder, put
-from tiny.fuzz import fuzzed
+from tiny.fuzz import case_folder, fuzzed
 from tiny.gguf_file import write_tiny_gguf
 from tiny.gptq_folder import save_mixed_gptq
 from tiny.models import save_tiny_llama, tiny_model
@@ -89,8 +89,8 @@ def _adapters(folder: Path) -> dict[str, dict[str, bytes]]:
 @fuzzed(quick=2000, many=50_000)
 @given(files=st.deferred(lambda: st.sampled_from(sorted(adapters())).flatmap(lambda name: other_folder(adapters()[name]))))
 def test_adapters(files: dict[str, bytes]) -> None:
-    with TemporaryDirectory() as name:
-        folder = put(files, Path(name) / "x")
+    with case_folder() as place:
+        folder = put(files, place / "x")
         said = read_or_refuse(lambda: read_adapter(folder, say=quiet))
         assert "report this" not in said, f"the library's own words: {said}"
         assert not said or any(part in said for part in (str(folder), *files)), f"names no file: {said}"
@@ -106,7 +106,7 @@ def models() -> dict[str, dict[str, bytes]]:
 def _models(folder: Path) -> dict[str, dict[str, bytes]]:
     from transformers import AutoModelForCausalLM
 
-    save_tiny_llama(folder / "dense")
+    save_tiny_llama(folder / "dense", num_hidden_layers=1)
     sharded = AutoModelForCausalLM.from_pretrained(folder / "dense")
     sharded.save_pretrained(folder / "sharded", max_shard_size="40KB")
     for name in ("tokenizer.json", "tokenizer_config.json"):
@@ -127,24 +127,33 @@ def outlines() -> dict[str, dict[str, bytes]]:
     read=st.sampled_from([config_of, lambda spec, say: load_tokenizer(Path(spec.path))]),
 )
 def test_configurations_and_tokenizers(files: dict[str, bytes], read: Any) -> None:
-    with TemporaryDirectory() as name:
-        spec = ModelSpec(str(put(files, Path(name) / "m")), device="cpu", dtype="float32")
+    with case_folder() as folder:
+        spec = ModelSpec(str(put(files, folder / "m")), device="cpu", dtype="float32")
         read_or_refuse(lambda: read(spec, quiet))
 
 
-@fuzzed(quick=150, many=8_000)
-@given(files=st.sampled_from([*["dense"] * 4, "sharded", "gptq"]).flatmap(lambda name: other_folder(models()[name])))
+@cache
+def tokenizer() -> Any:
+    with case_folder() as folder:
+        return load_tokenizer(put(models()["dense"], folder))
+
+
+TOKENIZER = ("tokenizer.json", "tokenizer_config.json", "chat_template.jinja", "special_tokens_map.json")
+
+
+@fuzzed(quick=500, many=8_000)
+@given(files=st.sampled_from([*["dense"] * 4, "sharded", "gptq"]).flatmap(lambda name: other_folder(models()[name], TOKENIZER)))
 def test_model_folders(files: dict[str, bytes]) -> None:
-    """Whole loads, of 30 ms and more each."""
-    with TemporaryDirectory() as name:
-        spec = ModelSpec(str(put(files, Path(name) / "m")), device="cpu", dtype="float32")
-        read_or_refuse(lambda: load_text_model(spec, say=quiet))
+    """Whole loads, but for the tokenizer, which the test before reads."""
+    with case_folder() as folder:
+        spec = ModelSpec(str(put(files, folder / "m")), device="cpu", dtype="float32")
+        read_or_refuse(lambda: load_text_model(spec, say=quiet, tokenizer=tokenizer()))
 
 
 @cache
 def gguf_model(kind: str | None) -> bytes:
     with TemporaryDirectory() as name:
-        write_tiny_gguf(Path(name) / "m.gguf", kind)
+        write_tiny_gguf(Path(name) / "m.gguf", kind, num_hidden_layers=1)
         return (Path(name) / "m.gguf").read_bytes()
 
 
@@ -161,8 +170,8 @@ def own_cache(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     copy=st.sampled_from([packed_copy, dense_copy]),
 )
 def test_gguf_models(own_cache: None, damaged: bytes, copy: Any) -> None:
-    with TemporaryDirectory() as name:
-        file = Path(name) / "m.gguf"
+    with case_folder() as folder:
+        file = folder / "m.gguf"
         file.write_bytes(damaged)
         said = read_or_refuse(lambda: copy(file, quiet))
         assert not said or str(file) in said
@@ -180,8 +189,8 @@ def certificate() -> bytes:
 @fuzzed(quick=2000, many=50_000)
 @given(damaged=st.deferred(lambda: other_file("certificate.json", certificate())))
 def test_certificates(damaged: bytes) -> None:
-    with TemporaryDirectory() as name:
-        file = Path(name) / "certificate.json"
+    with case_folder() as folder:
+        file = folder / "certificate.json"
         file.write_bytes(damaged)
         said = read_or_refuse(lambda: read_certificate(file))
         assert "report this" not in said and (not said or str(file) in said)

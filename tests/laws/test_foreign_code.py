@@ -188,6 +188,28 @@ def test_only_one_file_calls_what_reads_a_folder() -> None:
     assert not found, "\n".join(found)
 
 
+NEVER = {"os.system", "os.popen", "eval", "exec", "pickle.load", "pickle.loads", "torch.load", "marshal.loads", "joblib.load",
+         "yaml.full_load", "yaml.unsafe_load", "code.interact", "runpy.run_path"}  # fmt: skip
+
+
+def test_nothing_is_unpickled_and_no_shell_reads_a_text() -> None:
+    """One shell runs: a script of the studio, whose words are its arguments. One file of Python is run: that of a metric."""
+    found, shells, runs = [], set(), set()
+    for path in source_files():
+        for node in ast.walk(parsed(path)):
+            if isinstance(node, ast.Constant) and isinstance(node.value, str) and node.value.endswith(("/sh", "/bash")):
+                shells.add(named(path))
+            if not isinstance(node, ast.Call):
+                continue
+            name = ast.unparse(node.func)
+            given = {word.arg: ast.unparse(word.value) for word in node.keywords}
+            if name in NEVER or any(given.get(word, "False") != "False" for word in ("shell", "allow_pickle")):
+                found.append(f"{named(path)}:{node.lineno}: {name}")
+            if name.endswith("exec_module"):
+                runs.add(named(path))
+    assert not found and shells == {"studio/jobs.py"} and runs == {"evaluate/own_metric.py"}, (found, shells, runs)
+
+
 def test_a_metric_that_a_run_file_names_is_run_by_finetune_alone(tiny_llama_folder: Path, tmp_path: Path) -> None:
     """`evaluate` has a flag of its own for it; of what a run file names, nothing else runs any code."""
     callers = {

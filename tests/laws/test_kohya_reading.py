@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 from functools import cache
 from pathlib import Path
-from tempfile import TemporaryDirectory
 from typing import Any
 
 import pytest
@@ -20,7 +19,7 @@ from lorakeet.errors import DataError, LorakeetError
 from lorakeet.formats.detect import read_adapter
 from lorakeet.formats.diffusion import kohya
 from tiny.dense import folded
-from tiny.fuzz import fuzzed
+from tiny.fuzz import case_folder, fuzzed
 from tiny.images import tiny_clip, tiny_unet
 from tiny.kohya_oracle import NotComputed, weights_after
 
@@ -114,8 +113,8 @@ def change(found: dict[str, torch.Tensor], key: str, rank: int, oddity: str) -> 
 @given(case=cases())
 def test_kohyas_files_are_computed_the_same_or_refused(case: dict[str, Any]) -> None:
     tensors = tensors_of(case)
-    with TemporaryDirectory() as name:
-        file = Path(name) / "a.safetensors"
+    with case_folder() as folder:
+        file = folder / "a.safetensors"
         save_file(tensors, file, metadata={"ss_network_module": case["network"]} if case["network"] else None)
         try:
             adapter = read_adapter(file, say=lambda line: None)

@@ -24,7 +24,7 @@ from lorakeet.formats import gguf
 from lorakeet.formats.detect import read_adapter
 from lorakeet.formats.files.base_model import BaseModel
 from tiny.dense import fold_into
-from tiny.fuzz import fuzzed
+from tiny.fuzz import case_folder, fuzzed
 from tiny.gguf_file import write_tiny_gguf
 from tiny.llama_cpp import OpenModel
 from tiny.peft_oracle import into_peft
@@ -160,8 +160,8 @@ def make_odd(tensors: dict[str, np.ndarray], case: dict[str, Any], draw: Any) ->
 @fuzzed(quick=500, many=10_000)
 @given(case=files())
 def test_llama_cpp_computes_the_same_or_the_file_is_refused(llama: OpenModel, case: dict[str, Any]) -> None:
-    with TemporaryDirectory() as name:
-        file = Path(name) / "a.gguf"
+    with case_folder() as place:
+        file = place / "a.gguf"
         write_file(case, file)
         try:
             ours = computed(gguf.read(file, base=base()))
@@ -194,8 +194,8 @@ def folders(draw: Any) -> dict[str, Any]:
 @given(case=folders())
 def test_what_is_written_from_pefts_folder_computes_there_what_peft_computes(llama: OpenModel, case: dict[str, Any]) -> None:
     torch.manual_seed(case["seed"])
-    with TemporaryDirectory() as name:
-        folder, file = Path(name) / "peft", Path(name) / "a.gguf"
+    with case_folder() as place:
+        folder, file = place / "peft", place / "a.gguf"
         folder.mkdir()
         config = {"peft_type": "LORA", "task_type": "CAUSAL_LM", "base_model_name_or_path": None, "target_modules": case["paths"]}
         (folder / "adapter_config.json").write_text(json.dumps({**config, **case["config"]}))

@@ -2,13 +2,11 @@
 
 from __future__ import annotations
 
-import copy
 import json
 import math
 import warnings
 from functools import cache
 from pathlib import Path
-from tempfile import TemporaryDirectory
 from typing import Any
 
 import peft
@@ -22,11 +20,12 @@ from lorakeet.errors import LorakeetError
 from lorakeet.formats.detect import read_adapter
 from lorakeet.models.inject import attach
 from tiny.dense import fold_into
-from tiny.fuzz import fuzzed
-from tiny.images import load_into, noise_of, tiny_unet
+from tiny.fuzz import case_folder, fuzzed
+from tiny.images import load_into, tiny_unet
 from tiny.mlx_llama import mlx_llama, mlx_logits
 from tiny.models import tiny_model
 from tiny.peft_oracle import IDS, logits
+from tiny.shared_weights import Shared, same_mlx
 
 PREFIX = "base_model.model."
 SMALL = {"hidden_size": 8, "intermediate_size": 12, "num_attention_heads": 2, "num_key_value_heads": 2}
@@ -37,8 +36,8 @@ REGEXES = [r".*\.(q|v)_proj", r".*layers\.1\..*", r"model\.layers\.0\.self_attn\
 
 
 @cache
-def base(tied: bool) -> Any:
-    return tiny_model("llama", tie_word_embeddings=tied, **SMALL)
+def base(tied: bool) -> Shared:
+    return Shared(tiny_model("llama", tie_word_embeddings=tied, **SMALL))
 
 
 def names(*more: Any) -> st.SearchStrategy[Any]:
@@ -85,8 +84,6 @@ def peft_cases(draw: Any) -> dict[str, Any]:
     return {"config": config, "paths": paths, "rows": rows, "oddity": oddity, "seed": draw(st.integers(0, 99))}
 
 
-
-
 def rank_in(config: dict[str, Any], path: str) -> int:
     from lorakeet.formats.peft.peft_config import parse_config
 
@@ -100,7 +97,7 @@ def tensors_of(config: dict[str, Any], paths: list[str], oddity: str, rows: list
     torch.manual_seed(seed)
     found: dict[str, torch.Tensor] = {}
     for path in paths:
-        weight, rank, at = base(False).get_submodule(path).weight, rank_in(config, path), PREFIX + path
+        weight, rank, at = base(False).model.get_submodule(path).weight, rank_in(config, path), PREFIX + path
         if path.endswith("embed_tokens"):
             found[f"{at}.lora_embedding_A"] = torch.randn(rank, weight.shape[0])
             found[f"{at}.lora_embedding_B"] = torch.randn(weight.shape[1], rank)
@@ -116,7 +113,7 @@ def tensors_of(config: dict[str, Any], paths: list[str], oddity: str, rows: list
         ids = tokens if isinstance(tokens, list) else next((tokens[name] for name in tokens or {} if path.endswith(name)), [0])
         found[f"{PREFIX}{path}.token_adapter.trainable_tokens_delta"] = torch.randn(len(ids), 8)
     odd = PREFIX + paths[0]
-    weight = base(False).get_submodule(paths[0]).weight
+    weight = base(False).model.get_submodule(paths[0]).weight
     if oddity in ("plain", "base_layer"):
         found[f"{odd}{'.base_layer' if oddity == 'base_layer' else ''}.weight"] = torch.randn(weight.shape)
     elif oddity == "plain bias":
@@ -138,14 +135,14 @@ def in_peft(folder: Path, tied: bool) -> torch.Tensor | None:
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         try:
-            return logits(peft.PeftModel.from_pretrained(copy.deepcopy(base(tied)), folder).eval())
+            return logits(peft.PeftModel.from_pretrained(base(tied).copy(own_weights=True), folder).eval())
         except Exception:  # whatever it raises, it has no function to differ from
             return None
 
 
 def here(folder: Path, tied: bool) -> torch.Tensor | str:
     """The logits of the live adapter, or the refusal."""
-    model = copy.deepcopy(base(tied))
+    model = base(tied).copy()
     try:
         attach(model, read_adapter(folder, say=lambda line: None))
     except LorakeetError as error:
@@ -153,11 +150,10 @@ def here(folder: Path, tied: bool) -> torch.Tensor | str:
     return logits(model)
 
 
-@fuzzed(quick=300, many=20_000)
+@fuzzed(quick=500, many=20_000)
 @given(case=peft_cases(), tied=st.booleans())
 def test_peft_computes_the_same_or_the_folder_is_refused(case: dict[str, Any], tied: bool) -> None:
-    with TemporaryDirectory() as name:
-        folder = Path(name)
+    with case_folder() as folder:
         full = {"peft_type": "LORA", "task_type": "CAUSAL_LM", "base_model_name_or_path": None, "inference_mode": True}
         (folder / "adapter_config.json").write_text(json.dumps({**full, **case["config"]}))
         save_file(tensors_of(**case), folder / "adapter_model.safetensors")
@@ -171,25 +167,14 @@ SPELLINGS = ("lora_A lora_B", "lora.down lora.up", "processor", "bare processor"
 
 
 @cache
-def unet() -> Any:
-    return tiny_unet()
-
-
-@cache
-def _second_unet() -> Any:
-    return torch.nn.ModuleDict({"unet": copy.deepcopy(unet())})
-
-
-def folded_unet() -> Any:
-    """A UNet to fold into, as it was at first."""
-    _second_unet()["unet"].load_state_dict(unet().state_dict())
-    return _second_unet()
+def unet() -> Shared:
+    return Shared(tiny_unet())
 
 
 @cache
 def layers_of_unet() -> list[str]:
     ends = ("to_q", "to_k", "to_v", "to_out.0", "proj_in", "ff.net.2", "conv1")
-    return [path for path, _ in unet().named_modules() if path.endswith(ends)][:16]
+    return [path for path, _ in unet().model.named_modules() if path.endswith(ends)][:16]
 
 
 def key_of(path: str, spelling: str, side: int) -> str:
@@ -228,7 +213,7 @@ def write_diffusers(case: dict[str, Any], file: Path) -> None:
     torch.manual_seed(case["seed"])
     tensors: dict[str, torch.Tensor] = {}
     for path, name, side in case["names"]:
-        weight, rank = unet().get_submodule(path).weight, 2 if case["metadata"] else case["ranks"][path]
+        weight, rank = unet().model.get_submodule(path).weight, 2 if case["metadata"] else case["ranks"][path]
         inner = weight.shape[2:]
         shape = (rank, weight.shape[1], *inner) if side == 0 else (weight.shape[0], rank, *[1] * len(inner))
         tensors[name] = torch.randn(shape) * 0.3
@@ -241,28 +226,47 @@ def write_diffusers(case: dict[str, Any], file: Path) -> None:
     save_file(tensors, file, metadata={"format": "pt", **note})
 
 
-@fuzzed(quick=120, many=5_000)
+@fuzzed(quick=500, many=5_000)
 @given(case=diffusers_cases())
 def test_diffusers_computes_the_same_or_the_file_is_refused(case: dict[str, Any]) -> None:
-    with TemporaryDirectory() as name:
-        file = Path(name) / "pytorch_lora_weights.safetensors"
+    with case_folder() as folder:
+        file = folder / "pytorch_lora_weights.safetensors"
         write_diffusers(case, file)
-        theirs: torch.Tensor | None
-        ours: torch.Tensor | str
+        theirs = in_diffusers(file)
+        ours: Any
         try:
-            loaded = copy.deepcopy(unet())
-            load_into(file, loaded)
-            theirs = noise_of(loaded) if all("lora" in key for key in load_file(file)) else None  # as load_lora_weights checks
-        except Exception:
-            theirs = None
-        try:
-            adapter = read_adapter(file, say=lambda line: None)
-            ours = noise_of(fold_into(folded_unet(), adapter)["unet"])
+            ours = fold_into(torch.nn.ModuleDict({"unet": unet().copy()}), read_adapter(file, say=lambda line: None))["unet"]
         except LorakeetError as error:
             ours = str(error)
         record("diffusers", theirs, ours)
         if theirs is not None and not isinstance(ours, str):
-            torch.testing.assert_close(ours, theirs, rtol=1e-3, atol=1e-3)
+            require_same_layers(ours, theirs)
+
+
+def in_diffusers(file: Path) -> Any:
+    """diffusers' UNet with the file; None if diffusers cannot read it."""
+    loaded = unet().copy()
+    try:
+        load_into(file, loaded)
+    except Exception:  # whatever it raises, it has no function to differ from
+        return None
+    return loaded if all("lora" in key for key in load_file(file)) else None  # as load_lora_weights checks
+
+
+def require_same_layers(ours: Any, theirs: Any) -> None:
+    """Every layer of the UNet gives the same numbers for the same input, whichever of both changed it."""
+    for path, before in layers_in_unet().items():
+        layer, other = ours.get_submodule(path), theirs.get_submodule(path)
+        if layer.weight is before.weight and type(other) is type(before):
+            continue
+        x = torch.randn(2, before.weight.shape[1], *[4] * (before.weight.dim() - 2), generator=torch.Generator().manual_seed(5))
+        with torch.no_grad():
+            torch.testing.assert_close(layer(x), other(x), rtol=1e-3, atol=1e-3, msg=lambda text, path=path: f"{path}: {text}")
+
+
+@cache
+def layers_in_unet() -> dict[str, Any]:
+    return {path: one for path, one in unet().model.named_modules() if isinstance(one, (torch.nn.Linear, torch.nn.Conv2d))}
 
 
 MLX_PATHS = [f"model.layers.{n}.{leaf}" for n in (0, 1) for leaf in ("self_attn.q_proj", "self_attn.v_proj", "mlp.down_proj")]
@@ -293,7 +297,7 @@ def write_mlx(case: dict[str, Any], folder: Path) -> None:
     torch.manual_seed(case["seed"])
     tensors: dict[str, torch.Tensor] = {}
     for number, path in enumerate(case["paths"]):
-        out, width = tiny_llama_of_mlx().get_submodule(path).weight.shape
+        out, width = tiny_llama_of_mlx().model.get_submodule(path).weight.shape
         tensors[f"{path}.lora_a"] = torch.randn(width, case["rank"])
         tensors[f"{path}.lora_b"] = torch.randn(case["rank"], out) * 0.1
         if case["m"] is True or (case["m"] == "some" and not number):
@@ -305,28 +309,32 @@ def write_mlx(case: dict[str, Any], folder: Path) -> None:
 
 
 @cache
-def tiny_llama_of_mlx() -> Any:
-    return tiny_model("llama")
+def tiny_llama_of_mlx() -> Shared:
+    return Shared(tiny_model("llama"))
 
 
-@fuzzed(quick=150, many=5_000)
+@cache
+def mlx_base() -> Any:
+    return mlx_llama()
+
+
+@fuzzed(quick=500, many=5_000)
 @given(case=mlx_cases())
 def test_mlx_lm_computes_the_same_or_the_folder_is_refused(case: dict[str, Any]) -> None:
     pytest.importorskip("mlx_lm")
     from mlx_lm.tuner.utils import load_adapters
 
-    with TemporaryDirectory() as name:
-        folder = Path(name)
+    with case_folder() as folder:
         write_mlx(case, folder)
         theirs: torch.Tensor | None
         ours: torch.Tensor | str
         try:
-            theirs = torch.from_numpy(mlx_logits(load_adapters(mlx_llama(), str(folder)), IDS.numpy()).copy())
+            theirs = torch.from_numpy(mlx_logits(load_adapters(same_mlx(mlx_base()), str(folder)), IDS.numpy()).copy())
             theirs = theirs if bool(theirs.isfinite().all()) else None
         except Exception:
             theirs = None
         try:
-            model = copy.deepcopy(tiny_llama_of_mlx())
+            model = tiny_llama_of_mlx().copy()
             attach(model, read_adapter(folder, say=lambda line: None))
             ours = logits(model)
         except LorakeetError as error:

@@ -32,6 +32,7 @@ from lorakeet.studio.trial import (
     served_base,
     trial_state,
 )  # fmt: skip
+from tiny.hostile_server import answering
 
 
 def made(studio: Studio, name: str, config: str = "model: {path: m, quantize: nf4}\ndata: r\n") -> Path:
@@ -134,6 +135,27 @@ def test_what_the_server_refuses_is_said_in_its_words(trial: TriedModel, studio:
             refused()
     with pytest.raises(EnvironmentProblem, match="does not answer"):
         list(reply_lines(TriedModel(trial.job, "mine", 1, "x"), {}))
+
+
+@pytest.mark.parametrize("sent", [b"no HTTP\r\n\r\n", b"HTTP/1.1 200 OK\r\n\r\n" + b"[" * 100_000, b"HTTP/1.1 200 OK\r\n\r\n[]"])
+def test_what_is_no_answer_of_a_server_is_one_message(tmp_path: Path, studio: Studio, sent: bytes) -> None:
+    made(studio, "other")
+    with answering([sent], raw=True) as url:
+        trial = TriedModel(Job(tmp_path, ("serve",), "x"), "mine", int(url.rpartition(":")[2]), "secret")
+        with pytest.raises(EnvironmentProblem, match="The model does not answer"):
+            served_base(trial)
+        if sent.startswith(b"no"):
+            for call in (lambda: list(reply_lines(trial, {})), lambda: add_run(studio.places, trial, "other")):
+                with pytest.raises(EnvironmentProblem, match="The model does not answer"):
+                    call()
+
+
+def test_a_server_s_own_file_that_is_damaged_is_no_server(studio: Studio) -> None:
+    made(studio, "mine")
+    trial = open_trial(studio.places, studio.queue, "mine")
+    for text in ("[" * 100_000, "[]", '{"run": "mine", "port": "x", "key": "k"}', '{"run": "mine", "port": 1, "key": "a\\nb"}'):
+        (trial.job.folder / "trial.json").write_text(text)
+        assert current_trial(studio.queue) is None
 
 
 def test_two_tabs_that_load_a_model_leave_one(studio: Studio, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -3,12 +3,16 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any
 
 import pytest
 from hypothesis import HealthCheck, settings
 
+IN_MEMORY = "/dev/shm"
 MANY = float(os.environ.get("LORAKEET_FUZZ") or 0)  # the share of the many cases that is drawn
 
 
@@ -28,3 +32,10 @@ def fuzzed(quick: int, many: int) -> Callable[[Any], Any]:
         return long_cases(pytest.mark.fuzz(drawn(test)))
 
     return marked
+
+
+@contextmanager
+def case_folder() -> Iterator[Path]:
+    """A new folder for one case, in memory where the system has such a place: one on a disk takes longer than many a case."""
+    with TemporaryDirectory(dir=IN_MEMORY if os.access(IN_MEMORY, os.W_OK) else None) as name:
+        yield Path(name)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -133,6 +134,26 @@ def test_a_failed_upload_goes_on_where_it_was(desk: Desk) -> None:
     named = {"README.md", "certificate.json", "config.json", "mine.certificate.json", "mine.gguf", "model.safetensors"}
     assert set(files) == named
     assert len(desk.hub.received) == 2 and "base_model_relation: finetune" in files["README.md"].decode()
+
+
+def test_what_a_link_names_is_never_sent(desk: Desk, tmp_path: Path) -> None:
+    """A run of someone else could name any file of this machine by one."""
+    secret = tmp_path / "secret"
+    secret.write_text("a key of this machine")
+    for name in ("report.html", "certificate.json", "adapter"):
+        folder = desk.folder / f"linked-{name}"
+        shutil.copytree(desk.folder / "mine", folder)
+        (folder / name).rename(tmp_path / name)
+        (folder / name).symlink_to(secret if name == "report.html" else tmp_path / name)
+        code, said = desk.push(folder.name, "me/dates", "--base", BASE)
+        assert code == 2 and f"{name} is a link, so what it names would be sent" in said and not desk.hub.repositories, said
+
+
+def test_a_card_that_is_no_text_is_one_message(desk: Desk) -> None:
+    folder = Path(shutil.copytree(desk.folder / "mine", desk.folder / "odd"))
+    (folder / "adapter" / "README.md").write_bytes(b"\xff\xfe")
+    code, said = desk.push("odd", "me/dates", "--base", BASE)
+    assert code == 2 and "README.md cannot be sent: UnicodeDecodeError" in said and not desk.hub.repositories
 
 
 def test_a_large_file_that_does_not_arrive_leaves_the_repository_as_it_was(desk: Desk) -> None:

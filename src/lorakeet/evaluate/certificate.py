@@ -7,6 +7,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from lorakeet.disk import open_regular
 from lorakeet.errors import DataError, EnvironmentProblem, VerificationFailed, reader
 from lorakeet.evaluate.intervals import Estimate
 from lorakeet.evaluate.values import decode, encode, from_text, put_text, to_text
@@ -152,7 +153,8 @@ class Certificate:
 def read_certificate(path: Path) -> Certificate:
     """Reads a certificate.json. Raises DataError if it is missing, broken, or if "passed" contradicts its checks."""
     try:
-        data = from_text(dict[str, Any], path.read_text(encoding="utf-8"), where=str(path))
+        with open_regular(path) as file:
+            data = from_text(dict[str, Any], file.readall().decode("utf-8"), where=str(path))
     except (OSError, UnicodeDecodeError) as error:
         raise DataError(f"Cannot read the certificate {path}: {error}; expected a file that a verified run wrote.") from error
     claimed, artefacts = data.pop("passed", None), data.pop("artefacts", None)

@@ -17,6 +17,7 @@ from lorakeet.disk import write_whole
 from lorakeet.errors import DataError, nearest
 
 T = TypeVar("T")
+_WHOLE = 1 << 63  # above every whole number that is written
 
 
 def encode(value: Any) -> Any:
@@ -54,6 +55,8 @@ def from_text(kind: type[T], text: str, *, where: str) -> T:
     """Parses a value of type `kind`. Raises DataError that names `where` and the line of an error."""
     try:
         data = json.loads(text)
+        if "\\u" in text:  # half of a character, as JSON can escape it, could be written nowhere again
+            json.dumps(data, ensure_ascii=False).encode()
     except (ValueError, RecursionError) as error:  # a plain ValueError for a number of thousands of digits
         place = f"line {error.lineno}: {error.msg}" if isinstance(error, json.JSONDecodeError) else str(error)
         raise DataError(f"{where} is not JSON: {place}. Write it again with the same command.") from error
@@ -80,6 +83,8 @@ def _decode(kind: Any, data: Any, where: str) -> Any:
         return _decode_float(data, where)
     if kind is not Any:
         _expect(data, kind, where)
+    if kind is int and abs(data) >= _WHOLE:
+        raise DataError(f"{where} has {len(str(abs(data)))} digits; expected a whole number below 2^63.")
     return data
 
 
@@ -120,7 +125,10 @@ def _decode_float(data: Any, where: str) -> float:
         return float(data)
     if isinstance(data, bool) or not isinstance(data, (int, float)):
         raise DataError(f"{where} is {data!r}; expected a number.")
-    return float(data)
+    try:
+        return float(data)
+    except OverflowError:
+        raise DataError(f"{where} has {len(str(abs(data)))} digits; expected a number that fp64 can hold.") from None
 
 
 def _expect(data: Any, kind: type, where: str) -> None:

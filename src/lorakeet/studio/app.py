@@ -7,7 +7,7 @@ from typing import cast
 
 from starlette.applications import Starlette
 from starlette.exceptions import HTTPException
-from starlette.requests import Request
+from starlette.requests import ClientDisconnect, Request
 from starlette.responses import Response
 from starlette.routing import Route
 
@@ -35,7 +35,7 @@ def make_studio(places: Places) -> Studio:
 def studio_app(studio: Studio) -> Guard:
     """The application, behind its guard."""
     routes = [Route("/static/{name}", _static), *(route for screen in SCREENS for route in screen.routes)]
-    handlers = {LorakeetError: _refused, OSError: _unreadable, HTTPException: _missing}
+    handlers = {LorakeetError: _refused, OSError: _unreadable, HTTPException: _missing, ClientDisconnect: _gone}
     app = Starlette(routes=routes, exception_handlers=handlers)
     app.state.studio, app.state.screens = studio, SCREENS
     return Guard(app, studio.token)
@@ -59,6 +59,11 @@ def _refused(request: Request, error: Exception) -> Response:
 
 def _unreadable(request: Request, error: Exception) -> Response:
     return refused_page(request, LorakeetError(f"The system refused: {error}. Free some space if the disk is full; try again."))
+
+
+def _gone(request: Request, error: Exception) -> Response:
+    """Nobody reads this: the browser was closed amid an upload."""
+    return Response(status_code=400)
 
 
 def _missing(request: Request, error: Exception) -> Response:

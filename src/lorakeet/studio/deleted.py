@@ -85,4 +85,4 @@ def _found(places: Places, key: str) -> DeletedRun:
 
 def _deleted(folder: Path) -> DeletedRun:
     name, _, moment = folder.name.rpartition(_MARK)
-    return DeletedRun(folder.name, name, int(moment) / 1e9 if moment.isdigit() else 0.0)
+    return DeletedRun(folder.name, name, int(moment) / 1e9 if moment.isdecimal() else 0.0)

@@ -59,9 +59,10 @@ def drawing_jobs(queue: Queue, run: str) -> list[Job]:
 def drawn_pictures(job: Job) -> list[DrawnPicture]:
     """The pictures of a job, by strength; none before it is done."""
     try:
-        listed = json.loads((_folder(job) / "pictures.json").read_bytes())
+        with open_regular(_folder(job) / "pictures.json") as file:
+            listed = json.loads(file.readall())
         found = [DrawnPicture(str(one["file"]), float(one["mix"].get(_NAME, 0.0))) for one in listed]
-    except (OSError, ValueError, KeyError, TypeError, AttributeError):
+    except (OSError, ValueError, KeyError, TypeError, AttributeError, OverflowError, RecursionError):
         return []
     return sorted(found, key=lambda one: one.strength)
 

@@ -13,8 +13,9 @@ from typing import Any
 
 from lorakeet.config import read_yaml
 from lorakeet.disk import write_whole
-from lorakeet.errors import DataError, LorakeetError
+from lorakeet.errors import DataError, LorakeetError, one_message, shortened, visible
 from lorakeet.evaluate.values import from_text, to_text
+from lorakeet.formats.files.json_object import read_object
 from lorakeet.studio.places import regular_within
 from lorakeet.train.log import read_metrics
 from lorakeet.train.run import RunFolder
@@ -22,6 +23,7 @@ from lorakeet.train.run import RunFolder
 TAGS = ".studio.json"  # in a run folder
 VERSION = 2  # of what is cached
 _SPARK = 40  # points of a small curve
+_MOST_TAGS, _LONGEST_TAG = 100, 100  # that are shown of what is in a file
 
 
 @dataclass(frozen=True)
@@ -58,7 +60,7 @@ class Index:
         """The names of the run folders."""
         with suppress(FileNotFoundError), os.scandir(self.runs) as entries:
             found = [entry.name for entry in entries if not entry.name.startswith(".") and entry.is_dir(follow_symlinks=False)]
-            return sorted(name for name in found if (self.runs / name / "config.yaml").is_file())
+            return sorted(name for name in found if name.isprintable() and (self.runs / name / "config.yaml").is_file())
         return []
 
     def summaries(self, most: int | None = None) -> list[RunSummary]:
@@ -109,24 +111,29 @@ def summary_of(folder: Path) -> RunSummary:
     run, problem = RunFolder(folder), ""
     found: dict[str, Any] = {}
     try:
-        found["made"] = run.config.stat().st_mtime
-        settings = read_yaml(run.config)
-        found["model"] = str(_inner(settings, "model", "path"))
-        found["rows"] = str(_inner(settings, "data", "train"))
-        found["objective"] = str(_inner(settings, "train", "objective") or "sft")
-        if regular_within(folder, run.metrics):
-            found |= _numbers(read_metrics(run.metrics))
-        if regular_within(folder, run.report):
-            found |= _verdict(json.loads(run.report.read_bytes()))
-    except (LorakeetError, OSError, ValueError) as error:
+        with one_message("Its files are not as Lorakeet writes them", "Restore them from a copy, or delete the run."):
+            _read_into(found, run)
+    except LorakeetError as error:
         problem = str(error)
-    except (TypeError, KeyError, AttributeError, RecursionError) as error:
-        problem = f"Its files are not as Lorakeet writes them ({error}). Restore them from a copy, or delete the run."
-    return RunSummary(name=folder.name, **found, passed=_passed(run.certificate), tags=tags_of(folder), problem=problem)
+    texts = {name: shortened(visible(value)) for name, value in (*found.items(), ("problem", problem)) if isinstance(value, str)}
+    return RunSummary(name=folder.name, **{**found, **texts}, passed=_passed(folder, run.certificate), tags=tags_of(folder))
+
+
+def _read_into(found: dict[str, Any], run: RunFolder) -> None:
+    """Adds what each file says to `found`, one file after the other. Any exception for a file that no run writes."""
+    found["made"] = run.config.stat().st_mtime
+    settings = read_yaml(run.config)
+    found["model"] = str(_inner(settings, "model", "path"))
+    found["rows"] = str(_inner(settings, "data", "train"))
+    found["objective"] = str(_inner(settings, "train", "objective") or "sft")
+    if regular_within(run.path, run.metrics):
+        found |= _numbers(read_metrics(run.metrics))
+    if regular_within(run.path, run.report):
+        found |= _verdict(read_object(run.report, expected="a report"))
 
 
 def _numbers(records: list[dict[str, Any]]) -> dict[str, Any]:
-    """What a summary says of metrics. ValueError, TypeError or AttributeError for lines that no run writes."""
+    """What a summary says of metrics."""
     held_out = [(int(one["step"]), float(one["held_out_loss"])) for one in records if one.get("held_out_loss") is not None]
     losses = [float(record["loss"]) for record in records if record.get("loss") is not None]
     return {
@@ -140,18 +147,16 @@ def _numbers(records: list[dict[str, Any]]) -> dict[str, Any]:
     }
 
 
-def _verdict(report: Any) -> dict[str, Any]:
-    """What a summary says of a report. AttributeError for a report that no run writes."""
+def _verdict(report: dict[str, Any]) -> dict[str, Any]:
+    """What a summary says of a report."""
     verdict = report.get("verdict") or {}
     return {"ended": "done", "verdict": _sentence(verdict), "tone": str(verdict.get("tone", ""))}
 
 
 def tags_of(folder: Path) -> tuple[str, ...]:
     """The tags of a run."""
-    try:
-        return tuple(str(tag) for tag in json.loads((folder / TAGS).read_bytes())["tags"])
-    except (OSError, ValueError, KeyError, TypeError):
-        return ()
+    tags = _object(folder, folder / TAGS).get("tags")
+    return tuple(shortened(visible(str(tag)), _LONGEST_TAG) for tag in tags[:_MOST_TAGS]) if isinstance(tags, list) else ()
 
 
 def write_tags(folder: Path, tags: tuple[str, ...]) -> None:
@@ -182,11 +187,17 @@ def _sentence(verdict: dict[str, Any]) -> str:
     return f"{''.join(parts)}." if verdict else ""
 
 
-def _passed(path: Path) -> bool | None:
+def _passed(folder: Path, path: Path) -> bool | None:
+    passed = _object(folder, path).get("passed")
+    return passed if isinstance(passed, bool) else None
+
+
+def _object(folder: Path, path: Path) -> dict[str, Any]:
+    """The object in a file of a run folder; empty where there is none."""
     try:
-        return bool(json.loads(path.read_bytes())["passed"])
-    except (OSError, ValueError, KeyError, TypeError):
-        return None
+        return read_object(path, expected="an object") if regular_within(folder, path) else {}
+    except DataError:
+        return {}
 
 
 def _thinned(values: list[float]) -> tuple[float, ...]:

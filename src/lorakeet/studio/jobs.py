@@ -43,6 +43,8 @@ BESIDE = ""  # the device of a job that waits for no other
 _OWN = "{folder}/"  # before the name of a job's own file, in a word
 _STARTING = 5.0  # seconds that the start of a process may take
 AGAIN = 1.0  # seconds between two attempts to write a code
+_DIGITS = 9  # of an exit code or a process's number
+_LARGEST_ABOUT = 1 << 20  # bytes of a job's file
 _LOG_END = 20_000  # characters of a log that a page shows, of at most four bytes each
 # The shell outlives Ctrl-C, which reaches the whole group, and writes the exit code even if no studio runs then.
 # On a full disk neither an empty number nor an empty code counts: the studio writes the code when there is space.
@@ -72,7 +74,7 @@ class Job:
     def code(self) -> int | None:
         """The exit code; None while it runs, and of a process that was killed together with its shell."""
         text = _text(self.folder / "code").strip()
-        return int(text) if text.isdigit() else None
+        return int(text) if text.isascii() and text.isdecimal() and len(text) <= _DIGITS else None
 
     @property
     def state(self) -> State:
@@ -283,12 +285,15 @@ class Starter:
 def read_job(folder: Path) -> Job | None:
     """The job in `folder`; None where there is none, or what there is cannot be read."""
     try:
-        about = json.loads((folder / "job.json").read_bytes())
-        words = tuple(map(str, about["words"]))
+        about = json.loads(_bytes(folder / "job.json", _LARGEST_ABOUT))
+        words, made = about["words"], float(about["made"])
         title, run, device = (str(about[name]) for name in ("title", "run", "device"))
-        return Job(folder, words, title, run, device, float(about["made"]), str(about.get("once", "")))
-    except (OSError, ValueError, KeyError, TypeError):
+        once = str(about.get("once", ""))
+    except (ValueError, KeyError, TypeError, OverflowError, RecursionError):
         return None
+    if not isinstance(words, list) or not all(isinstance(word, str) for word in words) or not math.isfinite(made):
+        return None
+    return Job(folder, tuple(words), title, run, device, made, once)
 
 
 def read_lock(path: Path) -> bool:
@@ -322,7 +327,8 @@ def _await(process: subprocess.Popen[bytes], job: Job) -> None:
 def _interrupt(job: Job) -> None:
     """Sends the signal of Ctrl-C to a job's processes. ConfigError where it has no number yet, or none any more."""
     for _ in range(100):  # the shell writes its number first of all
-        if (number := _text(job.folder / "pid").strip()).isdigit():
+        number = _text(job.folder / "pid").strip()
+        if number.isascii() and number.isdecimal() and len(number) <= _DIGITS and int(number) > 1:  # 0 and 1 are no job's
             break
         time.sleep(0.02)
     else:

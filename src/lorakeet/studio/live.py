@@ -40,7 +40,7 @@ _STOP = {
     "measuring": ("Stop", "The adapter is kept, but not the evaluation that runs."),
     "stopping": ("Stop at once", "What it has trained since its last checkpoint is lost."),
 }
-_NUMBERS = ("epoch", "loss", "held_out_loss", "low", "high", "seconds", "tokens_per_second", "memory_bytes")
+_LARGEST = 1 << 63  # above all numbers of a run's metrics; NaN is not below it
 
 
 @dataclass(frozen=True)
@@ -172,8 +172,8 @@ def new_records(folder: Path, offset: int) -> tuple[list[dict[str, Any]], int]:
     for line in whole.splitlines():
         try:
             record = json.loads(line)
-        except ValueError:
-            continue  # of a disk that was full
+        except (ValueError, RecursionError):
+            continue  # of a disk that was full, or of no run
         if _is_record(record):
             records.append(record)
     return records, begin + len(whole)
@@ -236,10 +236,10 @@ def _changed(path: Path) -> float:
 
 
 def _is_record(record: Any) -> bool:
-    """True for a line as runs write them."""
+    """True for a line as runs write them: numbers and null."""
     if not isinstance(record, dict) or type(record.get("step")) is not int:
         return False
-    return all(isinstance(record.get(name, 0.0), int | float | None) for name in _NUMBERS)
+    return all(value is None or (isinstance(value, int | float) and abs(value) < _LARGEST) for value in record.values())
 
 
 @lru_cache(maxsize=64)
@@ -252,8 +252,8 @@ def _bounds(run: RunFolder | None, last: dict[str, Any]) -> tuple[int | None, in
     """The steps of the whole run, and its memory budget in bytes; None where they are not known."""
     try:
         config = RunConfig() if run is None else _settings(run.config, run.config.stat().st_mtime_ns)
-    except (LorakeetError, OSError):
+        each = round(last["step"] / last["epoch"]) if last.get("epoch") else None
+        total = config.train.steps if each is None else config.train.total_steps(each)
+        return total, config.memory.limit.limit
+    except (LorakeetError, OSError, ArithmeticError):  # of a run file or an epoch that no run has
         return None, None
-    each = round(last["step"] / last["epoch"]) if last.get("epoch") else None
-    total = config.train.steps if each is None else config.train.total_steps(each)
-    return total, config.memory.limit.limit

@@ -85,7 +85,7 @@ def page(request: Request, template: str, status: int = 200, **values: Any) -> R
         query=urlencode(draft),
         **values,
     )
-    return HTMLResponse(text, status)
+    return HTMLResponse(text.encode("utf-8", "backslashreplace"), status)  # half a character may be in any name
 
 
 def moved(path: str, query: Mapping[str, str] | None = None) -> Response:

@@ -97,7 +97,7 @@ class Guard:
             return _closed()
         if scope["method"] not in SAFE:
             origin = headers.get("origin", "")
-            if urlsplit(origin).netloc != host or not origin:
+            if _place(origin) != host or not origin:
                 return PlainTextResponse(f"Pages of {origin[:100] or 'an unknown origin'} may change nothing here.", 403)
         return None
 
@@ -161,6 +161,13 @@ def _welcome(path: str) -> Response:
 def _closed() -> Response:
     said = "The studio is closed to this browser. Open the whole address that `lorakeet studio` printed, with its token."
     return PlainTextResponse(said, 401)
+
+
+def _place(origin: str) -> str:
+    try:
+        return urlsplit(origin).netloc
+    except ValueError:
+        return ""
 
 
 def _name(host: str) -> str:

@@ -7,7 +7,7 @@ import json
 import secrets
 import threading
 from collections.abc import Iterator, Mapping
-from contextlib import closing
+from contextlib import AbstractContextManager, closing
 from dataclasses import dataclass
 from http.client import HTTPConnection, HTTPException, HTTPResponse
 from pathlib import Path
@@ -15,16 +15,19 @@ from typing import Any, Literal
 
 from lorakeet.config import read_run
 from lorakeet.disk import write_whole
-from lorakeet.errors import ConfigError, EnvironmentProblem
+from lorakeet.errors import ConfigError, DataError, EnvironmentProblem, one_message
+from lorakeet.formats.files.json_object import read_object
 from lorakeet.serve.listening import listening_socket
 from lorakeet.studio.jobs import BESIDE, Job, Queue
-from lorakeet.studio.places import Places
+from lorakeet.studio.places import Places, regular_within
+from lorakeet.workflows.runs.server_answer import LONGEST_LINE
 from lorakeet.workflows.runs.studio_options import LOOPBACK_ADDRESS
 
 TrialState = Literal["off", "starting", "ready", "failed"]
 _SECONDS = 600.0  # without a byte of an answer
 _ABOUT, _KEYS, _CLOSED = "trial.json", "keys.json", "closed"
 _MOST_TOKENS = 2048
+_LARGEST_LIST = 1 << 22  # bytes of a list of models
 _OPENING = threading.Lock()  # two tabs load one model after the other, so that the later one closes the other's
 
 
@@ -79,9 +82,20 @@ def current_trial(queue: Queue) -> TriedModel | None:
         if job.words[:1] == ("serve",) and (job.folder / _ABOUT).is_file():
             if (job.folder / _CLOSED).exists():
                 return None
-            about = json.loads((job.folder / _ABOUT).read_bytes())
-            return TriedModel(job, str(about["run"]), int(about["port"]), str(about["key"]))
+            return _tried(job)
     return None
+
+
+def _tried(job: Job) -> TriedModel | None:
+    """The server of a job, by the file beside it; None where that is no such file."""
+    try:
+        about = read_object(job.folder / _ABOUT, expected="a server's port and key")
+    except DataError:
+        return None
+    run, port, key = (about.get(name) for name in ("run", "port", "key"))
+    if not isinstance(run, str) or not isinstance(key, str) or not isinstance(port, int) or not 0 < port < 1 << 16:
+        return None
+    return TriedModel(job, run, port, key) if key.isascii() and key.isprintable() else None
 
 
 def trial_state(trial: TriedModel | None) -> tuple[TrialState, str]:
@@ -111,29 +125,31 @@ def mixed(base: str, weights: Mapping[str, float]) -> str:
 
 def served_base(trial: TriedModel) -> str:
     """The server's name for its base."""
-    with closing(_sent(trial, "GET", "/v1/models")) as answer:
-        listed = json.loads(answer.read())["data"]
-    return next(str(model["id"]) for model in listed if model.get("parent") is None)
+    with _answering(), closing(_sent(trial, "GET", "/v1/models")) as answer:
+        listed = json.loads(answer.read(_LARGEST_LIST))["data"]
+        return str(next(model["id"] for model in listed if model.get("parent") is None))
 
 
 def add_run(places: Places, trial: TriedModel, run: str) -> None:
     """Loads the adapter of another run. EnvironmentProblem with the server's words if it refuses."""
     body = {"lora_name": adapter_name(run), "lora_path": str(places.run(run)), "load_inplace": True}
-    with closing(_sent(trial, "POST", "/v1/load_lora_adapter", body)) as answer:
+    with _answering(), closing(_sent(trial, "POST", "/v1/load_lora_adapter", body)) as answer:
         _require_good(answer)
 
 
 def reply_lines(trial: TriedModel, body: Mapping[str, Any]) -> Iterator[bytes]:
     """The server-sent events of a chat completion, line by line. EnvironmentProblem where the server refuses or is gone."""
     limited = {**body, "max_tokens": min(int(body.get("max_tokens") or 256), _MOST_TOKENS), "stream": True}
-    try:
-        answer = _sent(trial, "POST", "/v1/chat/completions", {**limited, "logprobs": True, "top_logprobs": 3})
-    except (OSError, HTTPException) as error:
-        raise EnvironmentProblem(f"The model does not answer ({error}). Load it again.") from error
-    with closing(answer):
+    wanted = {**limited, "logprobs": True, "top_logprobs": 3}
+    with _answering(), closing(_sent(trial, "POST", "/v1/chat/completions", wanted)) as answer:
         _require_good(answer)
-        while line := answer.readline():
+        while line := answer.readline(LONGEST_LINE):
             yield line
+
+
+def _answering() -> AbstractContextManager[None]:
+    """A context in which whatever an answer is not becomes one EnvironmentProblem."""
+    return one_message("The model does not answer", "Load it again.", EnvironmentProblem)
 
 
 def _require_good(answer: HTTPResponse) -> None:
@@ -142,7 +158,7 @@ def _require_good(answer: HTTPResponse) -> None:
         try:
             found = json.loads(text)["error"]
             text = str(found["message"] if isinstance(found, dict) else found)
-        except (ValueError, KeyError, TypeError):
+        except (ValueError, KeyError, TypeError, RecursionError):
             pass
         raise EnvironmentProblem(text)
 
@@ -163,8 +179,10 @@ def _sent(
 
 def example_of(folder: Path) -> str:
     """A held-out row of the run, to begin with; empty without one."""
+    report = folder / "report.json"
     try:
-        rows = json.loads((folder / "report.json").read_bytes())["rows"]
-        return str(rows[0]["text"])[:2000]
-    except (OSError, ValueError, KeyError, IndexError, TypeError):
+        rows = read_object(report, expected="a report").get("rows") if regular_within(folder, report) else None
+    except DataError:
         return ""
+    first = rows[0] if isinstance(rows, list) and rows else None
+    return str(first.get("text", ""))[:2000] if isinstance(first, dict) else ""

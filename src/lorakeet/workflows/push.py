@@ -9,6 +9,7 @@ from typing import Any
 
 from rich.console import Console
 
+from lorakeet.errors import DataError, one_message
 from lorakeet.exporting.hub import Uploaded, upload
 from lorakeet.exporting.published_readme import published_readme
 from lorakeet.train.run import RunFolder
@@ -57,17 +58,24 @@ def push_run(options: PushOptions, *, console: Console) -> Pushed:
 
 def _files(options: PushOptions, run: RunFolder) -> dict[str, Path | bytes]:
     """What is sent, by its path in the repository."""
-    source = run.adapter if options.merged is None else options.merged
+    source = _own(run.adapter) if options.merged is None else options.merged
     files: dict[str, Path | bytes] = {file.name: file for file in sorted(source.iterdir()) if _is_sent(file)}
     if options.merged is None:
-        files[CERTIFICATE] = run.certificate
+        files[CERTIFICATE] = _own(run.certificate)
     if options.gguf is not None:
         files[options.gguf.name] = options.gguf
-        certificate = beside(options.gguf, CERTIFICATE)
+        certificate = _own(beside(options.gguf, CERTIFICATE))
         files[certificate.name] = certificate
     if run.page.is_file() and not options.no_report:
-        files[REPORT] = run.page
+        files[REPORT] = _own(run.page)
     return _renamed(files, options, named_base(run))
+
+
+def _own(path: Path) -> Path:
+    """The path. Raises DataError for a link: a run of someone else could name any file of this machine by one."""
+    if path.is_symlink():
+        raise DataError(f"{path} is a link, so what it names would be sent. Put a copy of that there if it is meant.")
+    return path
 
 
 def _is_sent(file: Path) -> bool:
@@ -79,7 +87,8 @@ def _renamed(files: dict[str, Path | bytes], options: PushOptions, base: str) ->
     for name, file in list(files.items()):
         if not isinstance(file, Path) or not (name in _TEXTS or name.endswith(CERTIFICATE)):
             continue
-        text = file.read_text(encoding="utf-8")
+        with one_message(f"{file} cannot be sent", "Write it again with finetune, merge or export."):
+            text = file.read_text(encoding="utf-8")
         if options.base and named_here(base):
             text = text.replace(base, options.base).replace(json.dumps(base)[1:-1], options.base)
         if name == README:

@@ -275,6 +275,18 @@ def test_pages_of_others_and_borrowed_names_are_refused_where_no_key_is_needed(b
     assert post(both, "/v1/unload_lora_adapter", content=drop, headers=own).status_code == 200
 
 
+def test_nothing_of_a_client_becomes_a_line_of_the_answers_head(both: Any) -> None:
+    line = "%0d%0aX-Injected:%20yes"
+    for path in (f"/{line}", f"/v1/models/{line}", f"/v1/models?x={line}", f"/v1/adapters/{line}"):
+        assert "x-injected" not in httpx.get(f"{both.url}{path}").headers
+    answer = post(both, json={**BODY, "model": "a\r\nX-Injected: yes", "user": "b\r\nX-Injected: yes"})
+    assert answer.status_code == 404 and "x-injected" not in answer.headers
+    with socket.create_connection(("127.0.0.1", int(both.url.rpartition(":")[2])), timeout=30) as sent:
+        sent.sendall(b"GET /health HTTP/1.1\r\nHost: localhost\r\nX-Request-Id: a\rX-Injected: yes\r\nConnection: close\r\n\r\n")
+        answered = b"".join(iter(lambda: sent.recv(65536), b""))
+    assert answered.startswith(b"HTTP/1.1 400") and b"x-injected" not in answered.lower()
+
+
 def test_a_slash_at_the_end_lists_the_models_too(both: Any) -> None:
     assert httpx.get(f"{both.url}/v1/models/").json() == httpx.get(f"{both.url}/v1/models").json()
 

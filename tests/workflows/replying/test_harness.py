@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import sys
 from pathlib import Path
+from types import ModuleType
 
 import numpy as np
 import pytest
@@ -61,6 +62,21 @@ def test_without_the_harness_the_message_says_how_to_install_it(monkeypatch: pyt
     monkeypatch.setitem(sys.modules, "lm_eval.tasks", None)
     with pytest.raises(EnvironmentProblem, match=r'pip install "lorakeet\[tasks\]"'):
         require_tasks(HarnessTasks(("arc_easy",)))
+
+
+def test_task_files_that_the_harness_fails_at_are_one_message(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    class TaskManager:
+        """Fails as the harness does at a task file without a name."""
+
+        def __init__(self, include_path: str) -> None:
+            raise KeyError("task")
+
+    tasks = ModuleType("lm_eval.tasks")
+    tasks.TaskManager = TaskManager  # type: ignore[attr-defined]
+    monkeypatch.setitem(sys.modules, "lm_eval", ModuleType("lm_eval"))
+    monkeypatch.setitem(sys.modules, "lm_eval.tasks", tasks)
+    with pytest.raises(EnvironmentProblem, match=f"cannot list its tasks and those of {tmp_path}: KeyError: 'task'"):
+        require_tasks(HarnessTasks(("a",), tmp_path))
 
 
 @installed

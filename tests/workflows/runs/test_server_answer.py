@@ -3,16 +3,25 @@
 from __future__ import annotations
 
 import itertools
+import json
 import time
 import urllib.error
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from http.client import HTTPException
 
+import hypothesis
 import pytest
+from hypothesis import strategies as st
 
-from lorakeet.errors import EnvironmentProblem
+from lorakeet.errors import LONGEST_MESSAGE, EnvironmentProblem
+from lorakeet.serve.sampling import Sampling
+from lorakeet.workflows.replying.speakers import BASE, ServerSpeaker
 from lorakeet.workflows.runs import server_answer
+from lorakeet.workflows.runs.judge_server import JudgeServer
 from lorakeet.workflows.runs.server_answer import CallRefused, answer_lines, called_again, open_answer, read_answer, refusal_of
+from lorakeet.workflows.verification.server_apis import Api
+from tiny.damage import other_bytes, other_json
+from tiny.fuzz import fuzzed
 from tiny.hostile_server import answering
 
 
@@ -105,3 +114,49 @@ def test_a_busy_server_is_called_again_and_no_other() -> None:
         with pytest.raises(CallRefused) as caught:
             called_again(call, (429, 503), (1.0,), paused.append)
         assert caught.value.code == 404 and paused == waits
+
+
+CHOICE = {"index": 0, "finish_reason": "stop", "message": {"role": "assistant", "content": "Right. [[A]]"},
+          "delta": {"content": "a"}, "text": "ab", "logprobs": {"tokens": ["a", "b"], "token_logprobs": [-0.5, -1.0],
+                                     "top_logprobs": [{"a": -0.5, "c": -2.0}, {"b": -1.0}], "content": [
+              {"token": "a", "logprob": -0.5, "top_logprobs": [{"token": "a", "logprob": -0.5}]}]}}  # fmt: skip
+ANSWER = {"object": "list", "data": [{"id": "m"}], "choices": [CHOICE], "tokens": [1, 2], "usage": {"prompt_tokens": 3}}
+HEAD = b"HTTP/1.0 200 OK\r\nContent-Type: application/json\r\n\r\n"
+CHAT = [{"role": "user", "content": "?"}]
+
+
+def say_to(url: str) -> list[str]:
+    speaker, _ = ServerSpeaker.at(url)
+    return list(speaker.reply(CHAT, BASE, Sampling()))
+
+
+def compared(url: str) -> object:
+    api = Api(url, "m")
+    return api.serves_it(), api.tokenise("x"), api.prompt_length(CHAT), api.write([1], 2), api.chat(CHAT, 2)
+
+
+@pytest.fixture(scope="module")
+def hostile() -> Iterator[tuple[str, list[bytes]]]:
+    """A server, and the pieces that it answers with."""
+    pieces: list[bytes] = []
+    with answering(pieces, raw=True) as url:
+        yield url, pieces
+
+
+@fuzzed(quick=300, many=20_000)
+@hypothesis.given(
+    answer=st.one_of(other_json(ANSWER).map(lambda body: HEAD + body), other_bytes(HEAD + json.dumps(ANSWER).encode()),
+                     other_json(ANSWER).map(lambda body: HEAD + b"data: " + body + b"\n\n")),
+    call=st.sampled_from([lambda url: JudgeServer.at(f"{url}#m").reply("?"), say_to, compared]),
+)  # fmt: skip
+def test_any_answer_is_used_or_one_message(
+    hostile: tuple[str, list[bytes]], answer: bytes, call: Callable[[str], object]
+) -> None:
+    url, pieces = hostile
+    pieces[:] = [answer]
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(time, "sleep", lambda seconds: None)
+        try:
+            call(url)
+        except EnvironmentProblem as error:
+            assert len(str(error)) <= LONGEST_MESSAGE

@@ -85,6 +85,13 @@ def test_a_server_that_does_not_answer_is_compared_in_the_next_round(tmp_path: P
     assert isinstance(found, Certificate) and said[0].endswith("nothing answers") and said[1].endswith("it went away")
 
 
+def test_a_file_of_another_program_in_the_place_of_the_metrics_is_read_over(tmp_path: Path) -> None:
+    metrics = tmp_path / "lorakeet.prom"
+    metrics.write_bytes(b"\xffword\n\n# a line\n")
+    watched(EnvironmentProblem("nothing answers"), rounds=1, metrics=metrics)
+    assert metrics.read_text().splitlines()[-1] == f'lorakeet_watched_up{{target="{URL}"}} 0'
+
+
 def test_a_failed_check_of_an_incomplete_round_counts() -> None:
     found, _, _ = watched(certificate(0.5, "it went away"), rounds=1)
     assert isinstance(found, VerificationFailed)

@@ -15,7 +15,7 @@ from markupsafe import Markup
 from numpy.typing import NDArray
 
 from lorakeet.disk import open_regular
-from lorakeet.errors import DataError
+from lorakeet.errors import DataError, reader
 from lorakeet.evaluate.answers import Confusion
 from lorakeet.evaluate.calibration import ReliabilityBin
 from lorakeet.evaluate.certificate import Certificate
@@ -227,10 +227,11 @@ def write_report(report: Report, folder: Path) -> None:
     put_text(folder / "report.html", render_html(report))
 
 
-def read_report(path: str | Path) -> Report:
+@reader("a report")
+def read_report(path: Path) -> Report:
     """Reads a report.json. Raises DataError if it cannot be read."""
     try:
-        with open_regular(Path(path)) as file:
+        with open_regular(path) as file:
             text = file.readall().decode("utf-8")
     except (OSError, UnicodeDecodeError) as error:
         raise DataError(f"Cannot read the report {path}: {error}; expected a report.json that a run wrote.") from error

@@ -69,7 +69,8 @@ def content_digest(path: Path) -> str:
     if found:
         return found
     stat, note = path.stat(), folder / _NOTE
-    known, key, stamp = _remembered(note), str(path.resolve()), [stat.st_size, stat.st_mtime_ns]
+    known = {key: value for key, value in _remembered(note).items() if Path(key).is_file()}  # those of files that are gone go
+    key, stamp = str(path.resolve()), [stat.st_size, stat.st_mtime_ns]
     digest = sha256_of(path)
     known[key] = [*stamp, digest]
     try:

@@ -147,7 +147,7 @@ def _at_once(request: Request) -> bool:
 def file_of(folder: Path) -> str:
     """The run file of a job; empty where it has none."""
     path = folder / "run.yaml"
-    return path.read_text(encoding="utf-8") if path.is_file() else ""
+    return path.read_text(encoding="utf-8", errors="replace") if path.is_file() else ""
 
 
 def _stop(request: Request) -> Response:

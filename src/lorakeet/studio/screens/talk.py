@@ -95,7 +95,7 @@ def conversation(form: Mapping[str, str], base: str) -> dict[str, Any]:
         if not isinstance(messages, list) or not isinstance(weights, dict) or len(form["messages"]) > _LONGEST:
             raise ValueError
         amounts = {str(run): float(weight) for run, weight in weights.items()}
-    except (ValueError, KeyError, TypeError) as error:
+    except (ValueError, KeyError, TypeError, OverflowError, RecursionError) as error:
         raise ConfigError("The conversation cannot be read, or it is too long. Reload the page and start again.") from error
     if not all(map(math.isfinite, (*numbers.values(), *amounts.values()))):
         raise ConfigError("A weight or a number is not finite. Type another one.")

@@ -15,7 +15,7 @@ from typing import Any
 import numpy as np
 from rich.console import Console
 
-from lorakeet.errors import ConfigError, EnvironmentProblem, nearest
+from lorakeet.errors import ConfigError, EnvironmentProblem, nearest, one_message
 from lorakeet.evaluate.compare import Comparison, compare_values, holm
 from lorakeet.evaluate.intervals import Floats, mean
 from lorakeet.evaluate.report.report import Report, Role, SystemResult
@@ -27,6 +27,7 @@ from lorakeet.models.inject import activate
 from lorakeet.models.text.model import TextModel
 
 ADAPTER, BASE = "adapter", "base"
+_MEND = "Its data may not be here, or a task file is wrong."
 INSTALL = 'Install lm-evaluation-harness with pip install "lorakeet[tasks]".'
 
 
@@ -62,8 +63,9 @@ def require_tasks(wanted: HarnessTasks) -> Any:
         raise ConfigError(f"--task-rows is {wanted.rows}; expected 2 or more.")
     if wanted.folder is not None and not wanted.folder.is_dir():
         raise ConfigError(f"--task-folder {wanted.folder} does not exist; name a folder with task files (.yaml).")
-    manager = TaskManager(include_path=None if wanted.folder is None else str(wanted.folder))
-    known = set(manager.all_tasks)
+    with one_message(f"lm-evaluation-harness cannot list its tasks and those of {wanted.folder}", _MEND, EnvironmentProblem):
+        manager = TaskManager(include_path=None if wanted.folder is None else str(wanted.folder))
+        known = set(manager.all_tasks)
     if unknown := [name for name in wanted.names if name not in known]:
         raise ConfigError(f"lm-evaluation-harness has no task {unknown[0]!r}.{nearest(unknown[0], known)}")
     return manager
@@ -80,13 +82,11 @@ def run_tasks(
         activate(text.model, name)
         console.print(f"{system} answers {', '.join(wanted.names)}.", markup=False, soft_wrap=True)
         model = harness_model(text, longest=longest, micro_tokens=micro_tokens)
-        try:
+        with one_message(f"lm-evaluation-harness could not run {', '.join(wanted.names)}", _MEND, EnvironmentProblem):
             results = lm_eval.simple_evaluate(
                 model=model, tasks=list(wanted.names), task_manager=manager, limit=wanted.rows, num_fewshot=wanted.examples,
                 apply_chat_template=wanted.chat, bootstrap_iters=0, log_samples=True,
             )  # fmt: skip
-        except (OSError, ValueError, ImportError, AssertionError) as error:  # data that is not here, tasks that need more
-            raise EnvironmentProblem(f"lm-evaluation-harness could not run {', '.join(wanted.names)}: {error}") from error
         found[system] = replace(task_scores(results), shortened=model.shortened)
     activate(text.model, adapter)
     return found

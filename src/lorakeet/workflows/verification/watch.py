@@ -46,7 +46,7 @@ def metric_text(target: str, certificate: Certificate | None, before: str = "", 
         if kl := [check.measured["mean_kl"] for check in certificate.checks if "mean_kl" in check.measured]:
             values["mean_kl"] = f"{kl[0]:.9g}"
     else:
-        old = dict(line.split(" ", 1) for line in before.splitlines() if line and not line.startswith("#"))
+        old = dict(line.rpartition(" ")[::2] for line in before.splitlines() if not line.startswith("#"))
         kept = {name: old.get(f'lorakeet_watched_{name}{{target="{label}"}}') for name in _NAMES if name != "up"}
         values |= {name: value for name, value in kept.items() if value is not None}
     lines = []
@@ -76,7 +76,7 @@ def watch_server(
         number += 1
         found, problem = _attempt(compare)
         if metrics is not None:
-            before = metrics.read_text(encoding="utf-8") if metrics.exists() else ""
+            before = metrics.read_text(encoding="utf-8", errors="replace") if metrics.is_file() else ""
             put_text(metrics, metric_text(target, found, before, now=time.time()))
         if found is not None and not all(check.passed for check in found.checks):
             found.raise_if_failed()
