@@ -63,7 +63,7 @@ def test_numbers_and_texts_that_could_be_written_nowhere_are_refused() -> None:
     for digits in (10**400, 2**63):
         with pytest.raises(DataError, match=r"x has \d+ digits; expected a whole number below 2\^63"):
             from_text(int, str(digits), where="x")
-    with pytest.raises(DataError, match="report.json is not JSON: .*surrogates not allowed"):
+    with pytest.raises(DataError, match=r"report\.json is not JSON: .*surrogates not allowed"):
         from_text(dict[str, str], '{"size": "\\ud800"}', where="report.json")
     assert from_text(dict[str, str], '{"size": "\\ud83d\\ude00"}', where="report.json") == {"size": "😀"}
 
