@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import json
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -38,5 +39,9 @@ def test_files_are_compared_by_the_hash_that_the_hub_keeps(tmp_path: Path) -> No
 def test_faults_that_are_not_the_hubs_stay_what_they_are() -> None:
     with pytest.raises(ValueError, match="of our own"), hub._explained("me/x", "nothing was sent"):
         raise ValueError("of our own")
+    for odd in (KeyError("oid"), json.JSONDecodeError("Expecting value", "<html>", 0), TypeError("no list")):
+        said = pytest.raises(EnvironmentProblem, match=r"the hub gave an answer that cannot be read, \w+Error: ")
+        with said, hub._explained("me/x", "y"):
+            raise odd
     with pytest.raises(EnvironmentProblem, match="failed, nothing was sent: refused"), hub._explained("me/x", "nothing was sent"):
         raise ConnectionRefusedError("refused")

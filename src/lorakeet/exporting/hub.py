@@ -7,6 +7,7 @@ again. Where the hub is, and the token, are huggingface_hub's settings: HF_ENDPO
 from __future__ import annotations
 
 import hashlib
+import json
 import re
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
@@ -14,10 +15,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from lorakeet.errors import ConfigError, EnvironmentProblem, VerificationFailed
+from lorakeet.errors import ConfigError, EnvironmentProblem, VerificationFailed, reason_of
 from lorakeet.formats.files.digest import sha256_of
 
 _NAME = re.compile(r"[A-Za-z0-9][\w.-]{0,95}/[A-Za-z0-9][\w.-]{0,95}")
+_ODD_ANSWER = (json.JSONDecodeError, LookupError, TypeError, AttributeError)  # of one that is no hub's
 _AGAIN = "Run the same command again: files that arrived are not sent again, and the repository changes only when all are there."
 
 
@@ -100,7 +102,7 @@ def _explained(name: str, state: str) -> Iterator[None]:
     from huggingface_hub.errors import OfflineModeIsEnabled
 
     of_http = _http_errors()
-    caught: tuple[type[Exception], ...] = (RuntimeError, ValueError, OSError, *of_http)
+    caught: tuple[type[Exception], ...] = (RuntimeError, ValueError, OSError, *_ODD_ANSWER, *of_http)
     try:
         yield
     except OfflineModeIsEnabled as error:
@@ -109,7 +111,7 @@ def _explained(name: str, state: str) -> Iterator[None]:
         cause: BaseException | None = error
         while cause is not None and not isinstance(cause, of_http):
             cause = cause.__cause__
-        from_hub = isinstance(error, OSError) or any(word in str(error) for word in ("Hub", "LFS", "server"))
+        from_hub = isinstance(error, (OSError, *_ODD_ANSWER)) or any(word in str(error) for word in ("Hub", "LFS", "server"))
         if cause is None and not from_hub:
             raise
         what = _words(cause or error, name)
@@ -139,4 +141,6 @@ def _words(error: BaseException, name: str) -> str:
         return f"a file is larger than the hub takes{own}. Push the adapter alone, or a smaller GGUF type."
     if code is not None:
         return f"the hub answered {code}{own}. {_AGAIN}"
+    if isinstance(error, _ODD_ANSWER):
+        return f"the hub gave an answer that cannot be read, {reason_of(error)}. Check HF_ENDPOINT."
     return f"{str(error).splitlines()[0] if str(error) else type(error).__name__}. {_AGAIN}"
