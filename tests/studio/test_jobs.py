@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import math
 import os
 import signal
@@ -235,3 +236,14 @@ def test_the_starter_goes_on_after_a_full_disk(capsys: pytest.CaptureFixture[str
     with Starter(tick, every=0.001):
         until(lambda: len(seen) > 2)
     assert capsys.readouterr().err.count("No space left") == 1, "it is said once"
+
+
+@pytest.mark.parametrize("word", ["a\0b", "\ud800"])
+def test_a_word_that_no_command_can_have_is_refused_and_never_ends_the_queue(queue: Queue, word: str) -> None:
+    with pytest.raises(ConfigError, match="a character that no command can have"):
+        queue.add(["end", word], title="odd")
+    odd, job = queue.add(["end", "1"], title="odd"), queue.add(["end", "0"], title="good")
+    about = json.loads((odd.folder / "job.json").read_text())
+    (odd.folder / "job.json").write_text(json.dumps({**about, "words": ["end", word]}))
+    again = Queue(queue.folder)  # of a studio that was started anew
+    assert [one.title for one in again.jobs()] == ["good"] and again.start_waiting() == [job]

@@ -150,8 +150,11 @@ class Queue:
     ) -> Job:
         """Puts a command into the queue. "{folder}/" at a word's beginning is the job's folder, where `files` are written.
 
-        Returns the job that waits or runs where one was made with the same `once`. ConfigError while another one makes `run`.
+        Returns the job that waits or runs where one was made with the same `once`. ConfigError while another one makes `run`, and
+        for a word that no command can have.
         """
+        if odd := [word for word in words if not _is_argument(word)]:
+            raise ConfigError(f"{odd[0]!r:.80} has a character that no command can have. Type it without.")
         with self.alone():
             for job, state in self.going():
                 if once and job.once == once:
@@ -291,9 +294,17 @@ def read_job(folder: Path) -> Job | None:
         once = str(about.get("once", ""))
     except (ValueError, KeyError, TypeError, OverflowError, RecursionError):
         return None
-    if not isinstance(words, list) or not all(isinstance(word, str) for word in words) or not math.isfinite(made):
+    if not isinstance(words, list) or not all(map(_is_argument, words)) or not math.isfinite(made):
         return None
     return Job(folder, tuple(words), title, run, device, made, once)
+
+
+def _is_argument(word: object) -> bool:
+    """True for a text that the system takes as an argument: one that it refuses would end the queue."""
+    try:
+        return isinstance(word, str) and b"\0" not in os.fsencode(word)
+    except UnicodeEncodeError:  # half a character
+        return False
 
 
 def read_lock(path: Path) -> bool:
