@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 import json
 import warnings
 from collections.abc import Iterator
@@ -28,6 +27,7 @@ from tiny.fuzz import case_folder, fuzzed
 from tiny.gguf_file import write_tiny_gguf
 from tiny.llama_cpp import OpenModel
 from tiny.peft_oracle import into_peft
+from tiny.shared_weights import Shared
 
 IDS = [1, 5, 9, 33, 60, 7, 90, 12]
 LEAVES = (*(f"self_attn.{side}_proj" for side in "qkvo"), "mlp.gate_proj", "mlp.up_proj", "mlp.down_proj")
@@ -45,6 +45,11 @@ def stored() -> tuple[Path, Any]:
     """A tiny Llama as .gguf, and the same model in transformers' classes."""
     path = Path(_kept().name) / "base.gguf"
     return path, write_tiny_gguf(path)
+
+
+@cache
+def shared() -> Shared:
+    return Shared(stored()[1])
 
 
 @pytest.fixture(scope="module")
@@ -69,9 +74,8 @@ def plain() -> torch.Tensor:
 
 def computed(adapter: Any) -> torch.Tensor:
     """The last token's logits of the model into which the adapter is folded."""
-    model = copy.deepcopy(stored()[1])
     with torch.no_grad():
-        return fold_into(model, adapter)(torch.tensor([IDS])).logits[0, -1]
+        return fold_into(shared().copy(), adapter)(torch.tensor([IDS])).logits[0, -1]
 
 
 @st.composite
@@ -201,7 +205,7 @@ def test_what_is_written_from_pefts_folder_computes_there_what_peft_computes(lla
         (folder / "adapter_config.json").write_text(json.dumps({**config, **case["config"]}))
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
-            model = peft.get_peft_model(copy.deepcopy(stored()[1]), peft.LoraConfig(**{**config, **case["config"]}))
+            model = peft.get_peft_model(shared().copy(), peft.LoraConfig(**{**config, **case["config"]}))
         shapes = {key.replace(".default", ""): value.shape for key, value in model.state_dict().items() if "lora_" in key}
         tensors = {key: torch.randn(shape) * 0.2 for key, shape in shapes.items()}
         save_file(tensors, folder / "adapter_model.safetensors")
@@ -211,7 +215,7 @@ def test_what_is_written_from_pefts_folder_computes_there_what_peft_computes(lla
             event("from PEFT: refused")
             return
         with torch.no_grad():
-            theirs = into_peft(copy.deepcopy(stored()[1]), folder)(torch.tensor([IDS])).logits[0, -1]
+            theirs = into_peft(shared().copy(), folder)(torch.tensor([IDS])).logits[0, -1]
         found = llama.logits(IDS, file)
     assert found is not None
     torch.testing.assert_close(found, theirs, rtol=1e-3, atol=1e-3)

@@ -28,11 +28,11 @@ def diffusers() -> Any:
     return package
 
 
-def tiny_unet(seed: int = 0) -> Any:
+def tiny_unet(seed: int = 0, **changes: Any) -> Any:
     torch.manual_seed(seed)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
-        return diffusers().UNet2DConditionModel(**UNET).eval().requires_grad_(False)
+        return diffusers().UNet2DConditionModel(**{**UNET, **changes}).eval().requires_grad_(False)
 
 
 def tiny_clip(seed: int = 1) -> Any:
