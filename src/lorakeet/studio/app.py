@@ -62,7 +62,7 @@ def _unreadable(request: Request, error: Exception) -> Response:
 
 
 def _gone(request: Request, error: Exception) -> Response:
-    """Nobody reads this: the browser was closed amid an upload."""
+    """The browser was closed amid an upload, so the answer is not read."""
     return Response(status_code=400)
 
 
