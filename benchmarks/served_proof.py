@@ -2,16 +2,18 @@
 
     python benchmarks/served_proof.py [--quick] [--run RUN …] [--until 23:30] [--lines FILE]
 
-Models: four tiny families, each with adapters of several training seeds, and each finished --run (SmolLM2-135M's quickstart).
-Servers: lorakeet's own (float32, bfloat16), llama.cpp's (f16, q8_0, q4_k_m merged; f16 with a LoRA file), and vLLM (bfloat16)
-where LORAKEET_VLLM_PYTHON names its environment; vLLM's CPU engine does not take the tiny families' heads. Each serving is a
-line of --lines: started again, the program goes on where it ended. No timings: a busy machine does not change them.
+Models: four tiny families (two blocks, heads of 64, rows of 256, which 4-bit types and vLLM's CPU engine need), each with
+adapters of several training seeds, and each finished --run, such as SmolLM2-135M's quickstart. Servers: lorakeet's own (float32,
+bfloat16), llama.cpp's (f16, bf16, q8_0, q4_k_m merged; f16 with a LoRA file), and vLLM's (bfloat16, float16) where
+LORAKEET_VLLM_PYTHON names its environment: one start for all adapters of a model. Each serving is a line of --lines: started
+again, the program goes on where it ended. No timings: a busy machine does not change them.
 """
 
 from __future__ import annotations
 
 import argparse
 import json
+import random
 import socket
 import sys
 from collections import Counter
@@ -28,7 +30,7 @@ from contenders.mixed_cache import MixedCacheApi
 from harness.llama_server import llama_server
 from harness.machine import REPOSITORY, RESULTS, origin, write_result
 from rich.console import Console
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 
 from lorakeet.core.adapter import Adapter
 from lorakeet.exporting.gguf_model import write_gguf
@@ -48,7 +50,7 @@ from lorakeet.workflows.verify import probes_of
 
 sys.path.insert(0, str(REPOSITORY / "tests"))
 from tiny.models import save_tiny_llama
-from tiny.runs import reviews, run, write_rows
+from tiny.runs import run, sentence, write_rows
 
 from lorakeet.workflows.serve import Registry, Service, ServingModel, load_text_model  # isort: skip
 from lorakeet.models.spec import ModelSpec  # isort: skip
@@ -56,13 +58,21 @@ from lorakeet.serve.engine import Engine  # isort: skip
 from tiny.site import Site  # isort: skip
 
 FAMILIES = ("llama", "qwen2", "qwen3", "mistral")
-SEEDS = 8  # adapters of a family; 4 families, 8 seeds and 6 servings are 192
-FORMS = ("ours float32", "ours bfloat16", "llama.cpp f16", "llama.cpp f16 + LoRA", "llama.cpp q8_0", "llama.cpp q4_k_m")
+SEEDS = 7  # adapters of a family; 4 families, 7 seeds and 7 servings beside vLLM's are 196
+WIDTH = 256  # of hidden states: rows of the 4-bit types have so many numbers
+SIZES = {"hidden_size": WIDTH, "intermediate_size": 2 * WIDTH, "head_dim": 64}
+LABELS = ("A", "B", "C")
+VLLM = ("vLLM bfloat16", "vLLM float16")
+FORMS = (
+    "ours float32", "ours bfloat16", "llama.cpp f16", "llama.cpp f16 + LoRA", "llama.cpp bf16", "llama.cpp q8_0",
+    "llama.cpp q4_k_m", *VLLM,
+)  # fmt: skip
 PRECISION = {"llama.cpp q8_0": "8-bit", "llama.cpp q4_k_m": "4-bit"}
 FAULTS = (
     "adapter of the checkpoint before", "scale off by 2 %", "one pair missing", "another adapter of the task",
     "prefix cache of another adapter", "another chat template", "BOS doubled", "a base in q4_k_m",
 )  # fmt: skip
+IN_VLLM = FAULTS[:4]  # those of adapters
 CONTEXT = 1024
 
 
@@ -74,6 +84,8 @@ class Subject:
     path: Path
     other: Path | None  # another run of the same task
     rows: int  # held-out rows that are compared
+    context: int = CONTEXT
+    modules: bool = True  # whether they are compared one by one
 
     @cached_property
     def opened(self) -> Opened:
@@ -122,19 +134,24 @@ def proved(subject: Subject, server: Server, precision: str) -> dict[str, Any]:
     def in_format(name: str) -> InTorch:
         return InTorch(subject.opened.text_model(console, dtype=name), NAME, name)
 
-    formats = dict.fromkeys(("float16", "bfloat16"), in_format) if precision == "auto" else {}
-    found = check_server(live, server, probes, subject.opened.config.evaluate, formats)
+    said = server.said_precision()
+    if precision == "auto" and said:
+        precision, server.allowed = said, PRECISIONS[said]
+    formats = {name: in_format for name in ("float16", "bfloat16") if precision in ("auto", name)}
+    found = check_server(live, server, probes, subject.opened.config.evaluate, formats, modules=subject.modules)
     failed = [check.name.rpartition(": ")[2] for check in found.checks if not check.passed]
     by_name = {check.name.rpartition(": ")[2]: check for check in found.checks}
     modules = found.modules[0] if found.modules else None
     result: dict[str, Any] = {"passed": not failed and not found.ended, "failed": failed, "ended": found.ended}
-    if "log-probabilities" in by_name:
-        told = by_name["log-probabilities"]
+    told = by_name.get("log-probabilities")
+    if told is not None:
         result |= {"mean_kl": told.measured["mean_kl"], "allowed_kl": told.tolerance["mean_kl"]}
     if modules is not None:
         check = by_name["modules"]
         result |= {"active": len(modules.active), "of": check.n, "missing": list(modules.missing)}
         result |= {"scale_error": check.measured["scale_error"], "scale_allowed": check.tolerance["scale_error"]}
+        result["scale_seen"] = float(check.detail.split("A scale that is ")[1].split()[0])
+    result["format"] = told.detail.split("rounding in ")[1].split()[0] if told and "rounding in " in told.detail else ""
     return result
 
 
@@ -144,7 +161,7 @@ def ours(subject: Subject, adapter: Adapter, dtype: Any, folder: Path) -> Iterat
     peft.write(adapter, folder / "adapter")
     text = load_text_model(ModelSpec(path=str(subject.source), dtype=dtype))
     live = ServingModel(text)
-    engine = Engine(text, live.selection, slots=2, context=min(CONTEXT, text.context or CONTEXT), chunk=256)
+    engine = Engine(text, live.selection, slots=2, context=min(subject.context, text.context or CONTEXT), chunk=256)
     engine.start()
     registry = Registry(live, engine, base="base", budget=None, changed=lambda: None)
     registry.register("mine", folder / "adapter")
@@ -172,15 +189,16 @@ def in_llama_cpp(
         tokenizer.chat_template = template(tokenizer.chat_template, tokenizer.bos_token or "")
     apart, quant = form.endswith("LoRA"), form.split()[1]
     wide, model, lora = folder / "wide.gguf", folder / "model.gguf", folder / "lora.gguf"
-    write_gguf(subject.source, None if apart else adapter, wide, tokenizer=tokenizer, quant="f16", facts={})
     kind = base if apart else quant
-    if kind == "f16":
+    direct = kind if kind in ("bf16", "q8_0") else "f16"
+    write_gguf(subject.source, None if apart else adapter, wide, tokenizer=tokenizer, quant=direct, facts={})
+    if kind == direct:
         wide.rename(model)
     else:
         quantise(wide, model, kind)
     if apart:
         gguf.write(adapter, lora, base=open_base(subject.source))
-    with llama_server(model, [lora] if apart else [], context=CONTEXT, scale=1.0) as (url, _):
+    with llama_server(model, [lora] if apart else [], context=subject.context, scale=1.0) as (url, _):
         yield url
 
 
@@ -220,40 +238,69 @@ def form_of(fault: str) -> str:
     return elsewhere.get(fault, "llama.cpp f16")
 
 
-def subjects(folder: Path, seeds: int, families: Sequence[str], rows: int) -> Iterator[Subject]:
-    """Runs of tiny families, trained now, one seed after another."""
-    before: dict[str, Path] = {}
+def save_family(folder: Path, family: str) -> None:
+    """A random model of `family` with two blocks of real widths, and its tokenizer; logits spread as in the narrow ones."""
+    heads = {"num_attention_heads": WIDTH // 64, "num_key_value_heads": WIDTH // 128}
+    window = {"sliding_window": None} if family == "mistral" else {}
+    save_tiny_llama(folder, family=family, **SIZES, **heads, **window)
+    path = folder / "model.safetensors"
+    tensors = {name: value * (0.5 if value.dim() > 1 else 1) for name, value in load_file(path).items()}
+    save_file(tensors, path, metadata={"format": "pt"})
+
+
+def short_reviews(count: int) -> list[dict[str, str]]:
+    """Labelled texts of four words, each label of one token with a word of its own."""
+    chance = random.Random(0)
+    return [{"text": f"{sentence(chance, 3)} {LABELS[at % 3] * 3}", "label": LABELS[at % 3]} for at in range(count)]
+
+
+def subjects(folder: Path, family: str, seeds: int, rows: int) -> list[Subject]:
+    """Runs of a tiny family, trained now where they are not there, one seed after another."""
+    base, model, before, found = folder / family, folder / family / "model", None, []
+    if not (base / "rows.jsonl").exists():
+        base.mkdir()
+        save_family(model, family)
+        write_rows(base / "rows.jsonl", short_reviews(240))
     for seed in range(seeds + 1):
-        for family in families:
-            base, model = folder / family, folder / family / "model"
-            if not seed:
-                save_tiny_llama(model, family=family)
-                write_rows(base / "rows.jsonl", reviews(60))
-            changes = {"train.seed": seed, "train.checkpoint_every": 3, "evaluate.answers": 0, "train.steps": 9}
+        changes = {"train.seed": seed, "train.checkpoint_every": 3, "evaluate.answers": 0, "train.steps": 9}
+        if not (base / f"run{seed}" / "certificate.json").exists():
             run(model, base / "rows.jsonl", base / f"run{seed}", changes)
-            if seed:
-                yield Subject(f"{family}, seed {seed - 1}", before[family], base / f"run{seed}", rows)
-            before[family] = base / f"run{seed}"
+        if before is not None:
+            found.append(Subject(f"{family}, seed {seed - 1}", before, base / f"run{seed}", rows, 256))
+        before = base / f"run{seed}"
+    return found
 
 
-def in_vllm(subject: Subject, folder: Path, python: Path, wanted: Sequence[str]) -> Iterator[tuple[str, dict[str, Any]]]:
-    """By fault ("" for none), the verdict on vLLM in bfloat16; one start for all, adapters are loaded at run time."""
+@contextmanager
+def vllm_of(source: Path, dtype: str, context: int, python: Path) -> Iterator[str]:
+    """vLLM's CPU engine over a base, into which adapters may be loaded: its address."""
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         port = int(probe.getsockname()[1])
     url = base_url("127.0.0.1", port)
-    words = ["vllm", "serve", str(subject.source), "--enable-lora", "--max-lora-rank", "64", "--max-cpu-loras", "8"]
-    words += ["--dtype", "bfloat16", "--max-model-len", str(CONTEXT), "--host", "127.0.0.1", "--port", str(port)]
+    words = ["vllm", "serve", str(source), "--enable-lora", "--max-lora-rank", "64", "--max-cpu-loras", "16", "--enforce-eager"]
+    words += ["--dtype", dtype, "--max-model-len", str(context), "--host", "127.0.0.1", "--port", str(port)]
     with running_vllm(python, words, url, loading=True):
-        for number, fault in enumerate(wanted):
+        yield url
+
+
+def prove_in_vllm(group: Sequence[Subject], form: str, lines: Lines, python: Path) -> None:
+    """The servings of adapters over one base in vLLM that are not in `lines` yet; one start for all. Faults are in the first."""
+    every = [(subject, fault) for number, subject in enumerate(group) for fault in ("", *(IN_VLLM if not number else ()))]
+    wanted = [(subject, fault) for subject, fault in every if not lines.has(subject.name, form, fault)]
+    if lines.late or not wanted:
+        return
+    first = group[0]
+    with TemporaryDirectory() as folder, vllm_of(first.source, form.split()[1], first.context, python) as url:
+        for number, (subject, fault) in enumerate(wanted):
             adapter = subject.faulty(fault) if fault else subject.opened.adapter
-            if adapter is None:
+            if adapter is None or lines.late:
                 continue
-            peft.write(adapter, folder / f"a{number}")
-            named = {"lora_name": f"a{number}", "lora_path": str(folder / f"a{number}")}
-            with open_answer(f"{url}/v1/load_lora_adapter", named) as one:
+            path = Path(folder) / f"a{number}"
+            peft.write(adapter, path)
+            with open_answer(f"{url}/v1/load_lora_adapter", {"lora_name": path.name, "lora_path": str(path)}) as one:
                 read_answer(one)
-            yield fault, proved(subject, Server(f"{url}#a{number}", F16), "auto")
+            lines.add(subject.name, form, fault, proved(subject, Server(f"{url}#{path.name}", F16), "auto"))
 
 
 class Lines:
@@ -280,10 +327,12 @@ class Lines:
     def summary(self) -> dict[str, Any]:
         right = [one for one in self.known if not one["fault"]]
         faults = [one for one in self.known if one["fault"]]
-        tally = Counter((one["fault"], "missed" if one["passed"] else "found") for one in faults)
+        by_server = Counter(one["server"] for one in right)
+        tally = Counter((one["fault"], "found" if one["failed"] else "missed") for one in faults)
         planted = dict.fromkeys(one["fault"] for one in faults)
         return {
             "right servings": len(right),
+            "right servings by server": dict(by_server),
             "false alarms": [one for one in right if not one["passed"]],
             "modules of right servings called missing": sum(len(one.get("missing", ())) for one in right),
             "modules of right servings shown active": [sum(one.get(key, 0) for one in right) for key in ("active", "of")],
@@ -292,8 +341,9 @@ class Lines:
 
 
 def prove(subject: Subject, lines: Lines, forms: Sequence[str], faults: Sequence[str]) -> None:
-    """All servings of one subject that are not in `lines` yet."""
-    for form, fault in [*((form, "") for form in forms), *((form_of(fault), fault) for fault in faults)]:
+    """All servings of one subject, but vLLM's, that are not in `lines` yet."""
+    here = [form for form in forms if form not in VLLM]
+    for form, fault in [*((form, "") for form in here), *((form_of(fault), fault) for fault in faults)]:
         if lines.late or lines.has(subject.name, form, fault):
             continue
         with TemporaryDirectory() as name, served(subject, form, fault, Path(name)) as server:
@@ -301,29 +351,40 @@ def prove(subject: Subject, lines: Lines, forms: Sequence[str], faults: Sequence
                 lines.add(subject.name, form, fault, proved(subject, server, PRECISION.get(form, "auto")))
 
 
+def groups(given: argparse.Namespace, folder: Path) -> Iterator[list[Subject]]:
+    """Subjects over one base each: the first tiny family, the runs, and the other families."""
+    seeds, families = (1, given.families[:1]) if given.quick else (given.seeds, given.families)
+    for family in families[:1]:
+        yield subjects(folder, family, seeds, given.rows)
+    for path in given.run:
+        other = path.with_name(f"{path.name}-other")
+        yield [Subject(path.name, path, other if other.exists() else None, given.rows, modules=not given.plain)]
+    for family in families[1:]:
+        yield subjects(folder, family, seeds, given.rows)
+
+
 def main(arguments: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("--run", type=Path, action="append", default=[], help="a finished run that is served too; repeatable")
     parser.add_argument("--families", nargs="*", default=list(FAMILIES), choices=FAMILIES, help="tiny families")
-    parser.add_argument("--run-forms", nargs="*", default=list(FORMS), choices=FORMS, help="servings of the runs, beside vLLM's")
-    parser.add_argument("--rows", type=int, default=8, help="held-out rows of each serving that are compared")
+    parser.add_argument("--forms", nargs="*", default=list(FORMS), choices=FORMS, help="servings")
+    parser.add_argument("--seeds", type=int, default=SEEDS, help="adapters of each family")
+    parser.add_argument("--rows", type=int, default=12, help="held-out rows of each serving that are compared")
+    parser.add_argument("--plain", action="store_true", help="modules of the runs are not compared one by one")
     parser.add_argument("--quick", action="store_true", help="one adapter of one family")
     parser.add_argument("--until", default="", help="HH:MM of today, after which no serving is started")
     parser.add_argument("--lines", type=Path, default=Path("served_proof.jsonl"), help="a line for each serving; read first")
+    parser.add_argument("--work", type=Path, help="where tiny models and runs are kept; else they are made anew")
     parser.add_argument("--results", type=Path, default=RESULTS, help="where the result is written")
     given = parser.parse_args(arguments)
     about, lines, python = origin(), Lines(given.lines, given.until), vllm_python()
-    seeds, families = (1, given.families[:1]) if given.quick else (SEEDS, given.families)
     with TemporaryDirectory() as name:
-        for path in given.run:
-            subject = Subject(path.name, path, None, given.rows)
-            wanted = [fault for fault in ("", *FAULTS[:4]) if not lines.has(subject.name, "vLLM bfloat16", fault)]
-            if python is not None and wanted and not lines.late:
-                for fault, result in in_vllm(subject, Path(name), python, wanted):
-                    lines.add(subject.name, "vLLM bfloat16", fault, result)
-            prove(subject, lines, given.run_forms, FAULTS if given.run_forms else ())
-        for number, subject in enumerate(subjects(Path(name), seeds, families, given.rows)):
-            prove(subject, lines, FORMS, FAULTS if number < len(families) else ())
+        for group in groups(given, given.work or Path(name)):
+            for number, subject in enumerate(group):
+                prove(subject, lines, given.forms, () if number else FAULTS)
+            for form in VLLM:
+                if python is not None and form in given.forms:
+                    prove_in_vllm(group, form, lines, python)
             if lines.late:
                 break
     found, claim = lines.summary(), "served_proof_quick" if given.quick else "served_proof"

@@ -74,6 +74,20 @@ PRECISIONS: dict[str, Allowed] = {
 }  # fmt: skip
 
 
+_SAID = {"f32": "float32", "f16": "float16", "half": "float16", "bf16": "bfloat16", "iq1": "2-bit", "mxfp4": "4-bit"}
+
+
+def precision_said(said: str) -> str:
+    """The name in PRECISIONS of a number format as servers say it: F16, bfloat16, "Q4_K - Medium"; "" for another."""
+    word = next(iter(said.lower().removeprefix("all ").split()), "")
+    if word in PRECISIONS:
+        return word
+    kind = word.partition("_")[0]
+    bits = kind.removeprefix("i").removeprefix("q")
+    few = f"{bits}-bit" if kind.startswith(("q", "iq")) and f"{bits}-bit" in PRECISIONS else ""
+    return _SAID.get(kind, few)
+
+
 def allowed_by_rounding(fixed: Allowed, limits: RoundingLimits) -> Allowed:
     """The tolerances of a server in the number format of `fixed`, where what rounding does was measured.
 

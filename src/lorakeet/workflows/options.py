@@ -198,7 +198,7 @@ class VerifyOptions:
     base: str | None = setting(None, _BASE)
     base_gguf: Path | None = setting(None, "GGUF file of the base, for a GGUF adapter.")
     precision: Literal["auto", "float32", "float16", "bfloat16", "8-bit", "6-bit", "5-bit", "4-bit", "3-bit", "2-bit"] = setting(
-        "auto", "Which tolerances apply; auto reads the precision from the file, and assumes float16 for a server."
+        "auto", "Which tolerances apply; auto reads them from the file, and of a server takes what it says, or what is measured."
     )
     rows: int = setting(16, "Number of held-out rows to compare.")
     modules: bool = setting(True, "For a server: whether to test each adapted module, with a pass of the live model for each.")

@@ -160,11 +160,11 @@ def certify_artefacts(
     for target in options.against:
         console.print(f"Comparing {target} with the live adapter.", markup=False, soft_wrap=True)
         if target.startswith(SERVERS):
-            allowed = F16 if options.precision == "auto" else PRECISIONS[options.precision]
-            formats = _formats(opened, live, options.precision, console)
-            served = check_server(
-                live, Server(target, allowed, key), probes, opened.config.evaluate, formats, modules=options.modules
-            )
+            server = Server(target, F16, key)
+            precision = (server.said_precision() if options.precision == "auto" else "") or options.precision
+            server.allowed = F16 if precision == "auto" else PRECISIONS[precision]
+            formats = _formats(opened, live, precision, console)
+            served = check_server(live, server, probes, opened.config.evaluate, formats, modules=options.modules)
             checks, unchecked, modules = checks + served.checks, unchecked + served.unchecked, modules + served.modules
             if served.ended:
                 incomplete[target] = served.ended

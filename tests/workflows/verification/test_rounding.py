@@ -24,7 +24,7 @@ from lorakeet.workflows.options import VerifyOptions
 from lorakeet.workflows.runs.open_adapter import NAME, open_adapter
 from lorakeet.workflows.verification.artefact import InTorch, live_side
 from lorakeet.workflows.verification.diagnose import changed_pairs
-from lorakeet.workflows.verification.rounding import Reading, SplitSums, replicas
+from lorakeet.workflows.verification.rounding import Reading, SplitSums, replicas, seen_by
 from lorakeet.workflows.verify import verify
 from tiny.exports import loud_run
 from tiny.runs import quiet
@@ -76,7 +76,7 @@ def test_each_order_is_within_the_limits_of_the_others(loud: Path) -> None:
         assert 1 - one.other_tokens / places >= limits.top1_agreement
     limits = rounding_limits(found, places=places, rows=0)
     with changed_pairs(live, lambda _, pair: pair.B.mul_(0.8)):
-        wrong = [place.against(theirs)[0] for reading in seen for place, theirs, _ in reading.seen_by(live)]
+        wrong = [place.against(theirs)[0] for place, theirs, _ in seen_by(live, seen)]
     assert np.mean(wrong) > limits.mean_kl
 
 

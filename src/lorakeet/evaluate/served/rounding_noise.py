@@ -9,13 +9,14 @@ exceeded by a right server in at most `FALSE_ALARM` of certificates:
                       (Pickands 1975; moments by Hosking and Wallis 1987), at least the largest that a replica has
     other tokens      binomial: the replicas' share, with one more counted, over the compared places; at least the bound of
                       Student's t over the replicas' shares. Answers by the binomial alone
+    wrong scale       Student's t over what the replicas' differences look like as a scale that is off: |m| + t·s·√(1 + 1/R)
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
 
 import numpy as np
 from scipy import special
@@ -32,12 +33,16 @@ _FEWEST = 20  # differences in the tail
 
 @dataclass(frozen=True, eq=False)
 class Replica:
-    """One computation against fp32: KL of each place, |Δ log p| of each compared token, and what differs."""
+    """One computation against fp32: KL of each place, |Δ log p| of each compared token, and what differs.
+
+    `told` are its log-probabilities by token, by the ids that stand before a place.
+    """
 
     kl: Floats  # (places,)
     differences: Floats  # (values,)
     other_tokens: int  # places whose likeliest token is another
     other_answers: int | None = None  # labelled rows with another label; None where no rows were answered
+    told: Mapping[tuple[int, ...], Mapping[int, float]] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
@@ -71,6 +76,15 @@ def rounding_limits(replicas: Sequence[Replica], *, places: int, rows: int) -> R
         top1_agreement=agreement,
         different_answers=answers,
     )
+
+
+def scale_bound(scales: Sequence[float]) -> float:
+    """How far one more scale may be from 1, where those of right computations are `scales`; infinite for fewer than FEWEST."""
+    finite = np.array([one for one in scales if math.isfinite(one)])
+    if len(finite) < FEWEST:
+        return math.inf
+    quantile = float(special.stdtrit(len(finite) - 1, 1 - FALSE_ALARM / MEASURES / 2))
+    return abs(float(finite.mean()) - 1) + quantile * float(finite.std(ddof=1)) * math.sqrt(1 + 1 / len(finite))
 
 
 def _share_bound(shares: Sequence[float], alpha: float) -> float:

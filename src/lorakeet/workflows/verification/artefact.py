@@ -41,6 +41,7 @@ from lorakeet.workflows.planning.check import SERVERS
 from lorakeet.workflows.runs.open_adapter import Opened
 
 Messages = Sequence[dict[str, str]]
+TOGETHER = 1024  # tokens of rows that are computed at once
 BEGINNING = 0.002  # seconds between checks of a file that is being mapped (docs/log: 33 MiB of 442 are then there at most)
 
 
@@ -95,17 +96,34 @@ class InTorch:
         """As the protocol says; calls may alternate with those of another side of the same model."""
         return self._parts(ids, len(ids))
 
+    def logits_of_rows(self, rows: Sequence[Sequence[int]], lasts: Sequence[int] | None = None) -> Iterator[Tensor]:
+        """What `logits` returns of each row and its last tokens; rows are computed together, up to TOGETHER tokens."""
+        tokens = [len(ids) for ids in rows] if lasts is None else list(lasts)
+        start = 0
+        while start < len(rows):
+            end = start + 1
+            while end < len(rows) and (end + 1 - start) * max(map(len, rows[start : end + 1])) < TOGETHER:
+                end += 1
+            states = self._hidden(rows[start:end], tokens[start:end])
+            for part in torch.split(states, tokens[start:end]):
+                activate(self.text.model, self.adapter)
+                yield self._table(part)
+            start = end
+
     @torch.no_grad()
-    def _hidden(self, ids: Sequence[int], last: int) -> Tensor:
-        """The states (last, hidden) after the last tokens; the last one is computed by letting the first token follow."""
+    def _hidden(self, rows: Sequence[Sequence[int]], lasts: Sequence[int]) -> Tensor:
+        """The states (Σ lasts, hidden) after the last tokens; the last one is computed by letting the first token follow."""
         activate(self.text.model, self.adapter)
         self.text.model.eval()
-        array = np.array([*ids, ids[0]], np.int64)
-        supervised = np.arange(len(array)) > len(ids) - last
-        return self.text.hidden(pack_examples([Example(array, supervised, "row", None, False)]))
+        examples = []
+        for ids, last in zip(rows, lasts, strict=True):
+            array = np.array([*ids, ids[0]], np.int64)
+            supervised = np.arange(len(array)) > len(ids) - last
+            examples.append(Example(array, supervised, "row", None, False))
+        return self.text.hidden(pack_examples(examples))
 
     def _parts(self, ids: Sequence[int], last: int) -> Iterator[Tensor]:
-        for part in torch.split(self._hidden(ids, last), PASS):
+        for part in torch.split(self._hidden([ids], [last]), PASS):
             activate(self.text.model, self.adapter)  # another side of the model may have switched it
             yield self._table(part)  # under no name, which would keep it until the next one is there
 

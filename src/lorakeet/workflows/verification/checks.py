@@ -169,9 +169,33 @@ def answer(side: Artefact, row: Candidates, live: InTorch) -> int:
             scores.append(float(shared[int(ending[0])]))
             continue
         ids = [*prompt, *ending.tolist()]
-        rows = side.logits(ids, len(ending) + 1)[:-1].log_softmax(-1)
-        scores.append(float(rows.gather(1, torch.from_numpy(ending)[:, None]).sum()))
+        scores.append(_score(side.logits(ids, len(ending) + 1)[:-1], ending))
     return int(np.argmax(scores))
+
+
+def answers_of_rows(side: InTorch, rows: Sequence[Candidates]) -> list[int]:
+    """What `answer` returns of each row; all are computed together."""
+    asked: list[tuple[list[int], int]] = []  # ids, and how many of their last places count
+    endings = [distinguishing_endings(row, side.text.tokenizer) for row in rows]
+    for row, ends in zip(rows, endings, strict=True):
+        prompt = row.prompt.tolist()
+        short = all(len(ending) == 1 for ending in ends)
+        asked += [(prompt, 1)] if short else [([*prompt, *ending.tolist()], len(ending) + 1) for ending in ends]
+    tables = side.logits_of_rows([ids for ids, _ in asked], [last for _, last in asked])
+    found = []
+    for ends in endings:
+        if all(len(ending) == 1 for ending in ends):
+            shared = next(tables)[-1].log_softmax(-1)
+            scores = [float(shared[int(ending[0])]) for ending in ends]
+        else:
+            scores = [_score(next(tables)[:-1], ending) for ending in ends]
+        found.append(int(np.argmax(scores)))
+    return found
+
+
+def _score(logits: Tensor, ending: Ids) -> float:
+    """Σ log p of the tokens of `ending`."""
+    return float(logits.log_softmax(-1).gather(1, torch.from_numpy(ending)[:, None]).sum())
 
 
 def check_greedy(live: InTorch, artefact: Artefact, probes: Probes) -> Check:

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import numpy as np
@@ -31,6 +31,7 @@ from lorakeet.evaluate.served.module_activity import (
     Modules,
     find_activity,
 )
+from lorakeet.evaluate.served.rounding_noise import Replica, scale_bound
 from lorakeet.exporting.llama_cpp import PASS
 from lorakeet.models.inject import activate
 from lorakeet.models.modules import adapted_layers
@@ -50,12 +51,18 @@ Ask = Callable[[list[int], Sequence[int]], Mapping[int, Mapping[int, float]]]
 
 
 def check_modules(
-    live: InTorch, reported: Sequence[Reported], ask: Ask | None, names: tuple[str, str], scale: float
+    live: InTorch,
+    reported: Sequence[Reported],
+    ask: Ask | None,
+    names: tuple[str, str],
+    scale: float,
+    computed: Sequence[Replica] = (),
 ) -> tuple[Check, ServedModules] | str:
     """The check of all adapted modules of the second of `names`, and what was shown of each; else why it was not made.
 
     `reported` are the log-probabilities that the server has reported; `ask` reports them of further places of a row. A `scale`
-    that is so much of itself off is what the server's number format may do.
+    that is so much of itself off is what the server's number format may do at most; less, where the adapter `computed` in that
+    format shows less.
     """
     if live.text.streamed is not None:
         return "the live model's weights are streamed, and each module would take a pass over all of them"
@@ -76,13 +83,32 @@ def check_modules(
     if (count := len(np.unique(values.rows_of[here]))) < FEWEST_ROWS:
         return f"the server reports log-probabilities of {count} rows; {FEWEST_ROWS} are needed, since rounding differs by row"
     apart = values.theirs[here] - values.ours[here]
-    found = find_activity(EffectValues.of(apart, places, values.rows_of[here], known.table()), known)
+    compared = EffectValues.of(apart, places, values.rows_of[here], known.table())
+    found = find_activity(compared, known)
+    told = [(values.told_by(replica, rows) - values.ours)[here] for replica in computed]
+    bound = _scale_of_rounding(compared, known.scale, told)
     served = ServedModules(names[1], found.active, found.missing, found.unclear)
     cost = f"{probe.passes} passes over {values.tokens} tokens of {len(rows)} rows"
-    return _check_of(found, served, names, cost, scale), served
+    return _check_of(found, served, names, cost, (min(scale, bound), len(told) if bound < scale else 0)), served
 
 
-def _check_of(found: ActivityFound, served: ServedModules, names: tuple[str, str], cost: str, scale: float) -> Check:
+def _scale_of_rounding(compared: EffectValues, effect: Floats, computed: Sequence[Floats]) -> float:
+    """How far from 1 the scale of a right server may seem, by what it seems in `computed` differences (values,), NaN where
+    unknown; infinite where too little is known."""
+    scales = []
+    for apart in computed:
+        here = np.isfinite(apart)
+        if len(np.unique(compared.places[here])) >= FEWEST_PLACES:
+            known = replace(compared, apart=np.where(here, apart, 0.0))
+            scales.append(1 - known.share(np.where(here, effect, 0.0)).value)
+    return scale_bound(scales)
+
+
+def _check_of(
+    found: ActivityFound, served: ServedModules, names: tuple[str, str], cost: str, format_may: tuple[float, int]
+) -> Check:
+    """`format_may`: by how much of itself the number format may change the scale, and by how many computations; 0 if fixed."""
+    scale, computations = format_may
     total = len(served.active) + len(served.missing) + len(served.unclear)
     parts = [f"Active in {len(served.active)} of {total} modules."]
     if served.missing:
@@ -96,7 +122,9 @@ def _check_of(found: ActivityFound, served: ServedModules, names: tuple[str, str
     limit = found.scale_limit(scale)
     if abs(found.scale - 1) > limit:
         parts.append(f"The server's scale is {found.scale:.3g} times what it should be.")
-    parts.append(f"A scale that is {2 * limit - scale:.2g} of itself off would be seen. It took {cost} of the live model.")
+    by = f"measured in {computations} computations" if computations else "a fixed limit"
+    parts.append(f"A scale that is {2 * limit - scale:.2g} of itself off would be seen; the format may do {scale:.2g}, {by}.")
+    parts.append(f"It took {cost} of the live model.")
     measured = {"missing_modules": float(found.faults), "scale_error": abs(found.scale - 1)}
     allowed = {"missing_modules": 0.0, "scale_error": limit}
     return named_check("modules", names, measured, allowed, n=total, detail=" ".join(parts))
@@ -212,6 +240,12 @@ class ProbedValues:
         )  # fmt: skip
         found.ours = found.seen_by(live)
         return found
+
+    def told_by(self, computed: Replica, rows: Sequence[Reported]) -> Floats:
+        """(values,) as another computation of these rows has them; NaN for what it does not have."""
+        known = [computed.told.get(tuple(rows[number].ids[: place + 1]), {}) for number, place in self.place_of]
+        places, tokens = self.numbers.tolist(), self.tokens_of.tolist()
+        return np.array([known[place].get(token, np.nan) for place, token in zip(places, tokens, strict=True)])
 
     @property
     def known(self) -> Any:

@@ -10,7 +10,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
-from contextlib import contextmanager, nullcontext
+from contextlib import nullcontext
 from dataclasses import dataclass, replace
 from typing import Any, TypeAlias, cast
 
@@ -32,7 +32,7 @@ from lorakeet.models.text.adapters import own_modules
 from lorakeet.models.text.model import TextModel
 from lorakeet.models.text.serving import ServingModel
 from lorakeet.workflows.verification.artefact import InTorch
-from lorakeet.workflows.verification.checks import answer
+from lorakeet.workflows.verification.checks import answers_of_rows
 
 LIKELY = -4.6  # log-probabilities of tokens below 1 % are not compared one by one
 _LEAST_SPLIT = 16  # numbers of a sum that is cut
@@ -57,6 +57,7 @@ class Reported:
 class Place:
     """What the live model says in fp32 of one place: log-probabilities of the compared tokens, and the likeliest of all."""
 
+    before: tuple[int, ...]  # the ids up to it
     ours: dict[int, float]
     top: int
     held_out: bool = True  # whether it counts for KL and agreement; the difference of one log-probability is of all places
@@ -88,17 +89,22 @@ class Reading:
     def of(cls, live: InTorch, ids: list[int], tokens: Mapping[int, Collection[int]], *, held_out: bool = True) -> Reading:
         """The live model's view of a row, of some `tokens` at some places."""
         table = live.logits(ids).log_softmax(-1)
-        places = {
-            place: Place({token: float(table[place][token]) for token in known}, int(table[place].argmax()), held_out)
-            for place, known in tokens.items()
-        }
+        places = {}
+        for place, wanted in tokens.items():
+            numbers = list(wanted)
+            known = dict(zip(numbers, table[place][numbers].tolist(), strict=True))
+            places[place] = Place(tuple(ids[: place + 1]), known, int(table[place].argmax()), held_out)
         return cls(ids, places)
 
-    def seen_by(self, side: InTorch) -> Iterator[View]:
-        """Each place, with the same log-probabilities as another side has them, and its likeliest token."""
-        table = side.logits(self.ids).log_softmax(-1)
-        for number, place in self.places.items():
-            yield place, {token: float(table[number][token]) for token in place.ours}, place.tops(table[number])
+
+def seen_by(side: InTorch, readings: Sequence[Reading]) -> Iterator[View]:
+    """Each place, with the same log-probabilities as another side has them, and its likeliest token; rows go together."""
+    for reading, logits in zip(readings, side.logits_of_rows([one.ids for one in readings]), strict=True):
+        table = logits.log_softmax(-1)
+        for number, place in reading.places.items():
+            after = table[number]
+            known = after[list(place.ours)].tolist()
+            yield place, dict(zip(place.ours, known, strict=True)), place.tops(after)
 
 
 def replicas(
@@ -114,47 +120,47 @@ def replicas(
     It ends after the first order, if its mean KL is below `least`: the format cannot explain that much.
     """
 
-    def measured(side: InTorch) -> Replica:
-        changed = sum(answer(side, row, side) != known for row, known in zip(labelled, answers, strict=True))
-        return _replica([view for reading in readings for view in reading.seen_by(side)], changed)
+    def measured(side: InTorch, parts: int = 1) -> Replica:
+        with SplitSums(parts) if parts > 1 or _in_halves(side) else nullcontext():
+            changed = sum(mine != known for mine, known in zip(answers_of_rows(side, labelled), answers, strict=True))
+            return _replica(list(seen_by(side, readings)), changed)
 
     def stepped(side: InTorch) -> list[Replica]:
-        seen = list(step_by_step(side.text, readings, side.adapter))
+        with SplitSums(1) if _in_halves(side) else nullcontext():
+            seen = list(step_by_step(side.text, readings, side.adapter))
         return [_replica(seen, None)] if seen else []
 
     side = load()
     found = [measured(side)]
     if found[0].kl.mean() < least:
         return found
-    for parts in (1, 2, 3, 5):
-        with _view(side, parts):
-            found.append(measured(side))
+    with own_modules(side.text):
+        found += [measured(side, parts) for parts in (1, 2, 3, 5)]
     if _fold(side):
         side = replace(side, adapter=None)
-        for parts in (1, 2, 3):
-            with _view(side, parts):
-                found.append(measured(side))
+        with own_modules(side.text):
+            found += [measured(side, parts) for parts in (1, 2, 3)]
         found += stepped(side)
     del side  # before another one is loaded
     return found + stepped(load())
 
 
-@contextmanager
-def _view(side: InTorch, parts: int) -> Iterator[None]:
-    """A context in which the model computes with transformers' modules, and products in `parts`."""
-    with own_modules(side.text), SplitSums(parts) if parts > 1 else nullcontext():
-        yield
+def _in_halves(side: InTorch) -> bool:
+    """Whether its products are of float16 numbers on a CPU, whose own such products are ten times as slow as fp32's."""
+    weight = next(side.text.model.parameters())
+    return weight.dtype == torch.float16 and weight.device.type == "cpu"
 
 
 def _replica(seen: Sequence[View], changed: int | None) -> Replica:
-    kl, differences, other = list[float](), list[float](), 0
+    kl, differences, other, told = list[float](), list[float](), 0, dict[tuple[int, ...], dict[int, float]]()
     for place, theirs, same in seen:
         divergence, apart = place.against(theirs)
         differences += apart
+        told[place.before] = theirs
         if place.held_out:
             kl.append(divergence)
             other += not same
-    return Replica(np.array(kl), np.array(differences), other, changed)
+    return Replica(np.array(kl), np.array(differences), other, changed, told)
 
 
 def step_by_step(text: TextModel, readings: Sequence[Reading], adapter: str | None) -> Iterator[View]:
@@ -174,7 +180,7 @@ def step_by_step(text: TextModel, readings: Sequence[Reading], adapter: str | No
             for place, logits in zip(now, table, strict=True):
                 if (known := readings[place].places.get(number)) is not None:
                     after = logits.log_softmax(-1)
-                    yield known, {token: float(after[token]) for token in known.ours}, known.tops(after)
+                    yield known, dict(zip(known.ours, after[list(known.ours)].tolist(), strict=True)), known.tops(after)
     except ConfigError:
         return
 
@@ -196,7 +202,7 @@ def _fold(side: InTorch) -> bool:
 
 
 class SplitSums(TorchDispatchMode):  # type: ignore[no-untyped-call]
-    """A context in which products sum over their inner numbers in several parts, each rounded before they are added."""
+    """A context in which products sum over their inner numbers in `parts`, each rounded before they are added."""
 
     def __init__(self, parts: int) -> None:
         super().__init__()  # type: ignore[no-untyped-call]
@@ -212,12 +218,20 @@ class SplitSums(TorchDispatchMode):  # type: ignore[no-untyped-call]
         left, right = args[first], args[first + 1]
         total: Tensor | None = None
         for ours, theirs in zip(left.chunk(self.parts, -1), right.chunk(self.parts, -2), strict=True):
-            part = (_aten.bmm if left.dim() == 3 else _aten.mm)(ours, theirs)
+            part = _product(ours, theirs)
             total = part if total is None else total + part
         assert total is not None
         if first:  # addmm, baddbmm: beta·bias + alpha·product
             return cast(Tensor, args[0] * kwargs.get("beta", 1) + total * kwargs.get("alpha", 1))
         return total
+
+
+def _product(left: Tensor, right: Tensor) -> Tensor:
+    """left·right, (…, n, m); of float16 numbers summed in fp32 and rounded once, as processors with such products do."""
+    multiply = _aten.bmm if left.dim() == 3 else _aten.mm
+    if left.dtype == torch.float16 and left.device.type == "cpu":
+        return cast(Tensor, multiply(left.float(), right.float()).half())
+    return cast(Tensor, multiply(left, right))
 
 
 _PRODUCTS: dict[Callable[..., Any], int] = {

@@ -21,17 +21,17 @@ from lorakeet.errors import EnvironmentProblem
 from lorakeet.evaluate.certificate import Check, ServedModules, Unchecked
 from lorakeet.evaluate.intervals import mean, share
 from lorakeet.evaluate.parity import kl_lower_bound
-from lorakeet.evaluate.served.rounding_noise import FALSE_ALARM, RoundingLimits, rounding_limits
+from lorakeet.evaluate.served.rounding_noise import FALSE_ALARM, Replica, RoundingLimits, rounding_limits
 from lorakeet.evaluate.spec import EvaluateSpec
-from lorakeet.exporting.tolerances import PRECISIONS, Allowed, allowed_by_rounding
+from lorakeet.exporting.tolerances import PRECISIONS, Allowed, allowed_by_rounding, precision_said
 from lorakeet.models.generate.sample import end_ids
 from lorakeet.workflows.planning.check import GREEDY_TOKENS
 from lorakeet.workflows.runs.server_answer import CallRefused
 from lorakeet.workflows.verification.artefact import InTorch
-from lorakeet.workflows.verification.checks import Probes, answer, check_ids, compare_labels, named_check
+from lorakeet.workflows.verification.checks import Probes, answers_of_rows, check_ids, compare_labels, named_check
 from lorakeet.workflows.verification.diagnose import cause_from_reported, changed_pairs
 from lorakeet.workflows.verification.modules import check_modules
-from lorakeet.workflows.verification.rounding import LIKELY, Reading, Reported, replicas
+from lorakeet.workflows.verification.rounding import LIKELY, Reading, Reported, replicas, seen_by
 from lorakeet.workflows.verification.server_apis import TOP, Step, Token, Written, find_api
 
 PLACES = 8  # of a held-out row, if a server answers one position at a time
@@ -51,6 +51,23 @@ class Server:
         place, _, model = url.partition("#")
         self.allowed, self.name = allowed, url
         self.api = find_api(place.rstrip("/").removesuffix("/v1"), model, key)
+        self.said = ""  # its number format, if that is what sets its limits
+
+    def said_precision(self) -> str:
+        """float32, float16 or bfloat16, if the server says that it computes so; else "".
+
+        A format of fewer bits is another base than the trained one: it sets no limits by itself, and `said` has the remedy.
+        """
+        try:
+            said = self.api.number_format()
+        except EnvironmentProblem:  # it does not tell; if it has stopped answering, the first check says so
+            return ""
+        found = precision_said(said)
+        self.said = f"The server says that its number format is {said}." if found else ""
+        if found.endswith("bit"):
+            self.said += f" If fewer bits than the trained base has are meant, give --precision {found}."
+            return ""
+        return found
 
 
 InFormat = Callable[[str], InTorch]  # the live adapter in a number format: float16 or bfloat16
@@ -66,6 +83,7 @@ class _Comparison:
     spec: EvaluateSpec
     formats: Mapping[str, InFormat] = field(default_factory=dict)  # in which the server may compute, the most exact first
     measured: str = ""  # what the limits are, where rounding was measured
+    computed: Sequence[Replica] = ()  # in the format that explains the server
     one_by_one: bool = False  # whether the server answers a place at a time
     checks: list[Check] = field(default_factory=list)
     unchecked: list[Unchecked] = field(default_factory=list)
@@ -144,7 +162,7 @@ class _Comparison:
             self.server.allowed = allowed_by_rounding(exact, fixed)
             self.measured = "It computes like float32, whose limits are fixed."
             return
-        answers = [answer(self.live, row, self.live) for row in self.probes.labelled]
+        answers = answers_of_rows(self.live, self.probes.labelled)
         last, limits = list(self.formats)[-1], None
         for name, in_format in self.formats.items():
             least = 0.0 if name == last else kl / _EXPLAINED
@@ -159,7 +177,7 @@ class _Comparison:
                 break
         if limits is None:
             return
-        self.server.allowed = allowed_by_rounding(PRECISIONS[name], limits)
+        self.server.allowed, self.computed = allowed_by_rounding(PRECISIONS[name], limits), found
         limit = self.server.allowed.parity.mean_kl
         self.measured = (
             f"The limits are what rounding in {name} does, measured in {len(found)} computations of the live adapter; a right "
@@ -170,8 +188,7 @@ class _Comparison:
         """A sentence on the smallest wrong scale that the mean KL shows; KL grows with the square of what is missing."""
         tried = 0.1
         with changed_pairs(self.live, lambda _, pair: pair.B.mul_(1 - tried)):
-            views = [view for reading in readings for view in reading.seen_by(self.live)]
-            seen = [place.against(theirs)[0] for place, theirs, _ in views if place.held_out]
+            seen = [place.against(theirs)[0] for place, theirs, _ in seen_by(self.live, readings) if place.held_out]
         off = tried * math.sqrt(limit / moved) if (moved := float(np.mean(seen))) > 0 else math.inf
         if off < 1:
             return f"A scale that is {off:.2g} of itself off would exceed them."
@@ -186,12 +203,14 @@ class _Comparison:
         live, allowed = self.live, self.server.allowed
         kl, effect, agrees, texts = list[float](), list[float](), list[bool](), list[int]()
         worst, detail = 0.0, ""
-        for number, one in enumerate(reported):
-            base = InTorch(live.text, None, "base").logits(one.ids).log_softmax(-1)
-            ours = live.logits(one.ids).log_softmax(-1)
+        rows = [one.ids for one in reported]
+        sides = (InTorch(live.text, None, "base").logits_of_rows(rows), live.logits_of_rows(rows))
+        for number, (one, *logits) in enumerate(zip(reported, *sides, strict=True)):
+            base, ours = (each.log_softmax(-1) for each in logits)
             for place, known in one.places.items():
                 kl.append(kl_lower_bound(ours[place], known))
-                effect.append(kl_lower_bound(ours[place], {token: float(base[place][token]) for token in known}))
+                before = dict(zip(known, base[place][list(known)].tolist(), strict=True))
+                effect.append(kl_lower_bound(ours[place], before))
                 agrees.append(known.get(int(ours[place].argmax()), -math.inf) >= max(known.values()))
                 texts.append(number)
                 for token, value in known.items():
@@ -210,7 +229,8 @@ class _Comparison:
         share_allowed = allowed.parity.mean_kl / moved if self.measured and moved > 0 else allowed.parity.effect
         if math.isfinite(share_allowed) and moved > 0:
             measured["effect"], limits["effect"] = divergence.value / moved, share_allowed
-        detail = f"Of up to {TOP} likeliest tokens a place, all others as one. {detail} {self.measured}".strip()
+        parts = (f"Of up to {TOP} likeliest tokens a place, all others as one.", detail, self.server.said, self.measured)
+        detail = " ".join(part for part in parts if part)
         check = named_check(
             "log-probabilities", self.names, measured, limits, n=len(kl), detail=detail, floors=("top1_agreement",)
         )
@@ -263,7 +283,7 @@ class _Comparison:
     def check_modules(self, reported: Sequence[Reported]) -> None:
         """Which modules are active there."""
         ask = self.reported_at if self.one_by_one else None
-        found = check_modules(self.live, reported, ask, self.names, self.server.allowed.share)
+        found = check_modules(self.live, reported, ask, self.names, self.server.allowed.share, self.computed)
         if isinstance(found, str):
             self.skip("which modules are active", found)
         else:

@@ -4,6 +4,7 @@
     llama.cpp             /tokenize, /apply-template                      by id             n_probs
     vLLM                  /tokenize                   usage               by id             logprobs, prompt_logprobs
     OpenAI, lorakeet      /tokenize where there is    usage               by their text     logprobs
+    SGLang                /tokenize                   usage               by id             /generate, of prompts too
     Ollama                                            prompt_eval_count   by their text     top_logprobs, since 0.12.11
 
 Ollama takes no token ids, so it writes after conversations alone. Sources: each project's own description of its HTTP API.
@@ -155,6 +156,11 @@ class Api:
         return f"{self.model} by a server with OpenAI's API"
 
     @understood
+    def number_format(self) -> str:
+        """The number format that the server says it computes in, as it says it; "" if it does not."""
+        return ""
+
+    @understood
     def tokenise(self, text: str) -> list[int] | None:
         """The ids of a raw text."""
         return self._tokens({"model": self.model, "prompt": text, "add_special_tokens": True})
@@ -266,6 +272,10 @@ class LlamaCppApi(Api):
         return f"{reported.get('model_path') or 'a model'} by llama.cpp {reported.get('build_info') or ''}".strip()
 
     @understood
+    def number_format(self) -> str:
+        return str(self._ask("/props").get("model_ftype") or "")
+
+    @understood
     def tokenise(self, text: str) -> list[int] | None:
         return self._tokens({"content": text, "add_special": True, "parse_special": True})
 
@@ -281,6 +291,55 @@ class LlamaCppApi(Api):
         requested = {"prompt": list(prompt), "n_predict": tokens, "temperature": 0, "n_probs": TOP, "cache_prompt": False}
         found = self._ask("/completion", requested)
         return Written(str(found.get("content", "")), _steps(found.get("completion_probabilities") or ()))
+
+
+class SglangApi(Api):
+    """SGLang's own API (0.5.23): log-probabilities as [log p, id, text], and adapters by `lora_path`."""
+
+    @understood
+    def about(self) -> str:
+        return f"{self.model} by SGLang {self._ask('/server_info').get('version', '')}"
+
+    @understood
+    def number_format(self) -> str:
+        reported = self._ask("/server_info")
+        return str(reported.get("quantization") or reported.get("dtype") or "")
+
+    @understood
+    def write(self, prompt: Sequence[int], tokens: int) -> Written:
+        found = self._generate(prompt, tokens, -1)
+        meta = found["meta_info"]
+        tops = meta.get("output_top_logprobs") or ()
+        steps = (
+            Step(_triple(one), tuple(map(_triple, top or ())))
+            for one, top in zip(meta.get("output_token_logprobs") or (), tops, strict=True)
+        )
+        return Written(str(found["text"]), tuple(steps))
+
+    @understood
+    def along(self, ids: Sequence[int]) -> dict[int, tuple[Token, ...]] | None:
+        found = self._generate(ids, 1, 0)["meta_info"].get("input_top_logprobs")
+        return found and {place - 1: tuple(map(_triple, top)) for place, top in enumerate(found) if top}
+
+    def _generate(self, ids: Sequence[int], tokens: int, start: int) -> dict[str, Any]:
+        """Writes `tokens` after `ids`; log-probabilities begin with the token `start` of them, or (-1) after all."""
+        requested = {"input_ids": list(ids), "sampling_params": {"max_new_tokens": tokens, "temperature": 0}}
+        requested |= {"lora_path": self._adapter()} if self._adapter() else {}
+        likeliest = {"return_logprob": True, "logprob_start_len": start, "return_text_in_logprobs": True}
+
+        def call(top: int) -> dict[str, Any]:
+            return self._ask("/generate", {**requested, **likeliest, "top_logprobs_num": top} if top else requested)
+
+        return self._with_likeliest(call)
+
+    def _adapter(self) -> str:
+        """The model's name if it is an adapter: those have a parent among the models."""
+        if self._loaded is None:
+            listed = self._ask("/v1/models").get("data") or ()
+            self._loaded = self.model if any(one.get("id") == self.model and one.get("parent") for one in listed) else ""
+        return self._loaded
+
+    _loaded: str | None = None
 
 
 class OllamaApi(Api):
@@ -299,6 +358,10 @@ class OllamaApi(Api):
         names = self.model, f"{self.model}:latest"
         digest = next((str(one.get("digest", ""))[:12] for one in listed if one.get("name") in names), "")
         return f"{self.model}{f' ({digest})' if digest else ''} by Ollama {self._ask('/api/version').get('version', '')}"
+
+    @understood
+    def number_format(self) -> str:
+        return str((self._ask("/api/show", {"model": self.model}).get("details") or {}).get("quantization_level") or "")
 
     @understood
     def tokenise(self, text: str) -> list[int] | None:
@@ -349,7 +412,7 @@ def _found(url: str, model: str, key: str) -> Api:
     model = model or names[0]
     if any(one.get("owned_by") == "lorakeet" for one in listed):
         return Api(url, model, key)
-    kinds = {"/version": VllmApi, "/api/version": OllamaApi}
+    kinds = {"/model_info": SglangApi, "/version": VllmApi, "/api/version": OllamaApi}
     return next((kind for path, kind in kinds.items() if _answers(url, path, key)), Api)(url, model, key)
 
 
@@ -364,6 +427,11 @@ def _answers(url: str, path: str, key: str) -> bool:
 def _token(text: str, logprob: float | None) -> Token:
     named = text[len(_BY_ID) :] if text.startswith(_BY_ID) else ""
     return Token(text, int(named) if named.isdigit() else None, _logprob(logprob))
+
+
+def _triple(one: Sequence[Any]) -> Token:
+    """A token as SGLang reports it: [log-probability, id, text or null]."""
+    return Token(str(one[2] or ""), int(one[1]), _logprob(one[0]))
 
 
 def _steps(reported: Sequence[Mapping[str, Any]]) -> tuple[Step, ...]:
