@@ -16,6 +16,10 @@ import httpx
 
 from harness.processes import rotated, summary
 
+WORDS = (
+    "after again always anxious back better calm cold day dizzy doctor dose dry evening first food good hard head heart help "
+    "hour late light little lost morning mouth never night often pain pill quiet sleep slow small still strong taste tired took"
+)
 PROMPT = "The patient took the drug for two weeks and wrote the following review of it. "
 
 
@@ -27,15 +31,19 @@ class Refused(Exception):
 class Law:
     """The models of requests: drawn from `names` uniformly, or by Zipf's law.
 
-    All prompts begin alike, unless they are `fresh`: then no prompt can be gone on from where another one was computed.
+    All prompts begin alike, unless they are `fresh`: then no prompt can be gone on from where another one was computed. With
+    `words` they are so many words by chance, which share nothing either.
     """
 
     names: Sequence[str]
     zipf: bool = False
     fresh: bool = False
+    words: int = 0
     asking: Callable[[str], dict[str, Any]] = lambda name: {"model": name}
 
     def prompt(self, luck: float) -> str:
+        if self.words:
+            return f"({luck:.6f}) {' '.join(random.Random(luck).choices(WORDS.split(), k=self.words))}"
         return f"({luck:.6f}) {PROMPT}" if self.fresh else f"{PROMPT}({luck:.6f})"
 
 

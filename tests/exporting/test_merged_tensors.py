@@ -13,7 +13,7 @@ from torch import Tensor
 
 from lorakeet.core.tiled_product import PART, parts
 from lorakeet.exporting.merged_tensors import PART_BYTES, Fp32Rows, MergedTensors, Stack, compare_stored
-from lorakeet.exporting.tolerances import BF16, F16, F32, PRECISIONS, Q4, Q6, Q8, allowed_for, row_of
+from lorakeet.exporting.tolerances import BF16, F16, F32, PRECISIONS, Q4, Q6, Q8, allowed_for, precision_said, row_of
 from lorakeet.formats.files.safetensors_file import open_safetensors, save_tensors
 from lorakeet.merging.merged_folder import merge_into
 from tiny.adapters import random_adapter
@@ -122,3 +122,13 @@ def test_a_stack_is_computed_a_matrix_at_a_time() -> None:
     read = torch.cat([rows[start : start + 2] for start in range(0, 12, 2)])
     assert torch.equal(read, matrices.flatten(0, 1)) and computed == [0, 1, 2, 3]
     assert torch.equal(Stack((4, 3, 2), matrix)[1:3], matrices[1:3])
+
+
+def test_number_formats_are_known_as_servers_say_them() -> None:
+    said = {
+        "F16": "float16", "all F32": "float32", "BF16": "bfloat16", "bfloat16": "bfloat16", "half": "float16",
+        "Q8_0": "8-bit", "Q6_K": "6-bit", "Q5_K - Small": "5-bit", "Q4_K - Medium": "4-bit", "Q4_K_M": "4-bit",
+        "IQ4_NL - 4.5 bpw": "4-bit", "IQ3_S - 3.4375 bpw": "3-bit", "IQ1_S - 1.5625 bpw": "2-bit", "Q2_K - Medium": "2-bit",
+        "": "", "auto": "", "unknown, may not work": "", "TQ1_0 - 1.69 bpw ternary": "",
+    }  # fmt: skip
+    assert {one: precision_said(one) for one in said} == said

@@ -1,4 +1,4 @@
-"""Servers that answer as llama.cpp, vLLM, OpenAI and Ollama describe their APIs, and refuse what these do not know."""
+"""Servers that answer as llama.cpp, vLLM, SGLang, OpenAI and Ollama describe their APIs, and refuse what these do not know."""
 
 from __future__ import annotations
 
@@ -13,7 +13,10 @@ from typing import Any
 from lorakeet.exporting.llama_cpp import LlamaCpp
 
 MODEL = "tiny"
-KINDS = ("llama.cpp", "vLLM", "OpenAI", "Ollama")
+KINDS = ("llama.cpp", "vLLM", "SGLang", "OpenAI", "Ollama")
+# What SGLang 0.5.23's /generate is sent here, of the fields of its GenerateReqInput.
+SGLANG_FIELDS = {"input_ids", "sampling_params", "return_logprob", "logprob_start_len", "top_logprobs_num"}
+SGLANG_FIELDS |= {"return_text_in_logprobs", "lora_path"}
 
 
 class Fake(BaseHTTPRequestHandler):
@@ -23,13 +26,25 @@ class Fake(BaseHTTPRequestHandler):
     tokenizer: Any
     kind: str
     logprobs = True  # an Ollama of before 0.12.11 tells none
+    form = "F16"  # the number format, where the server tells it
+    adapters: tuple[str, ...] = ()  # in SGLang, beside its base
     lock = threading.Lock()
 
     def do_GET(self) -> None:
         models = {"/v1/models": {"data": [{"id": MODEL, "owned_by": "someone"}]}}
         known: dict[str, dict[str, Any]] = {
-            "llama.cpp": {"/props": {"n_ctx": 512, "model_path": "/models/tiny.gguf", "build_info": "b7"}, **models},
+            "llama.cpp": {
+                "/props": {"model_path": "/models/tiny.gguf", "build_info": "b7", "model_ftype": self.form}, **models,
+            },
             "vLLM": {"/version": {"version": "0.11.0"}, **models},
+            "SGLang": {
+                "/model_info": {"model_path": "/models/tiny", "served_model_name": MODEL, "is_generation": True},
+                "/server_info": {"version": "0.5.23", "dtype": "float16", "quantization": None},
+                "/v1/models": {"data": [
+                    {"id": MODEL, "owned_by": "sglang", "root": MODEL},
+                    *({"id": name, "owned_by": "sglang", "root": f"/{name}", "parent": MODEL} for name in self.adapters),
+                ]},
+            },
             "OpenAI": models,
             "Ollama": {
                 "/api/version": {"version": "0.12.11"},
@@ -44,9 +59,12 @@ class Fake(BaseHTTPRequestHandler):
         answers = {
             "llama.cpp": {"/tokenize": self.tokenize, "/apply-template": self.template, "/completion": self.completion},
             "vLLM": {"/tokenize": self.vllm_tokenize, "/v1/completions": self.completions},
+            "SGLang": {
+                "/tokenize": self.vllm_tokenize, "/generate": self.generate, "/load_lora_adapter": self.load_sglang_adapter,
+            },
             "OpenAI": {"/v1/completions": self.completions, "/v1/chat/completions": self.chat_completions},
-            "Ollama": {"/api/chat": self.ollama_chat},
-        }
+            "Ollama": {"/api/chat": self.ollama_chat, "/api/show": self.ollama_show},
+        }  # fmt: skip
         answer = answers[self.kind].get(self.path)
         with self.lock:
             self._say(answer(asked) if answer else None)
@@ -92,6 +110,33 @@ class Fake(BaseHTTPRequestHandler):
             )]  # fmt: skip
         return {"choices": [choice], "usage": {"prompt_tokens": len(asked["prompt"])}}
 
+    def generate(self, asked: Any) -> dict[str, Any] | int:
+        assert set(asked) <= SGLANG_FIELDS and set(asked["sampling_params"]) == {"max_new_tokens", "temperature"}
+        if asked.get("lora_path", "") not in ("", *self.adapters):
+            return 400
+        top, ids = asked.get("top_logprobs_num", 0), asked["input_ids"]
+        steps = self._write(ids, asked["sampling_params"]["max_new_tokens"], top)
+        meta: dict[str, Any] = {"prompt_tokens": len(ids), "completion_tokens": len(steps)}
+        if asked.get("return_logprob"):
+            assert asked["return_text_in_logprobs"] and top
+            meta["output_token_logprobs"] = [self._triple(*step[0]) for step in steps]
+            meta["output_top_logprobs"] = [[self._triple(*one) for one in step[1:]] for step in steps]
+            if asked["logprob_start_len"] == 0:
+                tables = self.engine.logits(ids)[:-1].log_softmax(-1)
+                meta["input_token_logprobs"] = [[None, ids[0], self._token(ids[0])], *(
+                    self._triple(number, float(row[number])) for number, row in zip(ids[1:], tables, strict=True)
+                )]  # fmt: skip
+                meta["input_top_logprobs"] = [None, *([self._triple(*one) for one in self._top(row, top)] for row in tables)]
+        return {"text": self._text(steps), "output_ids": [step[0][0] for step in steps], "meta_info": meta}
+
+    def load_sglang_adapter(self, asked: Any) -> dict[str, Any]:
+        assert set(asked) == {"lora_name", "lora_path"}
+        type(self).adapters = (*self.adapters, asked["lora_name"])
+        return {"success": True, "error_message": "", "loaded_adapters": {name: f"/{name}" for name in self.adapters}}
+
+    def _triple(self, number: int, logprob: float) -> list[Any]:
+        return [logprob, number, self._token(number)]
+
     def chat_completions(self, asked: Any) -> dict[str, Any]:
         ids = self.engine.tokenise(self._rendered(asked["messages"]))
         steps = self._write(ids, asked["max_tokens"], asked.get("top_logprobs", 0))
@@ -107,6 +152,10 @@ class Fake(BaseHTTPRequestHandler):
         told = [{**self._entry(step), "top_logprobs": [self._entry([one]) for one in step[1:]]} for step in steps]
         answer = {"message": {"role": "assistant", "content": self._text(steps)}, "prompt_eval_count": len(ids), "done": True}
         return {**answer, "logprobs": told} if self.logprobs else answer
+
+    def ollama_show(self, asked: Any) -> dict[str, Any]:
+        assert asked == {"model": MODEL}
+        return {"details": {"format": "gguf", "quantization_level": self.form}}
 
     def _rendered(self, messages: Any) -> str:
         return str(self.tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True))

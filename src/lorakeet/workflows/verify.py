@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable, Mapping
-from contextlib import AbstractContextManager, ExitStack, closing
+from contextlib import AbstractContextManager, ExitStack, closing, suppress
 from dataclasses import dataclass, replace
 from datetime import datetime, timezone
 from functools import partial
@@ -39,6 +39,8 @@ from lorakeet.models.image.model import image_plan
 from lorakeet.models.targets import plan_for
 from lorakeet.models.text.from_config import config_of, local_files, model_from_config
 from lorakeet.serve.probe import FACT, record
+from lorakeet.train.checkpoint import Damaged, load_checkpoint
+from lorakeet.train.checkpoint import found as found_checkpoints
 from lorakeet.workflows.finetuning.evaluate_text import sampled_texts
 from lorakeet.workflows.finetuning.stacked import with_earlier
 from lorakeet.workflows.finetuning.terminal import show_certificate
@@ -69,7 +71,7 @@ from lorakeet.workflows.verification.checks import (
     check_stored,
 )
 from lorakeet.workflows.verification.diagnose import cause_from_logits, cause_from_weights
-from lorakeet.workflows.verification.server import Server, check_server
+from lorakeet.workflows.verification.server import Earlier, Server, check_server
 from lorakeet.workflows.verification.watch import parse_duration, watch_server
 
 TEXTS, GREEDY = 8, 4  # raw texts, greedy continuations
@@ -164,7 +166,8 @@ def certify_artefacts(
             precision = (server.said_precision() if options.precision == "auto" else "") or options.precision
             server.allowed = F16 if precision == "auto" else PRECISIONS[precision]
             formats = _formats(opened, live, precision, console)
-            served = check_server(live, server, probes, opened.config.evaluate, formats, modules=options.modules)
+            spec, earlier = opened.config.evaluate, _earlier(opened)
+            served = check_server(live, server, probes, spec, formats, modules=options.modules, earlier=earlier)
             checks, unchecked, modules = checks + served.checks, unchecked + served.unchecked, modules + served.modules
             if served.ended:
                 incomplete[target] = served.ended
@@ -206,6 +209,17 @@ def _formats(opened: Opened, live: InTorch, precision: str, console: Console) ->
         return InTorch(opened.text_model(console, dtype=name), NAME, f"live adapter in {name}")
 
     return dict.fromkeys(chosen, in_format)
+
+
+def _earlier(opened: Opened) -> Earlier | None:
+    """A and B of the last kept checkpoint that is another adapter than this one."""
+    ours = {f"{path}.B": pair.B for path, pair in opened.adapter.pairs.items()}
+    for path in reversed(found_checkpoints(opened.run.checkpoints) if opened.run else []):
+        with suppress(Damaged):
+            kept = load_checkpoint(path).trained
+            if any(name in kept and not torch.equal(kept[name].to(value), value) for name, value in ours.items()):
+                return path.name, kept
+    return None
 
 
 def _compared_with(

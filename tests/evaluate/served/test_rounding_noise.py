@@ -5,7 +5,7 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
-from lorakeet.evaluate.served.rounding_noise import Replica, rounding_limits
+from lorakeet.evaluate.served.rounding_noise import Replica, rounding_limits, scale_bound
 
 PLACES, TOKENS, ROWS = 300, 4, 16
 
@@ -63,3 +63,12 @@ def test_one_replica_without_noise_does_not_make_the_limits_vast() -> None:
     limits = rounding_limits([*noisy, Replica(np.zeros(PLACES), np.zeros(PLACES), 0)], places=PLACES, rows=ROWS)
     assert 1e-5 < limits.mean_kl < 1e-3 and limits.difference >= 0.01
     assert limits.different_answers == rounding_limits(noisy, places=PLACES, rows=ROWS).different_answers, "it answered no rows"
+
+
+def test_one_more_scale_of_rounding_is_hardly_ever_beyond_the_bound_and_a_wrong_one_is() -> None:
+    """At most 1 of 4,000 is promised: of 4,000 draws, 6 or more would be as rare as 1 in 1,700."""
+    draws = 0.998 + 0.002 * np.random.default_rng(5).normal(size=(4000, 11))
+    bounds = [scale_bound(list(one[:10])) for one in draws]
+    assert sum(abs(one[10] - 1) > bound for one, bound in zip(draws, bounds, strict=True)) <= 5
+    assert max(bounds) < 0.04 and np.median(bounds) < 0.02
+    assert scale_bound([1.0, 1.0, 1.0]) == scale_bound([1.0] * 3 + [np.nan]) == np.inf and scale_bound([1.0] * 4) == 0

@@ -19,13 +19,17 @@ from lorakeet.exporting.merged_tensors import StoredTensor
 from lorakeet.exporting.tolerances import F32, Q4
 from lorakeet.memory.spill import Spill
 from lorakeet.models.generate.sample import end_ids
+from lorakeet.models.text.model import TextModel
 from lorakeet.workflows.planning.check import COMPARED, ROW_LOGITS, positions_of_answer
 from lorakeet.workflows.runs.open_adapter import open_adapter
+from lorakeet.workflows.verification import artefact
 from lorakeet.workflows.verification.artefact import InTorch, live_side
 from lorakeet.workflows.verification.checks import (
     GREEDY_TOKENS,
     Probes,
     RecordedArtefact,
+    answer,
+    answers_of_rows,
     ask_all,
     check_answers,
     check_greedy,
@@ -91,6 +95,25 @@ def test_one_table_of_logits_of_each_side_is_in_memory_at_a_time(tokens: int, mo
     table = 4 * min(tokens, PASS) * vocabulary
     assert check.n == 2 * (tokens - 1)
     assert ROW_LOGITS * table < held.peak < ROW_LOGITS * table + COMPARED * cells + (1 << 20) < 4 * table
+
+
+def test_rows_that_are_computed_together_are_what_each_is_alone(
+    live: InTorch, probes: Probes, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Within a call of the model as many rows as fit; their logits, the last ones alone, and what they answer are the same."""
+    rows = [[5, 9, 70, 33, 12, 40], [5, 9, 70], [8, 8, 61, 7], [2, 3, 4, 5, 6]]
+    calls: list[int] = []
+    whole = TextModel.hidden
+    monkeypatch.setattr(TextModel, "hidden", lambda text, batch: (calls.append(len(batch.lengths)), whole(text, batch))[1])
+    monkeypatch.setattr(artefact, "TOGETHER", 13)
+    for lasts in (None, [2, 3, 1, 5]):
+        found = list(live.logits_of_rows(rows, lasts))
+        for ids, table, last in zip(rows, found, lasts or map(len, rows), strict=True):
+            torch.testing.assert_close(table, live.logits(ids, last), atol=1e-5, rtol=1e-5)
+    assert calls[:2] == [2, 2]
+    short = Candidates(ROW[:4], (ROW[4:5], ROW[3:4]), "short", 0, False)
+    labelled = [*probes.labelled, short, *probes.labelled]
+    assert answers_of_rows(live, labelled) == [answer(live, row, live) for row in labelled]
 
 
 def test_a_side_that_tells_less_of_a_row_is_an_error(live: InTorch, probes: Probes) -> None:

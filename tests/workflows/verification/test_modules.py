@@ -16,7 +16,7 @@ from lorakeet.core.adapter import Adapter
 from lorakeet.core.spec import LoraSpec
 from lorakeet.evaluate.certificate import Check, ServedModules
 from lorakeet.evaluate.spec import EvaluateSpec
-from lorakeet.exporting.tolerances import F16
+from lorakeet.exporting.tolerances import F16, PRECISIONS
 from lorakeet.formats.peft import peft
 from lorakeet.models.inject import trained_parameters
 from lorakeet.models.spec import ModelSpec
@@ -27,7 +27,7 @@ from lorakeet.models.text.serving import ServingModel
 from lorakeet.serve.engine import Engine
 from lorakeet.serve.registry import Registry
 from lorakeet.serve.service import Service
-from lorakeet.workflows.runs.open_adapter import open_adapter
+from lorakeet.workflows.runs.open_adapter import NAME, open_adapter
 from lorakeet.workflows.verification import modules as modules_file
 from lorakeet.workflows.verification.artefact import InTorch, live_side
 from lorakeet.workflows.verification.checks import Probes
@@ -118,6 +118,26 @@ def test_our_own_server(finished: Any, loud: Path, side: Any, dtype: str, tmp_pa
         check, modules = found_at(side, f"{url}#weak")
     assert check.exceeded() == ("scale_error",) and check.measured["scale_error"] == pytest.approx(0.02, abs=0.004)
     assert "The server's scale is 0.9" in check.detail and len(modules.active) == 14
+
+
+def test_the_measured_rounding_bounds_a_scale_below_its_formats_limit(
+    finished: Any, loud: Path, side: Any, tmp_path: Path
+) -> None:
+    """In bfloat16, whose fixed limit is 3 %, 2 % off is found; the right one passes, and says what would have been found."""
+    opened = open_adapter(loud)
+    weak = {path: dataclasses.replace(pair, B=0.98 * pair.B) for path, pair in opened.adapter.pairs.items()}
+    peft.write(opened.adapter, tmp_path / "right")
+    peft.write(dataclasses.replace(opened.adapter, pairs=weak), tmp_path / "weak")
+    formats = {"bfloat16": lambda name: InTorch(opened.text_model(quiet(), dtype=name), NAME, name)}
+    found = {}
+    with served(finished.model, {name: tmp_path / name for name in ("right", "weak")}, "bfloat16") as url:
+        for name in ("right", "weak"):
+            there = Server(f"{url}#{name}", PRECISIONS["bfloat16"])
+            checks = check_server(side[0], there, side[1], EvaluateSpec(), formats).checks
+            found[name] = next(check for check in checks if check.name.endswith(": modules"))
+    assert found["right"].passed and found["right"].tolerance["scale_error"] < PRECISIONS["bfloat16"].share
+    assert "of itself off would be seen; the format may do 0.00" in found["right"].detail
+    assert "measured in 10 computations" in found["right"].detail and found["weak"].exceeded() == ("scale_error",)
 
 
 def test_llama_cpps_own_server(finished: Any, loud: Path, side: Any, tmp_path: Path) -> None:

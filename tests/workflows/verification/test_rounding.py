@@ -116,4 +116,5 @@ def test_a_server_in_bfloat16_is_measured_and_no_false_alarm(finished: Any, loud
         site.stop()
         engine.drain(timeout=0.0)
     assert "The limits are what rounding in bfloat16 does, measured in 10 computations" in told.detail
+    assert "The adapter of step-00000" in told.detail and " times the limit." in told.detail
     assert "of itself off would exceed them" in told.detail and told.measured["mean_kl"] > 1e-6

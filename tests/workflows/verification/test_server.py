@@ -58,12 +58,14 @@ def test_the_right_model_passes_and_the_base_does_not(finished: Any, loud: Path,
     with serving(write_model(finished.model, adapter, tmp_path / "right.gguf"), tokenizer, kind) as right:
         found: Any = verify(VerifyOptions(str(run), against=(right,), rows=4), console=quiet())
     checks = found.certificate.checks
-    tells = kind in ("llama.cpp", "vLLM")
+    tells = kind in ("llama.cpp", "vLLM", "SGLang")
     first = "prompt ids" if tells else "prompt lengths"
     assert kinds(checks) == [first, "greedy text", "log-probabilities", "answers", "modules"]
     told = checks[2]
     assert told.measured["mean_kl"] < 1e-5 and told.measured["top1_agreement"] == 1 and told.measured["effect"] < 1e-3
-    assert told.n == {"vLLM": sum_of_places(run)}.get(kind, told.n) and told.n >= 8
+    assert told.n == (sum_of_places(run) if kind in ("vLLM", "SGLang") else told.n) and told.n >= 8
+    said = {"llama.cpp": "F16", "Ollama": "F16", "SGLang": "float16"}
+    assert (f"The server says that its number format is {said.get(kind)}." in told.detail) is (kind in said)
     assert set(told.estimates) == {"mean_kl", "top1_agreement"}
     answers = checks[3]
     assert answers.measured == {"different_answers": 0} and answers.n == 4
@@ -78,6 +80,17 @@ def test_the_right_model_passes_and_the_base_does_not(finished: Any, loud: Path,
         verify(VerifyOptions(str(run), against=(wrong,), rows=2), console=quiet())
     assert "log-probabilities" in str(caught.value) and "Likely cause: the adapter is not applied" in str(caught.value)
     assert "effect" in str(caught.value)
+
+
+def test_a_server_of_fewer_bits_says_so_and_they_must_be_meant(finished: Any, loud: Path, tmp_path: Path) -> None:
+    """Its own word sets no wide limits: a wrong adapter there fails as in 16 bits, with the option that would allow 4 bits."""
+    run = shutil.copytree(loud, tmp_path / "run")
+    file, tokenizer = write_model(finished.model, None, tmp_path / "base.gguf"), load_tokenizer(finished.model)
+    with serving(file, tokenizer, "llama.cpp", form="Q4_K - Medium") as url, pytest.raises(VerificationFailed) as caught:
+        verify(VerifyOptions(str(run), against=(url,), rows=2), console=quiet())
+    assert "its number format is Q4_K - Medium. If fewer bits than the trained base has are meant, give --precision 4-bit" in str(
+        caught.value
+    )
 
 
 def sum_of_places(run: Path) -> int:
@@ -328,3 +341,30 @@ def test_a_text_is_read_up_to_a_piece_of_a_character_that_is_reported_with_the_n
         assert reading.tokens == tokens
     by_id = Step(Token(f"token_id:{piece}", piece, -0.5))
     assert server._read(live, [5, 9], Written("x", (by_id, *whole))).tokens == 4
+
+
+def test_another_answer_counts_unless_the_live_model_is_undecided(loud: Path) -> None:
+    """Few bits flip an answer where two are nearly as likely; one that is clearly worse, or told as text alone, is different."""
+    opened = open_adapter(loud)
+    live = live_side(opened, quiet())
+    probes = probes_of(opened, opened.dataset, live, 4)
+    decode = live.text.tokenizer.decode
+
+    def answers(allowed: Any, *, tokens_told: bool = True) -> Check:
+        def write(prompt: Sequence[int], tokens: int) -> Written:
+            row = next(one for one in probes.labelled if one.prompt.tolist() == list(prompt))
+            first = decode(live.greedy(list(prompt), tokens, frozenset())[:1])
+            others = [ids.tolist() for ids in row.completions if not decode(ids.tolist()).startswith(first)]
+            steps = tuple(Step(Token(decode([number]), number, -0.5)) for number in others[0])
+            return Written("".join(step.token.text for step in steps), steps if tokens_told else ())
+
+        there: Any = SimpleNamespace(api=SimpleNamespace(takes_ids=True, write=write), allowed=allowed, name="there")
+        compared = server._Comparison(live, there, probes, EvaluateSpec())
+        compared.check_answers()
+        return compared.checks[0]
+
+    wide, narrow = dataclasses.replace(F16, gap=1e3), dataclasses.replace(F16, gap=1e-4)
+    assert answers(narrow).measured == answers(wide, tokens_told=False).measured == {"different_answers": 1}
+    undecided = answers(wide)
+    assert undecided.measured == {"different_answers": 0} and undecided.passed
+    assert "4 more differ where the live adapter is undecided within 1e+03 nats." in undecided.detail

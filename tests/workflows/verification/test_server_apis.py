@@ -20,6 +20,7 @@ from lorakeet.workflows.verification.server_apis import (
     Api,
     LlamaCppApi,
     OllamaApi,
+    SglangApi,
     Token,
     VllmApi,
     Written,
@@ -45,13 +46,15 @@ def test_what_each_server_tells_of_prompts(served: Any) -> None:
     kind, api, tokenizer = served
     rendered = tokenizer.apply_chat_template(TALK, tokenize=False, add_generation_prompt=True)
     ids = tokenizer.encode(rendered, add_special_tokens=False)
-    tells = kind in ("llama.cpp", "vLLM")
+    tells = kind in ("llama.cpp", "vLLM", "SGLang")
     assert api.tokenise("Is it") == (tokenizer.encode("Is it") if tells else None)
     assert api.prompt(TALK) == (ids if tells else None)
     if not tells:
         assert api.prompt_length(TALK) == len(ids)
     assert api.takes_ids is (kind != "Ollama")
     about = {"llama.cpp": "/models/tiny.gguf by llama.cpp b7", "vLLM": "tiny by vLLM 0.11.0", "OpenAI": "tiny by a server with"}
+    about["SGLang"] = "tiny by SGLang 0.5.23"
+    assert api.number_format() == {"llama.cpp": "F16", "Ollama": "F16", "SGLang": "float16"}.get(kind, "")
     assert about.get(kind, "tiny (0123456789ab) by Ollama 0.12.11") in api.about()
 
 
@@ -65,9 +68,9 @@ def test_what_each_server_tells_of_tokens(served: Any) -> None:
         assert by_text or (step.top[0].logprob == step.token.logprob and len(step.top) == 10)
         assert step.token.text in {token.text for token in step.top}
         assert by_text or all(one.logprob >= two.logprob for one, two in zip(step.top, step.top[1:], strict=False))
-        assert (step.token.number is not None) is (kind in ("llama.cpp", "vLLM"))
+        assert (step.token.number is not None) is (kind in ("llama.cpp", "vLLM", "SGLang"))
     along = api.along(ids)
-    assert (along is not None) is (kind == "vLLM")
+    assert (along is not None) is (kind in ("vLLM", "SGLang"))
     if along is not None:
         assert set(along) == set(range(len(ids) - 1))
         assert sorted(token.number for token in along[2]) == sorted(token.number for token in api.write(ids[:3], 1).steps[0].top)
@@ -126,7 +129,7 @@ CALLS: list[Callable[[Api], Any]] = [
 ]  # fmt: skip
 
 
-@pytest.mark.parametrize("kind", [Api, VllmApi, LlamaCppApi, OllamaApi])
+@pytest.mark.parametrize("kind", [Api, VllmApi, SglangApi, LlamaCppApi, OllamaApi])
 def test_answers_of_any_kind_are_values_or_one_message(kind: type[Api], monkeypatch: pytest.MonkeyPatch) -> None:
     texts = [json.dumps(body) for body in BODIES]
     texts += ["", "[" * 100_000, "1" * 5000, '{"tokens": ' + "[" * 100_000, "\ufeff{}", "{", '{"tokens": [1e999]}']
@@ -275,3 +278,20 @@ def test_a_server_without_tls_is_one_message(tmp_path: Path, tiny_llama_folder: 
     broken = pytest.raises(EnvironmentProblem, match=r"gives no answer that can be used .*SSL")
     with serving(file, load_tokenizer(tiny_llama_folder), "OpenAI") as url, broken:
         find_api(url.replace("http:", "https:"), "")
+
+
+def test_an_adapter_that_sglang_loaded_at_run_time_is_named_in_each_call(tiny_llama_folder: Path, tmp_path: Path) -> None:
+    tokenizer = load_tokenizer(tiny_llama_folder)
+    file = write_model(tiny_llama_folder, None, tmp_path / "model.gguf")
+    with serving(file, tokenizer, "SGLang") as url:
+        assert ask(url, "/load_lora_adapter", {"lora_name": "mine", "lora_path": "/mine"})["success"]
+        mine, base = find_api(url, "mine"), find_api(url, MODEL)
+        assert mine.serves_it() and mine.about() == "mine by SGLang 0.5.23" and mine.write([1, 2, 3], 2).steps
+        sent: list[Any] = []
+        for api in (mine, base):
+            api._ask = lambda path, body=None, whole=api._ask: (sent.append(body), whole(path, body))[1]  # type: ignore[method-assign]
+            api.write([1, 2, 3], 1)
+        assert [body.get("lora_path") for body in sent if body] == ["mine", None]
+        one = {"max_new_tokens": 1, "temperature": 0}
+        with pytest.raises(CallRefused):
+            ask(url, "/generate", {"input_ids": [1], "sampling_params": one, "lora_path": "unknown"})

@@ -147,13 +147,25 @@ def check_answers(live: InTorch, artefact: Artefact, probes: Probes, spec: Evalu
 
 
 def compare_labels(
-    names: tuple[str, str], answers: tuple[list[int], list[int]], rows: Sequence[Candidates], allowed: Allowed, spec: EvaluateSpec
+    names: tuple[str, str],
+    answers: tuple[list[int], list[int]],
+    rows: Sequence[Candidates],
+    allowed: Allowed,
+    spec: EvaluateSpec,
+    *,
+    undecided: Sequence[bool] = (),
 ) -> Check:
-    """What the live adapter and another side answered (numbers of labels, -1 for none), against each other and the truth."""
+    """What the live adapter and another side answered (numbers of labels, -1 for none), against each other and the truth.
+
+    Rows on which the live adapter is `undecided` between both answers do not count as different.
+    """
     ours, theirs = map(np.array, answers)
     truth = np.array([-2 if row.label is None else row.label for row in rows])  # which no answer is
-    different = {"different_answers": float((ours != theirs).mean())}
-    check = named_check("answers", names, different, {"different_answers": allowed.metric}, n=len(truth))
+    close = np.array(undecided or [False] * len(truth)) & (ours != theirs)
+    different = {"different_answers": float(((ours != theirs) & ~close).mean())}
+    detail = f"{close.sum()} more differ where the live adapter is undecided within {allowed.gap:.2g} nats."
+    detail = detail if close.any() else ""
+    check = named_check("answers", names, different, {"different_answers": allowed.metric}, n=len(truth), detail=detail)
     accuracies = {"accuracy_live": share(ours == truth, spec=spec), "accuracy_there": share(theirs == truth, spec=spec)}
     return replace(check, estimates=accuracies)
 

@@ -147,7 +147,7 @@ def replicas(
 
 def _in_halves(side: InTorch) -> bool:
     """Whether its products are of float16 numbers on a CPU, whose own such products are ten times as slow as fp32's."""
-    weight = next(side.text.model.parameters())
+    weight: Tensor = next(side.text.model.parameters())
     return weight.dtype == torch.float16 and weight.device.type == "cpu"
 
 

@@ -11,11 +11,12 @@ import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import partial
-from typing import Any
+from typing import Any, TypeAlias
 
 import numpy as np
 from torch import Tensor
 
+from lorakeet.core.lowrank import LoraPair
 from lorakeet.data.chat import Ids
 from lorakeet.errors import EnvironmentProblem
 from lorakeet.evaluate.certificate import Check, ServedModules, Unchecked
@@ -70,6 +71,7 @@ class Server:
         return found
 
 
+Earlier: TypeAlias = "tuple[str, Mapping[str, Tensor]]"  # a checkpoint's name, and A and B by module
 InFormat = Callable[[str], InTorch]  # the live adapter in a number format: float16 or bfloat16
 
 
@@ -84,6 +86,7 @@ class _Comparison:
     formats: Mapping[str, InFormat] = field(default_factory=dict)  # in which the server may compute, the most exact first
     measured: str = ""  # what the limits are, where rounding was measured
     computed: Sequence[Replica] = ()  # in the format that explains the server
+    earlier: Earlier | None = None
     one_by_one: bool = False  # whether the server answers a place at a time
     checks: list[Check] = field(default_factory=list)
     unchecked: list[Unchecked] = field(default_factory=list)
@@ -181,7 +184,8 @@ class _Comparison:
         limit = self.server.allowed.parity.mean_kl
         self.measured = (
             f"The limits are what rounding in {name} does, measured in {len(found)} computations of the live adapter; a right "
-            f"server exceeds them in at most 1 of {1 / FALSE_ALARM:,.0f} certificates. {self._power(readings, limit)}"
+            f"server exceeds them in at most 1 of {1 / FALSE_ALARM:,.0f} certificates. {self._power(readings, limit)} "
+            f"{self._stale(readings, limit)}"
         ).strip()
 
     def _power(self, readings: Sequence[Reading], limit: float) -> str:
@@ -194,6 +198,23 @@ class _Comparison:
             return f"A scale that is {off:.2g} of itself off would exceed them."
         self.skip("whether the adapter is applied", "rounding explains as much as the adapter changes on these rows")
         return ""
+
+    def _stale(self, readings: Sequence[Reading], limit: float) -> str:
+        """A sentence on whether the adapter of an earlier checkpoint would be seen; empty where none is kept."""
+        if self.earlier is None:
+            return ""
+        name, kept = self.earlier
+
+        def as_it_was(path: str, pair: LoraPair) -> None:
+            if f"{path}.A" in kept and f"{path}.B" in kept:
+                pair.A.copy_(kept[f"{path}.A"])
+                pair.B.copy_(kept[f"{path}.B"])
+
+        with changed_pairs(self.live, as_it_was):
+            seen = [place.against(theirs)[0] for place, theirs, _ in seen_by(self.live, readings) if place.held_out]
+        times = float(np.mean(seen)) / limit
+        would = "would exceed" if times > 1 else "would not exceed"
+        return f"The adapter of {name} {would} them: its mean KL is {times:.2g} times the limit."
 
     def check_reported(self, reported: Sequence[Reported]) -> None:
         """Log-probabilities along held-out rows, or else along what the server wrote, against the live ones, place by place."""
@@ -265,7 +286,7 @@ class _Comparison:
 
     def check_answers(self) -> None:
         """The task's metric on both sides, by the label that each writes, and on how many rows they write another one."""
-        ends, ours, theirs, rows = end_ids(self.live.text), [], [], []
+        ends, ours, theirs, rows, undecided = end_ids(self.live.text), [], [], [], list[bool]()
         for row in self.probes.labelled:
             labels = [_said(self.live, ids.tolist()) for ids in row.completions]
             tokens = max(len(ids) for ids in row.completions)
@@ -275,10 +296,17 @@ class _Comparison:
             rows.append(row)
             ours.append(_label(labels, _said(self.live, self.live.greedy(row.prompt.tolist(), tokens, ends))))
             theirs.append(_label(labels, answer.text or "".join(step.token.text for step in answer.steps)))
+            undecided.append(ours[-1] != theirs[-1] and self._may_write(row.prompt.tolist(), answer))
         if rows:
-            self.checks.append(compare_labels(self.names, (ours, theirs), rows, self.server.allowed, self.spec))
+            answers, allowed = (ours, theirs), self.server.allowed
+            self.checks.append(compare_labels(self.names, answers, rows, allowed, self.spec, undecided=undecided))
         elif self.probes.labelled:
             self.skip("the task's answers", "the server takes no token ids, and these prompts are no conversations")
+
+    def _may_write(self, prompt: list[int], answer: Written) -> bool:
+        """Whether no token of an answer, all of which are known, is clearly worse than the live model's own."""
+        reading = _read(self.live, prompt, answer)
+        return 0 < reading.tokens == len(answer.steps) and reading.gap <= self.server.allowed.gap
 
     def check_modules(self, reported: Sequence[Reported]) -> None:
         """Which modules are active there."""
@@ -336,12 +364,14 @@ def check_server(
     formats: Mapping[str, InFormat] | None = None,
     *,
     modules: bool = True,
+    earlier: Earlier | None = None,
 ) -> ServerFound:
     """Compares a server with the live adapter by everything that it tells, `modules` one by one.
 
-    With `formats`, what rounding may do is measured on the live adapter; else the limits of the server are fixed.
+    With `formats`, what rounding may do is measured on the live adapter; else the limits of the server are fixed. Whether the
+    adapter of an `earlier` checkpoint would be seen is said then.
     """
-    found = _Comparison(live, server, probes, spec, formats or {})
+    found = _Comparison(live, server, probes, spec, formats or {}, earlier=earlier)
     ended, about = "", ""
     try:
         about = server.api.about()
