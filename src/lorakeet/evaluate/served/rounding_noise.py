@@ -35,14 +35,14 @@ _FEWEST = 20  # differences in the tail
 class Replica:
     """One computation against fp32: KL of each place, |Δ log p| of each compared token, and what differs.
 
-    `told` are its log-probabilities by token, by the ids that stand before a place.
+    `by_place` are its log-probabilities by token, by the ids that stand before a place.
     """
 
     kl: Floats  # (places,)
     differences: Floats  # (values,)
     other_tokens: int  # places whose likeliest token is another
     other_answers: int | None = None  # labelled rows with another label; None where no rows were answered
-    told: Mapping[tuple[int, ...], Mapping[int, float]] = field(default_factory=dict)
+    by_place: Mapping[tuple[int, ...], Mapping[int, float]] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)

@@ -187,13 +187,13 @@ def answer(side: Artefact, row: Candidates, live: InTorch) -> int:
 
 def answers_of_rows(side: InTorch, rows: Sequence[Candidates]) -> list[int]:
     """What `answer` returns of each row; all are computed together."""
-    asked: list[tuple[list[int], int]] = []  # ids, and how many of their last places count
+    requested: list[tuple[list[int], int]] = []  # ids, and how many of their last places count
     endings = [distinguishing_endings(row, side.text.tokenizer) for row in rows]
     for row, ends in zip(rows, endings, strict=True):
         prompt = row.prompt.tolist()
         short = all(len(ending) == 1 for ending in ends)
-        asked += [(prompt, 1)] if short else [([*prompt, *ending.tolist()], len(ending) + 1) for ending in ends]
-    tables = side.logits_of_rows([ids for ids, _ in asked], [last for _, last in asked])
+        requested += [(prompt, 1)] if short else [([*prompt, *ending.tolist()], len(ending) + 1) for ending in ends]
+    tables = side.logits_of_rows([ids for ids, _ in requested], [last for _, last in requested])
     found = []
     for ends in endings:
         if all(len(ending) == 1 for ending in ends):

@@ -85,11 +85,11 @@ def check_modules(
     apart = values.theirs[here] - values.ours[here]
     compared = EffectValues.of(apart, places, values.rows_of[here], known.table())
     found = find_activity(compared, known)
-    told = [(values.told_by(replica, rows) - values.ours)[here] for replica in computed]
-    bound = _scale_of_rounding(compared, known.scale, told)
+    differences = [(values.as_computed(replica, rows) - values.ours)[here] for replica in computed]
+    bound = _scale_of_rounding(compared, known.scale, differences)
     served = ServedModules(names[1], found.active, found.missing, found.unclear)
     cost = f"{probe.passes} passes over {values.tokens} tokens of {len(rows)} rows"
-    return _check_of(found, served, names, cost, (min(scale, bound), len(told) if bound < scale else 0)), served
+    return _check_of(found, served, names, cost, (min(scale, bound), len(differences) if bound < scale else 0)), served
 
 
 def _scale_of_rounding(compared: EffectValues, effect: Floats, computed: Sequence[Floats]) -> float:
@@ -241,9 +241,9 @@ class ProbedValues:
         found.ours = found.seen_by(live)
         return found
 
-    def told_by(self, computed: Replica, rows: Sequence[Reported]) -> Floats:
+    def as_computed(self, computed: Replica, rows: Sequence[Reported]) -> Floats:
         """(values,) as another computation of these rows has them; NaN for what it does not have."""
-        known = [computed.told.get(tuple(rows[number].ids[: place + 1]), {}) for number, place in self.place_of]
+        known = [computed.by_place.get(tuple(rows[number].ids[: place + 1]), {}) for number, place in self.place_of]
         places, tokens = self.numbers.tolist(), self.tokens_of.tolist()
         return np.array([known[place].get(token, np.nan) for place, token in zip(places, tokens, strict=True)])
 

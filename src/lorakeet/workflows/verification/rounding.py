@@ -152,15 +152,15 @@ def _in_halves(side: InTorch) -> bool:
 
 
 def _replica(seen: Sequence[View], changed: int | None) -> Replica:
-    kl, differences, other, told = list[float](), list[float](), 0, dict[tuple[int, ...], dict[int, float]]()
+    kl, differences, other, by_place = list[float](), list[float](), 0, dict[tuple[int, ...], dict[int, float]]()
     for place, theirs, same in seen:
         divergence, apart = place.against(theirs)
         differences += apart
-        told[place.before] = theirs
+        by_place[place.before] = theirs
         if place.held_out:
             kl.append(divergence)
             other += not same
-    return Replica(np.array(kl), np.array(differences), other, changed, told)
+    return Replica(np.array(kl), np.array(differences), other, changed, by_place)
 
 
 def step_by_step(text: TextModel, readings: Sequence[Reading], adapter: str | None) -> Iterator[View]:
