@@ -4,6 +4,7 @@ from lorakeet.api.adapter import AdapterValue as Adapter
 from lorakeet.api.adapter import combine as combine
 from lorakeet.api.artefacts import export as export
 from lorakeet.api.artefacts import merge as merge
+from lorakeet.api.artefacts import predict as predict
 from lorakeet.api.artefacts import verify as verify
 from lorakeet.api.attach import activate as activate
 from lorakeet.api.attach import adapter_of as adapter_of
@@ -58,6 +59,7 @@ __all__ = [
     "merge",
     "open_run",
     "parameters",
+    "predict",
     "read_adapter",
     "read_certificate",
     "read_report",

@@ -1,12 +1,13 @@
 """Copies and near-copies are found and named, and give way on the right side."""
 
 import random
+from dataclasses import replace
 
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from lorakeet.data.leaks import MANY, check_leaks, find_duplicates
+from lorakeet.data.leaks import MANY, check_leaks, counted_once, find_duplicates, search_leaks
 from lorakeet.data.prepare import load_dataset
 from lorakeet.data.rows import Row, Turn
 from lorakeet.data.spec import DataSpec
@@ -356,3 +357,19 @@ def test_a_row_whose_answer_takes_up_another_word_is_another_row():
     )
     for first, second, count in cases:
         assert len(find_duplicates({"held-out": [second], "training": [first]}, 0.8)) == count, (first.turns, second.turns)
+
+
+def test_an_exact_copy_among_measured_rows_is_one_observation():
+    given = [("Cold soup!", "food"), ("Warm soup", "food"), ("cold  SOUP", "food"), ("Cold soup!", "bill")]
+    rows = [row(text, str(place), label) for place, (text, label) in enumerate(given)]
+    assert [one.source for one in counted_once(rows)] == ["0", "1", "3"], "another answer is another observation"
+    called = [rows[0], replace(rows[0], tools="[]"), rows[2]]
+    assert counted_once(called) == called[:2], "other tools too"
+
+
+def test_what_happens_to_repeated_rows_is_said_as_it_is():
+    same = [row("The soup was cold again", f"f:{place}") for place in range(3)]
+    report = search_leaks({"test": [], "held-out": same[:2], "training": []}, DataSpec(train="x"))
+    assert "1 held-out row repeats another: 1 × exact copy. They stay; an exact copy is measured once." in report.lines()[1]
+    report = search_leaks({"test": [], "held-out": [], "training": same}, DataSpec(train="x"))
+    assert "2 training rows repeat others: 2 × exact copy. They stay, and count twice." in report.lines()[1]

@@ -138,3 +138,14 @@ def test_an_adapter_on_another_base_is_refused_with_every_mismatch(finished: Any
     said = str(refused.value)
     assert "'model.layers.0.self_attn.q_proj': A is 4×32, but this base needs 4×16." in said
     assert all(f"'model.layers.1.{name}'" in said for name in ("self_attn.q_proj", "mlp.down_proj"))
+
+
+def test_an_exact_copy_is_measured_once(finished: Any, tmp_path: Path) -> None:
+    fresh = reviews(9, seed=5)
+    copied = [*fresh, fresh[0], {**fresh[1], "text": fresh[1]["text"].upper()}]
+    once, twice = (
+        evaluate(EvaluateOptions(str(finished.path), data=str(write_rows(tmp_path / name, rows))), console=quiet()).report
+        for name, rows in (("a.jsonl", fresh), ("b.jsonl", copied))
+    )
+    assert twice.systems == once.systems and twice.comparisons == once.comparisons
+    assert any(line.startswith("2 evaluated rows are exact copies of others: each text") for line in twice.warnings)

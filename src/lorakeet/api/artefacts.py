@@ -1,4 +1,4 @@
-"""Merging, exporting and verifying runs from Python: the verbs of the command line, with their options as arguments."""
+"""Merging, exporting, verifying and using runs from Python: the verbs of the command line, with their options as arguments."""
 
 from __future__ import annotations
 
@@ -14,13 +14,15 @@ from lorakeet.workflows.export import Exported
 from lorakeet.workflows.export import export as export_verb
 from lorakeet.workflows.merge import Merged
 from lorakeet.workflows.merge import merge as merge_verb
-from lorakeet.workflows.options import ExportOptions, MergeOptions, VerifyOptions
+from lorakeet.workflows.options import ExportOptions, MergeOptions, PredictOptions, VerifyOptions
+from lorakeet.workflows.predict import Predicted
+from lorakeet.workflows.predict import predict as predict_verb
 from lorakeet.workflows.runs.terminal import TerminalConsole
 from lorakeet.workflows.verify import Verified
 from lorakeet.workflows.verify import verify as verify_verb
 
 AnyRun = FinishedRun | str | Path
-OptionsT = TypeVar("OptionsT", MergeOptions, ExportOptions, VerifyOptions)
+OptionsT = TypeVar("OptionsT", MergeOptions, ExportOptions, PredictOptions, VerifyOptions)
 
 
 def merge(*runs: AnyRun, out: str | Path, quiet: bool = False, **options: Any) -> Merged:
@@ -39,6 +41,15 @@ def export(run: AnyRun, out: str | Path, *, quant: str = "f16", quiet: bool = Fa
     """
     given = {"run_or_adapter": _path(run), "out": str(out), "quant": quant, **options}
     return export_verb(_options(ExportOptions, given, "lk.export"), console=TerminalConsole(quiet=quiet))
+
+
+def predict(run: AnyRun, data: str | Path, out: str | Path, *, quiet: bool = False, **options: Any) -> Predicted:
+    """Answers the rows of the file `data`, and writes them with their answers to `out` (.csv, .tsv or .jsonl).
+
+    `options`: other fields of PredictOptions, such as `text_column="Text"` or `review=0.9`. Raises as `lorakeet predict` ends.
+    """
+    given = {"run_or_adapter": _path(run), "data": str(data), "out": str(out), **options}
+    return predict_verb(_options(PredictOptions, given, "lk.predict"), console=TerminalConsole(quiet=quiet))
 
 
 def verify(run: AnyRun, *against: str | Path, quiet: bool = False, **options: Any) -> Certificate:

@@ -27,6 +27,7 @@ KINDS = {
 MANY = (20, 0.01)  # rows, and their share of all, from which one whole prompt is an instruction
 RECALL = "95 %"  # measured by benchmarks/leaks.py
 UNSEEN = "paraphrases, translations, changes within text that many rows share, and another word in the only slot of such text"
+_FATES = ("They stay, and count twice.", "They stay; an exact copy is measured once.")  # of training rows, and of measured ones
 _SHOWN = 5
 _MANY_NEAR = (5, 0.02)  # rows, and their share of the training rows
 _EXCERPT = 200  # characters
@@ -83,7 +84,7 @@ class LeakReport:
 
     @property
     def within(self) -> tuple[LeakPair, ...]:
-        """Pairs within one part: no leak, but such rows count twice."""
+        """Pairs within one part: no leak. They stay; training rows count twice, exact copies of measured ones once."""
         return tuple(pair for pair in self.pairs if pair.row_part == pair.twin_part)
 
     def method(self) -> str:
@@ -124,7 +125,8 @@ class LeakReport:
         for part in reversed(PARTS):
             twice = [pair for pair in self.within if pair.row_part == part]
             if twice:
-                lines.append(f"{part} rows that repeat another one (kept): {_counted(twice)}, for example {twice[0]}")
+                repeat = "row repeats another" if len(twice) == 1 else "rows repeat others"
+                lines.append(f"{len(twice)} {part} {repeat}: {_counted(twice)}. {_FATES[part != 'training']} First {twice[0]}")
         return lines if len(lines) > 1 else [*lines, "No duplicate rows found."]
 
 
@@ -174,6 +176,16 @@ def check_leaks(train: Sequence[Row], held_out: Sequence[Row], test: Sequence[Ro
         row for part, rows in (("held-out", held_out), ("training", train)) for row in rows if (part, row.key, row.source) in gone
     )
     return CleanParts(left("training", train), left("held-out", held_out), tuple(test), replace(report, dropped=dropped))
+
+
+def counted_once(rows: Sequence[Row]) -> list[Row]:
+    """The rows without exact copies of earlier ones: equal words, and equal answers. One text is one observation."""
+    first: dict[tuple[object, ...], Row] = {}
+    for row in rows:
+        rejected = "\n".join(turn.text for turn in row.rejected)
+        said = tuple(map(_digest, (row.text, _said(row), row.tools, rejected)))
+        first.setdefault((*said, row.desirable), row)
+    return list(first.values())
 
 
 def search_leaks(parts: Mapping[str, Sequence[Row]], spec: DataSpec) -> LeakReport:

@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 import re
-import unicodedata
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 
 from lorakeet.data.copies.prompt_leaks import prompt_leak_notes
 from lorakeet.data.leaks import LeakReport, check_leaks
 from lorakeet.data.preferences import rows_for, verdict_notes
+from lorakeet.data.proposals.labels import doubtful_labels, label_notes
 from lorakeet.data.read import read_rows
 from lorakeet.data.rows import Row
 from lorakeet.data.spec import DataSpec
@@ -37,8 +37,12 @@ class Dataset:
     @property
     def label_counts(self) -> dict[str, int]:
         """How many training rows each label has."""
-        counts = Counter(row.label for row in self.train)
-        return {label: counts[label] for label in self.labels}
+        return label_counts(self.train, self.labels)
+
+    @property
+    def doubtful(self) -> set[str]:
+        """The labels that may be slips (`doubtful_labels`)."""
+        return doubtful_labels(label_counts((*self.train, *self.held_out, *self.test), self.labels))
 
     def split_record(self) -> dict[str, object]:
         """The content of split.json."""
@@ -65,39 +69,47 @@ def load_dataset(spec: DataSpec, objective: str | None = "sft") -> Dataset:
     labels = find_labels(clean.train, spec)
     check_labels({"held-out": clean.held_out, "test": clean.test}, labels)
     parts = {"training": clean.train, "held-out": clean.held_out, "test": clean.test}
-    notes += [*prompt_leak_notes(parts, spec.on_leak), *_alike(labels)]
+    notes += prompt_leak_notes(parts, spec.on_leak)
+    notes += label_notes(label_counts([row for rows in parts.values() for row in rows], labels))
     shaped = [rows_for(rows, objective, part, trained=part == "training") for part, rows in parts.items()]
     notes += verdict_notes({part: rows for part, rows in parts.items() if part != "training"})
     return Dataset(shaped[0], shaped[1], shaped[2], labels, clean.report, tuple(notes), tuple(remedies))
 
 
-def _alike(labels: Sequence[str]) -> list[str]:
-    """A sentence for each group of labels that differ in case, white space or Unicode form only."""
-    groups: dict[str, list[str]] = {}
-    for label in labels:
-        groups.setdefault(" ".join(unicodedata.normalize("NFKC", label).casefold().split()), []).append(label)
-    return [
-        f"The labels {' and '.join(map(repr, group))} differ in case, spaces or Unicode form only, but count as {len(group)}. If "
-        "they are one, mend the file."
-        for group in groups.values() if len(group) > 1
-    ]  # fmt: skip
+def label_counts(rows: Sequence[Row], labels: Sequence[str]) -> dict[str, int]:
+    """How many of `rows` each label has."""
+    counts = Counter(row.label for row in rows)
+    return {label: counts[label] for label in labels}
 
 
-def unnamed_labels_note(rows: Sequence[Row], labels: Sequence[str], template: str, *, few_shot: bool) -> str:
+def unnamed_labels_note(
+    rows: Sequence[Row], labels: Sequence[str], template: str, *, few_shot: bool, doubtful: Collection[str] = ()
+) -> str:
     """A sentence if the prompts of labelled `rows` do not name all labels, with a `template` that does; else an empty string.
 
-    `few_shot`: a few-shot base is compared, which sees them.
+    `few_shot`: a few-shot base is compared, which sees them. `doubtful` labels need no name.
     """
-    prompts = [" ".join(turn.text for turn in row.turns[:-1]) for row in rows[:_SAMPLED]]
-    found = [re.compile(rf"(?<!\w){re.escape(label)}(?!\w)", re.I) for label in labels]
-    if not labels or all(word.search(prompt) for word in found for prompt in prompts):
+    remedy = template_remedy(rows, labels, template, doubtful)
+    if remedy is None:
         return ""
-    named = f"{template}\nAnswer with one of: {', '.join(labels[:_NAMED])}{', …' if len(labels) > _NAMED else ''}"
     advice = " The few-shot base sees them." if few_shot else ""
     return (
         f"The prompts do not name all {len(labels)} labels, so the base cannot know them: part of the gain over it may be just "
-        f"that.{advice} To train with their names, set data.template, for instance {named!r}."
+        f"that.{advice} To train with their names, set data.template, for instance {remedy.value!r}."
     )
+
+
+def template_remedy(
+    rows: Sequence[Row], labels: Sequence[str], template: str, doubtful: Collection[str] = ()
+) -> Remedy | None:
+    """A template that names the labels, but for `doubtful` ones; None if the prompts of `rows` name them, or have no labels."""
+    certain = [label for label in labels if label not in doubtful]
+    prompts = [" ".join(turn.text for turn in row.turns[:-1]) for row in rows[:_SAMPLED]]
+    found = [re.compile(rf"(?<!\w){re.escape(label)}(?!\w)", re.I) for label in certain]
+    if not labels or all(word.search(prompt) for word in found for prompt in prompts):
+        return None
+    named = f"{template}\nAnswer with one of: {', '.join(certain[:_NAMED])}{', …' if len(certain) > _NAMED else ''}"
+    return Remedy("data.template", named, "Name the labels in the prompt")
 
 
 def find_labels(train: Sequence[Row], spec: DataSpec) -> tuple[str, ...]:

@@ -74,6 +74,24 @@ class EvaluateOptions:
 
 
 @dataclass(frozen=True)
+class PredictOptions:
+    """Options of `lorakeet predict`."""
+
+    run_or_adapter: str = field(metadata=_help(_RUN, positional=True))
+    data: str = field(metadata=_help("File of rows to answer, of any format that training reads; labels are not needed."))
+    out: Path = field(metadata=_help("File for the rows with their answers: .csv, .tsv or .jsonl; it must not exist yet."))
+    column: str | None = setting(None, "Name of the new column; the default is the label column of the training, or answer.")
+    text_column: str | None = setting(None, "Column of the text, if it has another name than in training.")
+    encoding: str | None = setting(None, "Encoding of the file, such as cp1252; the default is that of the training file.")
+    delimiter: str | None = setting(None, "Separator of columns, such as ';'; the default is that of the training file.")
+    review: float = setting(0.8, "Mark rows for review whose label has a lower probability.")
+    max_tokens: int = setting(256, "Longest answer to a prompt in tokens; labels need none.")
+    config: Path | None = setting(None, "Run file with the data and model settings; the default is the run's own.")
+    base: str | None = setting(None, _BASE)
+    memory: str | None = setting(None, _MEMORY)
+
+
+@dataclass(frozen=True)
 class MergeOptions:
     """Options of `lorakeet merge`."""
 
@@ -493,6 +511,7 @@ VERBS = (
     ),
     Verb("tune", "Choose learning rate, rank, targets and beta on held-out rows.", TuneOptions, "file", checks="tune"),
     Verb("evaluate", "Measure a run or an adapter on rows of your own.", EvaluateOptions, checks="evaluate"),
+    Verb("predict", "Answer the rows of a file, and write it with the answers.", PredictOptions, checks="predict"),
     Verb("merge", "Merge adapters into a model, or combine them; certified.", MergeOptions, checks="merge"),
     Verb("compress", "Compress an adapter to the smallest size shown to be as good.", CompressOptions, checks="compress"),
     Verb("extract", "Extract an adapter from a fully fine-tuned model.", ExtractOptions, checks="extract"),

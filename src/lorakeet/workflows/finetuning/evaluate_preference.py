@@ -86,7 +86,7 @@ class PreferenceEvaluator(TextEvaluator):
 
     def fitting(self) -> list[Row]:
         if self._rated:
-            return super().fitting()
+            return self.short_enough()
         return [row for row in self.rows if encode_pair(row, self.encoder) is not None]
 
     @property

@@ -13,8 +13,10 @@ from lorakeet.config import RunConfig
 from lorakeet.core.initialise import seed_for
 from lorakeet.data.chat import Candidates, Encoder, Example, encode_rows
 from lorakeet.data.few_shot import FewShot, choose_examples
+from lorakeet.data.leaks import counted_once
 from lorakeet.data.pack import Batch, micro_batches
-from lorakeet.data.prepare import unnamed_labels_note
+from lorakeet.data.prepare import label_counts, unnamed_labels_note
+from lorakeet.data.proposals.labels import doubtful_labels
 from lorakeet.data.rows import Row, row_groups
 from lorakeet.errors import ConfigError, DataError
 from lorakeet.evaluate.answers import Answers
@@ -71,7 +73,8 @@ class TextEvaluator:
 
         `baseline_rows` are the training rows that simple baselines are fitted to, and that the few-shot base is shown.
         """
-        rows = self.fitting()
+        short = self.short_enough()
+        rows = counted_once(short)
         if not rows:
             raise DataError("There are no rows to evaluate on. Name a file with rows, or raise data.max_tokens.")
         about: dict[str, Any] = {"sources": [row.source for row in rows], "spec": self.config.evaluate}
@@ -104,14 +107,20 @@ class TextEvaluator:
                 title, base=losses[0], adapter=losses[1], texts=texts, truths=truths, answered=answered, **about
             )
             report = self.with_judge(report, rows, answered)
-        left_out = len(self.rows) - len(rows)
-        warnings = [f"{left_out} rows longer than {self.encoder.spec.max_tokens} tokens were left out of the evaluation."]
+        warnings = []
+        if left_out := len(self.rows) - len(short):
+            warnings.append(f"{left_out} rows longer than {self.encoder.spec.max_tokens} tokens were left out of the evaluation.")
+        if copies := len(short) - len(rows):
+            said = "evaluated row is an exact copy of another" if copies == 1 else "evaluated rows are exact copies of others"
+            warnings.append(f"{copies} {said}: each text is measured once, so that it is one observation.")
         few_shot = any(system.name == FEW_SHOT for system in report.systems)
-        unnamed = unnamed_labels_note(rows, self.encoder.labels, self.encoder.spec.template, few_shot=few_shot)
+        labels, template = self.encoder.labels, self.encoder.spec.template
+        doubtful = doubtful_labels(label_counts((*baseline_rows, *rows), labels)) if baseline_rows else set()
+        unnamed = unnamed_labels_note(rows, labels, template, few_shot=few_shot, doubtful=doubtful)
         added = [unnamed] if unnamed else []
         if baseline_rows and not few_shot and self._wants_few_shot(rows):
             added.append(NO_FEW_SHOT)
-        return replace(report, warnings=(*warnings[: bool(left_out)], *report.warnings, *added))
+        return replace(report, warnings=(*warnings, *report.warnings, *added))
 
     def with_judge(self, report: Report, rows: Sequence[Row], answered: Answered | None) -> Report:
         """The report with what evaluate.judge says of the replies to `rows`, if it is given and there are some."""
@@ -148,6 +157,10 @@ class TextEvaluator:
         return ""
 
     def fitting(self) -> list[Row]:
+        """The rows of at most data.max_tokens tokens, without exact copies of others."""
+        return counted_once(self.short_enough())
+
+    def short_enough(self) -> list[Row]:
         """The rows of at most data.max_tokens tokens."""
         return [row for row in self.rows if self.encoder.encode(row) is not None]
 

@@ -13,7 +13,7 @@ from rich.text import Text
 
 from lorakeet.core.plan import Plan
 from lorakeet.data.chat import show_example
-from lorakeet.data.prepare import Dataset, unnamed_labels_note
+from lorakeet.data.prepare import Dataset
 from lorakeet.data.template import uses_template
 from lorakeet.evaluate.certificate import Certificate
 from lorakeet.evaluate.intervals import Estimate
@@ -26,6 +26,7 @@ from lorakeet.models.module_kinds import VECTORS
 from lorakeet.ranks.allocate import pair_parameters
 from lorakeet.train.preference_spec import KTO
 from lorakeet.workflows.finetuning.trained_targets import STAYED, target_rows
+from lorakeet.workflows.runs.remarks import remarks_on
 
 if TYPE_CHECKING:  # a run imports the modules of its own kind only
     from lorakeet.data.images.split import ImageDataset
@@ -48,8 +49,8 @@ def show_rows(setup: TextAssembly, console: Console) -> None:
         console.print(Text(f"Labels of the training rows: {listed}{more}"))
     data = setup.config.data
     few_shot = setup.config.evaluate.examples > 0
-    unnamed = unnamed_labels_note(setup.dataset.train, setup.dataset.labels, data.template, few_shot=few_shot)
-    for line in (*setup.dataset.notes, *([unnamed] if unnamed else []), *setup.dataset.leaks.lines()):
+    remarks = [remark.words for remark in remarks_on(setup.dataset, data, few_shot=few_shot)]
+    for line in (*setup.dataset.notes, *remarks, *setup.dataset.leaks.lines()):
         console.print(Text(line))
     for name, encoded in setup.encoded.items():
         if encoded.truncated or encoded.dropped:

@@ -21,6 +21,7 @@ from lorakeet.evaluate.certificate import Certificate
 from lorakeet.evaluate.own_metric import load_metric
 from lorakeet.evaluate.report.rank_values import RankMap
 from lorakeet.evaluate.report.report import Command, Report
+from lorakeet.evaluate.values import encode
 from lorakeet.evaluate.wording import bytes_text, duration_text
 from lorakeet.formats.detect import read_adapter
 from lorakeet.kernels.choose import in_words
@@ -63,6 +64,7 @@ from lorakeet.workflows.planning.rehearse_text import SECONDS_BESIDE, planning_w
 from lorakeet.workflows.planning.text_run import LEAST, TextRun, bytes_moved, precision_of
 from lorakeet.workflows.planning.unbound_text_run import UnboundTextRun
 from lorakeet.workflows.runs.pruning import pruned_plan
+from lorakeet.workflows.runs.remarks import remarks_on
 from lorakeet.workflows.runs.residency import RESIDENT
 from lorakeet.workflows.runs.run_folder import hashes_of_parts
 
@@ -373,7 +375,11 @@ class TextRunKind(RunKind[TextAssembly]):
             found["memory"] = setup.residency.plan.to_mapping()
         if cuts := setup.cuts:
             found["cuts"] = {str(step): budget for step, budget in cuts.items()}
-        return {**found, "rank_pattern": dict(setup.config.lora.rank_pattern)} if dry_run else found
+        if not dry_run:
+            return found
+        remarks = remarks_on(setup.dataset, setup.config.data, few_shot=setup.config.evaluate.examples > 0)
+        said = {"notes": list(setup.dataset.notes), "remarks": encode(remarks), "remedies": encode(setup.dataset.remedies)}
+        return {**found, "rank_pattern": dict(setup.config.lora.rank_pattern), **said}
 
     def show(self, setup: TextAssembly, console: Console, *, dry_run: bool) -> None:
         show_rows(setup, console)

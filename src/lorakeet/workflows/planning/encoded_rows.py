@@ -11,10 +11,12 @@ from lorakeet.config import RunConfig
 from lorakeet.data.chat import Encoded, Encoder, encode_rows
 from lorakeet.data.pairs import encode_pairs
 from lorakeet.data.preferences import rows_for
-from lorakeet.data.prepare import find_labels
+from lorakeet.data.prepare import find_labels, label_counts
+from lorakeet.data.proposals.labels import doubtful_labels, label_notes
 from lorakeet.data.read import is_absent, read_rows
 from lorakeet.data.rows import Row
 from lorakeet.data.spec import NO_ROWS
+from lorakeet.data.split import split_rows
 from lorakeet.errors import DataError
 from lorakeet.models.files.source import bytes_to_unpack, find_source
 from lorakeet.models.text.from_config import local_files
@@ -22,6 +24,7 @@ from lorakeet.models.text.load import load_tokenizer, read_config
 from lorakeet.models.text.model import context_of
 from lorakeet.train.preference_spec import SFT
 from lorakeet.workflows.planning.forecast_text_run import RowLengths, Workload
+from lorakeet.workflows.runs.remarks import remarks_of
 
 Say = Callable[[str], None]
 
@@ -100,10 +103,26 @@ def workload_of_files(config: RunConfig, model_config: Any, say: Say) -> Workloa
         )
         return Workload()
     names, objective = (name for name in (data.train, data.held_out, data.test) if name), config.train.objective
+    notes: list[str] = []
     train, *others = (
-        rows_for(read_rows(name, data, objective=objective), objective, name, trained=name == data.train) for name in names
+        rows_for(read_rows(name, data, notes, objective), objective, name, trained=name == data.train) for name in names
     )
-    return EncodedRows(config, (train, *others), find_labels(train, data), say, (model_config, source)).workload()
+    labels = find_labels(train, data)
+    _say_of_rows(config, (train, *others), labels, notes, say)
+    return EncodedRows(config, (train, *others), labels, say, (model_config, source)).workload()
+
+
+def _say_of_rows(
+    config: RunConfig, rows: Sequence[Sequence[Row]], labels: Sequence[str], notes: Sequence[str], say: Say
+) -> None:
+    """Says what a dry run says of rows, labels and the measurement; copies are not searched."""
+    data, train = config.data, rows[0]
+    counts = label_counts([row for part in rows for row in part], labels)
+    known = train, labels, doubtful_labels(counts)
+    measured = rows[-1] if data.test or data.held_out else split_rows(train, data).held_out
+    remarks = remarks_of(known, len(measured), data, tested=bool(data.test), few_shot=config.evaluate.examples > 0)
+    for line in (*notes, *label_notes(counts), *(remark.words for remark in remarks)):
+        say(line)
 
 
 def _tokenizer_folder(config: RunConfig, say: Say) -> Path | None:

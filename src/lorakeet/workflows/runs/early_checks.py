@@ -12,9 +12,10 @@ from typing import Any
 
 from lorakeet.config import RunConfig, read_run
 from lorakeet.data.images.folder import is_table, require_folder
-from lorakeet.data.locate import locate_model
-from lorakeet.data.read import check_first_record, is_absent
+from lorakeet.data.locate import locate_data, locate_model
+from lorakeet.data.read import check_first_record, is_absent, is_hub_id
 from lorakeet.data.spec import NO_ROWS, DataSpec
+from lorakeet.data.written_records import require_written
 from lorakeet.exporting.hub import require_repository_name
 from lorakeet.formats.adapter_format import require_adapter
 from lorakeet.train.launch import launched
@@ -29,6 +30,7 @@ from lorakeet.workflows.options import (
     GenerateOptions,
     MergeOptions,
     PlanOptions,
+    PredictOptions,
     PushOptions,
     QuantizeOptions,
     ServeOptions,
@@ -86,6 +88,14 @@ def _before_evaluate(options: EvaluateOptions) -> None:
     elif settings is None or settings.kind == "text":
         data = DataSpec() if settings is None else settings.data
         check_first_record(options.data, replace(data, limit=None))
+
+
+def _before_predict(options: PredictOptions) -> None:
+    require_absent(options.out)
+    require_place(options.out)
+    require_written(options.out)
+    if _settings(options.run_or_adapter, options.config) is not None and not is_hub_id(options.data):
+        locate_data(options.data)
 
 
 def _before_merge(options: MergeOptions) -> None:
@@ -196,6 +206,7 @@ _CHECKS: dict[str, Callable[..., None]] = {
     "plan": _before_plan,
     "tune": _before_tune,
     "evaluate": _before_evaluate,
+    "predict": _before_predict,
     "merge": _before_merge,
     "compress": _before_compress,
     "extract": _before_extract,

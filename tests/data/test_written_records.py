@@ -1,0 +1,53 @@
+"""Records are written as they were read: separator, encoding, mark and line ends of a table, fields of JSON lines."""
+
+from pathlib import Path
+
+import pytest
+
+from lorakeet.data.spec import DataSpec
+from lorakeet.data.written_records import TableForm, form_like, record_writer, require_written
+from lorakeet.errors import ConfigError
+
+
+def written(out: Path, form: TableForm, *records: dict[str, object]) -> bytes:
+    with record_writer(out, form) as write:
+        for record in records:
+            write(record)
+    return out.read_bytes()
+
+
+def test_a_table_keeps_its_form(tmp_path: Path) -> None:
+    spec = DataSpec(train="x", encoding="cp1252", delimiter=";")
+    (tmp_path / "a.csv").write_bytes("Text;Kind\r\nschön;\r\n".encode("cp1252"))
+    form = form_like(str(tmp_path / "a.csv"), spec, tmp_path / "b.csv", ["gut"])
+    assert form == TableForm(";", "cp1252", "\r\n")
+    found = written(tmp_path / "b.csv", form, {"Text": "schön; ja", "Kind": "gut"}, {"Text": 'a "b"', "Kind": None})
+    assert found == 'Text;Kind\r\n"schön; ja";gut\r\n"a ""b""";\r\n'.encode("cp1252")
+
+
+def test_a_mark_is_kept_and_another_kind_has_its_own_separator(tmp_path: Path) -> None:
+    (tmp_path / "a.csv").write_bytes(b"\xef\xbb\xbftext\nx\n")
+    name, spec = str(tmp_path / "a.csv"), DataSpec(train="x", delimiter=";")
+    assert form_like(name, spec, tmp_path / "b.csv", ["a"]) == TableForm(";", "utf-8-sig", "\n")
+    assert form_like(name, spec, tmp_path / "b.tsv", ["a"]).delimiter == "\t"
+    (tmp_path / "a.jsonl").write_text("{}\n")
+    assert form_like(str(tmp_path / "a.jsonl"), spec, tmp_path / "b.csv", None) == TableForm()
+
+
+@pytest.mark.parametrize("texts", [["смех"], None])
+def test_what_an_encoding_cannot_write_is_written_in_utf_8_and_said(tmp_path: Path, texts: list[str] | None) -> None:
+    (tmp_path / "a.csv").write_bytes("Text\nschön\n".encode("cp1252"))
+    form = form_like(str(tmp_path / "a.csv"), DataSpec(train="x", encoding="cp1252"), tmp_path / "b.csv", texts)
+    assert form.encoding == "utf-8-sig" and "that cp1252 cannot write" in form.said
+
+
+def test_json_lines_keep_values(tmp_path: Path) -> None:
+    found = written(tmp_path / "a.jsonl", TableForm(), {"a": ["é", 1], "b": None}, {"c": 0.5})
+    assert found.decode() == '{"a": ["é", 1], "b": null}\n{"c": 0.5}\n'
+    assert written(tmp_path / "a.csv", TableForm(), {"a": ["é", 1]}).decode() == 'a\n"[""é"", 1]"\n'
+
+
+def test_other_endings_are_refused(tmp_path: Path) -> None:
+    require_written(tmp_path / "a.CSV")
+    with pytest.raises(ConfigError, match=r"ends in '\.xlsx'; expected one of \.csv, \.tsv, \.jsonl"):
+        require_written(tmp_path / "a.xlsx")

@@ -1,0 +1,154 @@
+"""`workflows.predict`: rows of a file are answered as `evaluate` answers them, and come out as they were, with more columns."""
+
+from __future__ import annotations
+
+import csv
+import io
+import json
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+import lorakeet as lk
+from lorakeet.data.chat import Encoder
+from lorakeet.data.rows import Row
+from lorakeet.errors import ConfigError, DataError
+from lorakeet.workflows import predict as predicting
+from lorakeet.workflows.finetuning.evaluate_text import TextEvaluator
+from lorakeet.workflows.finetuning.reply import Replier
+from lorakeet.workflows.options import PredictOptions
+from lorakeet.workflows.predict import predict
+from lorakeet.workflows.runs.open_adapter import NAME, open_adapter
+from tiny.runs import chats, quiet, reviews, run, write_rows
+
+
+def table_of(path: Path, delimiter: str = ",", encoding: str = "utf-8") -> list[dict[str, str]]:
+    return list(csv.DictReader(io.StringIO(path.read_bytes().decode(encoding), newline=""), delimiter=delimiter))
+
+
+def lines_of(path: Path) -> list[dict[str, Any]]:
+    return [json.loads(line) for line in path.read_text().splitlines()]
+
+
+def test_probabilities_are_those_of_the_report(finished: Any, tmp_path: Path) -> None:
+    opened = open_adapter(finished.path)
+    rows, labels = opened.dataset.test, opened.dataset.labels
+    text = opened.text_model(quiet())
+    encoder = Encoder(text.tokenizer, opened.config.data, labels)
+    report = TextEvaluator(opened.config, text, encoder, rows, quiet(), NAME).answers(rows, "adapter")
+    data = write_rows(tmp_path / "new.jsonl", [{"number": place, "text": row.text} for place, row in enumerate(rows)])
+    found = predict(PredictOptions(str(finished.path), str(data), tmp_path / "out.jsonl"), console=quiet())
+    written = lines_of(tmp_path / "out.jsonl")
+    assert [row["number"] for row in written] == list(range(len(rows))) and found.rows == found.answered == len(rows)
+    assert [row["label"] for row in written] == [labels[place] for place in report.predicted]
+    assert [row["label_probability"] for row in written] == [round(float(one), 6) for one in report.confidence]
+    ordered = np.sort(report.probabilities, axis=1)
+    assert [row["label_margin"] for row in written] == pytest.approx((ordered[:, -1] - ordered[:, -2]).tolist(), abs=1e-6)
+    assert [row["label_review"] == "yes" for row in written] == (report.confidence < 0.8).tolist()
+
+
+def test_a_table_comes_out_as_it_was_with_more_columns(finished: Any, tmp_path: Path) -> None:
+    content = 'Nr;TEXT;label\r\n1;"schön; gut";\r\n2;;\r\n3;übel;bad\r\n'
+    (tmp_path / "new.csv").write_bytes(content.encode("cp1252"))
+    given = PredictOptions(str(finished.path), str(tmp_path / "new.csv"), tmp_path / "out.csv", encoding="cp1252", delimiter=";")
+    found = predict(given, console=quiet())
+    raw = (tmp_path / "out.csv").read_bytes()
+    assert raw.count(b"\r\n") == 4 and b"\n" not in raw.replace(b"\r\n", b"") and "schön".encode("cp1252") in raw
+    rows = table_of(tmp_path / "out.csv", ";", "cp1252")
+    kept = [(row["Nr"], row["TEXT"], row["label"]) for row in rows]
+    assert kept == [("1", "schön; gut", ""), ("2", "", ""), ("3", "übel", "bad")]
+    assert [bool(row["label_predicted"]) for row in rows] == [True, False, True] and rows[1]["label_predicted_review"] == "yes"
+    assert found.rows == 3 and found.answered == 2
+    assert found.notes[0] == "Column 'TEXT' is taken for 'text', as it was called in training."
+    assert found.notes[1].startswith("1 of 3 rows get no answer; first new.csv:3: column 'TEXT' is empty")
+
+
+def test_rows_of_several_readings_are_those_of_one(finished: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    data = write_rows(tmp_path / "new.jsonl", [{"text": row["text"]} for row in reviews(7, seed=5)])
+    predict(PredictOptions(str(finished.path), str(data), tmp_path / "whole.csv"), console=quiet())
+    monkeypatch.setattr(predicting, "TOGETHER", 3)
+    predict(PredictOptions(str(finished.path), str(data), tmp_path / "parts.csv"), console=quiet())
+    whole, parts = table_of(tmp_path / "whole.csv"), table_of(tmp_path / "parts.csv")
+    assert [row["label"] for row in whole] == [row["label"] for row in parts] and len(whole) == 7
+    numbers = [[float(row["label_probability"]) for row in rows] for rows in (whole, parts)]
+    assert numbers[0] == pytest.approx(numbers[1], abs=1e-5)
+
+
+def test_long_rows_are_shortened_and_marked(finished: Any, tmp_path: Path) -> None:
+    data = write_rows(tmp_path / "new.jsonl", [{"text": "good"}, {"text": "good " * 3000}])
+    found = predict(PredictOptions(str(finished.path), str(data), tmp_path / "out.jsonl", review=0), console=quiet())
+    assert (found.shortened, found.review) == (1, 1)
+    assert [row["label_review"] for row in lines_of(tmp_path / "out.jsonl")] == ["", "yes"]
+
+
+def test_what_is_wrong_with_a_file_is_said_before_and_nothing_is_written(
+    finished: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    run_path = str(finished.path)
+    monkeypatch.setattr(predicting, "fit_evaluation", lambda *_: pytest.fail("the model was planned"))
+    cases: list[tuple[str, dict[str, Any], type[Exception], str]] = [
+        ("id,Beschwerde\n1,a\n", {}, DataError, r"no column 'text'.*--text-column 'Beschwerde'"),
+        ("text\n\n", {}, DataError, "has no rows"),
+        ('text,b\n" ",1\n', {}, DataError, "No row of .* can be answered; first"),
+        ("text,label,label_predicted\na,b,c\n", {}, ConfigError, "has a column 'label_predicted' already.*--column"),
+        ("text,b\na\n", {}, DataError, "1 fields where the header has 2"),
+        ("text;b\nü;c\n", {"encoding": "ascii"}, DataError, "is not ascii text"),
+        ("text;b\nü;c\n", {}, DataError, "set --delimiter ';'"),
+        ("text\na\n", {"review": 2.0}, ConfigError, "--review is 2.0; expected a probability"),
+    ]
+    for content, settings, kind, said in cases:
+        (tmp_path / "new.csv").write_text(content)
+        with pytest.raises(kind, match=said) as caught:
+            predict(PredictOptions(run_path, str(tmp_path / "new.csv"), tmp_path / "o.tsv", **settings), console=quiet())
+        assert "--data." not in str(caught.value), "the flags are those of this verb"
+    (tmp_path / "out.csv").write_text("")
+    for out, message in ((tmp_path / "out.csv", "exists already"), (tmp_path / "out.xlsx", "ends in '.xlsx'")):
+        with pytest.raises(ConfigError, match=message):
+            predict(PredictOptions(str(finished.path), str(tmp_path / "new.csv"), out), console=quiet())
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["new.csv", "out.csv"]
+
+
+def test_an_error_while_rows_are_answered_leaves_no_file(finished: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    data = write_rows(tmp_path / "new.jsonl", [{"text": "good"}] * 3)
+
+    def fails(*_: Any, **__: Any) -> Any:
+        raise DataError("no")
+
+    monkeypatch.setattr(predicting, "label_scores", fails)
+    with pytest.raises(DataError, match="no"):
+        predict(PredictOptions(str(finished.path), str(data), tmp_path / "out.jsonl"), console=quiet())
+    assert [path.name for path in tmp_path.iterdir()] == ["new.jsonl"]
+
+
+def test_prompts_get_the_replies_of_the_report(tiny_llama_folder: Path, tmp_path: Path) -> None:
+    trained = run(tiny_llama_folder, write_rows(tmp_path / "rows.jsonl", chats(40)), tmp_path / "run")
+    config, dataset = trained.setup.config, trained.setup.dataset
+    opened = open_adapter(tmp_path / "run")
+    text = opened.text_model(quiet())
+    replier = Replier(config, text, Encoder(text.tokenizer, config.data), quiet(), NAME)
+    prompts = replier.prompts(dataset.held_out, dataset.train)
+    assert prompts is not None
+    report = replier.write("adapter", prompts)
+    records = [{"id": place, "messages": messages_of(row)} for place, row in enumerate(prompts.rows)]
+    records.append({"id": "none", "messages": []})
+    data = write_rows(tmp_path / "new.jsonl", records)
+    given = PredictOptions(str(tmp_path / "run"), str(data), tmp_path / "out.jsonl", max_tokens=prompts.limit)
+    found = predict(given, console=quiet())
+    written = lines_of(tmp_path / "out.jsonl")
+    assert [row["answer"] for row in written] == [*report.texts, ""] and found.columns == ("answer", "answer_review")
+    assert [{key: row[key] for key in ("id", "messages")} for row in written] == records
+    assert found.answered == sum(map(bool, report.texts)) and written[-1]["answer_review"] == "yes"
+
+
+def messages_of(row: Row) -> list[dict[str, str]]:
+    """The messages of a row before its last answer."""
+    return [{"role": turn.role, "content": turn.text} for turn in row.turns[:-1]]
+
+
+def test_from_python(finished: Any, tmp_path: Path) -> None:
+    data = write_rows(tmp_path / "new.jsonl", [{"text": "good"}])
+    found = lk.predict(lk.open_run(finished.path), data, tmp_path / "out.csv", quiet=True, column="Sorte")
+    assert found.columns == ("Sorte", "Sorte_probability", "Sorte_margin", "Sorte_review") and found.to_mapping()["rows"] == 1
+    assert table_of(tmp_path / "out.csv")[0]["Sorte"] in lk.open_run(finished.path).labels
