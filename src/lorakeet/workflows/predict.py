@@ -15,13 +15,13 @@ from rich.console import Console
 
 from lorakeet.config import RunConfig
 from lorakeet.data.chat import Candidates, Encoder, Ids
+from lorakeet.data.predicted.unlabelled import fitting_columns, row_shaper
+from lorakeet.data.predicted.written_records import TableForm, form_like, record_writer, require_written_format
 from lorakeet.data.read import read_records
 from lorakeet.data.rows import Row
 from lorakeet.data.spec import DataSpec
 from lorakeet.data.split import read_split_record
 from lorakeet.data.tables import FileRecord, RowProblems
-from lorakeet.data.unlabelled import fitting_columns, row_shaper
-from lorakeet.data.written_records import TableForm, form_like, record_writer, require_written
 from lorakeet.disk import written_whole
 from lorakeet.errors import ConfigError, DataError, EnvironmentProblem
 from lorakeet.evaluate.likelihood import label_log_probs
@@ -89,7 +89,7 @@ def predict(options: PredictOptions, *, console: Console) -> Predicted:
     """
     require_absent(options.out)
     require_place(options.out)
-    require_written(options.out)
+    require_written_format(options.out)
     if not 0 <= options.review <= 1:
         raise ConfigError(f"--review is {options.review}; expected a probability from 0 to 1, such as 0.8.")
     say = partial(console.print, markup=False, soft_wrap=True)

@@ -4,8 +4,8 @@ from pathlib import Path
 
 import pytest
 
+from lorakeet.data.predicted.written_records import TableForm, form_like, record_writer, require_written_format
 from lorakeet.data.spec import DataSpec
-from lorakeet.data.written_records import TableForm, form_like, record_writer, require_written
 from lorakeet.errors import ConfigError
 
 
@@ -48,6 +48,6 @@ def test_json_lines_keep_values(tmp_path: Path) -> None:
 
 
 def test_other_endings_are_refused(tmp_path: Path) -> None:
-    require_written(tmp_path / "a.CSV")
+    require_written_format(tmp_path / "a.CSV")
     with pytest.raises(ConfigError, match=r"ends in '\.xlsx'; expected one of \.csv, \.tsv, \.jsonl"):
-        require_written(tmp_path / "a.xlsx")
+        require_written_format(tmp_path / "a.xlsx")

@@ -35,7 +35,7 @@ class TableForm:
     said: str = ""
 
 
-def require_written(out: Path) -> None:
+def require_written_format(out: Path) -> None:
     """Raises ConfigError unless the ending of `out` names a format that is written."""
     if out.suffix.lower() not in WRITTEN:
         raise ConfigError(f"--out {out} ends in '{out.suffix}'; expected one of {', '.join(WRITTEN)}. Give it such a name.")

@@ -2,9 +2,9 @@
 
 import pytest
 
+from lorakeet.data.predicted.unlabelled import fitting_columns, row_shaper
 from lorakeet.data.spec import DataSpec
 from lorakeet.data.tables import FileRecord, RowProblems
-from lorakeet.data.unlabelled import fitting_columns, row_shaper
 from lorakeet.errors import DataError
 
 LABELS = ("bad", "good")
