@@ -136,3 +136,13 @@ def test_a_model_with_a_shorter_context_lowers_the_limit_with_a_word(finished: A
     assert shorter.data.max_tokens == 64
     assert said.getvalue() == "data.max_tokens is 120, but small takes rows of at most 64 tokens; 64 is used.\n"
     assert within_context(config, "small", 120, print) is config and within_context(config, "small", None, print) is config
+
+
+def test_a_plan_says_what_is_known_of_the_measurement(finished: Any, tmp_path: Path) -> None:
+    labelled = reviews(60, labels=("Verpflegung", "Pflege"))
+    data = write_rows(tmp_path / "rows.jsonl", [*labelled, {"text": "alder SOUP", "label": "Verpflegng"}])
+    said: list[str] = []
+    workload_of_files(settings(finished.model, data, tmp_path / "run"), read_config(finished.model), said.append)
+    assert any("'Verpflegng' has 1 row and is very like 'Verpflegung' (30)" in line for line in said)
+    assert any("6 rows are few to measure on" in line for line in said) and any("There are no test rows" in line for line in said)
+    assert any("Answer with one of: Pflege, Verpflegung'" in line for line in said), "the slip is not proposed"

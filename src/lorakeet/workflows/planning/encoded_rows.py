@@ -119,8 +119,12 @@ def _say_of_rows(
     data, train = config.data, rows[0]
     counts = label_counts([row for part in rows for row in part], labels)
     known = train, labels, doubtful_labels(counts)
-    measured = rows[-1] if data.test or data.held_out else split_rows(train, data).held_out
-    remarks = remarks_of(known, len(measured), data, tested=bool(data.test), few_shot=config.evaluate.examples > 0)
+    try:
+        measured = len(rows[-1]) if data.test or data.held_out else len(split_rows(train, data).held_out)
+    except DataError as error:  # which a run would refuse
+        say(f"finetune refuses: {error}")
+        measured = 0
+    remarks = remarks_of(known, measured, data, tested=bool(data.test), few_shot=config.evaluate.examples > 0)
     for line in (*notes, *label_notes(counts), *(remark.words for remark in remarks)):
         say(line)
 
