@@ -33,6 +33,7 @@ from tiny.gptq_folder import save_mixed_gptq
 from tiny.runs import run, write_rows
 from tiny.together import Together
 
+UNMEASURED = {"evaluate.answers": 0, "evaluate.drift_texts": 0, "evaluate.baselines": False}
 PROGRAM = 500_000_000  # bytes of a process with the libraries of a run, before its model
 
 
@@ -51,7 +52,7 @@ def quantised(kind: str, folder: Path, tiny_llama_folder: Path) -> tuple[Path, d
 def test_every_kind_of_base_ends_in_proof(kind: str, tiny_llama_folder: Path, tmp_path: Path) -> None:
     model, changes = quantised(kind, tmp_path / "model", tiny_llama_folder)
     data = write_rows(tmp_path / "rows.jsonl", preferences(40))
-    given = {"train.objective": "dpo", "train.steps": 2, "evaluate.answers": 0, "train.learning_rate": 1e-3, **changes}
+    given = {"train.objective": "dpo", "train.steps": 2, "train.learning_rate": 1e-3, **UNMEASURED, **changes}
     report = run(model, data, tmp_path / "run", given).report
     assert report is not None and report.certificate is not None and report.certificate.passed
     first = next(record for record in read_metrics(tmp_path / "run" / "metrics.jsonl") if "held_out_loss" in record)
@@ -64,7 +65,8 @@ def test_two_processes_train_on_preferences_what_one_trains(
 ) -> None:
     """The reference is computed by both, and kto's estimate of the KL is over the rows of both."""
     rows = write_rows(tmp_path / "rows.jsonl", rated(40) if objective == "kto" else preferences(40))
-    changes = {"train__objective": objective, "train__steps": "3", "train__evaluate_every": "3", "evaluate__answers": "0"}
+    changes = {"train__objective": objective, "train__steps": "3", "train__evaluate_every": "3"}
+    changes |= {name: str(value) for name, value in UNMEASURED.items()}
     for name, count in (("one", 1), ("two", 2)):
         ended = forked.run(arguments(tiny_llama_folder, rows, tmp_path / name, **changes), count=count)
         assert [process.code for process in ended] == [0] * count, ended[0].said
@@ -79,7 +81,7 @@ def test_a_chain_is_one_adapter_for_every_verb(tiny_llama_folder: Path, tmp_path
     """Merged, converted to another format and put on a model anew, it computes what was evaluated."""
     data = write_rows(tmp_path / "rows.jsonl", preferences(40))
     answers = [{"prompt": pair["prompt"], "completion": pair["chosen"]} for pair in preferences(40, seed=3)]
-    quick = {"train.steps": 3, "evaluate.answers": 0, "evaluate.drift_texts": 0}
+    quick = {"train.steps": 3, **UNMEASURED}
     run(tiny_llama_folder, write_rows(tmp_path / "answers.jsonl", answers), tmp_path / "sft", quick)
     run(tiny_llama_folder, data, tmp_path / "dpo", {**quick, "train.objective": "dpo", "lora.on_top_of": tmp_path / "sft"})
     chain = read_adapter(tmp_path / "dpo")

@@ -173,7 +173,7 @@ def test_beta_and_rank_are_chosen_by_what_is_preferred(tiny_llama_folder: Path, 
     rows = write_rows(tmp_path / "rows.jsonl", preferences(50))
     config = settings(tiny_llama_folder, rows, tmp_path / "run", {**SLOW, "train.objective": "dpo", "train.learning_rate": 3e-3})
     options = TuneOptions(
-        tokens=40_000, together=3, rate_factors=(1.0, 1.0), rank_choices=(2, 4), target_choices=(), beta_choices=(0.05, 0.5),
+        tokens=12_000, together=3, rate_factors=(1.0, 1.0), rank_choices=(2, 4), target_choices=(), beta_choices=(0.05, 0.5),
         seeds=2,
     )  # fmt: skip
     found = tune(config, options, console=quiet())
