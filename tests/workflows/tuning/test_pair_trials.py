@@ -9,11 +9,19 @@ import numpy as np
 import pytest
 
 from laws.test_preference_runs import preferences
+from lorakeet.core.spec import LoraSpec
+from lorakeet.errors import ConfigError
+from lorakeet.formats.peft import peft
+from lorakeet.models.inject import adapter_of, inject
+from lorakeet.models.spec import ModelSpec
+from lorakeet.models.targets import plan_for
+from lorakeet.models.text.load import load_text_model
 from lorakeet.workflows.finetuning.assemble_text import assemble_text
 from lorakeet.workflows.runs.search_space import SearchPoint, space_for
 from lorakeet.workflows.tuning import pair_trials
 from lorakeet.workflows.tuning.pair_trials import PairTrials
 from lorakeet.workflows.tuning.trials import START, SearchBudget, SearchRows, Trial
+from tiny.models import save_tiny_llama
 from tiny.runs import quiet, settings, write_rows
 
 
@@ -46,6 +54,16 @@ def test_the_reference_is_computed_once_for_each_choice_of_pairs(
     everything = len(found.setup.train.examples) + len(found.setup.held_out.examples)
     assert seen.count(everything) == passes
     assert all(trial.losses is not None and len(trial.losses.losses) == 5 for trial in found.all)
+
+
+def test_a_reference_of_another_base_is_refused(tiny_llama_folder: Path, tmp_path: Path) -> None:
+    other, folder = save_tiny_llama(tmp_path / "other", seed=5), tmp_path / "adapter"
+    text = load_text_model(ModelSpec(path=str(other), dtype="float32", device="cpu"))
+    inject(text.model, plan_for(text.model, LoraSpec(rank=2), text.family), seed=0)
+    folder.mkdir()
+    peft.write(adapter_of(text.model, base=str(other)), folder)
+    with pytest.raises(ConfigError, match="whose weights are others"):
+        trials(tiny_llama_folder, tmp_path, **{"train.reference": folder})
 
 
 def test_the_base_is_its_own_reference_to_the_bit(tiny_llama_folder: Path, tmp_path: Path) -> None:

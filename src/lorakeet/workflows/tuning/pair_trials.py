@@ -16,7 +16,8 @@ from lorakeet.models.inject import activate
 from lorakeet.train.preference_spec import KTO, START, needs_reference
 from lorakeet.train.text.multi_adapter import Member
 from lorakeet.train.text.preference_task import Floats, Preferences, Reference, not_preferred, pair_losses
-from lorakeet.workflows.finetuning.evaluate_preference import as_reference, reference_adapter
+from lorakeet.workflows.finetuning.continued import require_same_base
+from lorakeet.workflows.finetuning.evaluate_preference import as_reference, reference_adapter, reference_path
 from lorakeet.workflows.finetuning.preference import largest_difference
 from lorakeet.workflows.runs.search_space import SearchPoint
 from lorakeet.workflows.tuning.trials import Trial, Trials
@@ -34,11 +35,14 @@ class PairTrials(Trials):
     """
 
     def __init__(self, *given: Any, **more: Any) -> None:
+        """As of `Trials`. Raises ConfigError for a reference that is an adapter of another base."""
         super().__init__(*given, **more)
         self.by_share = len(self.space.betas) > 0
         self.measure = "share of pairs not preferred" if self.by_share else "loss of a pair"
         self.unit = f"in the {self.measure}"
-        self._held = reference_adapter(self.setup.config)
+        self._held, path = reference_adapter(self.setup.config), reference_path(self.setup.config)
+        if self._held is not None and path is not None:
+            require_same_base(path, self._held, self.setup.text)
         self._known: dict[SearchPoint | None, tuple[Floats, dict[str, Floats]]] = {}
         rows = (*self.setup.dataset.train, *self.setup.dataset.held_out, *self.setup.dataset.test)
         self._wanted = {row.key: bool(row.desirable) for row in rows}
