@@ -22,6 +22,7 @@ from lorakeet.core.layers.linear import LoraLinear, new_pair
 from lorakeet.core.lowrank import LoraPair
 from lorakeet.core.plan import PlanEntry
 from lorakeet.core.scratch import SCRATCH
+from lorakeet.quant.fp8 import Fp8Base
 from lorakeet.quant.gguf import BLOCK_TYPES
 from lorakeet.quant.gguf_codes import fit_gguf_scales
 from lorakeet.quant.gptq import GptqBase, ZeroFormat
@@ -69,6 +70,12 @@ class OwnNf4(Nf4Base):
         return dequantise_blocks(packed, maxima, self.block_size)[:count]
 
 
+def fp8_of(weight: Tensor, *, block: tuple[int, int]) -> Fp8Base:
+    base = Fp8Base((weight.shape[0], weight.shape[1]), block)
+    base.store(weight)
+    return base
+
+
 # What makes a base of a weight (out, in); a new way of packing is one line here.
 BASES: dict[str, Callable[[Tensor], PackedBase]] = {
     "nf4": Nf4Base.of,
@@ -76,6 +83,7 @@ BASES: dict[str, Callable[[Tensor], PackedBase]] = {
     "nf4, plain scales": lambda weight: Nf4Base.of(weight, double_quant=False),
     "nf4, blocks of 128": lambda weight: Nf4Base.of(weight, block_size=128),
     "int8": Int8Base.of,
+    **{f"fp8, blocks of {rows} × {columns}": partial(fp8_of, block=(rows, columns)) for rows, columns in ((1, IN), (32, 16))},
     **gptq_bases(),
     **{f"gguf, {kind}": partial(fit_gguf_scales, kind=kind) for kind in BLOCK_TYPES},
 }

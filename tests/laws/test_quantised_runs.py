@@ -21,6 +21,7 @@ from lorakeet.workflows.finetune import finetune
 from lorakeet.workflows.merge import merge
 from lorakeet.workflows.options import EvaluateOptions, FinetuneOptions, MergeOptions, QuantizeOptions
 from lorakeet.workflows.quantize import quantize
+from tiny.float_folders import fp8_folder
 from tiny.runs import adapter_bytes, quiet, reviews, run, write_rows
 
 SHORT = {"train.steps": "4", "train.evaluate_every": "2"}
@@ -86,6 +87,17 @@ def test_a_folder_in_nf4_trains_to_the_same_bytes_as_packing_while_loading(
     )  # by its model card
     assert merged.certificate.passed and "base in nf4" in merged.to_mapping()["notes"][-1]
     assert merged.to_mapping()["into"]["base"] == "original"
+
+
+def test_a_run_on_a_published_fp8_folder_is_planned_certified_and_merged(
+    tiny_llama_folder: Path, data: Path, tmp_path: Path
+) -> None:
+    folder = fp8_folder(tiny_llama_folder, tmp_path / "fp8", block=(16, 16))
+    run(folder, data, tmp_path / "run", SHORT)
+    assert passed(tmp_path / "run")
+    merged = merge(MergeOptions((str(tmp_path / "run"),), out=tmp_path / "merged", into="dequantised"), console=quiet())
+    assert merged.certificate.passed
+    assert "quantization_config" not in json.loads((tmp_path / "merged" / "config.json").read_text())
 
 
 def test_the_merge_goes_into_the_unquantised_weights_and_says_so(on_nf4: Path, tiny_llama_folder: Path, tmp_path: Path) -> None:

@@ -11,6 +11,7 @@ import pytest
 from lorakeet.core.spec import LoraSpec
 from lorakeet.memory.spill import Spill
 from lorakeet.quant.gguf import BLOCK_TYPES, GgufBase
+from tiny.float_folders import fp8_folder
 from tiny.gguf_file import write_tiny_gguf
 from tiny.gptq_folder import BITS, SIZES, save_mixed_gptq
 from tiny.models import save_tiny_llama
@@ -49,6 +50,12 @@ def test_blocks_whose_mlp_carries_no_pairs(targets: tuple[str, ...], family: str
     shape = {"hidden_size": 128, "intermediate_size": 96, "num_attention_heads": 2, "num_key_value_heads": 1, "head_dim": 64}
     folder = save_tiny_llama(tmp_path / "model", family=family, num_hidden_layers=3, **shape)
     both(folder, tmp_path, steps=FEW, base={"dtype": "bfloat16"}, lora={"target_modules": targets}, together=2)
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_a_folder_in_fp8(dtype: str, tmp_path: Path) -> None:
+    folder = fp8_folder(save_tiny_llama(tmp_path / "model", num_hidden_layers=3), tmp_path / "fp8")
+    both(folder, tmp_path, steps=FEW, base={"dtype": dtype}, lora={})
 
 
 def test_products_in_int8(tmp_path: Path) -> None:

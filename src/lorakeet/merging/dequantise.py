@@ -17,7 +17,8 @@ from lorakeet.formats.files.json_object import read_object
 from lorakeet.formats.files.safetensors_file import SafeFile, TensorEntry
 from lorakeet.merging.checkpoint import CONFIG, Checkpoint
 from lorakeet.models import modules
-from lorakeet.models.files.quantized import owners, packable, skeleton
+from lorakeet.models.files.float_scales import Dequantised
+from lorakeet.models.files.quantized import joined_names, owners, packable, skeleton
 from lorakeet.models.files.stored_tensors import READERS, StoredModel, stored_quantisation, tensor_files
 from lorakeet.models.text.load import read_config
 from lorakeet.quant.construct import quantise_weight
@@ -71,17 +72,25 @@ def open_dequantised(folder: Path) -> Checkpoint:
     if reader is None or stored is None:
         raise ConfigError(f"{folder} holds no weights in {', '.join(READERS)}; expected a quantised model folder.")
     files = tensor_files(folder)
-    stored_model = reader(files, stored)
     plain = skeleton(config)
+    stored_model = reader(files, stored)
+    joined = joined_names(plain, stored_model.packed)
     places = owners(plain, stored_model.packed)
-    strange = sorted(set(stored_model.packed) - set(places))
+    strange = sorted(set(stored_model.packed) - set(places) - joined)
     if strange:
         raise DataError(f"{folder} has {len(strange)} packed weights that belong to no layer of the model, such as {strange[0]}.")
     dtype = _usual_dtype(config, stored_model, files)
     tensors: dict[str, dict[str, TensorEntry]] = {file.path.name: {} for file in files.values()}
-    for name in stored_model.dense:
-        tensors[files[name].path.name][name] = files[name].tensors[name]
     made: dict[str, Callable[[], Tensor]] = {}
+    for name, read in stored_model.dense.items():
+        if isinstance(read, Dequantised):
+            file = files[name] if name in files else files[f"{name}_blocks"]  # MXFP4's name
+            tensors[file.path.name][name], made[name] = TensorEntry(dtype, read.shape, 0, 0), read
+        else:
+            tensors[files[name].path.name][name] = files[name].tensors[name]
+    for name in joined:
+        tensors[files[name].path.name][name] = TensorEntry(dtype, files[name].tensors[name].shape, 0, 0)
+        made[name] = _dense(stored_model, name, False)
     for name, path in places.items():
         module = plain.get_submodule(path)
         file = files[name] if name in files else files[f"{name.removesuffix('.weight')}.{PARTS[0]}"]  # GPTQ's name
@@ -110,6 +119,8 @@ def _usual_dtype(config: Any, stored_model: StoredModel, files: Mapping[str, Saf
     if isinstance(named, torch.dtype):
         return named
     kinds = Counter(
-        files[name].tensors[name].dtype for name in stored_model.dense if files[name].tensors[name].dtype.is_floating_point
+        files[name].tensors[name].dtype
+        for name in stored_model.dense
+        if name in files and files[name].tensors[name].dtype.itemsize > 1 and files[name].tensors[name].dtype.is_floating_point
     )
     return kinds.most_common(1)[0][0] if kinds else torch.float32

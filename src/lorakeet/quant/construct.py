@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from lorakeet.core.base import FrozenBase
 from lorakeet.core.layers import linear
+from lorakeet.quant.fp8 import Fp8Base
 from lorakeet.quant.gguf import GgufBase
 from lorakeet.quant.gptq import GptqBase
 from lorakeet.quant.int8 import Int8Base
@@ -43,10 +44,13 @@ def empty_base(settings: Mapping[str, Any], device: torch.device | str = "cpu") 
         return Nf4Base((out, width), block_size=block_size, double_quant=double_quant, device=device)
     if settings["method"] == "gguf":
         return GgufBase((out, width), str(settings["type"]), device=device)
+    if settings["method"] == "fp8":
+        rows, columns = settings["block"]
+        return Fp8Base((out, width), (int(rows), int(columns)), device=device)
     if settings["method"] == "gptq":
         sizes = {name: int(settings[name]) for name in ("bits", "groups")}
         return GptqBase((out, width), **sizes, sym=settings["sym"], zero_format=settings["zero_format"], device=device)
-    raise ValueError(f"method is {settings['method']!r}; expected gguf, gptq, nf4 or int8")
+    raise ValueError(f"method is {settings['method']!r}; expected fp8, gguf, gptq, nf4 or int8")
 
 
 def meta_base(base: PackedBase) -> PackedBase:

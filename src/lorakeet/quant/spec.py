@@ -14,7 +14,7 @@ NF4_BLOCK_SIZES = (32, 64, 128, 256, 512, 1024)
 class QuantSpec:
     """Quantisation of a model's frozen linear layers at loading; embeddings, norms and experts are not quantised.
 
-    A model folder that is quantised already (NF4 of bitsandbytes, GPTQ) is recognised by its files: leave `method` at none.
+    A model folder that is quantised already (NF4 of bitsandbytes, GPTQ, FP8, MXFP4) is recognised: leave `method` at none.
     """
 
     method: Literal["none", "nf4", "int8", "gguf"] = setting(

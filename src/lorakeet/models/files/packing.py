@@ -11,6 +11,7 @@ from torch import nn
 from lorakeet.errors import ConfigError
 from lorakeet.formats.files.safetensors_file import SafeFile
 from lorakeet.models import modules
+from lorakeet.models.files import float_scales
 from lorakeet.models.files.gguf_packed import packed_types
 from lorakeet.models.files.quantized import owners, packable
 from lorakeet.models.files.stored_tensors import method_of, stored_quantisation, tensor_files
@@ -30,7 +31,7 @@ def packing_of(model: nn.Module, config: Any, spec: QuantSpec, files: Path | Non
     if spec.method == "gguf" and not stored:
         return _gguf_file(model, files)
     method = method_of(stored) if stored else spec.method
-    if method == "none":
+    if method in ("none", float_scales.MXFP4):  # whose experts are unpacked as they are read
         return {}
     there = tensor_files(files) if stored and files is not None and any(files.glob("*.safetensors")) else {}
     chosen = _packed_in(model, there) if there else packable(model, head=not stored and spec.head == "quantize")
@@ -47,6 +48,8 @@ def packing_of(model: nn.Module, config: Any, spec: QuantSpec, files: Path | Non
             settings = {"bits": own.bits, "groups": own.groups(shape[1]), "sym": own.sym, "zero_format": own.zero_format}
         elif stored and method == "gguf":
             settings = {"type": _types_in(there, path)}
+        elif stored and method in float_scales.SCALE:
+            settings = float_scales.scaled_settings(there, path, shape, stored)
         else:
             double = bool(stored.get("bnb_4bit_use_double_quant", False)) if stored else spec.double_quant
             settings = {"block_size": spec.block_size, "double_quant": double}
@@ -64,7 +67,10 @@ def _gguf_file(model: nn.Module, files: Path | None) -> Packing:
 
 def _packed_in(model: nn.Module, files: Mapping[str, SafeFile]) -> dict[str, nn.Module]:
     """Returns the layers that are packed in the files, by the extra tensors of a packed weight."""
-    ends = (".qweight", f".weight{safetensors_layout.NF4_STATE}", ".weight_scale", f".weight{safetensors_layout.GGUF_TYPE}")
+    ends = (
+        ".qweight", f".weight{safetensors_layout.NF4_STATE}", ".weight_scale", ".weight_scale_inv",
+        f".weight{safetensors_layout.GGUF_TYPE}",
+    )  # fmt: skip
     names = {f"{name.removesuffix(end)}.weight": None for name in files for end in ends if name.endswith(end)}
     return {path: model.get_submodule(path) for path in owners(model, names).values()}
 

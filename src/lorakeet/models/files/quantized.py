@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 from transformers.conversion_mapping import get_model_conversion_mapping
 from transformers.core_model_loading import ConversionOps, WeightConverter, WeightRenaming, rename_source_key
 from transformers.pytorch_utils import Conv1D
@@ -23,7 +23,9 @@ from transformers.utils.quantization_config import QuantizationConfigMixin
 
 from lorakeet.errors import ConfigError, DataError, nearest
 from lorakeet.evaluate.wording import bytes_text
+from lorakeet.formats.files.safetensors_file import SafeFile
 from lorakeet.models import modules
+from lorakeet.models.files.float_scales import Dequantised
 from lorakeet.models.files.foreign_code import build_native
 from lorakeet.models.files.quiet import quiet_transformers
 from lorakeet.models.files.stored_tensors import READERS, StoredModel, dense_model, method_of, stored_quantisation, tensor_files
@@ -48,7 +50,10 @@ def load_quantised(source: Path, config: Any, dtype: torch.dtype, spec: QuantSpe
     name = method_of(stored) if stored else spec.method
     bases = [module for module in model.modules() if isinstance(module, PackedBase)]
     packed, dense = sum(base.bytes for base in bases), sum(base.shape[0] * base.shape[1] for base in bases) * dtype.itemsize
-    say(f"{len(bases)} linear layers are {name}: {bytes_text(packed)} in place of {bytes_text(dense)}.")
+    if bases:
+        say(f"{len(bases)} linear layers are {name}: {bytes_text(packed)} in place of {bytes_text(dense)}.")
+    else:
+        say(f"The weights were {name} and are now {str(dtype).removeprefix('torch.')}.")
     for line in limits_of_packing(model):
         say(line)
     return model
@@ -82,13 +87,34 @@ def stored_model_of(source: Path, config: Any, spec: QuantSpec) -> StoredModel:
     stored_model = READERS[method](files, stored) if stored else dense_model(files)
     plain = skeleton(config)
     known = plain.state_dict()
-    shapes = {target: files[name].tensors[name].shape for name, target in targets_of(plain, stored_model.dense).items()}
+    stored_model = with_joined_dense(plain, stored_model)
+    shapes = {target: shape_of(files, stored_model, name) for name, target in targets_of(plain, stored_model.dense).items()}
     misfits = {target: (found, tuple(known[target].shape)) for target, found in shapes.items() if found != known[target].shape}
     require_whole(source, config.model_type, misfits=misfits, missing=())
     twice = sorted(set(shapes) & {f"{path}.weight" for path in owners(plain, stored_model.packed).values()})
     if twice:
         raise DataError(f"{source} has {len(twice)} weights both packed and dense, such as {twice[0]}. Fetch the model again.")
     return stored_model if stored or spec.method == "none" else quantised_model(stored_model, config, spec)
+
+
+def shape_of(files: Mapping[str, SafeFile], stored_model: StoredModel, name: str) -> tuple[int, ...]:
+    """Returns the shape of a dense tensor, also of one that is dequantised as it is read."""
+    read = stored_model.dense[name]
+    return read.shape if isinstance(read, Dequantised) else files[name].tensors[name].shape
+
+
+def with_joined_dense(model: Any, stored_model: StoredModel) -> StoredModel:
+    """Returns the stored model with packed matrices that transformers joins into others, such as those of experts, as dense ones.
+
+    They are dequantised as they are read.
+    """
+    joined = joined_names(model, stored_model.packed)
+
+    def dense(name: str) -> Callable[[], Tensor]:
+        return lambda: stored_model.packed[name]().dense()
+
+    packed = {name: read for name, read in stored_model.packed.items() if name not in joined}
+    return replace(stored_model, dense={**stored_model.dense, **{name: dense(name) for name in joined}}, packed=packed)
 
 
 def kept_experts(model: nn.Module) -> str:
@@ -184,17 +210,27 @@ def owners(model: Any, names: Mapping[str, Any]) -> dict[str, str]:
 
 def targets_of(model: Any, names: Mapping[str, Any]) -> dict[str, str]:
     """Returns the model's name of each checkpoint tensor, without those that it lacks or joins into others."""
+    return {name: target for name, (target, joined) in _places(model, names).items() if not joined}
+
+
+def joined_names(model: Any, names: Mapping[str, Any]) -> set[str]:
+    """Returns the checkpoint tensors that transformers joins into others, such as the matrices of experts."""
+    return {name for name, (_, joined) in _places(model, names).items() if joined}
+
+
+def _places(model: Any, names: Mapping[str, Any]) -> dict[str, tuple[str, bool]]:
+    """The model's name of each checkpoint tensor, and whether others are joined with it there."""
     transforms = get_model_conversion_mapping(model)
     renamings = [entry for entry in transforms if isinstance(entry, WeightRenaming)]
     converters = [entry for entry in transforms if isinstance(entry, WeightConverter)]
     known, prefix = model.state_dict(), model.base_model_prefix
-    found: dict[str, str] = {}
+    found: dict[str, tuple[str, bool]] = {}
     for name in names:
         target, joined = rename_source_key(name, renamings, converters, prefix, known)
         if target not in known and name in known:
             target, joined = rename_source_key(name, [], [], prefix, known)
-        if joined is None and target in known:
-            found[name] = target
+        if target in known:
+            found[name] = target, joined is not None
     return found
 
 

@@ -15,6 +15,7 @@ from torch import Tensor
 
 from lorakeet.errors import ConfigError, DataError, Problems
 from lorakeet.formats.files.safetensors_file import SafeFile, open_safetensors, read_index
+from lorakeet.models.files import float_scales
 from lorakeet.models.files.validate import require_finite
 from lorakeet.quant import gptq, gptq_config, safetensors_layout
 from lorakeet.quant.packed import PackedBase
@@ -161,6 +162,11 @@ def _gptq_reader(name: str, parts: Mapping[str, SafeFile], settings: gptq_config
     return lambda: gptq_config.base_from(name, {part: _read(file, f"{name}.{part}") for part, file in parts.items()}, settings)
 
 
+def _scaled_stock(files: Mapping[str, SafeFile], stored: Mapping[str, Any]) -> StoredModel:
+    float_scales.require_known(stored, next(iter(files.values())).path.parent if files else "The folder")
+    return StoredModel(*float_scales.scaled_tensors(files, stored, _read))
+
+
 # Readers by the quant_method of config.json: a new method is a line here.
 READERS: dict[str, Callable[[Mapping[str, SafeFile], Mapping[str, Any]], StoredModel]] = {
     "bitsandbytes": _nf4_stock,
@@ -171,4 +177,7 @@ READERS: dict[str, Callable[[Mapping[str, SafeFile], Mapping[str, Any]], StoredM
         files, safetensors_layout.GGUF_TYPE, ("", safetensors_layout.GGUF_TYPE), safetensors_layout.gguf_base
     ),
     gptq_config.METHOD: _gptq_stock,
+    float_scales.FP8: _scaled_stock,
+    float_scales.COMPRESSED: _scaled_stock,
+    float_scales.MXFP4: lambda files, _: StoredModel(float_scales.mxfp4_tensors(files, _read), {}),
 }

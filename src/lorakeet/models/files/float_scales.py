@@ -1,0 +1,176 @@
+"""Model folders whose weights are small floating-point numbers with scales: FP8 of transformers and compressed-tensors, MXFP4.
+
+    quant_method         tensors                                            read as
+    fp8                  x.weight (float8), x.weight_scale_inv              Fp8Base; one scale, or one for each block
+    compressed-tensors   x.weight (float8 or int8), x.weight_scale          Fp8Base or Int8Base; one scale, one a row, or blocks
+    mxfp4                x_blocks, x_scales (experts of gpt-oss)            dense bf16, which loses nothing
+
+Matrices of single experts, which transformers joins, and stacks of them are dequantised as they are read. The scales of
+activations that such folders may have are not used: activations are not quantised here.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from functools import partial
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from lorakeet.errors import ConfigError, DataError, Problems
+from lorakeet.formats.files.safetensors_file import SafeFile
+from lorakeet.quant.fp8 import Block, Fp8Base, scale_shape
+from lorakeet.quant.int8 import Int8Base
+from lorakeet.quant.mxfp4 import unpack_mxfp4, unpacked_shape
+from lorakeet.quant.packed import PackedBase
+
+FP8, COMPRESSED, MXFP4 = "fp8", "compressed-tensors", "mxfp4"
+SCALE = {FP8: "_scale_inv", COMPRESSED: "_scale"}  # after the name of the weight
+_UNUSED = (".activation_scale", ".input_scale", ".input_zero_point", ".output_scale")
+_USUAL = (128, 128)
+_REMEDY = "Fetch the model again, or name the unquantised one."
+Read = Callable[[SafeFile, str], Tensor]
+
+
+@dataclass(frozen=True)
+class Dequantised:
+    """A tensor that is dequantised when it is called for; its shape is known before."""
+
+    shape: tuple[int, ...]
+    make: Callable[[], Tensor]
+
+    def __call__(self) -> Tensor:
+        return self.make()
+
+
+def require_known(stored: Mapping[str, Any], where: object) -> None:
+    """ConfigError for a kind of compressed-tensors that is not read, with its name."""
+    if stored.get("quant_method") != COMPRESSED:
+        return
+    kinds = {str(group.get("format") or stored.get("format")) for group in dict(stored.get("config_groups") or {}).values()}
+    strange = sorted(kinds - {"float-quantized", "int-quantized", "naive-quantized"})
+    if strange:
+        raise ConfigError(
+            f"{where} has weights in compressed-tensors' format {', '.join(strange)}; float-quantized and int-quantized are "
+            "read. Name the unquantised model."
+        )
+
+
+def scaled_tensors(
+    files: Mapping[str, SafeFile], stored: Mapping[str, Any], read: Read
+) -> tuple[dict[str, Callable[[], Tensor]], dict[str, Callable[[], PackedBase]]]:
+    """The lazy dense tensors and packed matrices of a folder in FP8 or int8 with scales, by the names of the weights.
+
+    DataError lists every scale whose shape does not fit its weight.
+    """
+    mark = SCALE[str(stored["quant_method"])]
+    problems = Problems("The model's packed weights are not whole", DataError, remedy=_REMEDY)
+    dense: dict[str, Callable[[], Tensor]] = {}
+    packed: dict[str, Callable[[], PackedBase]] = {}
+    for name, file in files.items():
+        scale, header = name + mark, file.tensors[name]
+        if name.endswith(_UNUSED) or (name.endswith(mark) and name.removesuffix(mark) in files):
+            continue
+        if header.dtype not in (torch.float8_e4m3fn, torch.int8) or len(header.shape) < 2:
+            dense[name] = _plain(read, file, name)
+        elif scale not in files:
+            problems.add(f"{file.path}: '{scale}' is missing.")
+        elif block := scaled_block(header.shape[-2:], files[scale].tensors[scale].shape, stored):
+            make = _base_reader(read, (file, name), (files[scale], scale), block)
+            if len(header.shape) == 2:
+                packed[name] = partial(make, None)
+            else:
+                dense[name] = Dequantised(header.shape, _stack_reader(make, header.shape[0]))
+        else:
+            given = files[scale].tensors[scale].shape
+            problems.add(f"{files[scale].path}: '{scale}' is {given} for a weight of {header.shape}.")
+    problems.raise_if_any()
+    return dense, packed
+
+
+def scaled_block(shape: tuple[int, ...], scales: tuple[int, ...], stored: Mapping[str, Any]) -> Block | None:
+    """The rows and columns that share a scale, from the shape of the scales; None if they fit no way of sharing."""
+    rows, columns = shape
+    if len(scales) == 0 or set(scales[-2:]) == {1}:
+        return rows, columns
+    if tuple(scales[-2:]) in ((rows, 1), (rows,)):
+        return 1, columns
+    given = stored.get("weight_block_size") or _group_setting(stored, "block_structure") or _USUAL
+    block = int(given[0]), int(given[1])
+    return block if tuple(scales[-2:]) == scale_shape((rows, columns), block) else None
+
+
+def scaled_settings(files: Mapping[str, SafeFile], path: str, shape: tuple[int, ...], stored: Mapping[str, Any]) -> dict[str, Any]:
+    """The arguments of quant/construct.empty_base of the layer at `path`; as config.json says where no files are there."""
+    mark = SCALE[str(stored["quant_method"])]
+    name = next((name for name in files if name.endswith(f"{path}.weight")), None)
+    if name is None:
+        strategy = _group_setting(stored, "strategy")
+        block = (1, shape[1]) if strategy == "channel" else shape
+        return {"method": "fp8", "block": list(stored.get("weight_block_size") or block)}
+    if files[name].tensors[name].dtype == torch.int8:
+        return {"method": "int8"}
+    block = scaled_block(shape, files[name + mark].tensors[name + mark].shape, stored) or _USUAL
+    return {"method": "fp8", "block": list(block)}
+
+
+def mxfp4_tensors(files: Mapping[str, SafeFile], read: Read) -> dict[str, Callable[[], Tensor]]:
+    """The lazy tensors of a folder with experts in MXFP4: those are unpacked, and turned as the model has them, (n, in, out)."""
+    found: dict[str, Callable[[], Tensor]] = {}
+    for name, file in files.items():
+        base = name.removesuffix("_blocks")
+        if base == name and not (name.endswith("_scales") and f"{name.removesuffix('_scales')}_blocks" in files):
+            found[name] = _plain(read, file, name)
+        elif base != name:
+            if f"{base}_scales" not in files:
+                raise DataError(f"{file.path}: '{base}_scales' is missing. {_REMEDY}")
+            *stack, out, width = unpacked_shape(file.tensors[name].shape)
+            found[base] = Dequantised((*stack, width, out), _mxfp4_reader(read, files, base))
+    return found
+
+
+def _group_setting(stored: Mapping[str, Any], key: str) -> Any:
+    groups = dict(stored.get("config_groups") or {})
+    return next((group["weights"][key] for group in groups.values() if (group.get("weights") or {}).get(key)), None)
+
+
+def _plain(read: Read, file: SafeFile, name: str) -> Callable[[], Tensor]:
+    return lambda: read(file, name)
+
+
+def _base_reader(
+    read: Read, weight: tuple[SafeFile, str], scales: tuple[SafeFile, str], block: Block
+) -> Callable[[int | None], PackedBase]:
+    """Reads the matrix, or one of a stack."""
+
+    def make(number: int | None) -> PackedBase:
+        packed, scale = read(*weight), read(*scales).float()
+        if number is not None:
+            packed, scale = packed[number], scale if scale.dim() < 3 else scale[number]
+        shape = (packed.shape[0], packed.shape[1])
+        base: PackedBase
+        if packed.dtype == torch.int8:
+            if block[0] != 1 and block[0] != shape[0]:
+                where = f"{weight[0].path}: '{weight[1]}'"
+                raise DataError(f"{where} is int8 in blocks of {block}; one scale a row is read. {_REMEDY}")
+            base = Int8Base(shape)
+            base.packed.copy_(packed)
+            base.scale.copy_(scale.reshape(-1).expand(shape[0]))
+            return base
+        base = Fp8Base(shape, block)
+        base.packed.copy_(packed.view(torch.uint8))
+        base.scale.copy_(scale.reshape(base.scale.shape))
+        return base
+
+    return make
+
+
+def _stack_reader(make: Callable[[int | None], PackedBase], count: int) -> Callable[[], Tensor]:
+    return lambda: torch.stack([make(number).dense() for number in range(count)])
+
+
+def _mxfp4_reader(read: Read, files: Mapping[str, SafeFile], base: str) -> Callable[[], Tensor]:
+    blocks, scales = f"{base}_blocks", f"{base}_scales"
+    return lambda: unpack_mxfp4(read(files[blocks], blocks), read(files[scales], scales)).transpose(-1, -2).contiguous()
