@@ -102,7 +102,9 @@ def scaled_block(shape: tuple[int, ...], scales: tuple[int, ...], stored: Mappin
     return block if tuple(scales[-2:]) == scale_shape((rows, columns), block) else None
 
 
-def scaled_settings(files: Mapping[str, SafeFile], path: str, shape: tuple[int, ...], stored: Mapping[str, Any]) -> dict[str, Any]:
+def scaled_settings(
+    files: Mapping[str, SafeFile], path: str, shape: tuple[int, ...], stored: Mapping[str, Any]
+) -> dict[str, Any]:
     """The arguments of quant/construct.empty_base of the layer at `path`; as config.json says where no files are there."""
     mark = SCALE[str(stored["quant_method"])]
     name = next((name for name in files if name.endswith(f"{path}.weight")), None)
