@@ -37,8 +37,8 @@ def test_pipx_adds_to_an_environment_that_it_made(bare: Path, monkeypatch: pytes
     monkeypatch.setattr(installer.shutil, "which", lambda name: f"/bin/{name}")
     assert install_command(["a"])[0] == "/bin/uv"
     (bare / "pipx_metadata.json").write_text("{}")
-    assert install_command(["a"]) == ["/bin/pipx", "inject", "lorakeet", "a"]
-    assert install_command(["a"], "--quiet", "--no-deps")[3:] == ["--pip-args=--quiet --no-deps", "a"]
+    assert install_command(["a"]) == ["/bin/pipx", "runpip", "lorakeet", "install", "a"]
+    assert install_command(["a"], "--quiet", "--no-deps")[3:] == ["install", "--quiet", "--no-deps", "a"]
 
 
 def test_where_nothing_installs_the_message_says_so(bare: Path) -> None:

@@ -21,7 +21,7 @@ def install_command(words: Sequence[str], *flags: str) -> list[str]:
     if find_spec("pip"):
         return [sys.executable, "-m", "pip", "install", *flags, *words]
     if prefix.parent.name == "venvs" and (prefix / "pipx_metadata.json").is_file() and (pipx := shutil.which("pipx")):
-        return [pipx, "inject", prefix.name, *([f"--pip-args={' '.join(flags)}"] if flags else []), *words]
+        return [pipx, "runpip", prefix.name, "install", *flags, *words]  # inject fails where dependencies are left out
     if uv := os.environ.get("UV") or shutil.which("uv"):
         return [uv, "pip", "install", "--python", sys.executable, *flags, *words]
     raise EnvironmentProblem(
