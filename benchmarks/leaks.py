@@ -8,7 +8,9 @@ or case, punctuation or spacing is changed. The original is held out, and its co
 shares that are found by the search of a run and by the measure before it (word triples, Jaccard similarity of 0.8), with
 Wilson's intervals; the pairs of different rows that are found too; and seconds and peak memory for 100,000 rows, each in a fresh
 process on one core. Claimed: LEAST of the copies with one word changed, and of each other change, in each kind of text; at most
-FALSE of the pairs of one template; and SECONDS.
+FALSE of the pairs of one template; and SECONDS. Where one or two words are all that a row of a template has of its own, their
+change makes another row ("the capital of Oslo"). There the claim is of words changed outside of these, with few copies at once;
+all figures are printed beside it.
 """
 
 from __future__ import annotations
@@ -41,8 +43,9 @@ SHORTEST = 4  # words (six characters) of a text of which one is changed: shorte
 SECONDS = 120.0
 TRIES = 100  # of a change, for a copy that is no other text of the kind
 PLANTED, ROUNDS = 60, 5  # copies of each change at once, and how often, with other originals
+CHANGED = ("one replaced", "one misspelt")  # in place: what "one word changed" says
 SCALE = ("reviews", "labels", "instructed")
-NO_CLAIM = ("questions, one template",)  # where one word of a dozen is the whole question
+FEW_PLANTED, FEW_ROUNDS = 12, 20  # of rows of one slot: 60 copies have the same changes of its dozen words, and hide each other
 _OLD_PAIRS = 200_000
 _LENGTHS = ((4, 4), (5, 8), (9, 16), (17, 40), (41, 10**9))
 
@@ -96,6 +99,7 @@ def recall(corpus: Corpus, change: Change, seed: int, count: int) -> list[dict[s
     return [
         {
             "length": len(normal_words(text)),
+            "same": corpus.same_row(text, copy),
             "new": f"copy:{i}" in leaking,
             "old": old_similarity(corpus.whole(text), corpus.whole(copy)) >= 0.8,
         }
@@ -122,8 +126,9 @@ def false_positives(corpus: Corpus, seed: int) -> dict[str, Any]:
 def of_corpus(corpus: Corpus, seed: int, count: int) -> dict[str, Any]:
     """All numbers of one kind of text, printed line by line."""
     print(f"\n{corpus.name}: {len(corpus.texts):,} different texts, such as {corpus.texts[0][:90]!r}", flush=True)
+    rounds, at_once = (ROUNDS, count) if corpus.slot is None else (FEW_ROUNDS, min(count, FEW_PLANTED))
     by_change = {
-        name: [line for turn in range(ROUNDS) for line in recall(corpus, change, 1000 * seed + turn, count)]
+        name: [line for turn in range(rounds) for line in recall(corpus, change, 1000 * seed + turn, at_once)]
         for name, change in changes(corpus.characters).items()
     }
     for name, lines in by_change.items():
@@ -147,9 +152,27 @@ def of_corpus(corpus: Corpus, seed: int, count: int) -> dict[str, Any]:
     least = LEAST["characters" if corpus.characters else "words"]
     shares = {name: {"new": share(lines, "new"), "old": share(lines, "old")} for name, lines in by_change.items()}
     same = [found["new"]["value"] for name, found in shares.items() if not name.startswith("one ")]
+    result = {"corpus": corpus.name, "recall": shares, "by_length": lengths, "false_positives": false}
+    if corpus.slot is not None:
+        result |= of_slot(corpus, by_change, seed, count)
+        changed = [line for name in CHANGED for line in by_change[name] if line["same"]]
     reached = share(changed, "new")["value"] >= least and min(same) >= LEAST["words"]
-    kept = (reached or corpus.name in NO_CLAIM) and (not corpus.templated or rate.value <= FALSE)
-    return {"corpus": corpus.name, "recall": shares, "by_length": lengths, "false_positives": false, "kept": kept}
+    return {**result, "kept": reached and (not corpus.templated or rate.value <= FALSE)}
+
+
+def of_slot(corpus: Corpus, by_change: dict[str, list[dict[str, Any]]], seed: int, count: int) -> dict[str, Any]:
+    """What is found where the slot is as it was, and both shares with `count` copies at once, printed line by line."""
+    found: dict[str, dict[str, Any]] = {"same_row": {}, "crowded": {}, "crowded_same_row": {}}
+    for name, change in changes(corpus.characters).items():
+        if not name.startswith("one "):
+            continue
+        crowded = [line for turn in range(ROUNDS) for line in recall(corpus, change, 1000 * seed + turn, count)]
+        few, many = ([line for line in lines if line["same"]] for lines in (by_change[name], crowded))
+        parts = {"same_row": few, "crowded": crowded, "crowded_same_row": many}
+        print(f"  {name:14}", "; ".join(f"{part.replace('_', ' ')} {shown(lines, 'new')}" for part, lines in parts.items()))
+        for part, lines in parts.items():
+            found[part][name] = share(lines, "new")
+    return found
 
 
 def share(lines: Sequence[dict[str, Any]], which: str) -> dict[str, float]:

@@ -21,6 +21,7 @@ INSTRUCTION = (
     "You are a careful reader of reviews that patients write about drugs. Read the review below and answer with one word, "
     "positive, negative or neutral. Do not explain the answer, and do not repeat the review.\n\nReview: {}\n\nAnswer:"
 )
+QUESTION = "What is the capital of ", ", and how many people live there?"
 _WORDS = json.loads(Path(__file__).with_name("planted_words.json").read_text(encoding="utf-8"))
 
 
@@ -34,10 +35,21 @@ class Corpus:
     inside: str = "{}"  # the template around each text
     templated: bool = False  # rows of one template, whose pairs count as false when they are found
     possible: frozenset[str] = frozenset()  # all texts of the kind, if they can be counted: no copy is one of them
+    slot: tuple[str, str] | None = None  # what stands before and behind the one slot of a row, whose change makes another row
 
     def whole(self, text: str) -> str:
         """The text in its template."""
         return self.inside.replace("{}", text)
+
+    def same_row(self, text: str, copy: str) -> bool:
+        """Whether a copy has the words of the text's slot and no other between them and the template: else it is another row."""
+        if self.slot is None:
+            return True
+        (before, behind), words = map(normal_words, self.slot), normal_words(copy)
+        own = normal_words(text)[len(before) : -len(behind)]
+        kept = any(words[start : start + len(own)] == own for start in range(len(words)))
+        longer = len(words) > len(before) + len(own) + len(behind)
+        return kept and not (longer and words[: len(before)] == before and words[-len(behind) :] == behind)
 
 
 def review_texts() -> list[str]:
@@ -65,7 +77,7 @@ def corpora(seed: int) -> list[Corpus]:
         Corpus("sentences in an instruction", tuple(short[:2000]), inside=INSTRUCTION, templated=True),
         Corpus("labels like ICD-10's", tuple(labels(3000, seed)), templated=True, possible=frozenset(_every_label())),
         Corpus("case reports, one template", tuple(case_reports(2000, seed)), templated=True),
-        Corpus("questions, one template", tuple(questions(2000, seed)), templated=True),
+        Corpus("questions, one template", tuple(questions(2000, seed)), templated=True, slot=QUESTION),
         Corpus("Chinese", tuple(filled(_WORDS["Chinese"], 3000, seed, "{}{}{}{}，{}。")), characters=True, templated=True),
         Corpus("Japanese", tuple(filled(_WORDS["Japanese"], 3000, seed, "{}、{}{}{}{}。")), characters=True, templated=True),
     ]
@@ -108,7 +120,7 @@ def questions(count: int, seed: int) -> list[str]:
     chance = random.Random(f"questions {seed}")
     names = [name.capitalize() for name in _names(chance, 2 * count)]
     places = dict.fromkeys(" ".join(chance.sample(names, chance.randint(1, 2))) for _ in range(2 * count))
-    return [f"What is the capital of {place}, and how many people live there?" for place in list(places)[:count]]
+    return [place.join(QUESTION) for place in list(places)[:count]]
 
 
 def filled(slots: Sequence[Sequence[str]], count: int, seed: int, form: str) -> list[str]:
