@@ -29,7 +29,7 @@ from lorakeet.evaluate.report.report import read_report, write_report
 from lorakeet.evaluate.values import encode
 from lorakeet.exporting.merged_tensors import StoredTensor
 from lorakeet.exporting.runtime_support import Feature, Limit, Runtime, features_of_adapter, features_of_plan, has_head, limits_of
-from lorakeet.exporting.tolerances import F16, PRECISIONS
+from lorakeet.exporting.tolerances import F16, PRECISIONS, Q8
 from lorakeet.formats.detect import read_adapter
 from lorakeet.memory.free import free_memory
 from lorakeet.memory.ledger import Ledger
@@ -64,13 +64,13 @@ from lorakeet.workflows.verification.artefact import Artefact, InTorch, Messages
 from lorakeet.workflows.verification.checks import (
     Probes,
     ask_all,
-    check_answers,
     check_greedy,
     check_logits,
     check_prompts,
     check_stored,
 )
 from lorakeet.workflows.verification.diagnose import cause_from_logits, cause_from_weights
+from lorakeet.workflows.verification.label_answers import check_label_answers
 from lorakeet.workflows.verification.server import Earlier, Server, check_server
 from lorakeet.workflows.verification.watch import parse_duration, watch_server
 
@@ -245,7 +245,7 @@ def _checks(live: InTorch, artefact: Artefact, stored: Mapping[str, StoredTensor
     spec = opened.config.evaluate
     found = [check_prompts(live, artefact, probes), check_logits(live, artefact, probes, spec)]
     if probes.labelled:
-        found.append(check_answers(live, artefact, probes, spec))
+        found.append(check_label_answers(live, artefact, probes, spec))
     found += [check_greedy(live, artefact, probes), check_stored(artefact.name, stored, artefact.allowed)]
     if all(check.passed for check in found[1:]):
         return found
@@ -254,8 +254,21 @@ def _checks(live: InTorch, artefact: Artefact, stored: Mapping[str, StoredTensor
         row = probes.rows[0].tolist()
         theirs = next(iter(artefact.logit_parts(row)))[:CAUSE_TOKENS]
         cause = cause_from_logits(live, row[: len(theirs)], theirs)
-    explained = (check if check.passed else replace(check, detail=f"{check.detail} {cause}".strip()) for check in found[1:])
+    said = f"{cause} {_next_step(artefact, found[-1])}"
+    explained = (check if check.passed else replace(check, detail=f"{check.detail} {said}".strip()) for check in found[1:])
     return [found[0], *explained]
+
+
+def _next_step(artefact: Artefact, weights: Check) -> str:
+    """What to try where every weight of a file is stored right, and only its rounding may be too coarse."""
+    allowed = artefact.allowed
+    if not (weights.passed and allowed.rounding >= Q8.rounding and artefact.name.endswith(".gguf")):
+        return ""
+    finer = "f16" if allowed.name == Q8.name else "q8_0 or f16"
+    return (
+        f"Its weights hold the adapter's change as exactly as {allowed.name} can, which may be too few for this model. "
+        f"Next step: export it with --quant {finer} and see whether that passes."
+    )
 
 
 def probes_of(opened: Opened, dataset: Dataset | None, live: InTorch, rows: int) -> Probes:

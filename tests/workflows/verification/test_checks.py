@@ -31,7 +31,6 @@ from lorakeet.workflows.verification.checks import (
     answer,
     answers_of_rows,
     ask_all,
-    check_answers,
     check_greedy,
     check_ids,
     check_logits,
@@ -40,6 +39,7 @@ from lorakeet.workflows.verification.checks import (
     first_difference,
     share_error,
 )
+from lorakeet.workflows.verification.label_answers import check_label_answers
 from tiny.exports import loud_run
 from tiny.held import HeldBytes
 from tiny.runs import quiet
@@ -127,7 +127,7 @@ def test_a_side_that_tells_less_of_a_row_is_an_error(live: InTorch, probes: Prob
 
 def test_the_model_is_equal_to_itself_and_its_base_is_not(live: InTorch, probes: Probes) -> None:
     base = InTorch(live.text, None, "base")
-    assert check_logits(live, live, probes, SPEC).passed and check_answers(live, live, probes, SPEC).passed
+    assert check_logits(live, live, probes, SPEC).passed and check_label_answers(live, live, probes, SPEC).passed
     assert check_greedy(live, live, probes).measured == {"gap": 0.0}
     logits = check_logits(live, base, probes, SPEC)
     assert not logits.passed and logits.measured["effect"] == pytest.approx(1.0)
@@ -198,7 +198,7 @@ def test_every_check_is_the_same_without_the_artefact(loud: InTorch, spill: Spil
     base, asked = InTorch(loud.text, None, "base"), every_probe(loud)
     recorded = ask_all(base, asked, loud, spill)
     recorded.let_go()
-    for check in (check_logits, check_answers):
+    for check in (check_logits, check_label_answers):
         assert check(loud, recorded, asked, SPEC) == check(loud, base, asked, SPEC)
     for plain in (check_prompts, check_greedy):
         assert plain(loud, recorded, asked) == plain(loud, base, asked)

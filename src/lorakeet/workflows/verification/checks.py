@@ -15,7 +15,7 @@ from torch import Tensor
 
 from lorakeet.data.chat import Candidates, Ids
 from lorakeet.evaluate.certificate import Check, tolerance_check
-from lorakeet.evaluate.intervals import share
+from lorakeet.evaluate.intervals import Floats, share
 from lorakeet.evaluate.parity import ParityMeter
 from lorakeet.evaluate.spec import EvaluateSpec
 from lorakeet.exporting.merged_tensors import StoredTensor
@@ -140,12 +140,6 @@ def _add_part(
     return len(parts[0])
 
 
-def check_answers(live: InTorch, artefact: Artefact, probes: Probes, spec: EvaluateSpec) -> Check:
-    """The task's metric on both sides, and the share of rows on which the likeliest label differs."""
-    ours, theirs = ([answer(side, row, live) for row in probes.labelled] for side in (live, artefact))
-    return compare_labels((live.name, artefact.name), (ours, theirs), probes.labelled, artefact.allowed, spec)
-
-
 def compare_labels(
     names: tuple[str, str],
     answers: tuple[list[int], list[int]],
@@ -172,17 +166,20 @@ def compare_labels(
 
 def answer(side: Artefact, row: Candidates, live: InTorch) -> int:
     """The likeliest label: Σ log p over what distinguishes each label's tokens."""
-    scores = []
+    return int(scores_of_labels(side, row, live).argmax())
+
+
+def scores_of_labels(side: Artefact, row: Candidates, live: InTorch) -> Floats:
+    """Σ log p over the tokens that tell each label from the others (labels,)."""
     endings = distinguishing_endings(row, live.text.tokenizer)
     prompt = row.prompt.tolist()
-    shared = side.logits(prompt, 1)[-1].log_softmax(-1) if all(len(ending) == 1 for ending in endings) else None
+    if all(len(ending) == 1 for ending in endings):
+        shared = side.logits(prompt, 1)[-1].log_softmax(-1)
+        return np.array([float(shared[int(ending[0])]) for ending in endings])
+    scores = []
     for ending in endings:
-        if shared is not None:
-            scores.append(float(shared[int(ending[0])]))
-            continue
-        ids = [*prompt, *ending.tolist()]
-        scores.append(_score(side.logits(ids, len(ending) + 1)[:-1], ending))
-    return int(np.argmax(scores))
+        scores.append(_score(side.logits([*prompt, *ending.tolist()], len(ending) + 1)[:-1], ending))
+    return np.array(scores)
 
 
 def answers_of_rows(side: InTorch, rows: Sequence[Candidates]) -> list[int]:
