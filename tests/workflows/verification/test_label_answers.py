@@ -11,7 +11,7 @@ from lorakeet.data.chat import Candidates
 from lorakeet.evaluate.certificate import Check
 from lorakeet.evaluate.spec import EvaluateSpec
 from lorakeet.exporting.tolerances import F16, F32, Q4, Q8, Allowed
-from lorakeet.workflows.verification.label_answers import ALARM, compare_scores, most_different
+from lorakeet.workflows.verification.label_answers import ALARM, compare_label_scores, most_different
 
 SPEC = EvaluateSpec(resamples=100)
 EMPTY = np.array([1], np.int64)
@@ -24,7 +24,7 @@ def checked(margins: list[float], allowed: Allowed, n: int = 8, tokens: int = 1)
     for place, margin in enumerate(margins):
         ours[place], theirs[place] = np.array([0.0, -margin, -9.0]), np.array([-0.2, 0.0, -9.0])
     rows = [Candidates(EMPTY, (EMPTY,) * 3, str(place), 0, False) for place in range(n)]
-    return compare_scores(("live", "file"), (ours, theirs), [tokens] * n, rows, allowed, SPEC)
+    return compare_label_scores(("live", "file"), (ours, theirs), [tokens] * n, rows, allowed, SPEC)
 
 
 def test_two_close_answers_of_eight_are_what_eight_bits_explain() -> None:

@@ -32,10 +32,10 @@ def check_label_answers(live: InTorch, artefact: Artefact, probes: Probes, spec:
     """The task's metric on both sides, and the rows on which the likeliest label differs."""
     ours, theirs = ([scores_of_labels(side, row, live) for row in probes.labelled] for side in (live, artefact))
     tokens = [max(map(len, distinguishing_endings(row, live.text.tokenizer))) for row in probes.labelled]
-    return compare_scores((live.name, artefact.name), (ours, theirs), tokens, probes.labelled, artefact.allowed, spec)
+    return compare_label_scores((live.name, artefact.name), (ours, theirs), tokens, probes.labelled, artefact.allowed, spec)
 
 
-def compare_scores(
+def compare_label_scores(
     names: tuple[str, str],
     scores: tuple[Sequence[Floats], Sequence[Floats]],
     tokens: Sequence[int],
