@@ -141,7 +141,7 @@ def tokenizer() -> Any:
 TOKENIZER = ("tokenizer.json", "tokenizer_config.json", "chat_template.jinja", "special_tokens_map.json")
 
 
-@fuzzed(quick=500, many=8_000)
+@fuzzed(quick=250, many=8_000)
 @given(files=st.sampled_from([*["dense"] * 4, "sharded", "gptq"]).flatmap(lambda name: other_folder(models()[name], TOKENIZER)))
 def test_model_folders(files: dict[str, bytes]) -> None:
     """Whole loads, but for the tokenizer, which the test before reads."""
