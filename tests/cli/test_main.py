@@ -17,7 +17,7 @@ import lorakeet.workflows.options as verbs_module
 from lorakeet import __version__
 from lorakeet.cli.main import main
 from lorakeet.config import RunConfig
-from lorakeet.errors import ConfigError, RunStopped, VerificationFailed
+from lorakeet.errors import ConfigError, DataError, Remedy, RunStopped, VerificationFailed
 from lorakeet.workflows.options import VERBS, MergeOptions
 from lorakeet.workflows.runs import early_checks
 
@@ -133,6 +133,14 @@ def test_json_stands_alone_on_standard_output(called: list[Any], capsys: pytest.
     assert main(["merge", "runs/a", "--out", "merged", "--json"]) == 0
     output = capsys.readouterr()
     assert json.loads(output.out) == {"verb": "merge", "é": 1} and output.err == "working\n"
+
+
+def test_what_mends_an_error_is_said_to_programs(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    remedy = Remedy("data.encoding", "cp1252", "Read it as cp1252")
+    raising(monkeypatch, DataError(f"not utf-8; set {remedy.flag}", remedies=[remedy]))
+    assert main(["doctor", "--json"]) == 2
+    found = json.loads(capsys.readouterr().out)
+    assert found["remedies"] == [{"setting": "data.encoding", "value": "cp1252", "words": "Read it as cp1252"}]
 
 
 @pytest.mark.parametrize(

@@ -7,6 +7,7 @@ Of several processes that torchrun started, only the first prints.
 
 from __future__ import annotations
 
+import dataclasses
 import os
 import sys
 import traceback
@@ -209,7 +210,9 @@ def _report(error: BaseException, message: str, *, exit_code: int, as_json: bool
     kind = "Stopped" if exit_code in (129, 130, 143) else type(error).__name__
     kind = "UsageError" if isinstance(error, click.ClickException) else kind
     if as_json:
-        click.echo(json_text({"error": kind, "message": message}))
+        remedies = error.remedies if isinstance(error, LorakeetError) else ()
+        found = {"remedies": [dataclasses.asdict(one) for one in remedies]} if remedies else {}
+        click.echo(json_text({"error": kind, "message": message, **found}))
     else:
         from rich.text import Text
 
