@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from structure.tree import ROOT, committed_files, named, parsed
+from structure.tree import ROOT, committed_files, named, nodes_of
 
 FILE_LINES = 600
 TEST_FILE_LINES = 600
@@ -33,7 +33,7 @@ def test_files_are_short() -> None:
 def test_functions_are_short() -> None:
     too_long = []
     for path in python_files():
-        for node in ast.walk(parsed(path)):
+        for node in nodes_of(path):
             if isinstance(node, (ast.FunctionDef, ast.AsyncFunctionDef)) and node.end_lineno is not None:
                 lines = node.end_lineno - node.lineno + 1
                 if lines > FUNCTION_LINES:

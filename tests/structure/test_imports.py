@@ -12,7 +12,7 @@ from pathlib import Path
 
 import pytest
 
-from structure.tree import SOURCE, committed_files, named, parsed
+from structure.tree import SOURCE, committed_files, named, nodes_of
 
 HEAVY = ("torch", "transformers", "numpy", "scipy", "datasets", "safetensors", "rich")
 
@@ -109,7 +109,7 @@ def test_a_name_that_has_gone_is_found() -> None:
 
 def taken(path: Path) -> Iterator[tuple[str, str]]:
     """What a script imports from Lorakeet: modules and the names in them."""
-    for node in ast.walk(parsed(path)):
+    for node in nodes_of(path):
         if isinstance(node, ast.ImportFrom) and (node.module or "").partition(".")[0] == "lorakeet":
             yield from ((str(node.module), alias.name) for alias in node.names)
 
@@ -127,7 +127,7 @@ def has(module: str, name: str) -> bool:
 def defined(file: Path) -> frozenset[str]:
     """The names at the top of a module, and those that it lends by text (`_LAZY` of the package)."""
     found: set[str] = set()
-    for node in ast.walk(parsed(file)):
+    for node in nodes_of(file):
         if isinstance(node, (ast.FunctionDef, ast.ClassDef)):
             found.add(node.name)
         elif isinstance(node, (ast.Import, ast.ImportFrom)):

@@ -8,6 +8,7 @@ import importlib
 import re
 import types
 import typing
+from collections.abc import Callable
 from typing import Any
 
 import pytest
@@ -95,24 +96,25 @@ def test_every_module_and_public_name_is_documented() -> None:
     assert not missing, "no docstring:\n" + "\n".join(missing)
 
 
-def used_definitions() -> set[tuple[str, str]]:
-    """(module, name) of every definition that the package imports, reaches through a module, names in its own module, or calls
-    by a string or from a template."""
+def used_definitions() -> Callable[[str, str], bool]:
+    """Whether the package uses a definition, by its module and name: imports it, reaches it through a module, names it in its own
+    module, or calls it by a string or from a template."""
     found = {tuple(place.split(":")) for place in lorakeet._PLACES.values()}
     for verb in VERBS:
         found |= {verb.place, (f"lorakeet.workflows.{verb.name}", "config_path")}
     tables, attributes = set[str](), set[str]()
     for path in source_files():
         uses, values, names = used_in(module_name(path), parsed(path))
-        found, tables, attributes = found | uses, tables | values, attributes | names
+        found |= uses
+        tables |= values
+        attributes |= names
     sources = [kernel.source.partition(":") for kernels in TABLE.values() for kernel in kernels]
     found |= {(module, name) for module, _, name in sources}
     tables |= {module for module, _, _ in sources}
-    found |= {(module, name) for module in tables for name in attributes}
     charts = "lorakeet.evaluate.report.charts"
     for template in SOURCE.rglob("*.j2"):
         found |= {(charts, name) for name in re.findall(r"\bcharts\.(\w+)", template.read_text(encoding="utf-8"))}
-    return found
+    return lambda module, name: (module, name) in found or (module in tables and name in attributes)
 
 
 def used_in(module: str, tree: ast.Module) -> tuple[set[tuple[str, str]], set[str], set[str]]:
@@ -120,7 +122,8 @@ def used_in(module: str, tree: ast.Module) -> tuple[set[tuple[str, str]], set[st
 
     That a definition names itself is no use of it, nor is an attribute of some other object.
     """
-    imports = [(node.module, name) for node in ast.walk(tree) if isinstance(node, ast.ImportFrom) for name in node.names]
+    nodes = list(ast.walk(tree))
+    imports = [(node.module, name) for node in nodes if isinstance(node, ast.ImportFrom) for name in node.names]
     found = {(str(source), name.name) for source, name in imports}
     modules = {name.asname or name.name: f"{source}.{name.name}" for source, name in imports}
     attributes, through = set(), set()
@@ -136,7 +139,7 @@ def used_in(module: str, tree: ast.Module) -> tuple[set[tuple[str, str]], set[st
                     through.add(id(node.value))
             elif isinstance(node, ast.Constant) and isinstance(node.value, str) and node.value.startswith("lorakeet."):
                 found.add((node.value.partition(":")[0], node.value.partition(":")[2]))
-    names = [node for node in ast.walk(tree) if isinstance(node, ast.Name) and id(node) not in through]
+    names = [node for node in nodes if isinstance(node, ast.Name) and id(node) not in through]
     return found, {modules[node.id] for node in names if node.id in modules}, attributes
 
 
@@ -152,7 +155,7 @@ def test_every_public_function_and_class_is_used_or_offered() -> None:
         for path in source_files()
         for node in parsed(path).body
         if isinstance(node, DEFINITIONS) and not node.name.startswith("_")
-        if (module_name(path), node.name) not in used and not registers(node)
+        if not used(module_name(path), node.name) and not registers(node)
     ]
     assert not idle, "used nowhere in the package and not in lorakeet.__all__; call them or take them out:\n" + "\n".join(idle)
 

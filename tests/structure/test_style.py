@@ -6,11 +6,12 @@ import ast
 import re
 import subprocess
 import sys
+from collections.abc import Iterable
 from pathlib import Path
 
 import pytest
 
-from structure.tree import ROOT, committed_files, named, parsed
+from structure.tree import ROOT, committed_files, named, nodes_of
 
 
 def output_of(*arguments: str) -> tuple[int, str]:
@@ -29,10 +30,10 @@ NEWER = {
 }  # fmt: skip
 
 
-def newer_than_310(tree: ast.Module) -> set[str]:
-    """The names of NEWER that a file imports or uses."""
+def newer_than_310(nodes: Iterable[ast.AST]) -> set[str]:
+    """The names of NEWER that a file of these nodes imports or uses."""
     found = set()
-    for node in ast.walk(tree):
+    for node in nodes:
         if isinstance(node, ast.Import):
             found |= {alias.name for alias in node.names}
         elif isinstance(node, ast.ImportFrom):
@@ -46,9 +47,9 @@ def newer_than_310(tree: ast.Module) -> set[str]:
 
 def test_nothing_needs_more_than_python_310() -> None:
     files = [path for path in committed_files() if path.suffix == ".py"]
-    found = {named(path): names for path in files if (names := newer_than_310(parsed(path)))}
+    found = {named(path): names for path in files if (names := newer_than_310(nodes_of(path)))}
     assert not found, found
-    assert newer_than_310(ast.parse("import tomllib\nfrom typing import Self\nx = datetime.UTC")) == {
+    assert newer_than_310(ast.walk(ast.parse("import tomllib\nfrom typing import Self\nx = datetime.UTC"))) == {
         "tomllib", "typing.Self", "datetime.UTC"
     }  # fmt: skip
 

@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import ast
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 
 import pytest
 
-from structure.tree import ROOT, SOURCE, named, parsed, source_files
+from structure.tree import ROOT, SOURCE, called_name, named, nodes_of, source_files
 
 TESTS = ROOT / "tests"
 ACROSS = {"structure", "laws", "families", "golden", "gpu", "tiny"}  # folders of tests that belong to no single module
@@ -27,7 +27,7 @@ test_files.__test__ = False  # type: ignore[attr-defined]  # its name follows wh
 def imports_of(path: Path) -> set[str]:
     """The modules that a file may mean with its imports: of `from a import b` both a and a.b."""
     found: set[str] = set()
-    for node in ast.walk(parsed(path)):
+    for node in nodes_of(path):
         if isinstance(node, ast.Import):
             found |= {alias.name for alias in node.names}
         elif isinstance(node, ast.ImportFrom) and node.module:
@@ -60,10 +60,10 @@ def test_each_file_of_code_has_its_tests() -> None:
     assert not untested, "\n".join(untested)
 
 
-def private_patches(tree: ast.Module) -> Iterator[ast.Call]:
+def private_patches(nodes: Iterable[ast.AST]) -> Iterator[ast.Call]:
     """Calls of setattr, delattr and mock's patch on a private name: `patch.setattr(part, "_name", …)` or `("a.b._name", …)`."""
-    for node in ast.walk(tree):
-        if isinstance(node, ast.Call) and ast.unparse(node.func).rpartition(".")[2] in ("setattr", "delattr", "patch", "object"):
+    for node in nodes:
+        if isinstance(node, ast.Call) and called_name(node) in ("setattr", "delattr", "patch", "object"):
             words = [part.value for part in node.args[:2] if isinstance(part, ast.Constant) and isinstance(part.value, str)]
             owner = ast.unparse(node.args[0]).split(".") if node.args and not isinstance(node.args[0], ast.Constant) else []
             if any(is_private(name) for word in words for name in word.split(".")) or any(map(is_private, owner)):
@@ -79,7 +79,7 @@ def test_few_private_names_are_patched() -> None:
     found = [
         f"{named(path)}:{node.lineno}: {ast.unparse(node)[:90]}"
         for path in sorted(TESTS.rglob("*.py"))
-        for node in private_patches(parsed(path))
+        for node in private_patches(nodes_of(path))
     ]
     shown = "\n".join(found)
     assert len(found) <= PRIVATE_PATCHES, f"{len(found)} patches of private names, at most {PRIVATE_PATCHES}:\n{shown}"
@@ -98,4 +98,4 @@ def test_few_private_names_are_patched() -> None:
     ],
 )
 def test_private_patches_are_recognised(call: str, counts: bool) -> None:
-    assert bool([*private_patches(ast.parse(call))]) is counts
+    assert bool([*private_patches(ast.walk(ast.parse(call)))]) is counts

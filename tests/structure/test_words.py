@@ -13,7 +13,7 @@ from pathlib import Path
 import pytest
 
 import lorakeet
-from structure.tree import ROOT, SOURCE, committed_files, named, parsed, source_files
+from structure.tree import ROOT, SOURCE, committed_files, named, nodes_of, parsed, source_files
 
 # A private phrase, and what the field says.
 PRIVATE = {
@@ -62,7 +62,7 @@ PROTOCOL = {"why_not", "takes", "owns", "read", "write", "main", "quantised_prod
 
 def words_of(path: Path) -> Iterator[tuple[int, str]]:
     """Every docstring, message, help text and comment of a file, with its line."""
-    for node in ast.walk(parsed(path)):
+    for node in nodes_of(path):
         if isinstance(node, ast.Constant) and isinstance(node.value, str) and " " in node.value:
             yield node.lineno, node.value
     for token in tokenize.generate_tokens(io.StringIO(path.read_text(encoding="utf-8")).readline):
@@ -73,7 +73,7 @@ def words_of(path: Path) -> Iterator[tuple[int, str]]:
 def names_of(path: Path) -> Iterator[tuple[int, str]]:
     """The names that a file defines: modules, classes, functions, arguments, attributes and variables."""
     yield 1, path.stem
-    for node in ast.walk(parsed(path)):
+    for node in nodes_of(path):
         if isinstance(node, (ast.ClassDef, ast.FunctionDef, ast.AsyncFunctionDef)):
             yield node.lineno, node.name
         elif isinstance(node, ast.arg):

@@ -4,15 +4,16 @@ from __future__ import annotations
 
 import ast
 import re
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 
-from structure.tree import named, parsed, source_files
+from structure.tree import called_name, named, nodes_of, source_files
 
 TEMPORARY = {"mkstemp", "mkdtemp", "NamedTemporaryFile", "TemporaryDirectory", "TemporaryFile"}
 WRITERS = {"write_text", "write_bytes", "tofile", *TEMPORARY}
 MODE = re.compile(r"[rbt]*[wxa+][wxabt+]*")  # of a file that is opened for writing
 RENAMES = {"os.rename", "os.replace", "os.link", "os.symlink", "os.open", "shutil.move", "shutil.copyfile", "shutil.copy"}
+NAMES = {"open", *WRITERS, *(name.rpartition(".")[2] for name in RENAMES)}  # the last of each call that may be one
 # What each file may do by itself, and why that is no artefact at a name that others know.
 ALLOWED = {
     "api/in_memory_model.py": "TemporaryDirectory: gone when the tokenizer is hashed",
@@ -35,20 +36,20 @@ ALLOWED = {
 }
 
 
-def writes(tree: ast.AST) -> Iterator[tuple[int, str]]:
-    """The calls of a file that write, open for writing or rename, with their lines."""
-    for node in ast.walk(tree):
-        if not isinstance(node, ast.Call):
+def writes(nodes: Iterable[ast.AST]) -> Iterator[tuple[int, str]]:
+    """The calls among the nodes of a file that write, open for writing or rename, with their lines."""
+    for node in nodes:
+        if not isinstance(node, ast.Call) or (name := called_name(node)) not in NAMES:
             continue
         called = ast.unparse(node.func)
         given = [part.value for part in (*node.args, *(word.value for word in node.keywords)) if isinstance(part, ast.Constant)]
-        opens = called.rpartition(".")[2] == "open" and any(isinstance(mode, str) and MODE.fullmatch(mode) for mode in given)
-        if opens or called in RENAMES or called.rpartition(".")[2] in WRITERS:
+        opens = name == "open" and any(isinstance(mode, str) and MODE.fullmatch(mode) for mode in given)
+        if opens or called in RENAMES or name in WRITERS:
             yield node.lineno, called
 
 
 def test_files_are_written_in_one_place() -> None:
-    found = {path: list(writes(parsed(path))) for path in source_files()}
+    found = {path: list(writes(nodes_of(path))) for path in source_files()}
     writing = {named(path).removeprefix("src/lorakeet/"): calls for path, calls in found.items() if calls}
     strays = [f"{path}:{line} {call}" for path, calls in writing.items() if path not in ALLOWED for line, call in calls]
     assert not strays, "write these with lorakeet.disk, so that they are whole or not there:\n" + "\n".join(strays)
@@ -57,5 +58,6 @@ def test_files_are_written_in_one_place() -> None:
 
 def test_a_stray_writer_is_found(tmp_path: Path) -> None:
     lines = ["path.open('wb')", "open(path, 'a')", "path.write_text('x')", "os.replace(a, b)", "tempfile.mkstemp()"]
-    assert [line for line, _ in writes(ast.parse("\n".join(lines)))] == [1, 2, 3, 4, 5]
-    assert not list(writes(ast.parse("path.open('rb')\nopen(path)\nRun.open(path)\ntext.replace('a', 'w')\n")))
+    assert [line for line, _ in writes(ast.walk(ast.parse("\n".join(lines))))] == [1, 2, 3, 4, 5]
+    harmless = "path.open('rb')\nopen(path)\nRun.open(path)\ntext.replace('a', 'w')\n"
+    assert not list(writes(ast.walk(ast.parse(harmless))))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+import gc
 import subprocess
 from collections.abc import Iterator
 from functools import cache
@@ -34,19 +35,36 @@ def named(path: Path) -> str:
 @cache
 def parsed(path: Path) -> ast.Module:
     """The tree of a file. All tests of a process share it: do not change it."""
-    return ast.parse(path.read_text(encoding="utf-8"), filename=str(path))
+    collects = gc.isenabled()
+    gc.disable()
+    try:
+        return ast.parse(path.read_text(encoding="utf-8"), filename=str(path))
+    finally:
+        gc.freeze()  # a tree has no cycles, and each search for some would go through the trees of all files so far
+        if collects:
+            gc.enable()
+
+
+@cache
+def nodes_of(path: Path) -> tuple[ast.AST, ...]:
+    """Every node of a file's tree, in the order of `ast.walk`, which takes longer than what most tests do with them."""
+    return tuple(ast.walk(parsed(path)))
+
+
+def called_name(call: ast.Call) -> str:
+    """The last name of what is called: "open" of `open(…)` and of `path.open(…)`; empty where it has none."""
+    return getattr(call.func, "attr", getattr(call.func, "id", ""))
 
 
 def imported(path: Path) -> Iterator[tuple[str, int]]:
     """Each package that the file imports anywhere, with the line; imports for annotations alone do not count."""
-    tree = parsed(path)
     annotations_only = {
         id(inner)
-        for block in ast.walk(tree)
+        for block in nodes_of(path)
         if isinstance(block, ast.If) and "TYPE_CHECKING" in ast.unparse(block.test)
         for inner in ast.walk(block)
     }
-    for node in ast.walk(tree):
+    for node in nodes_of(path):
         if id(node) in annotations_only:
             continue
         if isinstance(node, ast.Import):
