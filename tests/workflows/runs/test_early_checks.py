@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 import json
-import subprocess
-import sys
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -14,14 +13,16 @@ from lorakeet.errors import ConfigError, DataError
 from lorakeet.workflows.options import VERBS, FinetuneOptions, PlanOptions
 from lorakeet.workflows.quickstart import config_path
 from lorakeet.workflows.runs import early_checks
+from tiny.forked import Workers, forking
 
 RECORD = json.dumps({"text": "good film", "label": "yes"}) + "\n"
-IN_A_PROCESS = """
-import json, sys
-from lorakeet.cli.main import main
-code = main(json.loads(sys.argv[1]))
-print(code, "torch" in sys.modules, "transformers" in sys.modules)
-"""
+
+
+@pytest.fixture(scope="module")
+def workers() -> Iterator[Workers]:
+    """A process that has imported the command line alone, and forks one for each command."""
+    with forking(Path(__file__).with_name("refusal_worker.py")) as found:
+        yield found
 
 
 @pytest.fixture
@@ -36,13 +37,6 @@ def folder(tmp_path: Path) -> Path:
     settings = {"model": str(tmp_path / "model"), "data.train": str(tmp_path / "gone.jsonl")}
     (tmp_path / "run" / "config.yaml").write_text(dump_yaml(read_run(None, settings)))
     return tmp_path
-
-
-def refused(arguments: list[str], folder: Path) -> tuple[str, str]:
-    """What `lorakeet ARGUMENTS` prints, and its exit code with the heavy packages that it imported."""
-    command = [sys.executable, "-c", IN_A_PROCESS, json.dumps(arguments)]
-    done = subprocess.run(command, cwd=folder, capture_output=True, text=True, check=True)
-    return done.stderr, done.stdout.strip()
 
 
 TRAIN = ["--model", "model", "--data.train"]
@@ -94,9 +88,11 @@ TRAIN = ["--model", "model", "--data.train"]
         (["serve", "--model", "model", "--engine", "llama"], "expected one of 'lorakeet', 'vllm'"),
     ],
 )  # fmt: skip
-def test_what_is_missing_is_refused_without_torch(arguments: list[str], words: str, folder: Path) -> None:
-    said, ended = refused(arguments, folder)
-    assert words in said and ended == "2 False False"
+def test_what_is_missing_is_refused_without_torch(arguments: list[str], words: str, folder: Path, workers: Workers) -> None:
+    workers.start(words=arguments, folder=str(folder))
+    ended = workers.end()
+    said, _, imported = ended["said"].strip().rpartition("\n")
+    assert words in said and imported == "2 False False" and ended["code"] == 2
 
 
 def test_each_verb_that_reads_files_has_its_check() -> None:
