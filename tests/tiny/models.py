@@ -34,6 +34,9 @@ _GPT2: dict[str, Any] = {
     "attn_pdrop": 0.0, "embd_pdrop": 0.0, "resid_pdrop": 0.0, "pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2,
 }  # fmt: skip
 
+MOST_KEPT = 1 << 20  # bytes of the files of a model that are kept
+_SAVED: dict[str, tuple[dict[str, bytes], torch.Tensor]] = {}  # by what it is made of: its files, and the generator afterwards
+
 # name: (config class, model class, arguments); tied embeddings where the released models of the family tie them
 FAMILIES: dict[str, tuple[str, str, dict[str, Any]]] = {
     "llama": ("LlamaConfig", "LlamaForCausalLM", _SHARED),
@@ -155,7 +158,27 @@ def tiny_tokenizer() -> Any:
 
 
 def save_tiny_llama(folder: Path, *, family: str = "llama", seed: int = 0, **changes: Any) -> Path:
-    """Writes a tiny random model with its tokenizer as config.json, model.safetensors and tokenizer files; returns `folder`."""
+    """Writes a tiny random model with its tokenizer as config.json, model.safetensors and tokenizer files; returns `folder`.
+
+    The files of a small one are kept, and written again where the same model is wanted again.
+    """
+    made_of = repr((family, seed, sorted(changes.items())))
+    if made_of not in _SAVED:
+        new = not folder.exists()
+        _save(folder, family, seed, changes)
+        files = {path.name: path.read_bytes() for path in folder.iterdir()} if new else {}
+        if 0 < sum(map(len, files.values())) <= MOST_KEPT:
+            _SAVED[made_of] = files, torch.get_rng_state()
+        return folder
+    files, state = _SAVED[made_of]
+    folder.mkdir(parents=True, exist_ok=True)
+    for name, content in files.items():
+        (folder / name).write_bytes(content)
+    torch.set_rng_state(state)  # as making the model leaves it
+    return folder
+
+
+def _save(folder: Path, family: str, seed: int, changes: dict[str, Any]) -> None:
     tokenizer = tiny_tokenizer()
     ids = {
         "vocab_size": len(tokenizer),
@@ -166,4 +189,3 @@ def save_tiny_llama(folder: Path, *, family: str = "llama", seed: int = 0, **cha
     model = tiny_model(family, seed=seed, **{**ids, "max_position_embeddings": 256, "tie_word_embeddings": True, **changes})
     model.save_pretrained(folder)
     tokenizer.save_pretrained(folder)
-    return folder

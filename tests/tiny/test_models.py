@@ -8,7 +8,8 @@ import pytest
 import torch
 import transformers
 
-from tiny.models import FAMILIES, VOCAB, tiny_model
+from tiny.models import FAMILIES, VOCAB, save_tiny_llama, tiny_model
+from tiny.runs import tree
 
 
 @pytest.mark.parametrize("family", FAMILIES)
@@ -31,3 +32,17 @@ def test_the_saved_folder_loads_with_its_tokenizer(tiny_llama_folder: Path) -> N
     shown = tokenizer.apply_chat_template([{"role": "user", "content": "hi"}], tokenize=False, add_generation_prompt=True)
     assert shown == "<|im_start|>user\nhi<|im_end|>\n<|im_start|>assistant\n"
     assert transformers.AutoConfig.from_pretrained(tiny_llama_folder).vocab_size == len(tokenizer)
+
+
+@pytest.mark.parametrize("family", ["llama", "gpt2"])
+def test_a_model_that_is_saved_again_has_the_same_files(family: str, tmp_path: Path) -> None:
+    """And leaves the same random numbers to what comes after it; another seed or shape has files of its own."""
+    changes = {"attn_pdrop": 0.25} if family == "gpt2" else {"num_hidden_layers": 1}
+    drawn = []
+    for name in ("made", "kept", "kept again"):
+        save_tiny_llama(tmp_path / name, family=family, seed=31, **changes)
+        drawn.append(torch.rand(4))
+    assert tree(tmp_path / "made") == tree(tmp_path / "kept") == tree(tmp_path / "kept again")
+    assert torch.equal(drawn[0], drawn[1]) and torch.equal(drawn[0], drawn[2])
+    other = save_tiny_llama(tmp_path / "other", family=family, seed=32, **changes)
+    assert tree(other)["model.safetensors"] != tree(tmp_path / "made")["model.safetensors"]
