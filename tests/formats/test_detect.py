@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import re
 from collections.abc import Callable
 from pathlib import Path
@@ -174,6 +175,14 @@ def test_a_scale_that_is_no_number_in_fp32_is_refused_whatever_the_format(tmp_pa
     save_file(tensors | {name: torch.tensor(1e300, dtype=torch.float64)}, tmp_path / "a.safetensors")
     with pytest.raises(DataError, match=r"1 pairs whose scale is no finite number in fp32|NaN or infinite"):
         read_adapter(tmp_path / "a.safetensors", say=lambda line: None)
+
+
+@pytest.mark.parametrize("alpha", [1e300, math.inf, math.nan])
+def test_a_scale_that_a_format_lets_through_is_refused_here(alpha: float, monkeypatch: pytest.MonkeyPatch) -> None:
+    odd = Adapter({"a": Pair(torch.ones(2, 3), torch.ones(3, 2), alpha)})
+    monkeypatch.setattr(kohya, "read", lambda *given, **more: odd)
+    with pytest.raises(DataError, match="1 pairs whose scale is no finite number in fp32"):
+        read_adapter(GOLDEN / "kohya.safetensors", say=lambda line: None)
 
 
 def test_it_is_said_once_at_every_reading_and_the_remedy_cuts_without_loss(tmp_path: Path) -> None:
