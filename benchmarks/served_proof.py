@@ -146,6 +146,7 @@ def proved(subject: Subject, server: Server, precision: str) -> dict[str, Any]:
     told = by_name.get("log-probabilities")
     if told is not None:
         result |= {"mean_kl": told.measured["mean_kl"], "allowed_kl": told.tolerance["mean_kl"]}
+    result["not checked"] = [f"{one.what}: {one.why}" for one in found.unchecked if "stored weights" not in one.what]
     if modules is not None:
         check = by_name["modules"]
         result |= {"active": len(modules.active), "of": check.n, "missing": list(modules.missing)}
@@ -284,9 +285,10 @@ def vllm_of(source: Path, dtype: str, context: int, python: Path) -> Iterator[st
         yield url
 
 
-def prove_in_vllm(group: Sequence[Subject], form: str, lines: Lines, python: Path) -> None:
+def prove_in_vllm(group: Sequence[Subject], form: str, faults: Sequence[str], lines: Lines, python: Path) -> None:
     """The servings of adapters over one base in vLLM that are not in `lines` yet; one start for all. Faults are in the first."""
-    every = [(subject, fault) for number, subject in enumerate(group) for fault in ("", *(IN_VLLM if not number else ()))]
+    planted = [fault for fault in IN_VLLM if fault in faults]
+    every = [(subject, fault) for number, subject in enumerate(group) for fault in ("", *(() if number else planted))]
     wanted = [(subject, fault) for subject, fault in every if not lines.has(subject.name, form, fault)]
     if lines.late or not wanted:
         return
@@ -368,6 +370,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--run", type=Path, action="append", default=[], help="a finished run that is served too; repeatable")
     parser.add_argument("--families", nargs="*", default=list(FAMILIES), choices=FAMILIES, help="tiny families")
     parser.add_argument("--forms", nargs="*", default=list(FORMS), choices=FORMS, help="servings")
+    parser.add_argument("--faults", nargs="*", default=list(FAULTS), choices=FAULTS, help="planted in the first of a model")
     parser.add_argument("--seeds", type=int, default=SEEDS, help="adapters of each family")
     parser.add_argument("--rows", type=int, default=12, help="held-out rows of each serving that are compared")
     parser.add_argument("--plain", action="store_true", help="modules of the runs are not compared one by one")
@@ -381,10 +384,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
     with TemporaryDirectory() as name:
         for group in groups(given, given.work or Path(name)):
             for number, subject in enumerate(group):
-                prove(subject, lines, given.forms, () if number else FAULTS)
+                prove(subject, lines, given.forms, () if number else given.faults)
             for form in VLLM:
                 if python is not None and form in given.forms:
-                    prove_in_vllm(group, form, lines, python)
+                    prove_in_vllm(group, form, given.faults, lines, python)
             if lines.late:
                 break
     found, claim = lines.summary(), "served_proof_quick" if given.quick else "served_proof"
