@@ -35,7 +35,7 @@ from safetensors.torch import load_file, save_file
 from lorakeet.core.adapter import Adapter
 from lorakeet.exporting.gguf_model import write_gguf
 from lorakeet.exporting.llama_cpp import quantise
-from lorakeet.exporting.tolerances import F16, PRECISIONS
+from lorakeet.exporting.tolerances import F16, FEW_BITS, PRECISIONS
 from lorakeet.formats import gguf
 from lorakeet.formats.files.base_model import open_base
 from lorakeet.formats.peft import peft
@@ -74,6 +74,7 @@ FAULTS = (
 )  # fmt: skip
 IN_VLLM = FAULTS[:4]  # those of adapters
 CONTEXT = 1024
+AUTO = dict.fromkeys(("float16", "bfloat16"), ("auto",))
 
 
 @dataclass
@@ -132,12 +133,12 @@ def proved(subject: Subject, server: Server, precision: str) -> dict[str, Any]:
     console = Console(quiet=True)
 
     def in_format(name: str) -> InTorch:
-        return InTorch(subject.opened.text_model(console, dtype=name), NAME, name)
+        return InTorch(subject.opened.text_model(console, dtype="float32" if name in FEW_BITS else name), NAME, name)
 
     said = server.said_precision()
     if precision == "auto" and said:
         precision, server.allowed = said, PRECISIONS[said]
-    formats = {name: in_format for name in ("float16", "bfloat16") if precision in ("auto", name)}
+    formats = {name: in_format for name in ("float16", "bfloat16", *FEW_BITS) if precision in (name, *AUTO.get(name, ()))}
     found = check_server(live, server, probes, subject.opened.config.evaluate, formats, modules=subject.modules)
     failed = [check.name.rpartition(": ")[2] for check in found.checks if not check.passed]
     by_name = {check.name.rpartition(": ")[2]: check for check in found.checks}

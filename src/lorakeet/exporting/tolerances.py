@@ -74,6 +74,7 @@ PRECISIONS: dict[str, Allowed] = {
 }  # fmt: skip
 
 
+FEW_BITS = {name: int(name[0]) for name in PRECISIONS if name.endswith("bit")}
 _SAID = {"f32": "float32", "f16": "float16", "half": "float16", "bf16": "bfloat16", "iq1": "2-bit", "mxfp4": "4-bit"}
 
 

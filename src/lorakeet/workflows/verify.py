@@ -29,7 +29,7 @@ from lorakeet.evaluate.report.report import read_report, write_report
 from lorakeet.evaluate.values import encode
 from lorakeet.exporting.merged_tensors import StoredTensor
 from lorakeet.exporting.runtime_support import Feature, Limit, Runtime, features_of_adapter, features_of_plan, has_head, limits_of
-from lorakeet.exporting.tolerances import F16, PRECISIONS, Q8
+from lorakeet.exporting.tolerances import F16, FEW_BITS, PRECISIONS, Q8
 from lorakeet.formats.detect import read_adapter
 from lorakeet.memory.free import free_memory
 from lorakeet.memory.ledger import Ledger
@@ -193,20 +193,22 @@ def certify_artefacts(
 
 
 def _formats(opened: Opened, live: InTorch, precision: str, console: Console) -> dict[str, Callable[[str], InTorch]]:
-    """The 16-bit formats in which a server may compute, and the live adapter in each.
+    """The formats in which a server may compute, and the live adapter in each; in fp32 where it is to be rounded to few bits.
 
-    None under a budget, where a second model does not fit into the free memory, and for a server in other formats: the limits are
-    fixed then.
+    None under a budget, where a second model does not fit into the free memory, and for float32: the limits are fixed then.
     """
     chosen = [name for name in ("float16", "bfloat16") if precision in ("auto", name)]
+    chosen += [precision] if precision in FEW_BITS else []
     model = live.text.model
     second = sum(parameter.numel() for parameter in model.parameters()) * torch.bfloat16.itemsize
     second += sum(buffer.nbytes for buffer in model.buffers())  # packed weights
-    if not chosen or opened.residency.budget or second * _SECOND_MODEL > free_memory(live.text.device).bytes:
+    times = _SECOND_MODEL * (2 if precision in FEW_BITS else 1)  # in fp32, and once more
+    if not chosen or opened.residency.budget or second * times > free_memory(live.text.device).bytes:
         return {}
 
     def in_format(name: str) -> InTorch:
-        return InTorch(opened.text_model(console, dtype=name), NAME, f"live adapter in {name}")
+        dtype = "float32" if name in FEW_BITS else name
+        return InTorch(opened.text_model(console, dtype=dtype), NAME, f"live adapter in {name}")
 
     return dict.fromkeys(chosen, in_format)
 

@@ -24,7 +24,7 @@ from lorakeet.workflows.options import VerifyOptions
 from lorakeet.workflows.runs.open_adapter import NAME, open_adapter
 from lorakeet.workflows.verification.artefact import InTorch, live_side
 from lorakeet.workflows.verification.diagnose import changed_pairs
-from lorakeet.workflows.verification.rounding import Reading, SplitSums, replicas, seen_by
+from lorakeet.workflows.verification.rounding import Reading, SplitSums, in_groups, replicas, replicas_of_few_bits, seen_by
 from lorakeet.workflows.verify import verify
 from tiny.exports import loud_run
 from tiny.runs import quiet
@@ -118,3 +118,34 @@ def test_a_server_in_bfloat16_is_measured_and_no_false_alarm(finished: Any, loud
     assert "The limits are what rounding in bfloat16 does, measured in 10 computations" in told.detail
     assert "The adapter of step-00000" in told.detail and " times the limit." in told.detail
     assert "of itself off would exceed them" in told.detail and told.measured["mean_kl"] > 1e-6
+
+
+def test_few_bits_are_levels_between_the_ends_of_each_group() -> None:
+    values = torch.randn(5, 80, generator=torch.Generator().manual_seed(0))
+    for bits in (8, 4):
+        for start in (0, 12):
+            found = in_groups(values, bits, start)
+            turned, rounded = values.roll(-start, -1), found.roll(-start, -1)
+            for begin, end in ((0, 32), (32, 64)):
+                part, there = turned[:, begin:end], rounded[:, begin:end]
+                step = (part.amax(1, keepdim=True) - part.amin(1, keepdim=True)) / (2**bits - 1)
+                assert ((part - there).abs() <= 0.5001 * step).all() and all(len(row.unique()) <= 2**bits for row in there)
+    assert not torch.equal(in_groups(values, 4), in_groups(values, 4, 12))
+
+
+def test_of_few_bits_the_limits_are_measured_too(loud: Path) -> None:
+    """Computations in 4 bits differ more than in 8, each lies within the limits of the others, and the base beyond them."""
+    opened = open_adapter(loud)
+    live = live_side(opened, quiet())
+    seen = readings(live)
+    sizes = {}
+    for bits in (8, 4):
+        found = replicas_of_few_bits(lambda: live_side(opened, quiet()), bits, seen, [], [])
+        assert len(found) == 8
+        places = sum(len(reading.places) for reading in seen)
+        limits = rounding_limits(found[1:], places=places, rows=0)
+        assert found[0].kl.mean() <= limits.mean_kl and found[0].differences.max() <= limits.difference
+        sizes[bits] = limits.mean_kl
+    base = InTorch(live.text, None, "base")
+    wrong = np.mean([place.against(theirs)[0] for place, theirs, _ in seen_by(base, seen)])
+    assert sizes[8] < 0.1 * sizes[4] and wrong > sizes[4]

@@ -5,6 +5,8 @@
     split         the same, with every product cut into 2, 3 or 5 parts that are rounded before they are added, as GPUs do
     merged        pairs folded into the weights, which are rounded once; whole and split
     step by step  all rows in one batch, a token at a time over a cache of keys and values, as servers write; both ways
+    few bits      folded weights rounded between the ends of groups of 32, counted from other starts; and what goes into each
+                  product, in 8 bits
 """
 
 from __future__ import annotations
@@ -35,6 +37,7 @@ from lorakeet.workflows.verification.artefact import InTorch
 from lorakeet.workflows.verification.checks import answers_of_rows
 
 LIKELY = -4.6  # log-probabilities of tokens below 1 % are not compared one by one
+_GROUP = 32  # weights that are rounded together, as in q4_k
 _LEAST_SPLIT = 16  # numbers of a sum that is cut
 
 _aten = torch.ops.aten
@@ -143,6 +146,57 @@ def replicas(
         found += stepped(side)
     del side  # before another one is loaded
     return found + stepped(load())
+
+
+def replicas_of_few_bits(
+    load: Callable[[], InTorch], bits: int, readings: Sequence[Reading], labelled: Sequence[Candidates], answers: Sequence[int]
+) -> list[Replica]:
+    """The same where weights have `bits` bits, in each of several ways of rounding them; none where pairs cannot be folded.
+
+    `load` loads the live adapter in fp32.
+    """
+    side = load()
+    if not _fold(side):
+        return []
+    side = replace(side, adapter=None)
+    weights = [module.weight for module in side.text.model.modules() if isinstance(module, nn.Linear)]
+    exact, found = [weight.detach().clone() for weight in weights], list[Replica]()
+    for start in range(0, _GROUP, _GROUP // 8):
+        with torch.no_grad():
+            for weight, value in zip(weights, exact, strict=True):
+                weight.copy_(in_groups(value, bits, start))
+        with own_modules(side.text), EightBitInputs():
+            changed = sum(mine != known for mine, known in zip(answers_of_rows(side, labelled), answers, strict=True))
+            found.append(_replica(list(seen_by(side, readings)), changed))
+    return found
+
+
+def in_groups(values: Tensor, bits: int, start: int = 0) -> Tensor:
+    """`values` (…, n), rounded to 2^bits levels between the least and the largest of each group of the last dimension.
+
+    Groups are counted from `start` on and around; the last one may be shorter.
+    """
+    width = values.shape[-1]
+    turned = values.roll(-start, -1)
+    padded = nn.functional.pad(turned, (0, -width % _GROUP))
+    parts = padded.reshape(*padded.shape[:-1], -1, _GROUP)
+    least = parts.amin(-1, keepdim=True)
+    step = ((parts.amax(-1, keepdim=True) - least) / (2**bits - 1)).clamp_min(1e-12)
+    rounded: Tensor = ((parts - least) / step).round() * step + least
+    return rounded.flatten(-2)[..., :width].roll(start, -1)
+
+
+class EightBitInputs(TorchDispatchMode):  # type: ignore[no-untyped-call]
+    """A context in which what goes into a product with a weight has 8 bits, in groups of 32, as in llama.cpp."""
+
+    def __init__(self) -> None:
+        super().__init__()  # type: ignore[no-untyped-call]
+
+    def __torch_dispatch__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if function in (_aten.mm.default, _aten.addmm.default):
+            first = _PRODUCTS[function]
+            args = (*args[:first], in_groups(args[first], 8), *args[first + 1 :])
+        return function(*args, **(kwargs or {}))
 
 
 def _in_halves(side: InTorch) -> bool:

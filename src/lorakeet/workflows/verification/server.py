@@ -24,7 +24,7 @@ from lorakeet.evaluate.intervals import mean, share
 from lorakeet.evaluate.parity import kl_lower_bound
 from lorakeet.evaluate.served.rounding_noise import FALSE_ALARM, Replica, RoundingLimits, rounding_limits
 from lorakeet.evaluate.spec import EvaluateSpec
-from lorakeet.exporting.tolerances import PRECISIONS, Allowed, allowed_by_rounding, precision_said
+from lorakeet.exporting.tolerances import FEW_BITS, PRECISIONS, Allowed, allowed_by_rounding, precision_said
 from lorakeet.models.generate.sample import end_ids
 from lorakeet.workflows.planning.check import GREEDY_TOKENS
 from lorakeet.workflows.runs.server_answer import CallRefused
@@ -32,7 +32,7 @@ from lorakeet.workflows.verification.artefact import InTorch
 from lorakeet.workflows.verification.checks import Probes, answers_of_rows, check_ids, compare_labels, named_check
 from lorakeet.workflows.verification.diagnose import cause_from_reported, changed_pairs
 from lorakeet.workflows.verification.modules import check_modules
-from lorakeet.workflows.verification.rounding import LIKELY, Reading, Reported, replicas, seen_by
+from lorakeet.workflows.verification.rounding import LIKELY, Reading, Reported, replicas, replicas_of_few_bits, seen_by
 from lorakeet.workflows.verification.server_apis import TOP, Step, Token, Written, find_api
 
 PLACES = 8  # of a held-out row, if a server answers one position at a time
@@ -168,8 +168,11 @@ class _Comparison:
         answers = answers_of_rows(self.live, self.probes.labelled)
         last, limits = list(self.formats)[-1], None
         for name, in_format in self.formats.items():
-            least = 0.0 if name == last else kl / _EXPLAINED
-            found = replicas(partial(in_format, name), readings, self.probes.labelled, answers, least)
+            least, load = 0.0 if name == last else kl / _EXPLAINED, partial(in_format, name)
+            if bits := FEW_BITS.get(name):
+                found = replicas_of_few_bits(load, bits, readings, self.probes.labelled, answers)
+            else:
+                found = replicas(load, readings, self.probes.labelled, answers, least)
             if len(found) == 1:
                 continue
             try:
