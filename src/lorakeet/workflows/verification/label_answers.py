@@ -1,7 +1,7 @@
 """The check of labels: which answers of an artefact differ, and whether the rounding of its format explains that.
 
     decided differences    rows with another answer, though the live adapter prefers its own by more than rounding explains:
-                           `gap` nats for each token that tells both labels apart (exporting/tolerances)
+                           `gap` nats times the root of the tokens that tell labels apart (exporting/tolerances)
     different answers      all rows with another answer. So many are allowed that a format which changes each answer with the
                            probability `metric` has more in at most ALARM of all checks (exact binomial)
 
@@ -48,7 +48,7 @@ def compare_label_scores(
     truth = np.array([-1 if row.label is None else row.label for row in rows])
     margins = np.array([float(row.max() - row[other]) for row, other in zip(scores[0], theirs, strict=True)])
     other = ours != theirs
-    decided = other & ~(margins <= allowed.gap * np.array(tokens))  # NaN is no explanation
+    decided = other & ~(margins <= allowed.gap * np.sqrt(tokens))  # NaN is no explanation
     measured = {"different_answers": float(other.mean()), "decided_differences": float(decided.mean())}
     limits = {"different_answers": most_different(len(rows), allowed.metric) / len(rows), "decided_differences": allowed.metric}
     detail = ""
@@ -56,7 +56,7 @@ def compare_label_scores(
         apart = ", ".join(f"{margin:.2g}" for margin in sorted(margins[other])[:8])
         detail = (
             f"Of {len(rows)} answers {other.sum()} differ, which the live adapter prefers by {apart} nats; rounding to "
-            f"{allowed.name} explains up to {allowed.gap:.2g} a token."
+            f"{allowed.name} explains up to {allowed.gap * max(tokens) ** 0.5:.2g}."
         )
     check = named_check("answers", names, measured, limits, n=len(rows), detail=detail)
     accuracies = {"accuracy_live": share(ours == truth, spec=spec), "accuracy_there": share(theirs == truth, spec=spec)}
