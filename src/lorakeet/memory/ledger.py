@@ -32,10 +32,11 @@ from torch.utils.flop_counter import flop_registry
 from lorakeet.kernels.cpu import operators
 from lorakeet.memory.allocator import LARGEST_HEAP_PIECE
 from lorakeet.memory.lapack import WORKSPACES as LAPACK
-from lorakeet.memory.operator_cache import CachedResult, ShapeMode, cacheable_result, call_of
+from lorakeet.memory.operator_cache import CachedResult, Cost, ShapeMode, cacheable_result, call_of
 from lorakeet.memory.usage import NO_BLOCK, PERSISTENT, Usage, UsageSegment
 
 CLOCK = 256  # operators between two readings of the time
+DEVICE_OF, NUMBER_OF = torch.ops.prim.device.default, torch.ops.aten._local_scalar_dense.default
 MOST_KNOWN = 1 << 13  # cached calls, of 1.4 KiB each; beyond these the cache is cleared
 _KNOWN: dict[tuple[Any, ...], CachedResult] = {}  # results by call, for all ledgers of this process
 Kind = Literal["base", "adapter", "moments", "gradients", "saved activations", "logits", "scratch"]
@@ -68,6 +69,7 @@ class Ledger(TorchDispatchMode):  # type: ignore[no-untyped-call]
         self.in_use: Counter[str] = Counter()  # bytes by kind
         self.bytes = 0
         self.heap = 0
+        self._moment: Usage | None = None  # these three, where they have been requested since they changed
         self.peaks: dict[str, Usage] = {}
         self.work: dict[str, Work] = defaultdict(Work)
         self.segments: list[UsageSegment] = []
@@ -157,22 +159,24 @@ class Ledger(TorchDispatchMode):  # type: ignore[no-untyped-call]
             self._hooks.pop().remove()
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        if func is torch.ops.prim.device.default and isinstance(args[0], FakeTensor):  # a fifth of all calls
+        if func is DEVICE_OF and isinstance(args[0], FakeTensor):  # half of all calls
             return args[0].fake_device
-        if func is torch.ops.aten._local_scalar_dense.default and isinstance(args[0], FakeTensor):
+        if func is NUMBER_OF and isinstance(args[0], FakeTensor):
             return _one(args[0].dtype)
         self._calls += 1
         if self._calls % CLOCK == 0 and time.process_time() > self._until:
             raise TooLong
         kwargs = kwargs or {}
-        result, flops = self._made(func, args, kwargs)
-        leaves = [result] if isinstance(result, Tensor) else tree_leaves(result)
-        made = sum([self._enter_storage(leaf) for leaf in leaves if isinstance(leaf, FakeTensor)])
+        result, cost = self._made(func, args, kwargs)
+        if result.__class__ is FakeTensor:
+            made = self._enter_storage(result)
+        else:
+            made = sum([self._enter_storage(leaf) for leaf in tree_leaves(result) if isinstance(leaf, FakeTensor)])
         work = self.work[self._phase]
-        work.flops += flops
+        work.flops += cost.flops
         work.written += made
-        if func in WORKSPACES:
-            self._add_temporarily(WORKSPACES[func](*args, **kwargs))
+        if cost.workspace is not None:
+            self._add_temporarily(cost.workspace(*args, **kwargs))
         if made:
             self._keep_moment()
         return result
@@ -185,20 +189,20 @@ class Ledger(TorchDispatchMode):  # type: ignore[no-untyped-call]
             self._mark()
             self._keep_moment()
 
-    def _made(self, func: Any, args: Any, kwargs: Any) -> tuple[Any, int]:
-        """Returns the result of an operator and the FLOPs of its products, from the cache or by torch's rules."""
+    def _made(self, func: Any, args: Any, kwargs: Any) -> tuple[Any, Cost]:
+        """Returns the result of an operator and what it takes, from the cache or by torch's rules."""
         call = call_of(func, args, kwargs)
         known = None if call is None else _KNOWN.get(call.key)
         if call is not None and known is not None:
-            return known.made(self._fake, call.tensors), known.flops
+            return known.made(self._fake, call.tensors), known.cost
         result = _ANSWERS.get(func, func)(*args, **kwargs)
         count = FLOPS.get(getattr(func, "_overloadpacket", None))
-        flops = 0 if count is None else int(count(*args, **kwargs, out_val=result))
-        if call is not None and (known := cacheable_result(call, args, kwargs, result, flops)) is not None:
+        cost = Cost(0 if count is None else int(count(*args, **kwargs, out_val=result)), WORKSPACES.get(func))
+        if call is not None and (known := cacheable_result(call, args, kwargs, result, cost)) is not None:
             if len(_KNOWN) >= MOST_KNOWN:
                 _KNOWN.clear()
             _KNOWN[call.key] = known
-        return result, flops
+        return result, cost
 
     def _kind_of(self, tensor: Tensor) -> Kind:
         return "logits" if self.vocabulary and tensor.dim() > 1 and tensor.shape[-1] == self.vocabulary else "scratch"
@@ -206,8 +210,8 @@ class Ledger(TorchDispatchMode):  # type: ignore[no-untyped-call]
     def _enter_storage(self, tensor: FakeTensor, kind: Kind | None = None) -> int:
         """Adds the tensor's storage if it is new, as `kind` or by its shape; returns the bytes added."""
         storage = tensor.untyped_storage()
-        key, size = storage._cdata, storage.nbytes()
-        if key in self._entries or size == 0 or tensor.fake_device.type == "meta":  # a shape without memory
+        key = storage._cdata
+        if key in self._entries or (size := storage.nbytes()) == 0 or tensor.fake_device.type == "meta":  # a shape without memory
             return 0
         kind = kind or self._kind_of(tensor)
         self._entries[key] = size, kind, weakref.ref(storage, lambda _: self._remove(key))
@@ -217,6 +221,7 @@ class Ledger(TorchDispatchMode):  # type: ignore[no-untyped-call]
         return size
 
     def _count(self, kind: str, size: int) -> None:
+        self._moment = None
         self.in_use[kind] += size
         if kind not in PERSISTENT and abs(size) < LARGEST_HEAP_PIECE:
             self.heap += size
@@ -243,11 +248,14 @@ class Ledger(TorchDispatchMode):  # type: ignore[no-untyped-call]
         return tensor
 
     def _mark(self) -> None:
-        if self.bytes > self.peaks.get(self._phase, Usage()).bytes:
+        peak = self.peaks.get(self._phase)
+        if self.bytes > (0 if peak is None else peak.bytes):
             self.peaks[self._phase] = self._now()
 
     def _now(self) -> Usage:
-        return Usage(self.bytes, {kind: size for kind, size in self.in_use.items() if size}, self.heap)
+        if self._moment is None:
+            self._moment = Usage(self.bytes, {kind: size for kind, size in self.in_use.items() if size}, self.heap)
+        return self._moment
 
 
 def _attention_flops(

@@ -7,14 +7,15 @@ which are the argument itself. A call whose result may depend on more than shape
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode  # torch offers no public name
 
-PLAIN = frozenset((int, float, bool, str, type(None), torch.dtype, torch.device, torch.layout, torch.memory_format))
+NUMBERS = frozenset((int, float, bool))  # 1, 1.0 and True are equal, but make different dtypes
+PLAIN = frozenset((str, type(None), torch.dtype, torch.device, torch.layout, torch.memory_format))
 
 
 class ShapeMode(FakeTensorMode):  # type: ignore[no-untyped-call]
@@ -49,17 +50,26 @@ class OperatorCall(NamedTuple):
     tensors: list[FakeTensor]
 
 
+class Cost(NamedTuple):
+    """What a call takes: the FLOPs of its matrix products, and the function for the bytes of its workspace, if it has one."""
+
+    flops: int = 0
+    workspace: Callable[..., int] | None = None
+
+
 class CachedResult(NamedTuple):
-    """The result of a call, and the FLOPs of its matrix products."""
+    """The result of a call, and what it takes."""
 
     results: tuple[_One | None, ...]
     kind: type | None  # list or tuple; None where it is one tensor
-    flops: int
+    cost: Cost
 
     def made(self, mode: ShapeMode, tensors: Sequence[FakeTensor]) -> Any:
         """Returns the result of the same call with other tensors of the same shapes."""
-        found = [None if one is None else one.made(mode, tensors) for one in self.results]
-        return found[0] if self.kind is None else self.kind(found)
+        if self.kind is None:
+            one = self.results[0]
+            return None if one is None else one.made(mode, tensors)
+        return self.kind([None if one is None else one.made(mode, tensors) for one in self.results])
 
 
 class _One(NamedTuple):
@@ -94,8 +104,8 @@ def call_of(func: Any, args: Sequence[Any], kwargs: Mapping[str, Any]) -> Operat
     """
     tensors: list[FakeTensor] = []
     try:
-        positional = _key_of(args, tensors)
-        named = tuple([(name, _key_of(value, tensors)) for name, value in kwargs.items()])
+        positional = tuple([_key_of(value, tensors) for value in args])
+        named = tuple([(name, _key_of(value, tensors)) for name, value in kwargs.items()]) if kwargs else ()
     except _NotCacheable:
         return None
     if not tensors and torch._C._get_dispatch_mode(torch._C._TorchDispatchModeKey.FAKE) is None:
@@ -105,14 +115,17 @@ def call_of(func: Any, args: Sequence[Any], kwargs: Mapping[str, Any]) -> Operat
 
 def _key_of(value: Any, tensors: list[FakeTensor]) -> Any:
     """Returns the part of a key for an argument; appends its tensors to `tensors`."""
-    if isinstance(value, FakeTensor):
+    kind = value.__class__
+    if kind is FakeTensor:
         tensors.append(value)
         return _shape_of(value)
-    if isinstance(value, (list, tuple)):
-        return tuple([_key_of(item, tensors) for item in value])
-    if value.__class__ not in PLAIN:
+    if kind in NUMBERS:
+        return kind, value
+    if kind in PLAIN:
+        return value
+    if not isinstance(value, (list, tuple)):
         raise _NotCacheable
-    return value.__class__, value  # 1 and 1.0 are equal, but make different dtypes
+    return tuple([_key_of(item, tensors) for item in value])
 
 
 def _shape_of(tensor: FakeTensor) -> tuple[Any, ...]:
@@ -122,7 +135,7 @@ def _shape_of(tensor: FakeTensor) -> tuple[Any, ...]:
 
 
 def cacheable_result(
-    call: OperatorCall, args: Sequence[Any], kwargs: Mapping[str, Any], result: Any, flops: int
+    call: OperatorCall, args: Sequence[Any], kwargs: Mapping[str, Any], result: Any, cost: Cost
 ) -> CachedResult | None:
     """Returns what is cached of `call` and its `result`; None if the same call might have another result."""
     after = call_of(call.key[0], args, kwargs)
@@ -136,7 +149,7 @@ def cacheable_result(
         return None
     new = [item for item, one in zip(found, results, strict=True) if one is not None and one.argument is None]
     apart = len({item.untyped_storage()._cdata for item in new}) == len(new)
-    return CachedResult(results, kind, flops) if apart else None
+    return CachedResult(results, kind, cost) if apart else None
 
 
 def _one(result: Any, tensors: Sequence[FakeTensor]) -> _One | None:
