@@ -64,7 +64,8 @@ def test_the_readme_says_how_many_families_train() -> None:
     served = sum(one["serve"]["outcome"] == "passed" for one in trained.values())
     readme = " ".join(text_of("README.md").split())
     assert f"[{len(trained)} of {len(found)} model types](docs/reference/models.md)" in readme
-    assert f"{served} of them can be served" in readme
+    exported = sum(one["GGUF"]["outcome"] == "passed" for one in trained.values())
+    assert f"{served} of them can be served, and {exported} exported to GGUF" in readme
     said = "llama mistral mixtral qwen2 qwen3_5 gemma gemma4 phi3 gpt_oss deepseek_v3 glm4 mamba2"
     assert set(said.split(" ")) <= set(trained)
     whole = ("gradients", "PEFT", "merge")
