@@ -45,7 +45,6 @@ SMALL = {
     "finetune --model DIR --data rows.jsonl": QUICK,
     "finetune examples/preference.yaml": ["--model", "DIR", *QUICK, "--dry-run", "--data.limit", "40"],
     "finetune my-pairs.yaml --lora.continue_from": ["--evaluate.resamples", "200", "--dry-run"],
-    "plan examples/photos.yaml": ["--lora.rank", "4"],
     "finetune examples/photos.yaml": ["--model", "SD", "--model.device", "cpu", "--train.steps", "1", *QUICK, "--dry-run"],
     "finetune examples/photos.yaml --data": ["--model", "SD", "--model.device", "cpu", "--train.steps", "1", *QUICK,
                                              "--diffusion.sample_steps", "1"],
@@ -60,6 +59,8 @@ SMALL = {
 # Lines that are only read, by their beginning: why, and the tests that run such lines.
 READ = {
     "finetune examples/photos.yaml --model photoreal.safetensors": ("a checkpoint", "tests/models/image/test_single_file.py"),
+    "plan examples/photos.yaml": ("rehearsals of pictures", "tests/workflows/planning/test_image_run.py"),
+    "finetune examples/photos.yaml --memory": ("the same, before a run", "tests/workflows/planning/test_image_run.py"),
     "finetune my.yaml --model.device cuda": ("a GPU", "tests/gpu/test_training.py"),
     "merge runs/mine --into packed": ("a run on a packed base", "tests/workflows/packing/test_merge.py"),
     "check": ("a few-shot base, and answers in JSON", "tests/laws/test_examples.py"),
