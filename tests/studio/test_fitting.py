@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import json
+import pickle
 from collections.abc import Mapping
+from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
@@ -12,10 +14,15 @@ import pytest
 from lorakeet.errors import ConfigError
 from lorakeet.evaluate.wording import bytes_text
 from lorakeet.memory.forecast import KINDS, Phase
+from lorakeet.memory.remembered import remembering
 from lorakeet.studio import fitting
 from lorakeet.studio.fitting import ON_GPU, WORDS, bar_values, changed_settings, fit, time_words
-from lorakeet.workflows.planning import text_run
+from lorakeet.workflows.planning import encoded_rows, forecast_text_run, text_run
+from lorakeet.workflows.planning.rehearsal_key import NO_SHAPES
+from lorakeet.workflows.planning.rehearse_text import RowShape
 from tiny.configs import SMALL
+from tiny.models import save_tiny_llama
+from tiny.runs import write_rows
 
 GPU = {"model.device": "cuda:0", "data.max_tokens": "512", "train.micro_tokens": "1024"}
 
@@ -52,6 +59,90 @@ def test_what_does_not_fit_at_once_is_said_before_the_way_that_fits(
     assert first["state"] == "searching" and first["sentence"].startswith("With everything in memory it takes ")
     assert last["state"] == "otherwise" and "of the budget of " in last["sentence"] and last["way"].endswith(".")
     assert last["whole"]["bytes"] == whole > last["limit"] >= last["bar"]["bytes"]
+
+
+def test_a_moved_setting_plans_anew_only_what_depends_on_it(
+    model: dict[str, str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The rehearsals of each answer, in what a workbench passes from one process to the next."""
+    rehearsed: list[RowShape] = []
+    values: dict[str, Any] = {}
+    rehearse = forecast_text_run.rehearse
+
+    def counted(*given: Any, **more: Any) -> Any:
+        rehearsed.append(more["rows"])
+        return rehearse(*given, **more)
+
+    monkeypatch.setattr(forecast_text_run, "rehearse", counted)
+
+    def answer(**moved: str) -> tuple[int, dict[str, Any]]:
+        rehearsed.clear()
+        settings = {path.replace("__", "."): text for path, text in moved.items()}
+        with remembering(values, lambda key, value: pickle.dumps((key, value))):
+            last = parts_of({**model, "machine": "gpu-8", **settings})[-1]
+        return len(rehearsed), last
+
+    first, before = answer()
+    assert first == 1
+    counts = {
+        "again": answer()[0],
+        "learning rate": answer(train__learning_rate="1e-3")[0],
+        "epochs": answer(train__epochs="9")[0],
+        "larger batch": answer(train__batch_size="64")[0],
+        "another GPU": answer(machine="gpu-24")[0],
+        "rank": answer(lora__rank="32")[0],
+        "rank moved back": answer()[0],
+        "moments": answer(train__moments="8bit")[0],
+    }
+    assert counts == {
+        "again": 0, "learning rate": 0, "epochs": 0, "larger batch": 0, "another GPU": 0, "rank": 1, "rank moved back": 0,
+        "moments": 1,
+    }  # fmt: skip
+    number, after = answer()
+    assert number == 0 and after == before, "what is remembered is what is computed"
+    assert answer(lora__rank="32")[1]["bar"]["bytes"] > before["bar"]["bytes"]
+
+
+def test_settings_that_change_no_shape_change_no_rehearsal(model: dict[str, str]) -> None:
+    """Without anything remembered: what is left out of the key changes nothing."""
+    moved = {
+        "train.epochs": "7", "train.batch_size": "64", "train.learning_rate": "0.1", "train.schedule": "constant",
+        "train.warmup_fraction": "0.5", "train.evaluate_every": "3", "train.patience": "1", "train.checkpoint_every": "2",
+        "train.keep_checkpoints": "1", "train.seed": "3", "train.rate_trial_steps": "0", "train.length_grouping": "false",
+        "train.min_improvement": "0.5", "train.log_to": "tensorboard", "train.steps": "9",
+    }  # fmt: skip
+    assert {name.removeprefix("train.") for name in moved} | {"micro_tokens"} == set(NO_SHAPES)
+    bars = [parts_of({**model, **more, "machine": "gpu-8"})[-1]["bar"] for more in ({}, moved)]
+    assert bars[0] == bars[1]
+
+
+def test_rows_are_read_once(model: dict[str, str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    folder = save_tiny_llama(tmp_path / "model")
+    short = [{"prompt": f"word {number}", "completion": "yes"} for number in range(12)]
+    rows = write_rows(tmp_path / "rows.jsonl", [*short, {"prompt": "word " * 40, "completion": "no"}])
+    read: list[str] = []
+    read_rows = encoded_rows.read_rows
+
+    def counted(name: str, *given: Any, **more: Any) -> Any:
+        read.append(name)
+        return read_rows(name, *given, **more)
+
+    monkeypatch.setattr(encoded_rows, "read_rows", counted)
+    values: dict[str, Any] = {}
+    settings = {"model.path": str(folder), "data.train": str(rows), "machine": "gpu-8", "train.micro_tokens": "256"}
+
+    def answer(**moved: str) -> str:
+        with remembering(values, lambda key, value: None):
+            return str(parts_of({**settings, **{path.replace("__", "."): text for path, text in moved.items()}})[-1]["time"])
+
+    for moved in ({}, {"train__batch_size": "2"}, {"data__max_tokens": "900"}):
+        answer(**moved)
+    assert len(read) == 1, "none of the rows is cut"
+    answer(data__max_tokens="120")
+    assert len(read) == 2
+    rows.write_text(rows.read_text() * 2)
+    answer()
+    assert len(read) == 3
 
 
 def test_rows_are_not_read_where_that_would_fetch_or_unpack(model: dict[str, str], monkeypatch: pytest.MonkeyPatch) -> None:

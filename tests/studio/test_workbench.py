@@ -32,6 +32,13 @@ def sleep(settings, send):
     time.sleep(60)
 def long(settings, send):
     send({"text": "x" * (17 << 20)})
+def find(settings, send):
+    from lorakeet.memory.remembered import keep, recall
+    send({"found": len(recall("text") or "")})
+    keep("text", "x" * int(settings["size"]))
+    if settings.get("then") == "sleep":
+        send({"kept": True})
+        time.sleep(60)
 def die(settings, send):
     os._exit(9)
 PREPARED = []
@@ -78,7 +85,7 @@ def test_answers_come_one_by_one_and_end(bench: Workbench) -> None:
 
 
 def test_what_fails_says_why_and_the_next_work_goes_on(bench: Workbench) -> None:
-    assert all_of(bench, "small_work:refuse") == [{"error": "data is missing"}]
+    assert all_of(bench, "small_work:refuse") == [{"error": "data is missing", "remedies": []}]
     assert "ended from outside" in all_of(bench, "small_work:die")[-1]["error"]
     assert all_of(bench, "small_work:count", {"to": 1})[-1] == {"done": True}
 
@@ -86,6 +93,21 @@ def test_what_fails_says_why_and_the_next_work_goes_on(bench: Workbench) -> None
 def test_what_was_prepared_stays_for_later_work(bench: Workbench) -> None:
     found = [all_of(bench, "small_work:prepared", {"fail": fail})[0] for fail in (False, True, False)]
     assert found == [{"times": times, "elsewhere": True} for times in (1, 2, 3)]
+
+
+def test_what_one_process_has_found_later_ones_know(bench: Workbench) -> None:
+    assert all_of(bench, "small_work:find", {"size": 3_000_000})[0] == {"found": 0}
+    assert all_of(bench, "small_work:find", {"size": 7})[0] == {"found": 3_000_000}
+    assert all_of(bench, "small_work:find", {"size": 7})[0] == {"found": 7}
+
+    async def leave() -> None:
+        answers = bench.answers("small_work:find", {"size": 9, "then": "sleep"})
+        while "kept" not in await anext(answers):
+            pass
+        await answers.aclose()  # type: ignore[attr-defined]
+
+    asyncio.run(leave())
+    assert all_of(bench, "small_work:find", {"size": 1})[0] == {"found": 9}, "also of a page that went away"
 
 
 def test_a_page_that_goes_away_ends_its_work(bench: Workbench) -> None:
@@ -120,7 +142,7 @@ def test_a_fault_of_the_program_is_said_as_one(monkeypatch: pytest.MonkeyPatch) 
 
     monkeypatch.setitem(sys.modules, "made_up", types.SimpleNamespace(broken=broken, refused=refused))  # type: ignore[arg-type]
     assert "KeyError: 'x'. This is a fault of Lorakeet" in answer_of("made_up:broken", {}, print)["error"]
-    assert answer_of("made_up:refused", {}, print) == {"error": "wrong"}
+    assert answer_of("made_up:refused", {}, print) == {"error": "wrong", "remedies": []}
 
 
 def test_a_part_that_is_too_long_is_an_error_in_words(bench: Workbench) -> None:

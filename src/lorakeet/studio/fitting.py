@@ -122,7 +122,10 @@ def time_words(result: PlanResult) -> str:
         return f"A step of full rows takes at least {duration_text(step)} on this machine. Choose rows to see how long all takes."
     steps = train.total_steps(-(-lengths.rows // train.sequences))
     each = seconds / max(1, steps)
-    return f"A step takes about {duration_text(each)} on this machine; training about {duration_text(seconds)}, {steps:,} steps."
+    return (
+        f"A step takes about {duration_text(each)} on this machine; training about {duration_text(seconds)}, about {steps:,} "
+        "steps. Measuring before and after comes on top, often as long again."
+    )
 
 
 def changed_settings(change: str) -> dict[str, str]:

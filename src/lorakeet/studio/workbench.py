@@ -3,32 +3,41 @@
     studio ── a byte and two pipes ──> workbench ── fork ──> process: reads the settings, writes lines of JSON, ends
 
 The workbench imports and reads configurations, and computes nothing: it has one thread, so a fork of it is safe. A page that goes
-away, or sends new settings, ends its process. The workbench ends with the studio, or after IDLE seconds without work.
+away, or sends new settings, ends its process. What a process finds that later ones need too (memory/remembered) it passes to the
+workbench as soon as it has it. The workbench ends with the studio, or after IDLE seconds without work.
 """
 
 from __future__ import annotations
 
 import asyncio
+import gc
 import json
 import os
+import pickle
+import selectors
 import signal
 import socket
 import subprocess
 import sys
 import threading
+import time
 from collections.abc import AsyncIterator, Callable, Mapping, Sequence
 from contextlib import suppress
+from dataclasses import asdict
 from importlib import import_module
 from typing import Any
 
 from lorakeet.errors import LorakeetError
 from lorakeet.memory.import_cost import without_triton
+from lorakeet.memory.remembered import Values, remembering
 
 Send = Callable[[Mapping[str, Any]], None]
 IDLE = 600.0  # seconds; the modules take some 400 MB
 AT_ONCE = 2  # processes
 PREPARED = ("lorakeet.studio.fitting", "lorakeet.studio.shown_rows", "lorakeet.studio.sizing")  # imported before the first fork
+MOST_LEARNED = 400  # values, of some kilobytes each
 _LARGEST = 1 << 24  # bytes of a line
+_SIZE = 8  # bytes before each value, which say its size
 
 
 class Workbench:
@@ -121,23 +130,76 @@ async def _line(reader: asyncio.StreamReader) -> bytes:
         return json.dumps({"error": said}).encode()
 
 
+class Learned:
+    """What the forked processes have found, for those that are forked later: the newest values, by key."""
+
+    def __init__(self) -> None:
+        self.values: dict[str, Any] = {}
+        self._pipes = selectors.DefaultSelector()
+        self._arrived: dict[int, bytearray] = {}
+
+    def pipe(self) -> int:
+        """The end of a new pipe for a process to write to; all that is written is read by `wait`."""
+        reading, writing = os.pipe()
+        os.set_blocking(reading, False)
+        self._arrived[reading] = bytearray()
+        self._pipes.register(reading, selectors.EVENT_READ)
+        return writing
+
+    def wait(self, waiting: socket.socket, seconds: float) -> bool:
+        """Takes values until the socket has a request, those first that are there; False after so many seconds without one."""
+        end = time.monotonic() + seconds
+        self._pipes.register(waiting, selectors.EVENT_READ)
+        try:
+            while (left := end - time.monotonic()) > 0:
+                ready = [key.fd for key, _ in self._pipes.select(left)]
+                for number in ready:
+                    if number != waiting.fileno():
+                        self._take(number)
+                if waiting.fileno() in ready:
+                    return True
+        finally:
+            self._pipes.unregister(waiting)
+        return False
+
+    def _take(self, number: int) -> None:
+        """Reads what has come through a pipe: values in whole; the rest waits, or is dropped where its process has ended."""
+        arrived = self._arrived[number]
+        try:
+            while data := os.read(number, 1 << 20):
+                arrived += data
+            self._pipes.unregister(number)
+            os.close(number)
+            del self._arrived[number]
+        except BlockingIOError:
+            pass
+        while len(arrived) >= _SIZE and len(arrived) >= _SIZE + (size := int.from_bytes(arrived[:_SIZE], "big")):
+            key, value = pickle.loads(arrived[_SIZE : _SIZE + size])
+            del arrived[: _SIZE + size]
+            self.values.pop(key, None)
+            self.values[key] = value
+            while len(self.values) > MOST_LEARNED:
+                del self.values[next(iter(self.values))]
+
+
 def work_on(number: int) -> None:
     """The workbench's end, in its own process: a fork for each pair of pipes that arrives on the socket `number`."""
     running: list[int] = []
+    learned = Learned()
     with socket.socket(fileno=number) as waiting:
         with without_triton():
             for name in PREPARED:
                 import_module(name)
-        waiting.settimeout(IDLE)
+        gc.collect()
+        gc.freeze()  # what is imported is never searched again, in no forked process
         while True:
-            try:
-                word, pipes, _, _ = socket.recv_fds(waiting, 1, 2)
-            except TimeoutError:
-                running = _alive(running)
+            wanted_now = learned.wait(waiting, IDLE)
+            running = _alive(running)
+            if not wanted_now:
                 if running:
                     continue
                 return
-            running = _alive(running)
+            word, pipes, _, _ = socket.recv_fds(waiting, 1, 2)
             if not word:  # the studio has ended
                 for pid in running:
                     os.kill(pid, signal.SIGKILL)
@@ -145,11 +207,13 @@ def work_on(number: int) -> None:
             with os.fdopen(pipes[0], "rb") as request:
                 wanted = json.loads(request.read())
             prepare_for(wanted)
+            passing = learned.pipe()
             pid = os.fork()
             if pid == 0:
-                _carry_out(waiting, wanted, pipes[1])
+                _carry_out(waiting, wanted, pipes[1], learned.values, passing)
             running.append(pid)
             os.close(pipes[1])
+            os.close(passing)
 
 
 def _alive(pids: Sequence[int]) -> list[int]:
@@ -165,7 +229,7 @@ def prepare_for(wanted: Mapping[str, Any]) -> None:
             function(wanted["settings"])
 
 
-def _carry_out(waiting: socket.socket, wanted: Mapping[str, Any], answered: int) -> None:
+def _carry_out(waiting: socket.socket, wanted: Mapping[str, Any], answered: int, values: Values, passing: int) -> None:
     """In the forked process, which ends here: one piece of work."""
     code = 1
     try:
@@ -177,8 +241,15 @@ def _carry_out(waiting: socket.socket, wanted: Mapping[str, Any], answered: int)
                 out.write(json.dumps(values) + "\n")
                 out.flush()
 
+            def pass_on(key: str, value: Any) -> None:
+                data = pickle.dumps((key, value), pickle.HIGHEST_PROTOCOL)
+                with os.fdopen(passing, "wb", closefd=False) as pipe:
+                    pipe.write(len(data).to_bytes(_SIZE, "big") + data)
+
             send({"pid": os.getpid()})
-            send(answer_of(wanted["work"], wanted["settings"], send))
+            with remembering(values, pass_on):
+                ended = answer_of(wanted["work"], wanted["settings"], send)
+            send(ended)
         code = 0
     except BrokenPipeError:  # its page has gone
         code = 0
@@ -194,7 +265,7 @@ def answer_of(work: str, settings: Mapping[str, Any], send: Send) -> dict[str, A
     except BrokenPipeError:
         raise
     except LorakeetError as error:
-        return {"error": str(error)}
+        return {"error": str(error), "remedies": [asdict(one) for one in error.remedies]}
     except Exception as error:
         return {"error": f"{type(error).__name__}: {error}. This is a fault of Lorakeet; please report it with these settings."}
     return {"done": True}

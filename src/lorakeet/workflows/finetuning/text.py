@@ -32,6 +32,7 @@ from lorakeet.memory.budget import Budget, enough_for, larger_than_machine
 from lorakeet.memory.forecast import Forecast, Phase, phase_at
 from lorakeet.memory.free import fits_now, free_memory
 from lorakeet.memory.measure import resident_bytes
+from lorakeet.memory.remembered import remembered
 from lorakeet.memory.usage import Usage
 from lorakeet.models.files.fingerprint import fingerprint
 from lorakeet.models.files.origin import packed_folder
@@ -329,7 +330,8 @@ class TextRunKind(RunKind[TextAssembly]):
                 console.print(warning, soft_wrap=True)
             return_freed_memory()  # as a run with a budget does
         model_config, files = config_of(config.model, console.print), local_files(config.model.path)
-        speed = None if precision.on_gpu else measured_speed(precision.products)
+        measure = partial(measured_speed, precision.products)
+        speed = None if precision.on_gpu else remembered(lambda: ("speed", precision.products), measure)
         workload = workload_of_files(config, model_config, partial(console.print, markup=False, soft_wrap=True))
         here = not budget and not free and precision.on_gpu and torch.cuda.is_available()
         kind = UnboundTextRun if here or free else TextRun

@@ -4,11 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from functools import partial
 from statistics import median_low
 from typing import Any
 
 from lorakeet.core.plan import ExtraEntry, ModelWeight, Plan, path_range
 from lorakeet.evaluate.report.target_row import ExpertTokens, TargetRow
+from lorakeet.memory.remembered import remembered
 from lorakeet.models.files.validate import first_line
 from lorakeet.models.module_kinds import EXPERT, ROUTER
 from lorakeet.models.text.by_peft import peft_version, unread_by_peft
@@ -84,7 +86,12 @@ def remarks_of_peft(config: Any, plan: Plan, owner: Any = None) -> Iterator[str]
     """A sentence where the installed PEFT will not read what `plan` trains on a model of this transformers configuration."""
     installed = peft_version()
     try:
-        why = unread_by_peft(config, plan, owner) if installed else ""
+        places = [(entry.path, entry.kind, entry.variant) for entry in plan.entries]  # the ranks change none
+
+        def parts() -> tuple[object, ...]:
+            return "PEFT", installed, config.to_json_string(use_diff=False), owner, places
+
+        why = remembered(parts, partial(unread_by_peft, config, plan, owner)) if installed else ""
     except ImportError as error:
         yield f"PEFT {installed} cannot be imported here ({first_line(error)}), so what it reads of the adapter is not known."
         return

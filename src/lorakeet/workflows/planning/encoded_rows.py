@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from functools import cached_property
+from dataclasses import replace
+from functools import cached_property, partial
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +19,7 @@ from lorakeet.data.rows import Row
 from lorakeet.data.spec import NO_ROWS
 from lorakeet.data.split import split_rows
 from lorakeet.errors import DataError
+from lorakeet.memory.remembered import keep, recall, state_of
 from lorakeet.models.files.source import bytes_to_unpack, find_source
 from lorakeet.models.text.from_config import local_files
 from lorakeet.models.text.load import load_tokenizer, read_config
@@ -71,14 +73,22 @@ class EncodedRows:
 
     def lengths(self) -> RowLengths:
         """Tokens of the longest row of any part, of the longest training rows that a step can have, and of all training rows."""
+        return lengths_of(*self.measured(), self.given.train.sequences)
+
+    def measured(self) -> tuple[int, list[int]]:
+        """Tokens of the longest row of any part, with any answer, and of each training row, the longest first."""
         train = sorted((len(example.ids) for example in self.parts[0].examples), reverse=True)
-        longest = self.encoder.longest(example for part in self.parts for example in part.examples)
-        return RowLengths(longest, max(longest, sum(train[: self.given.train.sequences])), len(train), sum(train))
+        return self.encoder.longest(example for part in self.parts for example in part.examples), train
 
     def workload(self, members: int = 1) -> Workload:
         """What is known of these rows, for `members` adapters in training at once."""
         characters = sum(len(row.text) for rows in self.rows for row in rows)
         return Workload(bool(self.labels), characters, members, lengths=self.lengths)
+
+
+def lengths_of(longest: int, train: Sequence[int], sequences: int) -> RowLengths:
+    """The lengths of training rows, the longest first, for steps of so many `sequences`; `longest` is of any part."""
+    return RowLengths(longest, max(longest, sum(train[:sequences])), len(train), sum(train))
 
 
 def workload_of_files(config: RunConfig, model_config: Any, say: Say) -> Workload:
@@ -102,14 +112,43 @@ def workload_of_files(config: RunConfig, model_config: Any, say: Say) -> Workloa
             f"planned with data.max_tokens, {data.max_tokens}."
         )
         return Workload()
+    whole, cut = _keys(config, source)
+    for key in (whole, cut):
+        if (found := recall(key)) is not None and (key == cut or found[1] <= data.max_tokens):
+            labelled, longest, train_lengths, characters, said = found
+            for line in said:
+                say(line)
+            given = partial(lengths_of, longest, train_lengths, config.train.sequences)
+            return Workload(labelled, characters, lengths=given, absent=True)
     names, objective = (name for name in (data.train, data.held_out, data.test) if name), config.train.objective
     notes: list[str] = []
     train, *others = (
         rows_for(read_rows(name, data, notes, objective), objective, name, trained=name == data.train) for name in names
     )
-    labels = find_labels(train, data)
-    _say_of_rows(config, (train, *others), labels, notes, say)
-    return EncodedRows(config, (train, *others), labels, say, (model_config, source)).workload()
+    labels, said = find_labels(train, data), list[str]()
+    _say_of_rows(config, (train, *others), labels, notes, said.append)
+    for line in said:
+        say(line)
+    encoded = EncodedRows(config, (train, *others), labels, say, (model_config, source))
+    workload = encoded.workload()
+
+    def lengths() -> RowLengths:
+        longest, rows = encoded.measured()
+        key = whole if longest < encoded.config.data.max_tokens else cut
+        if recall(key) is None:
+            keep(key, (workload.labelled, longest, rows, workload.characters, said))
+        return lengths_of(longest, rows, config.train.sequences)
+
+    return replace(workload, lengths=lengths)
+
+
+def _keys(config: RunConfig, source: Path) -> tuple[str, str]:
+    """Under which lengths of rows are kept of which none is cut, and those that are cut to data.max_tokens."""
+    data = config.data
+    files = [state_of(name) for name in (data.train, data.held_out, data.test)]
+    settings = replace(data, max_tokens=1), config.lora.new_tokens, config.train.objective, config.evaluate.examples > 0
+    parts = files, state_of(source), *settings
+    return f"rows {parts!r}", f"rows {parts!r} {data.max_tokens}"
 
 
 def _say_of_rows(

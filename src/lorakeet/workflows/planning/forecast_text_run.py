@@ -24,6 +24,7 @@ from lorakeet.memory.forecast import Forecast, Phase, phases_of
 from lorakeet.memory.lapack import eigh_bytes, svd_bytes
 from lorakeet.memory.ledger import Work
 from lorakeet.memory.measure import resident_bytes
+from lorakeet.memory.remembered import remembered
 from lorakeet.memory.store import CPU
 from lorakeet.memory.usage import Usage, add_usage, larger_usage
 from lorakeet.models.files.stored_tensors import stored_dtype
@@ -43,6 +44,7 @@ from lorakeet.ranks.spec import parameter_count
 from lorakeet.train.spec import TrainSpec
 from lorakeet.workflows.planning.attention_choice import with_any_attention
 from lorakeet.workflows.planning.reference import with_reference
+from lorakeet.workflows.planning.rehearsal_key import rehearsal_key
 from lorakeet.workflows.planning.rehearse_text import (
     BEGIN,
     CHECKPOINT,
@@ -243,8 +245,8 @@ def window_of(model_config: Any) -> int | None:
 class Workload:
     """What is in memory before the model: whether rows have labels (None: not known yet), and how many characters they have.
 
-    Rows without labels are answered in words. `lengths` encodes the rows, which are in memory from then on, with the tokenizer.
-    For a search also how many adapters are in training at once, and the pairs of the largest, if they are not the run's.
+    Rows without labels are answered in words. `lengths` encodes the rows, in memory from then on; `absent`: an earlier process
+    has. For a search also how many adapters are in training at once, and the pairs of the largest, if they are not the run's.
     """
 
     labelled: bool | None = None
@@ -252,6 +254,7 @@ class Workload:
     members: int = 1
     lora: LoraSpec | None = None
     lengths: Callable[[], RowLengths] | None = None
+    absent: bool = False
 
     def floors(self, config: RunConfig, *, on_gpu: bool) -> int:
         """Bytes of the simple baselines: SciPy, and the terms of the rows' characters. Nothing on a GPU."""
@@ -310,8 +313,7 @@ def forecast_run(
     """What a run of `config` on the model of `model_config` will hold; `returning` (a run under a budget) as in memory/forecast.
 
     `runtime` is what the process holds beside tensors and tokenizer, `files` the model's folder or .gguf file where there is one,
-    `workload` what is known of the rows, `way` how blocks are streamed, if they are. Raises ConfigError where the settings do not
-    fit the model, NotPlanned where its arithmetic cannot be followed.
+    `workload` what is known of the rows, `way` how blocks are streamed. ConfigError for settings that do not fit, NotPlanned.
     """
     workload, on_gpu = workload or Workload(), precision.on_gpu
     lengths = None if workload.lengths is None else workload.lengths()
@@ -319,15 +321,13 @@ def forecast_run(
     read = words if lengths is None else 0  # what is encoded is counted in `runtime`, with its tokenizer
     rows, full, several = _step_of(config, lengths, window_of(model_config))
     evaluation = evaluation_of(config, lengths, answered=not workload.labelled, model_config=model_config)
-    build, micro_batches = builder_of(config.model, way, model_config, precision, files), max(several, way.together)
+    build, count, best = builder_of(config.model, way, model_config, precision, files), max(several, way.together), not returning
+    step: dict[str, Any] = {"micro_batches": count, "way": way, "evaluation": evaluation, "best_in_memory": best and not on_gpu}
 
     def rehearsed(lora: LoraSpec, rows: RowShape = rows) -> Rehearsal:
+        parts = partial(rehearsal_key, config, model_config, files, precision, way, lora, rows, step)
         with standing_for(precision.device):
-            return rehearse(
-                build, lora, config.train, rows=rows, micro_batches=micro_batches, way=way, evaluation=evaluation,
-                best_in_memory=not returning and not on_gpu,
-            )  # fmt: skip
-
+            return remembered(parts, partial(rehearse, build, lora, config.train, rows=rows, **step))
     found, before = _before_steps(config, rehearsed, partial(rehearsed, rows=full))
     load, final = load_peak(model_config, found, precision), found.peaks[FINAL]
     floors = workload.floors(config, on_gpu=on_gpu)

@@ -5,12 +5,13 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
-from functools import cached_property
+from functools import cached_property, partial
 from itertools import product
 from pathlib import Path
 from typing import Any
 
 from lorakeet.config import RunConfig
+from lorakeet.memory.remembered import remembered
 from lorakeet.models.files.source import find_source
 from lorakeet.models.placement import device_for, planned_on, products_for, text_dtype_for
 from lorakeet.models.streaming.model import NotStreamed
@@ -130,8 +131,12 @@ class TextRun(BudgetedWork[TextRunPlan]):
         """
         if streamed not in self._runtimes:
             precision = precision_of(self.config)
-            rows = ROW_BYTES * self.workload.characters if self.lengths is None and not precision.on_gpu else 0
-            self._runtimes[streamed] = text_runtime_bytes(precision, decomposing=decomposes(self.config)) + rows
+            absent = self.lengths is None or self.workload.absent
+            rows = ROW_BYTES * self.workload.characters if absent and not precision.on_gpu else 0
+            decomposing = decomposes(self.config)
+            measured = partial(text_runtime_bytes, precision, decomposing=decomposing)
+            found = remembered(lambda: ("runtime", precision, decomposing, streamed), measured) if absent else measured()
+            self._runtimes[streamed] = found + rows
         return self._runtimes[streamed]
 
     @cached_property
