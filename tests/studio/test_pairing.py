@@ -10,14 +10,60 @@ import pytest
 
 from lorakeet.config import read_run
 from lorakeet.errors import DataError
-from lorakeet.evaluate.compare import compare_losses, compare_values
+from lorakeet.evaluate.answers import answers_from_probabilities
+from lorakeet.evaluate.compare import compare_answers, compare_losses, compare_values
 from lorakeet.evaluate.likelihood import RowLosses
+from lorakeet.evaluate.report.compose import classification_report, language_report
 from lorakeet.evaluate.report.report import Report, ScoredAnswer, SideBySide, write_report
 from lorakeet.evaluate.spec import EvaluateSpec
 from lorakeet.studio.pages import Studio
-from lorakeet.studio.pairing import measured_folder, measuring, pair_runs, was_measured, whole_report
+from lorakeet.studio.pairing import forget_measured, measured_folder, measuring, pair_runs, was_measured, whole_report
 
 SPEC = EvaluateSpec(resamples=500)
+
+
+def test_two_reports_say_what_one_of_both_would_say() -> None:
+    """Tokens and groups of rows are those of the reports: a difference of means over rows has another value and interval."""
+    chance = np.random.default_rng(0)
+    tokens = chance.integers(1, 60, 40)
+    groups = tuple(f"patient {row // 4}" for row in range(40))
+    base, mine, other = (RowLosses(name, chance.gamma(2.0, 1.0, 40) * tokens, tokens, groups) for name in ("base", "a", "b"))
+    texts = [f"text {row}" for row in range(40)]
+    reports = [
+        language_report("x", adapter=one, base=base, texts=texts, truths=texts, spec=EvaluateSpec(show_rows=10**6))
+        for one in (mine, other)
+    ]
+    found = pair_runs(("a", reports[0]), ("b", reports[1]), SPEC)
+    expected = compare_losses(mine, other, SPEC)
+    for name in ("value", "low", "high"):
+        assert getattr(found.comparison.difference, name) == pytest.approx(getattr(expected.difference, name), rel=1e-9)
+    assert found.comparison.p_value == expected.p_value and found.comparison.difference.n == expected.difference.n
+    assert not found.older
+    ones = np.ones(40, dtype=np.int64)
+    alike = compare_losses(*(RowLosses(one.system, one.losses / tokens, ones) for one in (mine, other)), SPEC)
+    assert abs(alike.difference.value - expected.difference.value) > 1e-3
+
+
+def test_right_answers_are_compared_with_the_groups_of_the_report() -> None:
+    chance = np.random.default_rng(1)
+    groups = tuple(f"author {row // 5}" for row in range(40))
+    answers = [
+        answers_from_probabilities(name, chance.dirichlet((1, 1), 40), labels=("n", "y"), truth=np.arange(40) % 2, groups=groups)
+        for name in ("base", "a", "b")
+    ]
+    texts = [f"text {row}" for row in range(40)]
+    spec = EvaluateSpec(show_rows=10**6, resamples=200)
+    reports = [classification_report("x", adapter=one, base=answers[0], texts=texts, spec=spec) for one in answers[1:]]
+    found = pair_runs(("a", reports[0]), ("b", reports[1]), spec)
+    (expected, *_) = compare_answers(answers[1], answers[2], spec)
+    assert found.comparison.paired == expected.paired and found.comparison.test == expected.test
+    for name in ("value", "low", "high"):
+        assert getattr(found.comparison.difference, name) == pytest.approx(getattr(expected.difference, name))
+
+
+def test_reports_of_earlier_versions_are_compared_row_by_row_and_say_so() -> None:
+    found = pair_runs(("a", scored([1.0] * 7)), ("b", scored([2.0] * 7)), SPEC)
+    assert found.older and found.comparison.difference.value == -1.0
 
 
 def labelled(rights: list[bool], *, first: int = 0, rows_of: int | None = None) -> Report:
@@ -96,3 +142,12 @@ def test_a_report_of_earlier_weights_does_not_count(studio: Studio) -> None:
     assert whole_report(studio.places, "mine") is None and measured_folder(studio.places, "mine") != before
     write_report(labelled([True] * 5), measured_folder(studio.places, "mine"))
     assert whole_report(studio.places, "mine") is not None and was_measured(studio.places, "mine")
+
+
+def test_what_was_measured_of_a_run_that_is_gone_is_removed(studio: Studio) -> None:
+    for name in ("gone", "mine", "deleted"):
+        write_report(labelled([True]), studio.places.own / "measured" / f"{name}-ab12")
+    (studio.places.runs / "mine").mkdir()
+    (studio.places.own / "deleted" / "deleted@1").mkdir(parents=True)
+    forget_measured(studio.places)
+    assert sorted(path.name for path in (studio.places.own / "measured").iterdir()) == ["deleted-ab12", "mine-ab12"]

@@ -13,11 +13,13 @@ from pathlib import Path
 import numpy as np
 
 from lorakeet.config import read_run
+from lorakeet.disk import erase
 from lorakeet.errors import DataError
 from lorakeet.evaluate.compare import Comparison, compare_losses, compare_values
 from lorakeet.evaluate.likelihood import RowLosses
 from lorakeet.evaluate.report.report import Report, ScoredAnswer, SideBySide, read_report
 from lorakeet.evaluate.spec import EvaluateSpec
+from lorakeet.studio.deleted import deleted_runs
 from lorakeet.studio.forms import run_file
 from lorakeet.studio.places import Places
 
@@ -39,11 +41,15 @@ class PairedRow:
 
 @dataclass(frozen=True)
 class PairedRuns:
-    """The comparison of two runs on their common rows; `only` are the rows that one of them alone was measured on."""
+    """The comparison of two runs on their common rows; `only` are the rows that one of them alone was measured on.
+
+    `older`: a report is of an earlier version, which kept neither tokens nor groups, so each row counts the same.
+    """
 
     comparison: Comparison
     rows: tuple[PairedRow, ...]  # where they differ most
     only: tuple[int, int]
+    older: bool = False
 
 
 def whole_report(places: Places, name: str) -> Report | None:
@@ -70,6 +76,15 @@ def measured_folder(places: Places, name: str) -> Path:
     return places.own / "measured" / f"{name}-{_weights_changed(places, name):x}"
 
 
+def forget_measured(places: Places) -> None:
+    """Removes what was measured of runs that are neither there nor in the bin any more."""
+    kept = {one.name for one in deleted_runs(places)}
+    for folder in (places.own / "measured").glob("*-*"):
+        name = folder.name.rpartition("-")[0]
+        if name not in kept and not (places.runs / name).exists():
+            erase(folder)
+
+
 def _weights_changed(places: Places, name: str) -> int:
     """When the adapter's weights were written, in ns since 1970. DataError without an adapter."""
     folder = places.run(name) / "adapter"
@@ -91,11 +106,12 @@ def measuring(places: Places, name: str) -> tuple[list[str], str]:
 def pair_runs(left: tuple[str, Report], right: tuple[str, Report], spec: EvaluateSpec | None = None) -> PairedRuns:
     """`left` − `right`, each a name and its whole report, on the rows that both have. DataError if there are none, or too few.
 
-    Labelled rows and replies are compared by how many are right, all others by the mean over rows of the loss in nats per token.
+    Labelled rows and replies are compared by how many are right, all others by their loss in nats per token, over the same tokens
+    and with the same groups as in the reports: what a report of both would say.
     """
     spec = spec or EvaluateSpec()
     mine, other = _by_key(left[1].rows), _by_key(right[1].rows)
-    common = [key for key in mine if key in other]
+    common = sorted((key for key in mine if key in other), key=lambda key: mine[key].place or 0)
     only = len(mine) - len(common), len(other) - len(common)
     if not common:
         raise DataError(
@@ -103,20 +119,29 @@ def pair_runs(left: tuple[str, Report], right: tuple[str, Report], spec: Evaluat
             "the same rows with the same data.split_seed, or name the same data.test."
         )
     pairs = [(mine[key].adapter, other[key].adapter) for key in common]
-    names = (left[0], right[0])
+    names, rows = (left[0], right[0]), [mine[key] for key in common]
+    older = any(row.place is None for row in (*rows, *(other[key] for key in common)))
+    groups = tuple(row.group for row in rows) if all(row.group is not None for row in rows) and not older else None
     if all(one.right is not None and two.right is not None for one, two in pairs):
         values = tuple(np.array([float(bool(side.right)) for side in sides]) for sides in zip(*pairs, strict=True))
-        comparison, gaps = compare_values(names, "accuracy", (values[0], values[1]), spec), values[0] - values[1]
+        comparison = compare_values(names, "accuracy", (values[0], values[1]), spec, groups=groups)
+        gaps = values[0] - values[1]
     else:
         losses = [[side.loss for side in sides] for sides in zip(*pairs, strict=True)]
         if any(loss is None for side in losses for loss in side):
             raise DataError(f"'{left[0]}' and '{right[0]}' were measured in different ways. Measure both again.")
-        ones = np.ones(len(common), dtype=np.int64)
-        one, two = (RowLosses(name, np.array(side, dtype=np.float64), ones) for name, side in zip(names, losses, strict=True))
-        comparison, gaps = compare_losses(one, two, spec), one.losses - two.losses
+        counts = [1 if older else row.tokens or 1 for row in rows]
+        if not older and counts != [other[key].tokens or 1 for key in common]:
+            raise DataError(
+                f"'{left[0]}' and '{right[0]}' read the same rows as different tokens. Compare runs of one tokenizer."
+            )
+        tokens = np.array(counts, dtype=np.int64)
+        each = [np.array(side, dtype=np.float64) for side in losses]
+        one, two = (RowLosses(name, mean * tokens, tokens, groups) for name, mean in zip(names, each, strict=True))
+        comparison, gaps = compare_losses(one, two, spec), each[0] - each[1]
     order = sorted((index for index in range(len(common)) if gaps[index]), key=lambda index: -abs(gaps[index]))[:_DIFFERENT]
-    rows = tuple(PairedRow(*common[index][:2], *pairs[index]) for index in order)
-    return PairedRuns(comparison, rows, only)
+    shown = tuple(PairedRow(*common[index][:2], *pairs[index]) for index in order)
+    return PairedRuns(comparison, shown, only, older)
 
 
 def _by_key(rows: Sequence[SideBySide]) -> dict[Key, SideBySide]:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Hashable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
 
@@ -91,7 +91,10 @@ def classification_report(
             for answers, role in (roles[1], roles[0])
         ),
         rows=tuple(
-            SideBySide(texts[row], adapter.labels[adapter.truth[row]], _reply(base, row), _reply(adapter, row), named[row])
+            SideBySide(
+                texts[row], adapter.labels[adapter.truth[row]], _reply(base, row), _reply(adapter, row), named[row], row,
+                group=_group(adapter.groups, row),
+            )
             for row in chosen
         ),
         rows_of=len(texts),
@@ -129,7 +132,12 @@ def language_report(
         theirs, mine = (_scored(*pair) for pair in ((answered.base, answered, base), (answered.adapter, answered, adapter)))
         shown = list(zip(answered.rows, answered.adapter.references, theirs, mine, strict=True))[: spec.show_rows]
         named = sources or [""] * len(texts)
-        rows = tuple(SideBySide(texts[row], reference, before, after, named[row]) for row, reference, before, after in shown)
+        rows = tuple(
+            SideBySide(
+                texts[row], reference, before, after, named[row], row, int(adapter.tokens[row]), _group(adapter.groups, row)
+            )
+            for row, reference, before, after in shown
+        )
     return Report(
         title,
         task="language",
@@ -255,8 +263,14 @@ def _largest_changes(
     found = []
     for row in order:
         before, after = ScoredAnswer(loss=float(other[row])), ScoredAnswer(loss=float(mine[row]))
-        found.append(SideBySide(texts[row], truths[row], before, after, sources[row] if sources else ""))
+        about = int(row), int(adapter.tokens[row]), _group(adapter.groups, row)
+        found.append(SideBySide(texts[row], truths[row], before, after, sources[row] if sources else "", *about))
     return tuple(found)
+
+
+def _group(groups: Sequence[Hashable] | None, row: int) -> str | None:
+    """A row's group as a text that is the same in every report on the same rows; None without groups."""
+    return None if groups is None else str(groups[row])
 
 
 def _rows_to_show(outcome: np.ndarray[tuple[int, ...], np.dtype[np.int64]], spec: EvaluateSpec) -> list[int]:

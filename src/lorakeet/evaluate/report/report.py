@@ -67,13 +67,20 @@ class ScoredAnswer:
 
 @dataclass(frozen=True)
 class SideBySide:
-    """A held-out row with the replies of base and adapter."""
+    """A held-out row with the replies of base and adapter.
+
+    For a comparison of two reports: `place` among the rows that were measured, the target `tokens` of its loss, and its `group`
+    of rows that depend on each other. None in reports of earlier versions; `group` also where each row stands for itself.
+    """
 
     text: str
     truth: str
     base: ScoredAnswer
     adapter: ScoredAnswer
     source: str = ""
+    place: int | None = None
+    tokens: int | None = None
+    group: str | None = None
 
     @property
     def outcome(self) -> str:
