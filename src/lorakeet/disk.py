@@ -69,12 +69,12 @@ def create(path: Path) -> BinaryIO:
     return os.fdopen(os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW | os.O_CLOEXEC, 0o666), "wb")
 
 
-def open_in_place(path: Path) -> BinaryIO:
+def open_in_place(path: Path, *, append: bool = False) -> BinaryIO:
     """Opens the file `path`, new or old, to be changed where it is: without a buffer, and never through a link.
 
-    OSError for a link, and for anything but a file.
+    With `append` all that is written goes to its end, wherever that is then. OSError for a link, and for anything but a file.
     """
-    handle = os.open(path, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC, 0o666)
+    handle = os.open(path, append * os.O_APPEND | os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC, 0o666)
     if not stat.S_ISREG(os.fstat(handle).st_mode):
         os.close(handle)
         raise OSError(errno.EINVAL, "it is no file", str(path))

@@ -13,11 +13,10 @@ import pytest
 pytest.importorskip("starlette", reason="starlette, of the extra lorakeet[studio], makes the pages")
 pytest.importorskip("uvicorn", reason="uvicorn, of the extra lorakeet[studio], serves the pages")
 
-from laws.test_studio import serious
 from lorakeet.studio.app import make_studio
 from lorakeet.studio.pages import Studio
 from lorakeet.studio.places import Places
-from tiny.browser import chromium, studio_here
+from tiny.browser import chromium, serious, studio_here
 from tiny.runs import chats, run, write_rows
 
 pytestmark = pytest.mark.slow
@@ -46,6 +45,7 @@ def page(browser: Any, studio: Studio) -> Iterator[Any]:
         found.on("pageerror", lambda error: found.said.append(str(error)))
         found.on("console", lambda message: found.said.append(message.text) if message.type == "error" else None)
         found.goto(address)
+        found.wait_for_selector("nav")  # the page with the token goes on by itself
         found.at = lambda path, **query: found.goto(f"{address.partition('/?')[0]}{path}?{urlencode(query)}")
         yield found
         found.context.close()
@@ -85,6 +85,7 @@ def test_rows_are_shown_as_text_with_what_is_trained(page: Any, tmp_path: Path, 
     assert page.locator("#histogram .cut").count() == 1 and "longer than data.max_tokens, 256" in page.inner_text("#lengths-says")
     assert "rows.jsonl:32" in page.inner_text("#pairs") and "rows.jsonl:1" in page.inner_text("#pairs")
     assert page.title() != "taken" and not page.query_selector("main img") and page.said == [] and serious(page) == []
+    page.click("#columns-part summary")
     page.select_option("#field-data-format", "alpaca")
     page.wait_for_selector("#problems .warning", timeout=WAIT)
     assert "instruction" in page.inner_text("#problems") and HOSTILE in page.inner_text("#records"), "the records stay in sight"
@@ -102,5 +103,29 @@ def test_a_run_is_merged_and_its_certificate_shown(page: Any, studio: Studio, tm
     page.wait_for_selector(".taken[data-state='done']", timeout=WAIT)
     assert "Certificate: Passed" in page.inner_text(".taken") and "lorakeet verify" in page.inner_text(".taken")
     assert json.loads((studio.places.runs / "mine-merged" / "certificate.json").read_bytes())["passed"]
-    page.wait_for_selector("#missing-merge:has-text('exists already')")
+    page.wait_for_selector("#missing-merge:has-text('exists already')", timeout=WAIT)
     assert page.said == [] and serious(page) == []
+
+
+def test_a_table_of_an_office_is_read_by_clicks_alone(page: Any, tmp_path: Path, tiny_llama_folder: Path) -> None:
+    """Another encoding, another separator, columns of other names, an empty label: each is mended by the button beside it."""
+    lines = [f"Beschwerde Nummer {n} über das Frühstück und die Küche;{['Küche', 'Pflege'][n % 2]}" for n in range(60)]
+    lines += ["Ohne Kategorie, schön wärs;", "Ein Tippfehler über die Küche;Pfleg"]
+    (tmp_path / "office.csv").write_text("\r\n".join(["Text;Kategorie", *lines]), encoding="cp1252")
+    page.at("/data")
+    page.set_input_files("#upload", tmp_path / "office.csv")
+    page.click("button.remedy:has-text('All together')", timeout=WAIT)
+    page.wait_for_selector("#busy", state="hidden", timeout=WAIT)
+    if left := page.query_selector("button.remedy"):  # rows that no setting of the file mends
+        left.click()
+    page.wait_for_selector("#sentence[data-state]:has-text('rows to train on')", timeout=WAIT)
+    assert "Read as texts with a label" in page.inner_text("#shape") and "Frühstück" in page.inner_text("#records")
+    assert "Pfleg" in page.inner_text("#notes") or "Pfleg" not in page.inner_text("#labels").split()
+    chosen = page.eval_on_selector_all("#records th select", "all => all.map((one) => one.selectedOptions[0].textContent)")
+    assert chosen == ["the text", "its label"] and page.is_visible("#go-on") and serious(page) == []
+    page.at("/data")  # another day
+    page.click("button.chip:has-text('office.csv')")
+    page.wait_for_selector("#sentence[data-state]:has-text('rows to train on')", timeout=WAIT)
+    page.select_option("#records th select >> nth=1", "")
+    page.wait_for_selector("#guess button.remedy", timeout=WAIT)
+    assert "data.label_column" not in page.url and page.said == []

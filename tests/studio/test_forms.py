@@ -66,3 +66,14 @@ def test_every_problem_of_a_form_is_named_as_the_command_does(tmp_path: Path) ->
     with pytest.raises(ConfigError, match=r"(?s)model is missing.*data\.train is empty.*train\.steps .* is 'x'") as found:
         run_config({"train.steps": "x"}, tmp_path)
     assert "flag --train.steps" in str(found.value)
+
+
+def test_a_value_that_begins_like_a_flag_stays_one() -> None:
+    words = run_words(read_run(None, {"model.path": "m", "data.train": "r", "data.separator": "--x", "data.system": "- a"}))
+    assert "--data.separator=--x" in words and "--data.system=- a" in words
+
+
+def test_a_text_of_several_lines_has_a_field_that_keeps_them() -> None:
+    widgets = {field.path: field.widget for field in run_fields()}
+    assert given_settings({"data.template": "{text}\r\nOne of: a, b"}) == {"data.template": "{text}\nOne of: a, b"}
+    assert widgets["data.template"] == widgets["data.system"] == "lines" and widgets["data.train"] == "text"

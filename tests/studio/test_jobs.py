@@ -14,6 +14,7 @@ from pathlib import Path
 
 import pytest
 
+from lorakeet.disk import open_in_place
 from lorakeet.errors import ConfigError
 from lorakeet.studio import jobs as module
 from lorakeet.studio.jobs import Job, Queue, Starter, read_job
@@ -247,3 +248,23 @@ def test_a_word_that_no_command_can_have_is_refused_and_never_ends_the_queue(que
     (odd.folder / "job.json").write_text(json.dumps({**about, "words": ["end", word]}))
     again = Queue(queue.folder)  # of a studio that was started anew
     assert [one.title for one in again.jobs()] == ["good"] and again.start_waiting() == [job]
+
+
+def test_a_long_log_keeps_its_end_and_goes_on(queue: Queue, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(module, "MOST_LOGGED", 300_000)
+    job = queue.add(["finetune"], title="x")
+    with open_in_place(job.folder / "log", append=True) as log:  # as the job's processes have it
+        log.write(b"early\n" * 60_000 + b"late\n")
+        queue.start_waiting()
+        log.write(b"later\n")
+    text = (job.folder / "log").read_text()
+    assert text.startswith("(the beginning was cut)\n") and {"late", "later"} < {*text.splitlines()} and len(text) < 100_000
+
+
+def test_old_jobs_are_forgotten_but_for_the_newest_of_each_run(queue: Queue, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(module, "LAST_JOBS", 2)
+    jobs = [queue.add(["merge"], title=str(number), run="mine" if number == 1 else "") for number in range(6)]
+    for job in jobs[:5]:
+        queue.stop(job)
+    queue.forget_old()
+    assert [job.title for job in queue.jobs()] == ["1", "3", "4", "5"] and not jobs[0].folder.exists()

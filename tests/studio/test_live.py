@@ -45,6 +45,8 @@ def test_a_run_says_how_far_it_is_and_how_long_it_takes(studio: Studio, run: Pat
     waiting = live_run(studio.places, studio.queue, "mine")
     assert (waiting.state, waiting.can_stop, waiting.can_resume) == ("waiting", True, False)
     monkeypatch.setattr(type(job), "state", "running")
+    (job.folder / "alive").touch()
+    (run / "metrics.jsonl").touch()
     live = live_run(studio.places, studio.queue, "mine")
     assert (live.state, live.step, live.total, live.seconds_left) == ("training", 3, 10, 14.0)
     assert (live.base, live.best, live.best_step, live.memory, live.budget) == (4.0, 1.0, 3, 1003, 1 << 30)
@@ -61,11 +63,32 @@ def test_a_run_that_ended_early_shows_the_commands_message_and_can_go_on(
     (job.folder / "log").write_text("step 3\nError: Ctrl-C: stopped after step 3.\nResume with: it\n")
     monkeypatch.setattr(type(job), "state", state)
     live = live_run(studio.places, studio.queue, "mine")
-    assert live.message.startswith("Ctrl-C: stopped after step 3.") and live.can_resume and not live.can_stop
+    said = "No step was trained yet" if state == "stopped" else "Ctrl-C: stopped after step 3."
+    assert live.message.startswith(said) and live.can_resume and not live.can_stop
     words = {"stopped": "Stopped before the first step", "failed": "Could not go on", "killed": "Was ended from outside"}
     assert live.said == words[state]
     (run / "metrics.jsonl").write_text(lines(3))
-    assert ("is kept" in live_run(studio.places, studio.queue, "mine").said) == (state == "stopped")
+    live = live_run(studio.places, studio.queue, "mine")
+    assert ("is kept" in live.said) == (live.message.startswith("It stopped after step 3 of 10")) == (state == "stopped")
+
+
+def test_a_resumed_run_reads_its_model_before_it_trains(studio: Studio, run: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (run / "metrics.jsonl").write_text(lines(3))
+    os.utime(run / "metrics.jsonl", (1.0, 1.0))
+    job = studio.queue.add(["finetune", "--resume"], title="x", run="mine")
+    (job.folder / "alive").touch()
+    (job.folder / "log").write_text("Loading\nReads the blocks  1/4\rReads the blocks  2/4")
+    monkeypatch.setattr(type(job), "state", "running")
+    live = live_run(studio.places, studio.queue, "mine")
+    assert (live.state, live.doing, live.seconds_left) == ("starting", "Reads the blocks  2/4", None)
+    (run / "metrics.jsonl").touch()
+    assert live_run(studio.places, studio.queue, "mine").state == "training"
+
+
+def test_the_message_of_a_command_begins_its_line(studio: Studio) -> None:
+    job = studio.queue.add(["finetune"], title="x", run="mine")
+    (job.folder / "log").write_text("Error: the disk is full.\nrow 3 says Error: none of yours\n")
+    assert job.error.startswith("the disk is full.")
 
 
 def over(studio: Studio, name: str, code: str, *, at: float) -> Job:
@@ -104,6 +127,7 @@ def test_the_folder_comes_before_the_job(studio: Studio, run: Path) -> None:
 def test_the_button_to_stop_says_what_is_kept(studio: Studio, run: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     job = studio.queue.add(["finetune"], title="x", run="mine")
     assert live_run(studio.places, studio.queue, "mine").stop == "Take it out of the queue"
+    (job.folder / "alive").touch()
     monkeypatch.setattr(type(job), "state", "running")
     starting = live_run(studio.places, studio.queue, "mine")
     assert (starting.state, starting.stop) == ("starting", "Stop") and "nothing is kept" in starting.stop_note

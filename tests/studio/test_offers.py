@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import os
 from io import BytesIO
 from pathlib import Path
 from typing import Any
@@ -68,3 +69,16 @@ def test_a_slow_disk_keeps_no_other_page_waiting(browser: TestClient, monkeypatc
     monkeypatch.setattr(module, "create", noted)
     assert browser.put("/rows/rows.csv", content=b"a,b").status_code == 200
     assert loops and not any(loops)
+
+
+def test_copies_have_a_limit_together_and_leftovers_are_removed(
+    browser: TestClient, studio: Studio, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(module, "MOST_UPLOADED", 10)
+    assert browser.put("/rows/a.csv", content=b"1234567").status_code == 200
+    left = studio.places.own / "rows" / ".abc"
+    (left / "b.csv").mkdir(parents=True)
+    os.utime(left, (1.0, 1.0))
+    refused = browser.put("/rows/b.csv", content=b"1234", headers={"accept": "application/json"})
+    assert refused.status_code == 400 and "all copies together 10" in refused.json()["message"].replace("bytes", "")
+    assert sorted(path.name for path in left.parent.iterdir()) == ["a.csv"]

@@ -82,7 +82,27 @@ def test_records_are_shown_even_where_no_column_fits(tmp_path: Path) -> None:
     sent: list[Any] = []
     with pytest.raises(DataError, match="match no known shape"):
         show_rows_of({"data.train": str(path)}, sent.append)
-    assert sent == [{"part": "first", "columns": ["frage", "antwort"], "rows": [{"source": "rows.csv:2", "cells": ["a", "b"]}]}]
+    first = {"part": "first", "columns": ["frage", "antwort"], "rows": [{"source": "rows.csv:2", "cells": ["a", "b"]}]}
+    assert sent == [first]
+
+
+def test_an_error_of_columns_proposes_what_they_hold(tmp_path: Path) -> None:
+    path = tmp_path / "rows.csv"
+    path.write_text("Body,Rubrik\n" + "".join(f"{' '.join(WORDS[n % 9:])} {n},{'ab'[n % 2]}\n" for n in range(60)))
+    with pytest.raises(DataError, match="match no known shape") as raised:
+        show_rows_of({"data.train": str(path)}, lambda values: None)
+    found = {one.setting: one.value for one in raised.value.remedies}
+    assert found == {"data.text_column": "Body", "data.label_column": "Rubrik"}
+
+
+def test_a_column_of_few_values_beside_the_text_is_offered_as_its_label(tmp_path: Path) -> None:
+    path = tmp_path / "rows.csv"
+    path.write_text("text,kind\n" + "".join(f"{' '.join(WORDS[n % 9:])} {n},{'ab'[n % 2]}\n" for n in range(60)))
+    found = sent_for({"data.train": str(path)})
+    assert found["columns"]["shape"] == "text" and "'kind' is the label" in found["columns"]["remedies"][0]["words"]
+    found = sent_for({"data.train": str(path), **found["columns"]["remedies"][0]["settings"]})
+    assert found["columns"]["shape"] == "classification" and found["columns"]["remedies"] == []
+    assert any("rows to measure on are few" in note for note in found["split"]["notes"])
 
 
 def encoder(limit: int) -> Encoder:

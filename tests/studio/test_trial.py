@@ -25,11 +25,14 @@ from lorakeet.studio.trial import (
     add_run,
     close_trial,
     current_trial,
-    example_of,
+    examples_of,
     mixed,
     open_trial,
+    port_of,
     reply_lines,
+    running_beside,
     served_base,
+    single_rows,
     trial_state,
 )  # fmt: skip
 from tiny.hostile_server import answering
@@ -68,7 +71,7 @@ def test_what_cannot_be_tried_is_refused(studio: Studio) -> None:
         open_trial(studio.places, studio.queue, "pictures")
     with pytest.raises(ConfigError, match="no adapter yet"):
         open_trial(studio.places, studio.queue, "young")
-    assert trial_state(None) == ("off", "") and example_of(studio.places.runs / "young") == ""
+    assert trial_state(None) == ("off", "") and examples_of(studio.places.runs / "young") == []
 
 
 def test_names_and_weights_are_what_the_server_reads() -> None:
@@ -153,9 +156,38 @@ def test_what_is_no_answer_of_a_server_is_one_message(tmp_path: Path, studio: St
 def test_a_server_s_own_file_that_is_damaged_is_no_server(studio: Studio) -> None:
     made(studio, "mine")
     trial = open_trial(studio.places, studio.queue, "mine")
-    for text in ("[" * 100_000, "[]", '{"run": "mine", "port": "x", "key": "k"}', '{"run": "mine", "port": 1, "key": "a\\nb"}'):
+    for text in ("[" * 100_000, "[]", '{"run": 1, "key": "k"}', '{"run": "mine", "key": "a\\nb"}'):
         (trial.job.folder / "trial.json").write_text(text)
         assert current_trial(studio.queue) is None
+
+
+def test_the_port_is_the_one_that_the_server_has_bound(studio: Studio) -> None:
+    made(studio, "mine")
+    trial = open_trial(studio.places, studio.queue, "mine")
+    words = trial.job.words
+    assert words[words.index("--port") + 1] == "0" and trial.port == port_of(trial.job) == 0
+    log = "Reads it at http://127.0.0.1:1/v1 first\nServing tiny with 1 adapter at http://127.0.0.1:4711/v1\n"
+    (trial.job.folder / "log").write_text(log + "Serving tiny with 1 adapter at http://127.0.0.1:9/v1\n")
+    found = current_trial(studio.queue)
+    assert found is not None and found.port == 4711
+
+
+def test_what_it_was_measured_on_is_tried_with_what_was_expected(studio: Studio) -> None:
+    folder = made(studio, "mine")
+    assert not single_rows(folder)
+    (folder / "report.json").write_text(json.dumps({"rows": [{"text": "a", "truth": "b"}], "task": "classification"}))
+    assert examples_of(folder) == [{"text": "a", "truth": "b"}] and single_rows(folder)
+    (folder / "report.json").write_text(json.dumps({"rows": [{"text": "a", "truth": "b"}], "task": "language"}))
+    assert not single_rows(folder)
+
+
+def test_what_runs_beside_a_tried_model_is_said(studio: Studio, monkeypatch: pytest.MonkeyPatch) -> None:
+    made(studio, "mine")
+    open_trial(studio.places, studio.queue, "mine")
+    assert running_beside(studio.queue) == ""
+    studio.queue.add(["finetune"], title="Fine-tune into other")
+    monkeypatch.setattr(Job, "state", "running")
+    assert running_beside(studio.queue) == "Fine-tune into other"
 
 
 def test_two_tabs_that_load_a_model_leave_one(studio: Studio, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -15,21 +15,24 @@ from lorakeet.errors import LorakeetError
 from lorakeet.studio.index import Index
 from lorakeet.studio.jobs import Queue
 from lorakeet.studio.pages import Screen, Studio, asset, refused_page
+from lorakeet.studio.pairing import forget_measured
 from lorakeet.studio.places import NotHere, Places
 from lorakeet.studio.safety import Guard, token_of
 from lorakeet.studio.screens import data, fit, home, result, run, runs, take, talk
 
 # in the order of the navigation
 SCREENS: tuple[Screen, ...] = (
-    home.SCREEN, fit.SCREEN, data.SCREEN, run.SCREEN, result.SCREEN, runs.SCREEN, talk.SCREEN, take.SCREEN
+    home.SCREEN, data.SCREEN, fit.SCREEN, run.SCREEN, runs.SCREEN, result.SCREEN, talk.SCREEN, take.SCREEN
 )  # fmt: skip
 _KINDS = {".js": "text/javascript", ".css": "text/css", ".svg": "image/svg+xml"}
 
 
 def make_studio(places: Places) -> Studio:
     """The state of a studio on these folders; its own folder is made. Several may share one."""
-    token = token_of(places.own)
-    return Studio(places, Queue(places.own), Index(places.runs, places.own / "index.sqlite"), token)
+    token, queue = token_of(places.own), Queue(places.own)
+    queue.forget_old()
+    forget_measured(places)
+    return Studio(places, queue, Index(places.runs, places.own / "index.sqlite"), token)
 
 
 def studio_app(studio: Studio) -> Guard:

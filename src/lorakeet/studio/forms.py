@@ -23,7 +23,8 @@ FIRST = (
 _LABELS = {  # where the last part of the path says too little
     "model.path": "model", "data.train": "rows", "model.quantize.method": "quantisation", "memory.budget": "memory budget",
 }  # fmt: skip
-Widget = Literal["choice", "number", "text"]
+_LINES = ("data.template", "data.label_template", "data.system", "data.separator")  # whose texts may have several lines
+Widget = Literal["choice", "number", "text", "lines"]
 
 
 @dataclass(frozen=True)
@@ -55,6 +56,7 @@ def form_field(setting: Setting) -> FormField:
     numeric = not words and {setting.kind, *typing.get_args(setting.kind)} & {int, float}
     plural = typing.get_origin(setting.kind) in (tuple, dict)
     widget: Widget = "choice" if words and not plural else "number" if numeric and not plural else "text"
+    widget = "lines" if setting.path in _LINES else widget
     label = _LABELS.get(setting.path) or setting.path.rpartition(".")[2].replace("_", " ")
     return FormField(setting.path, label, setting.help, widget, default, words, setting.path in ("model.path", "data.train"))
 
@@ -83,7 +85,7 @@ def more_fields() -> dict[str, tuple[FormField, ...]]:
 def given_settings(form: Mapping[str, str]) -> dict[str, str]:
     """The settings of a run that a form or an address gives, by dotted path: those that are filled in and no default."""
     defaults = {field.path: field.default for field in run_fields()}
-    found = {path: form.get(path, "").strip() for path in defaults}
+    found = {path: form.get(path, "").replace("\r\n", "\n").strip() for path in defaults}  # as browsers send lines
     return {path: text for path, text in found.items() if text and text != defaults[path]}
 
 
@@ -105,7 +107,8 @@ def run_words(config: RunConfig, verb: str = "finetune") -> list[str]:
         value = values[setting.path]
         if value != defaults[setting.path]:
             for item in value if isinstance(value, list) else [value]:
-                words += [f"--{setting.shorthand or setting.path}", item if isinstance(item, str) else shown_default(item)]
+                flag, text = f"--{setting.shorthand or setting.path}", item if isinstance(item, str) else shown_default(item)
+                words += [f"{flag}={text}"] if text.startswith("-") else [flag, text]
     return words
 
 
@@ -113,10 +116,14 @@ def settings_of(*folders: Path) -> dict[str, str]:
     """The settings of a run as a form has them, without `out`: from the first run file in `folders`; empty without one."""
     files = [path for folder in folders for path in (folder / "run.yaml", folder / "config.yaml") if path.is_file()]
     try:
-        values = _leaves(to_mapping(read_run(files[0]))) if files else {}
+        return form_settings(read_run(files[0])) if files else {}
     except LorakeetError:  # a broken file: the form is empty
         return {}
-    defaults = _leaves(_defaults())
+
+
+def form_settings(config: RunConfig) -> dict[str, str]:
+    """The settings of a run that are no defaults, as a form has them, without `out`."""
+    values, defaults = _leaves(to_mapping(config)), _leaves(_defaults())
     given = {path: value for path, value in values.items() if path != "out" and value != defaults[path]}
     return {path: value if isinstance(value, str) else shown_default(value) for path, value in given.items()}
 

@@ -32,7 +32,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Literal
 
-from lorakeet.disk import open_in_place, open_regular, write_new, write_whole, written_whole
+from lorakeet.disk import erase, open_in_place, open_regular, write_new, write_whole, written_whole
 from lorakeet.errors import ConfigError
 from lorakeet.studio.places import NotHere
 
@@ -45,6 +45,8 @@ _STARTING = 5.0  # seconds that the start of a process may take
 AGAIN = 1.0  # seconds between two attempts to write a code
 _DIGITS = 9  # of an exit code or a process's number
 _LARGEST_ABOUT = 1 << 20  # bytes of a job's file
+LAST_JOBS = 200  # of those that are over, whose logs are kept
+MOST_LOGGED = 1 << 24  # bytes of a log
 _LOG_END = 20_000  # characters of a log that a page shows, of at most four bytes each
 # The shell outlives Ctrl-C, which reaches the whole group, and writes the exit code even if no studio runs then.
 # On a full disk neither an empty number nor an empty code counts: the studio writes the code when there is space.
@@ -111,10 +113,7 @@ class Job:
 
     def _age(self) -> float:
         """Seconds since its start."""
-        try:
-            return time.time() - (self.folder / "alive").stat().st_mtime
-        except OSError:
-            return _STARTING + 1
+        return time.time() - self.started if self.started < math.inf else _STARTING + 1
 
     @property
     def log(self) -> str:
@@ -123,9 +122,17 @@ class Job:
 
     @property
     def error(self) -> str:
-        """The command line's own message, from the last "Error: " on."""
-        _, found, message = self.log.rpartition("Error: ")
+        """The command line's own message, from the last line on that begins with "Error: "."""
+        _, found, message = f"\n{self.log}".rpartition("\nError: ")
         return message.strip() if found else ""
+
+    @property
+    def started(self) -> float:
+        """When it was started, in seconds since 1970: infinity before."""
+        try:
+            return (self.folder / "alive").stat().st_mtime
+        except OSError:
+            return math.inf
 
 
 class Queue:
@@ -212,10 +219,12 @@ class Queue:
         return sum(other.made < job.made and _same_device(job.device, other.device) for other, _ in self.going())
 
     def start_waiting(self) -> list[Job]:
-        """Starts the oldest waiting job of each device on which none runs; returns what was started."""
+        """Starts the oldest waiting job of each device on which none runs; returns what was started. Long logs are cut."""
         started = []
         with self.alone():
             jobs = self.going()
+            for job, _ in jobs:
+                _cut_log(job.folder / "log")
             busy = [job.device for job, state in jobs if state == "running"]
             for job in (job for job, state in jobs if state == "waiting"):
                 if not any(_same_device(job.device, other) for other in busy):
@@ -223,6 +232,17 @@ class Queue:
                     started.append(job)
                 busy.append(job.device)  # later ones of the device wait behind it
         return started
+
+    def forget_old(self) -> None:
+        """Removes the folders of jobs that are over, but for the newest LAST_JOBS of them and the newest of each run."""
+        with self.alone():
+            going = {job.name for job, _ in self.going()}
+            jobs = [job for job in self.jobs() if job.name not in going]
+            newest = {job.run: job.name for job in jobs if job.run}
+            for job in jobs[:-LAST_JOBS]:
+                if newest.get(job.run) != job.name:
+                    erase(job.folder)
+                    del self._known[job.name]
 
     def stop(self, job: Job, *, at_once: bool = False) -> None:
         """Takes a waiting job out of the queue; sends a running one the signal of Ctrl-C, once. ConfigError if it does neither.
@@ -242,7 +262,7 @@ class Queue:
     def _start(self, job: Job) -> None:
         given = {**os.environ, "PYTHONUNBUFFERED": "1", "COLUMNS": "100"}
         command = ["/bin/sh", "-c", _SCRIPT, str(job.folder), sys.executable, "-m", "lorakeet", *job.words]
-        with open_in_place(job.folder / "log") as log, open_in_place(job.folder / "alive") as alive:
+        with open_in_place(job.folder / "log", append=True) as log, open_in_place(job.folder / "alive") as alive:
             fcntl.flock(alive, fcntl.LOCK_EX)
             process = subprocess.Popen(
                 command, stdin=subprocess.DEVNULL, stdout=log, stderr=log, env=given, start_new_session=True,
@@ -307,15 +327,30 @@ def _is_argument(word: object) -> bool:
         return False
 
 
-def read_lock(path: Path) -> bool:
-    """True if a process has the lock of a run folder, where the system lists locks: a probe of its own would keep a run out."""
+def locked_files() -> frozenset[str]:
+    """The files that processes have locked, where the system lists them: a probe of its own would keep a run out."""
+    try:
+        locks = Path("/proc/locks").read_text(encoding="ascii")
+    except OSError:
+        return frozenset()
+    lines = [line.split() for line in locks.splitlines() if "FLOCK" in line and "->" not in line]
+    return frozenset(word for line in lines for word in line if word.count(":") == 2)
+
+
+def read_lock(path: Path, locked: frozenset[str] | None = None) -> bool:
+    """True if a process has the lock of a run folder; `locked` are the locked files, where they are read already."""
     try:
         about = path.stat()
-        locks = Path("/proc/locks").read_text(encoding="ascii")
     except OSError:
         return False
     place = f"{os.major(about.st_dev):02x}:{os.minor(about.st_dev):02x}:{about.st_ino}"
-    return any(place in line.split() for line in locks.splitlines() if "FLOCK" in line and "->" not in line)
+    return place in (locked_files() if locked is None else locked)
+
+
+def last_line(log: str) -> str:
+    """The last line that a running command printed, without what a terminal would overwrite."""
+    lines = [line.rpartition("\r")[2].strip() for line in log.splitlines()]
+    return next((line for line in reversed(lines) if line), "")
 
 
 def _same_device(one: str, other: str) -> bool:
@@ -365,6 +400,18 @@ def _locked(path: Path) -> bool:
     except OSError:
         return False
     return False
+
+
+def _cut_log(path: Path) -> None:
+    """Leaves the end of a log that has become too long; what is written just then may be lost."""
+    try:
+        if path.stat().st_size > MOST_LOGGED:
+            with open_in_place(path, append=True) as log:
+                end = _bytes(path, 4 * _LOG_END)
+                os.truncate(path, 0)
+                log.write(b"(the beginning was cut)\n" + end)
+    except FileNotFoundError:
+        pass
 
 
 def _text(path: Path, most: int = 1 << 16) -> str:

@@ -12,16 +12,16 @@ from typing import Any
 from lorakeet.config import RunConfig, read_run
 from lorakeet.disk import open_regular
 from lorakeet.errors import LorakeetError
-from lorakeet.studio.jobs import Job, Queue, read_lock
+from lorakeet.studio.jobs import Job, Queue, last_line, read_lock
 from lorakeet.studio.places import NotHere, Places, regular_within
 from lorakeet.train.run import RunFolder
 
 AT_ONCE = 1 << 22  # bytes of metrics in one event
 _WORDS = {
     "waiting": "Waits in the queue",
-    "starting": "Reads the model and the rows",
+    "starting": "Reads the model and the rows, and measures the base",
     "training": "Trains",
-    "measuring": "Answers the held-out rows and measures",
+    "measuring": "Answers the rows to measure on; this may take as long as the training",
     "stopping": "Stops after this step or evaluation",
     "running": "Runs, started outside of this studio",
     "done": "Done",
@@ -50,7 +50,8 @@ class LiveRun:
     name: str
     state: str  # one of the keys of _WORDS
     said: str  # in words
-    message: str = ""  # the command line's own, of a run that ended early
+    message: str = ""  # of a run that ended early: the command line's own, or what Stop has kept
+    doing: str = ""  # the last line that it printed, while no step is trained
     step: int = 0
     total: int | None = None
     seconds_left: float | None = None
@@ -111,7 +112,12 @@ def live_run(places: Places, queue: Queue, name: str, numbers: RunNumbers | None
 
     Raises NotHere where there is neither a folder nor a job.
     """
-    folder, job = places.new_run(name), job_of(places, queue, name)
+    return followed(places, queue, name, job_of(places, queue, name), numbers)
+
+
+def followed(places: Places, queue: Queue, name: str, job: Job | None, numbers: RunNumbers | None = None) -> LiveRun:
+    """`live_run` with the job that `job_of` has found."""
+    folder = places.new_run(name)
     run = RunFolder.at(folder)
     if run is None and (job is None or job.state == "done"):
         raise NotHere(f"There is no run '{name}' in {places.runs}. It may have been deleted or moved.")
@@ -123,14 +129,17 @@ def live_run(places: Places, queue: Queue, name: str, numbers: RunNumbers | None
     state = run_state(run, job)
     if state == "running" and job is not None and job.state == "running":
         reached = "measuring" if total and step >= total else "training"
-        state = "stopping" if job.stopping else reached if step else "starting"
+        trains = step and run is not None and _changed(run.metrics) >= job.started  # a resumed run loads its model first
+        state = "stopping" if job.stopping else reached if trains else "starting"
     stop, note = _STOP.get(state, ("", ""))
+    note = "What it trained before is kept." if state == "starting" and step else note
     ended = state in ("stopped", "failed", "killed")
     return LiveRun(
         name=name,
         state=state,
         said=_WORDS[state] if step or state != "stopped" else "Stopped before the first step",
-        message=(job.error or (_KILLED if state == "killed" else "")) if job is not None and ended else "",
+        message=_message(state, job, step, total) if job is not None and ended else "",
+        doing=last_line(job.log) if job is not None and state in ("starting", "measuring", "stopping") else "",
         step=step,
         total=total,
         seconds_left=(total - step) * numbers.pace if state == "training" and total and numbers.pace else None,
@@ -146,6 +155,16 @@ def live_run(places: Places, queue: Queue, name: str, numbers: RunNumbers | None
         stop_note=note,
         can_resume=run is not None and (ended or state == "unfinished"),
     )
+
+
+def _message(state: str, job: Job, step: int, total: int | None) -> str:
+    """What a run that ended early says: after Stop what is kept, otherwise the command line's own words."""
+    if state == "stopped" and step:
+        of = f" of {total}" if total else ""
+        return f"It stopped after step {step}{of}, as it was meant to. All up to there is kept; Resume goes on from there."
+    if state == "stopped":
+        return "No step was trained yet, so nothing was lost. Resume begins again."
+    return job.error or (_KILLED if state == "killed" else "")
 
 
 def thinned(records: list[dict[str, Any]], most: int = 4000) -> list[dict[str, Any]]:
@@ -214,14 +233,17 @@ def job_of(places: Places, queue: Queue, name: str) -> Job | None:
     return None if max(map(_changed, (run.config, run.metrics, run.report))) > job.end else job
 
 
-def run_state(run: RunFolder | None, job: Job | None) -> str:
-    """What has become of a run, by its folder and its job; "running" also where it was started outside of the studio."""
+def run_state(run: RunFolder | None, job: Job | None, locked: frozenset[str] | None = None) -> str:
+    """What has become of a run, by its folder and its job; "running" also where it was started outside of the studio.
+
+    `locked` are the files that are locked (`locked_files`), where they are read already.
+    """
     state = "" if job is None else job.state
     if state in ("waiting", "running"):
         return state
     if run is None:
         return state or "unfinished"
-    if read_lock(run.path / ".lock"):
+    if read_lock(run.path / ".lock", locked):
         return "running"
     if state in ("", "done"):
         return "done" if run.report.is_file() else "unfinished"

@@ -7,6 +7,7 @@ import hashlib
 import itertools
 import os
 import secrets
+import time
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -18,6 +19,7 @@ from starlette.routing import Route
 
 from lorakeet.disk import create, erase, written_whole
 from lorakeet.errors import ConfigError
+from lorakeet.evaluate.wording import bytes_text
 from lorakeet.formats.files.digest import sha256_of
 from lorakeet.studio.pages import studio_of
 from lorakeet.studio.places import Places
@@ -28,6 +30,8 @@ ROWS = (".jsonl", ".json", ".csv", ".tsv", ".txt", ".parquet", ".zip", ".gz")
 _DEPTH = 3  # folders below a chosen one
 _MOST = 200  # of each kind
 _ENTRIES = 20_000  # that are read in all
+MOST_UPLOADED = 4 * LARGEST_UPLOAD  # bytes of all copies
+_UNFINISHED = 24 * 3600.0  # seconds after which an unfinished copy is a leftover
 _LEFT_OUT = {"node_modules", "__pycache__", "site-packages", "checkpoints", "adapter"}
 
 
@@ -91,6 +95,7 @@ async def _receive(request: Request) -> Response:
     places = studio_of(request).places
     if not name.lower().endswith(ROWS) or len(name.encode()) > 200 or name.startswith(".") or not name.isprintable():
         raise ConfigError(f"The file's name is {name!r:.80}; expected a plain name that ends with {', '.join(ROWS)}.")
+    await asyncio.to_thread(_require_space, places, int(request.headers.get("content-length") or 0))
     size, sent = 0, hashlib.sha256()
     coming = places.own / "rows" / f".{secrets.token_hex(8)}" / name
     try:
@@ -103,12 +108,27 @@ async def _receive(request: Request) -> Response:
             async for piece in request.stream():
                 size += len(piece)
                 if size > LARGEST_UPLOAD:
-                    raise ConfigError(f"{name} has more than {LARGEST_UPLOAD:,} bytes. Put it into a folder of the studio.")
+                    raise ConfigError(f"{name} has more than {bytes_text(LARGEST_UPLOAD)}. Put it into a folder of the studio.")
                 await asyncio.to_thread(take, piece)  # a slow disk keeps no other page waiting
         path = await asyncio.to_thread(_settled, coming, places.own / "rows", sent.hexdigest())
     finally:
         erase(coming.parent)
     return JSONResponse({"path": str(path), "bytes": size})
+
+
+def _require_space(places: Places, size: int) -> None:
+    """Removes unfinished copies of a killed studio. ConfigError for a file that is too large, alone or with the others."""
+    folder = places.own / "rows"
+    for left in folder.glob(".*"):
+        if time.time() - left.stat().st_mtime > _UNFINISHED:
+            erase(left)
+    kept = sum(path.stat().st_size for path in folder.glob("*") if path.is_file())
+    if size > LARGEST_UPLOAD or kept + size > MOST_UPLOADED:
+        raise ConfigError(
+            f"The file has {bytes_text(size)}; expected at most {bytes_text(min(LARGEST_UPLOAD, MOST_UPLOADED - kept))}: a copy "
+            f"may have {bytes_text(LARGEST_UPLOAD)}, and all copies together {bytes_text(MOST_UPLOADED)}. Put the file into a "
+            f"folder of the studio, or delete copies in {folder} that no run needs."
+        )
 
 
 def _settled(coming: Path, folder: Path, digest: str) -> Path:

@@ -17,13 +17,14 @@ from starlette.requests import Request
 from starlette.responses import HTMLResponse, JSONResponse, RedirectResponse, Response, StreamingResponse
 from starlette.routing import Route
 
-from lorakeet.errors import LorakeetError
+from lorakeet.errors import LorakeetError, Remedy
 from lorakeet.evaluate.report.templates import page_templates
 from lorakeet.evaluate.wording import bytes_text, duration_text, number, signed
 from lorakeet.studio.forms import command_line, given_settings
 from lorakeet.studio.index import Index
 from lorakeet.studio.jobs import Queue
 from lorakeet.studio.places import NotHere, Places
+from lorakeet.studio.remedies import remedies_of_error
 from lorakeet.studio.safety import FORM, csrf_of
 from lorakeet.studio.workbench import Workbench
 
@@ -112,6 +113,16 @@ def problems_of(error: LorakeetError) -> list[str]:
     return lines[1:] or lines
 
 
+def refused_values(error: LorakeetError) -> dict[str, Any]:
+    """The problems of a message for a script, and what one click sets against them."""
+    return {"problems": problems_of(error), "remedies": remedies_of_error(error)}
+
+
+def error_of(found: Mapping[str, Any]) -> LorakeetError:
+    """The error that a workbench has sent."""
+    return LorakeetError(found["error"], remedies=[Remedy(**one) for one in found.get("remedies", ())])
+
+
 def event_stream(make: Callable[[], Any]) -> Response:
     """Server-sent events from an async iterator of texts that `event` has made."""
     return StreamingResponse(make(), media_type="text/event-stream", headers={"x-accel-buffering": "no"})
@@ -124,7 +135,10 @@ def event(value: Any, *, name: str = "", id: str = "") -> str:
 
 
 def _here(request: Request, screen: Screen) -> bool:
+    """True for a screen's own pages; that of one run belongs to the list of runs."""
     path = request.url.path
+    if path.startswith("/run/"):
+        return screen.path == "/runs"
     return path == screen.path or (screen.path != "/" and path.startswith(f"{screen.path}/"))
 
 

@@ -11,6 +11,7 @@ Every answer forbids inline scripts, other sites' frames and all that is not ser
 
 from __future__ import annotations
 
+import fcntl
 import hashlib
 import hmac
 import html
@@ -23,7 +24,7 @@ from urllib.parse import parse_qs, parse_qsl, quote, urlencode, urlsplit
 from starlette.responses import HTMLResponse, PlainTextResponse, RedirectResponse, Response
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
-from lorakeet.disk import write_whole
+from lorakeet.disk import open_in_place, write_whole
 
 HOSTS = ("127.0.0.1", "localhost", "::1")
 LARGEST_FORM = 1 << 20  # bytes of a posted form
@@ -50,10 +51,12 @@ def token_of(own: Path) -> str:
     own.mkdir(parents=True, exist_ok=True)
     own.chmod(0o700)
     path = own / "token"
-    found = path.read_text(encoding="ascii").strip() if path.is_file() else ""
-    if len(found) < 32:
-        found = secrets.token_urlsafe(32)
-        write_whole(path, found.encode())
+    with open_in_place(own / "token.lock") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)  # two studios that are started at once make one
+        found = path.read_text(encoding="ascii").strip() if path.is_file() else ""
+        if len(found) < 32:
+            found = secrets.token_urlsafe(32)
+            write_whole(path, found.encode())
     return found
 
 

@@ -21,14 +21,16 @@ from lorakeet.data.images.folder import ImageRow, bucket_of, bucket_sizes, fit_r
 from lorakeet.data.images.split import ImageDataset, load_images
 from lorakeet.data.leaks import KINDS, LeakPair
 from lorakeet.data.prepare import Dataset, load_dataset
-from lorakeet.data.read import read_records
+from lorakeet.data.proposals.columns import SAMPLED, overlooked_label, propose_columns
+from lorakeet.data.read import all_problems, read_records
 from lorakeet.data.rows import Row
 from lorakeet.data.shapes import columns_used
 from lorakeet.data.tables import FileRecord, RowProblems
-from lorakeet.errors import DataError, EnvironmentProblem
+from lorakeet.errors import DataError, EnvironmentProblem, Remedy
 from lorakeet.models.files.quiet import quiet_transformers
 from lorakeet.models.image.latent_cache import cache_in
 from lorakeet.studio.local import require_local_rows, unready_model
+from lorakeet.studio.remedies import measuring_warnings, remedies_together
 from lorakeet.studio.workbench import Send
 from lorakeet.workflows.planning.encoded_rows import EncodedRows
 
@@ -57,12 +59,21 @@ def show_rows_of(settings: Mapping[str, str], send: Send) -> None:
 
 def _show_text(config: RunConfig, send: Send) -> None:
     data, objective = config.data, config.train.objective
-    records = list(islice(read_records(data.train, RowProblems(data.train), data), FIRST))
-    send({"part": "first", **first_values(records)})
-    if not records:
-        raise DataError(f"{data.train} has no rows; expected at least one record below the header.")
-    shape, used = columns_used(records[0], data.train, data, objective)
-    send({"part": "columns", "shape": shape, "used": used})
+    with all_problems(data.train, data, objective):
+        records = list(islice(read_records(data.train, RowProblems(data.train), data), SAMPLED))
+        send({"part": "first", **first_values(records[:FIRST])})
+        if not records:
+            raise DataError(f"{data.train} has no rows; expected at least one record below the header.")
+        try:
+            shape, used = columns_used(records[0], data.train, data, objective)
+        except DataError as error:
+            given: dict[str, str | None] = {"text": data.text_column, "label": data.label_column}
+            proposal = propose_columns(records, given)
+            error.remedies = error.remedies or (proposal.remedies if proposal else ())
+            raise
+    other = overlooked_label(records, {*used, data.group_column or ""}) if shape == "text" else None
+    together = [Remedy("data.text_column", data.text_column, f"{data.text_column!r} is the text"), other] if other else []
+    send({"part": "columns", "shape": shape, "used": used, "remedies": remedies_together(together)[:1]})
     send({"say": "Reads all rows, and searches for copies"})
     dataset = load_dataset(data, objective)
     send({"part": "split", **split_values(dataset)})
@@ -93,7 +104,10 @@ def split_values(dataset: Dataset) -> dict[str, Any]:
     return {
         "counts": {"training": len(dataset.train), "held-out": len(dataset.held_out), "test": len(dataset.test)},
         "labels": [[label, count] for label, count in Counter(dataset.label_counts).most_common(30)],
-        "notes": list(dataset.notes),
+        "notes": [
+            *dataset.notes,
+            *measuring_warnings(len(dataset.test or dataset.held_out), labelled=bool(dataset.labels), tested=bool(dataset.test)),
+        ],
         "method": report.method(),
         "leaks": len(report.across),
         "dropped": len(report.dropped),
@@ -106,7 +120,7 @@ def pair_values(pair: LeakPair, dropped: set[str]) -> dict[str, Any]:
     """Two rows that are alike: where they are, how alike, and both texts around their first difference."""
     one, other = pair.excerpts()
     leak = pair.row_part != pair.twin_part
-    fate = f"left out of {pair.row_part}" if leak and pair.row.source in dropped else "kept"
+    fate = f"the first is left out of {pair.row_part}" if leak and pair.row.source in dropped else "both are kept"
     return {
         "kind": KINDS[pair.kind] + (f", {pair.similarity:.0%} alike" if pair.kind == "near" else ""),
         "leak": leak,

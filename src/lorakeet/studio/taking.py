@@ -16,7 +16,7 @@ from typing import Any, get_args
 from lorakeet.config import read_run
 from lorakeet.errors import ConfigError, LorakeetError
 from lorakeet.evaluate.certificate import read_certificate
-from lorakeet.studio.jobs import Job, Queue
+from lorakeet.studio.jobs import Job, Queue, last_line
 from lorakeet.studio.places import NotHere, Places
 from lorakeet.train.run import RunFolder
 from lorakeet.workflows.options import ConvertOptions, ExportOptions, MergeOptions, PushOptions, Quant
@@ -47,8 +47,8 @@ class WayOut:
 WAYS = {
     way.key: way
     for way in (
-        WayOut("merge", "One whole model", "A folder that transformers and vLLM load as any other model.", "-merged"),
-        WayOut("gguf", "One GGUF file", "For llama.cpp, LM Studio, Jan and programs built on them.", ".gguf", quant=True),
+        WayOut("merge", "One whole model", "A folder that programmers load as any other model (transformers, vLLM).", "-merged"),
+        WayOut("gguf", "One GGUF file", "For LM Studio, Jan, llama.cpp. If you know none, you need none.", ".gguf", quant=True),
         WayOut("ollama", "For Ollama", "A folder with a GGUF file and its Modelfile.", "-ollama", quant=True),
         WayOut("mlx", "Adapter for MLX", "For mlx-lm on a Mac, beside its base model.", "-mlx"),
         WayOut("kohya", "For ComfyUI and A1111", "One .safetensors file in kohya's layout.", ".safetensors", ("image",)),
@@ -153,7 +153,17 @@ def job_values(job: Job) -> dict[str, Any]:
         "bytes": 0 if out is None else bytes_of(out),
         "certificate": None if out is None else certificate_values(out),
         "use": use_of(job, out) if state == "done" else [],
+        "advice": advice_of(job),
     }
+
+
+def advice_of(job: Job) -> str:
+    """What to do about a result that did not pass its comparison."""
+    words = job.words
+    quant = words[words.index("--quant") + 1] if "--quant" in words[:-1] else ""
+    if quant and quant not in ("f32", "f16", "bf16"):
+        return f"Its precision {quant} rounds the weights. Take f16 or bf16, which are larger and nearer to what was trained."
+    return "Its checks below say what differs."
 
 
 def out_of(job: Job) -> Path | None:
@@ -202,12 +212,6 @@ def bytes_of(path: Path) -> int:
         return sum(file.stat().st_size for file in path.rglob("*") if file.is_file())
     except OSError:
         return 0
-
-
-def last_line(log: str) -> str:
-    """The last line that a running command printed, without what a terminal would overwrite."""
-    lines = [line.rpartition("\r")[2].strip() for line in log.splitlines()]
-    return next((line for line in reversed(lines) if line), "")
 
 
 def stamp_of(jobs: list[Job]) -> str:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import re
 import secrets
 import threading
 from collections.abc import Iterator, Mapping
@@ -14,10 +15,9 @@ from pathlib import Path
 from typing import Any, Literal
 
 from lorakeet.config import read_run
-from lorakeet.disk import write_whole
+from lorakeet.disk import open_regular, write_whole
 from lorakeet.errors import ConfigError, DataError, EnvironmentProblem, one_message
 from lorakeet.formats.files.json_object import read_object
-from lorakeet.serve.listening import listening_socket
 from lorakeet.studio.jobs import BESIDE, Job, Queue
 from lorakeet.studio.places import Places, regular_within
 from lorakeet.workflows.runs.server_answer import LONGEST_LINE
@@ -28,6 +28,9 @@ _SECONDS = 600.0  # without a byte of an answer
 _ABOUT, _KEYS, _CLOSED = "trial.json", "keys.json", "closed"
 _MOST_TOKENS = 2048
 _LARGEST_LIST = 1 << 22  # bytes of a list of models
+_SERVING = re.compile(rb"^Serving [^\n]* at http://127\.0\.0\.1:(\d+)/v1$", re.MULTILINE)
+_FIRST_LINES = 1 << 16  # bytes
+_EXAMPLES = 40
 _OPENING = threading.Lock()  # two tabs load one model after the other, so that the later one closes the other's
 
 
@@ -37,7 +40,7 @@ class TriedModel:
 
     job: Job
     run: str
-    port: int
+    port: int  # 0 until it listens
     key: str
 
 
@@ -51,19 +54,18 @@ def open_trial(places: Places, queue: Queue, run: str) -> TriedModel:
         raise ConfigError(f"'{run}' draws pictures. Use: lorakeet generate --prompt TEXT --adapter it={folder} --out pictures")
     with _OPENING:
         close_trial(queue)
-        with closing(listening_socket(LOOPBACK_ADDRESS, 0)) as free:
-            port, key = int(free.getsockname()[1]), secrets.token_urlsafe(24)
+        key = secrets.token_urlsafe(24)
         method = config.model.quantize.method
         words = [
             "serve", "--model", config.model.path, "--adapter", f"{adapter_name(run)}={folder}", "--lora-paths", str(places.runs),
-            "--port", str(port), "--keys", f"{{folder}}/{_KEYS}", "--quantize", method if method in ("nf4", "int8") else "none",
+            "--port", "0", "--keys", f"{{folder}}/{_KEYS}", "--quantize", method if method in ("nf4", "int8") else "none",
             "--slots", "4",
         ]  # fmt: skip
         files = {
-            _ABOUT: json.dumps({"run": run, "port": port, "key": key}),
+            _ABOUT: json.dumps({"run": run, "key": key}),
             _KEYS: json.dumps({"keys": [{"key": key, "owner": "studio", "admin": True}]}),
         }
-        return TriedModel(queue.add(words, title=f"Try {run}", device=BESIDE, files=files), run, port, key)
+        return TriedModel(queue.add(words, title=f"Try {run}", device=BESIDE, files=files), run, 0, key)
 
 
 def close_trial(queue: Queue) -> None:
@@ -89,13 +91,23 @@ def current_trial(queue: Queue) -> TriedModel | None:
 def _tried(job: Job) -> TriedModel | None:
     """The server of a job, by the file beside it; None where that is no such file."""
     try:
-        about = read_object(job.folder / _ABOUT, expected="a server's port and key")
+        about = read_object(job.folder / _ABOUT, expected="a server's run and key")
     except DataError:
         return None
-    run, port, key = (about.get(name) for name in ("run", "port", "key"))
-    if not isinstance(run, str) or not isinstance(key, str) or not isinstance(port, int) or not 0 < port < 1 << 16:
+    run, key = (about.get(name) for name in ("run", "key"))
+    if not isinstance(run, str) or not isinstance(key, str):
         return None
-    return TriedModel(job, run, port, key) if key.isascii() and key.isprintable() else None
+    return TriedModel(job, run, port_of(job), key) if key.isascii() and key.isprintable() else None
+
+
+def port_of(job: Job) -> int:
+    """The port that the server has bound, from the beginning of its own log; 0 before. The key is sent to no other."""
+    try:
+        with open_regular(job.folder / "log") as file:
+            found = _SERVING.search(file.read(_FIRST_LINES) or b"")
+    except OSError:
+        return 0
+    return int(found[1]) if found and int(found[1]) < 1 << 16 else 0
 
 
 def trial_state(trial: TriedModel | None) -> tuple[TrialState, str]:
@@ -104,6 +116,8 @@ def trial_state(trial: TriedModel | None) -> tuple[TrialState, str]:
         return "off", ""
     state = trial.job.state
     if state in ("waiting", "running"):
+        if not trial.port:
+            return "starting", ""
         try:
             with closing(_sent(trial, "GET", "/readyz", seconds=2.0)) as answer:
                 return ("ready" if answer.status == 200 else "starting"), ""
@@ -177,12 +191,29 @@ def _sent(
         raise
 
 
-def example_of(folder: Path) -> str:
-    """A held-out row of the run, to begin with; empty without one."""
+def _report_of(folder: Path) -> dict[str, Any]:
+    """The report of a run as it is in its file; empty without one."""
     report = folder / "report.json"
     try:
-        rows = read_object(report, expected="a report").get("rows") if regular_within(folder, report) else None
+        return read_object(report, expected="a report") if regular_within(folder, report) else {}
     except DataError:
-        return ""
-    first = rows[0] if isinstance(rows, list) and rows else None
-    return str(first.get("text", ""))[:2000] if isinstance(first, dict) else ""
+        return {}
+
+
+def examples_of(folder: Path) -> list[dict[str, str]]:
+    """Rows that the run was measured on, with what was expected: to begin with. None where it has no report."""
+    rows = _report_of(folder).get("rows")
+    found = [row for row in rows[:_EXAMPLES] if isinstance(row, dict)] if isinstance(rows, list) else []
+    return [{"text": str(row.get("text", ""))[:2000], "truth": str(row.get("truth", ""))[:500]} for row in found]
+
+
+def single_rows(folder: Path) -> bool:
+    """True where the run was trained on texts with labels: then a message stands for itself, as its rows did."""
+    report = _report_of(folder)
+    return bool(report.get("rows")) and report.get("task", "classification") == "classification"
+
+
+def running_beside(queue: Queue) -> str:
+    """What runs now and shares memory and cores with a model that is loaded; empty if nothing does."""
+    titles = [job.title for job, state in queue.going() if state == "running" and job.words[:1] != ("serve",)]
+    return ", ".join(titles)

@@ -82,7 +82,7 @@ def test_what_is_wrong_is_said_in_place_and_nothing_outside_is_read(studio: Stud
     [(name, values)] = events(studio, {**MODEL, "data.train": "/etc/passwd"})
     assert name == "problems" and "outside of the folders" in values["problems"][0] and made.given == {}
     made.found = ({"error": "head:\n  - one\n  - two"},)
-    assert events(studio, MODEL)[-1] == ("problems", {"problems": ["one", "two"]})
+    assert events(studio, MODEL)[-1] == ("problems", {"problems": ["one", "two"], "remedies": []})
 
 
 def test_rows_that_are_not_there_are_named(studio: Studio, made: Made, tmp_path: Path) -> None:

@@ -11,10 +11,11 @@ import pytest
 from starlette.testclient import TestClient
 
 from lorakeet.evaluate.certificate import Certificate, Unchecked, tolerance_check
-from lorakeet.evaluate.report.report import Report, ScoredAnswer, SideBySide, write_report
+from lorakeet.evaluate.intervals import Estimate
+from lorakeet.evaluate.report.report import Report, ScoredAnswer, SideBySide, SystemResult, write_report
 from lorakeet.evaluate.verdict import Phrase, Verdict
 from lorakeet.studio.pages import Studio
-from lorakeet.studio.screens.result import unproved
+from lorakeet.studio.screens.result import plain_sentences, unproved
 
 HOSTILE = '<script>alert("x")</script><img src=x onerror=alert(1)>'
 CHECK = tolerance_check("adapter on disk", {"mean_kl": 0.5}, tolerance={"mean_kl": 1.0}, between=("a", "b"))
@@ -71,3 +72,26 @@ def test_a_run_without_a_result_leads_to_its_progress(browser: TestClient, studi
     assert browser.get("/result/young").headers["location"] == "/run/young"
     assert "No run has finished yet" in browser.get("/result").text
     assert browser.get("/result/gone").status_code == 404 and browser.get("/result/young/report").status_code == 404
+
+
+def estimate(value: float) -> Estimate:
+    return Estimate(value, value - 0.1, value + 0.1, 16, "Wilson", 0.95)
+
+
+def test_accuracies_are_said_in_rows_and_a_simple_method_that_is_as_good_is_named() -> None:
+    names = (("base", "base", 0.3125), ("adapter", "adapter", 0.9375), ("TF-IDF", "floor", 1.0), ("majority", "floor", 0.25))
+    systems = tuple(SystemResult(name, role, {"accuracy": estimate(value)}) for name, role, value in names)  # type: ignore[arg-type]
+    first, second = plain_sentences(replace(REPORT, rows_of=16, systems=systems))
+    assert first == "The trained model has 15 of 16 rows right; before training it had 5 of 16."
+    assert second.startswith("TF-IDF, which needs no such model, has 16 of 16 right.")
+    assert plain_sentences(REPORT) == []
+
+
+def test_a_warning_that_advises_a_setting_leads_to_a_run_with_it(browser: TestClient, studio: Studio) -> None:
+    folder = studio.places.runs / "mine"
+    folder.mkdir()
+    (folder / "config.yaml").write_text("model: m\ndata: r\nlora: {rank: 4}\n")
+    warning = "To train with their names, set data.template, for instance '{text}\\nOne of: a, b'."
+    write_report(replace(REPORT, warnings=(warning,)), folder)
+    text = browser.get("/result/mine").text
+    assert "data.template=%7Btext%7D%0AOne+of%3A+a%2C+b" in text and "lora.rank=4" in text

@@ -12,6 +12,8 @@ import pytest
 from starlette.testclient import TestClient
 
 from lorakeet.config import read_run
+from lorakeet.studio.jobs import Job, Queue
+from lorakeet.studio.live import RunNumbers
 from lorakeet.studio.pages import Studio
 from lorakeet.studio.screens import run as module
 
@@ -176,3 +178,24 @@ def test_a_run_is_found_by_any_name(browser: TestClient, studio: Studio, filled:
     started = browser.post("/run", data={**filled, "out": name})
     assert browser.get(started.headers["location"]).status_code == 200
     assert name in browser.get(started.headers["location"]).text
+
+
+def test_a_tick_looks_its_job_up_once(studio: Studio, monkeypatch: pytest.MonkeyPatch) -> None:
+    folder = studio.places.runs / "old"
+    folder.mkdir()
+    (folder / "config.yaml").write_text("model: m\ndata: r\n")
+    looked_up: list[str] = []
+    of_run = Queue.of_run
+
+    def counted(queue: Queue, name: str, **more: bool) -> Job | None:
+        looked_up.append(name)
+        return of_run(queue, name, **more)
+
+    monkeypatch.setattr(Queue, "of_run", counted)
+    module._seen(studio, "old", RunNumbers())
+    assert looked_up == ["old"]
+
+
+def test_the_run_file_behind_a_shown_command_is_shown(browser: TestClient, studio: Studio, filled: dict[str, str]) -> None:
+    text = browser.get(browser.post("/run", data=filled).headers["location"]).text
+    assert "<code>lorakeet finetune run.yaml</code>" in text and "rank: 4" in text

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import fcntl
 import json
+import sys
 from pathlib import Path
 
 import pytest
@@ -135,3 +136,35 @@ def test_deleting_for_good_is_a_second_step(browser: TestClient, studio: Studio)
     made(studio, "mine")
     browser.post("/runs/mine/delete")
     assert "cannot be restored then" in browser.get("/runs").text
+
+
+def test_a_long_list_reads_few_files_before_its_first_paint(
+    browser: TestClient, studio: Studio, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Of 200 runs: those of the first 40 with a cold cache, none of theirs with a warm one, and the system's locks once."""
+    for number in range(200):
+        made(studio, f"run-{number:03}")
+    read: list[str] = []
+    opened: list[bool] = [False]
+
+    def hook(event: str, given: tuple[object, ...]) -> None:
+        if event == "open" and opened[0] and "/runs/" in f"{given[0]}" and "/.studio/" not in f"{given[0]}":
+            read.append(str(given[0]))
+        if event == "open" and opened[0] and given[0] == "/proc/locks":
+            read.append("/proc/locks")
+
+    sys.addaudithook(hook)
+
+    def counts(path: str) -> tuple[int, int, int]:
+        read.clear()
+        opened[0] = True
+        text = browser.get(path).text
+        opened[0] = False
+        return len([name for name in read if name != "/proc/locks"]), read.count("/proc/locks"), text.count("<tr>")
+
+    files, locks, rows = counts("/runs")
+    assert rows == 41 and 0 < files <= 40 * 5 and locks == 1
+    for _ in range(4):  # the page gets the others by itself
+        counts("/runs")
+    files, locks, rows = counts("/runs")
+    assert (files, locks, rows) == (0, 1, 201)

@@ -16,14 +16,17 @@ from lorakeet.data.images.folder import is_table, require_folder
 from lorakeet.errors import ConfigError, LorakeetError
 from lorakeet.studio.forms import FormField, command_line, run_fields, run_file, run_words
 from lorakeet.studio.offers import offers
-from lorakeet.studio.pages import Screen, Studio, draft_of, event, event_stream, page, problems_of, studio_of
+from lorakeet.studio.pages import Screen, Studio, draft_of, error_of, event, event_stream, page, refused_values, studio_of
 
 WORK = "lorakeet.studio.shown_rows:show_rows_of"
 CHOSEN = ("data.train", "model.path", "kind")
-COLUMNS = ("data.format", "data.text_column", "data.label_column", "data.group_column", "data.template", "data.system")
+COLUMNS = (
+    "data.text_column", "data.label_column", "data.group_column", "data.template", "data.system", "data.format", "data.encoding",
+    "data.delimiter", "data.bad_rows",
+)
 SPLIT = (
     "data.max_tokens", "data.too_long", "data.held_out_fraction", "data.held_out", "data.test", "data.near_duplicates",
-    "data.on_leak", "data.bad_rows",
+    "data.on_leak",
 )  # fmt: skip
 PICTURES = ("images.caption", "images.resolution", "images.near_duplicates")
 
@@ -71,11 +74,11 @@ async def _stream(studio: Studio, settings: Mapping[str, str]) -> AsyncIterator[
         studio.places.require(settings)
         yield event(same_rows(settings), name="same")
     except LorakeetError as error:
-        yield event({"problems": problems_of(error)}, name="problems")
+        yield event(refused_values(error), name="problems")
         return
     async for found in studio.workbench.answers(WORK, settings):
         if "error" in found:
-            yield event({"problems": problems_of(LorakeetError(found["error"]))}, name="problems")
+            yield event(refused_values(error_of(found)), name="problems")
         else:
             yield event(found, name="done" if "done" in found else "part" if "part" in found else "say")
 

@@ -15,7 +15,7 @@ from lorakeet.data.spec import NO_ROWS
 from lorakeet.errors import LorakeetError
 from lorakeet.studio.forms import FormField, command_line, run_fields, run_file, run_words
 from lorakeet.studio.offers import offers
-from lorakeet.studio.pages import Screen, Studio, draft_of, event, event_stream, page, problems_of, studio_of
+from lorakeet.studio.pages import Screen, Studio, draft_of, error_of, event, event_stream, page, refused_values, studio_of
 from lorakeet.workflows.options import PlanOptions
 from lorakeet.workflows.runs.early_checks import check_early
 
@@ -84,11 +84,11 @@ async def _stream(studio: Studio, settings: Mapping[str, str], machine: str) -> 
         studio.places.require(settings)
         yield event(same_words(settings, machine), name="same")
     except LorakeetError as error:
-        yield event({"problems": problems_of(error)}, name="problems")
+        yield event(refused_values(error), name="problems")
         return
     async for found in studio.workbench.answers(WORK, {**settings, "machine": machine}):
         if "error" in found:
-            yield event({"problems": problems_of(LorakeetError(found["error"]))}, name="problems")
+            yield event(refused_values(error_of(found)), name="problems")
         elif "part" in found:
             yield event(found["part"], name="part")
         else:

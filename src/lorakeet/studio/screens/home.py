@@ -9,6 +9,7 @@ from starlette.responses import Response
 from starlette.routing import Route
 
 from lorakeet.config import RunConfig, read_run
+from lorakeet.studio.forms import form_settings
 from lorakeet.studio.pages import Screen, form_of, moved, page, page_address, studio_of
 from lorakeet.train.run import RunFolder
 from lorakeet.workflows.options import VERBS
@@ -26,7 +27,8 @@ def quickstart_config(out: str = "") -> RunConfig:
 
 def _home(request: Request) -> Response:
     newest = studio_of(request).index.summaries(_NEWEST)[:_NEWEST]
-    return page(request, "home.html", runs=newest, missing=missing_packages(quickstart_config()))
+    config = quickstart_config()
+    return page(request, "home.html", runs=newest, missing=missing_packages(config), chosen=form_settings(config))
 
 
 def _quickstart(request: Request) -> Response:

@@ -6,6 +6,7 @@ import base64
 import hashlib
 from functools import cache
 from importlib.resources import files
+from pathlib import Path
 
 from starlette.requests import Request
 from starlette.responses import HTMLResponse, Response
@@ -14,9 +15,11 @@ from starlette.routing import Route
 from lorakeet.errors import LorakeetError
 from lorakeet.evaluate.report.report import OUTCOMES, Report, read_report, render_html
 from lorakeet.evaluate.wording import check_words, compact, metric_words
+from lorakeet.studio.forms import settings_of
 from lorakeet.studio.pages import Screen, moved, page, page_address, studio_of
 from lorakeet.studio.pairing import measuring
 from lorakeet.studio.places import NotHere, Places, regular_within
+from lorakeet.studio.remedies import remedies_of
 from lorakeet.train.run import RunFolder
 
 _FIRST = 12  # rows shown at once
@@ -45,16 +48,42 @@ def _result(request: Request) -> Response:
     return page(
         request, "result.html", name=name, report=report, others=others[:50], metrics={key: metric_words(key) for key in names},
         outcomes=OUTCOMES, counts=counts, unproved=unproved(report), check_words=check_words, compact=compact, first=_FIRST,
-        folder=str(folder), measure=_shown(studio.places, name),
+        folder=str(folder), measure=_shown(studio.places, name), plain=plain_sentences(report),
+        warnings=[(text, _again(folder, text)) for text in report.warnings],
     )  # fmt: skip
 
 
-def _shown(places: Places, name: str) -> list[str]:
-    """The command that lists every row; none where it cannot be given."""
+def _shown(places: Places, name: str) -> tuple[list[str], str] | None:
+    """The command that lists every row, and its run file; None where it cannot be given."""
     try:
-        return [word.replace("{folder}/", "") for word in measuring(places, name)[0]]
+        words, file = measuring(places, name)
     except LorakeetError:
+        return None
+    return [word.replace("{folder}/", "") for word in words], file
+
+
+def plain_sentences(report: Report) -> list[str]:
+    """What the accuracies mean in rows: the adapter's and the base's, and every simple method that is as good as the adapter."""
+    measured = [one for one in report.systems if "accuracy" in one.metrics]
+    right = {one.name: round(one.metrics["accuracy"].value * report.rows_of) for one in measured}
+    by_role = {one.role: one.name for one in reversed(report.systems) if one.name in right}
+    if not {"adapter", "base"} <= by_role.keys():
         return []
+    mine, of = right[by_role["adapter"]], report.rows_of
+    found = [f"The trained model has {mine} of {of} rows right; before training it had {right[by_role['base']]} of {of}."]
+    for one in report.systems:
+        if one.role == "floor" and right.get(one.name, -1) >= mine:
+            found.append(
+                f"{one.name}, which needs no such model, has {right[one.name]} of {of} right. For this task it may be all that "
+                "you need."
+            )
+    return found
+
+
+def _again(folder: Path, warning: str) -> list[tuple[str, dict[str, str]]]:
+    """Runs like this one with a setting that a warning advises: the words of each link, and its settings."""
+    settings = settings_of(folder)
+    return [(one["words"], {**settings, **one["settings"]}) for one in remedies_of(warning)]
 
 
 def unproved(report: Report) -> list[str]:
@@ -62,7 +91,7 @@ def unproved(report: Report) -> list[str]:
     count = report.rows_of
     found = [
         f"How it does on other kinds of text. The verdict is about {count} {report.part} rows, which resemble the training rows.",
-        "That every answer is right, or safe to act on. Read some of the answers below.",
+        "That every answer is right, or safe to act on. Read some of the answers on this page.",
         "Who made these files. A certificate compares what they compute; it is no signature.",
     ]
     if report.verdict is not None and report.verdict.tone == "none":

@@ -31,6 +31,7 @@ from lorakeet.studio.live import (
     LiveRun,
     RunNumbers,
     drawn_samples,
+    followed,
     job_of,
     live_run,
     new_records,
@@ -50,6 +51,7 @@ from lorakeet.studio.pages import (
     page,
     page_address,
     problems_of,
+    refused_values,
     studio_of,
 )  # fmt: skip
 from lorakeet.studio.places import NotHere
@@ -98,7 +100,7 @@ def _check(request: Request) -> Response:
     try:
         config = prepared(studio, given)
     except LorakeetError as error:
-        return JSONResponse({"problems": problems_of(error)})
+        return JSONResponse(refused_values(error))
     return JSONResponse({"problems": [], "command": command_line(run_words(config)), "file": run_file(config), "out": config.out})
 
 
@@ -129,13 +131,13 @@ def _name(request: Request) -> str:
 
 def _follow(request: Request) -> Response:
     studio, name = studio_of(request), _name(request)
-    live = live_run(studio.places, studio.queue, name)
-    folder = studio.places.new_run(name)
     job = job_of(studio.places, studio.queue, name)
+    live = followed(studio.places, studio.queue, name, job)
+    folder = studio.places.new_run(name)
     return page(
         request, "run_live.html", live=live, settings=settings_of(folder if job is None else job.folder, folder),
-        words=list(job.words) if job else ["finetune", str(folder / "config.yaml")], log=job.log if job else "",
-        file=file_of(job.folder) if job else "",
+        words=shown_words(job) if job else ["finetune", str(folder / "config.yaml")], log=job.log if job else "",
+        file=file_of(job.folder if job and file_of(job.folder) else folder),
         resume=["finetune", "--resume", str(folder)],
     )  # fmt: skip
 
@@ -144,10 +146,15 @@ def _at_once(request: Request) -> bool:
     return form_of(request).get("at_once") == "true"
 
 
+def shown_words(job: Job) -> list[str]:
+    """A job's command with run.yaml, which the page shows, in place of the job's own file."""
+    return [word.removeprefix(f"{job.folder}/") for word in job.words]
+
+
 def file_of(folder: Path) -> str:
-    """The run file of a job; empty where it has none."""
-    path = folder / "run.yaml"
-    return path.read_text(encoding="utf-8", errors="replace") if path.is_file() else ""
+    """The run file in the folder of a job or a run; empty where there is none."""
+    found = next((path for path in (folder / "run.yaml", folder / "config.yaml") if path.is_file()), None)
+    return found.read_text(encoding="utf-8", errors="replace") if found else ""
 
 
 def _stop(request: Request) -> Response:
@@ -200,8 +207,8 @@ class _Moment:
 
 
 def _seen(studio: Studio, name: str, numbers: RunNumbers) -> _Moment:
-    live = live_run(studio.places, studio.queue, name, numbers)
     job = job_of(studio.places, studio.queue, name)
+    live = followed(studio.places, studio.queue, name, job, numbers)
     return _Moment(live, job.log if job else "", drawn_samples(studio.places.runs / name))
 
 
@@ -245,7 +252,7 @@ def _picture(request: Request) -> Response:
 
 
 SCREEN = Screen(
-    "Run",
+    "New run",
     "/run",
     (
         Route("/run", _prepare, methods=["GET"]),

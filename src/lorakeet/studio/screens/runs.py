@@ -15,7 +15,7 @@ from lorakeet.evaluate.report.charts import interval_axis
 from lorakeet.evaluate.wording import metric_words, signed
 from lorakeet.studio.deleted import delete_run, deleted_runs, erase_run, restore_run
 from lorakeet.studio.index import RunSummary, write_tags
-from lorakeet.studio.jobs import Job
+from lorakeet.studio.jobs import Job, locked_files
 from lorakeet.studio.live import all_records, job_of, run_state, thinned
 from lorakeet.studio.pages import Screen, Studio, form_of, moved, page, studio_of
 from lorakeet.studio.pairing import PairedRuns, measuring, pair_runs, was_measured, whole_report
@@ -41,8 +41,9 @@ def lines_of(studio: Studio, most: int | None = None) -> list[RunLine]:
     jobs = {job.run: job for job in studio.queue.jobs() if job.run}
     known = {summary.name for summary in summaries}
     coming = [RunSummary(name=job.run, made=job.made) for job in jobs.values() if job.run not in known and _goes_on(job)]
+    locked = locked_files()
     return [
-        RunLine(run, _state(studio, run, jobs), sparkline(run.spark), age_of(time.time() - run.made))
+        RunLine(run, _state(studio, run, jobs, locked), sparkline(run.spark), age_of(time.time() - run.made))
         for run in (*reversed(coming), *summaries)
     ]
 
@@ -69,10 +70,10 @@ def _goes_on(job: Job) -> bool:
     return job.state in ("waiting", "running")
 
 
-def _state(studio: Studio, run: RunSummary, jobs: Mapping[str, Job]) -> str:
+def _state(studio: Studio, run: RunSummary, jobs: Mapping[str, Job], locked: frozenset[str]) -> str:
     """As the run's own page says it; in a folder without a report, what the job or the metrics say."""
     job = job_of(studio.places, studio.queue, run.name) if run.name in jobs else None
-    state = run_state(RunFolder.at(studio.places.runs / run.name), job)
+    state = run_state(RunFolder.at(studio.places.runs / run.name), job, locked)
     return run.ended or state if state == "unfinished" else state
 
 
@@ -82,7 +83,8 @@ def _list(request: Request) -> Response:
     known = {line.run.name for line in lines}
     left = sum(name not in known for name in studio.index.names())
     deleted = [(one, age_of(time.time() - one.deleted)) for one in deleted_runs(studio.places)]
-    return page(request, "runs.html", lines=lines, left=left, deleted=deleted, undo=request.query_params.get("undo", ""))
+    undo = next((one.key for one, _ in deleted if one.key == request.query_params.get("undo")), "")
+    return page(request, "runs.html", lines=lines, left=left, deleted=deleted, undo=undo)
 
 
 def _names(request: Request) -> list[str]:
@@ -116,14 +118,16 @@ def _compare(request: Request) -> Response:
     reports = [whole_report(studio.places, name) for name in names]
     found: PairedRuns | None = None
     problem, missing = "", [name for name, report in zip(names, reports, strict=True) if report is None]
-    commands, running = [], []
+    commands: list[tuple[list[str], str]] = []
+    running: list[Job] = []
     try:
         if reports[0] is not None and reports[1] is not None:
             found = pair_runs((names[0], reports[0]), (names[1], reports[1]))
     except LorakeetError as error:
         problem, missing = str(error), [name for name in names if not was_measured(studio.places, name)]
     try:
-        commands = [[word.replace("{folder}/", "") for word in measuring(studio.places, name)[0]] for name in missing]
+        measured = [measuring(studio.places, name) for name in missing]
+        commands = [([word.replace("{folder}/", "") for word in words], file) for words, file in measured]
         running = [job for job in studio.queue.jobs() if job.title in map(_title, missing) and _goes_on(job)]
     except LorakeetError as error:
         problem = str(error)

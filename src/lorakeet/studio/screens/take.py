@@ -18,6 +18,7 @@ from lorakeet.studio.pages import Screen, Studio, event, event_stream, form_of, 
 from lorakeet.studio.taking import QUANTS, default_name, job_values, jobs_of, stamp_of, wanted, ways_of, why_not
 
 WORK = "lorakeet.studio.sizing:sizes_of_run"
+CHOSEN = "f16"  # the precision that is nearest to what was trained, and half of the memory of f32
 EVERY = 0.5  # seconds between two reads of the jobs' files
 
 
@@ -41,8 +42,8 @@ def _take(request: Request) -> Response:
     ways = ways_of(studio.places, name)
     studio.workbench.start()
     return page(
-        request, "take.html", name=name, ways=ways, runs=taken_runs(studio), quants=QUANTS, chosen="q8_0",
-        names={way.key: default_name(name, way, "q8_0") for way in ways},
+        request, "take.html", name=name, ways=ways, runs=taken_runs(studio), quants=QUANTS, chosen=CHOSEN,
+        names={way.key: default_name(name, way, CHOSEN) for way in ways},
     )  # fmt: skip
 
 

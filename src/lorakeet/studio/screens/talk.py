@@ -14,6 +14,7 @@ from starlette.routing import Route
 
 from lorakeet.errors import ConfigError, LorakeetError
 from lorakeet.studio.forms import settings_of
+from lorakeet.studio.jobs import last_line
 from lorakeet.studio.pages import Screen, Studio, form_of, moved, page, studio_of
 from lorakeet.studio.screens import pictures
 from lorakeet.studio.trial import (
@@ -21,11 +22,13 @@ from lorakeet.studio.trial import (
     add_run,
     close_trial,
     current_trial,
-    example_of,
+    examples_of,
     mixed,
     open_trial,
     reply_lines,
+    running_beside,
     served_base,
+    single_rows,
     trial_state,
 )  # fmt: skip
 
@@ -45,7 +48,8 @@ def _talk(request: Request) -> Response:
         request, "talk.html", runs=runs, wanted=wanted, loaded=loaded, state=state, message=message,
         system=_system(studio, loaded),
         same=[run.name for run in runs if loaded is not None and run.model == base and run.name != loaded.run],
-        example=example_of(studio.places.runs / loaded.run) if loaded else "",
+        examples=examples_of(studio.places.runs / loaded.run) if loaded else [], beside=running_beside(studio.queue),
+        alone=loaded is not None and single_rows(studio.places.runs / loaded.run),
         folder=str(studio.places.runs / wanted) if wanted else "",
     )  # fmt: skip
 
@@ -71,7 +75,7 @@ def _close(request: Request) -> Response:
 def _state(request: Request) -> Response:
     trial = current_trial(studio_of(request).queue)
     state, message = trial_state(trial)
-    return JSONResponse({"state": state, "message": message, "log": trial.job.log[-2000:] if trial else ""})
+    return JSONResponse({"state": state, "message": message, "log": last_line(trial.job.log) if trial else ""})
 
 
 def _ready(request: Request) -> TriedModel:

@@ -12,8 +12,25 @@ export function offer(form, changed) {
   form.addEventListener("click", (event) => {
     const chip = event.target.closest("[data-fill]");
     if (!chip) return;
-    form.elements[chip.dataset.fill].value = chip.dataset.value;
+    setFields(form, { [chip.dataset.fill]: chip.dataset.value });
     changed();
+  });
+  form.addEventListener("input", () => mark(form));
+  mark(form);
+}
+
+/** Sends a file to the studio; `onShare` is called with the part of it that has arrived. An error has the studio's own message. */
+function sent(file, onShare) {
+  return new Promise((resolve, reject) => {
+    const request = new XMLHttpRequest(); // fetch says nothing of what has been sent
+    request.open("PUT", `/rows/${encodeURIComponent(file.name)}`);
+    request.setRequestHeader("x-csrf", csrf);
+    request.setRequestHeader("accept", "application/json");
+    request.responseType = "json";
+    request.upload.onprogress = (event) => { if (event.lengthComputable) onShare(event.loaded / event.total); };
+    request.onerror = () => reject(new Error("It could not be copied: the studio does not answer, or the file has changed. Choose it again."));
+    request.onload = () => (request.status < 300 ? resolve(request.response) : reject(new Error(request.response?.message || `The studio answered ${request.status}.`)));
+    request.send(file);
   });
 }
 
@@ -23,24 +40,75 @@ export function takeFile(form, changed) {
     const chosen = event.target.files[0];
     const said = by("uploaded");
     if (!chosen) return;
-    said.textContent = "Copies it into the studio's folder …";
-    let response;
-    let found;
+    said.textContent = `Copies ${chosen.name} …`;
     try {
-      response = await fetch(`/rows/${encodeURIComponent(chosen.name)}`, { method: "PUT", headers: { "x-csrf": csrf, accept: "application/json" }, body: chosen });
-      found = await response.json();
-    } catch {
-      said.textContent = "It could not be copied: the studio does not answer, or the file has changed. Choose it again.";
-      return;
+      const found = await sent(chosen, (share) => { said.textContent = `Copies ${chosen.name}: ${Math.round(100 * share)} %`; });
+      said.textContent = `${chosen.name} is copied; your own file stays as it is.`;
+      setFields(form, { "data.train": found.path });
+      changed();
+    } catch (error) {
+      said.textContent = error.message;
     }
-    said.textContent = response.ok ? `Copied: ${chosen.name}` : found.message;
-    if (response.ok) { form.elements["data.train"].value = found.path; changed(); }
   });
 }
 
-/** Says what stands in the way of an answer; an empty list says nothing. */
-export function sayProblems(list, sentence, state) {
-  const shown = list.length ? [make("div", { class: "warning problems", role: "alert" }, make("ul", {}, ...list.map((line) => make("li", { class: "message" }, line))))] : [];
+/** What is filled in and differs from its default: an address with that is short enough to be passed on. */
+export function filledOf(form, left = []) {
+  const fields = {};
+  for (const [name, value] of new FormData(form)) {
+    if (typeof value !== "string" || !value.trim() || left.includes(name)) continue;
+    if (form.elements[name].dataset?.default !== value) fields[name] = value;
+  }
+  return fields;
+}
+
+/** Sets fields of the form by their paths; those that it does not show become hidden ones. */
+export function setFields(form, settings) {
+  const more = settings["data.train"] ? known(form, settings["data.train"]) : {};
+  for (const [path, value] of Object.entries({ ...more, ...settings })) {
+    let field = form.elements[path];
+    if (!field) { field = make("input", { type: "hidden", name: path }); form.append(field); }
+    field.value = value;
+    field.title = value;
+    field.scrollLeft = field.scrollWidth; // of a long path the end says which file it is
+    for (let part = field.closest("details"); part; part = part.parentElement.closest("details")) part.open = true;
+  }
+  mark(form);
+}
+
+/** Marks the chips whose value a field has. */
+function mark(form) {
+  for (const chip of form.querySelectorAll("[data-fill]")) chip.setAttribute("aria-pressed", String(form.elements[chip.dataset.fill].value === chip.dataset.value));
+}
+
+const OF_A_FILE = ["data.encoding", "data.delimiter", "data.text_column", "data.label_column", "data.group_column", "data.bad_rows", "data.format"];
+
+/** Keeps in this browser how a file was read, for the next time that it is chosen. */
+export function rememberFile(form) {
+  const fields = filledOf(form);
+  const how = Object.fromEntries(OF_A_FILE.filter((path) => fields[path]).map((path) => [path, fields[path]]));
+  try { localStorage.setItem(`rows ${fields["data.train"]}`, JSON.stringify(how)); } catch { /* the browser keeps nothing */ }
+}
+
+/** How a file was read before, where nothing is filled in yet. */
+function known(form, file) {
+  const fields = filledOf(form);
+  if (OF_A_FILE.some((path) => fields[path])) return {};
+  try { return JSON.parse(localStorage.getItem(`rows ${file}`) || "{}"); } catch { return {}; }
+}
+
+/** A button for each thing that one click sets; then it calls `changed`. */
+export function remedyButtons(form, remedies, changed) {
+  return (remedies || []).map((one) => {
+    const button = make("button", { type: "button", class: "remedy" }, one.words);
+    button.addEventListener("click", () => { setFields(form, one.settings); changed(); });
+    return button;
+  });
+}
+
+/** Says what stands in the way of an answer, with buttons that mend it; an empty list says nothing. */
+export function sayProblems(list, sentence, state, buttons = []) {
+  const shown = list.length ? [make("div", { class: "warning problems", role: "alert" }, make("ul", {}, ...list.map((line) => make("li", { class: "message" }, line))), make("p", { class: "actions" }, ...buttons))] : [];
   by("problems").replaceChildren(...shown);
   if (list.length) say(sentence, state);
 }
@@ -86,7 +154,7 @@ export class Answers {
     by("busy").hidden = false;
     this.source = new EventSource(address);
     for (const [name, show] of Object.entries(shown)) this.source.addEventListener(name, (event) => show(JSON.parse(event.data)));
-    this.source.addEventListener("problems", (event) => { this.stop(); this.problems(JSON.parse(event.data).problems); });
+    this.source.addEventListener("problems", (event) => { const found = JSON.parse(event.data); this.stop(); this.problems(found.problems, found.remedies); });
     this.source.addEventListener("done", () => this.stop());
     this.source.onerror = () => { this.stop(); this.problems([SILENT]); };
   }

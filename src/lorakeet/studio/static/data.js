@@ -1,5 +1,5 @@
 // The rows of a run as it would read them. Texts of rows are only ever put in as text.
-import { Answers, by, offer, say, sayProblems, showSame, takeFile } from "./answers.js";
+import { Answers, by, filledOf, offer, rememberFile, remedyButtons, say, sayProblems, setFields, showSame, takeFile } from "./answers.js";
 import { make } from "./page.js";
 import { duration, short, svg, tableOf } from "./svg.js";
 
@@ -11,46 +11,84 @@ let doing = "";
 let head = null;
 
 function filled() {
-  const fields = {};
-  for (const [name, value] of new FormData(form)) if (typeof value === "string" && value.trim()) fields[name] = value;
-  return fields;
+  return filledOf(form);
+}
+
+const MEANT = { "": "not read", "data.text_column": "the text", "data.label_column": "its label", "data.group_column": "its group" };
+const READ = { prompt: "data.text_column", text: "data.text_column", label: "data.label_column" };
+
+/** The menu in a column's head: what the column is. Other shapes than of texts and labels are known by their names. */
+function meaning(column) {
+  const word = (head.used || {})[column];
+  const named = Object.keys(MEANT).find((path) => path && filled()[path] === column);
+  if (word && !READ[word] && !named) return make("span", { class: "pill better" }, word);
+  const now = named || READ[word] || "";
+  const options = Object.entries(MEANT).map(([path, says]) => make("option", { value: path, selected: path === now ? "" : null }, says));
+  const select = make("select", { "aria-label": `What the column ${column} is`, class: "short" }, ...options);
+  select.addEventListener("change", () => {
+    const settings = Object.fromEntries(Object.keys(MEANT).filter((path) => path && filled()[path] === column).map((path) => [path, ""]));
+    if (select.value) settings[select.value] = column;
+    setFields(form, settings);
+    ask();
+  });
+  return select;
 }
 
 function records() {
   const { columns, rows } = head.first;
   const used = head.used || {};
   const cell = (column, text) => make("td", { class: used[column] ? "wrap" : "wrap soft" }, text);
-  const title = (column) => make("th", { scope: "col" }, column, make("span", { class: used[column] ? "pill better" : "pill" }, used[column] || (head.used ? "not read" : "…")));
   by("records").replaceChildren(
     make("caption", {}, "The first records, as they are in the file"),
-    make("thead", {}, make("tr", {}, ...columns.map(title))),
+    make("thead", {}, make("tr", {}, ...columns.map((column) => make("th", { scope: "col" }, column, meaning(column))))),
     make("tbody", {}, ...rows.map((row) => make("tr", {}, ...row.cells.map((text, place) => cell(columns[place], text))))),
   );
 }
 
+const SHAPES = { text: "texts to continue: the model learns to write all of them", classification: "texts with a label: the model learns to name the label" };
+
+function guess(remedies, says) {
+  by("guess").replaceChildren(...(remedies.length ? [make("p", {}, says), make("p", { class: "actions" }, ...remedyButtons(form, remedies, ask))] : []));
+}
+
+/** Few of many, and a button that shows the others. */
+function few(place, elements, most, word) {
+  const hidden = elements.slice(most);
+  const button = make("button", { type: "button" }, `Show all ${elements.length} ${word}`);
+  button.addEventListener("click", () => { button.replaceWith(...hidden); });
+  by(place).replaceChildren(...elements.slice(0, most), ...(hidden.length ? [button] : []));
+}
+
 const draw = {
   first(part) { head = { first: part }; records(); by("shape").textContent = ""; },
-  columns(part) { head.used = part.used; records(); by("shape").textContent = `Read as ${part.shape} rows.`; },
+  columns(part) {
+    head.used = part.used;
+    records();
+    by("shape").textContent = `Read as ${SHAPES[part.shape] || `${part.shape} rows`}.`;
+    guess(part.remedies, "Another column has few different values. Is it what the model should learn to name?");
+  },
   split(part) {
     const { training, test } = part.counts;
     const held = part.counts["held-out"];
     say(`${short(training)} rows to train on, ${short(test || held)} to measure on.`, part.leaks ? "none" : "fits");
+    by("next").hidden = false;
+    rememberFile(form);
     by("split-bar").replaceChildren(shares(part.counts));
     by("labels").replaceChildren(...(part.labels.length ? [bars("Labels of the training rows", part.labels)] : []));
     by("notes").replaceChildren(...part.notes.map((line) => make("p", { class: "warning" }, line)));
     by("leaks").hidden = false;
     const fate = part.dropped ? `${short(part.dropped)} of these rows are left out.` : "None is left out.";
     by("leaks-says").textContent = part.leaks ? `${short(part.leaks)} pairs of rows stand on both sides of the split, so the measure would repeat what was trained. ${fate}` : "No held-out row is among the training rows.";
-    if (part.repeats) by("leaks-says").append(` ${short(part.repeats)} ${part.repeats === 1 ? "row repeats another" : "rows repeat others"} on the same side; such rows count twice.`);
+    if (part.repeats) by("leaks-says").append(` ${short(part.repeats)} ${part.repeats === 1 ? "row repeats another" : "rows repeat others"} on the same side; they stay, and count twice.`);
     by("method").textContent = part.method;
-    by("pairs").replaceChildren(...part.pairs.map(pair));
+    few("pairs", part.pairs.map(pair), 3, "pairs");
   },
   tokens(part) {
     by("seen").hidden = false;
     by("seen-rows").replaceChildren(...part.rows.map((row) => {
       const pieces = row.pieces.map(([text, trained]) => (trained ? make("mark", {}, text) : text));
       const counts = `${row.source}: ${short(row.tokens)} tokens, ${short(row.trained)} of them trained${row.cut ? "; shortened" : ""}`;
-      return make("figure", { class: "row" }, make("pre", { tabindex: "0", "aria-label": `Row ${row.source}` }, ...pieces), make("figcaption", {}, counts));
+      return make("figure", { class: "row" }, make("pre", { tabindex: "0", role: "group", "aria-label": `Row ${row.source}` }, ...pieces), make("figcaption", {}, counts));
     }));
   },
   lengths(part) {
@@ -69,6 +107,7 @@ const draw = {
     by("notes").replaceChildren(...part.remarks.map((line) => make("p", { class: "warning" }, line)));
     by("leaks").hidden = false;
     by("leaks-says").textContent = part.alike.length ? `${short(part.alike.length)} training pictures show the same as one that is held out.` : "No held-out picture is among the training pictures.";
+    by("next").hidden = false;
     by("pairs").replaceChildren(...part.alike.map((one) => make("div", { class: "pair" }, make("p", {}, make("b", {}, `${one.train} and ${one.evaluated}`), ` ${one.words}: ${one.action}.`))));
     by("album").hidden = false;
     by("buckets").textContent = part.shown < total ? `The first ${part.shown} of ${short(total)}.` : "";
@@ -85,7 +124,7 @@ function shares(counts) {
     drawing.append(svg("rect", { x: place, y: 0, width: Math.max(0.3, (100 * count) / all - 0.15), height: 8, class: ["k0", "k2", "k1"][number] }));
     place += (100 * count) / all;
   });
-  const words = { training: "trained on", "held-out": "held out, to choose the best checkpoint", test: "test, used once at the end" };
+  const words = { training: "trained on", "held-out": "held out: never trained, used to choose the best state and to measure", test: "test, used once at the end" };
   const names = make("ul", { class: "stack-names" }, ...shown.map(([part, count], number) => make("li", {}, make("span", { class: `hue ${["k0", "k2", "k1"][number]}` }), words[part] || part, make("b", {}, short(count)))));
   return make("figure", { class: "plotted" }, drawing, names);
 }
@@ -119,11 +158,12 @@ function histogram({ bars: all, limit }) {
 
 function pair(one) {
   const side = (row) => make("blockquote", {}, make("b", {}, `${row.part}, ${row.source}`), make("span", {}, row.text));
-  return make("div", { class: one.leak ? "pair leak" : "pair" }, make("p", {}, make("span", { class: one.leak ? "pill worse" : "pill none" }, one.leak ? "leak" : "repeat"), ` ${one.kind}; the first is ${one.fate}.`), ...one.rows.map(side));
+  return make("div", { class: one.leak ? "pair leak" : "pair" }, make("p", {}, make("span", { class: one.leak ? "pill worse" : "pill none" }, one.leak ? "leak" : "repeat"), ` ${one.kind}; ${one.fate}.`), ...one.rows.map(side));
 }
 
-function problems(list) {
-  sayProblems(list, head ? "These rows cannot be used yet." : "No answer yet.", "too-large");
+function problems(list, remedies) {
+  sayProblems(list, head ? "These rows cannot be used yet." : "The file cannot be read like this.", "too-large", remedyButtons(form, remedies, ask));
+  if (list.length) by("next").hidden = true;
 }
 
 function ask() {
@@ -136,7 +176,8 @@ function ask() {
   history.replaceState(null, "", `/data?${query}`);
   by("go-on").href = `/run?${query}`;
   by("to-fit").href = `/fit?${query}`;
-  by("go-on").hidden = by("to-fit").hidden = !fields["data.train"];
+  by("next").hidden = true; // until the rows can be used
+  by("guess").replaceChildren();
   by("columns-part").hidden = image;
   by("pictures-part").hidden = !image;
   for (const id of SECTIONS) by(id).hidden = true;
@@ -154,7 +195,7 @@ function ask() {
       const section = { first: "columns", columns: "columns", split: "split" }[part.part];
       if (section) by(section).hidden = false;
     },
-    done() { if (!filled()["model.path"] && !image) by("sentence").append(make("span", { class: "soft" }, "Choose a model to see its tokens and lengths.")); },
+    done() { if (!filled()["model.path"] && !image) by("sentence").append(make("span", { class: "soft" }, " Choose a model, and it is shown how the rows become its tokens.")); },
   };
   answers.open(`/data/events?${query}`, shown, (seconds) => `${doing}, for ${duration(seconds)}`);
 }

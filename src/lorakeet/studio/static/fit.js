@@ -1,5 +1,5 @@
 // Will it fit: each change of the form opens a new stream of answers, and closes the one before, which ends its work.
-import { Answers, by, offer, say, sayProblems, showSame } from "./answers.js";
+import { Answers, by, filledOf, offer, remedyButtons, say, sayProblems, setFields, showSame, takeFile } from "./answers.js";
 import { make } from "./page.js";
 import { duration, svg } from "./svg.js";
 
@@ -9,10 +9,9 @@ const answers = new Answers(form, ask, problems);
 let later = 0;
 
 function filled() {
-  const fields = {};
-  for (const [name, value] of new FormData(form)) if (value.trim()) fields[name] = value.trim();
-  if (fields.machine !== "budget") delete fields["memory.budget"];
-  return fields;
+  const fields = filledOf(form);
+  if (form.elements.machine.value !== "budget") delete fields["memory.budget"];
+  return { ...fields, machine: form.elements.machine.value };
 }
 
 function stack(bar, limit, limitWords) {
@@ -28,16 +27,12 @@ function stack(bar, limit, limitWords) {
   }
   if (limit) drawing.append(svg("rect", { x: (100 * limit) / most - 0.25, y: -1.5, width: 0.5, height: 13, class: "limit" }));
   const names = make("ul", { class: "stack-names" }, ...bar.kinds.map((one) => make("li", {}, make("span", { class: `hue k${KINDS.indexOf(one.kind)}` }), one.words, make("b", {}, one.size))));
-  const ends = make("p", { class: "stack-ends" }, make("span", {}, `${bar.size} at most, in phase “${bar.phase}”`), make("span", {}, limitWords ? `the line: ${limitWords}` : ""));
+  const ends = make("p", { class: "stack-ends" }, make("span", {}, `${bar.size} at most, in phase “${bar.phase}”`), make("span", {}, limitWords ? `the dark line: ${limitWords}` : ""));
   return make("figure", { class: "plotted" }, drawing, ends, names);
 }
 
 function use(settings) {
-  for (const [path, value] of Object.entries(settings)) {
-    let field = form.elements[path];
-    if (!field) { field = make("input", { type: "hidden", name: path }); form.append(field); }
-    field.value = value;
-  }
+  setFields(form, settings);
   placeSliders();
   ask();
 }
@@ -64,10 +59,11 @@ function show(part) {
   by("helping").replaceChildren(...helping(part.helping));
   by("more").hidden = !part.printed;
   by("printed").textContent = part.printed || "";
+  by("go-on").hidden = !form.elements["data.train"].value;
 }
 
-function problems(list) {
-  sayProblems(list, "No answer yet.", "none");
+function problems(list, remedies) {
+  sayProblems(list, "It cannot be planned like this.", "none", remedyButtons(form, remedies, ask));
 }
 
 function ask() {
@@ -78,13 +74,14 @@ function ask() {
   history.replaceState(null, "", `/fit?${query}`);
   query.delete("machine");
   by("go-on").href = `/run?${query}`;
-  by("go-on").hidden = !fields["model.path"] || !fields["data.train"];
+  by("go-on").hidden = true; // until there is an answer
   by("own-budget").hidden = form.elements.machine.value !== "budget";
   problems([]);
   if (!fields["model.path"] || (fields.machine === "budget" && !fields["memory.budget"])) return;
   by("found").classList.add("old");
+  say("Counts what the run would take …", "none");
   const same = (found) => { showSame(found); by("run-file").hidden = !found.file; by("same").hidden = false; };
-  const waits = (seconds) => (seconds > 1 ? `plans, for ${duration(seconds)}` : "plans …");
+  const waits = (seconds) => (seconds > 1 ? `for ${duration(seconds)}` : "");
   answers.open(`/fit/events?${new URLSearchParams(fields)}`, { same, part: show }, waits);
 }
 
@@ -102,6 +99,7 @@ function placeSliders() {
 }
 
 offer(form, ask);
+takeFile(form, ask);
 form.addEventListener("input", (event) => {
   if (event.target.dataset.for) { by(event.target.dataset.for).value = 2 ** event.target.value; event.target.setAttribute("aria-valuetext", String(2 ** event.target.value)); } else placeSliders();
   soon();

@@ -1,5 +1,5 @@
 // Pictures of one prompt: a slider between the strengths of the adapter, and a page that waits for its pictures.
-if (document.querySelector("[data-reload]")) setTimeout(() => location.reload(), 2500);
+import "./compare.js"; // waits in the same way
 
 const slider = document.getElementById("strength");
 if (slider) {

@@ -1,5 +1,5 @@
 // The form of a new run: what is missing, and the command and the file that do the same, as the form changes.
-import { offer, showSame, takeFile } from "./answers.js";
+import { filledOf, offer, remedyButtons, showSame, takeFile } from "./answers.js";
 import { post } from "./page.js";
 
 const form = document.getElementById("prepare");
@@ -10,9 +10,7 @@ let asked = 0;
 let later = 0;
 
 function filled() {
-  const fields = {};
-  for (const [name, value] of new FormData(form)) if (name !== "csrf" && name !== "once" && typeof value === "string" && value.trim()) fields[name] = value;
-  return fields;
+  return filledOf(form, ["csrf", "once"]);
 }
 
 async function check() {
@@ -26,6 +24,7 @@ async function check() {
   start.textContent = good ? "Start the run" : fields["model.path"] ? (fields["data.train"] ? "Not ready yet" : "Choose rows first") : "Choose a model first";
   missing.textContent = good || !fields["model.path"] || !fields["data.train"] ? "" : found.problems.join(" ");
   document.getElementById("columns").hidden = good || !fields["data.train"];
+  document.getElementById("remedies").replaceChildren(...remedyButtons(form, found.remedies, check));
   same.hidden = !good;
   if (good) showSame(found);
   history.replaceState(null, "", `/run?${new URLSearchParams(fields)}`);

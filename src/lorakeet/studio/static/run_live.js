@@ -10,7 +10,7 @@ let seen = "";
 function numbers(run) {
   const shown = [
     ["Step", run.total ? `${run.step} of ${run.total}` : run.step || "–"],
-    ["Time left", run.state === "training" ? `about ${duration(run.seconds_left)}` : "–"],
+    ["Training time left", run.state === "training" ? run.seconds_left === null ? "known after some steps" : `about ${duration(run.seconds_left)}` : "–"],
     ["Tokens per second", short(run.tokens_per_second)],
     ["Held-out loss of the base", short(run.base)],
     ["Best held-out loss", run.best === null ? "–" : `${short(run.best)} at step ${run.best_step}`],
@@ -33,7 +33,7 @@ function curve(run) {
 }
 
 function memory(run) {
-  const text = run.memory === null ? "Not known before the first step." : run.budget ? `${bytes(run.memory)} at most so far, of a budget of ${bytes(run.budget)}.` : `${bytes(run.memory)} at most so far. No budget was set.`;
+  const text = run.memory === null ? "Not known before the first step." : run.budget ? `${bytes(run.memory)} at most, of a budget of ${bytes(run.budget)}.` : `${bytes(run.memory)} at most. No budget was set.`;
   by("memory").replaceChildren(run.memory === null || !run.budget ? make("p", { class: "soft" }, text) : meter({ name: "Memory", value: run.memory, limit: run.budget, text }));
 }
 
@@ -42,6 +42,10 @@ function show(run) {
   by("said").dataset.state = run.state;
   by("message").hidden = !run.message;
   by("message").textContent = run.message;
+  by("message").classList.toggle("calm", run.state === "stopped");
+  by("doing").hidden = !run.doing;
+  by("doing").textContent = run.doing;
+  by("another").hidden = run.can_stop;
   by("progress").max = run.total || 1;
   by("progress").value = run.step;
   by("stop").hidden = !run.can_stop;

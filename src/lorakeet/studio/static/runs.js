@@ -21,8 +21,7 @@ function choice() {
   const compare = document.getElementById("compare");
   overlay.disabled = count < 1;
   compare.disabled = count !== 2;
-  overlay.title = count < 1 ? "Choose runs in the table first" : "";
-  compare.title = count !== 2 ? "Choose exactly two runs in the table" : "";
+  document.getElementById("choice").textContent = count < 1 ? "Choose runs in the table: one or more for curves, two to compare." : count !== 2 ? "Choose exactly two to compare them." : "";
 }
 
 async function refresh() {

@@ -5,6 +5,7 @@ import { bytes } from "./svg.js";
 const root = document.getElementById("take");
 const by = (id) => document.getElementById(id);
 let sizes = null;
+let busy = new Set(); // the names of what is being made
 
 function fields(form) {
   const found = {};
@@ -27,6 +28,7 @@ async function check(form) {
   let found;
   try { found = await post(`${root.dataset.run}/${form.dataset.way}/check`, fields(form)); } catch (error) { found = { missing: error.message, command: "" }; }
   if (number !== form.checks) return;
+  if (busy.has(form.elements.name.value || form.elements.name.placeholder)) found.missing = "It is being made; see above.";
   form.querySelector("button.primary").disabled = Boolean(found.missing);
   form.querySelector(".missing").textContent = found.missing;
   const shown = form.parentElement.querySelector(".cmd");
@@ -38,7 +40,7 @@ function command(text, purpose) {
   return make("div", { class: "cmd" }, make("code", {}, text), make("p", {}, purpose), make("button", { type: "button", class: "copy", "aria-label": `Copy: ${purpose}` }, "Copy"));
 }
 
-const STATES = { waiting: "waits in the queue", running: "is made and checked", done: "done", stopped: "stopped", failed: "could not be made", killed: "was ended from outside", cancelled: "taken out of the queue" };
+const STATES = { waiting: "waits in the queue", running: "in work", done: "done and compared", stopped: "stopped", failed: "failed", killed: "was ended from outside", cancelled: "taken out of the queue" };
 
 function certificate(found) {
   const lines = found.checks.map((one) => make("li", {}, make("span", { class: one.passed ? "pill pass" : "pill fail" }, one.passed ? "pass" : "fail"), ` ${one.words.replace(/^(pass|FAIL)\s+/, "")}`));
@@ -53,10 +55,11 @@ function job(one, open) {
     stop.addEventListener("submit", (event) => { event.preventDefault(); post(stop.getAttribute("action")).catch((error) => { stop.append(make("span", { class: "problem" }, error.message)); }); });
     parts.push(make("div", { class: "busy" }, make("progress", { "aria-label": one.title }), make("span", { class: "soft" }, one.last), stop));
   }
-  if (one.error) parts.push(make("p", { class: "warning message" }, one.error));
-  if (one.certificate) parts.push(certificate(one.certificate));
+  if (one.certificate && !one.certificate.passed && one.state !== "running") parts.push(make("p", { class: "warning" }, `Do not use it: what was written answers differently from what was trained. ${one.advice}`));
+  else if (one.error) parts.push(make("p", { class: "warning message" }, one.error));
+  if (one.certificate && one.state !== "running") parts.push(certificate(one.certificate));
   parts.push(...one.use.map(([text, purpose]) => command(text, purpose)));
-  if (one.log) parts.push(make("details", open ? { open: "" } : {}, make("summary", {}, "What the command printed"), make("div", {}, make("pre", { tabindex: "0", "aria-label": "Log" }, make("code", {}, one.log)))));
+  if (one.log) parts.push(make("details", open ? { open: "" } : {}, make("summary", {}, "What the command printed"), make("div", {}, make("pre", { tabindex: "0", role: "group", "aria-label": "Log" }, make("code", {}, one.log)))));
   return make("article", { class: "card taken", id: `job-${one.name}`, "data-state": one.state, "aria-label": one.title }, ...parts);
 }
 
@@ -65,6 +68,7 @@ source.addEventListener("jobs", (event) => {
   const found = JSON.parse(event.data).jobs;
   const open = new Set([...document.querySelectorAll("#jobs details[open]")].map((one) => `${one.closest("article").id} ${one.querySelector("summary").textContent}`));
   by("jobs-part").hidden = !found.length;
+  busy = new Set(found.filter((one) => one.state === "running" || one.state === "waiting").map((one) => one.out.split("/").pop()));
   by("jobs").replaceChildren(...found.map((one) => job(one)));
   for (const one of document.querySelectorAll("#jobs details")) if (open.has(`${one.closest("article").id} ${one.querySelector("summary").textContent}`)) one.open = true;
   for (const form of document.querySelectorAll(".way-form")) check(form); // a name may be taken now

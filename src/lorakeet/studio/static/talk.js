@@ -4,12 +4,18 @@ import { csrf, make, post } from "./page.js";
 const by = (id) => document.getElementById(id);
 const talk = by("talk");
 const sides = { base: [], adapter: [] }; // the messages of each side
+const rows = JSON.parse(by("example")?.dataset.rows || "[]"); // that it was measured on
 let running = null;
+let shown = 0;
 
 async function wait() {
   let found = { state: "starting" }; // as long as the studio does not answer
   try { found = await (await fetch("/try/state")).json(); } catch { by("state").dataset.lost = "true"; }
-  if (found.state === "starting") { setTimeout(wait, 700); return; }
+  if (found.state === "starting") {
+    if (found.log) by("state").textContent = `Loads the model … ${found.log}`;
+    setTimeout(wait, 700);
+    return;
+  }
   location.reload();
 }
 
@@ -48,28 +54,69 @@ function tokenOf(text, entry) {
   return make("span", { class: `tok ${level}`, title: words(entry) }, text);
 }
 
-async function reply(side, place) {
+/** The choices of a reply to these messages, as they are written, by the adapters with these weights. */
+async function* written(messages, mix, signal) {
   const system = by("system").value.trim();
-  const messages = [...(system ? [{ role: "system", content: system }] : []), ...sides[side]];
-  const fields = { messages: JSON.stringify(messages), weights: JSON.stringify(side === "base" ? {} : weights()) };
+  const whole = [...(system ? [{ role: "system", content: system }] : []), ...messages];
+  const fields = { messages: JSON.stringify(whole), weights: JSON.stringify(mix) };
   for (const name of ["temperature", "max_tokens", "seed"]) fields[name] = by(name).value;
   const response = await fetch("/try/say", {
-    method: "POST", signal: running.signal, body: new URLSearchParams(fields),
+    method: "POST", signal, body: new URLSearchParams(fields),
     headers: { "content-type": "application/x-www-form-urlencoded", "x-csrf": csrf, accept: "application/json" },
   });
   if (!response.ok) throw new Error((await response.json()).message);
-  let text = "";
   for await (const found of events(response)) {
     if (found.error) throw new Error(found.error.message);
-    for (const choice of found.choices) {
-      const piece = choice.delta?.content || "";
-      const entry = choice.logprobs?.content?.[0];
-      text += piece;
-      if (piece) place.append(entry ? tokenOf(piece, entry) : piece);
-    }
+    yield* found.choices;
   }
+}
+
+async function reply(side, place) {
+  let text = "";
+  let cut = false;
+  for await (const choice of written(sides[side], side === "base" ? {} : weights(), running.signal)) {
+    const piece = choice.delta?.content || "";
+    const entry = choice.logprobs?.content?.[0];
+    text += piece;
+    cut = cut || choice.finish_reason === "length";
+    if (piece) place.append(entry ? tokenOf(piece, entry) : piece);
+  }
+  if (cut) place.append(make("i", { class: "soft" }, ` (cut after ${by("max_tokens").value} tokens)`));
   if (!text) place.append(make("i", { class: "soft" }, "(it wrote nothing)"));
   sides[side].push({ role: "assistant", content: text });
+}
+
+let many = null; // while a list of rows is answered
+
+/** Answers each line by itself, with the adapter alone; the answers can be copied beside their lines in a table. */
+async function answerAll() {
+  if (many) { many.abort(); return; }
+  const lines = by("many-rows").value.split("\n").map((line) => line.trim()).filter(Boolean);
+  const body = by("many-answers").tBodies[0];
+  body.replaceChildren();
+  by("many-answers").hidden = by("many-copy").hidden = !lines.length;
+  by("many-said").textContent = lines.length ? "" : "Paste some rows first.";
+  many = new AbortController();
+  by("many-start").textContent = "Stop";
+  try {
+    for (const [number, line] of lines.entries()) {
+      by("many-said").textContent = `${number + 1} of ${lines.length}`;
+      let text = "";
+      for await (const choice of written([{ role: "user", content: line }], weights(), many.signal)) text += choice.delta?.content || "";
+      body.append(make("tr", {}, make("td", { class: "wrap" }, line), make("td", { class: "wrap" }, text.trim())));
+    }
+    if (lines.length) by("many-said").textContent = `All ${lines.length} are answered.`;
+  } catch (error) {
+    by("many-said").textContent = error.name === "AbortError" ? "Stopped." : error.message;
+  } finally {
+    many = null;
+    by("many-start").textContent = "Answer all";
+  }
+}
+
+async function copyAnswers() {
+  const cells = [...by("many-answers").tBodies[0].rows].map((row) => [...row.cells].map((cell) => cell.textContent.replace(/\s+/g, " ")).join("\t"));
+  await navigator.clipboard.writeText(cells.join("\n")).then(() => { by("many-said").textContent = "Copied: paste it into a table."; }, () => { by("many-said").textContent = "The browser does not allow copying; select the table and copy it."; });
 }
 
 async function ask(text) {
@@ -78,10 +125,11 @@ async function ask(text) {
   const places = {};
   for (const side of ["base", "adapter"]) {
     sides[side].push({ role: "user", content: text });
-    places[side] = make("div", { class: "reply", tabindex: "0", "aria-label": `Reply of the ${side}` });
+    places[side] = make("div", { class: "reply", tabindex: "0", role: "group", "aria-label": `Reply of the ${side}` });
     holder.append(make("section", { class: `side ${side}` }, make("h3", {}, side === "base" ? "Base" : "Adapter"), places[side]));
   }
   running = new AbortController();
+  by("arrived").textContent = "Both replies are being written.";
   by("send").textContent = "Stop";
   by("again").disabled = true; // what it clears is still written to
   const one = (side) => reply(side, places[side]).catch((error) => {
@@ -94,6 +142,7 @@ async function ask(text) {
     running = null;
     by("send").textContent = "Send to both";
     by("again").disabled = false;
+    by("arrived").textContent = `Base: ${places.base.textContent} Adapter: ${places.adapter.textContent}`;
   }
 }
 
@@ -103,6 +152,9 @@ function send(event) {
   const text = by("prompt").value.trim();
   if (!text) { by("prompt").focus(); return; }
   by("prompt").value = "";
+  if (by("alone").checked) for (const side of ["base", "adapter"]) sides[side] = [];
+  const row = rows.find((one) => one.text.trim() === text);
+  by("expected").textContent = row ? `Expected: ${row.truth}` : "";
   ask(text);
 }
 
@@ -142,9 +194,11 @@ if (by("state")?.dataset.state === "starting") wait();
 if (talk) {
   by("ask").addEventListener("submit", send);
   by("prompt").addEventListener("keydown", (event) => { if (event.key === "Enter" && (event.ctrlKey || event.metaKey)) send(event); });
-  by("example")?.addEventListener("click", (event) => { by("prompt").value = event.currentTarget.dataset.text; });
-  by("again").addEventListener("click", () => { sides.base = []; sides.adapter = []; by("conversation").replaceChildren(); });
+  by("example")?.addEventListener("click", () => { by("prompt").value = rows[shown++ % rows.length].text; });
+  by("again").addEventListener("click", () => { sides.base = []; sides.adapter = []; by("conversation").replaceChildren(); by("expected").textContent = ""; });
   by("add")?.addEventListener("click", add);
+  by("many-start").addEventListener("click", answerAll);
+  by("many-copy").addEventListener("click", copyAnswers);
   by("conversation").addEventListener("mouseover", (event) => { if (event.target.classList.contains("tok")) by("token").textContent = event.target.title; });
   by("conversation").addEventListener("keydown", walk);
   document.addEventListener("input", slide);

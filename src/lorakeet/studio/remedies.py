@@ -1,0 +1,84 @@
+"""What a page can set with one click: the remedies of an error, or what its message advises; and warnings on rows."""
+
+from __future__ import annotations
+
+import ast
+import re
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from lorakeet.config import read_run
+from lorakeet.data.spec import NO_ROWS
+from lorakeet.errors import LorakeetError, Remedy
+from lorakeet.studio.forms import run_fields
+
+# "set --data.encoding cp1252", "set data.template, for instance '{text}'": the words of all messages that advise a value.
+_ADVICE = re.compile(r"\b[Ss]et (?:--)?([a-z]+(?:\.[a-z_]+)+)(?:, for instance)? ")
+_WIDE = 50  # rows to measure on, below which the interval is said beforehand
+
+Remedies = dict[str, Any]  # {"settings": {path: value}, "words": of the button}
+
+
+def remedies_of(message: str) -> list[Remedies]:
+    """The settings that a message advises, each with the words of its button; only what the run file accepts."""
+    labels = {field.path: field.label for field in run_fields()}
+    found: dict[str, Remedies] = {}
+    for advice in _ADVICE.finditer(message):
+        path, value = advice[1], _value(message[advice.end() :])
+        if path in labels and value and path not in found and _accepted(path, value):
+            found[path] = one_click({path: value}, f"Set {labels[path]} to {value if value.isprintable() else repr(value)}")
+    return list(found.values())
+
+
+def one_click(settings: Mapping[str, str], words: str) -> Remedies:
+    """One click: what it sets, and the words on its button."""
+    return {"settings": dict(settings), "words": words}
+
+
+def remedies_of_error(error: LorakeetError) -> list[Remedies]:
+    """What one click sets against an error: all of its remedies together first, then each; else what its message advises."""
+    each = remedies_together(error.remedies)
+    return each or remedies_of(str(error))
+
+
+def remedies_together(remedies: Sequence[Remedy]) -> list[Remedies]:
+    """One click for all of these, then one for each; for a single one that alone."""
+    each = [one_click({one.setting: one.value}, f"{one.words[:1].upper()}{one.words[1:]}") for one in remedies]
+    if len(each) < 2:
+        return each
+    words = "; ".join(f"{one.words[:1].lower()}{one.words[1:]}" for one in remedies)
+    return [one_click({one.setting: one.value for one in remedies}, f"All together: {words}"), *each]
+
+
+def measuring_warnings(rows: int, *, labelled: bool, tested: bool) -> list[str]:
+    """What so few `rows` to measure on mean for the verdict, and what the lack of test rows means."""
+    found = []
+    if 0 < rows < _WIDE:
+        wide = f", about ± {98 / rows**0.5:.0f} percentage points for the share of right answers" if labelled else ""
+        found.append(f"{rows} rows to measure on are few: the verdict has a wide interval{wide}. More rows narrow it.")
+    if rows and not tested:
+        found.append(
+            "The same rows choose the best state of the training and measure it, which flatters it a little. For a strict "
+            "measure, give a second file as data.test, whose rows are used once, at the end."
+        )
+    return found
+
+
+def _value(rest: str) -> str:
+    """The value at the beginning of `rest`: a quoted text, or a word without the sentence's signs."""
+    if rest[:1] in ("'", '"'):
+        for end in (place.end() for place in re.finditer(re.escape(rest[0]), rest[1:])):
+            try:
+                return str(ast.literal_eval(rest[: end + 1]))
+            except (ValueError, SyntaxError):
+                continue
+        return ""
+    return rest.partition(" ")[0].rstrip(".,;:)")
+
+
+def _accepted(path: str, value: str) -> bool:
+    try:
+        read_run(None, {"model.path": "none", "data.train": NO_ROWS, path: value})
+    except LorakeetError:
+        return False
+    return True

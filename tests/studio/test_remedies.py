@@ -1,0 +1,57 @@
+"""`studio.remedies`: what messages advise becomes one click, and columns are guessed as a reader of the table would."""
+
+from __future__ import annotations
+
+import pytest
+
+from lorakeet.errors import DataError, Remedy
+from lorakeet.studio.remedies import measuring_warnings, remedies_of, remedies_of_error
+
+
+@pytest.mark.parametrize(
+    ("message", "expected"),
+    [
+        ("a.csv is not utf-8. Set --data.encoding cp1252 if 'nt üb' reads right; otherwise cp1250.", {"data.encoding": "cp1252"}),
+        ("Its columns may be separated by ';': set --data.delimiter ';'.", {"data.delimiter": ";"}),
+        ("To leave such rows out, set --data.bad_rows drop.", {"data.bad_rows": "drop"}),
+        ("raise --data.max_tokens or set --data.too_long truncate.", {"data.too_long": "truncate"}),
+        (
+            "To train with their names, set data.template, for instance '{text}\\nAnswer with one of: a, b\\'s'.",
+            {"data.template": "{text}\nAnswer with one of: a, b's"},
+        ),
+    ],
+)
+def test_a_value_that_a_message_advises_is_one_click(message: str, expected: dict[str, str]) -> None:
+    (found,) = remedies_of(message)
+    assert found["settings"] == expected and found["words"].startswith("Set ")
+
+
+@pytest.mark.parametrize(
+    "message",
+    [
+        "Set --data.encoding to what the file was saved in, such as cp1252.",
+        "choose --data.format chat|completion. Set --data.too_long long.",
+        "Name yours with --data.text_column (and --data.label_column for labelled texts).",
+        "set --no.such thing",
+    ],
+)
+def test_nothing_is_set_that_no_message_advises_or_the_run_file_refuses(message: str) -> None:
+    assert remedies_of(message) == []
+
+
+def test_the_remedies_of_an_error_come_together_first() -> None:
+    encoding, label = Remedy("data.encoding", "cp1252", "Read it as cp1252"), Remedy("data.label_column", "b", "'b' is the label")
+    whole, *each = remedies_of_error(DataError("Set --data.delimiter ';'.", remedies=[encoding, label]))
+    assert whole["settings"] == {"data.encoding": "cp1252", "data.label_column": "b"}
+    assert whole["words"] == "All together: read it as cp1252; 'b' is the label"
+    assert [one["settings"] for one in each] == [{"data.encoding": "cp1252"}, {"data.label_column": "b"}]
+    (alone,) = remedies_of_error(DataError("x", remedies=[encoding]))
+    assert alone["words"] == "Read it as cp1252"
+    (advised,) = remedies_of_error(DataError("Set --data.delimiter ';'."))
+    assert advised["settings"] == {"data.delimiter": ";"}
+
+
+def test_few_rows_to_measure_on_are_said_with_their_interval() -> None:
+    few, same = measuring_warnings(16, labelled=True, tested=False)
+    assert "± 24 percentage points" in few and "data.test" in same
+    assert measuring_warnings(80, labelled=True, tested=True) == measuring_warnings(0, labelled=False, tested=False) == []
