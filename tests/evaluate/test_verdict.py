@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import pytest
 
+from lorakeet.evaluate.baselines import MAJORITY, TFIDF
 from lorakeet.evaluate.compare import Comparison, Verdict
 from lorakeet.evaluate.intervals import Estimate
 from lorakeet.evaluate.verdict import verdict_of
@@ -41,6 +42,21 @@ def comparison(right: str, verdict: Verdict, value: float, *, metric: str = "acc
 def test_sentences(first: tuple[Verdict, float], second: tuple[Verdict, float], sentence: str, tone: str) -> None:
     found = verdict_of([comparison("base", *first), comparison("X", *second)])
     assert found is not None and sentence in found.sentence and found.tone == tone
+
+
+def test_what_follows_is_said_where_a_method_without_a_model_is_not_beaten() -> None:
+    """A newcomer's case: TF-IDF ahead in every measure, and "no difference is shown" was all that was said of it."""
+    base, level = comparison("base", "better", 0.2), comparison(TFIDF, "no difference shown", -0.06)
+    found = verdict_of([base, level])
+    assert found is not None and found.sentence.endswith(
+        "is shown: −0.060 (−0.100 to −0.020). TF-IDF + logistic regression, without a language model, may do as well."
+    )
+    surer = verdict_of([base, level, comparison(TFIDF, "worse", 0.4, metric="log_loss")])
+    assert surer is not None and surer.sentence.endswith("may do as well: the adapter has +0.400 log-loss (+0.360 to +0.440).")
+    behind = verdict_of([base, comparison(MAJORITY, "worse", -0.1)])
+    assert behind is not None and behind.sentence.endswith("The majority class, without a language model, does better.")
+    ahead = verdict_of([base, comparison(TFIDF, "better", 0.1)])
+    assert ahead is not None and "without a language model" not in ahead.sentence
 
 
 def test_loss_is_spoken_of_where_there_is_no_accuracy() -> None:

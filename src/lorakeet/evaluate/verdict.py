@@ -7,7 +7,7 @@ from dataclasses import dataclass, replace
 from itertools import pairwise
 from typing import Literal
 
-from lorakeet.evaluate.baselines import CONSTANT, MAJORITY, NEAREST
+from lorakeet.evaluate.baselines import CONSTANT, EMBEDDED, MAJORITY, NEAREST, TFIDF
 from lorakeet.evaluate.compare import Comparison
 from lorakeet.evaluate.preferences import DIFFERENCE, LONGER, SHORTER
 from lorakeet.evaluate.wording import metric_words, signed
@@ -24,13 +24,14 @@ NAMED = {
     DIFFERENCE: "TF-IDF of the answers alone",
     "reference": "its reference",
 }  # systems as a sentence names them
+WITHOUT_MODEL = (TFIDF, EMBEDDED, MAJORITY, NEAREST, CONSTANT)
 GRADED = ("valid_json", "chrf")  # of replies: how near they come where few are right
 Tone = Literal["better", "mixed", "none", "worse"]
 
 
 @dataclass(frozen=True)
 class Phrase:
-    """A part of the headline, and its interval."""
+    """A part of the headline, and its interval; empty where it states no number."""
 
     text: str
     interval: str
@@ -46,7 +47,7 @@ class Verdict:
     @property
     def sentence(self) -> str:
         """The headline as plain text."""
-        return "".join(f"{phrase.text} ({phrase.interval})" for phrase in self.phrases) + "."
+        return "".join(f"{phrase.text} ({phrase.interval})" if phrase.interval else phrase.text for phrase in self.phrases) + "."
 
 
 def verdict_of(comparisons: Sequence[Comparison]) -> Verdict | None:
@@ -69,9 +70,24 @@ def verdict_of(comparisons: Sequence[Comparison]) -> Verdict | None:
     phrases += [_later(comparison, before) for before, comparison in pairwise(chosen)]
     if chosen[0].verdict == "no difference shown":
         phrases += _closer([one for one in comparisons if one.right == chosen[0].right and one.metric in GRADED])
+    phrases += _without_model(chosen, comparisons)
     verdicts = {comparison.verdict for comparison in chosen}
     tones: dict[str, Tone] = {"better": "better", "worse": "worse", "no difference shown": "none"}
     return Verdict(tuple(phrases), tones[chosen[0].verdict] if len(verdicts) == 1 else "mixed")
+
+
+def _without_model(chosen: Sequence[Comparison], comparisons: Sequence[Comparison]) -> list[Phrase]:
+    """What follows where the adapter is not shown to be better than a method without a language model."""
+    level = next((one for one in chosen if one.right in WITHOUT_MODEL and one.verdict != "better"), None)
+    if level is None:
+        return []
+    does = "does better" if level.verdict == "worse" else "may do as well"
+    named = _named(level.right)
+    surer = next((one for one in comparisons if (one.right, one.metric) == (level.right, "log_loss")), None)
+    said = f". {named[:1].upper()}{named[1:]}, without a language model, {does}"
+    if surer is None or surer.verdict != "worse":
+        return [Phrase(said, "")]
+    return [Phrase(f"{said}: the adapter has {signed(surer.difference.value)} log-loss", _interval(surer, first=False))]
 
 
 def _closer(graded: Sequence[Comparison]) -> list[Phrase]:

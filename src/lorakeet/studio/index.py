@@ -183,7 +183,7 @@ def _inner(mapping: dict[str, Any], section: str, name: str) -> Any:
 
 def _sentence(verdict: dict[str, Any]) -> str:
     """The headline of a report, as evaluate/verdict words it."""
-    parts = (f"{part.get('text', '')} ({part.get('interval', '')})" for part in verdict.get("phrases", ()))
+    parts = (f"{part.get('text', '')} ({part.get('interval', '')})".removesuffix(" ()") for part in verdict.get("phrases", ()))
     return f"{''.join(parts)}." if verdict else ""
 
 
