@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import csv
+import dataclasses
 import io
 import json
+import os
 from pathlib import Path
 from typing import Any
 
@@ -15,13 +17,22 @@ import lorakeet as lk
 from lorakeet.data.chat import Encoder
 from lorakeet.data.rows import Row
 from lorakeet.errors import ConfigError, DataError
+from lorakeet.evaluate.replies import Replies
 from lorakeet.workflows import predict as predicting
+from lorakeet.workflows.finetune import FinetuneResult
 from lorakeet.workflows.finetuning.evaluate_text import TextEvaluator
 from lorakeet.workflows.finetuning.reply import Replier
 from lorakeet.workflows.options import PredictOptions
 from lorakeet.workflows.predict import predict
 from lorakeet.workflows.runs.open_adapter import NAME, open_adapter
 from tiny.runs import chats, quiet, reviews, run, write_rows
+
+
+@pytest.fixture(scope="module")
+def chatted(tiny_llama_folder: Path, tmp_path_factory: pytest.TempPathFactory) -> FinetuneResult:
+    """A run over conversations. Do not write into it."""
+    folder = tmp_path_factory.mktemp("chatted")
+    return run(tiny_llama_folder, write_rows(folder / "rows.jsonl", chats(40)), folder / "run")
 
 
 def table_of(path: Path, delimiter: str = ",", encoding: str = "utf-8") -> list[dict[str, str]]:
@@ -110,6 +121,79 @@ def test_what_is_wrong_with_a_file_is_said_before_and_nothing_is_written(
     assert sorted(path.name for path in tmp_path.iterdir()) == ["new.csv", "out.csv"]
 
 
+def test_remedies_are_options_of_this_verb(finished: Any, tmp_path: Path) -> None:
+    data = tmp_path / "new.csv"
+    cases: list[tuple[bytes, list[str]]] = [
+        ("text;b\nschön;c\n".encode("cp1252"), ["--encoding cp1252"]),
+        (b"text;b\na;c\n", ["--delimiter ';'"]),
+        (b"id,Beschwerde\n1,a\n", ["--text-column Beschwerde"]),
+        (b"text,b\na\n", []),
+        (b"text\n" + b"a" * 9_000_000 + b"\n", []),
+    ]
+    for content, flags in cases:
+        data.write_bytes(content)
+        with pytest.raises(DataError) as caught:
+            predict(PredictOptions(str(finished.path), str(data), tmp_path / "out.csv"), console=quiet())
+        assert [one.flag for one in caught.value.remedies] == flags and "--data." not in str(caught.value)
+    assert "or raise data.longest_row in a file for --config" in str(caught.value)
+
+
+def test_columns_of_later_records_are_kept_and_never_overwritten(finished: Any, tmp_path: Path) -> None:
+    run_path, data = str(finished.path), tmp_path / "new.jsonl"
+    write_rows(data, [{"text": "x"}, {"txt": "z"}, {"text": "y", "label": "GOLD", "note": "keep"}])
+    found = predict(PredictOptions(run_path, str(data), tmp_path / "out.csv"), console=quiet())
+    rows = table_of(tmp_path / "out.csv")
+    columns = ["text", "txt", "label", "note", *found.columns]
+    assert list(rows[0]) == columns and found.columns[0] == "label_predicted"
+    assert [row["label"] for row in rows] == ["", "", "GOLD"] and rows[2]["note"] == "keep" and rows[1]["txt"] == "z"
+    assert [bool(row["label_predicted"]) for row in rows] == [True, False, True]
+    assert found.notes == ("1 of 3 rows get no answer; first new.jsonl:2: no column 'text'; the row has 'txt'.",)
+    for column in ("note", "text"):
+        with pytest.raises(ConfigError, match=f"has a column '{column}' already. .*--column"):
+            predict(PredictOptions(run_path, str(data), tmp_path / "other.csv", column=column), console=quiet())
+
+
+def test_what_no_encoding_holds_is_known_before_and_json_lines_keep_it(finished: Any, tmp_path: Path) -> None:
+    run_path, data = str(finished.path), tmp_path / "new.jsonl"
+    records = [{"text": "x"}, {"text": "y", "note": "cut \ud83d"}, {"text": "half \ud83d"}]
+    write_rows(data, records)
+    with pytest.raises(DataError, match=r"new.jsonl:2: column 'note' has half of a character.*\.jsonl"):
+        predict(PredictOptions(run_path, str(data), tmp_path / "out.csv"), console=quiet())
+    with pytest.raises(ConfigError, match=r"--column 'a\\ud83d' has half of a character"):
+        predict(PredictOptions(run_path, str(data), tmp_path / "out.jsonl", column="a\ud83d"), console=quiet())
+    found = predict(PredictOptions(run_path, str(data), tmp_path / "out.jsonl"), console=quiet())
+    rows = lines_of(tmp_path / "out.jsonl")
+    assert [{key: row[key] for key in record} for row, record in zip(rows, records, strict=True)] == records
+    assert found.answered == 2
+
+
+def test_a_new_column_that_the_encoding_cannot_write_makes_it_utf_8(finished: Any, tmp_path: Path) -> None:
+    (tmp_path / "new.csv").write_bytes("text,b\nschön,a\n".encode("cp1252"))
+    given = PredictOptions(str(finished.path), str(tmp_path / "new.csv"), tmp_path / "o.csv", encoding="cp1252", column="标签")
+    found = predict(given, console=quiet())
+    assert found.notes == ("o.csv is written in UTF-8 with a mark: a column or a cell has characters that cp1252 cannot write.",)
+    rows = table_of(tmp_path / "o.csv", encoding="utf-8-sig")
+    assert rows[0]["text"] == "schön" and rows[0]["标签"]
+
+
+def test_an_answer_that_the_encoding_cannot_write_is_kept_with_a_note(
+    chatted: FinetuneResult, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    data = write_rows(tmp_path / "new.jsonl", [{"prompt": "x"}, {"prompt": "y"}])
+    texts = ("whole", "half \ud83d")
+    monkeypatch.setattr(Replier, "write", lambda *_: Replies("adapter", texts, texts, (False, False)))
+    found = predict(PredictOptions(str(chatted.run.path), str(data), tmp_path / "out.csv", max_tokens=4), console=quiet())
+    assert [row["answer"] for row in table_of(tmp_path / "out.csv")] == ["whole", "half ?"]
+    assert found.notes == ("1 rows have characters that utf-8 cannot write; '?' stands for each.",)
+
+
+def test_a_pipe_is_refused_before_the_model(finished: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    os.mkfifo(tmp_path / "p.csv")
+    monkeypatch.setattr(predicting, "open_adapter", lambda *_, **__: pytest.fail("the adapter was opened"))
+    with pytest.raises(DataError, match="is a pipe or a device; expected a regular file"):
+        predict(PredictOptions(str(finished.path), str(tmp_path / "p.csv"), tmp_path / "out.csv"), console=quiet())
+
+
 def test_an_error_while_rows_are_answered_leaves_no_file(finished: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     data = write_rows(tmp_path / "new.jsonl", [{"text": "good"}] * 3)
 
@@ -122,10 +206,9 @@ def test_an_error_while_rows_are_answered_leaves_no_file(finished: Any, tmp_path
     assert [path.name for path in tmp_path.iterdir()] == ["new.jsonl"]
 
 
-def test_prompts_get_the_replies_of_the_report(tiny_llama_folder: Path, tmp_path: Path) -> None:
-    trained = run(tiny_llama_folder, write_rows(tmp_path / "rows.jsonl", chats(40)), tmp_path / "run")
-    config, dataset = trained.setup.config, trained.setup.dataset
-    opened = open_adapter(tmp_path / "run")
+def test_prompts_get_the_replies_of_the_report(chatted: FinetuneResult, tmp_path: Path) -> None:
+    config, dataset = chatted.setup.config, chatted.setup.dataset
+    opened = open_adapter(chatted.run.path)
     text = opened.text_model(quiet())
     replier = Replier(config, text, Encoder(text.tokenizer, config.data), quiet(), NAME)
     prompts = replier.prompts(dataset.held_out, dataset.train)
@@ -134,12 +217,43 @@ def test_prompts_get_the_replies_of_the_report(tiny_llama_folder: Path, tmp_path
     records = [{"id": place, "messages": messages_of(row)} for place, row in enumerate(prompts.rows)]
     records.append({"id": "none", "messages": []})
     data = write_rows(tmp_path / "new.jsonl", records)
-    given = PredictOptions(str(tmp_path / "run"), str(data), tmp_path / "out.jsonl", max_tokens=prompts.limit)
+    given = PredictOptions(str(chatted.run.path), str(data), tmp_path / "out.jsonl", max_tokens=prompts.limit)
     found = predict(given, console=quiet())
     written = lines_of(tmp_path / "out.jsonl")
     assert [row["answer"] for row in written] == [*report.texts, ""] and found.columns == ("answer", "answer_review")
     assert [{key: row[key] for key in ("id", "messages")} for row in written] == records
     assert found.answered == sum(map(bool, report.texts)) and written[-1]["answer_review"] == "yes"
+
+
+def test_replies_end_as_in_the_report_without_the_training_rows(
+    tiny_llama_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    rows = write_rows(tmp_path / "rows.jsonl", chats(40))
+    trained = run(tiny_llama_folder, rows, tmp_path / "run", {"data.chat_template": "off"})
+    data = write_rows(tmp_path / "new.jsonl", [{"prompt": "Hi?"}])
+    given = PredictOptions(str(tmp_path / "run"), str(data), tmp_path / "out.jsonl", max_tokens=2)
+    endings, notes = endings_of(monkeypatch), []
+    for gone in (rows, trained.run.report):  # of which the report alone is enough; without both it is not known, and said
+        gone.unlink()
+        notes.append(predict(dataclasses.replace(given, out=tmp_path / f"{len(notes)}.jsonl"), console=quiet()).notes)
+    assert endings == ["\n", ""] and notes[0] == () and len(notes[1]) == 1
+    assert notes[1][0].startswith("Answers are not cut after their first line")
+    assert "rows.jsonl' does not exist" in notes[1][0]
+    write_rows(rows, chats(40))
+    assert predict(given, console=quiet()).notes == () and endings[2:] == ["\n"], "the training answers have one line"
+
+
+def endings_of(monkeypatch: pytest.MonkeyPatch) -> list[str]:
+    """Where replies end, of every writing from now on."""
+    found: list[str] = []
+    write = Replier.write
+
+    def noted(self: Replier, system: str, prompts: Any, **more: Any) -> Any:
+        found.append(prompts.ending)
+        return write(self, system, prompts, **more)
+
+    monkeypatch.setattr(Replier, "write", noted)
+    return found
 
 
 def messages_of(row: Row) -> list[dict[str, str]]:

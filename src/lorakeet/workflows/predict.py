@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Iterator, Sequence
+from collections.abc import Collection, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
-from itertools import islice
+from itertools import islice, takewhile
 from pathlib import Path
 from typing import Any
 
@@ -15,23 +15,26 @@ from rich.console import Console
 
 from lorakeet.config import RunConfig
 from lorakeet.data.chat import Candidates, Encoder, Ids
+from lorakeet.data.predicted.contents import Contents, require_rereadable
 from lorakeet.data.predicted.unlabelled import fitting_columns, row_shaper
-from lorakeet.data.predicted.written_records import TableForm, form_like, record_writer, require_written_format
+from lorakeet.data.predicted.written_records import TableForm, can_write, form_like, record_writer, require_written_format
 from lorakeet.data.read import read_records
 from lorakeet.data.rows import Row
 from lorakeet.data.spec import DataSpec
 from lorakeet.data.split import read_split_record
-from lorakeet.data.tables import FileRecord, RowProblems
+from lorakeet.data.tables import RowProblems
+from lorakeet.data.template import uses_template
 from lorakeet.disk import written_whole
-from lorakeet.errors import ConfigError, DataError, EnvironmentProblem
+from lorakeet.errors import ConfigError, DataError, EnvironmentProblem, Remedy
 from lorakeet.evaluate.likelihood import label_log_probs
+from lorakeet.evaluate.report.report import read_report
 from lorakeet.memory.cuda import enforcing_gpu_budget
 from lorakeet.models.generate.score import label_scores
 from lorakeet.models.inject import activate
 from lorakeet.models.text.model import TextModel
 from lorakeet.train.progress import counted
 from lorakeet.workflows.finetuning.evaluate_text import require_encodable
-from lorakeet.workflows.finetuning.reply import ADAPTER, LINE, Prompts, Replier
+from lorakeet.workflows.finetuning.reply import ADAPTER, FIRST_LINE, LINE, Prompts, Replier
 from lorakeet.workflows.options import PredictOptions
 from lorakeet.workflows.planning.encoded_rows import within_context
 from lorakeet.workflows.planning.evaluation import fit_evaluation
@@ -44,6 +47,7 @@ TOGETHER = 2048  # rows that are in memory at once
 _SAMPLED = 100  # records from which columns are proposed
 _DIGITS = 6  # of a probability
 ANSWER = "answer"
+REPLIED = "reply_words"  # a metric of every system that replied
 OWN_FLAGS = ("encoding", "delimiter", "text_column")  # settings of data that are options here
 
 
@@ -90,6 +94,7 @@ def predict(options: PredictOptions, *, console: Console) -> Predicted:
     require_absent(options.out)
     require_place(options.out)
     require_written_format(options.out)
+    require_rereadable(options.data)
     if not 0 <= options.review <= 1:
         raise ConfigError(f"--review is {options.review}; expected a probability from 0 to 1, such as 0.8.")
     say = partial(console.print, markup=False, soft_wrap=True)
@@ -98,19 +103,23 @@ def predict(options: PredictOptions, *, console: Console) -> Predicted:
     require_encodable(opened.config)
     labels = _labels(opened)
     file = _read_first(options, opened.config.data, labels)
-    form = form_like(options.data, file.spec, options.out, labels or None)
-    notes = [*file.notes, *([form.said] if form.said else [])]
-    for note in notes:
+    one_line, unknown = (False, "") if labels else _one_line(opened)
+    for note in file.notes:
         say(note)
     residency = fit_evaluation(opened.config, opened.adapter, say, Workload(bool(labels), file.characters))
     with enforcing_gpu_budget(residency.budget, "Raise it with --memory."), peak_said(residency, console):
         text = dataclasses.replace(opened, residency=residency).text_model(console)
         settings = within_context(dataclasses.replace(opened.config, data=file.spec), text.name, text.context, say)
         encoder = Encoder(text.tokenizer, settings.data, labels)
-        answerer = _Answerer(settings, text, encoder, console, options, "" if labels else _ending(opened, text, encoder))
+        plain = not labels and not uses_template(text.tokenizer, settings.data)
+        later = [unknown] if plain and unknown else []
+        answerer = _Answerer(settings, text, encoder, console, options, LINE if plain and one_line else "")
         with writing(str(options.out), "Free some space, or choose another --out."):
-            found = _written(options, file, form, answerer)
-    found = dataclasses.replace(found, notes=tuple(notes))
+            found = _written(options, file, answerer)
+    later += found.notes
+    for note in later:
+        say(note)
+    found = dataclasses.replace(found, notes=(*file.notes, *later))
     shortened = f", {found.shortened:,} shortened to {settings.data.max_tokens:,} tokens" if found.shortened else ""
     say(f"{found.answered:,} of {found.rows:,} rows answered{shortened}; {found.review:,} marked for review: {options.out}")
     return found
@@ -126,9 +135,11 @@ def _labels(opened: Opened) -> tuple[str, ...]:
 
 @dataclass(frozen=True)
 class _RowsFile:
-    """A file that was read once: how it is read, the columns that are added, its rows and characters, and what to say of it."""
+    """A file that was read once: how it is read and written, its columns and those that are added, its rows and characters."""
 
     spec: DataSpec
+    form: TableForm
+    own: tuple[str, ...]
     columns: tuple[str, ...]
     rows: int
     characters: int
@@ -142,74 +153,104 @@ def _read_first(options: PredictOptions, trained: DataSpec, labels: Sequence[str
     spec = dataclasses.replace(spec, train=options.data, held_out=None, test=None)
     spec.validate()
     lines, empty = RowProblems(f"{options.data} cannot be used as it is"), RowProblems(options.data)
+    notes, rows, characters = list[str](), 0, 0
     try:
-        first = list(islice(read_records(options.data, lines, spec), _SAMPLED))
-        if not first and not lines.count:
-            raise DataError(f"{options.data} has no rows; expected at least one record below the header.")
-        notes = []
-        if first:
+        form = form_like(options.data, spec, options.out, labels or None)
+        if first := list(islice(read_records(options.data, lines, spec), _SAMPLED)):
             spec, taken = fitting_columns(first, options.data, spec, labels)
             notes += [taken] if taken else []
         lines = RowProblems(f"{options.data} cannot be used as it is")
-        shaped = row_shaper(options.data, spec, labels, empty)
-        rows = characters = 0
+        contents, shaped = Contents(form, options.out, lines), row_shaper(options.data, spec, labels, empty)
         for record in read_records(options.data, lines, spec):
             rows, row = rows + 1, shaped(record)
+            contents.add(record)
             characters += 0 if row is None else len(row.text)
         lines.raise_if_any()
+        if not rows:
+            raise DataError(f"{options.data} has no rows; expected at least one record below the header.")
     except DataError as error:
-        raise DataError(_with_own_flags(str(error)), remedies=error.remedies) from error
+        raise DataError(_with_own_flags(str(error)), remedies=_own_remedies(error.remedies)) from error
     if empty.count == rows:
-        raise DataError(f"No row of {options.data} can be answered; first {empty.first}")
+        raise DataError(_with_own_flags(f"No row of {options.data} can be answered; first {empty.first}"))
     if empty.count:
-        notes.append(f"{empty.count:,} of {rows:,} rows get no answer; first {empty.first}")
-    return _RowsFile(spec, _new_columns(options, trained, first[0], labels), rows, characters, tuple(notes))
+        notes.append(_with_own_flags(f"{empty.count:,} of {rows:,} rows get no answer; first {empty.first}"))
+    columns = _new_columns(options, trained, contents.columns, labels)
+    if not (contents.fits and can_write(form.encoding, "".join(columns))):
+        form = form.in_utf_8(options.out, "a column or a cell has")
+    notes += [form.said] if form.said else []
+    return _RowsFile(spec, form, tuple(contents.columns), columns, rows, characters, tuple(notes))
 
 
 def _with_own_flags(message: str) -> str:
     """The message with the flags of this verb, and without the advice to leave rows out, since all rows are written."""
     for name in OWN_FLAGS:
         message = message.replace(f"--data.{name}", f"--{name.replace('_', '-')}")
-    return message.replace(" To leave such rows out, set --data.bad_rows drop.", "").replace(
-        "\nTo leave such rows out, set --data.bad_rows drop.", ""
-    )
+    for space in (" ", "\n"):
+        message = message.replace(f"{space}To leave such rows out, set --data.bad_rows drop.", "")
+    begin, *others = message.split("--data.")
+    for other in others:
+        name = "".join(takewhile(str.isidentifier, other))
+        begin += f"data.{name} in a file for --config{other[len(name) :]}"
+    return begin
 
 
-def _new_columns(options: PredictOptions, trained: DataSpec, first: FileRecord, labels: Sequence[str]) -> tuple[str, ...]:
-    """The names of the added columns; ConfigError if the file has one of them."""
+def _own_remedies(remedies: Iterable[Remedy]) -> Iterator[Remedy]:
+    """The remedies that are options of this verb, by their names here."""
+    for one in remedies:
+        if (name := one.setting.removeprefix("data.")) in OWN_FLAGS:
+            yield dataclasses.replace(one, setting=name.replace("_", "-"))
+
+
+def _new_columns(options: PredictOptions, trained: DataSpec, known: Collection[str], labels: Sequence[str]) -> tuple[str, ...]:
+    """The names of the added columns; ConfigError if a record of the file has one of them."""
     own = (trained.label_column or "label") if labels else ANSWER
-    name = options.column or (f"{own}_predicted" if own in first.values else own)
+    name = options.column or (f"{own}_predicted" if own in known else own)
     columns = (name, f"{name}_probability", f"{name}_margin", f"{name}_review") if labels else (name, f"{name}_review")
-    if taken := [column for column in columns if column in first.values]:
+    if not can_write("utf-8", name):
+        raise ConfigError(f"--column {name!r} has half of a character. Choose another name.")
+    if taken := [column for column in columns if column in known]:
         raise ConfigError(f"{options.data} has a column {taken[0]!r} already. Choose another name with --column.")
     return columns
 
 
-def _ending(opened: Opened, text: TextModel, encoder: Encoder) -> str:
-    """Where replies end, as in the report: with their first line if no template ends them and all training answers have one."""
+def _one_line(opened: Opened) -> tuple[bool, str]:
+    """Whether replies without a template end with their first line: as in the report, else if all training answers have one.
+
+    A sentence, if neither is known.
+    """
+    why = "no training rows are named"
     try:
-        known = [row for row in opened.dataset.train if row.answered] if opened.config.data.train else []
-    except (DataError, EnvironmentProblem):
-        return ""
-    found = Replier(opened.config, text, encoder, Console(quiet=True), NAME).prompts(known[:1], known) if known else None
-    return LINE if found is not None and found.ending == LINE else ""
+        if opened.run is not None and opened.run.report.is_file():
+            systems = read_report(opened.run.report).systems
+            replied = [one.note for one in systems if one.role == "adapter" and REPLIED in one.metrics]
+            if replied:
+                return FIRST_LINE in replied[0], ""
+        if opened.config.data.train:
+            answers = [row.turns[-1].text.strip() for row in opened.dataset.train if row.answered]
+            return bool(answers) and not any(LINE in answer for answer in answers), ""
+    except (DataError, EnvironmentProblem) as error:
+        why = str(error).rstrip(".")
+    return False, f"Answers are not cut after their first line: whether training answers have one is not known ({why})."
 
 
-def _written(options: PredictOptions, file: _RowsFile, form: TableForm, answerer: _Answerer) -> Predicted:
+def _written(options: PredictOptions, file: _RowsFile, answerer: _Answerer) -> Predicted:
     """Reads the rows once more, and writes each with its answer."""
-    counts = {"rows": 0, "answered": 0, "review": 0, "shortened": 0}
+    counts = {"rows": 0, "answered": 0, "review": 0, "shortened": 0, "replaced": 0}
+    known = {*file.own}
     ignored = RowProblems(options.data)  # all are known since the first reading
     shaped = row_shaper(options.data, file.spec, answerer.encoder.labels, ignored)
     with (
         written_whole(options.out) as made,
-        record_writer(made, form) as write,
+        record_writer(made, file.form, (*file.own, *file.columns)) as write,
         counted(answerer.console, "answers rows", file.rows) as advance,
     ):
         following = read_records(options.data, ignored, file.spec)
         while records := list(islice(following, TOGETHER)):
             answers = answerer.answers([shaped(record) for record in records])
             for record, answer in zip(records, answers, strict=True):
-                write({**record.values, **answer.cells(file.columns)})
+                if new := record.values.keys() - known:
+                    raise DataError(f"{options.data} changed while it was answered: column {min(new)!r} is new. Try again.")
+                counts["replaced"] += not write({**record.values, **answer.cells(file.columns)})
                 counts["answered"] += bool(answer.text)
                 counts["review"] += answer.review
                 counts["shortened"] += answer.shortened
@@ -218,7 +259,9 @@ def _written(options: PredictOptions, file: _RowsFile, form: TableForm, answerer
         if counts["rows"] != file.rows:
             changed = f"{counts['rows']:,} rows, before {file.rows:,}"
             raise DataError(f"{options.data} changed while it was answered: {changed}. Try again.")
-    return Predicted(options.out, counts["rows"], counts["answered"], counts["review"], counts["shortened"], file.columns)
+    replaced = counts.pop("replaced")
+    said = f"{replaced:,} rows have characters that {file.form.encoding} cannot write; '?' stands for each."
+    return Predicted(options.out, **counts, columns=file.columns, notes=(said,) if replaced else ())
 
 
 @dataclass(frozen=True)

@@ -31,7 +31,7 @@ def test_prompts_chats_and_instructions_are_read_and_their_answers_are_not() -> 
     assert shaped({"messages": [*turns, {"role": "assistant", "content": "old"}]}, spec) == [("user", "Hi?")]
     assert shaped({"messages": "no list"}, spec) == []
     with pytest.raises(DataError, match="has the columns 'a'; expected 'prompt', 'messages' or 'instruction'"):
-        shaped({"a": "b"}, spec)
+        fitting_columns([FileRecord("f:2", {"a": "b"})], "f", spec, ())
 
 
 def test_a_column_in_another_case_is_taken_and_said() -> None:
@@ -48,3 +48,26 @@ def test_another_column_is_proposed_and_not_taken() -> None:
     spec = DataSpec(train="x", template="{drug}: {text}")
     with pytest.raises(DataError, match=r"no column 'drug'.*Rename the columns, or add them"):
         fitting_columns([FileRecord("f:2", {"text": "1"})], "f", spec, LABELS)
+
+
+def test_a_record_without_its_field_is_one_row_that_is_named() -> None:
+    for spec, labels, good, wanted in (
+        (DataSpec(train="x"), LABELS, {"text": "fine"}, "'text'"),
+        (DataSpec(train="x"), (), {"prompt": "fine"}, "'prompt', 'messages' or 'instruction'"),
+    ):
+        records = [FileRecord("f:1", {"txt": "a"}), FileRecord("f:2", {**good})]
+        assert fitting_columns(records, "f", spec, labels) == (spec, ""), "one record does not speak for the file"
+        problems = RowProblems("f")
+        shape = row_shaper("f", spec, labels, problems)
+        assert [shape(record) is None for record in records] == [True, False]
+        assert problems.count == 1 and problems.first == f"f:1: no column {wanted}; the row has 'txt'."
+
+
+def test_other_columns_of_the_template_may_lack() -> None:
+    spec = DataSpec(train="x", template="{drug}: {text}")
+    assert shaped({"text": "fine"}, spec, LABELS) == [("user", ": fine")], "as in training"
+
+
+def test_of_two_columns_that_differ_in_case_none_is_taken() -> None:
+    with pytest.raises(DataError, match="no column 'text'"):
+        fitting_columns([FileRecord("f:2", {"Text": "a", "TEXT": "b"})], "f", DataSpec(train="x"), LABELS)

@@ -1,16 +1,20 @@
 """Records are written as they were read: separator, encoding, mark and line ends of a table, fields of JSON lines."""
 
+import csv
+import io
 from pathlib import Path
 
 import pytest
 
 from lorakeet.data.predicted.written_records import TableForm, form_like, record_writer, require_written_format
+from lorakeet.data.read import read_records
 from lorakeet.data.spec import DataSpec
+from lorakeet.data.tables import RowProblems
 from lorakeet.errors import ConfigError
 
 
 def written(out: Path, form: TableForm, *records: dict[str, object]) -> bytes:
-    with record_writer(out, form) as write:
+    with record_writer(out, form, list(dict.fromkeys(column for record in records for column in record))) as write:
         for record in records:
             write(record)
     return out.read_bytes()
@@ -51,3 +55,31 @@ def test_other_endings_are_refused(tmp_path: Path) -> None:
     require_written_format(tmp_path / "a.CSV")
     with pytest.raises(ConfigError, match=r"ends in '\.xlsx'; expected one of \.csv, \.tsv, \.jsonl"):
         require_written_format(tmp_path / "a.xlsx")
+
+
+@pytest.mark.parametrize("line_end", ["\n", "\r\n"])
+@pytest.mark.parametrize("delimiter", [",", ";", "\t"])
+def test_every_cell_is_read_as_it_was(tmp_path: Path, delimiter: str, line_end: str) -> None:
+    cells = ["a\rb", "\r", "\n", "a\r\nb", 'say "a"', '"', "a;b", "a,b", "a\tb", " a ", "=1+1", "", "é\x0b\u2028"]
+    records: list[dict[str, object]] = [{"text\r": cell, "b": cell} for cell in cells]
+    out = tmp_path / "a.csv"
+    raw = written(out, TableForm(delimiter, "utf-8", line_end), *records)
+    found = list(csv.reader(io.StringIO(raw.decode(), newline=""), delimiter=delimiter, strict=True))
+    assert found == [["text\r", "b"], *([cell, cell] for cell in cells)]
+    read = read_records(str(out), RowProblems("a"), DataSpec(delimiter=delimiter))
+    assert [record.values for record in read] == records
+    assert b'"a\rb"' in raw and b"=1+1" in raw, "quoted as csv.writer of Python 3.13 does; and no sign is added"
+
+
+def test_a_table_has_the_columns_of_all_records(tmp_path: Path) -> None:
+    assert written(tmp_path / "a.csv", TableForm(), {"a": "1"}, {"b": "2", "a": ""}) == b"a,b\n1,\n,2\n"
+    assert written(tmp_path / "b.csv", TableForm(), {"a": ""}) == b'a\n""\n', "a row of one empty cell is no empty line"
+
+
+def test_what_cannot_be_written_is_replaced_or_escaped(tmp_path: Path) -> None:
+    with record_writer(tmp_path / "a.csv", TableForm(",", "cp1252"), ["a"]) as write:
+        assert write({"a": "schön"}) and not write({"a": "смех!"})
+    assert (tmp_path / "a.csv").read_bytes() == "a\nschön\n????!\n".encode("cp1252")
+    half = "\ud83d"
+    found = written(tmp_path / "a.jsonl", TableForm(), {"é": half}, {"é": "é"})
+    assert found == b'{"\\u00e9": "\\ud83d"}\n{"\xc3\xa9": "\xc3\xa9"}\n'

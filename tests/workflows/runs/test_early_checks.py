@@ -61,6 +61,7 @@ TRAIN = ["--model", "model", "--data.train"]
         (["evaluate", "run"], "gone.jsonl' does not exist in"),
         (["evaluate", "adapter", "--data", "gone.jsonl"], "'gone.jsonl' does not exist in"),
         (["evaluate", "adapter", "--out", "run"], "run exists already and is no empty folder"),
+        (["predict", "run", "--data", "/dev/null", "--out", "new.csv"], "/dev/null is a pipe or a device; expected a regular"),
         (["predict", "run", "--data", "gone.jsonl", "--out", "new.csv"], "'gone.jsonl' does not exist in"),
         (["predict", "run", "--data", "rows.jsonl", "--out", "new.xlsx"], "ends in '.xlsx'; expected one of .csv, .tsv, .jsonl"),
         (["predict", "run", "--data", "rows.jsonl", "--out", "rows.jsonl"], "rows.jsonl exists already"),

@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
-from lorakeet.data.proposals.columns import near_column, propose_columns
+from lorakeet.data.proposals.columns import column_remedy, near_column, propose_columns
 from lorakeet.data.rows import Row
 from lorakeet.data.shapes import shape_rows
 from lorakeet.data.spec import DataSpec, template_fields
@@ -20,61 +20,80 @@ _CHATS = ("messages", "conversations")
 def fitting_columns(first: Sequence[FileRecord], name: str, spec: DataSpec, labels: Sequence[str]) -> tuple[DataSpec, str]:
     """The settings that read these records, and a sentence on a column that is taken for another; empty if none is.
 
-    A text column whose name differs in case or accents only is taken. DataError for a column that is missing.
+    A text column whose name differs in case only is taken, if it is the only one. DataError for one that none has.
     """
-    columns = first[0].values
+    columns = list(dict.fromkeys(column for record in first for column in record.values))
     if not labels:
-        _prompt_format(columns, name)
+        if not _prompt_format(columns):
+            raise DataError(
+                f"{name} has the columns {_listed(columns)}; expected 'prompt', 'messages' or 'instruction', to which the "
+                "adapter gives an answer. Rename the column."
+            )
         return spec, ""
-    fields = template_fields(spec.template)
-    missing = [spec.text_column if field == "text" else field for field in fields]
-    missing = [column for column in missing if column not in columns]
+    missing = [column for column in _template_columns(spec) if column not in columns]
     if not missing:
         return spec, ""
-    same = near_column(missing[0], columns) if missing == [spec.text_column] else None
-    if same is not None and same.casefold() == spec.text_column.casefold():
-        said = f"Column {same!r} is taken for {spec.text_column!r}, as it was called in training."
-        return replace(spec, text_column=same), said
+    text_alone = missing == [spec.text_column]
+    same = [column for column in columns if text_alone and column.casefold() == spec.text_column.casefold()]
+    if len(same) == 1:
+        said = f"Column {same[0]!r} is taken for {spec.text_column!r}, as it was called in training."
+        return replace(spec, text_column=same[0]), said
     proposal = propose_columns(first, {"text": None, "label": None})
-    found = same or (proposal.text if proposal else None)
-    text_alone = found is not None and missing == [spec.text_column]
-    advice = f" If {found!r} is the text, set --text-column {found!r}." if text_alone else " Rename the columns, or add them."
-    named = ", ".join(map(repr, missing))
-    listed = ", ".join(map(repr, columns))
-    raise DataError(f"{name} has no column {named}, which the run was trained on; it has {listed}.{advice}")
+    near = near_column(missing[0], columns) if text_alone else None
+    found = near or (proposal.text if proposal else None)
+    said = f"{name} has no column {_listed(missing)}, which the run was trained on; it has {_listed(columns)}."
+    if found is None or not text_alone:
+        raise DataError(f"{said} Rename the columns, or add them.")
+    raise DataError(f"{said} If {found!r} is the text, set --text-column {found!r}.", remedies=[column_remedy("text", found)])
 
 
 def row_shaper(name: str, spec: DataSpec, labels: Sequence[str], problems: RowProblems) -> Callable[[FileRecord], Row | None]:
-    """A function that makes a row of a record, whose answer is a place holder; None, and a problem, for one without text."""
+    """A function that makes a row of a record, whose answer is a place holder; None, and a problem, for one without text.
+
+    Other columns of the template that a record lacks are empty, as in training.
+    """
     spec = replace(spec, group_column=None, labels=())
+    fields = _template_columns(spec)
+    needed = [spec.text_column] if spec.text_column in fields else fields
 
     def shaped(record: FileRecord) -> Row | None:
         if labels:
-            values = {**record.values, spec.label_column or "label": labels[0]}
+            wanted = "" if any(column in record.values for column in needed) else _listed(needed)
+            values = {**dict.fromkeys(fields), **record.values, spec.label_column or "label": labels[0]}
             own = replace(spec, format="classification")
         else:
-            values, own = _with_place(record.values, name), replace(spec, format=_prompt_format(record.values, name))
+            kind = _prompt_format(record.values)
+            wanted = "" if kind else "'prompt', 'messages' or 'instruction'"
+            values, own = _with_place(record.values, kind), replace(spec, format=kind or "auto")
+        if wanted:
+            problems.add(record.source, f"no column {wanted}; the row has {_listed(record.values) or 'no columns'}.")
+            return None
         return next(shape_rows(iter([FileRecord(record.source, values)]), name, own, problems), None)
 
     return shaped
 
 
-def _prompt_format(columns: Mapping[str, object], name: str) -> Any:
+def _template_columns(spec: DataSpec) -> list[str]:
+    return [spec.text_column if field == "text" else field for field in template_fields(spec.template)]
+
+
+def _listed(columns: Iterable[str]) -> str:
+    return ", ".join(map(repr, columns))
+
+
+def _prompt_format(columns: Collection[str]) -> Any:
+    """The format of prompts that have these columns; empty for none."""
     if any(column in columns for column in _CHATS):
         return "chat"
     if "prompt" in columns:
         return "completion"
-    if "instruction" in columns:
-        return "alpaca"
-    raise DataError(
-        f"{name} has the columns {', '.join(map(repr, columns))}; expected 'prompt', 'messages' or 'instruction', to which the "
-        "adapter gives an answer. Rename the column."
-    )
+    return "alpaca" if "instruction" in columns else ""
 
 
-def _with_place(values: Mapping[str, object], name: str) -> dict[str, object]:
+def _with_place(values: Mapping[str, object], kind: str) -> dict[str, object]:
     """The values with a place for the answer; an answer that is there is replaced."""
-    kind = _prompt_format(values, name)
+    if not kind:
+        return dict(values)
     if kind == "alpaca":
         return {**values, "output": _ANSWER}
     if kind == "completion":

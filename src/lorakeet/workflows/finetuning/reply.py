@@ -30,6 +30,7 @@ BASE, ADAPTER, FEW_SHOT = "base", "adapter", "few-shot base"
 LONGER = 1.5  # times the longest reference that a reply may have in tokens
 LEAST_TOKENS = 16
 LINE = "\n"
+FIRST_LINE = "its replies end with their first line, as all training answers do"  # a note in the report
 TOGETHER = 16  # prompts after each of which the time is looked at
 
 
@@ -159,7 +160,7 @@ class Replier:
         texts = [text.split(prompts.ending, 1)[0].rstrip() for text in whole] if prompts.ending else whole
         cut = [len(ids) >= prompts.limit and text == full for ids, text, full in zip(written, texts, whole, strict=True)]
         if prompts.ending == LINE:
-            note = "; ".join(filter(None, (note, "its replies end with their first line, as all training answers do")))
+            note = "; ".join(filter(None, (note, FIRST_LINE)))
         done = prompts.first(len(texts))
         return Replies(system, tuple(texts), done.references, tuple(cut), row_groups(done.rows), note)
 

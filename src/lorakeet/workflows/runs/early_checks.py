@@ -12,9 +12,10 @@ from typing import Any
 
 from lorakeet.config import RunConfig, read_run
 from lorakeet.data.images.folder import is_table, require_folder
-from lorakeet.data.locate import locate_data, locate_model
+from lorakeet.data.locate import locate_model
+from lorakeet.data.predicted.contents import require_rereadable
 from lorakeet.data.predicted.written_records import require_written_format
-from lorakeet.data.read import check_first_record, is_absent, is_hub_id
+from lorakeet.data.read import check_first_record, is_absent
 from lorakeet.data.spec import NO_ROWS, DataSpec
 from lorakeet.exporting.hub import require_repository_name
 from lorakeet.formats.adapter_format import require_adapter
@@ -94,8 +95,8 @@ def _before_predict(options: PredictOptions) -> None:
     require_absent(options.out)
     require_place(options.out)
     require_written_format(options.out)
-    if _settings(options.run_or_adapter, options.config) is not None and not is_hub_id(options.data):
-        locate_data(options.data)
+    _settings(options.run_or_adapter, options.config)
+    require_rereadable(options.data)
 
 
 def _before_merge(options: MergeOptions) -> None:
