@@ -116,7 +116,8 @@ def test_repeats_inside_training_are_reported_and_kept():
     one, two, three = texts(3, seed=4)
     clean = check_leaks(rows("a", one, one, two), rows("h", three), [], spec())
     assert len(clean.train) == 3 and not clean.report.across
-    said = f"training rows that repeat another one (kept): 1 × exact copy, for example {clean.report.within[0]}"
+    fate = "They stay, and count twice."
+    said = f"1 training row repeats another: 1 × exact copy. {fate} First {clean.report.within[0]}"
     assert clean.report.lines()[1:] == [said]
 
 
@@ -360,16 +361,52 @@ def test_a_row_whose_answer_takes_up_another_word_is_another_row():
 
 
 def test_an_exact_copy_among_measured_rows_is_one_observation():
-    given = [("Cold soup!", "food"), ("Warm soup", "food"), ("cold  SOUP", "food"), ("Cold soup!", "bill")]
+    given = [("Cold soup!", "food"), ("Warm soup", "food"), ("Cold soup!", "food"), ("Cold soup!", "bill")]
     rows = [row(text, str(place), label) for place, (text, label) in enumerate(given)]
     assert [one.source for one in counted_once(rows)] == ["0", "1", "3"], "another answer is another observation"
     called = [rows[0], replace(rows[0], tools="[]"), rows[2]]
     assert counted_once(called) == called[:2], "other tools too"
 
 
+@pytest.mark.parametrize(
+    ("one", "other"),
+    [
+        (row("Compute 3 - 5", "1", "2"), row("Compute 3 + 5", "2", "2")),
+        (row("if a < b", "1"), row("if a > b", "2")),
+        (row("Great!", "1"), row("great?", "2")),
+        (row("Cold soup", "1"), row("cold  SOUP.", "2")),
+        (Row((Turn("", "return x", True),), None, None, "1"), Row((Turn("", "return -x", True),), None, None, "2")),
+    ],
+)
+def test_rows_that_differ_in_a_sign_are_all_measured(one, other):
+    assert counted_once([one, other]) == [one, other]
+
+
+def conversation(system="", result="", calls="", filled="Rate: {}", rejected=""):
+    turns = (
+        Turn("system", system, False), Turn("user", filled.format("fine"), False, (6, 10)),
+        Turn("assistant", "", False, extra=calls), Turn("tool", result, False),
+    )  # fmt: skip
+    return Row((*turns, Turn("assistant", "no", True)), None, None, "f:1", rejected=(Turn("assistant", rejected, True),))
+
+
+@pytest.mark.parametrize(
+    "other",
+    [{"system": "Is it spam?"}, {"result": "5"}, {"calls": "[1]"}, {"filled": "Mark: {}"}, {"rejected": "No"}],
+    ids=["system prompt", "result of a tool", "call of a tool", "template's other fields", "rejected answer"],
+)  # fmt: skip
+def test_all_that_a_model_reads_or_writes_makes_another_row(other):
+    assert len(counted_once([conversation(), conversation(**other)])) == 2
+    assert len(counted_once([conversation(**other), conversation(**other)])) == 1
+
+
 def test_what_happens_to_repeated_rows_is_said_as_it_is():
     same = [row("The soup was cold again", f"f:{place}") for place in range(3)]
     report = search_leaks({"test": [], "held-out": same[:2], "training": []}, DataSpec(train="x"))
-    assert "1 held-out row repeats another: 1 × exact copy. They stay; an exact copy is measured once." in report.lines()[1]
+    fate = "They stay; the report measures rows that are equal to the character once."
+    assert f"1 held-out row repeats another: 1 × exact copy. {fate}" in report.lines()[1]
+    for preferred in ([replace(one, rejected=one.turns) for one in same], [replace(one, desirable=True) for one in same]):
+        report = search_leaks({"test": [], "held-out": preferred, "training": []}, DataSpec(train="x"))
+        assert "They stay. First" in report.lines()[1], "each is measured"
     report = search_leaks({"test": [], "held-out": [], "training": same}, DataSpec(train="x"))
     assert "2 training rows repeat others: 2 × exact copy. They stay, and count twice." in report.lines()[1]

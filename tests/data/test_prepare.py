@@ -5,9 +5,9 @@ from pathlib import Path
 
 import pytest
 
-from lorakeet.data.prepare import check_labels, find_labels, load_dataset, unnamed_labels_note
+from lorakeet.data.prepare import check_labels, find_labels, load_dataset, template_remedy, unnamed_labels_note
 from lorakeet.data.rows import Row, Turn
-from lorakeet.data.spec import DataSpec
+from lorakeet.data.spec import DataSpec, fill_template, template_fields
 from lorakeet.errors import ConfigError, DataError
 
 NOUNS = ("film", "book", "song", "play", "meal", "trip", "game", "show", "talk", "walk")
@@ -118,8 +118,42 @@ def test_a_template_that_names_them_is_offered() -> None:
     assert said.startswith("The prompts do not name all 2 labels, so the base cannot know them") and "few-shot base sees" in said
     assert said.endswith(r"set data.template, for instance '{text}\nAnswer with one of: net work, bill'.")
     assert "few-shot" not in unnamed_labels_note(prompts("Number {}"), ("net", "bill"), "{text}", few_shot=False)
-    many = tuple(f"label {number}" for number in range(9))
-    assert many[7] + ", …'." in unnamed_labels_note(prompts("Number {}"), many, "{text}", few_shot=False)
+
+
+def test_the_template_names_every_label_or_none_is_offered() -> None:
+    many = tuple(f"label {number}" for number in range(90))
+    remedy = template_remedy(prompts("Number {}"), many, "{text}")
+    assert remedy is not None and remedy.value.endswith(": " + ", ".join(many))
+    assert repr(remedy.value) in unnamed_labels_note(prompts("Number {}"), many, "{text}", few_shot=False)
+    longer = tuple(f"label {number}" for number in range(200))
+    assert template_remedy(prompts("Number {}"), longer, "{text}") is None
+    said = unnamed_labels_note(prompts("Number {}"), longer, "{text}", few_shot=False)
+    assert said.startswith("The prompts do not name all 200 labels") and "more than 1,000 characters" in said
+
+
+def test_a_label_that_the_template_leaves_out_is_said() -> None:
+    labels = ("positive", "positve", "negative", "negatve")
+    said = unnamed_labels_note(prompts("Number {}"), labels[:3], "{text}", few_shot=False, doubtful={"positve"})
+    assert said.endswith("one of: positive, negative'. That leaves out 'positve', which may be a typo: is it? If not, add it.")
+    said = unnamed_labels_note(prompts("Number {}"), labels, "{text}", few_shot=False, doubtful={"positve", "negatve"})
+    assert said.endswith("That leaves out 'positve', 'negatve', which may be typos: are they? If not, add them.")
+    named = prompts("Positive or negative? {}")
+    said = unnamed_labels_note(named, labels[:3], "{text}", few_shot=False, doubtful={"positve"})
+    assert said == "The prompts name all labels but 'positve': a typo? If it is meant, name it in data.template."
+
+
+def test_a_complement_is_named_in_the_template(tmp_path: Path) -> None:
+    rows = [f"number {number} of it\t{'complete' if number % 7 else 'incomplete'}" for number in range(70)]
+    (tmp_path / "rows.tsv").write_text("\n".join(["text\tlabel", *rows]))
+    found = load_dataset(DataSpec(train=str(tmp_path / "rows.tsv"), near_duplicates=0))
+    remedy = template_remedy(found.train, found.labels, "{text}", found.doubtful)
+    assert remedy is not None and remedy.value == "{text}\nAnswer with one of: complete, incomplete"
+
+
+def test_braces_of_a_label_stay_letters_in_the_template() -> None:
+    remedy = template_remedy(prompts("Number {}"), ("a{b}", "c"), "{text}")
+    assert remedy is not None and template_fields(remedy.value) == ["text"]
+    assert fill_template(remedy.value, {"text": "x"}, "text")[0] == "x\nAnswer with one of: a{b}, c"
 
 
 def test_names_are_whole_words_in_every_prompt() -> None:

@@ -27,7 +27,6 @@ KINDS = {
 MANY = (20, 0.01)  # rows, and their share of all, from which one whole prompt is an instruction
 RECALL = "95 %"  # measured by benchmarks/leaks.py
 UNSEEN = "paraphrases, translations, changes within text that many rows share, and another word in the only slot of such text"
-_FATES = ("They stay, and count twice.", "They stay; an exact copy is measured once.")  # of training rows, and of measured ones
 _SHOWN = 5
 _MANY_NEAR = (5, 0.02)  # rows, and their share of the training rows
 _EXCERPT = 200  # characters
@@ -84,7 +83,7 @@ class LeakReport:
 
     @property
     def within(self) -> tuple[LeakPair, ...]:
-        """Pairs within one part: no leak. They stay; training rows count twice, exact copies of measured ones once."""
+        """Pairs within one part: no leak. They stay; as training rows they count twice."""
         return tuple(pair for pair in self.pairs if pair.row_part == pair.twin_part)
 
     def method(self) -> str:
@@ -126,7 +125,7 @@ class LeakReport:
             twice = [pair for pair in self.within if pair.row_part == part]
             if twice:
                 repeat = "row repeats another" if len(twice) == 1 else "rows repeat others"
-                lines.append(f"{len(twice)} {part} {repeat}: {_counted(twice)}. {_FATES[part != 'training']} First {twice[0]}")
+                lines.append(f"{len(twice)} {part} {repeat}: {_counted(twice)}. {_fate(part, twice)} First {twice[0]}")
         return lines if len(lines) > 1 else [*lines, "No duplicate rows found."]
 
 
@@ -179,12 +178,17 @@ def check_leaks(train: Sequence[Row], held_out: Sequence[Row], test: Sequence[Ro
 
 
 def counted_once(rows: Sequence[Row]) -> list[Row]:
-    """The rows without exact copies of earlier ones: equal words, and equal answers. One text is one observation."""
+    """The rows without those that equal an earlier one to the character, which are no new observations.
+
+    All counts that a model reads or should write: every turn with its role, the system prompt and tools' results among them, the
+    filled template, tools, label and answers. Case and signs count too: "3 + 5" is not "3 - 5".
+    """
     first: dict[tuple[object, ...], Row] = {}
     for row in rows:
-        rejected = "\n".join(turn.text for turn in row.rejected)
-        said = tuple(map(_digest, (row.text, _said(row), row.tools, rejected)))
-        first.setdefault((*said, row.desirable), row)
+        turns, rejected = (
+            tuple((turn.role, turn.text, turn.extra, turn.supervised) for turn in some) for some in (row.turns, row.rejected)
+        )
+        first.setdefault((turns, rejected, row.label, row.tools, row.desirable), row)
     return list(first.values())
 
 
@@ -339,6 +343,15 @@ def _group_pairs(parts: Mapping[str, Sequence[Row]], done: set[tuple[int, str]])
 def _with_twins(pairs: Iterable[LeakPair]) -> set[tuple[int, str]]:
     """Each row that has a twin, by identity, with the twin's part."""
     return {(id(pair.row), pair.twin_part) for pair in pairs}
+
+
+def _fate(part: str, repeats: Sequence[LeakPair]) -> str:
+    """What happens to rows that repeat others of their part. Of preferences each row is measured."""
+    if part == "training":
+        return "They stay, and count twice."
+    if any(pair.row.rejected or pair.row.desirable is not None for pair in repeats):
+        return "They stay."
+    return "They stay; the report measures rows that are equal to the character once."
 
 
 def _counted(pairs: Sequence[LeakPair]) -> str:

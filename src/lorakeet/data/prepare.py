@@ -19,7 +19,7 @@ from lorakeet.errors import DataError, Problems, Remedy, nearest
 
 _SHOWN = 5
 _SAMPLED = 16  # rows, whose prompts are of one template
-_NAMED = 8  # labels in a proposed template
+_LONGEST = 1000  # characters of all labels in a proposed template
 
 
 @dataclass(frozen=True)
@@ -87,29 +87,47 @@ def unnamed_labels_note(
 ) -> str:
     """A sentence if the prompts of labelled `rows` do not name all labels, with a `template` that does; else an empty string.
 
-    `few_shot`: a few-shot base is compared, which sees them. `doubtful` labels need no name.
+    `few_shot`: a few-shot base is compared, which sees them. The template leaves out `doubtful` labels, and the sentence says so.
     """
+    certain = [label for label in labels if label not in doubtful]
+    left_out = [label for label in labels if label in doubtful and not _all_named(rows, [label])]
+    listed, one = ", ".join(map(repr, left_out)), len(left_out) == 1
+    if _all_named(rows, certain):
+        question = "a typo? If it is meant, name it in data.template." if one else "typos? If they are meant, name them too."
+        return f"The prompts name all labels but {listed}: {question}" if left_out else ""
+    advice = " The few-shot base sees them." if few_shot else ""
     remedy = template_remedy(rows, labels, template, doubtful)
     if remedy is None:
-        return ""
-    advice = " The few-shot base sees them." if few_shot else ""
+        proposal = f"Their names have more than {_LONGEST:,} characters: name them in data.template if prompts can be so long."
+    else:
+        question = "a typo: is it? If not, add it." if one else "typos: are they? If not, add them."
+        proposal = f"To train with their names, set data.template, for instance {remedy.value!r}."
+        proposal += f" That leaves out {listed}, which may be {question}" if left_out else ""
     return (
         f"The prompts do not name all {len(labels)} labels, so the base cannot know them: part of the gain over it may be just "
-        f"that.{advice} To train with their names, set data.template, for instance {remedy.value!r}."
+        f"that.{advice} {proposal}"
     )
 
 
 def template_remedy(
     rows: Sequence[Row], labels: Sequence[str], template: str, doubtful: Collection[str] = ()
 ) -> Remedy | None:
-    """A template that names the labels, but for `doubtful` ones; None if the prompts of `rows` name them, or have no labels."""
+    """A template that names all labels but `doubtful` ones.
+
+    None if the prompts of `rows` name them, if there are no labels, or if the names are too long for every prompt.
+    """
     certain = [label for label in labels if label not in doubtful]
-    prompts = [" ".join(turn.text for turn in row.turns[:-1]) for row in rows[:_SAMPLED]]
-    found = [re.compile(rf"(?<!\w){re.escape(label)}(?!\w)", re.I) for label in certain]
-    if not labels or all(word.search(prompt) for word in found for prompt in prompts):
+    names = ", ".join(label.replace("{", "{{").replace("}", "}}") for label in certain)
+    if len(names) > _LONGEST or _all_named(rows, certain):
         return None
-    named = f"{template}\nAnswer with one of: {', '.join(certain[:_NAMED])}{', …' if len(certain) > _NAMED else ''}"
-    return Remedy("data.template", named, "Name the labels in the prompt")
+    return Remedy("data.template", f"{template}\nAnswer with one of: {names}", "Name the labels in the prompt")
+
+
+def _all_named(rows: Sequence[Row], labels: Sequence[str]) -> bool:
+    """True if the prompts have each label as a whole word."""
+    prompts = [" ".join(turn.text for turn in row.turns[:-1]) for row in rows[:_SAMPLED]]
+    words = (re.compile(rf"(?<!\w){re.escape(label)}(?!\w)", re.I) for label in labels)
+    return all(word.search(prompt) for word in words for prompt in prompts)
 
 
 def find_labels(train: Sequence[Row], spec: DataSpec) -> tuple[str, ...]:

@@ -41,6 +41,12 @@ def test_a_column_in_another_case_is_taken_and_said() -> None:
     assert fitting_columns([FileRecord("f:2", {"Text": "a"})], "f", spec, LABELS) == (spec, "")
 
 
+def test_of_two_columns_in_other_cases_none_is_taken() -> None:
+    spec = DataSpec(train="x", label_column="Kind")
+    with pytest.raises(DataError, match=r"'Text' and 'TEXT' differ in case only: set --text-column to the one that is meant"):
+        fitting_columns([FileRecord("f:2", {"Text": "a", "TEXT": "b"})], "f", spec, LABELS)
+
+
 def test_another_column_is_proposed_and_not_taken() -> None:
     spec = DataSpec(train="x", text_column="Text", label_column="Kind")
     with pytest.raises(DataError, match=r"no column 'Text', which .* it has 'id', 'Beschwerde'\. .*--text-column 'Beschwerde'"):

@@ -72,3 +72,4 @@ def test_a_column_of_labels_beside_the_text_is_overlooked_only_if_it_repeats() -
 def test_near_names() -> None:
     assert near_column("kategorie", ["Text", "Kategorie"]) == "Kategorie" and near_column("reveiw", ["review", "x"]) == "review"
     assert near_column("text", ["a", "b"]) is None
+    assert near_column("text", ["Text", "TEXT"]) is None, "of two that are as near none is taken"

@@ -105,10 +105,9 @@ def column_remedy(part: Literal["text", "label"], column: str) -> Remedy:
 
 
 def near_column(name: str, columns: Collection[str]) -> str | None:
-    """The column whose name differs from `name` in case, accents or little else; None if there is none."""
-    plain = {_plain(column): column for column in columns}
-    if _plain(name) in plain:
-        return plain[_plain(name)]
+    """The column whose name differs from `name` in case, accents or little else; None if there is none, or several as near."""
+    if alike := [column for column in columns if _plain(column) == _plain(name)]:
+        return alike[0] if len(alike) == 1 else None
     close = nearest(name, columns)
     return next((column for column in columns if close and f"'{column}'" in close), None)
 

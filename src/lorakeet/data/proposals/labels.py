@@ -1,14 +1,26 @@
-"""Labels that may be slips: of one row, or very like another label that has many more rows."""
+"""Labels that may be slips: of a row or two, and but a letter, case, space or punctuation from one with many more rows."""
 
 from __future__ import annotations
 
 import unicodedata
-from collections.abc import Mapping, Sequence
+from collections import defaultdict
+from collections.abc import Iterator, Mapping, Sequence
+from itertools import product
 
-_SHORTEST = 5  # letters of a label from which one changed letter is a slip, and not another word
-_LONG = 8  # letters from which two are
+_RARE = 2  # rows of a slip, at most
 _TIMES = 5  # as many rows has the label that is meant
+_SHORTEST, _LONGEST = 5, 40  # letters of a word in which one other letter is a slip
+_LONG = range(8, 21)  # letters of a word in which two are
+_MOST_WORDS = 40  # of a label that is compared word by word; more are a text
 _NAMED = 8  # labels of one row that are named
+_MEANT = frozenset("#%&*@")  # punctuation that makes another label, as in C#
+_PREFIXES = (
+    "ab", "ad", "ante", "anti", "bi", "con", "contra", "de", "dis", "endo", "epi", "exo", "extra", "hyper", "hypo", "im", "in",
+    "infra", "inter", "intra", "intro", "macro", "maxi", "micro", "mini", "mis", "mono", "non", "over", "para", "per", "peri",
+    "poly", "post", "pre", "pro", "re", "retro", "sub", "super", "supra", "tri", "ultra", "un", "under", "uni",
+)  # fmt: skip
+
+Words = Mapping[str, tuple[str, ...]]  # of each label
 
 
 def label_notes(counts: Mapping[str, int]) -> list[str]:
@@ -31,39 +43,127 @@ def label_notes(counts: Mapping[str, int]) -> list[str]:
 
 
 def doubtful_labels(counts: Mapping[str, int]) -> set[str]:
-    """The labels that a prompt should not propose: likely slips, and those of one row where others have more."""
-    if max(counts.values(), default=0) <= 1:
-        return set()
-    return {*slips(counts), *(label for label, count in counts.items() if count == 1)}
+    """The labels that a prompt need not name: likely slips of one row. No other label is left out."""
+    return {label for label in slips(counts) if counts[label] == 1}
 
 
 def slips(counts: Mapping[str, int]) -> dict[str, str]:
-    """Each label that may be a slip, with the one that is probably meant: one or two letters apart, with many more rows."""
-    found = {}
-    for label, count in counts.items():
-        others = [other for other, more in counts.items() if other != label and more >= _TIMES * count and _near(label, other)]
-        if others:
-            found[label] = max(others, key=lambda other: counts[other])
+    """Each label that may be a slip, with the one that is probably meant, which has many more rows.
+
+    They differ in case, spaces or punctuation, or in one word by a letter (two from 8 letters on). A word that begins with
+    another letter or prefix, or has digits, is another word. The cost grows as the number of labels, not as that of pairs.
+    """
+    rare = [label for label, count in counts.items() if count <= _RARE]
+    frequent = [label for label, count in counts.items() if count >= _TIMES]
+    found: dict[str, str] = {}
+    if not rare or not frequent:
+        return found
+    words = {label: _words(label) for label in (*rare, *frequent)}
+
+    pairs = _equal_but_for_signs(rare, frequent, words)
+    for ones, others in _one_word_apart(rare, frequent, words):
+        pairs += [
+            (label, other)
+            for word, near in _near_words(list(ones), list(others))
+            for label, other in product(ones[word], others[near])
+        ]
+    for label, other in pairs:
+        if counts[other] >= _TIMES * counts[label] and (label not in found or counts[other] > counts[found[label]]):
+            found[label] = other
+    return {label: found[label] for label in rare if label in found}
+
+
+def _equal_but_for_signs(rare: Sequence[str], frequent: Sequence[str], words: Words) -> list[tuple[str, str]]:
+    same = defaultdict(list)
+    for label in frequent:
+        same[_joined(words[label])].append(label)
+    return [(label, other) for label in rare for other in same.get(_joined(words[label]), ())]
+
+
+def _one_word_apart(
+    rare: Sequence[str], frequent: Sequence[str], words: Words
+) -> Iterator[tuple[dict[str, list[str]], dict[str, list[str]]]]:
+    """The rare and the frequent labels that have all words but one in common, each by that one word."""
+    ones, others = _gaps(rare, words), _gaps(frequent, words)
+    for key in ones:
+        if key in others:
+            yield ones[key], others[key]
+
+
+def _gaps(labels: Sequence[str], words: Words) -> dict[tuple[int, tuple[str, ...]], dict[str, list[str]]]:
+    """The labels by a word in them that may hold a slip, and these by its place and the other words."""
+    found: dict[tuple[int, tuple[str, ...]], dict[str, list[str]]] = {}
+    for label in labels:
+        said = words[label] if len(words[label]) <= _MOST_WORDS else ()
+        for place, word in enumerate(said):
+            if _allowed(len(word), len(word)) and not any(map(str.isdigit, word)):
+                found.setdefault((place, said[:place] + said[place + 1 :]), {}).setdefault(word, []).append(label)
     return found
 
 
-def _near(label: str, other: str) -> bool:
-    one, two = _folded(label), _folded(other)
-    if one == two:
-        return True
-    shorter = min(len(one), len(two))
-    most = 2 if shorter >= _LONG else 1 if shorter >= _SHORTEST else 0
-    if not most or abs(len(one) - len(two)) > most or _digits(one) != _digits(two):  # "class 1" and "class 2" are two
+def _near_words(ones: Sequence[str], others: Sequence[str]) -> Iterator[tuple[str, str]]:
+    """Pairs of words of which one may be a slip of the other; only words that are equal without a letter or two are compared."""
+    without = defaultdict(set)
+    for other in others:
+        for rest in _shortened(other):
+            without[rest].add(other)
+    for word in ones:
+        for other in sorted({other for rest in _shortened(word) for other in without.get(rest, ())}):
+            if word != other and _near(word, other):
+                yield word, other
+
+
+def _shortened(word: str) -> set[str]:
+    """The word, and what is left of it without one letter, or without two where two may differ."""
+    found = newest = {word}
+    for _ in range(_allowed(len(word), len(word))):
+        newest = {rest[:place] + rest[place + 1 :] for rest in newest for place in range(len(rest))}
+        found = found | newest
+    return found
+
+
+def _allowed(length: int, other: int) -> int:
+    """How many letters of two words of these lengths a slip may change."""
+    shorter, longer = sorted((length, other))
+    if shorter in _LONG and longer in _LONG:
+        return 2
+    return 1 if shorter >= _SHORTEST and longer <= _LONGEST else 0
+
+
+def _near(word: str, other: str) -> bool:
+    """True for a slip. A negation, as by in-, un- or a-, begins with another letter; hypo- and hyper- are prefixes."""
+    if word[0] != other[0] or _prefixed(word, other):
         return False
-    return _distance(one, two) <= most
+    return _distance(word, other) <= _allowed(len(word), len(other))
+
+
+def _prefixed(word: str, other: str) -> bool:
+    """True if both words are one after a prefix each, or after a prefix and none."""
+    stems, others = ({"", *(one for one in _PREFIXES if said.startswith(one))} for said in (word, other))
+    return any(word[len(one) :] == other[len(two) :] for one in stems for two in others)
 
 
 def _folded(label: str) -> str:
     return " ".join(unicodedata.normalize("NFKC", label).casefold().split())
 
 
-def _digits(label: str) -> str:
-    return "".join(sign for sign in label if sign.isdigit())
+def _words(label: str) -> tuple[str, ...]:
+    """The label's words without case and punctuation; a sign between digits or at a word's end, as in 1.5 and A-, stays."""
+    folded = _folded(label)
+    around = zip(" " + folded, folded, folded[1:] + " ", strict=False)
+    return tuple("".join(" " if _separates(*signs) else signs[1] for signs in around).split()) or (folded,)
+
+
+def _separates(before: str, sign: str, after: str) -> bool:
+    kind = unicodedata.category(sign)
+    if not kind.startswith("P") or sign in _MEANT or (before.isdigit() and after.isdigit()):
+        return False
+    return kind != "Pd" or (before.isalnum() and after.isalnum())
+
+
+def _joined(words: Sequence[str]) -> str:
+    """The words as one, but for those with digits: "class 1 1" is not "class 11"."""
+    return "".join(f" {word} " if any(map(str.isdigit, word)) else word for word in words)
 
 
 def _distance(one: str, two: str) -> int:

@@ -112,7 +112,7 @@ class TextEvaluator:
             warnings.append(f"{left_out} rows longer than {self.encoder.spec.max_tokens} tokens were left out of the evaluation.")
         if copies := len(short) - len(rows):
             said = "evaluated row is an exact copy of another" if copies == 1 else "evaluated rows are exact copies of others"
-            warnings.append(f"{copies} {said}: each text is measured once, so that it is one observation.")
+            warnings.append(f"{copies} {said}, to the character: each is measured once, so that it is one observation.")
         few_shot = any(system.name == FEW_SHOT for system in report.systems)
         labels, template = self.encoder.labels, self.encoder.spec.template
         doubtful = doubtful_labels(label_counts((*baseline_rows, *rows), labels)) if baseline_rows else set()
