@@ -72,8 +72,3 @@ def test_a_record_without_its_field_is_one_row_that_is_named() -> None:
 def test_other_columns_of_the_template_may_lack() -> None:
     spec = DataSpec(train="x", template="{drug}: {text}")
     assert shaped({"text": "fine"}, spec, LABELS) == [("user", ": fine")], "as in training"
-
-
-def test_of_two_columns_that_differ_in_case_none_is_taken() -> None:
-    with pytest.raises(DataError, match="no column 'text'"):
-        fitting_columns([FileRecord("f:2", {"Text": "a", "TEXT": "b"})], "f", DataSpec(train="x"), LABELS)
