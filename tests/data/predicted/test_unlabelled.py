@@ -43,7 +43,7 @@ def test_a_column_in_another_case_is_taken_and_said() -> None:
 
 def test_of_two_columns_in_other_cases_none_is_taken() -> None:
     spec = DataSpec(train="x", label_column="Kind")
-    with pytest.raises(DataError, match=r"'Text' and 'TEXT' differ in case only: set --text-column to the one that is meant"):
+    with pytest.raises(DataError, match=r"'Text', 'TEXT' differ in case only: set --text-column to the one that is meant"):
         fitting_columns([FileRecord("f:2", {"Text": "a", "TEXT": "b"})], "f", spec, LABELS)
 
 

@@ -43,7 +43,7 @@ def fitting_columns(first: Sequence[FileRecord], name: str, spec: DataSpec, labe
     found = near or (proposal.text if proposal else None)
     said = f"{name} has no column {_listed(missing)}, which the run was trained on; it has {_listed(columns)}."
     if len(same) > 1:
-        raise DataError(f"{said} {' and '.join(map(repr, same))} differ in case only: set --text-column to the one that is meant.")
+        raise DataError(f"{said} {_listed(same)} differ in case only: set --text-column to the one that is meant.")
     if found is None or not text_alone:
         raise DataError(f"{said} Rename the columns, or add them.")
     raise DataError(f"{said} If {found!r} is the text, set --text-column {found!r}.", remedies=[column_remedy("text", found)])
