@@ -31,7 +31,10 @@ CASES: list[tuple[str, dict[str, Any]]] = [
     ("qwen2_moe", {}),  # and an expert that all share
     ("lfm2_moe", {}),  # convolutions, and a first block without experts
     ("granitemoe", {}),  # gate and up of the experts in one tensor
+    ("granitemoehybrid", {"num_local_experts": 0, "num_experts_per_tok": 0}),  # Granite 4 H without experts
+    ("granitemoehybrid", {"num_local_experts": 0, "layer_types": ["attention"] * 4, "position_embedding_type": "rope"}),
     ("granite", {"attention_multiplier": 0.3, "embedding_multiplier": 2.0, "residual_multiplier": 0.5}),
+    ("hunyuan_v1_dense", {"rope_parameters": {"rope_type": "dynamic", "alpha": 1000.0, "factor": 1.0, "rope_theta": 1e4}}),
     ("smollm3", {}),  # every fourth block without rotation
     ("ministral3", {}),  # queries scaled by position
     ("qwen3_5_moe", {}),  # DeltaNet with two heads of v for one of k
@@ -55,6 +58,31 @@ def changed(monkeypatch: pytest.MonkeyPatch) -> Any:
 def test_llama_cpp_computes_the_merged_model(kind: str, settings: dict[str, Any], changed: Any, tmp_path: Path) -> None:
     changed(kind, settings)
     family_columns.saved(kind, tmp_path)
+    family_columns.train(tmp_path)
+    family_columns.gguf(tmp_path)
+
+
+@pytest.mark.parametrize("quant", ["f16", "q8_0"])
+@pytest.mark.parametrize("kind", ["lfm2", "granitemoehybrid", "qwen3_5_text", "gpt_oss", "qwen3_moe", "gemma4_text"])
+def test_what_llama_cpp_multiplies_in_fp32_alone_stays_so(kind: str, quant: str, tmp_path: Path) -> None:
+    """Of another type it would end the process."""
+    folder = family_columns.saved(kind, tmp_path)
+    written = write_gguf(folder, None, tmp_path / "m.gguf", tokenizer=load_tokenizer(folder), quant=quant)
+    model = family_columns.in_transformers(folder)
+    row = family_columns.rows()[0].ids[:8].tolist()
+    with LlamaCpp(written.path, context=64) as engine, torch.no_grad():
+        found, wanted = engine.logits(row), model(torch.tensor([row])).logits[0]
+    assert float((found - wanted).abs().max()) < 0.3 * float(wanted.abs().max())
+    assert written.types[quant.upper()] > 8
+
+
+def test_settings_that_a_file_leaves_out_are_those_of_the_familys_class(tmp_path: Path) -> None:
+    """As LiquidAI publishes LFM2: the width and the kinds of blocks under older names."""
+    folder = family_columns.saved("lfm2", tmp_path)
+    config = json.loads((folder / "config.json").read_text())
+    width, kinds = config.pop("intermediate_size"), config.pop("layer_types")
+    config |= {"block_ff_dim": width, "full_attn_idxs": [at for at, kind in enumerate(kinds) if kind == "full_attention"]}
+    (folder / "config.json").write_text(json.dumps(config))
     family_columns.train(tmp_path)
     family_columns.gguf(tmp_path)
 

@@ -37,6 +37,10 @@ LLAMA3 = {
     "original_max_position_embeddings": 32,
 }  # fmt: skip
 PARTIAL = {"rope_type": "default", "rope_theta": 10000.0, "partial_rotary_factor": 0.5}
+YARN = {
+    "rope_type": "yarn", "rope_theta": 10000.0, "factor": 4.0, "original_max_position_embeddings": 16, "attention_factor": 1.0,
+    "beta_fast": 8.0, "beta_slow": 2.0,
+}  # fmt: skip
 CASES: list[tuple[str, dict[str, Any]]] = [
     ("llama", {}),
     ("llama", {"rope_parameters": LLAMA3, "tie_word_embeddings": False}),
@@ -44,6 +48,7 @@ CASES: list[tuple[str, dict[str, Any]]] = [
     ("mistral", {"sliding_window": None}),
     ("qwen2", {}),
     ("qwen3", {}),
+    ("qwen3", {"rope_parameters": YARN}),
     ("gemma2", {}),
     ("gemma3", {}),
     ("phi3", {"tie_word_embeddings": False, "sliding_window": None}),

@@ -13,7 +13,7 @@ of llama.cpp's loaders and converters, build 11739; the tests compare logits wit
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 from lorakeet.errors import ConfigError
@@ -53,6 +53,7 @@ class Architecture:
     rules: tuple[Rule, ...] = ()
     fixed: tuple[tuple[str, tuple[Any, ...]], ...] = ()  # settings that llama.cpp computes in one way only
     computed: Callable[[Config], dict[str, Value]] | None = None
+    variant: Callable[[Config], Architecture] | None = None  # the architecture of a model of this family, where there are several
     every: int = 0  # each so many blocks attend to all tokens, the others to a window; llama.cpp has the number itself
     windows: bool = False  # llama.cpp attends to the last `sliding_window` tokens only
     rotates: Callable[[Config], list[bool]] | None = None  # which blocks rotate positions, where llama.cpp has that itself
@@ -267,6 +268,32 @@ _GRANITE_MOE = Architecture(
 _GEMMA4_TEXT = Architecture(
     "gemma4", (*_SLIDING, *_CAPS), activation=_GELU, rules=_GEMMA4, computed=_gemma4, windows=True,
 )  # fmt: skip
+_GRANITE_HYBRID = Architecture(
+    "granitehybrid", (
+        *_GRANITE_MOE.metadata, ("ssm.conv_kernel", "mamba_d_conv"), ("ssm.state_size", "mamba_d_state"),
+        ("ssm.group_count", "mamba_n_groups"), ("ssm.time_step_rank", "mamba_n_heads"),
+    ),
+    rules=(*_GRANITE, *_MAMBA), computed=_mamba,
+)  # fmt: skip
+_DENSE_GRANITE = (  # the expert that all share is the only one
+    _fused(f"{_BLOCK}shared_mlp.input_linear.weight", ""),
+    Rule(f"{_BLOCK}shared_mlp.output_linear.weight", (Target("blk.{n}.ffn_down.weight"),)),
+)
+
+
+def _granite4(config: Config) -> Architecture:
+    """Granite 4 with or without experts, and with or without Mamba blocks."""
+    experts = bool(config.get("num_local_experts"))
+    if not set(config["layer_types"]) & {"mamba", "linear_attention"}:
+        whole = _GRANITE_MOE if experts else Architecture("granite", _SCALES, rules=_DENSE_GRANITE)
+    else:
+        whole = _GRANITE_HYBRID if experts else replace(_GRANITE_HYBRID, rules=(*_DENSE_GRANITE, *_MAMBA))
+    if experts:
+        return whole
+    sizes = tuple(pair for pair in whole.metadata if not pair[0].startswith("expert_"))
+    return replace(whole, metadata=(*sizes, ("feed_forward_length", "shared_intermediate_size")))
+
+
 ARCHITECTURES: dict[str, Architecture] = {
     "llama": Architecture("llama"),
     "mistral": Architecture("llama"),
@@ -305,13 +332,7 @@ ARCHITECTURES: dict[str, Architecture] = {
     "granite": Architecture("granite", _SCALES),
     "granitemoe": _GRANITE_MOE,
     "granitemoeshared": _GRANITE_MOE,
-    "granitemoehybrid": Architecture(
-        "granitehybrid", (
-            *_GRANITE_MOE.metadata, ("ssm.conv_kernel", "mamba_d_conv"), ("ssm.state_size", "mamba_d_state"),
-            ("ssm.group_count", "mamba_n_groups"), ("ssm.time_step_rank", "mamba_n_heads"),
-        ),
-        rules=(*_GRANITE, *_MAMBA), computed=_mamba,
-    ),
+    "granitemoehybrid": replace(_GRANITE_HYBRID, variant=_granite4),
     "olmo2": Architecture("olmo2"),
     "arcee": Architecture("arcee", activation="relu2"),
     "seed_oss": Architecture("seed_oss"),

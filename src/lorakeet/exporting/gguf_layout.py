@@ -105,6 +105,8 @@ def model_layout(config: Mapping[str, Any], folder: object) -> ModelLayout:
             f"{folder} is a model of type '{kind}', whose GGUF layout is not known here; known are {', '.join(ARCHITECTURES)}."
             f"{nearest(kind, ARCHITECTURES)} Merge it (lorakeet merge) and use llama.cpp's own converter."
         )
+    if architecture.variant is not None:
+        architecture = architecture.variant(text)
     problems, notes = Problems(f"{folder} cannot be written as GGUF"), []
     missing = [theirs for _, theirs in SHARED if not isinstance(text.get(theirs), int)]
     if "moe_intermediate_size" in text and "intermediate_size" in missing:  # every block has experts
@@ -132,6 +134,8 @@ def model_layout(config: Mapping[str, Any], folder: object) -> ModelLayout:
             "longer texts give other numbers there."
         )
     rope = _rope(text, found, kind, head_dim, problems)
+    if (text.get("rope_parameters") or {}).get("truncate") is False:
+        notes.append("llama.cpp rounds where YaRN's blend of frequencies begins and ends, so positions differ a little there.")
     if architecture.computed is not None:
         found |= architecture.computed(text)
     problems.raise_if_any()
@@ -199,11 +203,9 @@ def _rope(text: Mapping[str, Any], found: dict[str, Value], kind: str, head_dim:
     if rule == "linear":
         found |= {"rope.scaling.type": "linear", "rope.scaling.factor": float(settings["factor"])}
     elif rule == "yarn":
-        found |= {
-            "rope.scaling.type": "yarn",
-            "rope.scaling.factor": float(settings["factor"]),
-            "rope.scaling.original_context_length": int(settings["original_max_position_embeddings"]),
-        }
+        found |= _yarn(settings, kind, problems)
+    elif rule == "dynamic" and kind == "hunyuan_v1_dense" and settings.get("alpha") and float(settings.get("factor") or 1) == 1:
+        found["rope.freq_base"] = base * float(settings["alpha"]) ** (head_dim / (head_dim - 2))  # as the family's own code
     elif rule == "llama3":
         return {"rope_freqs.weight": _llama3_factors(settings, base, head_dim)}
     elif rule == "proportional" and kind.startswith("gemma4"):
@@ -219,6 +221,23 @@ def _rope(text: Mapping[str, Any], found: dict[str, Value], kind: str, head_dim:
         known = "default, linear, llama3, yarn, Phi-3's longrope, Gemma 4's proportional"
         problems.add(f"The rotary scaling '{rule}' is not known here; known: {known}.")
     return {}
+
+
+def _yarn(settings: Mapping[str, Any], kind: str, problems: Problems) -> dict[str, Value]:
+    """YaRN's settings. llama.cpp multiplies by 1 + 0.1·ln(factor) itself; its attention factor comes on top."""
+    factor = float(settings["factor"])
+    found: dict[str, Value] = {
+        "rope.scaling.type": "yarn",
+        "rope.scaling.factor": factor,
+        "rope.scaling.original_context_length": int(settings["original_max_position_embeddings"]),
+        "rope.scaling.yarn_beta_fast": float(settings.get("beta_fast") or 32.0),
+        "rope.scaling.yarn_beta_slow": float(settings.get("beta_slow") or 1.0),
+    }
+    if settings.get("attention_factor"):
+        found["rope.scaling.attn_factor"] = float(settings["attention_factor"]) / (1 + 0.1 * math.log(factor))
+    if kind != "ministral3" and (settings.get("mscale") or settings.get("mscale_all_dim")):
+        problems.add("The rotary scaling has an mscale, which is written for Ministral 3 alone.")
+    return found
 
 
 def _llama3_factors(settings: Mapping[str, Any], base: float, head_dim: int) -> Tensor:

@@ -26,16 +26,21 @@ from lorakeet.exporting.merged_tensors import MergedTensors, Part
 from lorakeet.formats.files.gguf_array import WholeArray
 from lorakeet.formats.files.gguf_header import gguf_package
 from lorakeet.formats.files.whole_output import new_output, require_free, require_new
+from lorakeet.models.text.load import read_config
 
 DIRECT = {"f32": ("F32", 0), "f16": ("F16", 1), "bf16": ("BF16", 32), "q8_0": ("Q8_0", 7)}  # type, general.file_type
 FILE_TYPE, NAME = "general.file_type", "general.name"
 DIGEST = "lorakeet.adapter_sha256"  # our key: the merged adapter; other programs ignore it
+# Matrices that llama.cpp multiplies in fp32 alone: norms of groups, routers and convolutions.
+_WIDE = ("_norm.weight", "ffn_gate_inp.weight", "ffn_gate_inp_shexp.weight", "ssm_conv1d.weight", "shortconv.conv.weight")
 _BLOCK = 32  # weights in a block of Q8_0
 _TOWERS = ("vision_tower.", "multi_modal_projector.", "vision_model.", "audio_tower.", "embed_vision.", "embed_audio.", "visual.")
+_PREDICTION = "the prediction of several tokens"
 _NOT_WRITTEN = {
     "the vision and audio parts": (*_TOWERS, *(f"model.{name}" for name in _TOWERS)),
-    "the prediction of several tokens": ("mtp.", "model.mtp."),
+    _PREDICTION: ("mtp.", "model.mtp."),
 }
+_NUMBERED = re.compile(r"model\.layers\.(\d+)\.")
 _INNER = re.compile(r"^(model\.)?language_model\.(?:model\.)?")
 Progress = Callable[[int, int, str], None]  # tensors written, tensors in all, name of the last
 
@@ -83,8 +88,10 @@ class GgufTensors(MergedTensors):
     def __init__(self, source: Path, adapter: Adapter | None) -> None:
         """ConfigError lists what does not fit, or has no name in llama.cpp's architecture."""
         super().__init__(source, adapter)
+        known = read_config(source)  # with the defaults and names of the family's own class, which files may leave out
         self.own = {**self.checkpoint.config, **self.edits.config}
-        self.layout: ModelLayout = model_layout(self.own, source)
+        self.layout: ModelLayout = model_layout({**known.get_text_config().to_dict(), **self.edits.config}, source)
+        self.own.setdefault("tie_word_embeddings", known.tie_word_embeddings)
         self.notes = [*self.edits.notes, *self.layout.notes]
         self.home = self._named()
 
@@ -97,6 +104,9 @@ class GgufTensors(MergedTensors):
         for name in self.home:
             plain = _INNER.sub("", name) if name.endswith("lm_head.weight") else _INNER.sub("model.", name)
             other = next((what for what, prefixes in _NOT_WRITTEN.items() if name.startswith(prefixes)), None)
+            block = _NUMBERED.match(plain)
+            if block and int(block[1]) >= int(self.layout.config["num_hidden_layers"]):  # DeepSeek's and GLM's place for it
+                other = _PREDICTION
             if other is not None:
                 skipped[other] += 1
             elif plain != "lm_head.weight" or not tied:  # llama.cpp uses the embedding if there is no output.weight
@@ -143,7 +153,7 @@ def _items(merged: GgufTensors, wanted: str) -> tuple[list[_Item], list[str]]:
     wide = 0
     for name in merged.home:
         shape = merged.shape(name)
-        kind = wanted if len(shape) > 1 else "F32"
+        kind = wanted if len(shape) > 1 and name.endswith(".weight") and not name.endswith(_WIDE) else "F32"
         if kind == "Q8_0" and shape[-1] % _BLOCK:
             kind, wide = "F16", wide + 1
         items.append(_Item(name, shape, kind, lambda name=name: merged.rows(name)))  # type: ignore[misc]

@@ -18,7 +18,7 @@ from lorakeet.formats.files.safetensors_file import SafeFile, TensorEntry
 from lorakeet.merging.checkpoint import CONFIG, Checkpoint
 from lorakeet.models import modules
 from lorakeet.models.files.float_scales import Dequantised
-from lorakeet.models.files.quantized import joined_names, owners, packable, skeleton
+from lorakeet.models.files.quantized import ignored_names, joined_names, owners, packable, skeleton
 from lorakeet.models.files.stored_tensors import READERS, StoredModel, stored_quantisation, tensor_files
 from lorakeet.models.text.load import read_config
 from lorakeet.quant.construct import quantise_weight
@@ -74,9 +74,9 @@ def open_dequantised(folder: Path) -> Checkpoint:
     files = tensor_files(folder)
     plain = skeleton(config)
     stored_model = reader(files, stored)
-    joined = joined_names(plain, stored_model.packed)
+    joined, ignored = joined_names(plain, stored_model.packed), ignored_names(plain, stored_model.packed)
     places = owners(plain, stored_model.packed)
-    strange = sorted(set(stored_model.packed) - set(places) - joined)
+    strange = sorted(set(stored_model.packed) - set(places) - joined - ignored)
     if strange:
         raise DataError(f"{folder} has {len(strange)} packed weights that belong to no layer of the model, such as {strange[0]}.")
     dtype = _usual_dtype(config, stored_model, files)

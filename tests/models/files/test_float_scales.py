@@ -104,6 +104,17 @@ def test_matrices_of_experts_are_dequantised_as_transformers_joins_them(tmp_path
     assert torch.equal(mlp.experts.gate_up_proj[1, : len(gate)], gate)
 
 
+def test_what_predicts_several_tokens_is_ignored_as_transformers_does(tmp_path: Path) -> None:
+    family_columns.saved("qwen3_5_text", tmp_path)
+    folder = fp8_folder(tmp_path / "model", tmp_path / "fp8")
+    tensors = load_file(folder / "model.safetensors")
+    more = {"mtp.layers.0.self_attn.q_proj.weight": torch.zeros(4, 4).to(torch.float8_e4m3fn)}
+    more["mtp.layers.0.self_attn.q_proj.weight_scale_inv"] = torch.ones(1, 1)
+    save_file({**tensors, **more}, folder / "model.safetensors")
+    assert any(isinstance(module, Fp8Base) for module in loaded(folder).model.modules())
+    assert not any(name.startswith("mtp.") for name in dequantised(folder))
+
+
 def test_experts_in_mxfp4_are_the_published_numbers(tmp_path: Path) -> None:
     family_columns.saved("gpt_oss", tmp_path)
     folder = mxfp4_folder(tmp_path / "model", tmp_path / "mxfp4")
@@ -152,6 +163,38 @@ def test_a_format_that_is_not_read_is_named(llama: Path, tmp_path: Path) -> None
     with pytest.raises(ConfigError, match="format pack-quantized; float-quantized and int-quantized are read"):
         loaded(folder)
     assert open_safetensors(folder / "model.safetensors").tensors
+
+
+@pytest.mark.parametrize(
+    ("changes", "words"),
+    [
+        ({"transform_config": {"config_groups": {}, "R1": 1}}, "transform_config"),
+        ({"config_groups": {"group_0": {"weights": {"symmetric": False}}}}, "symmetric: false"),
+    ],
+)
+def test_settings_that_change_the_numbers_are_refused(llama: Path, changes: Any, words: str, tmp_path: Path) -> None:
+    folder = int8_folder(llama, tmp_path / "int8")
+    config = json.loads((folder / "config.json").read_text())
+    config["quantization_config"] |= changes
+    (folder / "config.json").write_text(json.dumps(config))
+    with pytest.raises(ConfigError, match=f"in compressed-tensors with {words}, which is not read"):
+        loaded(folder)
+
+
+def test_another_float8_is_refused_and_scales_of_a_cache_are_left_out(llama: Path, tmp_path: Path) -> None:
+    folder = fp8_folder(llama, tmp_path / "fp8")
+    tensors = load_file(folder / "model.safetensors")
+    name = "model.layers.0.mlp.up_proj.weight"
+    save_file({**tensors, "model.layers.0.self_attn.k_scale": torch.ones(1)}, folder / "model.safetensors")
+    assert "model.layers.0.self_attn.k_scale" not in dequantised(folder)
+    save_file({**tensors, name: tensors[name].float().to(torch.float8_e5m2)}, folder / "model.safetensors")
+    with pytest.raises(DataError, match=f"'{name}' is torch.float8_e5m2"):
+        loaded(folder)
+
+
+def test_blocks_may_be_written_as_a_text() -> None:
+    stored = {"config_groups": {"group_0": {"weights": {"block_structure": "32x64"}}}}
+    assert scaled_block((64, 128), (2, 2), stored) == (32, 64)
 
 
 def test_values_that_are_no_numbers_are_named(llama: Path, tmp_path: Path) -> None:

@@ -28,7 +28,10 @@ from lorakeet.quant.packed import PackedBase
 
 FP8, COMPRESSED, MXFP4 = "fp8", "compressed-tensors", "mxfp4"
 SCALE = {FP8: "_scale_inv", COMPRESSED: "_scale"}  # after the name of the weight
-_UNUSED = (".activation_scale", ".input_scale", ".input_zero_point", ".output_scale")
+_UNUSED = (
+    ".activation_scale", ".input_scale", ".input_zero_point", ".output_scale",
+    ".k_scale", ".v_scale", ".q_scale", ".prob_output_scale",  # of a cache in FP8
+)  # fmt: skip
 _USUAL = (128, 128)
 _REMEDY = "Fetch the model again, or name the unquantised one."
 Read = Callable[[SafeFile, str], Tensor]
@@ -49,6 +52,13 @@ def require_known(stored: Mapping[str, Any], where: object) -> None:
     """ConfigError for a kind of compressed-tensors that is not read, with its name."""
     if stored.get("quant_method") != COMPRESSED:
         return
+    odd = [key for key in ("transform_config", "sparsity_config") if stored.get(key)]
+    odd += ["symmetric: false"] if any(group.get("symmetric") is False for group in _weight_settings(stored)) else []
+    if odd:
+        raise ConfigError(
+            f"{where} is in compressed-tensors with {', '.join(odd)}, which is not read: its numbers would be others. Name the "
+            "unquantised model."
+        )
     kinds = {str(group.get("format") or stored.get("format")) for group in dict(stored.get("config_groups") or {}).values()}
     strange = sorted(kinds - {"float-quantized", "int-quantized", "naive-quantized"})
     if strange:
@@ -74,6 +84,8 @@ def scaled_tensors(
         if name.endswith(_UNUSED) or (name.endswith(mark) and name.removesuffix(mark) in files):
             continue
         if header.dtype not in (torch.float8_e4m3fn, torch.int8) or len(header.shape) < 2:
+            if scale in files or (header.dtype.itemsize == 1 and header.dtype.is_floating_point):
+                problems.add(f"{file.path}: '{name}' is {header.dtype} {header.shape}; float8_e4m3fn and int8 matrices are read.")
             dense[name] = _plain(read, file, name)
         elif scale not in files:
             problems.add(f"{file.path}: '{scale}' is missing.")
@@ -98,6 +110,7 @@ def scaled_block(shape: tuple[int, ...], scales: tuple[int, ...], stored: Mappin
     if tuple(scales[-2:]) in ((rows, 1), (rows,)):
         return 1, columns
     given = stored.get("weight_block_size") or _group_setting(stored, "block_structure") or _USUAL
+    given = given.split("x") if isinstance(given, str) else given  # as older versions wrote it, "128x128"
     block = int(given[0]), int(given[1])
     return block if tuple(scales[-2:]) == scale_shape((rows, columns), block) else None
 
@@ -133,9 +146,12 @@ def mxfp4_tensors(files: Mapping[str, SafeFile], read: Read) -> dict[str, Callab
     return found
 
 
+def _weight_settings(stored: Mapping[str, Any]) -> list[Mapping[str, Any]]:
+    return [group.get("weights") or {} for group in dict(stored.get("config_groups") or {}).values()]
+
+
 def _group_setting(stored: Mapping[str, Any], key: str) -> Any:
-    groups = dict(stored.get("config_groups") or {})
-    return next((group["weights"][key] for group in groups.values() if (group.get("weights") or {}).get(key)), None)
+    return next((group[key] for group in _weight_settings(stored) if group.get(key)), None)
 
 
 def _plain(read: Read, file: SafeFile, name: str) -> Callable[[], Tensor]:

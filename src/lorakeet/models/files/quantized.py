@@ -7,7 +7,8 @@ are read when it needs them; a packed weight becomes a PackedLinear.
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable, Mapping
+import re
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -106,14 +107,15 @@ def shape_of(files: Mapping[str, SafeFile], stored_model: StoredModel, name: str
 def with_joined_dense(model: Any, stored_model: StoredModel) -> StoredModel:
     """Returns the stored model with packed matrices that transformers joins into others, such as those of experts, as dense ones.
 
-    They are dequantised as they are read.
+    They are dequantised as they are read. Those that transformers ignores, such as of the prediction of several tokens, are left
+    out.
     """
-    joined = joined_names(model, stored_model.packed)
+    joined, ignored = joined_names(model, stored_model.packed), ignored_names(model, stored_model.packed)
 
     def dense(name: str) -> Callable[[], Tensor]:
         return lambda: stored_model.packed[name]().dense()
 
-    packed = {name: read for name, read in stored_model.packed.items() if name not in joined}
+    packed = {name: read for name, read in stored_model.packed.items() if name not in joined | ignored}
     return replace(stored_model, dense={**stored_model.dense, **{name: dense(name) for name in joined}}, packed=packed)
 
 
@@ -216,6 +218,12 @@ def targets_of(model: Any, names: Mapping[str, Any]) -> dict[str, str]:
 def joined_names(model: Any, names: Mapping[str, Any]) -> set[str]:
     """Returns the checkpoint tensors that transformers joins into others, such as the matrices of experts."""
     return {name for name, (_, joined) in _places(model, names).items() if joined}
+
+
+def ignored_names(model: Any, names: Iterable[str]) -> set[str]:
+    """Returns the checkpoint tensors that the model's class ignores, such as those of the prediction of several tokens."""
+    patterns = getattr(model, "_keys_to_ignore_on_load_unexpected", None) or ()
+    return {name for name in names if any(re.search(pattern, name) for pattern in patterns)}
 
 
 def _places(model: Any, names: Mapping[str, Any]) -> dict[str, tuple[str, bool]]:

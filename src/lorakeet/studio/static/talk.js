@@ -44,7 +44,7 @@ function percent(logprob) {
 }
 
 function words(entry) {
-  const others = entry.top_logprobs.filter((other) => other.token !== entry.token).map((other) => `“${other.token}” ${percent(other.logprob)}`);
+  const others = entry.top_logprobs.filter((other) => String(other.bytes) !== String(entry.bytes)).map((other) => `“${other.token}” ${percent(other.logprob)}`);
   return `“${entry.token}” had ${percent(entry.logprob)}${others.length ? `; instead: ${others.join(", ")}` : ""}`;
 }
 
