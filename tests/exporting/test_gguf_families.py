@@ -87,7 +87,7 @@ def test_settings_that_a_file_leaves_out_are_those_of_the_familys_class(tmp_path
     family_columns.gguf(tmp_path)
 
 
-@pytest.mark.parametrize("kind", ["smollm3", "ministral3", "granite"])
+@pytest.mark.parametrize("kind", ["smollm3", "ministral3", "granite", "mistral3"])
 def test_llama_cpp_computes_an_adapter_file_beside_its_base(kind: str, tmp_path: Path) -> None:
     folder = family_columns.saved(kind, tmp_path)
     family_columns.train(tmp_path)

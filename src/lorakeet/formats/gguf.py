@@ -52,6 +52,7 @@ class GgufLayout:
     blocks: int
     heads: int
     kv_heads: int
+    text: str = "model."  # where the text part is in the model
 
     @property
     def architecture(self) -> str:
@@ -70,14 +71,17 @@ class GgufLayout:
             for block in range(self.blocks if "{n}" in template else 1):
                 path = template.replace("{n}", str(block))
                 if (name := mapped.get_name(path)) is not None:
-                    found[name] = path
+                    found[name] = self.text + path.removeprefix("model.") if path.startswith("model.") else path
         return found
 
 
 def gguf_layout_of(config: Mapping[str, Any], where: object) -> GgufLayout:
     """The layout that a config.json describes. ConfigError for an unknown model type or missing numbers."""
-    model_type = str(config.get("model_type", ""))
     known = table("gguf")["architectures"]
+    text, place = config.get("text_config"), "model."
+    if isinstance(text, Mapping):  # a model with towers beside its text part
+        config, place = {**config, **text}, "model.language_model."
+    model_type = str(config.get("model_type", ""))
     if model_type not in known:
         raise ConfigError(
             f"{where}: the model type {model_type!r} has no known GGUF layout here; known are {', '.join(sorted(known))}."
@@ -94,7 +98,7 @@ def gguf_layout_of(config: Mapping[str, Any], where: object) -> GgufLayout:
             f"{where}: {names} are {numbers}; expected whole numbers of 1 or more, at most {_MOST_BLOCKS:,} layers and "
             f"{_MOST_HEADS:,} heads. Name the base that the adapter belongs to: --base."
         )
-    return GgufLayout(model_type, int(blocks), int(heads), int(kv_heads))
+    return GgufLayout(model_type, int(blocks), int(heads), int(kv_heads), place)
 
 
 @lru_cache(maxsize=8)  # building one takes 8 ms, and each layer needs it

@@ -137,6 +137,14 @@ def test_how_layers_are_packed_is_known_from_headers_or_from_the_settings(llama:
     assert packing["model.layers.0.self_attn.q_proj"] == {"method": "fp8", "block": [16, 32], "shape": (32, 32)}
 
 
+def test_a_model_with_a_tower_is_planned_as_its_files_are(tmp_path: Path) -> None:
+    family_columns.saved("mistral3", tmp_path)
+    folder = int8_folder(tmp_path / "model", tmp_path / "int8")
+    config = read_config(folder)
+    assert {one["method"] for one in packing_of(skeleton(config), config, QuantSpec(), folder).values()} == {"int8"}
+    assert sum(isinstance(module, Int8Base) for module in loaded(folder).model.modules()) > 8
+
+
 def test_blocks_follow_from_the_shape_of_the_scales() -> None:
     assert scaled_block((64, 96), (), {}) == scaled_block((64, 96), (1,), {}) == (64, 96)
     assert scaled_block((64, 96), (64, 1), {}) == (1, 96)

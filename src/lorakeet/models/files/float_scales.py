@@ -116,12 +116,11 @@ def scaled_block(shape: tuple[int, ...], scales: tuple[int, ...], stored: Mappin
 
 
 def scaled_settings(
-    files: Mapping[str, SafeFile], path: str, shape: tuple[int, ...], stored: Mapping[str, Any]
+    files: Mapping[str, SafeFile], name: str, shape: tuple[int, ...], stored: Mapping[str, Any]
 ) -> dict[str, Any]:
-    """The arguments of quant/construct.empty_base of the layer at `path`; as config.json says where no files are there."""
+    """The arguments of quant/construct.empty_base of the layer whose weight has this name; as config.json says without files."""
     mark = SCALE[str(stored["quant_method"])]
-    name = next((name for name in files if name.endswith(f"{path}.weight")), None)
-    if name is None:
+    if name not in files:
         strategy = _group_setting(stored, "strategy")
         block = (1, shape[1]) if strategy == "channel" else shape
         return {"method": "fp8", "block": list(stored.get("weight_block_size") or block)}

@@ -39,6 +39,7 @@ def packing_of(model: nn.Module, config: Any, spec: QuantSpec, files: Path | Non
     where = str(files / "config.json") if files is not None and files.is_dir() else "config.json"
     gptq = gptq_config.parse(stored, where) if stored and method == gptq_config.METHOD else None
     settings: Mapping[str, Any]
+    names = {path: name for name, path in owners(model, there).items()} if method in float_scales.SCALE else {}
     for path, module in chosen.items():
         shape = modules.weight_shape(module, cast(Any, modules.kind_of(module)))
         if gptq is not None:
@@ -49,7 +50,7 @@ def packing_of(model: nn.Module, config: Any, spec: QuantSpec, files: Path | Non
         elif stored and method == "gguf":
             settings = {"type": _types_in(there, path)}
         elif stored and method in float_scales.SCALE:
-            settings = float_scales.scaled_settings(there, path, shape, stored)
+            settings = float_scales.scaled_settings(there, names.get(path, f"{path}.weight"), shape, stored)
         else:
             double = bool(stored.get("bnb_4bit_use_double_quant", False)) if stored else spec.double_quant
             settings = {"block_size": spec.block_size, "double_quant": double}

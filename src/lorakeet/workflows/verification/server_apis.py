@@ -273,7 +273,8 @@ class LlamaCppApi(Api):
 
     @understood
     def number_format(self) -> str:
-        return str(self._ask("/props").get("model_ftype") or "")
+        found = str(self._ask("/props").get("model_ftype") or "")
+        return f"F16 (its keys and values; weights: {found})" if "F32" in found else found  # as llama-server keeps them
 
     @understood
     def tokenise(self, text: str) -> list[int] | None:
