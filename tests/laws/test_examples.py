@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import csv
 import io
+import json
 import os
 import runpy
 import shlex
@@ -91,6 +92,14 @@ def test_evaluate(dates: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(dates.parents[1])
     assert [main(command) for command in commands_of("evaluate.sh")] == [0]
     assert Path("reports/more-dates/report.html").is_file()
+
+
+def test_predict(dates: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(dates.parents[1])
+    assert [main(command) for command in commands_of("predict.sh")] == [0]
+    rows = [json.loads(line) for line in Path("answered.jsonl").read_text().splitlines()]
+    given = Path("examples/data/more_dates.jsonl").read_text().splitlines()
+    assert len(rows) == len(given) and all({"answer", "answer_review"} <= set(row) for row in rows)
 
 
 def test_quantize(desk: Path, tiny_llama_folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
