@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import gc
+import shutil
 import weakref
 from pathlib import Path
 
 import pytest
+import yaml
 
 import lorakeet as lk
 from api.conftest import Shared
@@ -32,6 +34,28 @@ def test_replies_are_the_greedy_ones(shared: Shared) -> None:
     message = [{"role": "user", "content": QUESTION}]
     assert model.generate(message, adapter=shared.run, max_tokens=8) == both[1]
     assert model.generate([message], adapter=shared.run.path, max_tokens=8) == [both[1]]
+
+
+def test_a_run_on_labelled_texts_writes_prompts_as_its_rows_were(shared: Shared, tmp_path: Path) -> None:
+    """A newcomer's case: 'New York' was the answer to a text that the template of the rows would have made a question."""
+    folder = tmp_path / "templated"
+    shutil.copytree(shared.run.path, folder)
+    config = (folder / "config.yaml").read_text()
+    template = "Review: {text}\nOpinion:"
+    (folder / "config.yaml").write_text(yaml.safe_dump({**yaml.safe_load(config), "data": {
+        **yaml.safe_load(config)["data"], "template": template, "system": "alder alder"}}))  # fmt: skip
+    run, filled = lk.open_run(folder), template.format(text=QUESTION)
+    written = [{"role": "system", "content": "alder alder"}, {"role": "user", "content": filled}]
+    expected = shared.model.generate(written, adapter=shared.run.adapter, max_tokens=8)
+    for adapter in (run, folder):
+        assert shared.model.generate(QUESTION, adapter=adapter, max_tokens=8) == expected
+    assert shared.model.generate(filled, adapter=run, max_tokens=8) == expected, "a text that is in the template already"
+    assert "".join(shared.model.stream(QUESTION, adapter=run, max_tokens=8)) == expected
+    bare = shared.model.generate([written[0], {**written[1], "content": QUESTION}], adapter=run, max_tokens=8, template=False)
+    assert bare == shared.model.generate(QUESTION, adapter=run, max_tokens=8, template=False) != expected
+    assert shared.model.generate([QUESTION, QUESTION], adapter=[None, run], max_tokens=8) == [
+        shared.model.generate(QUESTION, max_tokens=8), expected
+    ]  # fmt: skip
 
 
 def test_pieces_are_the_reply(shared: Shared) -> None:
@@ -114,6 +138,7 @@ def test_under_a_budget_replies_are_the_same(shared: Shared, tiny_llama_folder: 
 def test_the_plan_shows_itself(shared: Shared) -> None:
     plan = shared.model.plan(lk.Lora(rank=4), rows=shared.rows)
     assert plan.peak > 0 and plan.fits is None and "Peak of the run" in str(plan)
+    assert "with up to " in " ".join(str(plan).split()) and "of 60 rows in an epoch" in " ".join(str(plan).split())
     assert plan._repr_html_().startswith("<p>Peak of the run: <b>")
     larger = shared.model.plan(lk.Lora(rank=4), tokens=100)
     assert larger.peak != plan.peak

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import pickle
 import subprocess
 import sys
 from dataclasses import fields
+from inspect import signature
 from typing import Any
 
 import pytest
@@ -18,6 +20,17 @@ def test_the_defaults_are_fine() -> None:
     assert LoraSpec().validate() == []
     LoraSpec().check()
     assert (LoraSpec().rank, LoraSpec().alpha, LoraSpec().dropout) == (16, 32, 0)
+
+
+@pytest.mark.parametrize(
+    ("given", "said"),
+    [("r", r"It is rank here: lk\.Lora\(rank=…\)"), ("lora_alpha", "It is alpha here"), ("rnak", "Did you mean 'rank'")],
+)
+def test_names_of_peft_are_explained(given: str, said: str) -> None:
+    with pytest.raises(TypeError, match=rf"lk\.Lora has no argument '{given}'\. ?{said}.* It takes rank, alpha, dropout"):
+        LoraSpec(**{given: 8})
+    assert str(signature(LoraSpec)).startswith("(rank: ") and pickle.loads(pickle.dumps(LoraSpec(4))) == LoraSpec(rank=4)
+    assert "`alpha` is 32" in (LoraSpec.__doc__ or "")
 
 
 def test_every_setting_is_explained() -> None:

@@ -95,9 +95,16 @@ def test_many_near_copies_name_the_settings_that_keep_them():
     clean = check_leaks(rows("a", *map(edited, many[:6]), *texts(4, seed=5)), rows("h", *many), [], spec())
     [said] = [line for line in clean.report.lines() if "left out because" in line]
     assert said.startswith("6 rows are left out because they differ from another") and "--data.near_duplicates 0" in said
+    assert "lk.rows(…, near_duplicates=0)" in said
+    assert clean.report.much_dropped() == (
+        "6 of 10 training rows were DROPPED as copies of held-out or test rows, 6 of them near-copies"
+    )
+    assert clean.report.warning().startswith(f"{clean.report.much_dropped()}; 4 were trained. To keep near-copies, set data.near")
     assert len(clean.report.dropped) == 6
     few = check_leaks(rows("a", *map(edited, many[:4]), *texts(6, seed=5)), rows("h", *many), [], spec())
     assert len(few.report.dropped) == 4 and not any("left out because" in line for line in few.report.lines())
+    one = check_leaks(rows("a", many[0], *texts(9, seed=5)), rows("h", *many), [], spec())
+    assert len(one.report.dropped) == 1 and one.report.much_dropped() == one.report.warning() == "", "a tenth is not more"
 
 
 def test_held_out_row_gives_way_to_a_test_row():

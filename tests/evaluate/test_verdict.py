@@ -5,7 +5,7 @@ import pytest
 from lorakeet.evaluate.baselines import MAJORITY, TFIDF
 from lorakeet.evaluate.compare import Comparison, Verdict
 from lorakeet.evaluate.intervals import Estimate
-from lorakeet.evaluate.verdict import verdict_of
+from lorakeet.evaluate.verdict import noted, verdict_of
 
 
 def comparison(right: str, verdict: Verdict, value: float, *, metric: str = "accuracy") -> Comparison:
@@ -42,6 +42,14 @@ def comparison(right: str, verdict: Verdict, value: float, *, metric: str = "acc
 def test_sentences(first: tuple[Verdict, float], second: tuple[Verdict, float], sentence: str, tone: str) -> None:
     found = verdict_of([comparison("base", *first), comparison("X", *second)])
     assert found is not None and sentence in found.sentence and found.tone == tone
+
+
+def test_a_note_is_a_further_sentence() -> None:
+    found = verdict_of([comparison("base", "better", 0.2)])
+    assert found is not None and noted(found, "") is found and noted(None, "6 of 10 rows were DROPPED") is None
+    more = noted(found, "6 of 10 rows were DROPPED")
+    assert more is not None and more.tone == found.tone
+    assert more.sentence == f"{found.sentence} 6 of 10 rows were DROPPED."
 
 
 def test_what_follows_is_said_where_a_method_without_a_model_is_not_beaten() -> None:

@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import io
 import json
+import shutil
 import sys
 from pathlib import Path
 
 import pytest
+import yaml
 from rich.console import Console
 
 import lorakeet as lk
@@ -52,6 +54,21 @@ def test_each_line_of_a_pipe_is_a_prompt(talks: Path, monkeypatch: pytest.Monkey
     assert shown == "".join(f"{text}\n" for text in expected)
     shown, _ = answers(ChatOptions(target=str(talks / "adapter"), **QUICK), "/both\nalder birch\n", monkeypatch)
     assert f"talks: {expected[0]}\n" in shown and "base: " in shown
+
+
+def test_lines_go_into_the_template_of_labelled_rows(talks: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    run_of_labels = tmp_path / "labelled"
+    shutil.copytree(talks, run_of_labels)
+    config, split = ((run_of_labels / name) for name in ("config.yaml", "split.json"))
+    settings = yaml.safe_load(config.read_text())
+    config.write_text(yaml.safe_dump({**settings, "data": {**settings["data"], "template": "Review: {text}\nOpinion:"}}))
+    split.write_text(json.dumps({**json.loads(split.read_text()), "labels": ["good", "bad"]}))
+    expected = lk.open_run(talks).generate("Review: alder\nOpinion:", max_tokens=8)
+    bare = lk.open_run(talks).generate("alder", max_tokens=8)
+    assert answers(ChatOptions(target=str(run_of_labels), **QUICK), "alder\n", monkeypatch)[0] == f"{expected}\n" != f"{bare}\n"
+    assert answers(ChatOptions(target=str(run_of_labels), plain=True, **QUICK), "alder\n", monkeypatch)[0] == f"{bare}\n"
+    shown, _ = answers(ChatOptions(target=str(run_of_labels), **QUICK), "/quit\n", monkeypatch, terminal=True)
+    assert "Each line is put into the template of the training rows" in shown and "--plain" in shown
 
 
 def test_a_terminal_keeps_the_conversation(talks: Path, monkeypatch: pytest.MonkeyPatch) -> None:

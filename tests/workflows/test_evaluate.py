@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import json
 import shutil
 from collections.abc import Callable
@@ -11,6 +12,7 @@ from typing import Any
 
 import pytest
 import transformers
+from rich.console import Console
 
 from lorakeet.config import RunConfig, read_run
 from lorakeet.errors import ConfigError, DataError, EnvironmentProblem
@@ -62,6 +64,22 @@ def test_rows_that_the_run_has_seen_are_named_and_left_out(finished: Any, tmp_pa
     assert {leak.held_out.split(":")[0] for leak in report.leaks} == {"mixed.jsonl"}
     assert report.leak_search.startswith("Searched 59 training, 12 test rows")
     assert "3 of 12 rows are also training or held-out rows (left out)." in report.warnings
+
+
+def test_near_copies_are_called_so_and_few_rows_give_no_conclusion(finished: Any, tmp_path: Path) -> None:
+    """A newcomer's case: of 12 rows 11 were near-copies, called training rows, and the one that was left gave a verdict."""
+    own = [json.loads(line) for line in Path(finished.data).read_text().splitlines()[10:13]]
+    near = [{**row, "text": f"{row['text']} zinnia"} for row in own]
+    data = write_rows(tmp_path / "few.jsonl", [*reviews(4, seed=5), *near])
+    shown = io.StringIO()
+    report = evaluate(EvaluateOptions(str(finished.path), data=str(data)), console=Console(file=shown, width=120)).report
+    assert "3 of 7 rows are near-copies of training or held-out rows (left out)." in report.warnings
+    said = "Only 4 of the rows could be measured: too few for a conclusion, which takes 5 at least."
+    assert report.rows_of == 4 and report.verdict is None and said in report.warnings and said in shown.getvalue()
+    write_rows(data, [*reviews(5, seed=5), *near, own[0]])
+    report = evaluate(EvaluateOptions(str(finished.path), data=str(data)), console=quiet()).report
+    assert report.rows_of == 5 and report.verdict is not None
+    assert "4 of 9 rows are also training or held-out rows, 3 of them as near-copies (left out)." in report.warnings
 
 
 def test_a_file_can_be_evaluated_where_the_rows_of_the_run_are_gone(finished: Any, tmp_path: Path) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import replace
 from functools import lru_cache
 from io import StringIO
 from pathlib import Path
@@ -35,7 +36,7 @@ from lorakeet.settings import to_mapping
 from lorakeet.train.run import RunFolder
 from lorakeet.train.spec import TrainSpec
 from lorakeet.workflows.plan import plan
-from lorakeet.workflows.replying.texts import Mix, Prompt, TextSource, open_texts
+from lorakeet.workflows.replying.texts import Mix, Prompt, TextSource, open_texts, prompt_settings
 from lorakeet.workflows.runs.terminal import TerminalConsole
 
 AnyAdapter: TypeAlias = "Adapter | str | Path | Any | None"  # Any: a run, which has an `adapter`
@@ -112,12 +113,15 @@ class BaseModelHandle:
         max_tokens: int = 256,
         temperature: float = 0.0,
         raw: bool = False,
+        template: bool = True,
         **sampling: Any,
     ) -> Any:
         """The reply to a prompt, or the replies to a list of prompts, computed together.
 
         A prompt is a text or a list of chat messages ({'role': …, 'content': …}). A text goes through the chat template as one
         user message, unless `raw`. `adapter`: a run, an adapter or its path; a list gives each prompt its own, None the base.
+        With a run, prompts are written as its training rows were: its system prompt first and, for labelled rows, a text in its
+        data.template. `template=False` leaves data.template out; a text that stands in it already stays as it is.
         Temperature 0 takes the likeliest token. `sampling`: other fields of Sampling, such as top_p, seed and stop.
 
         Raises ConfigError for settings out of range, an adapter that does not fit, and a prompt that is too long.
@@ -129,19 +133,21 @@ class BaseModelHandle:
         adapters = self._adapters(adapter, len(prompts))
         settings = Sampling(max_tokens=max_tokens, temperature=temperature, **_checked(sampling))
         generation = self._generation(adapters)
-        ids = [generation.ids(one, data, raw=raw) for one, (_, data) in zip(prompts, adapters, strict=True)]
+        written = [data if template else replace(data, template=DataSpec.template) for _, data in adapters]
+        ids = [generation.ids(one, data, raw=raw) for one, data in zip(prompts, written, strict=True)]
         texts = generation.texts(ids, [_alone(one) for one, _ in adapters], settings)
         return texts if several else texts[0]
 
     def stream(
         self, prompt: Prompt, *, adapter: AnyAdapter = None, max_tokens: int = 256, temperature: float = 0.0, raw: bool = False,
-        **sampling: Any,
+        template: bool = True, **sampling: Any,
     ) -> Iterator[str]:  # fmt: skip
         """The reply piece by piece, as it is written; arguments as in `generate`. Ending the iteration stops it."""
         [found] = self._adapters(adapter, 1)
         settings = Sampling(max_tokens=max_tokens, temperature=temperature, **_checked(sampling))
         generation = self._generation([found])
-        return generation.pieces(generation.ids(prompt, found[1], raw=raw), _alone(found[0]), settings)
+        data = found[1] if template else replace(found[1], template=DataSpec.template)
+        return generation.pieces(generation.ids(prompt, data, raw=raw), _alone(found[0]), settings)
 
     def losses(self, rows: RowSet | RowPart, *, adapter: AnyAdapter = None, micro_tokens: int = 2048) -> NDArray[np.float64]:
         """The loss of each row in nats per target token, (rows,): of `rows.held_out`, or of the part that is given.
@@ -205,18 +211,18 @@ def _alone(adapter: Adapter | None) -> Mix:
 
 
 def adapter_and_data(given: AnyAdapter) -> tuple[Adapter | None, DataSpec]:
-    """An adapter of a run, a path or a value, with the data settings of its run (defaults if it has none)."""
+    """An adapter of a run, a path or a value, with the settings of its run's prompts (defaults if it has none)."""
     data = DataSpec(train=NO_ROWS)
     if given is None or isinstance(given, Adapter):
         return given, data
     if isinstance(given, (str, Path)):
         path = Path(given)
         run = RunFolder.around(path)
-        return _read(path, _stamp(path)), data if run is None else read_run(run.config).data
+        return _read(path, _stamp(path)), data if run is None else prompt_settings(read_run(run.config).data, run.split)
     if not isinstance(getattr(given, "adapter", None), Adapter):
         kind = type(given).__name__
         raise ConfigError(f"adapter is {given!r:.80} ({kind}); expected a run, an adapter, its path, or None for the base.")
-    return given.adapter, given.config.data
+    return given.adapter, prompt_settings(given.config.data, given.folder.split)
 
 
 @lru_cache(maxsize=32)

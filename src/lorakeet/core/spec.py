@@ -3,20 +3,48 @@
 from __future__ import annotations
 
 import re
-from dataclasses import dataclass, field
-from typing import Literal
+from dataclasses import dataclass, field, fields
+from functools import wraps
+from typing import Any, Literal, TypeVar
 
-from lorakeet.errors import Problems
+from lorakeet.errors import Problems, nearest
 from lorakeet.setting import setting
 
 FACTORED = ("pissa", "olora")  # starts from factors of the frozen weight, whose initial values are stored too (core/lowrank)
 SUM = "(?#sum)"  # a comment in the pattern of a rank or alpha that is of an earlier adapter and the one on top of it together
+_OF_PEFT = {
+    "r": "rank", "lora_alpha": "alpha", "lora_dropout": "dropout", "init_lora_weights": "start", "use_dora": "variant",
+    "use_rslora": "scale_rule", "modules_to_save": "extra_modules", "layers_to_transform": "layers",
+}  # fmt: skip  # names of LoraConfig
+SpecT = TypeVar("SpecT")
 MEASURED = ("gradient", "activation")  # starts whose A is measured on training rows (ranks/score)
 
 
+def naming_its_settings(cls: type[SpecT]) -> type[SpecT]:
+    """The dataclass `cls`, whose TypeError for an unknown argument names the setting that is meant, also for PEFT's names."""
+    made = cls.__init__
+
+    @wraps(made)
+    def __init__(self: SpecT, *values: Any, **settings: Any) -> None:
+        known = [one.name for one in fields(cls)]  # type: ignore[arg-type]
+        if unknown := next((name for name in settings if name not in known), None):
+            meant = _OF_PEFT.get(unknown)
+            guess = f" It is {meant} here: lk.Lora({meant}=…)." if meant else nearest(unknown, known)
+            raise TypeError(f"lk.Lora has no argument {unknown!r}.{guess} It takes {', '.join(known)}.")
+        made(self, *values, **settings)
+
+    cls.__init__ = __init__  # type: ignore[method-assign, assignment]
+    return cls
+
+
+@naming_its_settings
 @dataclass(frozen=True)
 class LoraSpec:
-    """Which matrices get a low-rank pair, of what rank, scale and start."""
+    """Which matrices get a low-rank pair, of what rank, scale and start; `lk.Lora` in Python.
+
+    `rank` is 16 and `alpha` is 32 unless they are given, whatever the other is: the scale alpha/rank is 2 then, and 8 with
+    rank 4. PEFT calls them r and lora_alpha. Raises TypeError for a name that is no setting.
+    """
 
     rank: int = setting(16, "Rank of each pair: A is (rank, in), B is (out, rank).")
     alpha: float = setting(32.0, "Scales the update by alpha/rank, or by alpha/√rank with rsLoRA.")

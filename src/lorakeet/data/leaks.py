@@ -29,6 +29,8 @@ RECALL = "95 %"  # measured by benchmarks/leaks.py
 UNSEEN = "paraphrases, translations, changes within text that many rows share, and another word in the only slot of such text"
 _SHOWN = 5
 _MANY_NEAR = (5, 0.02)  # rows, and their share of the training rows
+MUCH = 0.1  # of the training rows: more that are dropped are said in the verdict
+_SETTINGS = ": --data.near_duplicates 0, or in Python lk.rows(…, near_duplicates=0)"
 _EXCERPT = 200  # characters
 _BEFORE = 60  # of these, before the first difference
 
@@ -98,6 +100,30 @@ class LeakReport:
             f"{RECALL} of the copies planted in sentences and labels, and cannot find {UNSEEN}."
         )
 
+    def much_dropped(self) -> str:
+        """A clause where more than a tenth of the training rows were dropped; else an empty string."""
+        count, near = self._dropped_training()
+        if count <= MUCH * self.searched.get("training", 0):
+            return ""
+        found = f"copies of held-out or test rows, {near:,} of them near-copies" if near else "copies of held-out or test rows"
+        return f"{count:,} of {self.searched['training']:,} training rows were DROPPED as {found}"
+
+    def warning(self) -> str:
+        """What to know of dropped training rows where they are many, and what keeps them; else an empty string."""
+        if not (clause := self.much_dropped()):
+            return ""
+        left = self.searched["training"] - self._dropped_training()[0]
+        return f"{clause}; {left:,} were trained. To keep near-copies, set data.near_duplicates to 0{_SETTINGS}."
+
+    def _dropped_training(self) -> tuple[int, int]:
+        """How many training rows were dropped, and how many of them for near-copies alone."""
+        dropped = {(row.key, row.source) for row in self.dropped}
+        kinds: dict[tuple[str, str], set[str]] = defaultdict(set)
+        for pair in self.across:
+            if pair.row_part == "training" and (place := (pair.row.key, pair.row.source)) in dropped:
+                kinds[place].add(pair.kind)
+        return len(kinds), sum(found == {"near"} for found in kinds.values())
+
     def _many_near_copies(self) -> str:
         """A sentence where near-copies are so many that they may be other rows of a short template; else an empty string."""
         dropped = {row.source for row in self.dropped}
@@ -107,7 +133,7 @@ class LeakReport:
             return ""
         return (
             f"{near:,} rows are left out because they differ from another in a word or two. If those are other rows of a short "
-            "template, set --data.near_duplicates 0 (exact copies only) or --data.on_leak keep."
+            f"template, set data.near_duplicates to 0 (exact copies only){_SETTINGS}, or data.on_leak to keep."
         )
 
     def lines(self) -> list[str]:

@@ -76,6 +76,11 @@ def verdict_of(comparisons: Sequence[Comparison]) -> Verdict | None:
     return Verdict(tuple(phrases), tones[chosen[0].verdict] if len(verdicts) == 1 else "mixed")
 
 
+def noted(verdict: Verdict | None, note: str) -> Verdict | None:
+    """The verdict with a further sentence; the same without one, and None for no verdict."""
+    return verdict if verdict is None or not note else replace(verdict, phrases=(*verdict.phrases, Phrase(f". {note}", "")))
+
+
 def _without_model(chosen: Sequence[Comparison], comparisons: Sequence[Comparison]) -> list[Phrase]:
     """What follows where the adapter is not shown to be better than a method without a language model."""
     level = next((one for one in chosen if one.right in WITHOUT_MODEL and one.verdict != "better"), None)

@@ -27,7 +27,7 @@ from lorakeet.train.run import RunFolder
 from lorakeet.workflows.options import ChatOptions
 from lorakeet.workflows.replying.session import ChatSession
 from lorakeet.workflows.replying.speakers import BASE, LocalSpeaker, ServerSpeaker, Speaker
-from lorakeet.workflows.replying.texts import open_texts
+from lorakeet.workflows.replying.texts import open_texts, prompt_settings
 from lorakeet.workflows.runs.chat_options import is_server, require_chattable, target_name
 from lorakeet.workflows.runs.serving_options import named_paths
 
@@ -77,6 +77,7 @@ def _opened(options: ChatOptions, console: Console) -> tuple[Speaker, str, str |
         model, paths = "", {target_name(path, paths): path, **paths}
     adapters: dict[str, Adapter] = {}
     settings: dict[str, RunConfig] = {}
+    data: dict[str, DataSpec] = {}
     for name, path in paths.items():
         run = RunFolder.around(path)
         if run is not None:
@@ -84,12 +85,16 @@ def _opened(options: ChatOptions, console: Console) -> tuple[Speaker, str, str |
             if settings[name].kind != "text":
                 kind = settings[name].kind
                 raise ConfigError(f"{path} is a run of kind {kind}; chat is for text. Draw with lorakeet generate.")
+            data[name] = prompt_settings(settings[name].data, run.split)
+            data[name] = replace(data[name], template=DataSpec.template) if options.plain else data[name]
         adapters[name] = read_adapter(path, say=console.print)
     spec = _base(options, model, adapters, settings)
     memory = MemorySpec(budget=options.memory or "")
     source = open_texts(spec, memory, next(iter(adapters.values()), None), context=options.context, slots=SLOTS)
-    data = {name: config.data for name, config in settings.items()}
     first = next(iter(adapters), BASE)
+    if sys.stdin.isatty() and (template := data.get(first, DataSpec()).template) != DataSpec.template:
+        said = f"Each line is put into the template of the training rows, {template!r}; --plain leaves it as it is."
+        console.print(said, style="dim", markup=False, soft_wrap=True)
     return LocalSpeaker(source, adapters, data), first, data.get(first, DataSpec()).system
 
 

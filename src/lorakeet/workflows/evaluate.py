@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import dataclasses
+from collections import defaultdict
+from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -38,6 +40,7 @@ from lorakeet.workflows.runs.open_adapter import NAME, Opened, open_adapter
 from lorakeet.workflows.runs.output_paths import require_empty, writing
 from lorakeet.workflows.runs.residency import peak_said
 
+FEWEST = 5  # rows from which on a conclusion is drawn
 HELD_OUT = "the held-out rows"
 
 
@@ -89,6 +92,9 @@ def evaluate(options: EvaluateOptions, *, console: Console) -> Evaluated:
         report = evaluator.report(f"{options.run_or_adapter} on {rows.named}", baseline_rows=rows.baseline_rows)
         drift = evaluator.drift()
     found = rows.leaks
+    if report.rows_of < FEWEST:
+        few = f"Only {report.rows_of} of the rows could be measured: too few for a conclusion, which takes {FEWEST} at least."
+        report = dataclasses.replace(report, verdict=None, warnings=(few, *report.warnings))
     report = dataclasses.replace(
         report,
         subtitle=f"{text.name}, {report.rows_of} rows of {rows.named}",
@@ -174,8 +180,20 @@ def _rows_of_file(opened: Opened, data: str) -> _EvaluationRows:
     left, found = _without_seen(rows, known, settings.data)
     seen = len(rows) - len(left)
     fate = "left out" if settings.data.on_leak == "drop" else "kept, as data.on_leak says: the verdict is not on unseen rows"
-    said = (f"{seen or len(found.across)} of {len(rows)} rows are also training or held-out rows ({fate}).",)
-    return _EvaluationRows(left, Path(data).name, dataset.labels, known, found, (*dropped, *(said if found.across else ())))
+    said = [f"{_counts_of_copies(rows, found, seen or len(found.across))} ({fate})."] if found.across else []
+    return _EvaluationRows(left, Path(data).name, dataset.labels, known, found, (*dropped, *said))
+
+
+def _counts_of_copies(rows: Sequence[Row], found: LeakReport, count: int) -> str:
+    """How many of the rows the run has seen, and how many of them are only near-copies of what it has seen."""
+    kinds: dict[str, set[str]] = defaultdict(set)
+    for pair in found.across:
+        kinds[pair.row.source if pair.row_part == "test" else pair.twin.source].add(pair.kind)
+    near = sum(kind == {"near"} for kind in kinds.values())
+    if near == len(kinds):
+        return f"{count} of {len(rows)} rows are near-copies of training or held-out rows"
+    also = f", {near} of them as near-copies" if near else ""
+    return f"{count} of {len(rows)} rows are also training or held-out rows{also}"
 
 
 def _rows_without_training(opened: Opened, rows: tuple[Row, ...], named: str, why: LorakeetError) -> _EvaluationRows:

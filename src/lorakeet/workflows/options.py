@@ -368,6 +368,7 @@ class ChatOptions:
     adapter: tuple[str, ...] = setting((), "NAME=PATH of a further adapter of any format or a run; may be repeated.")
     base: str | None = setting(None, _BASE)
     system: str | None = setting(None, "System prompt; the default is that of the run's training.")
+    plain: bool = setting(False, "Leave each line as it is; else it goes into data.template of a run on labelled texts.")
     max_tokens: int = setting(512, "Most tokens of a reply.")
     temperature: float = setting(0.7, "Sampling temperature; 0 takes the likeliest token.")
     top_p: float = setting(0.95, "Sample among the likeliest tokens that have this probability together.")

@@ -22,6 +22,7 @@ from lorakeet.evaluate.own_metric import load_metric
 from lorakeet.evaluate.report.rank_values import RankMap
 from lorakeet.evaluate.report.report import Command, Report
 from lorakeet.evaluate.values import encode
+from lorakeet.evaluate.verdict import noted
 from lorakeet.evaluate.wording import bytes_text, duration_text
 from lorakeet.formats.detect import read_adapter
 from lorakeet.kernels.choose import in_words
@@ -200,7 +201,7 @@ def _show(result: TextPlanResult, console: Console) -> None:
         left = final_budget(config.ranks, planned.plan)
         cut = "once ranks.choose prune has cut them, which lowers memory and time (before that, no adapter is saved)"
         trained = f"{trained} at first, {left:,} in pairs {cut}"
-    say(f"{trained}; micro-batches of {rows.words}, all of them targets.")
+    say(f"{trained}; micro-batches of {rows.words}, planned as if all were targets.")
     show_peak(result, console, " with its weights in memory")
     if config.train.cuda_graphs:
         also = " finetune refuses it together with memory.budget." if result.budget else ""
@@ -249,7 +250,7 @@ def _speed_text(result: TextPlanResult) -> str:
     rows, train, lengths = result.planned.rows, result.config.train, result.lengths
     seconds, each = result.training_seconds, f"if each row has {rows.length:,} tokens"
     if lengths is not None:
-        each = f"with the {lengths.tokens:,} tokens of {lengths.rows:,} rows in an epoch"
+        each = f"with up to {lengths.tokens:,} tokens of {lengths.rows:,} rows in an epoch"
     if seconds is None:
         seconds, what = 1000 / rows.count * result.seconds, "for every 1,000 rows, in each epoch,"
     elif train.steps is not None:
@@ -460,6 +461,7 @@ class TextRunKind(RunKind[TextAssembly]):
             drift=evaluator.drift(),
             leaks=leaks(setup.dataset.leaks),
             leak_search=setup.dataset.leaks.method(),
+            verdict=noted(report.verdict, setup.dataset.leaks.much_dropped()),
             warnings=(*_warnings(setup), *report.warnings),
         )
 
@@ -540,6 +542,7 @@ def _summed(processes: Processes, tokens: dict[str, list[int]]) -> dict[str, lis
 
 def _warnings(setup: TextAssembly) -> Iterator[str]:
     yield from setup.dataset.notes
+    yield from filter(None, [setup.dataset.leaks.warning()])
     for name, encoded in setup.encoded.items():
         longer = f"{name} rows were longer than {setup.config.data.max_tokens} tokens and"
         if encoded.truncated:

@@ -7,7 +7,9 @@ from abc import ABC, abstractmethod
 from collections import OrderedDict
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import replace
 from functools import partial
+from pathlib import Path
 from typing import Any, TypeAlias
 
 import torch
@@ -18,7 +20,8 @@ from lorakeet.core.spec import LoraSpec
 from lorakeet.data.chat import Encoder
 from lorakeet.data.rows import Row, Turn
 from lorakeet.data.shapes import ROLES
-from lorakeet.data.spec import DataSpec
+from lorakeet.data.spec import DataSpec, fill_template, template_fields
+from lorakeet.data.split import read_split_record
 from lorakeet.errors import ConfigError, LorakeetError
 from lorakeet.memory.spec import MemorySpec
 from lorakeet.merging.combine import CombineSpec, combination
@@ -86,7 +89,8 @@ class TextSource(ABC):
     def ids(self, prompt: Prompt, data: DataSpec, *, raw: bool) -> tuple[int, ...]:
         """The tokens of a prompt, as training encodes it with the settings `data`; as it is with `raw`.
 
-        Raises ConfigError for what is no prompt, and DataError where the chat template refuses it.
+        A user's text is put into data.template, unless it stands in it already. Raises ConfigError for what is no prompt, and
+        for a template that takes other columns; DataError where the chat template refuses it.
         """
         turns = _turns(prompt, raw=raw)
         if raw:
@@ -94,7 +98,8 @@ class TextSource(ABC):
         else:
             system = (Turn("system", data.system, False),) if data.system and turns[0].role != "system" else ()
             settings = DataSpec(train=data.train, max_tokens=_LONGEST, chat_template=data.chat_template, separator=data.separator)
-            row = Row((*system, *turns, Turn("assistant", "ok", True)), None, None, "the prompt")
+            filled = tuple(_in_template(turn, data.template) for turn in turns)
+            row = Row((*system, *filled, Turn("assistant", "ok", True)), None, None, "the prompt")
             found = Encoder(self.text.tokenizer, settings).question(row)
             ids = [] if found is None else [int(number) for number in found[0]]
         if not ids:
@@ -266,6 +271,28 @@ class StreamedTexts(TextSource):
         self.closed = True
         if self.text.streamed is not None:
             self.text.streamed.stream.close()
+
+
+def prompt_settings(data: DataSpec, split: Path) -> DataSpec:
+    """The settings by which a run writes prompts: data.template is for labelled rows alone; split.json has their labels."""
+    labelled = split.is_file() and read_split_record(split).get("labels")
+    return data if labelled else replace(data, template=DataSpec.template)
+
+
+def _in_template(turn: Turn, template: str) -> Turn:
+    """The turn with a user's text in the template of labelled rows; as it is if it begins and ends as the template does."""
+    if turn.role != "user" or template == DataSpec.template:
+        return turn
+    fields = template_fields(template)
+    before, *_, after = fill_template(template, dict.fromkeys(fields, "\0"), fields[0])[0].split("\0")
+    if turn.text.startswith(before) and turn.text.endswith(after) and before + after and len(turn.text) >= len(before + after):
+        return turn
+    if len(fields) > 1:
+        raise ConfigError(
+            f"The run's rows were written by data.template {template!r}, with the columns {', '.join(fields)}; a text alone does "
+            "not fill them. Give the whole prompt as the template writes it, or turn the template off."
+        )
+    return replace(turn, text=fill_template(template, {fields[0]: turn.text}, fields[0])[0])
 
 
 def _identity(adapter: Adapter) -> Identity:
