@@ -77,6 +77,21 @@ def test_the_run_folder_holds_what_the_contract_says(finished: Any) -> None:
     assert peft.read(path / "adapter").base == str(finished.model)
 
 
+def test_many_dropped_rows_stand_in_the_verdict_and_the_warnings(tiny_llama_folder: Path, tmp_path: Path) -> None:
+    """A newcomer's case: 71 % of the rows were dropped as near-copies, and only the terminal said so."""
+    given = reviews(20)
+    near = [{**row, "text": f"{row['text']} zinnia"} for row in given[:5]]
+    test = write_rows(tmp_path / "test.jsonl", [*reviews(4, seed=7), *near])
+    data = write_rows(tmp_path / "rows.jsonl", given)
+    held_out = write_rows(tmp_path / "held_out.jsonl", reviews(6, seed=8))
+    changes = {"data.test": str(test), "data.held_out": str(held_out), "train.steps": "1"}
+    report = run(tiny_llama_folder, data, tmp_path / "run", changes).report
+    said = "5 of 20 training rows were DROPPED as copies of held-out or test rows, 5 of them near-copies"
+    assert report.verdict is not None and report.verdict.sentence.endswith(f". {said}.")
+    assert [line for line in report.warnings if line.startswith(f"{said}; 15 were trained.") and "lk.rows(…, near" in line]
+    assert said in (tmp_path / "run" / "report.html").read_text()
+
+
 def test_the_report_is_filled_and_self_contained(finished: Any) -> None:
     report = read_report(finished.path / "report.json")
     assert report == finished.result.report
