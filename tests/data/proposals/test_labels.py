@@ -90,14 +90,14 @@ def spelt(number: int, length: int) -> str:
 def test_two_thousand_long_labels_need_few_comparisons(shape: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """Each pair was compared before: of 1,000 rare and 1,000 frequent labels a million."""
     compared = []
-    measure = proposals._distance
+    measure = proposals.edit_distance
 
     def counted(one: str, two: str) -> int:
         compared.append((one, two))
         assert len(compared) <= 2000
         return measure(one, two)
 
-    monkeypatch.setattr(proposals, "_distance", counted)
+    monkeypatch.setattr(proposals, "edit_distance", counted)
     words = [spelt(number, 200 if shape == "long word" else 12) for number in range(1, 2001)]
     before = "home and garden / tools of all kinds / " * 5 if shape == "path" else ""
     counts = {f"{before}{word}": 1 if place % 2 else 30 for place, word in enumerate(words)}

@@ -134,7 +134,7 @@ def _near(word: str, other: str) -> bool:
     """True for a slip. A negation, as by in-, un- or a-, begins with another letter; hypo- and hyper- are prefixes."""
     if word[0] != other[0] or _prefixed(word, other):
         return False
-    return _distance(word, other) <= _allowed(len(word), len(other))
+    return edit_distance(word, other) <= _allowed(len(word), len(other))
 
 
 def _prefixed(word: str, other: str) -> bool:
@@ -166,7 +166,7 @@ def _joined(words: Sequence[str]) -> str:
     return "".join(f" {word} " if any(map(str.isdigit, word)) else word for word in words)
 
 
-def _distance(one: str, two: str) -> int:
+def edit_distance(one: str, two: str) -> int:
     """The fewest letters to insert, leave out or replace (Levenshtein 1966), or neighbours to exchange."""
     before: list[int] = []
     row = list(range(len(two) + 1))
