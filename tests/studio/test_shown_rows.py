@@ -53,6 +53,7 @@ def test_rows_are_shown_as_a_run_reads_them(file: Path, tmp_path: Path) -> None:
     assert found["columns"]["used"] == {"prompt": "prompt", "completion": "answer"}
     split = found["split"]
     assert sum(split["counts"].values()) + split["dropped"] == 52 and split["repeats"] + split["leaks"] >= 12
+    assert split["repeated"] == "exact copies among measured rows are measured once; repeated training rows count twice"
     pair = split["pairs"][0]
     assert {row["source"] for row in pair["rows"]} <= {f"rows.jsonl:{line}" for line in range(1, 53)} and len(pair["rows"]) == 2
     row = found["tokens"]["rows"][0]

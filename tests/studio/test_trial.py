@@ -26,12 +26,14 @@ from lorakeet.studio.trial import (
     close_trial,
     current_trial,
     examples_of,
+    in_trained_prompts,
     mixed,
     open_trial,
     port_of,
     reply_lines,
     running_beside,
     served_base,
+    shown_template,
     single_rows,
     trial_state,
 )  # fmt: skip
@@ -201,3 +203,18 @@ def test_two_tabs_that_load_a_model_leave_one(studio: Studio, monkeypatch: pytes
     with ThreadPoolExecutor(2) as pool:
         list(pool.map(lambda _: open_trial(studio.places, studio.queue, "mine"), range(2)))
     assert [state for _, state in studio.queue.going()] == ["waiting"]
+
+
+def test_each_message_has_the_prompt_of_the_training(studio: Studio) -> None:
+    """Of the user; whatever a run with answers was trained on is typed as it is."""
+    settings = {"train": "r", "template": "Review: {text}\nOne of: a, b", "labels": ["a", "b"]}
+    folder = made(studio, "mine", json.dumps({"model": "m", "data": settings}))
+    said = [{"role": "system", "content": "S"}, {"role": "user", "content": "fine"}, {"role": "assistant", "content": "a"}]
+    assert in_trained_prompts(folder, said) == [said[0], {"role": "user", "content": "Review: fine\nOne of: a, b"}, said[2]]
+    assert shown_template(folder) == settings["template"]
+    free = made(studio, "free", json.dumps({"model": "m", "data": {**settings, "labels": []}}))
+    assert in_trained_prompts(free, said) == said and shown_template(free) == ""
+    raw = made(studio, "raw", json.dumps({"model": "m", "data": {**settings, "template": "{text}", "chat_template": "off"}}))
+    assert shown_template(raw) == ""
+    with pytest.raises(ConfigError, match="trained without the chat template"):
+        in_trained_prompts(raw, said)

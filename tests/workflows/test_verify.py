@@ -122,6 +122,27 @@ def test_labelled_rows_that_are_left_out_are_counted_and_said(loud: Loud, tmp_pa
     assert size.waiting == 4 * tokens * read_config(loud.model).vocab_size
 
 
+def test_few_bits_take_more_rows_within_the_memory_plan_or_say_that_they_cannot_tell(loud: Loud, tmp_path: Path) -> None:
+    opened = open_adapter(loud.path)
+    dataset, live = load_dataset(opened.config.data), live_side(opened, quiet())
+    probes = probes_of(opened, dataset, live, 1)
+    others = len(dataset.held_out) - 1
+    more = probes.further(10_000)
+    assert len(more) == others and {row.key for row in more}.isdisjoint(row.key for row in probes.labelled)
+    assert len(probes.further(1)) == 1
+    longest = max(map(len, probes.rows))
+    planned = dataclasses.replace(opened, config=opened.config.changed(memory={"budget": "8GiB"}))
+    kept = probes_of(planned, dataset, live, 1).further(10_000)
+    assert len(kept) < others and all(len(row.prompt) + max(map(len, row.completions)) <= longest for row in kept)
+    write_model(loud.model, loud.adapter, wide := tmp_path / "wide.gguf")
+    quantise(wide, few := tmp_path / "few.gguf", "q4_0")
+    found = certify_artefacts(opened, VerifyOptions("x", against=(str(few),), rows=1), quiet())
+    check = next(check for check in found.checks if kind(check) == "answers")
+    [weak] = found.unchecked
+    assert check.n == len(dataset.held_out) < 58
+    assert f"{check.n} rows cannot tell: 4 bits may change 25% of the answers" in str(weak)
+
+
 def test_a_wrong_file_is_held_against_itself_only_and_until_it_is_gone(loud: Loud, tmp_path: Path) -> None:
     run = Path(shutil.copytree(loud.path, tmp_path / "run"))
     for folder in ("good", "wrong"):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import gzip
+import hashlib
 import io
 import re
 import zipfile
@@ -15,7 +16,7 @@ from typing import IO, cast
 
 from lorakeet.data.guarded_stream import MOST_UNPACKED, GuardedStream, too_large, unpacking
 from lorakeet.data.text_encoding import codec_of, encoding_refusal
-from lorakeet.errors import ConfigError, DataError, EnvironmentProblem, nearest
+from lorakeet.errors import ConfigError, DataError, EnvironmentProblem, LorakeetError, nearest
 
 PACKAGE = "package:"
 _HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*(/[A-Za-z0-9][\w.-]*)?")
@@ -78,6 +79,27 @@ def locate_data(name: str) -> Location:
     if path.suffix.lower() == ".zip":
         return Location(path, _find_member(path, ""))
     return Location(path)
+
+
+def state_of_data(name: str | None) -> tuple[object, ...] | None:
+    """What changes whenever the rows of `name` do: path, size and time of its file, and a zip member's entry in the directory.
+
+    Of a folder the same of all its files. None where nothing says it, such as for a file that is missing.
+    """
+    if not name:
+        return ()
+    try:
+        found = locate_data(name)
+        files = sorted(path for path in found.path.rglob("*") if path.is_file()) if found.path.is_dir() else [found.path]
+        states = tuple((str(file), file.stat().st_size, file.stat().st_mtime_ns) for file in files)
+        if found.member is None:
+            return states
+        with unpacking(found.path), zipfile.ZipFile(found.path) as archive:
+            entry = archive.getinfo(found.member)
+        about = entry.filename, entry.date_time, entry.CRC, entry.file_size, entry.compress_size, entry.header_offset
+        return (*states, hashlib.sha256(repr(about).encode("utf-8", "surrogatepass")).hexdigest())
+    except (LorakeetError, OSError):
+        return None
 
 
 def package_file(distribution: str, suffix: str = "") -> Path:

@@ -78,6 +78,11 @@ def _clopper_pearson(successes: int, n: int, tail: float) -> tuple[float, float]
     return low, float(special.betainccinv(successes + 1, n - successes, tail))
 
 
+def share_beyond(k: int, n: int, rate: float) -> float:
+    """P(X > k) of X, the count among `n` where each counts with the probability `rate` (exact binomial)."""
+    return 0.0 if k >= n else float(special.betainc(k + 1, n - k, rate))
+
+
 def share(flags: NDArray[np.bool_], *, spec: EvaluateSpec, groups: Sequence[Hashable] | None = None) -> Estimate:
     """The share of true flags: Wilson for independent rows, a bootstrap over groups otherwise."""
     if groups is None:

@@ -7,8 +7,10 @@ import hashlib
 import itertools
 import os
 import secrets
+import threading
 import time
 from collections.abc import Iterator
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -17,7 +19,7 @@ from starlette.requests import Request
 from starlette.responses import JSONResponse, Response
 from starlette.routing import Route
 
-from lorakeet.disk import create, erase, written_whole
+from lorakeet.disk import create, erase, stage_in_use, written_whole
 from lorakeet.errors import ConfigError
 from lorakeet.evaluate.wording import bytes_text
 from lorakeet.formats.files.digest import sha256_of
@@ -32,6 +34,7 @@ _MOST = 200  # of each kind
 _ENTRIES = 20_000  # that are read in all
 MOST_UPLOADED = 4 * LARGEST_UPLOAD  # bytes of all copies
 _UNFINISHED = 24 * 3600.0  # seconds after which an unfinished copy is a leftover
+_ADDING = threading.Lock()  # of bytes, so that uploads at once keep the limit together
 _LEFT_OUT = {"node_modules", "__pycache__", "site-packages", "checkpoints", "adapter"}
 
 
@@ -97,20 +100,26 @@ async def _receive(request: Request) -> Response:
         raise ConfigError(f"The file's name is {name!r:.80}; expected a plain name that ends with {', '.join(ROWS)}.")
     await asyncio.to_thread(_require_space, places, int(request.headers.get("content-length") or 0))
     size, sent = 0, hashlib.sha256()
-    coming = places.own / "rows" / f".{secrets.token_hex(8)}" / name
+    folder = places.own / "rows"
+    coming = folder / f".{secrets.token_hex(8)}" / name
     try:
         with written_whole(coming) as made, create(made) as file:
 
             def take(piece: bytes) -> None:
                 sent.update(piece)
-                file.write(piece)
+                with _ADDING:
+                    others = _kept(folder, but=coming.parent)
+                    if size + others > MOST_UPLOADED:
+                        raise _too_much(folder, size, MOST_UPLOADED - others)
+                    file.write(piece)
+                    file.flush()
 
             async for piece in request.stream():
                 size += len(piece)
                 if size > LARGEST_UPLOAD:
                     raise ConfigError(f"{name} has more than {bytes_text(LARGEST_UPLOAD)}. Put it into a folder of the studio.")
                 await asyncio.to_thread(take, piece)  # a slow disk keeps no other page waiting
-        path = await asyncio.to_thread(_settled, coming, places.own / "rows", sent.hexdigest())
+        path = await asyncio.to_thread(_settled, coming, folder, sent.hexdigest())
     finally:
         erase(coming.parent)
     return JSONResponse({"path": str(path), "bytes": size})
@@ -120,15 +129,29 @@ def _require_space(places: Places, size: int) -> None:
     """Removes unfinished copies of a killed studio. ConfigError for a file that is too large, alone or with the others."""
     folder = places.own / "rows"
     for left in folder.glob(".*"):
-        if time.time() - left.stat().st_mtime > _UNFINISHED:
-            erase(left)
-    kept = sum(path.stat().st_size for path in folder.glob("*") if path.is_file())
+        with suppress(OSError):  # it has ended meanwhile
+            if time.time() - left.stat().st_mtime > _UNFINISHED and not any(map(stage_in_use, left.glob("*"))):
+                erase(left)
+    kept = _kept(folder)
     if size > LARGEST_UPLOAD or kept + size > MOST_UPLOADED:
-        raise ConfigError(
-            f"The file has {bytes_text(size)}; expected at most {bytes_text(min(LARGEST_UPLOAD, MOST_UPLOADED - kept))}: a copy "
-            f"may have {bytes_text(LARGEST_UPLOAD)}, and all copies together {bytes_text(MOST_UPLOADED)}. Put the file into a "
-            f"folder of the studio, or delete copies in {folder} that no run needs."
-        )
+        raise _too_much(folder, size, MOST_UPLOADED - kept)
+
+
+def _kept(folder: Path, but: Path | None = None) -> int:
+    """Bytes of all copies in `folder`, those that still arrive too; without what is in the folder `but`."""
+    found = 0
+    for path in folder.rglob("*"):
+        with suppress(OSError):  # it was moved or erased meanwhile
+            found += path.lstat().st_size if path.is_file() and (but is None or but not in path.parents) else 0
+    return found
+
+
+def _too_much(folder: Path, size: int, left: int) -> ConfigError:
+    return ConfigError(
+        f"The file has {bytes_text(size)}; expected at most {bytes_text(min(LARGEST_UPLOAD, max(0, left)))}: a copy "
+        f"may have {bytes_text(LARGEST_UPLOAD)}, and all copies together {bytes_text(MOST_UPLOADED)}. Put the file into a "
+        f"folder of the studio, or delete copies in {folder} that no run needs."
+    )
 
 
 def _settled(coming: Path, folder: Path, digest: str) -> Path:

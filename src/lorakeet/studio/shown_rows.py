@@ -35,6 +35,7 @@ from lorakeet.studio.workbench import Send
 from lorakeet.workflows.planning.encoded_rows import EncodedRows
 
 FIRST, PAIRS, COUNTED, PICTURES = 5, 60, 4000, 48  # rows, pairs, rows whose lengths are counted, pictures that are shown
+REPEATED = "exact copies among measured rows are measured once; repeated training rows count twice"
 BARS = 24
 NO_MODEL = "none"
 _RESOLUTION, _MULTIPLE = 512, 64  # of pictures, where no model says another
@@ -112,6 +113,7 @@ def split_values(dataset: Dataset) -> dict[str, Any]:
         "leaks": len(report.across),
         "dropped": len(report.dropped),
         "repeats": len(report.within),
+        "repeated": REPEATED,
         "pairs": [pair_values(pair, dropped) for pair in (*report.across, *report.within)[:PAIRS]],
     }
 

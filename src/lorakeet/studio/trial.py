@@ -7,7 +7,7 @@ import json
 import re
 import secrets
 import threading
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, closing
 from dataclasses import dataclass
 from http.client import HTTPConnection, HTTPException, HTTPResponse
@@ -20,8 +20,10 @@ from lorakeet.errors import ConfigError, DataError, EnvironmentProblem, one_mess
 from lorakeet.formats.files.json_object import read_object
 from lorakeet.studio.jobs import BESIDE, Job, Queue
 from lorakeet.studio.places import Places, regular_within
+from lorakeet.train.run import RunFolder
 from lorakeet.workflows.runs.server_answer import LONGEST_LINE
 from lorakeet.workflows.runs.studio_options import LOOPBACK_ADDRESS
+from lorakeet.workflows.runs.trained_prompt import trained_labels, trained_prompt
 
 TrialState = Literal["off", "starting", "ready", "failed"]
 _SECONDS = 600.0  # without a byte of an answer
@@ -211,6 +213,33 @@ def single_rows(folder: Path) -> bool:
     """True where the run was trained on texts with labels: then a message stands for itself, as its rows did."""
     report = _report_of(folder)
     return bool(report.get("rows")) and report.get("task", "classification") == "classification"
+
+
+def in_trained_prompts(folder: Path, messages: Sequence[Any]) -> list[Any]:
+    """The messages with each text of the user in the prompt that the run in `folder` was trained on. ConfigError if it has none.
+
+    ConfigError also where rows with labels were trained without the chat template, through which a server puts all messages.
+    """
+    data = read_run(folder / "config.yaml").data
+    labels = trained_labels(RunFolder(folder), data)
+    if not labels:
+        return list(messages)
+    if data.chat_template == "off":
+        raise ConfigError("This run was trained without the chat template, which is used here. Use: lorakeet predict.")
+
+    def prompted(message: Any) -> Any:
+        if not isinstance(message, dict) or message.get("role") != "user":
+            return message
+        return {**message, "content": trained_prompt(str(message.get("content", "")), data, labels)}
+
+    return [prompted(message) for message in messages]
+
+
+def shown_template(folder: Path) -> str:
+    """data.template of a run with labels, if it adds anything to the text; else an empty string."""
+    data = read_run(folder / "config.yaml").data
+    plain = data.template.strip() in ("{text}", f"{{{data.text_column}}}")
+    return "" if plain or not trained_labels(RunFolder(folder), data) else data.template
 
 
 def running_beside(queue: Queue) -> str:

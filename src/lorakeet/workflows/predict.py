@@ -21,7 +21,6 @@ from lorakeet.data.predicted.written_records import TableForm, can_write, form_l
 from lorakeet.data.read import read_records
 from lorakeet.data.rows import Row
 from lorakeet.data.spec import DataSpec
-from lorakeet.data.split import read_split_record
 from lorakeet.data.tables import RowProblems
 from lorakeet.data.template import uses_template
 from lorakeet.disk import written_whole
@@ -42,6 +41,7 @@ from lorakeet.workflows.planning.forecast_text_run import Workload
 from lorakeet.workflows.runs.open_adapter import NAME, Opened, open_adapter
 from lorakeet.workflows.runs.output_paths import require_absent, require_place, writing
 from lorakeet.workflows.runs.residency import peak_said
+from lorakeet.workflows.runs.trained_prompt import trained_labels
 
 TOGETHER = 2048  # rows that are in memory at once
 _SAMPLED = 100  # records from which columns are proposed
@@ -101,7 +101,7 @@ def predict(options: PredictOptions, *, console: Console) -> Predicted:
     path = Path(options.run_or_adapter)
     opened = open_adapter(path, base=options.base, config=options.config, say=console.print).within(options.memory)
     require_encodable(opened.config)
-    labels = _labels(opened)
+    labels = trained_labels(opened.run, opened.config.data)
     file = _read_first(options, opened.config.data, labels)
     one_line, unknown = (False, "") if labels else _one_line(opened)
     for note in file.notes:
@@ -123,14 +123,6 @@ def predict(options: PredictOptions, *, console: Console) -> Predicted:
     shortened = f", {found.shortened:,} shortened to {settings.data.max_tokens:,} tokens" if found.shortened else ""
     say(f"{found.answered:,} of {found.rows:,} rows answered{shortened}; {found.review:,} marked for review: {options.out}")
     return found
-
-
-def _labels(opened: Opened) -> tuple[str, ...]:
-    """The labels of the run, in the order of its report; of a bare adapter those of its settings."""
-    if opened.run is not None and opened.run.split.is_file():
-        known = read_split_record(opened.run.split).get("labels")
-        return tuple(map(str, known)) if isinstance(known, list) else ()
-    return opened.config.data.labels
 
 
 @dataclass(frozen=True)

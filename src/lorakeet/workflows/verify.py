@@ -6,11 +6,12 @@ live adapter in fp32  ──  the same ids, prompts, answers and texts  ──  
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager, ExitStack, closing, suppress
 from dataclasses import dataclass, replace
 from datetime import datetime, timezone
 from functools import partial
+from itertools import islice
 from pathlib import Path
 from typing import Any, ClassVar
 
@@ -19,7 +20,7 @@ import torch
 from rich.console import Console
 
 from lorakeet.config import read_run
-from lorakeet.data.chat import Encoder, Ids
+from lorakeet.data.chat import Candidates, Encoder, Ids
 from lorakeet.data.prepare import Dataset
 from lorakeet.data.rows import Row
 from lorakeet.data.template import is_templated
@@ -70,7 +71,7 @@ from lorakeet.workflows.verification.checks import (
     check_stored,
 )
 from lorakeet.workflows.verification.diagnose import cause_from_logits, cause_from_weights
-from lorakeet.workflows.verification.label_answers import check_label_answers
+from lorakeet.workflows.verification.label_answers import check_label_answers, weak_answers
 from lorakeet.workflows.verification.server import Earlier, Server, check_server
 from lorakeet.workflows.verification.watch import parse_duration, watch_server
 
@@ -176,8 +177,8 @@ def certify_artefacts(
             open_artefact, target, opened, base=options.base_gguf, precision=options.precision, console=console,
             context=longest + GREEDY_TOKENS + MARGIN, beside=beside,
         )  # fmt: skip
-        found = _compared_with(form, live, probes, opened, source)
-        checks += found
+        found, weak = _compared_with(form, live, probes, opened, source)
+        checks, unchecked = checks + found, unchecked + weak
         if probes.too_long and not probes.labelled:
             why = f"every labelled row is longer than the {probes.most} tokens that fit into the budget"
             unchecked.append(Unchecked(found[0].artefact, "answers", why))
@@ -226,8 +227,11 @@ def _earlier(opened: Opened) -> Earlier | None:
 
 def _compared_with(
     form: Callable[[], AbstractContextManager[Artefact]], live: InTorch, probes: Probes, opened: Opened, source: Path
-) -> list[Check]:
-    """The checks of the artefact that `form` opens; where weights are streamed, it has gone before the live model computes."""
+) -> tuple[list[Check], list[Unchecked]]:
+    """The checks of the artefact that `form` opens, and what they cannot tell.
+
+    Where weights are streamed, the artefact has gone before the live model computes.
+    """
     live.text.release()
     with ExitStack() as stack:
         artefact = stack.enter_context(form())
@@ -243,14 +247,18 @@ def _compared_with(
             return _checks(live, recorded, stored, probes, opened)
 
 
-def _checks(live: InTorch, artefact: Artefact, stored: Mapping[str, StoredTensor], probes: Probes, opened: Opened) -> list[Check]:
+def _checks(
+    live: InTorch, artefact: Artefact, stored: Mapping[str, StoredTensor], probes: Probes, opened: Opened
+) -> tuple[list[Check], list[Unchecked]]:
     spec = opened.config.evaluate
     found = [check_prompts(live, artefact, probes), check_logits(live, artefact, probes, spec)]
     if probes.labelled:
         found.append(check_label_answers(live, artefact, probes, spec))
     found += [check_greedy(live, artefact, probes), check_stored(artefact.name, stored, artefact.allowed)]
+    weak = weak_answers(found, probes.labelled, artefact.allowed)
+    cannot = [] if weak is None else [weak]
     if all(check.passed for check in found[1:]):
-        return found
+        return found, cannot
     cause = cause_from_weights(stored, live)
     if not cause:  # from the first tokens of a row: enough to find it, and few enough to be in memory several times
         row = probes.rows[0].tolist()
@@ -258,7 +266,7 @@ def _checks(live: InTorch, artefact: Artefact, stored: Mapping[str, StoredTensor
         cause = cause_from_logits(live, row[: len(theirs)], theirs)
     said = f"{cause} {_next_step(artefact, found[-1])}"
     explained = (check if check.passed else replace(check, detail=f"{check.detail} {said}".strip()) for check in found[1:])
-    return [found[0], *explained]
+    return [found[0], *explained], cannot
 
 
 def _next_step(artefact: Artefact, weights: Check) -> str:
@@ -289,9 +297,23 @@ def probes_of(opened: Opened, dataset: Dataset | None, live: InTorch, rows: int)
         if is_templated(row, live.text.tokenizer, opened.config.data) and len(_messages(row)) > 0
     ]
     texts = (*RAW_TEXTS, *(row.text for row, _ in chosen[:TEXTS]))
-    return Probes(talks, texts, [example.ids for _, example in chosen], labelled, prompts[:GREEDY]).cut_to(
-        opened.residency.way.longest
-    )
+    ids = [example.ids for _, example in chosen]
+    longest = opened.residency.way.longest or (max(map(len, ids)) if opened.config.memory.limit else None)
+    others = [row for row in dataset.held_out if not any(row is one for one, _ in chosen)]
+    further = partial(_further, others, encoder, longest) if labelled and opened.residency.store is None else _no_further
+    return Probes(talks, texts, ids, labelled, prompts[:GREEDY], further=further).cut_to(opened.residency.way.longest)
+
+
+def _no_further(count: int) -> list[Candidates]:
+    """Outputs of more rows would wait on disk beyond what was planned."""
+    return []
+
+
+def _further(rows: Sequence[Row], encoder: Encoder, longest: int | None, count: int) -> list[Candidates]:
+    """The labelled prompts of the first `count` rows that are whole, and within the memory plan: `longest` tokens."""
+    encoded = (found for row in rows if (found := encoder.candidates(row)) is not None and not found.truncated)
+    fitting = (one for one in encoded if longest is None or len(one.prompt) + max(map(len, one.completions)) <= longest)
+    return list(islice(fitting, count))
 
 
 def _messages(row: Row) -> Messages:

@@ -10,6 +10,7 @@ from dataclasses import replace
 import pytest
 from starlette.testclient import TestClient
 
+from lorakeet.evaluate.baselines import MAJORITY, TFIDF
 from lorakeet.evaluate.certificate import Certificate, Unchecked, tolerance_check
 from lorakeet.evaluate.intervals import Estimate
 from lorakeet.evaluate.report.report import Report, ScoredAnswer, SideBySide, SystemResult, write_report
@@ -79,12 +80,20 @@ def estimate(value: float) -> Estimate:
 
 
 def test_accuracies_are_said_in_rows_and_a_simple_method_that_is_as_good_is_named() -> None:
-    names = (("base", "base", 0.3125), ("adapter", "adapter", 0.9375), ("TF-IDF", "floor", 1.0), ("majority", "floor", 0.25))
+    names = (("base", "base", 0.3125), ("adapter", "adapter", 0.9375), (TFIDF, "floor", 1.0), (MAJORITY, "floor", 0.25))
     systems = tuple(SystemResult(name, role, {"accuracy": estimate(value)}) for name, role, value in names)  # type: ignore[arg-type]
     first, second = plain_sentences(replace(REPORT, rows_of=16, systems=systems))
     assert first == "The trained model has 15 of 16 rows right; before training it had 5 of 16."
-    assert second.startswith("TF-IDF, which needs no such model, has 16 of 16 right.")
+    assert second.startswith(f"{TFIDF}, which needs no such model, has 16 of 16 right.")
     assert plain_sentences(REPORT) == []
+
+
+@pytest.mark.parametrize("name", ["few-shot base", "uncut adapter"])
+def test_what_needs_the_model_is_never_all_that_is_needed(name: str) -> None:
+    names = (("base", "base", 0.3125), ("adapter", "adapter", 0.9375), (name, "floor", 1.0))
+    systems = tuple(SystemResult(one, role, {"accuracy": estimate(value)}) for one, role, value in names)  # type: ignore[arg-type]
+    said = plain_sentences(replace(REPORT, rows_of=16, systems=systems))
+    assert said[1:] == [f"{name} has 16 of 16 right, with the same model."]
 
 
 def test_a_warning_that_advises_a_setting_leads_to_a_run_with_it(browser: TestClient, studio: Studio) -> None:

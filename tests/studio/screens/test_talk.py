@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
+from typing import Any
 
 import pytest
 from starlette.testclient import TestClient
@@ -13,6 +14,7 @@ from lorakeet.studio.pages import Studio
 from lorakeet.studio.screens import talk as module
 from lorakeet.studio.screens.talk import conversation
 from lorakeet.studio.trial import TriedModel, mixed
+from lorakeet.workflows.options import PredictOptions
 
 
 @pytest.fixture
@@ -82,3 +84,24 @@ def test_a_reply_that_breaks_off_says_so(
     monkeypatch.setattr(module, "reply_lines", lines)
     said = browser.post("/try/say", data={"messages": "[]"})
     assert said.status_code == 200 and '"choices": []' in said.text and "reset by peer" in said.text
+
+
+def test_what_is_sent_is_what_the_run_was_trained_on(
+    browser: TestClient, studio: Studio, run: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """data.template around the message, and the answer limit of `lorakeet predict`; the page shows both."""
+    data = {"train": "r", "template": "Is this spam?\n{text}", "labels": ["no", "yes"]}
+    (run / "config.yaml").write_text(json.dumps({"model": "m", "data": data}))
+    job = studio.queue.add(["serve"], title="x")
+    monkeypatch.setattr(module, "current_trial", lambda queue: TriedModel(job, "mine", 1, "k"))
+    monkeypatch.setattr(module, "trial_state", lambda trial: ("ready", ""))
+    monkeypatch.setattr(module, "served_base", lambda trial: "tiny")
+    sent: list[Any] = []
+    monkeypatch.setattr(module, "reply_lines", lambda trial, body: (sent.append(body), iter([b"data: [DONE]\n"]))[1])
+    for weights in ("{}", '{"mine": 1}'):
+        messages = json.dumps([{"role": "user", "content": "buy now"}])
+        assert browser.post("/try/say", data={"messages": messages, "weights": weights}).status_code == 200
+    assert [body["messages"][0]["content"] for body in sent] == ["Is this spam?\nbuy now"] * 2
+    assert {body["max_tokens"] for body in sent} == {PredictOptions.max_tokens}
+    page = browser.get("/try").text
+    assert "<code class=\"wrap\">Is this spam?\n{text}</code>" in page and f'value="{PredictOptions.max_tokens}"' in page

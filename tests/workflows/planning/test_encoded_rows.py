@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import io
+import json
+import zipfile
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +14,7 @@ from rich.console import Console
 from lorakeet.data.chat import Encoder
 from lorakeet.data.read import read_rows
 from lorakeet.errors import DataError
+from lorakeet.memory.remembered import remembering
 from lorakeet.models.text.load import load_tokenizer, read_config
 from lorakeet.workflows.finetuning.assemble_text import assemble_text
 from lorakeet.workflows.planning.encoded_rows import EncodedRows, within_context, workload_of_files
@@ -146,3 +149,24 @@ def test_a_plan_says_what_is_known_of_the_measurement(finished: Any, tmp_path: P
     assert any("'Verpflegng' has 1 row and is very like 'Verpflegung' (30)" in line for line in said)
     assert any("6 rows are few to measure on" in line for line in said) and any("There are no test rows" in line for line in said)
     assert any("Answer with one of: Pflege, Verpflegung'" in line for line in said), "the slip is not proposed"
+
+
+def test_lengths_of_an_archive_that_was_replaced_are_counted_anew(finished: Any, tmp_path: Path) -> None:
+    path = tmp_path / "a.zip"
+
+    def written(rows: int) -> None:
+        with zipfile.ZipFile(path, "w") as file:
+            file.writestr("rows.jsonl", "".join(json.dumps(row) + "\n" for row in reviews(rows)))
+
+    def counted() -> int:
+        config = settings(finished.model, path, tmp_path / "run").changed(data={"train": f"{path}!rows.jsonl"})
+        found = workload_of_files(config, read_config(finished.model), print)
+        assert found.lengths is not None
+        return found.lengths().rows
+
+    values: dict[str, Any] = {}
+    with remembering(values, lambda key, value: None):
+        written(20)
+        assert counted() == counted() == 20 and len(values) == 1
+        written(30)
+        assert counted() == 30

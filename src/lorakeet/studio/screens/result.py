@@ -14,6 +14,7 @@ from starlette.routing import Route
 
 from lorakeet.errors import LorakeetError
 from lorakeet.evaluate.report.report import OUTCOMES, Report, read_report, render_html
+from lorakeet.evaluate.verdict import WITHOUT_MODEL
 from lorakeet.evaluate.wording import check_words, compact, metric_words
 from lorakeet.studio.forms import settings_of
 from lorakeet.studio.pages import Screen, moved, page, page_address, studio_of
@@ -63,7 +64,7 @@ def _shown(places: Places, name: str) -> tuple[list[str], str] | None:
 
 
 def plain_sentences(report: Report) -> list[str]:
-    """What the accuracies mean in rows: the adapter's and the base's, and every simple method that is as good as the adapter."""
+    """What the accuracies mean in rows: the adapter's and the base's, and all others that are as good as the adapter."""
     measured = [one for one in report.systems if "accuracy" in one.metrics]
     right = {one.name: round(one.metrics["accuracy"].value * report.rows_of) for one in measured}
     by_role = {one.role: one.name for one in reversed(report.systems) if one.name in right}
@@ -72,11 +73,15 @@ def plain_sentences(report: Report) -> list[str]:
     mine, of = right[by_role["adapter"]], report.rows_of
     found = [f"The trained model has {mine} of {of} rows right; before training it had {right[by_role['base']]} of {of}."]
     for one in report.systems:
-        if one.role == "floor" and right.get(one.name, -1) >= mine:
+        if one.role != "floor" or right.get(one.name, -1) < mine:
+            continue
+        if one.name in WITHOUT_MODEL:
             found.append(
                 f"{one.name}, which needs no such model, has {right[one.name]} of {of} right. For this task it may be all that "
                 "you need."
             )
+        else:
+            found.append(f"{one.name} has {right[one.name]} of {of} right, with the same model.")
     return found
 
 

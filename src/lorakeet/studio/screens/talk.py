@@ -23,17 +23,21 @@ from lorakeet.studio.trial import (
     close_trial,
     current_trial,
     examples_of,
+    in_trained_prompts,
     mixed,
     open_trial,
     reply_lines,
     running_beside,
     served_base,
+    shown_template,
     single_rows,
     trial_state,
 )  # fmt: skip
+from lorakeet.workflows.options import PredictOptions
 
 _LONGEST = 200_000  # characters of a conversation
-_SAMPLING = {"temperature": 0.0, "max_tokens": 200.0, "seed": 0.0}
+LONGEST_ANSWER: int = PredictOptions.max_tokens  # tokens, as `lorakeet predict`
+_SAMPLING = {"temperature": 0.0, "max_tokens": float(LONGEST_ANSWER), "seed": 0.0}
 
 
 def _talk(request: Request) -> Response:
@@ -50,7 +54,8 @@ def _talk(request: Request) -> Response:
         same=[run.name for run in runs if loaded is not None and run.model == base and run.name != loaded.run],
         examples=examples_of(studio.places.runs / loaded.run) if loaded else [], beside=running_beside(studio.queue),
         alone=loaded is not None and single_rows(studio.places.runs / loaded.run),
-        folder=str(studio.places.runs / wanted) if wanted else "",
+        folder=str(studio.places.runs / wanted) if wanted else "", longest=LONGEST_ANSWER,
+        prompt=shown_template(studio.places.runs / loaded.run) if loaded else "",
     )  # fmt: skip
 
 
@@ -110,7 +115,9 @@ def conversation(form: Mapping[str, str], base: str) -> dict[str, Any]:
 def _say(request: Request) -> Response:
     """Streams one reply. What the server refuses is an error before the first byte."""
     trial = _ready(request)
-    lines = reply_lines(trial, conversation(form_of(request), served_base(trial)))
+    body = conversation(form_of(request), served_base(trial))
+    body["messages"] = in_trained_prompts(studio_of(request).places.run(trial.run), body["messages"])
+    lines = reply_lines(trial, body)
     first = next(lines, b"")
 
     def all_lines() -> Any:

@@ -79,7 +79,7 @@ const draw = {
     by("leaks").hidden = false;
     const fate = part.dropped ? `${short(part.dropped)} of these rows are left out.` : "None is left out.";
     by("leaks-says").textContent = part.leaks ? `${short(part.leaks)} pairs of rows stand on both sides of the split, so the measure would repeat what was trained. ${fate}` : "No held-out row is among the training rows.";
-    if (part.repeats) by("leaks-says").append(` ${short(part.repeats)} ${part.repeats === 1 ? "row repeats another" : "rows repeat others"} on the same side; they stay.`);
+    if (part.repeats) by("leaks-says").append(` ${short(part.repeats)} ${part.repeats === 1 ? "row repeats another" : "rows repeat others"} on the same side; ${part.repeated}.`);
     by("method").textContent = part.method;
     few("pairs", part.pairs.map(pair), 3, "pairs");
   },

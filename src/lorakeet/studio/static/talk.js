@@ -102,8 +102,13 @@ async function answerAll() {
     for (const [number, line] of lines.entries()) {
       by("many-said").textContent = `${number + 1} of ${lines.length}`;
       let text = "";
-      for await (const choice of written([{ role: "user", content: line }], weights(), many.signal)) text += choice.delta?.content || "";
-      body.append(make("tr", {}, make("td", { class: "wrap" }, line), make("td", { class: "wrap" }, text.trim())));
+      let cut = false;
+      for await (const choice of written([{ role: "user", content: line }], weights(), many.signal)) {
+        text += choice.delta?.content || "";
+        cut = cut || choice.finish_reason === "length";
+      }
+      const note = cut ? `cut after ${by("max_tokens").value} tokens` : "";
+      body.append(make("tr", {}, make("td", { class: "wrap" }, line), make("td", { class: "wrap" }, text.trim()), make("td", { class: "soft" }, note)));
     }
     if (lines.length) by("many-said").textContent = `All ${lines.length} are answered.`;
   } catch (error) {

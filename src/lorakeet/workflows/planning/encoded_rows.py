@@ -10,6 +10,7 @@ from typing import Any
 
 from lorakeet.config import RunConfig
 from lorakeet.data.chat import Encoded, Encoder, encode_rows
+from lorakeet.data.locate import state_of_data
 from lorakeet.data.pairs import encode_pairs
 from lorakeet.data.preferences import rows_for
 from lorakeet.data.prepare import find_labels, label_counts
@@ -112,9 +113,9 @@ def workload_of_files(config: RunConfig, model_config: Any, say: Say) -> Workloa
             f"planned with data.max_tokens, {data.max_tokens}."
         )
         return Workload()
-    whole, cut = _keys(config, source)
-    for key in (whole, cut):
-        if (found := recall(key)) is not None and (key == cut or found[1] <= data.max_tokens):
+    keys = _keys(config, source)
+    for key in keys:
+        if (found := recall(key)) is not None and (key == keys[1] or found[1] <= data.max_tokens):
             labelled, longest, train_lengths, characters, said = found
             for line in said:
                 say(line)
@@ -134,18 +135,23 @@ def workload_of_files(config: RunConfig, model_config: Any, say: Say) -> Workloa
 
     def lengths() -> RowLengths:
         longest, rows = encoded.measured()
-        key = whole if longest < encoded.config.data.max_tokens else cut
-        if recall(key) is None:
+        key = keys[longest >= encoded.config.data.max_tokens] if keys else None
+        if key is not None and recall(key) is None:
             keep(key, (workload.labelled, longest, rows, workload.characters, said))
         return lengths_of(longest, rows, config.train.sequences)
 
     return replace(workload, lengths=lengths)
 
 
-def _keys(config: RunConfig, source: Path) -> tuple[str, str]:
-    """Under which lengths of rows are kept of which none is cut, and those that are cut to data.max_tokens."""
+def _keys(config: RunConfig, source: Path) -> tuple[str, ...]:
+    """Under which lengths of rows are kept of which none is cut, and those that are cut to data.max_tokens.
+
+    Empty where nothing says whether a file of rows has changed: then none are kept.
+    """
     data = config.data
-    files = [state_of(name) for name in (data.train, data.held_out, data.test)]
+    files = [state_of_data(name) for name in (data.train, data.held_out, data.test)]
+    if None in files:
+        return ()
     settings = replace(data, max_tokens=1), config.lora.new_tokens, config.train.objective, config.evaluate.examples > 0
     parts = files, state_of(source), *settings
     return f"rows {parts!r}", f"rows {parts!r} {data.max_tokens}"

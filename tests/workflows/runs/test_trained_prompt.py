@@ -1,0 +1,37 @@
+"""A text that is typed gets the prompt that the rows of the training had, by the code that `predict` shapes rows with."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from lorakeet.data.spec import DataSpec
+from lorakeet.data.split import SPLIT_FORMAT
+from lorakeet.errors import ConfigError
+from lorakeet.evaluate.values import put_text, to_text
+from lorakeet.train.run import RunFolder
+from lorakeet.workflows.runs.trained_prompt import trained_labels, trained_prompt
+
+LABELS = ("bad", "good")
+
+
+def test_the_template_is_filled_as_for_a_row() -> None:
+    spec = DataSpec(train="x", text_column="Text", template="Review: {text}\nOne of: bad, good", html_unescape=True)
+    assert trained_prompt("fine &amp; dandy", spec, LABELS) == "Review: fine & dandy\nOne of: bad, good"
+    assert trained_prompt("{text}", DataSpec(train="x", template="{text}!", system="S"), LABELS) == "{text}!"
+    assert trained_prompt("as it is", spec, ()) == "as it is", "prompts with answers have no template"
+
+
+def test_what_no_row_could_be_is_refused() -> None:
+    with pytest.raises(ConfigError, match=r"'drug' too.*lorakeet predict"):
+        trained_prompt("fine", DataSpec(train="x", template="{drug}: {text}"), LABELS)
+    with pytest.raises(ConfigError, match="column 'text' is empty"):
+        trained_prompt("  ", DataSpec(train="x"), LABELS)
+
+
+def test_labels_are_those_of_the_split_else_of_the_settings(tmp_path: Path) -> None:
+    run, spec = RunFolder(tmp_path), DataSpec(train="x", labels=LABELS)
+    assert trained_labels(run, spec) == trained_labels(None, spec) == LABELS
+    put_text(run.split, to_text({"format": SPLIT_FORMAT, "held_out": [], "labels": ["a", "b"]}))
+    assert trained_labels(run, spec) == ("a", "b")
