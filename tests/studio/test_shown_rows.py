@@ -19,6 +19,7 @@ from lorakeet.studio.shown_rows import length_values, row_values, show_rows_of
 from lorakeet.workflows.planning import encoded_rows
 from tiny.models import save_tiny_llama, tiny_tokenizer
 from tiny.pictures import album
+from tiny.runs import write_rows
 
 WORDS = ["ash", "bay", "cup", "dew", "elm", "fog", "gem", "hat", "ice", "jar", "key", "lap", "map", "net", "oak", "pin", "rug"]
 HOSTILE = "<script>alert(1)</script>"
@@ -136,3 +137,11 @@ def test_pictures_have_captions_sizes_and_copies(tmp_path: Path, monkeypatch: py
     assert sum(found["counts"].values()) == 8 == found["shown"] and sum(count for _, count in found["buckets"]) == 8
     assert found["pictures"][0]["thumb"].startswith("data:image/png;base64,") and found["pictures"][0]["caption"]
     assert "trained as" in found["pictures"][0]["size"] and found["alike"] == []
+
+
+def test_of_preferences_each_row_is_measured(tmp_path: Path) -> None:
+    rows = [{"prompt": f"Question {number % 9} of them", "chosen": "yes", "rejected": "no"} for number in range(30)]
+    write_rows(tmp_path / "p.jsonl", rows)
+    settings = {"data.train": str(tmp_path / "p.jsonl"), "data.on_leak": "keep", "train.objective": "dpo"}
+    split = sent_for({**settings, "model.path": str(save_tiny_llama(tmp_path / "model"))})["split"]
+    assert split["repeats"] and split["repeated"] == "they stay, and each is measured"

@@ -35,6 +35,7 @@ from lorakeet.studio.workbench import Send
 from lorakeet.workflows.planning.encoded_rows import EncodedRows
 
 FIRST, PAIRS, COUNTED, PICTURES = 5, 60, 4000, 48  # rows, pairs, rows whose lengths are counted, pictures that are shown
+ALL_MEASURED = "they stay, and each is measured"  # of preferences
 REPEATED = "exact copies among measured rows are measured once; repeated training rows count twice"
 BARS = 24
 NO_MODEL = "none"
@@ -102,6 +103,7 @@ def split_values(dataset: Dataset) -> dict[str, Any]:
     """How the rows are split, their labels, and every pair of copies with both rows."""
     report = dataset.leaks
     dropped = {row.source for row in report.dropped}
+    preferred = any(pair.row.rejected or pair.row.desirable is not None for pair in report.within)
     return {
         "counts": {"training": len(dataset.train), "held-out": len(dataset.held_out), "test": len(dataset.test)},
         "labels": [[label, count] for label, count in Counter(dataset.label_counts).most_common(30)],
@@ -113,7 +115,7 @@ def split_values(dataset: Dataset) -> dict[str, Any]:
         "leaks": len(report.across),
         "dropped": len(report.dropped),
         "repeats": len(report.within),
-        "repeated": REPEATED,
+        "repeated": ALL_MEASURED if preferred else REPEATED,
         "pairs": [pair_values(pair, dropped) for pair in (*report.across, *report.within)[:PAIRS]],
     }
 
