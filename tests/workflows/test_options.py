@@ -8,11 +8,16 @@ import importlib
 import inspect
 import types
 import typing
+from pathlib import Path
 
 import pytest
 from rich.console import Console
 
-from lorakeet.workflows.options import VERBS, DoctorOptions, MergeOptions, Verb, non_default
+from lorakeet.data.leaks import RECALL, LeakReport
+from lorakeet.evaluate.baselines import CONSTANT, EMBEDDED, MAJORITY, NEAREST, TFIDF
+from lorakeet.evaluate.spec import EvaluateSpec
+from lorakeet.workflows.finetuning.reply import FEW_SHOT
+from lorakeet.workflows.options import VERBS, CompressOptions, DoctorOptions, MergeOptions, Verb, non_default
 
 CALLBACKS = ("on_step", "on_held_out", "watch")  # of the Python API and of the studio
 
@@ -66,3 +71,35 @@ def test_shipped_run_files_are_read_without_complaint() -> None:
 
     shipped = [verb for verb in VERBS if verb.config == "shipped"]
     assert shipped and all(read_run(verb.shipped_config()).model.path for verb in shipped)
+
+
+PAGES = Path(__file__).parents[2]
+
+
+def page(name: str) -> str:
+    return " ".join((PAGES / name).read_text(encoding="utf-8").split())
+
+
+def test_readme_help_and_pages_say_the_same_of_compress() -> None:
+    """With the margins that are the defaults of the options."""
+    readme, ranks, options = page("README.md"), page("docs/explain/rank.md"), CompressOptions("run", Path("out"))
+    assert "shown to be as good" in next(verb.summary for verb in VERBS if verb.name == "compress")
+    assert "shown to be as good | `lorakeet compress" in readme and "*shown to be as good*" in ranks
+    shares = (options.tolerance, options.metric_tolerance)
+    assert shares == ("2%", "2%") and "`--tolerance` (2 % of the uncut adapter's own loss)" in ranks
+    assert "`--metric-tolerance` (2 points)" in ranks and "compares with the uncut adapter first" in ranks
+
+
+def test_readme_pages_and_report_say_the_same_of_leaks_and_floors() -> None:
+    readme, leaks, reading = page("README.md"), page("docs/explain/held-out.md"), page("docs/how-to/read-the-report.md")
+    said = LeakReport((), "drop").method()
+    assert f"At least {RECALL} are found" in leaks and f"at least {RECALL} of the copies" in said
+    assert "one word in five differs" in leaks and "share 80% of their words" in said
+    assert "one word from four words on" in leaks and "all but one from 4 words on" in said
+    assert "Leaks between training and test rows are found and named" in readme
+    for floor in (MAJORITY, TFIDF, EMBEDDED, NEAREST, CONSTANT, FEW_SHOT):
+        assert floor in reading
+    spec = EvaluateSpec()
+    assert f"shown up to {spec.examples} training rows" in reading
+    assert f", {spec.answers} held-out prompts are answered" in reading
+    assert "is compared with its base, a few-shot base and simple baselines. Held-out prompts are answered" in readme

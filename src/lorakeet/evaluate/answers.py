@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Hashable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 from numpy.typing import NDArray
@@ -52,6 +52,10 @@ class Answers:
         if self.groups is not None and len(self.groups) != n:
             problems.add(f"There are {len(self.groups)} group ids for {n} rows; expected one for each row.")
         problems.raise_if_any()
+
+    def rows(self, chosen: slice, groups: tuple[Hashable, ...] | None) -> Answers:
+        """The answers to some of the rows, with these groups."""
+        return replace(self, truth=self.truth[chosen], log_probs=self.log_probs[chosen], groups=groups)
 
     @property
     def probabilities(self) -> Floats:

@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from lorakeet.errors import Problems
 from lorakeet.setting import setting
 
+LEAST_ANSWERS = 64  # prompts that are answered however long it takes, where there are as many: fewer show little
 
 @dataclass(frozen=True)
 class EvaluateSpec:
@@ -26,9 +27,11 @@ class EvaluateSpec:
     examples: int = setting(
         8, "Training rows shown to the few-shot base, at least one a label, as many as fit (how-to/read-the-report); 0 for none."
     )
-    answers: int = setting(64, "Held-out prompts that every system answers in words, for rows without labels; 0 for none.")
+    answers: int = setting(
+        LEAST_ANSWERS, "Held-out prompts that every system answers in words, for rows without labels; 0 for none."
+    )
     answer_tokens: int = setting(256, "Most tokens of such a reply.")
-    answer_seconds: int = setting(600, "Seconds after which the adapter starts no further replies.")
+    answer_seconds: int = setting(600, f"Seconds after which the adapter answers no prompts beyond the first {LEAST_ANSWERS}.")
     metric: str | None = setting(
         None, "Own metric of replies: a Python file and its function(reply, reference), such as my.py:score."
     )

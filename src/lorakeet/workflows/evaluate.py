@@ -29,6 +29,7 @@ from lorakeet.evaluate.values import encode
 from lorakeet.memory.cuda import enforcing_gpu_budget
 from lorakeet.workflows.finetuning.evaluate_preference import evaluator_for
 from lorakeet.workflows.finetuning.evaluate_text import require_encodable
+from lorakeet.workflows.finetuning.reply import without_effect
 from lorakeet.workflows.finetuning.report import leaks
 from lorakeet.workflows.finetuning.terminal import show_results
 from lorakeet.workflows.options import EvaluateOptions
@@ -82,13 +83,16 @@ def evaluate(options: EvaluateOptions, *, console: Console) -> Evaluated:
         return _written(_on_tasks(options, opened, console), options, console)
     require_encodable(opened.config)
     rows = _rows_of_file(opened, options.data) if options.data else _rows_of_run(opened)
+    given = opened.config.changed(evaluate={"metric": options.metric})
+    if ignored := without_effect(given, rows.rows, rows.labels):
+        console.print(ignored, style="yellow", markup=False, soft_wrap=True)
     workload = Workload(bool(rows.labels), sum(len(row.text) for row in rows.rows))
     residency = fit_evaluation(opened.config, opened.adapter, partial(console.print, markup=False, soft_wrap=True), workload)
     with enforcing_gpu_budget(residency.budget, "Raise it with --memory."), peak_said(residency, console):
         text = dataclasses.replace(opened, residency=residency).text_model(console)
         settings = within_context(opened.config, text.name, text.context, partial(console.print, markup=False, soft_wrap=True))
         encoder = Encoder(text.tokenizer, settings.data, rows.labels)
-        evaluator = evaluator_for(settings, opened.run)(settings, text, encoder, rows.rows, console, NAME, own)
+        evaluator = evaluator_for(settings, opened.run)(settings, text, encoder, rows.rows, console, NAME, own, residency)
         report = evaluator.report(f"{options.run_or_adapter} on {rows.named}", baseline_rows=rows.baseline_rows)
         drift = evaluator.drift()
     found = rows.leaks

@@ -14,7 +14,7 @@ import transformers
 from lorakeet.data.chat import Candidates, Encoder, Example
 from lorakeet.data.read import read_rows
 from lorakeet.data.spec import DataSpec
-from lorakeet.models.generate.score import distinguishing, label_scores, row_losses
+from lorakeet.models.generate.score import distinguishing, label_branches, label_scores, row_losses
 from lorakeet.models.spec import ModelSpec
 from lorakeet.models.text.load import load_text_model
 from lorakeet.models.text.model import TextModel
@@ -145,26 +145,55 @@ def test_what_tells_labels_apart_is_kept(completions: list[list[int]], expected:
     assert [ending.tolist() for ending in found] == expected
 
 
-def test_examples_before_many_rows_pass_once_a_batch_for_labels_of_several_tokens(text: TextModel, plain: Any) -> None:
-    """Rows of 60 tokens, 50 of which all share, with three labels: a pass of each row computed the 50 twelve times."""
-    if text.attention != "varlen":
-        pytest.skip("other attention shares no prefix")
-    chance = np.random.default_rng(3)
-    shared = chance.integers(4, 320, 50)
-    ends = tuple(ids(*completion) for completion in SEVERAL)
-    rows = [Candidates(np.concatenate([shared, chance.integers(4, 320, 10)]), ends, f"row {n}", 0, False) for n in range(12)]
-    decoder, computed = text.model.get_decoder(), []
+@pytest.mark.parametrize(
+    ("endings", "expected"),
+    [
+        ([[50], [60], [70]], {(): {0: ([0, 1, 2], [50, 60, 70])}}),
+        ([[50, 51], [60], [50, 52, 53]], {(50, 52): {0: ([0, 1, 2], [50, 60, 50]), 1: ([0, 2], [51, 52]), 2: ([2], [53])}}),
+        ([[5, 6], [7, 8], [7, 9]], {(5,): {0: ([0, 1, 2], [5, 7, 7]), 1: ([0], [6])}, (7,): {1: ([1, 2], [8, 9])}}),
+    ],
+    ids=["one token", "a path that another holds", "labels that begin alike"],
+)
+def test_every_token_of_every_label_is_read_once(endings: list[list[int]], expected: dict[tuple[int, ...], Any]) -> None:
+    found = label_branches([ids(*ending) for ending in endings])
+    assert {branch.ids: branch.reads for branch in found} == expected
+
+
+def counted_scores(text: TextModel, rows: Sequence[Candidates], micro_tokens: int) -> tuple[np.ndarray, list[int], int]:
+    """The scores, the tokens of each pass through the decoder, and the rows that were counted."""
+    decoder, computed, done = text.model.get_decoder(), list[int](), list[int]()
     forward = decoder.forward
 
     def counting(*args: Any, **settings: Any) -> Any:
         computed.append(settings["input_ids"].numel())
         return forward(*args, **settings)
 
-    done: list[int] = []
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(decoder, "forward", counting)
-        scores = label_scores(text, rows, micro_tokens=1024, progress=done.append)
-    assert sum(done) == 12 and len(computed) <= 3
-    assert sum(computed) < 12 * 60
-    expected = [[log_prob(plain, row.prompt, end[:count]) for end, count in zip(ends, (2, 1, 3), strict=True)] for row in rows]
+        scores = label_scores(text.with_options(pad=False), rows, micro_tokens=micro_tokens, progress=done.append)
+    return scores, computed, sum(done)
+
+
+def test_the_last_token_of_a_label_is_read_and_not_computed(text: TextModel) -> None:
+    """Twelve prompts of 10 tokens: 120 of them for labels of one token, where each label's own token would make 132."""
+    _, computed, done = counted_scores(text, candidates([10] * 12, ONE_TOKEN), 1024)
+    assert sum(computed) == 120 and done == 12
+    alike = [[50, 51, END], [50, 52, END], [50, 53, END], [60, END]]
+    _, computed, done = counted_scores(text, candidates([10] * 12, alike), 1024)
+    assert sum(computed) == 12 * 11 and done == 12, "one branch a row, of one token, for four labels"
+
+
+def test_examples_before_many_rows_pass_once_a_batch_for_labels_of_several_tokens(text: TextModel, plain: Any) -> None:
+    """Rows of 60 tokens, 50 of which all share, with three labels: a pass of each row computed the 50 twelve times."""
+    if text.attention != "varlen":
+        pytest.skip("other attention shares no prefix")
+    chance = np.random.default_rng(3)
+    shared = chance.integers(4, 320, 50)
+    several = [[50, 51, END], [60, 61, END], [50, 52, 53, END]]
+    ends = tuple(ids(*completion) for completion in several)
+    rows = [Candidates(np.concatenate([shared, chance.integers(4, 320, 10)]), ends, f"row {n}", 0, False) for n in range(12)]
+    scores, computed, done = counted_scores(text, rows, 2048)
+    assert done == 12 and len(computed) == 1
+    assert computed == [50 + 12 * (12 + 11)], "two branches a row: the third label's, which holds the first one's, and another"
+    expected = [[log_prob(plain, row.prompt, end[:-1]) for end in ends] for row in rows]
     np.testing.assert_allclose(scores, expected, atol=1e-4)

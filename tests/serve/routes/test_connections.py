@@ -271,6 +271,21 @@ http.run_server(service, host="127.0.0.1", port=0, ready=lambda port: print(port
 """
 
 
+def test_an_idle_server_ends_at_once_whatever_time_streams_would_have() -> None:
+    """Ctrl-C beside an open connection that asks for nothing: the hour that running texts would have is not waited for."""
+    idle = FEW_FILES.replace("stop=1.0", "stop=3600.0")
+    with subprocess.Popen([sys.executable, "-c", idle], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as process:
+        assert process.stdout is not None and process.stderr is not None
+        try:
+            with httpx.Client(base_url=f"http://127.0.0.1:{int(process.stdout.readline())}", timeout=30) as client:
+                assert client.get("/").text == "ok"
+                process.send_signal(signal.SIGINT)
+                process.wait(timeout=60)
+            assert "stopped at once" not in process.stderr.read()
+        finally:
+            process.kill()
+
+
 def test_more_connections_than_open_files_leave_others_their_answers() -> None:
     """They come faster than the places of the first ones are free: a round of accepting takes only a few."""
     command = [sys.executable, "-c", FEW_FILES]

@@ -17,8 +17,9 @@ from lorakeet.models.inject import activate
 from lorakeet.models.text.load import set_attention
 from lorakeet.models.text.model import TextModel
 from lorakeet.train.progress import counted
-from lorakeet.workflows.finetuning.evaluate_text import NO_FEW_SHOT, TextEvaluator, sampled_texts
+from lorakeet.workflows.finetuning.evaluate_text import LIKELIEST_LABEL, NO_FEW_SHOT, TextEvaluator, sampled_texts
 from lorakeet.workflows.runs.open_adapter import NAME, open_adapter
+from lorakeet.workflows.runs.residency import Residency
 from tiny.runs import chats, quiet, run, write_rows
 
 
@@ -113,6 +114,38 @@ def test_examples_pass_through_the_base_once_a_batch(finished: Any, text: TextMo
     alone = sum(encoder.tokens_of(row) for row in some[:40])
     examples = 7 * encoder.tokens_of(some[0])
     assert sum(computed) <= 1.5 * (alone + len(computed) * examples) < 0.5 * 40 * examples
+
+
+def test_how_the_base_answers_labelled_rows_is_said(finished: Any, text: TextModel) -> None:
+    report = judge_of(finished, text, finished.result.setup.dataset.test).report("t", baseline_rows=())
+    assert next(system.note for system in report.systems if system.role == "base") == LIKELIEST_LABEL
+
+
+def test_few_shot_rows_pass_in_wider_batches_where_memory_allows_it(
+    finished: Any, text: TextModel, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The examples are computed for four times as many rows at once: fewer tokens, the same answers."""
+    named = [("ab"[number % 2], f"Number {number} is it") for number in range(60)]
+    some = [Row((Turn("user", said, False), Turn("assistant", label, True)), label, None, said) for label, said in named]
+    before = finished.result.setup.config
+    config = replace(before, data=replace(before.data, max_tokens=60), train=replace(before.train, micro_tokens=64))
+    config = replace(config, evaluate=replace(before.evaluate, examples=8))
+    evaluator = TextEvaluator(config, text, Encoder(text.tokenizer, config.data, ("a", "b")), some[:30], quiet(), NAME)
+    decoder, computed = text.model.get_decoder(), list[int]()
+    forward = decoder.forward
+
+    def counting(*args: Any, **settings: Any) -> Any:
+        computed.append(settings["input_ids"].numel())
+        return forward(*args, **settings)
+
+    monkeypatch.setattr(decoder, "forward", counting)
+    usual = evaluator._few_shot(some[:30], some[30:])
+    narrow = sum(computed)
+    computed.clear()
+    wide = replace(evaluator, residency=Residency())._few_shot(some[:30], some[30:])
+    assert usual is not None and wide is not None and "fitted to 23 others" in wide.note
+    np.testing.assert_allclose(wide.log_probs, usual.log_probs, atol=1e-4)
+    assert sum(computed) < 0.7 * narrow
 
 
 def test_labels_of_several_tokens_have_few_examples(finished: Any, text: TextModel) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import io
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -10,10 +11,13 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from rich.console import Console
 
 from lorakeet.data.chat import Encoder
 from lorakeet.data.read import read_rows
 from lorakeet.evaluate.report.report import render_html
+from lorakeet.evaluate.spec import LEAST_ANSWERS, EvaluateSpec
+from lorakeet.models.generate.sample import sample
 from lorakeet.models.inject import activate
 from lorakeet.models.text.load import set_attention
 from lorakeet.models.text.model import TextModel
@@ -22,8 +26,10 @@ from lorakeet.workflows.finetune import finetune
 from lorakeet.workflows.finetuning import reply
 from lorakeet.workflows.finetuning.evaluate_text import TextEvaluator
 from lorakeet.workflows.finetuning.reply import ADAPTER, Replier
+from lorakeet.workflows.finetuning.text import KIND
 from lorakeet.workflows.options import EvaluateOptions
 from lorakeet.workflows.runs.open_adapter import NAME, open_adapter
+from lorakeet.workflows.runs.residency import Residency
 from tiny.runs import chats, quiet, settings, write_rows
 from tiny.tools import WRITES_TOOLS
 
@@ -96,15 +102,65 @@ def test_every_system_answers_the_same_prompts(ran: Path, text: TextModel) -> No
     assert fewer is not None and fewer.rivals == (fewer.base,)
 
 
-def test_when_the_time_is_over_the_prompts_answered_so_far_are_compared(
-    ran: Path, text: TextModel, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_the_time_cuts_prompts_beyond_the_first_ones_only(ran: Path, text: TextModel, monkeypatch: pytest.MonkeyPatch) -> None:
+    """64 of them are answered however slow the machine is, and the report says how many were."""
     monkeypatch.setattr(reply, "TOGETHER", 2)
-    clock = iter(np.arange(0.0, 1000.0, 0.6).tolist())
     writer, dataset = replier(ran, text, answer_seconds=1)
-    found = replace(writer, clock=lambda: next(clock)).answered(dataset.held_out, dataset.train)
+    late = replace(writer, clock=iter(np.arange(0.0, 1e6, 1e3).tolist()).__next__)
+    prompts = late.prompts(dataset.held_out, dataset.train)
+    assert LEAST_ANSWERS == 64 == EvaluateSpec().answers and prompts is not None and prompts.available > 6
+    assert len(late.write(ADAPTER, prompts, seconds=1).texts) == 6, "all, since there are fewer than 64"
+    monkeypatch.setattr(reply, "LEAST_ANSWERS", 4)
+    found = late.answered(dataset.held_out, dataset.train)
     assert found is not None and len(found.adapter.texts) == 4 == len(found.base.texts) == len(found.rows)
-    assert found.wanted == 6
+    assert found.wanted == 6 and found.adapter.note.startswith(f"answers 4 of {prompts.available} prompts (evaluate.answers)")
+
+
+def test_settings_of_replies_say_where_they_change_nothing(
+    ran: Path, text: TextModel, finished: Any, tmp_path: Path
+) -> None:
+    """A judge or an own metric of labelled rows, of no prompts, of raw text: said at the start, of a run and of `evaluate`."""
+    judged = {"judge": "http://localhost:1#one"}
+    writer, dataset = replier(ran, text, **judged, metric="my.py:f")
+    assert reply.without_effect(writer.config, dataset.held_out, ()) == ""
+    assert reply.without_effect(replier(ran, text)[0].config, dataset.held_out, ("yes", "no")) == ""
+    labelled = reply.without_effect(writer.config, dataset.held_out, ("yes", "no"))
+    assert labelled.startswith("evaluate.judge and evaluate.metric have no effect: these rows have labels, ")
+    none = replier(ran, text, **judged, answers=0)[0].config
+    assert reply.without_effect(none, dataset.held_out, ()).startswith("evaluate.judge has no effect: evaluate.answers is 0, ")
+    raw = read_rows(str(write_rows(tmp_path / "raw.jsonl", [{"text": "A text of its own."}])), writer.config.data)
+    assert "none of these rows ends in an answer" in reply.without_effect(writer.config, raw, ())
+    setup, file = finished.result.setup, io.StringIO()
+    KIND.show(replace(setup, config=setup.config.changed(evaluate=judged)), Console(file=file, width=300), dry_run=False)
+    assert "evaluate.judge has no effect: these rows have labels" in file.getvalue()
+
+
+def test_evaluate_says_that_a_judge_of_labelled_rows_changes_nothing(finished: Any) -> None:
+    file = io.StringIO()
+    evaluate(EvaluateOptions(str(finished.path), judge="http://localhost:1#one"), console=Console(file=file, width=300))
+    assert file.getvalue().count("evaluate.judge has no effect: these rows have labels") == 1
+
+
+def test_replies_are_written_in_as_few_batches_as_fit(ran: Path, text: TextModel, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The weights are read once a token for all prompts, not for sixteen of them; wider batches where memory allows it."""
+    writer, dataset = replier(ran, text, answers=19)
+    prompts = writer.prompts(dataset.held_out, dataset.train)
+    assert prompts is not None and len(prompts.rows) > 16
+    sizes = list[int]()
+
+    def counting(model: TextModel, questions: Any, **settings: Any) -> Any:
+        sizes.append(len(questions))
+        return sample(model, questions, **settings)
+
+    monkeypatch.setattr(reply, "sample", counting)
+    whole = writer.write(ADAPTER, prompts)
+    assert sizes == [len(prompts.rows)]
+    sizes.clear()
+    monkeypatch.setattr(reply, "REPLY_TOKENS", 3 * max(len(one) + prompts.limit for one in prompts.questions))
+    narrow = replace(writer, config=writer.config.changed(train={"micro_tokens": 64}))
+    assert narrow.write(ADAPTER, prompts).texts == whole.texts and max(sizes) <= 4 < len(sizes)
+    sizes.clear()
+    assert replace(narrow, residency=Residency()).write(ADAPTER, prompts).texts == whole.texts and len(sizes) <= 2
 
 
 def test_no_answers_no_replies(ran: Path, text: TextModel, tmp_path: Path) -> None:

@@ -16,6 +16,7 @@ from rich.console import Console
 
 from lorakeet.data.prefix import PASS
 from lorakeet.memory.ledger import Work
+from lorakeet.train.processes import ALONE
 from lorakeet.train.run import RunFolder
 from lorakeet.workflows.finetuning import preference
 from lorakeet.workflows.finetuning.assemble_text import TextAssembly, assemble_text
@@ -138,6 +139,19 @@ def test_it_is_said_in_a_dry_run_alone_and_not_where_nothing_was_planned(setup: 
     assert re.search(pattern, dry) and "Time here" not in real
     unplanned = dataclasses.replace(setup, residency=dataclasses.replace(setup.residency, plan=None))
     assert run_time_text(unplanned) == ""
+
+
+def test_it_says_how_many_prompts_are_answered_and_how_long_that_takes(tiny_llama_folder: Path, tmp_path: Path) -> None:
+    data = write_rows(tmp_path / "rows.jsonl", [{"prompt": f"Number {n}", "completion": f"{n % 7}"} for n in range(40)])
+    changes = {"evaluate.answers": "5", "data.held_out_fraction": "0.3", "data.held_out_minimum": "0"}
+    setup = KIND.assemble(
+        settings(tiny_llama_folder, data, tmp_path / "run", changes), quiet(), processes=ALONE, resumed=None, dry_run=True
+    )
+    found, fewer = phase_tokens(setup), phase_tokens(changed(setup, evaluate={"answers": 0}))
+    assert found.prompts == 5 and 0 < found.replies < found.evaluation
+    assert fewer.prompts == 0 == fewer.replies and fewer.evaluation == pytest.approx(found.evaluation - found.replies)
+    assert re.search(r" are replies: 5 held-out prompts \(evaluate\.answers\), answered by adapter, base", run_time_text(setup))
+    assert "held-out prompts" not in run_time_text(changed(setup, evaluate={"answers": 0}))
 
 
 def test_seconds_are_those_of_the_slower_of_products_and_results() -> None:

@@ -133,6 +133,13 @@ def test_the_time_is_that_of_all_steps_or_of_a_thousand_rows(config_folder: Path
     assert " here for every 1,000 rows, in each epoch, if each row has 32 tokens. A full micro-batch takes at least " in text
 
 
+def test_a_plan_says_how_many_prompts_are_answered(config_folder: Path) -> None:
+    _, text = planned(config_folder)
+    assert "answers up to 64 held-out prompts, if rows have no labels, in at most 256 tokens each" in text
+    _, none = planned(config_folder, settings={"evaluate.answers": "0"})
+    assert "held-out prompts" not in none
+
+
 def test_times_and_rates_are_written_as_people_do(config_folder: Path) -> None:
     whole, _ = planned(config_folder, settings={"train.steps": "50", "train.batch_size": "6"})
     slow = replace(whole, speed=Speed(whole.planned.work.flops / 1700, math.inf))

@@ -16,7 +16,7 @@ from lorakeet.evaluate.likelihood import RowLosses, measure_losses
 from lorakeet.evaluate.own_metric import OwnMetric
 from lorakeet.evaluate.replies import Replies, Score, compare_replies, graded_beside, main_metric, measure_replies, reply_scores
 from lorakeet.evaluate.report.report import Reliability, Report, Role, ScoredAnswer, SideBySide, SystemResult
-from lorakeet.evaluate.spec import EvaluateSpec
+from lorakeet.evaluate.spec import LEAST_ANSWERS, EvaluateSpec
 from lorakeet.evaluate.suspects import suspect_labels
 from lorakeet.evaluate.verdict import verdict_of
 
@@ -156,8 +156,8 @@ def _too_slow(answered: Answered) -> tuple[str, ...]:
     if count >= answered.wanted:
         return ()
     return (
-        f"Only {count} of {answered.wanted} prompts were answered within evaluate.answer_seconds; the replies are compared on "
-        "these. Raise it, or lower evaluate.answer_tokens.",
+        f"{count} of {answered.wanted} prompts were answered within evaluate.answer_seconds, which never leaves out the first "
+        f"{LEAST_ANSWERS}; the replies are compared on these. Raise it, or lower evaluate.answer_tokens.",
     )
 
 

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import replace
+from dataclasses import dataclass, replace
+from functools import lru_cache
 
 import numpy as np
 import torch
@@ -18,7 +19,7 @@ Floats = NDArray[np.float64]
 Progress = Callable[[int], None]  # called with the number of rows just done
 
 HEAD_CHUNK = 256
-TOGETHER = 512  # labels of several tokens that are put into batches at once
+TOGETHER = 512  # branches of labels that are put into batches at once, where rows have several
 
 
 def row_losses(
@@ -65,44 +66,61 @@ def label_scores(
 ) -> Floats:
     """Returns log p(label | prompt) of every label of every row (rows, labels), summed over the label's tokens.
 
-    A common ending of all labels (the end-of-turn token) is left out unless one label would then be a prefix of another. Labels
-    of one token share one pass over the prompt. Longer ones are rows of their own, and what rows begin with is computed once a
-    batch: the prompt for all labels of a row, or examples for many rows, whichever takes less.
+    A common ending of all labels (the end-of-turn token) is left out unless one label would then be a prefix of another. Of a
+    label all tokens but the last are computed, and labels that begin alike, or have one token, are read from the same row. What
+    rows begin with is computed once a batch: the prompt for all labels of a row, or examples for many rows, whichever takes less.
     """
     text.model.eval()
-    answers = [label_endings(text, row) for row in rows]
-    scores = np.full((len(rows), len(rows[0].completions) if rows else 0), np.nan)
-    short = [index for index, endings in enumerate(answers) if all(len(ending) == 1 for ending in endings)]
-    prompts = [_example(rows[index].prompt, answers[index][0]) for index in short]
-    for batch in _numbered_batches(text, prompts, micro_tokens):
-        numbers = iter(short[int(key)] for key in batch.keys)
-        for log_probs in log_probs_at_targets(text, batch, chunk):
-            for row, index in zip(log_probs, numbers, strict=False):
-                scores[index] = row[[int(ending[0]) for ending in answers[index]]].double().cpu().numpy()
-        if progress is not None:
-            progress(len(batch.lengths))
-    left = sorted(set(range(len(rows))) - set(short))
-    together = max(1, TOGETHER // max((len(answers[index]) for index in left), default=1))
-    for start in range(0, len(left), together):
-        group = left[start : start + together]
-        examples = [_example(rows[index].prompt, ending) for index in group for ending in answers[index]]
-        counted = None if progress is None else _by_row(progress, len(examples) // len(group))
-        losses = row_losses(text, examples, micro_tokens=micro_tokens, chunk=chunk, progress=counted)[0]
-        scores[group] = -losses.reshape(len(group), -1)
+    WORKSPACES.release()
+    branches = [label_branches(label_endings(text, row)) for row in rows]
+    scores = np.zeros((len(rows), len(rows[0].completions) if rows else 0))
+    single = [index for index, each in enumerate(branches) if len(each) == 1]
+    several = [index for index, each in enumerate(branches) if len(each) > 1]
+    together = max(1, TOGETHER // max((len(branches[index]) for index in several), default=1))
+    groups = [single, *(several[start : start + together] for start in range(0, len(several), together))]
+    for group in groups:
+        flat = [(index, branch) for index in group for branch in branches[index]]
+        examples = [_example(rows[index].prompt, branch) for index, branch in flat]
+        left = {index: len(branches[index]) for index in group}
+        for batch in _numbered_batches(text, examples, micro_tokens):
+            own = [flat[int(key)] for key in batch.keys]
+            reads = [(index, read) for index, branch in own for read in branch.reads.values()]
+            numbers = iter(reads)
+            for log_probs in log_probs_at_targets(text, _without_last(batch), chunk):
+                for row, (index, (labels, tokens)) in zip(log_probs, numbers, strict=False):
+                    scores[index, labels] += row[tokens].double().cpu().numpy()
+            for index, _ in own:
+                left[index] -= 1
+                if progress is not None and not left[index]:
+                    progress(1)
     return scores
 
 
-def _by_row(progress: Progress, labels: int) -> Progress:
-    """Counts rows of so many labels where single labels are done."""
-    done = 0
+@dataclass(frozen=True)
+class LabelBranch:
+    """Tokens that follow a prompt, and what is read behind it: `reads[n]` after n of them, labels and the next token of each."""
 
-    def advance(count: int) -> None:
-        nonlocal done
-        before, done = done, done + count
-        if done // labels > before // labels:
-            progress(done // labels - before // labels)
+    ids: tuple[int, ...]
+    reads: dict[int, tuple[list[int], list[int]]]
 
-    return advance
+
+def label_branches(endings: Sequence[Ids]) -> tuple[LabelBranch, ...]:
+    """The fewest branches from which every token of every ending is read, each once; one without tokens if all have one."""
+    return _branches(tuple(tuple(ending.tolist()) for ending in endings))
+
+
+@lru_cache(maxsize=64)
+def _branches(endings: tuple[tuple[int, ...], ...]) -> tuple[LabelBranch, ...]:
+    paths = sorted({ending[:-1] for ending in endings})
+    kept = [path for path, after in zip(paths, [*paths[1:], None], strict=True) if after is None or path != after[: len(path)]]
+    reads: list[dict[int, tuple[list[int], list[int]]]] = [{} for _ in kept]
+    for label, ending in enumerate(endings):
+        for depth, token in enumerate(ending):
+            owner = next(number for number, path in enumerate(kept) if path[:depth] == ending[:depth])
+            labels, tokens = reads[owner].setdefault(depth, ([], []))
+            labels.append(label)
+            tokens.append(token)
+    return tuple(LabelBranch(path, dict(sorted(of.items()))) for path, of in zip(kept, reads, strict=True))
 
 
 def label_endings(text: TextModel, row: Candidates) -> list[Ids]:
@@ -138,10 +156,23 @@ def _numbered_batches(text: TextModel, rows: Sequence[Example], micro_tokens: in
     return text.micro_batches([replace(row, key=str(number)) for number, row in enumerate(rows)], micro_tokens)
 
 
-def _example(prompt: Ids, ending: Ids) -> Example:
-    supervised = np.zeros(len(prompt) + len(ending), bool)
-    supervised[len(prompt) :] = True
-    return Example(np.concatenate([prompt, ending]), supervised, "", None, False)
+def _example(prompt: Ids, branch: LabelBranch) -> Example:
+    """The prompt and the branch with one token more, which stands for all that may be next."""
+    ids = np.concatenate([prompt, np.array([*branch.ids, prompt[-1]], np.int64)])
+    supervised = np.zeros(len(ids), bool)
+    supervised[[len(prompt) + depth for depth in branch.reads]] = True
+    return Example(ids, supervised, "", None, False)
+
+
+def _without_last(batch: Batch) -> Batch:
+    """The batch without each row's last token, behind which nothing is read."""
+    ids, positions, targets = batch.on_host()
+    ends = np.cumsum(batch.lengths) - 1
+    kept = np.ones(len(ids), bool)
+    kept[ends] = False
+    numbers = ids[kept], positions - np.searchsorted(ends, positions), targets
+    tokens, places, wanted = (torch.from_numpy(each) for each in numbers)
+    return Batch(tokens, tuple(length - 1 for length in batch.lengths), places, wanted, batch.keys, numbers)
 
 
 def log_probs_at_targets(text: TextModel, batch: Batch, chunk: int) -> Iterator[torch.Tensor]:

@@ -56,6 +56,7 @@ class TextAssembly(Assembly):
     residency: Residency[TextRunPlan] = field(default_factory=Residency)
     own_code: OwnCodeDifference | None = None  # how the first pass differed from the model's own code; None where not compared
     reference: Reference | None = None  # of a preference run, once it is trained
+    halved: bool = False  # whether memory was too small for train.micro_tokens, against the plan
 
     @property
     def name(self) -> str:

@@ -115,7 +115,7 @@ class PreferenceEvaluator(TextEvaluator):
             RowLosses(name, -sums[::step][wanted], tokens[::step][wanted].astype(np.int64), row_groups(chosen))
             for name, sums in ((ADAPTER, adapter), (BASE_SYSTEM, base))
         ]
-        replier = Replier(self.config, self.text, self.encoder, self.console, self.name, self.metric)
+        replier = Replier(self.config, self.text, self.encoder, self.console, self.name, self.metric, self.residency)
         answered = replier.answered(chosen, [row for row in baseline_rows if row.desirable is not False])
         report = language_report(
             title, adapter=losses[0], base=losses[1], texts=[text_of_turns(row, supervised=False) for row in chosen],

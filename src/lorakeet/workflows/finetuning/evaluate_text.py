@@ -27,6 +27,7 @@ from lorakeet.evaluate.own_metric import OwnMetric
 from lorakeet.evaluate.report.compose import Answered, classification_report, language_report
 from lorakeet.evaluate.report.report import Drift, Report
 from lorakeet.evaluate.temperature import calibrated
+from lorakeet.memory.allocator import release_free_memory
 from lorakeet.models.generate.sample import sample
 from lorakeet.models.generate.score import label_endings, label_scores, row_losses
 from lorakeet.models.inject import activate
@@ -35,12 +36,15 @@ from lorakeet.models.text.encoder import require_encoder, text_embedder
 from lorakeet.models.text.model import TextModel
 from lorakeet.train.progress import counted
 from lorakeet.workflows.finetuning.reply import ADAPTER, BASE, FEW_SHOT, FewShotLimits, Replier, few_shot_limits
+from lorakeet.workflows.planning.evaluation_batches import tokens_within_peak
 from lorakeet.workflows.runs.judge_server import compared_by_judge
+from lorakeet.workflows.runs.residency import Residency
 
 NO_FEW_SHOT = (
     "There is no few-shot base: no training row can be shown to it, since they have tools, or do not fit beside a row into "
     "data.max_tokens."
 )
+LIKELIEST_LABEL = "chooses the likeliest of the labels after the prompt, as all systems do, and writes no text"
 CALIBRATION_ROWS, CALIBRATION_LEAST = 64, 16  # training rows that the few-shot base is calibrated on
 
 
@@ -67,6 +71,7 @@ class TextEvaluator:
     console: Console
     name: str = "default"
     metric: OwnMetric | None = None  # of replies, the user's own
+    residency: Residency[Any] | None = None  # by which more tokens than usual pass together; None: never
 
     def report(self, title: str, *, baseline_rows: Sequence[Row]) -> Report:
         """The measured sections: classification if the rows have labels, else replies to prompts, loss and perplexity.
@@ -98,7 +103,7 @@ class TextEvaluator:
             )  # fmt: skip
         else:
             losses = self.losses(rows, BASE), self.losses(rows, ADAPTER)
-            replier = Replier(self.config, self.text, self.encoder, self.console, self.name, self.metric)
+            replier = Replier(self.config, self.text, self.encoder, self.console, self.name, self.metric, self.residency)
             answered = replier.answered(rows, baseline_rows)
             texts, truths = ([text_of_turns(row, supervised=supervised) for row in rows] for supervised in (False, True))
             if answered is not None:  # whose references are the truth
@@ -174,7 +179,8 @@ class TextEvaluator:
         with counted(self.console, f"{system} answers rows", len(candidates)) as advance:
             scores = label_scores(self.text, candidates, micro_tokens=micro_tokens, progress=advance)
         truth = np.array([row.label for row in candidates], dtype=np.int64)
-        return Answers(system, self.encoder.labels, truth, label_log_probs(scores), row_groups(rows))
+        note = LIKELIEST_LABEL if system == BASE else ""
+        return Answers(system, self.encoder.labels, truth, label_log_probs(scores), row_groups(rows), note)
 
     def _few_shot(self, rows: Sequence[Row], known: Sequence[Row]) -> Answers | None:
         """The base's answers behind examples of training rows, calibrated on other training rows; None without examples."""
@@ -189,20 +195,26 @@ class TextEvaluator:
 
         order = np.random.default_rng([self.config.evaluate.seed, 5]).permutation(len(known))
         others = [row for index in order if (row := known[index]).source not in chosen and self.encoder.encode(row) is not None]
-        found = self._answers(behind(rows), FEW_SHOT, limits.encoder, limits.tokens)
+        answered, calibrating = behind(rows), behind(others[:CALIBRATION_ROWS]) if len(others) >= CALIBRATION_LEAST else []
+        both = self._answers([*answered, *calibrating], FEW_SHOT, limits.encoder, limits.tokens)
+        release_free_memory()  # of wide batches
+        found = both.rows(slice(len(answered)), row_groups(answered))
         note = f"sees up to {len(examples)} training rows with their labels before each row"
-        if len(others) >= CALIBRATION_LEAST:
-            training = self._answers(behind(others[:CALIBRATION_ROWS]), FEW_SHOT, limits.encoder, limits.tokens)
-            found = calibrated(found, training)
-            note += f"; temperature and label bias fitted to {len(training.truth)} others"
+        if calibrating:
+            found = calibrated(found, both.rows(slice(len(answered), None), None))
+            note += f"; temperature and label bias fitted to {len(calibrating)} others"
         return replace(found, note=note)
 
     def _few_shot_limits(self, rows: Sequence[Row]) -> FewShotLimits:
-        """Wide ones if all labels have one token: those of several repeat each row for each label behind the same examples."""
+        """Wide rows if all labels have one token: those of several repeat each row for each label behind the same examples."""
         first = self.encoder.candidates(rows[0])
         if first is not None and all(len(ending) == 1 for ending in label_endings(self.text, first)):
-            return few_shot_limits(self.config, self.text, self.encoder)
-        return FewShotLimits(self.encoder, max(self.config.train.micro_tokens, self.encoder.spec.max_tokens))
+            found = few_shot_limits(self.config, self.text, self.encoder)
+        else:
+            found = FewShotLimits(self.encoder, max(self.config.train.micro_tokens, self.encoder.spec.max_tokens))
+        if self.residency is None:
+            return found
+        return replace(found, tokens=tokens_within_peak(self.residency, found.tokens, self.text.device))
 
     def losses(self, rows: Sequence[Row], system: str) -> RowLosses:
         """The loss of `system` on the target tokens of each row."""

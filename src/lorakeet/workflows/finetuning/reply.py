@@ -7,6 +7,8 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
+from itertools import pairwise
+from typing import Any
 
 import numpy as np
 from rich.console import Console
@@ -20,25 +22,28 @@ from lorakeet.evaluate.baselines import constant_answer, nearest_answers
 from lorakeet.evaluate.own_metric import OwnMetric
 from lorakeet.evaluate.replies import Replies
 from lorakeet.evaluate.report.compose import Answered
+from lorakeet.evaluate.spec import LEAST_ANSWERS
 from lorakeet.models.generate.sample import sample
 from lorakeet.models.inject import activate
 from lorakeet.models.text.model import TextModel
 from lorakeet.train.progress import counted
+from lorakeet.workflows.planning.evaluation_batches import tokens_within_peak
 from lorakeet.workflows.planning.forecast_text_run import REPLY_TOKENS
+from lorakeet.workflows.runs.residency import Residency
 
 BASE, ADAPTER, FEW_SHOT = "base", "adapter", "few-shot base"
 LONGER = 1.5  # times the longest reference that a reply may have in tokens
 LEAST_TOKENS = 16
 LINE = "\n"
 FIRST_LINE = "its replies end with their first line, as all training answers do"  # a note in the report
-TOGETHER = 16  # prompts after each of which the time is looked at
+TOGETHER = 16  # prompts beyond the first ones, after each of which the time is looked at
 
 
 @dataclass(frozen=True)
 class Prompts:
     """The rows whose last answers are written anew, their indices, their prompts as tokens, and the answers that they have.
 
-    A reply has at most `limit` tokens, and is cut at `ending`, if there is one.
+    A reply has at most `limit` tokens, and is cut at `ending`, if there is one. They were chosen among `available` prompts.
     """
 
     rows: tuple[Row, ...]
@@ -47,6 +52,7 @@ class Prompts:
     references: tuple[str, ...]
     limit: int
     ending: str = ""
+    available: int = 0
 
     def first(self, count: int) -> Prompts:
         """The first `count` of them."""
@@ -83,6 +89,7 @@ class Replier:
     console: Console
     name: str
     own: OwnMetric | None = None
+    residency: Residency[Any] | None = None  # by which more tokens than usual pass together; None: never
     clock: Callable[[], float] = time.monotonic
 
     def prompts(self, rows: Sequence[Row], known: Sequence[Row]) -> Prompts | None:
@@ -96,7 +103,8 @@ class Replier:
         longest = max((len(reference) for _, reference in found.values()), default=0)
         limit = min(spec.answer_tokens, max(LEAST_TOKENS, math.ceil(LONGER * longest)))
         context = self.text.context or math.inf
-        chosen = [index for index, (prompt, _) in found.items() if len(prompt) + limit <= context][: spec.answers]
+        fitting = [index for index, (prompt, _) in found.items() if len(prompt) + limit <= context]
+        chosen = fitting[: spec.answers]
         if not chosen:
             return None
         prompted = tuple(rows[index] for index in chosen)
@@ -104,7 +112,7 @@ class Replier:
         one_line = not self._templated(prompted[0]) and not any(LINE in answer for answer in answers)
         references = tuple(self._reference(rows[index], found[index][1]) for index in chosen)
         questions = tuple(found[index][0] for index in chosen)
-        return Prompts(prompted, tuple(chosen), questions, references, limit, LINE if one_line else "")
+        return Prompts(prompted, tuple(chosen), questions, references, limit, LINE if one_line else "", len(fitting))
 
     def answered(self, rows: Sequence[Row], known: Sequence[Row]) -> Answered | None:
         """The replies of all systems to the prompts of `rows`; None if no row ends in an answer.
@@ -115,6 +123,9 @@ class Replier:
         if prompts is None:
             return None
         adapter = self.write(ADAPTER, prompts, seconds=spec.answer_seconds)
+        if len(adapter.texts) < prompts.available:
+            some = f"answers {len(adapter.texts)} of {prompts.available} prompts (evaluate.answers)"
+            adapter = replace(adapter, note="; ".join(filter(None, (some, adapter.note))))
         wanted, prompts = len(prompts.rows), prompts.first(len(adapter.texts))
         base = self.write(BASE, prompts)
         copies: tuple[Replies, ...] = ()
@@ -143,19 +154,23 @@ class Replier:
     def write(
         self, system: str, prompts: Prompts, *, seconds: float = math.inf, note: str = "", tokens: int | None = None
     ) -> Replies:
-        """The greedy replies of a system, or the first of them if `seconds` are over; at least TOGETHER.
+        """The greedy replies of a system; those beyond the first LEAST_ANSWERS until `seconds` are over.
 
-        `tokens` pass through the model together, train.micro_tokens by default, but no fewer than REPLY_TOKENS.
+        `tokens` pass through the model together, train.micro_tokens by default, but no fewer than REPLY_TOKENS, and more where
+        the plan's peak allows it.
         """
         most = max(tokens or self.config.train.micro_tokens, REPLY_TOKENS)
+        if self.residency is not None:
+            most = tokens_within_peak(self.residency, most, self.text.device)
         activate(self.text.model, self.name if system == ADAPTER else None)
         until = self.clock() + seconds
         written: list[Ids] = []
         with counted(self.console, f"{system} writes replies", len(prompts.questions)) as advance:
-            for start in range(0, len(prompts.questions), TOGETHER):
+            count = len(prompts.questions)
+            for start, stop in pairwise([0, *range(LEAST_ANSWERS, count, TOGETHER), count]):
                 if start and self.clock() > until:
                     break
-                written += self._some(prompts.questions[start : start + TOGETHER], prompts, most, advance)
+                written += self._some(prompts.questions[start:stop], prompts, most, advance)
         whole = [self._decoded(ids) for ids in written]
         texts = [text.split(prompts.ending, 1)[0].rstrip() for text in whole] if prompts.ending else whole
         cut = [len(ids) >= prompts.limit and text == full for ids, text, full in zip(written, texts, whole, strict=True)]
@@ -195,6 +210,24 @@ class Replier:
     def _has(self, ending: str, ids: list[int]) -> bool:
         """Whether a reply goes on beyond its ending, at which it is cut."""
         return ending in self._decoded(np.array(ids, np.int64))
+
+
+def without_effect(config: RunConfig, rows: Sequence[Row], labels: Sequence[str]) -> str:
+    """A sentence if settings that are about replies change nothing, since none are written to these rows; else empty."""
+    spec, given = config.evaluate, []
+    given += ["evaluate.judge"] * (spec.judge is not None) + ["evaluate.metric"] * (spec.metric is not None)
+    if not given:
+        return ""
+    if labels:
+        why = "these rows have labels, whose probabilities are compared"
+    elif not spec.answers:
+        why = "evaluate.answers is 0"
+    elif not any(row.answered for row in rows):
+        why = "none of these rows ends in an answer"
+    else:
+        return ""
+    have, them = ("has", "it") if len(given) == 1 else ("have", "them")
+    return f"{' and '.join(given)} {have} no effect: {why}, so there are no replies to compare. Leave {them} out."
 
 
 def prompt_of(row: Row) -> str:

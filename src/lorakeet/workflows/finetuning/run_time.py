@@ -15,12 +15,15 @@ from lorakeet.data.few_shot import SHARE, widest
 from lorakeet.data.prefix import PASS, common_prefix
 from lorakeet.evaluate.wording import duration_text
 from lorakeet.memory.ledger import Work
-from lorakeet.models.generate.score import label_endings
+from lorakeet.models.generate.sample import ROWS_AT_ONCE
+from lorakeet.models.generate.score import label_branches, label_endings
 from lorakeet.train.preference_spec import KTO, START, needs_reference
 from lorakeet.workflows.finetuning.assemble_text import TextAssembly
 from lorakeet.workflows.finetuning.certify_text import CHECK_TOKENS
 from lorakeet.workflows.finetuning.evaluate_text import CALIBRATION_ROWS
-from lorakeet.workflows.finetuning.reply import LEAST_TOKENS, LONGER, TOGETHER
+from lorakeet.workflows.finetuning.reply import LEAST_TOKENS, LONGER
+from lorakeet.workflows.planning.evaluation_batches import tokens_within_peak
+from lorakeet.workflows.planning.forecast_text_run import REPLY_TOKENS
 
 PROBE_SIZE, PROBE_BYTES, PROBE_REPEATS = 1024, 64 << 20, 5
 FORWARD = 0.5  # of a training pass: without gradients
@@ -47,6 +50,8 @@ class PhaseTokens:
     training: float
     evaluation: float
     certificate: float
+    replies: float = 0  # of the evaluation
+    prompts: int = 0  # that are answered
 
 
 def measured_speed(products: torch.dtype) -> Speed:
@@ -67,14 +72,17 @@ def phase_tokens(setup: TextAssembly) -> PhaseTokens:
     training = _steps(setup) + held_out * _read(setup.held_out, train.micro_tokens) + _reference(setup)
     part, _ = setup.evaluated
     rows, compares = setup.encoded[part], needs_reference(train.objective)
+    prompts, replies = 0, 0.0
     if setup.dataset.labels:
         answering = _labelled(setup, rows)
     else:
         answers = 0.5 if train.objective == KTO else 1  # whose second answers are not evaluated
-        answering = _written(setup, rows) + (2 + compares) * answers * _read(rows, train.micro_tokens)
+        prompts = min(spec.answers, sum(row.answered and row.desirable is not False for row in setup.evaluated[1]))
+        replies = _written(setup, rows, prompts) if prompts else 0
+        answering = replies + (2 + compares) * answers * _read(rows, train.micro_tokens)
     drift = (spec.drift_tokens * (PASS + spec.drift_texts) + 2 * spec.drift_texts * spec.drift_tokens) * bool(spec.drift_texts)
     again = _read(setup.held_out, train.micro_tokens) if compares else 0  # the reference, as it was before training
-    return PhaseTokens(training, answering + drift, CHECKS * (CHECK_TOKENS + PASS) + again)
+    return PhaseTokens(training, answering + drift, CHECKS * (CHECK_TOKENS + PASS) + again, replies, prompts)
 
 
 def run_time_text(setup: TextAssembly) -> str:
@@ -87,7 +95,13 @@ def run_time_text(setup: TextAssembly) -> str:
     phases = {"training": tokens.training, "evaluation": tokens.evaluation, "certificate": tokens.certificate}
     each = ", ".join(f"{name} {duration_text(token * count)}" for name, count in phases.items())
     whole = duration_text(token * sum(phases.values()))
-    return f"Time here, as busy as this machine is now: about {whole} ({each}), give or take half."
+    said = f"Time here, as busy as this machine is now: about {whole} ({each}), give or take half."
+    if not tokens.prompts:
+        return said
+    return (
+        f"{said} Of the evaluation, {duration_text(token * tokens.replies)} are replies: {tokens.prompts} held-out prompts "
+        "(evaluate.answers), answered by adapter, base and few-shot base."
+    )
 
 
 def _steps(setup: TextAssembly) -> float:
@@ -115,29 +129,34 @@ def _read(rows: Encoded, micro_tokens: int) -> float:
 
 def _labelled(setup: TextAssembly, rows: Encoded) -> float:
     """The tokens of base, adapter and few-shot base on labelled rows. Labels of several tokens repeat a row, or are its batch."""
-    most, count, typical = setup.config.train.micro_tokens, len(rows.examples), _typical(rows)
+    count, typical = len(rows.examples), _typical(rows)
     first = setup.encoder.candidates(setup.dataset.train[0])
     endings = [] if first is None else label_endings(setup.text, first)
     several = any(len(ending) > 1 for ending in endings)
-    own = (typical - _beginning(setup.train)) * (len(endings) if several else 1)
+    own = (typical - _beginning(setup.train)) * max(1, len(label_branches(endings)))
 
-    def answered(number: int, shown: float) -> float:
+    def answered(number: int, shown: float, most: int) -> float:
         together = number * own + math.ceil(number * own / max(own, most - shown)) * (shown + PASS)
         return min(together, number * (shown + typical + PASS))
 
-    longest = setup.config.data.max_tokens
-    limit = SHARE * longest if several or setup.config.memory.limit else widest(longest, setup.text.context) - longest
+    micro, longest = setup.config.train.micro_tokens, setup.config.data.max_tokens
+    width = longest if several or setup.config.memory.limit else widest(longest, setup.text.context)
+    limit = SHARE * longest if width == longest else width - longest
     shown = min(setup.config.evaluate.examples, limit // typical) * typical
-    return 2 * answered(count, 0) + (answered(count + min(CALIBRATION_ROWS, len(setup.train.examples)), shown) if shown else 0)
+    found = 2 * answered(count, 0, micro)
+    if not shown:
+        return found
+    known = min(CALIBRATION_ROWS, len(setup.train.examples))
+    return found + answered(count + known, shown, tokens_within_peak(setup.residency, max(micro, width), setup.device))
 
 
-def _written(setup: TextAssembly, rows: Encoded) -> float:
-    """The tokens of the replies of base, adapter and few-shot base."""
+def _written(setup: TextAssembly, rows: Encoded, prompts: int) -> float:
+    """The tokens of the replies of base, adapter and few-shot base to so many prompts."""
     spec, typical = setup.config.evaluate, _typical(rows)
-    prompts = min(spec.answers, len(rows.examples) // setup.config.train.answers)
     longest = LONGER * max(int(row.supervised.sum()) for row in rows.examples)
     written = min(spec.answer_tokens, max(LEAST_TOKENS, longest))
-    passes = math.ceil(prompts / TOGETHER)
+    most = tokens_within_peak(setup.residency, max(setup.config.train.micro_tokens, REPLY_TOKENS), setup.device)
+    passes = math.ceil(prompts / min(ROWS_AT_ONCE, max(1, most // (typical + written))))
     return SYSTEMS * (prompts * (typical + written) + passes * written * PASS) + passes * spec.examples * typical
 
 

@@ -53,6 +53,7 @@ from lorakeet.workflows.finetuning.certify_text import certify_text, with_own_co
 from lorakeet.workflows.finetuning.cuda_graphs import record_graphs, require_graphable
 from lorakeet.workflows.finetuning.evaluate_text import TextEvaluator, require_encodable
 from lorakeet.workflows.finetuning.kind import NO_BOUND, Advice, Digests, PlanResult, RunKind
+from lorakeet.workflows.finetuning.reply import without_effect
 from lorakeet.workflows.finetuning.report import leaks, pruned_map, rank_map
 from lorakeet.workflows.finetuning.run_time import Speed, measured_speed, run_time_text
 from lorakeet.workflows.finetuning.stacked import check_earlier, earlier_facts, with_earlier
@@ -100,6 +101,7 @@ class TextPlanResult(PlanResult):
     least: int | None = None  # the smallest budget that streaming keeps
     later: tuple[Phase, ...] = ()  # merging and exporting within the budget, or the least that they take
     lengths: RowLengths | None = None  # of the rows, where there are some
+    labelled: bool | None = None  # whether the rows have labels; None if they are not known
 
     @property
     def later_commands(self) -> tuple[str, ...]:
@@ -229,6 +231,12 @@ def _show(result: TextPlanResult, console: Console) -> None:
             needed = enough_for(phase.bytes).replace(" ", "")
             say(f"lorakeet {phase.name} of its adapter will need --memory {needed}, with streaming.")
     say(_speed_text(result))
+    if not result.labelled and config.evaluate.answers:
+        spec, where = config.evaluate, "" if result.labelled is False else ", if rows have no labels"
+        say(
+            f"The evaluation then answers up to {spec.answers} held-out prompts{where}, in at most {spec.answer_tokens} tokens "
+            "each, by adapter, base and few-shot base: evaluate.answers and evaluate.answer_tokens set that."
+        )
 
 
 def _show_choice(run: TextRun, free: Budget, say: Callable[[str], None]) -> None:
@@ -344,7 +352,7 @@ class TextRunKind(RunKind[TextAssembly]):
         planned = dataclasses.replace(planned, forecast=with_later(planned.forecast, later))
         result = TextPlanResult(
             config=config, device=precision.device, planned=_with_unpacking(planned, config, precision), precision=precision,
-            speed=speed, later=later, lengths=run.lengths, free=free,
+            speed=speed, later=later, lengths=run.lengths, free=free, labelled=workload.labelled,
         )  # fmt: skip
         if watch is not None:
             watch(result)
@@ -386,6 +394,8 @@ class TextRunKind(RunKind[TextAssembly]):
 
     def show(self, setup: TextAssembly, console: Console, *, dry_run: bool) -> None:
         show_rows(setup, console)
+        if ignored := without_effect(setup.config, setup.evaluated[1], setup.dataset.labels):
+            console.print(ignored, style="yellow", markup=False, soft_wrap=True)
         if dry_run and (said := run_time_text(setup)):
             console.print(said, soft_wrap=True)
 
@@ -440,7 +450,8 @@ class TextRunKind(RunKind[TextAssembly]):
         config = setup.config.changed(train={"micro_tokens": task.spec.micro_tokens})  # halved if memory was too small
         tokens = _summed(setup.processes, tokens_of_experts(task.text.model))
         moved = None if setup.moved is None else dataclasses.replace(setup.moved, tokens=tokens)
-        setup = dataclasses.replace(setup, text=task.text, own_code=task.own_code, config=config, moved=moved)
+        halved = task.spec.micro_tokens < setup.config.train.micro_tokens
+        setup = dataclasses.replace(setup, text=task.text, own_code=task.own_code, config=config, moved=moved, halved=halved)
         if task.pruning is None:
             return setup
         return dataclasses.replace(setup, plan=pruned_plan(setup.text, setup.plan), initial_plan=setup.plan)
@@ -452,7 +463,8 @@ class TextRunKind(RunKind[TextAssembly]):
         """The measured sections of the report, by the evaluator that `make` makes."""
         part, rows = setup.evaluated
         own = None if setup.config.evaluate.metric is None else load_metric(setup.config.evaluate.metric, outside=run.path)
-        evaluator = make(setup.config, setup.text, setup.encoder, rows, console, metric=own)
+        wide = None if setup.halved else setup.residency
+        evaluator = make(setup.config, setup.text, setup.encoder, rows, console, metric=own, residency=wide)
         baseline_rows = [*setup.dataset.train, *(setup.dataset.held_out if part == "test" else ())]
         report = evaluator.report(f"Fine-tuning {setup.name}", baseline_rows=baseline_rows)
         return dataclasses.replace(
