@@ -57,6 +57,15 @@ def pytest_collection_finish() -> None:
     gc.enable()
 
 
+@pytest.hookimpl(wrapper=True)
+def pytest_runtest_teardown(item: pytest.Item, nextitem: pytest.Item | None) -> Iterator[None]:
+    """What is there after the last test of a file stays too: what later files share, and what this one imported."""
+    yield
+    if nextitem is None or nextitem.path != item.path:
+        gc.collect()
+        gc.freeze()
+
+
 @pytest.fixture(scope="session", autouse=True)
 def rehearsals_once() -> Iterator[None]:
     """Each run on shapes alone is rehearsed once in a process, however many tests begin the same run (tiny/rehearsals)."""
