@@ -96,10 +96,11 @@ def test_readme_pages_and_report_say_the_same_of_leaks_and_floors() -> None:
     assert f"At least {RECALL} are found" in leaks and f"at least {RECALL} of the copies" in said
     assert "one word in five differs" in leaks and "share 80% of their words" in said
     assert "one word from four words on" in leaks and "all but one from 4 words on" in said
-    assert "Leaks between training and test rows are found and named" in readme
+    assert "Training rows that are copies or near-copies of test rows are found, named and left out" in readme
     for floor in (MAJORITY, TFIDF, EMBEDDED, NEAREST, CONSTANT, FEW_SHOT):
         assert floor in reading
     spec = EvaluateSpec()
     assert f"shown up to {spec.examples} training rows" in reading
     assert f", {spec.answers} held-out prompts are answered" in reading
-    assert "is compared with its base, a few-shot base and simple baselines. Held-out prompts are answered" in readme
+    assert "is compared with its base, a few-shot base and simple baselines." in readme
+    assert "the verdict is on the answers" in readme
