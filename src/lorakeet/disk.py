@@ -81,9 +81,12 @@ def open_in_place(path: Path, *, append: bool = False) -> BinaryIO:
     return os.fdopen(handle, "r+b", buffering=0)
 
 
-def open_regular(path: Path) -> FileIO:
-    """Opens a file to be read, without a buffer. OSError for what is no file: reading a pipe or a device may never end."""
-    handle = os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC)
+def open_regular(path: Path, *, follow: bool = True) -> FileIO:
+    """Opens a file to be read, without a buffer. OSError for what is no file: reading a pipe or a device may never end.
+
+    Without `follow` OSError for a link, too.
+    """
+    handle = os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC | (0 if follow else os.O_NOFOLLOW))
     if not stat.S_ISREG(os.fstat(handle).st_mode):
         os.close(handle)
         raise OSError(errno.EINVAL, "it is no file", str(path))

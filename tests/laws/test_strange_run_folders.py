@@ -91,7 +91,7 @@ def test_pages_of_any_run_folder(browser: TestClient, files: dict[str, bytes], p
         shutil.rmtree(folder)
 
 
-JOB_PAGES = ["/", "/runs", "/run", "/run/x", "/run/x/events", "/try", "/try/state"]
+JOB_PAGES = ["/", "/runs", "/run", "/run/x", "/try", "/try/state"]  # events of a job that waits do not end
 
 
 @fuzzed(quick=200, many=10_000)
@@ -103,7 +103,7 @@ def test_pages_with_any_job(browser: TestClient, files: dict[str, bytes], page: 
         shown(browser, page)
         job = read_job(folder)
         assert job is None or (job.state and (job.code or 0) < 10**9 and all(isinstance(word, str) for word in job.words))
-        assert (trial := current_trial(queue)) is None or 0 < trial.port < 1 << 16
+        assert (trial := current_trial(queue)) is None or 0 <= trial.port < 1 << 16  # 0: not known yet
     finally:
         shutil.rmtree(folder)
         queue._known.clear()

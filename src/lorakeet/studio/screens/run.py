@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import AsyncIterator
+from contextlib import suppress
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -142,6 +143,9 @@ def _follow(request: Request) -> Response:
     )  # fmt: skip
 
 
+_LARGEST_SHOWN = 1 << 18  # bytes of a run file on the page
+
+
 def _at_once(request: Request) -> bool:
     return form_of(request).get("at_once") == "true"
 
@@ -152,9 +156,11 @@ def shown_words(job: Job) -> list[str]:
 
 
 def file_of(folder: Path) -> str:
-    """The run file in the folder of a job or a run; empty where there is none."""
-    found = next((path for path in (folder / "run.yaml", folder / "config.yaml") if path.is_file()), None)
-    return found.read_text(encoding="utf-8", errors="replace") if found else ""
+    """The run file in the folder of a job or a run; empty where there is none. No link is followed."""
+    for name in ("run.yaml", "config.yaml"):
+        with suppress(OSError), open_regular(folder / name, follow=False) as file:
+            return (file.read(_LARGEST_SHOWN) or b"").decode("utf-8", "replace")
+    return ""
 
 
 def _stop(request: Request) -> Response:
