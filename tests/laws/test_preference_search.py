@@ -34,6 +34,7 @@ from lorakeet.workflows.options import TuneOptions
 from lorakeet.workflows.tune import tune
 from tiny.models import save_tiny_llama
 from tiny.runs import quiet, settings, write_rows
+from tiny.shared_passes import members_of_passes
 from tiny.streams import loaded
 from train.text.test_preference_task import pairs
 
@@ -103,17 +104,7 @@ def require_equal(folder: Path, tmp_path: Path, objective: str, *, micro_tokens:
 
 @pytest.fixture
 def shared(monkeypatch: pytest.MonkeyPatch) -> list[int]:
-    """The number of members in each forward pass from now on."""
-    found: list[int] = []
-    usual = multi_adapter.groups_of
-
-    def watched(*given: Any) -> list[Any]:
-        groups = usual(*given)
-        found.extend(len(one.parts) for group in groups for one in group.batches)
-        return groups
-
-    monkeypatch.setattr(multi_adapter, "groups_of", watched)
-    return found
+    return members_of_passes(monkeypatch)
 
 
 @pytest.mark.parametrize("objective", ALL)

@@ -47,7 +47,7 @@ class Architecture:
     name: str
     metadata: Pairs = ()
     constants: tuple[tuple[str, Value], ...] = ()
-    norms: str = ""  # "plus one": llama.cpp multiplies by the stored number, transformers by 1 + w
+    norm_plus_one: bool = False  # llama.cpp multiplies by the stored number, transformers by 1 + w
     plain_norms: tuple[str, ...] = ()  # ends of the names of those that are stored as they are
     activation: str = "silu"
     rules: tuple[Rule, ...] = ()
@@ -256,10 +256,10 @@ def _rotated_but_every_fourth(config: Config) -> list[bool]:
 
 
 _QWEN3_5 = Architecture(
-    "qwen35", _DELTA, norms="plus one", plain_norms=("linear_attn.norm",), rules=_DELTA_NET, computed=_delta_net,
+    "qwen35", _DELTA, norm_plus_one=True, plain_norms=("linear_attn.norm",), rules=_DELTA_NET, computed=_delta_net,
 )  # fmt: skip
 _QWEN3_5_MOE = Architecture(
-    "qwen35moe", (*_DELTA, *_NUMBER, *_SHARED), norms="plus one", plain_norms=("linear_attn.norm",),
+    "qwen35moe", (*_DELTA, *_NUMBER, *_SHARED), norm_plus_one=True, plain_norms=("linear_attn.norm",),
     rules=(*_DELTA_NET, *_STACKED), computed=_delta_net,
 )  # fmt: skip
 _GRANITE_MOE = Architecture(
@@ -305,14 +305,14 @@ ARCHITECTURES: dict[str, Architecture] = {
     "qwen2_moe": Architecture("qwen2moe", (*_NUMBER, *_SHARED), rules=_STACKED, fixed=(("norm_topk_prob", (False,)),)),
     "qwen3_moe": Architecture("qwen3moe", _NUMBER, rules=_STACKED, fixed=_SCORED),
     "qwen3_next": Architecture(
-        "qwen3next", (*_DELTA, *_NUMBER, *_SHARED), norms="plus one", plain_norms=("linear_attn.norm",), rules=_QWEN3_NEXT,
+        "qwen3next", (*_DELTA, *_NUMBER, *_SHARED), norm_plus_one=True, plain_norms=("linear_attn.norm",), rules=_QWEN3_NEXT,
         fixed=_SCORED, computed=_delta_net,
     ),
     "qwen3_5_text": _QWEN3_5,
     "qwen3_5_moe_text": _QWEN3_5_MOE,
-    "gemma": Architecture("gemma", norms="plus one", activation=_GELU),
-    "gemma2": Architecture("gemma2", (*_SLIDING, *_CAPS), norms="plus one", activation=_GELU, every=2, windows=True),
-    "gemma3_text": Architecture("gemma3", _SLIDING, norms="plus one", activation=_GELU, every=6, windows=True),
+    "gemma": Architecture("gemma", norm_plus_one=True, activation=_GELU),
+    "gemma2": Architecture("gemma2", (*_SLIDING, *_CAPS), norm_plus_one=True, activation=_GELU, every=2, windows=True),
+    "gemma3_text": Architecture("gemma3", _SLIDING, norm_plus_one=True, activation=_GELU, every=6, windows=True),
     "gemma4_text": _GEMMA4_TEXT,
     "gemma4_unified_text": _GEMMA4_TEXT,
     "phi3": Architecture("phi3", _SLIDING),

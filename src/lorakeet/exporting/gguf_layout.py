@@ -85,7 +85,8 @@ class ModelLayout:
         heads = permuted_heads(self.model_type, module, self.heads, self.kv_heads)
         if heads and leaf in ("weight", "bias"):
             return lambda tensor: permute(tensor, heads)
-        if self.architecture.norms and module.endswith("norm") and not module.endswith(self.architecture.plain_norms or ("\0",)):
+        plain_norm = module.endswith(self.architecture.plain_norms)
+        if self.architecture.norm_plus_one and module.endswith("norm") and not plain_norm:
             return lambda tensor: tensor + 1
         return None
 

@@ -89,16 +89,14 @@ class GgufTensors(MergedTensors):
         """ConfigError lists what does not fit, or has no name in llama.cpp's architecture."""
         super().__init__(source, adapter)
         known = read_config(source)  # with the defaults and names of the family's own class, which files may leave out
-        self.own = {**self.checkpoint.config, **self.edits.config}
         self.layout: ModelLayout = model_layout({**known.get_text_config().to_dict(), **self.edits.config}, source)
-        self.own.setdefault("tie_word_embeddings", known.tie_word_embeddings)
+        self._tied = self.edits.config.get("tie_word_embeddings", known.tie_word_embeddings) is True
         self.notes = [*self.edits.notes, *self.layout.notes]
         self.home = self._named()
 
     def _named(self) -> dict[str, Part]:
         """The parts of each tensor of the file, by GGUF name."""
         problems = Problems(f"{self.checkpoint.folder} cannot be written as GGUF")
-        tied = self.own.get("tie_word_embeddings") is True
         stored: dict[str, str] = {}
         skipped = dict.fromkeys(_NOT_WRITTEN, 0)
         for name in self.home:
@@ -109,7 +107,7 @@ class GgufTensors(MergedTensors):
                 other = _PREDICTION
             if other is not None:
                 skipped[other] += 1
-            elif plain != "lm_head.weight" or not tied:  # llama.cpp uses the embedding if there is no output.weight
+            elif plain != "lm_head.weight" or not self._tied:  # llama.cpp uses the embedding if there is no output.weight
                 stored[plain] = name
         self.notes += [f"{count} tensors of {what} were left out." for what, count in skipped.items() if count]
         parts = self.layout.parts(stored, problems)

@@ -46,6 +46,7 @@ from lorakeet.train.text.multi_adapter import (
 from lorakeet.train.text.task import TextTask
 from tiny.gptq_folder import save_mixed_gptq
 from tiny.models import save_tiny_llama
+from tiny.shared_passes import members_of_passes
 from tiny.streams import loaded
 
 SPEC = TrainSpec(steps=6, batch_size=4, micro_tokens=400, learning_rate=5e-3, evaluate_every=2, patience=0)
@@ -127,17 +128,7 @@ def test_a_disk_that_takes_no_values_ends_no_training(tiny_llama_folder: Path, t
 
 @pytest.fixture
 def shared(monkeypatch: pytest.MonkeyPatch) -> list[int]:
-    """The number of members in each forward pass from now on."""
-    found: list[int] = []
-    usual = multi_adapter.groups_of
-
-    def watched(*given: Any) -> list[Any]:
-        groups = usual(*given)
-        found.extend(len(one.parts) for group in groups for one in group.batches)
-        return groups
-
-    monkeypatch.setattr(multi_adapter, "groups_of", watched)
-    return found
+    return members_of_passes(monkeypatch)
 
 
 @pytest.mark.parametrize("tokens", [400, 60])

@@ -21,7 +21,6 @@ from lorakeet.data.chat import Encoder
 from lorakeet.data.rows import Row, Turn
 from lorakeet.data.shapes import ROLES
 from lorakeet.data.spec import DataSpec, fill_template, template_fields
-from lorakeet.data.split import read_split_record
 from lorakeet.errors import ConfigError, LorakeetError
 from lorakeet.memory.spec import MemorySpec
 from lorakeet.merging.combine import CombineSpec, combination
@@ -41,6 +40,7 @@ from lorakeet.serve.sampling import Sampling
 from lorakeet.serve.text_stream import TextStream
 from lorakeet.workflows.planning.evaluation import fit_evaluation
 from lorakeet.workflows.planning.forecast_text_run import Workload
+from lorakeet.workflows.runs.trained_prompt import recorded_labels
 
 Prompt: TypeAlias = "str | Sequence[dict[str, Any]]"
 Mix: TypeAlias = "tuple[tuple[Adapter, float], ...]"  # adapters with weights; empty for the base
@@ -275,8 +275,7 @@ class StreamedTexts(TextSource):
 
 def prompt_settings(data: DataSpec, split: Path) -> DataSpec:
     """The settings by which a run writes prompts: data.template is for labelled rows alone; split.json has their labels."""
-    labelled = split.is_file() and read_split_record(split).get("labels")
-    return data if labelled else replace(data, template=DataSpec.template)
+    return data if recorded_labels(split) else replace(data, template=DataSpec.template)
 
 
 def _in_template(turn: Turn, template: str) -> Turn:

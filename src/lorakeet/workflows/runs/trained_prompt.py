@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from pathlib import Path
 
 from lorakeet.data.predicted.unlabelled import row_shaper
 from lorakeet.data.spec import DataSpec, template_fields
@@ -16,10 +17,13 @@ _TYPED = "the message"
 
 def trained_labels(run: RunFolder | None, data: DataSpec) -> tuple[str, ...]:
     """The labels of a run, in the order of its report; of a bare adapter those of its settings. Empty for prompts."""
-    if run is not None and run.split.is_file():
-        known = read_split_record(run.split).get("labels")
-        return tuple(map(str, known)) if isinstance(known, list) else ()
-    return data.labels
+    return data.labels if run is None or not run.split.is_file() else recorded_labels(run.split)
+
+
+def recorded_labels(split: Path) -> tuple[str, ...]:
+    """The labels in a run's split.json; empty where there is no such file, and for prompts."""
+    known = read_split_record(split).get("labels") if split.is_file() else None
+    return tuple(map(str, known)) if isinstance(known, list) else ()
 
 
 def trained_prompt(text: str, data: DataSpec, labels: Sequence[str]) -> str:
