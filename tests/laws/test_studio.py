@@ -282,6 +282,25 @@ def test_texts_of_strangers_run_nowhere(browser: Any, studio: Studio, address: s
     assert page.said == []
 
 
+def test_a_mended_file_of_the_same_name_is_read_again(browser: Any, studio: Studio, address: str, tmp_path: Path) -> None:
+    """What was set for it goes along, also to the form of a run, which names it without opening its settings."""
+    page = opened(browser, address.replace("/?", "/data?"))
+    rows = tmp_path / "register.csv"
+    for count in (30, 31):
+        texts = [f"{n},note {n} of the ward,{'Fall' if n % 2 else 'Skin'}" for n in range(count)]
+        rows.write_text("\n".join(["Ref,What happened,Category", *texts]))
+        page.set_input_files("#upload", str(rows))
+        if count == 30:
+            page.click("#problems button >> nth=0")
+        page.wait_for_selector(f"#sentence:has-text('{count - 3} rows to train on')", timeout=WAIT)
+    page.set_input_files("#upload", files=[{"name": "register.xlsx", "mimeType": "", "buffer": b"PK"}])
+    page.wait_for_selector("#uploaded.problem:has-text('save the sheet as CSV')")
+    page.click("#go-on")
+    page.wait_for_selector("#set:has-text('text column What happened; label column Category')")
+    assert not page.is_visible("summary:has-text('images')") and "register-2.csv" in page.inner_text("#same")
+    assert len(page.said) == 1 and "400" in page.said[0], "the workbook was refused"
+
+
 def test_a_run_that_vanishes_is_said(browser: Any, studio: Studio, address: str) -> None:
     folder = made_run(studio, "mine")
     with (folder / ".lock").open("w") as lock:

@@ -36,6 +36,23 @@ def test_a_summary_says_what_the_files_say(tmp_path: Path) -> None:
     assert (bare.ended, bare.loss, bare.passed, bare.problem) == ("", None, None, "")
 
 
+@pytest.mark.parametrize(
+    ("verdicts", "said"),
+    [
+        (["better", "no difference shown"], "better than one, no difference from another shown"),
+        (["no difference shown", "worse"], "worse than one, no difference from another shown"),
+        (["better", "worse", "better"], "better than one, worse than another"),
+    ],
+)
+def test_a_mixed_verdict_says_how_it_is_mixed(tmp_path: Path, verdicts: list[str], said: str) -> None:
+    """In the metric of the headline; another metric does not count."""
+    folder = made_run(tmp_path / "a", losses=[1.0], held_out=[], report=True)
+    comparisons = [{"metric": "accuracy", "verdict": verdict} for verdict in verdicts] + [{"metric": "loss", "verdict": "worse"}]
+    report = {"verdict": {"phrases": [], "tone": "mixed"}, "comparisons": comparisons}
+    (folder / "report.json").write_text(json.dumps(report))
+    assert summary_of(folder).against == said
+
+
 def test_broken_files_are_named_and_do_not_end_the_list(tmp_path: Path) -> None:
     made_run(tmp_path / "good", losses=[1.0], held_out=[1.0])
     broken = made_run(tmp_path / "broken", losses=[1.0], held_out=[])

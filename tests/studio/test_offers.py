@@ -49,6 +49,12 @@ def test_other_names_are_refused(browser: TestClient, studio: Studio, name: str)
     assert not list(studio.places.own.glob("rows/*"))
 
 
+@pytest.mark.parametrize("name", ["Register.xlsx", "old.XLS", "sheet.ods"])
+def test_a_workbook_is_answered_with_what_to_do(browser: TestClient, name: str) -> None:
+    refused = browser.put(f"/rows/{name}", content=b"PK", headers={"accept": "application/json"})
+    assert refused.status_code == 400 and f"{name} is a workbook. Open it, save the sheet as CSV" in refused.json()["message"]
+
+
 def test_a_slow_disk_keeps_no_other_page_waiting(browser: TestClient, monkeypatch: pytest.MonkeyPatch) -> None:
     """Pieces are written where no loop runs."""
     loops: list[bool] = []

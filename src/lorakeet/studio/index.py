@@ -6,6 +6,7 @@ import json
 import os
 import sqlite3
 import threading
+from collections.abc import Sequence
 from contextlib import closing, suppress
 from dataclasses import dataclass
 from pathlib import Path
@@ -21,7 +22,7 @@ from lorakeet.train.log import read_metrics
 from lorakeet.train.run import RunFolder
 
 TAGS = ".studio.json"  # in a run folder
-VERSION = 2  # of what is cached
+VERSION = 3  # of what is cached
 _SPARK = 40  # points of a small curve
 _MOST_TAGS, _LONGEST_TAG = 100, 100  # that are shown of what is in a file
 
@@ -43,6 +44,7 @@ class RunSummary:
     base: float | None = None
     verdict: str = ""
     tone: str = ""
+    against: str = ""  # what `mixed` means: how the comparisons of the verdict disagree
     passed: bool | None = None
     spark: tuple[float, ...] = ()
     tags: tuple[str, ...] = ()
@@ -150,7 +152,16 @@ def _numbers(records: list[dict[str, Any]]) -> dict[str, Any]:
 def _verdict(report: dict[str, Any]) -> dict[str, Any]:
     """What a summary says of a report."""
     verdict = report.get("verdict") or {}
-    return {"ended": "done", "verdict": _sentence(verdict), "tone": str(verdict.get("tone", ""))}
+    found = {"ended": "done", "verdict": _sentence(verdict), "tone": str(verdict.get("tone", ""))}
+    return {**found, "against": _against(report.get("comparisons") or ()) if found["tone"] == "mixed" else ""}
+
+
+def _against(comparisons: Sequence[dict[str, Any]]) -> str:
+    """How the comparisons in the metric of the first one disagree: "better than one, no difference from another shown"."""
+    words = {"better": "better than {}", "worse": "worse than {}", "no difference shown": "no difference from {} shown"}
+    verdicts = {one.get("verdict") for one in comparisons if one.get("metric") == comparisons[0].get("metric")}
+    found = [words[verdict] for verdict in words if verdict in verdicts]
+    return ", ".join(text.format("one" if number == 0 else "another") for number, text in enumerate(found))
 
 
 def tags_of(folder: Path) -> tuple[str, ...]:

@@ -29,6 +29,7 @@ from lorakeet.studio.safety import LARGEST_UPLOAD
 from lorakeet.workflows.runs.quickstart_packages import QUICKSTART_PACKAGES, installed_version
 
 ROWS = (".jsonl", ".json", ".csv", ".tsv", ".txt", ".parquet", ".zip", ".gz")
+WORKBOOKS = (".xlsx", ".xls", ".xlsm", ".xlsb", ".ods", ".numbers")  # of offices, which save their sheets as CSV
 _DEPTH = 3  # folders below a chosen one
 _MOST = 200  # of each kind
 _ENTRIES = 20_000  # that are read in all
@@ -96,6 +97,8 @@ async def _receive(request: Request) -> Response:
     """Keeps a file of rows that the browser sends; answers with its path. Another one of that name stays: runs need it."""
     name = str(request.path_params["name"])
     places = studio_of(request).places
+    if name.lower().endswith(WORKBOOKS):
+        raise ConfigError(f"{name:.80} is a workbook. Open it, save the sheet as CSV (Save as, CSV UTF-8), and choose that file.")
     if not name.lower().endswith(ROWS) or len(name.encode()) > 200 or name.startswith(".") or not name.isprintable():
         raise ConfigError(f"The file's name is {name!r:.80}; expected a plain name that ends with {', '.join(ROWS)}.")
     await asyncio.to_thread(_require_space, places, int(request.headers.get("content-length") or 0))

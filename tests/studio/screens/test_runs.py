@@ -60,6 +60,15 @@ def test_the_table_says_what_the_page_of_a_run_says(browser: TestClient, studio:
             assert [line.state for line in lines_of(studio)] == ["running"]
 
 
+def test_a_verdict_that_is_worse_in_nothing_is_not_called_worse(browser: TestClient, studio: Studio) -> None:
+    folder = made(studio, "mine")
+    comparisons = [{"metric": "accuracy", "verdict": verdict} for verdict in ("better", "no difference shown")]
+    report = {"verdict": {"phrases": [{"text": "It beats its base"}], "tone": "mixed"}, "comparisons": comparisons}
+    (folder / "report.json").write_text(json.dumps(report))
+    text = browser.get("/runs").text
+    assert 'class="pill mixed">better than one, no difference from another shown<' in text and "worse" not in text
+
+
 def test_curves_lie_over_each_other(browser: TestClient, studio: Studio) -> None:
     for name in ("a", "b"):
         made(studio, name)

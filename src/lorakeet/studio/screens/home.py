@@ -11,6 +11,7 @@ from starlette.routing import Route
 from lorakeet.config import RunConfig, read_run
 from lorakeet.studio.forms import form_settings
 from lorakeet.studio.pages import Screen, form_of, moved, page, page_address, studio_of
+from lorakeet.studio.screens.runs import lines_of
 from lorakeet.train.run import RunFolder
 from lorakeet.workflows.options import VERBS
 from lorakeet.workflows.runs.early_checks import require_new_run
@@ -26,9 +27,9 @@ def quickstart_config(out: str = "") -> RunConfig:
 
 
 def _home(request: Request) -> Response:
-    newest = studio_of(request).index.summaries(_NEWEST)[:_NEWEST]
+    newest = lines_of(studio_of(request), _NEWEST)[:_NEWEST]
     config = quickstart_config()
-    return page(request, "home.html", runs=newest, missing=missing_packages(config), chosen=form_settings(config))
+    return page(request, "home.html", lines=newest, missing=missing_packages(config), chosen=form_settings(config))
 
 
 def _quickstart(request: Request) -> Response:

@@ -40,6 +40,7 @@ export function takeFile(form, changed) {
     const chosen = event.target.files[0];
     const said = by("uploaded");
     if (!chosen) return;
+    said.className = "";
     said.textContent = `Copies ${chosen.name} …`;
     try {
       const found = await sent(chosen, (share) => { said.textContent = `Copies ${chosen.name}: ${Math.round(100 * share)} %`; });
@@ -47,7 +48,10 @@ export function takeFile(form, changed) {
       setFields(form, { "data.train": found.path });
       changed();
     } catch (error) {
+      said.className = "problem";
       said.textContent = error.message;
+    } finally {
+      event.target.value = ""; // so that the same file, mended meanwhile, can be chosen again
     }
   });
 }

@@ -1,5 +1,5 @@
 // The form of a new run: what is missing, and the command and the file that do the same, as the form changes.
-import { filledOf, offer, remedyButtons, showSame, takeFile } from "./answers.js";
+import { by, filledOf, offer, remedyButtons, showSame, takeFile } from "./answers.js";
 import { post } from "./page.js";
 
 const form = document.getElementById("prepare");
@@ -16,6 +16,7 @@ function filled() {
 async function check() {
   const own = ++asked;
   const fields = filled();
+  const changed = Object.entries(fields).filter(([path]) => !["model.path", "data.train", "out"].includes(path)).map(([path, value]) => `${form.elements[path].labels?.[0]?.firstChild.textContent.trim() || path} ${value}`);
   let found;
   try { found = await post("/run-check", fields); } catch (error) { found = { problems: [error.message] }; }
   if (own !== asked) return; // the form has changed meanwhile
@@ -27,6 +28,7 @@ async function check() {
   document.getElementById("remedies").replaceChildren(...remedyButtons(form, found.remedies, check));
   same.hidden = !good;
   if (good) showSame(found);
+  by("set").textContent = changed.length ? `Set already: ${changed.join("; ")}. All else is as it comes.` : "";
   history.replaceState(null, "", `/run?${new URLSearchParams(fields)}`);
 }
 
