@@ -53,9 +53,9 @@ def test_the_interval_of_a_mean_touches_zero_exactly_if_the_test_shows_nothing()
 
 def test_the_score_interval_solves_its_own_equation() -> None:
     """At each limit the likelihood-constrained statistic is the normal quantile; the constrained maximum is found numerically."""
-    b, c, n, z = 12, 4, 60, stats.norm.ppf(0.975)
+    b, c, n, z = 14, 4, 60, stats.norm.ppf(0.975)
     found, p_value = score_difference(Paired(30, b, c, n - 30 - b - c), 0.95)
-    assert p_value == pytest.approx(2 * stats.norm.sf(8 / 4))
+    assert p_value == pytest.approx(stats.binomtest(c, b + c).pvalue) and p_value > 2 * stats.norm.sf(10 / math.sqrt(18))
     for limit, sign in ((found.low, 1), (found.high, -1)):
 
         def against(q: float, limit: float = limit) -> float:  # −log likelihood of b, c where the shares differ by `limit`
@@ -64,6 +64,25 @@ def test_the_score_interval_solves_its_own_equation() -> None:
         lowest = max(0.0, -limit) + 1e-9
         q = optimize.minimize_scalar(against, bounds=(lowest, (1 - limit) / 2 - 1e-9), options={"xatol": 1e-12}).x
         assert (b - c - n * limit) / math.sqrt(n * (2 * q + limit - limit**2)) == pytest.approx(sign * z, abs=1e-4)
+
+
+@pytest.mark.parametrize("confidence", [0.8, 0.95, 0.999])
+def test_false_alarms_are_as_few_as_stated_whatever_share_of_rows_differs(confidence: float) -> None:
+    """Of the rows that differ, either system wins each with the same chance: the coins of all samples are counted exactly."""
+    for n, differ in [(40, differ) for differ in range(1, 41)] + [(2000, 4), (2000, 25)]:
+        wins = np.arange(differ + 1)
+        found = [score_difference(Paired(0, b, differ - b, n - differ), confidence) for b in range(differ + 1)]
+        shown = np.array([one.excludes_zero for one, _ in found])
+        assert stats.binom.pmf(wins, differ, 0.5)[shown].sum() <= 1 - confidence, differ
+        assert all(p_value >= stats.binomtest(b, differ).pvalue - 1e-12 for b, (_, p_value) in enumerate(found))
+
+
+def test_four_rows_that_differ_show_nothing_however_many_rows_there_are() -> None:
+    for b, c in ((4, 0), (0, 4)):
+        found, p_value = score_difference(Paired(500, b, c, 500 - b - c), 0.95)
+        assert p_value == 0.125 and not found.excludes_zero
+        assert 0.0 in (found.low, found.high) and "-0.0" not in (str(found.low), str(found.high))
+    assert score_difference(Paired(500, 6, 0, 494), 0.95)[0].low > 0  # p = 0.03125
 
 
 def test_typical_values_are_the_inverted_randomisation_test() -> None:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 
 from lorakeet.errors import DataError, Remedy
-from lorakeet.studio.remedies import measuring_warnings, remedies_of, remedies_of_error
+from lorakeet.studio.remedies import remedies_of, remedies_of_error
 
 
 @pytest.mark.parametrize(
@@ -49,9 +49,3 @@ def test_the_remedies_of_an_error_come_together_first() -> None:
     assert alone["words"] == "Read it as cp1252"
     (advised,) = remedies_of_error(DataError("Set --data.delimiter ';'."))
     assert advised["settings"] == {"data.delimiter": ";"}
-
-
-def test_few_rows_to_measure_on_are_said_with_their_interval() -> None:
-    few, same = measuring_warnings(16, labelled=True, tested=False)
-    assert "± 24 percentage points" in few and "data.test" in same
-    assert measuring_warnings(80, labelled=True, tested=True) == measuring_warnings(0, labelled=False, tested=False) == []

@@ -90,7 +90,7 @@ def test_records_are_shown_even_where_no_column_fits(tmp_path: Path) -> None:
 
 def test_an_error_of_columns_proposes_what_they_hold(tmp_path: Path) -> None:
     path = tmp_path / "rows.csv"
-    path.write_text("Body,Rubrik\n" + "".join(f"{' '.join(WORDS[n % 9:])} {n},{'ab'[n % 2]}\n" for n in range(60)))
+    path.write_text("Body,Rubrik\n" + "".join(f"{' '.join(WORDS[n % 9 :])} {n},{'ab'[n % 2]}\n" for n in range(60)))
     with pytest.raises(DataError, match="match no known shape") as raised:
         show_rows_of({"data.train": str(path)}, lambda values: None)
     found = {one.setting: one.value for one in raised.value.remedies}
@@ -99,12 +99,16 @@ def test_an_error_of_columns_proposes_what_they_hold(tmp_path: Path) -> None:
 
 def test_a_column_of_few_values_beside_the_text_is_offered_as_its_label(tmp_path: Path) -> None:
     path = tmp_path / "rows.csv"
-    path.write_text("text,kind\n" + "".join(f"{' '.join(WORDS[n % 9:])} {n},{'ab'[n % 2]}\n" for n in range(60)))
+    path.write_text("text,kind\n" + "".join(f"{' '.join(WORDS[n % 9 :])} {n},{'ab'[n % 2]}\n" for n in range(60)))
     found = sent_for({"data.train": str(path)})
     assert found["columns"]["shape"] == "text" and "'kind' is the label" in found["columns"]["remedies"][0]["words"]
     found = sent_for({"data.train": str(path), **found["columns"]["remedies"][0]["settings"]})
     assert found["columns"]["shape"] == "classification" and found["columns"]["remedies"] == []
-    assert any("rows to measure on are few" in note for note in found["split"]["notes"])
+    few, untested, unnamed = found["split"]["notes"]
+    assert "rows are few to measure on" in few["words"] and "data.test" in untested["words"]
+    (remedy,) = unnamed["remedies"]
+    named = sent_for({"data.train": str(path), "data.label_column": "kind", **remedy["settings"]})["split"]["notes"]
+    assert named == [few, untested]
 
 
 def encoder(limit: int) -> Encoder:

@@ -36,8 +36,9 @@ from lorakeet.settings import to_mapping
 from lorakeet.train.run import RunFolder
 from lorakeet.train.spec import TrainSpec
 from lorakeet.workflows.plan import plan
-from lorakeet.workflows.replying.texts import Mix, Prompt, TextSource, open_texts, prompt_settings
+from lorakeet.workflows.replying.texts import Mix, Prompt, TextSource, open_texts
 from lorakeet.workflows.runs.terminal import TerminalConsole
+from lorakeet.workflows.runs.trained_prompt import prompt_settings
 
 AnyAdapter: TypeAlias = "Adapter | str | Path | Any | None"  # Any: a run, which has an `adapter`
 CONTEXT = 2048  # tokens of a prompt with its reply under a budget

@@ -1,4 +1,4 @@
-"""What a page can set with one click: the remedies of an error, or what its message advises; and warnings on rows."""
+"""What a page can set with one click: the remedies of an error, or what its message advises."""
 
 from __future__ import annotations
 
@@ -14,7 +14,6 @@ from lorakeet.studio.forms import run_fields
 
 # "set --data.encoding cp1252", "set data.template, for instance '{text}'": the words of all messages that advise a value.
 _ADVICE = re.compile(r"\b[Ss]et (?:--)?([a-z]+(?:\.[a-z_]+)+)(?:, for instance)? ")
-_WIDE = 50  # rows to measure on, below which the interval is said beforehand
 
 Remedies = dict[str, Any]  # {"settings": {path: value}, "words": of the button}
 
@@ -48,20 +47,6 @@ def remedies_together(remedies: Sequence[Remedy]) -> list[Remedies]:
         return each
     words = "; ".join(f"{one.words[:1].lower()}{one.words[1:]}" for one in remedies)
     return [one_click({one.setting: one.value for one in remedies}, f"All together: {words}"), *each]
-
-
-def measuring_warnings(rows: int, *, labelled: bool, tested: bool) -> list[str]:
-    """What so few `rows` to measure on mean for the verdict, and what the lack of test rows means."""
-    found = []
-    if 0 < rows < _WIDE:
-        wide = f", about ± {98 / rows**0.5:.0f} percentage points for the share of right answers" if labelled else ""
-        found.append(f"{rows} rows to measure on are few: the verdict has a wide interval{wide}. More rows narrow it.")
-    if rows and not tested:
-        found.append(
-            "The same rows choose the best state of the training and measure it, which flatters it a little. For a strict "
-            "measure, give a second file as data.test, whose rows are used once, at the end."
-        )
-    return found
 
 
 def _value(rest: str) -> str:

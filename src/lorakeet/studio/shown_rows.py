@@ -30,9 +30,10 @@ from lorakeet.errors import DataError, EnvironmentProblem, Remedy
 from lorakeet.models.files.quiet import quiet_transformers
 from lorakeet.models.image.latent_cache import cache_in
 from lorakeet.studio.local import require_local_rows, unready_model
-from lorakeet.studio.remedies import measuring_warnings, remedies_together
+from lorakeet.studio.remedies import remedies_together
 from lorakeet.studio.workbench import Send
 from lorakeet.workflows.planning.encoded_rows import EncodedRows
+from lorakeet.workflows.runs.remarks import Remark, remarks_on
 
 FIRST, PAIRS, COUNTED, PICTURES = 5, 60, 4000, 48  # rows, pairs, rows whose lengths are counted, pictures that are shown
 ALL_MEASURED = "they stay, and each is measured"  # of preferences
@@ -78,7 +79,8 @@ def _show_text(config: RunConfig, send: Send) -> None:
     send({"part": "columns", "shape": shape, "used": used, "remedies": remedies_together(together)[:1]})
     send({"say": "Reads all rows, and searches for copies"})
     dataset = load_dataset(data, objective)
-    send({"part": "split", **split_values(dataset)})
+    remarks = remarks_on(dataset, data, few_shot=config.evaluate.examples > 0)
+    send({"part": "split", **split_values(dataset, remarks)})
     if config.model.path == NO_MODEL:
         return
     if why := unready_model(config):
@@ -99,8 +101,8 @@ def first_values(records: Sequence[FileRecord]) -> dict[str, Any]:
     return {"columns": columns, "rows": rows}
 
 
-def split_values(dataset: Dataset) -> dict[str, Any]:
-    """How the rows are split, their labels, and every pair of copies with both rows."""
+def split_values(dataset: Dataset, remarks: Sequence[Remark]) -> dict[str, Any]:
+    """How the rows are split, their labels, every pair of copies with both rows, and `remarks` with what one click sets."""
     report = dataset.leaks
     dropped = {row.source for row in report.dropped}
     preferred = any(pair.row.rejected or pair.row.desirable is not None for pair in report.within)
@@ -108,8 +110,8 @@ def split_values(dataset: Dataset) -> dict[str, Any]:
         "counts": {"training": len(dataset.train), "held-out": len(dataset.held_out), "test": len(dataset.test)},
         "labels": [[label, count] for label, count in Counter(dataset.label_counts).most_common(30)],
         "notes": [
-            *dataset.notes,
-            *measuring_warnings(len(dataset.test or dataset.held_out), labelled=bool(dataset.labels), tested=bool(dataset.test)),
+            *({"words": note, "remedies": []} for note in dataset.notes),
+            *({"words": remark.words, "remedies": remedies_together(remark.remedies)} for remark in remarks),
         ],
         "method": report.method(),
         "leaks": len(report.across),

@@ -27,9 +27,10 @@ from lorakeet.train.run import RunFolder
 from lorakeet.workflows.options import ChatOptions
 from lorakeet.workflows.replying.session import ChatSession
 from lorakeet.workflows.replying.speakers import BASE, LocalSpeaker, ServerSpeaker, Speaker
-from lorakeet.workflows.replying.texts import open_texts, prompt_settings
+from lorakeet.workflows.replying.texts import open_texts
 from lorakeet.workflows.runs.chat_options import is_server, require_chattable, target_name
 from lorakeet.workflows.runs.serving_options import named_paths
+from lorakeet.workflows.runs.trained_prompt import prompt_settings, unlabelled
 
 _ADAPTERS = ("adapter_config.json", "adapters.safetensors")  # in the folder of an adapter
 SLOTS = 2  # base and adapter side by side
@@ -86,7 +87,7 @@ def _opened(options: ChatOptions, console: Console) -> tuple[Speaker, str, str |
                 kind = settings[name].kind
                 raise ConfigError(f"{path} is a run of kind {kind}; chat is for text. Draw with lorakeet generate.")
             data[name] = prompt_settings(settings[name].data, run.split)
-            data[name] = replace(data[name], template=DataSpec.template) if options.plain else data[name]
+            data[name] = unlabelled(data[name]) if options.plain else data[name]
         adapters[name] = read_adapter(path, say=console.print)
     spec = _base(options, model, adapters, settings)
     memory = MemorySpec(budget=options.memory or "")

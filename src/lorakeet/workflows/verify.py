@@ -77,7 +77,7 @@ from lorakeet.workflows.verification.watch import parse_duration, watch_server
 
 TEXTS, GREEDY = 8, 4  # raw texts, greedy continuations
 RAW_TEXTS = ("It's 10:30 on 12/04.", "naïve café, 日本語 🙂", "two  spaces\n\n\tand a tab", "x = y+1; // 1,234.5")
-_SECOND_MODEL = 2.0  # times its weights in 16 bits: while it is loaded, and with its logits
+_SECOND_MODEL = 2.0  # times its weights: while it is loaded, and with its logits
 WATCHED_ROWS = 4
 CAUSE_TOKENS = 128  # of a row, on which mistakes are tried
 
@@ -201,10 +201,13 @@ def _formats(opened: Opened, live: InTorch, precision: str, console: Console) ->
     chosen = [name for name in ("float16", "bfloat16") if precision in ("auto", name)]
     chosen += [precision] if precision in FEW_BITS else []
     model = live.text.model
-    second = sum(parameter.numel() for parameter in model.parameters()) * torch.bfloat16.itemsize
+    width = torch.float32.itemsize if precision in FEW_BITS else torch.bfloat16.itemsize
+    second = sum(parameter.numel() for parameter in model.parameters()) * width
     second += sum(buffer.nbytes for buffer in model.buffers())  # packed weights
-    times = _SECOND_MODEL * (2 if precision in FEW_BITS else 1)  # in fp32, and once more
-    if not chosen or opened.residency.budget or second * times > free_memory(live.text.device).bytes:
+    needed = second * _SECOND_MODEL
+    if precision in FEW_BITS:  # matrices as they are, beside the rounded ones
+        needed += sum(parameter.nbytes for parameter in model.parameters() if parameter.ndim == 2)
+    if not chosen or opened.residency.budget or needed > free_memory(live.text.device).bytes:
         return {}
 
     def in_format(name: str) -> InTorch:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 
 import pytest
@@ -10,12 +9,11 @@ import torch
 
 from lorakeet.core.adapter import Adapter, Pair
 from lorakeet.data.spec import DataSpec
-from lorakeet.data.split import SPLIT_FORMAT
 from lorakeet.errors import ConfigError
 from lorakeet.models.spec import ModelSpec
 from lorakeet.models.text.load import load_text_model
 from lorakeet.serve.sampling import Sampling
-from lorakeet.workflows.replying.texts import ON_MODEL, BatchedTexts, Mix, StreamedTexts, prompt_settings
+from lorakeet.workflows.replying.texts import ON_MODEL, BatchedTexts, Mix, StreamedTexts
 
 GREEDY = Sampling(max_tokens=8, temperature=0.0)
 PROMPT = (5, 9, 17)
@@ -36,23 +34,18 @@ def spec(tiny_llama_folder: Path) -> ModelSpec:
     return ModelSpec(path=str(tiny_llama_folder), dtype="float32")
 
 
-def test_a_template_is_for_the_texts_of_users_in_runs_with_labels(spec: ModelSpec, tmp_path: Path) -> None:
+def test_a_template_is_for_the_texts_of_users_in_runs_with_labels(spec: ModelSpec) -> None:
     found = BatchedTexts(load_text_model(spec))
-    data = DataSpec(template="alder {text} birch")
+    data = DataSpec(template="alder {text} birch", labels=("bad", "good"))
     messages = [{"role": "user", "content": "cedar"}, {"role": "assistant", "content": "so"}, {"role": "user", "content": "fern"}]
     filled = [{**one, "content": f"alder {one['content']} birch"} if one["role"] == "user" else one for one in messages]
     plain = DataSpec()
     assert found.ids(messages, data, raw=False) == found.ids(filled, plain, raw=False) == found.ids(filled, data, raw=False)
     assert found.ids("cedar", data, raw=True) == found.ids("cedar", plain, raw=True)
-    two = DataSpec(template="{name}: {text} birch")
-    with pytest.raises(ConfigError, match="columns name, text; a text alone does not fill them"):
+    two = DataSpec(template="{name}: {text} birch", labels=("bad", "good"))
+    with pytest.raises(ConfigError, match="the columns 'name' too, which one text does not hold"):
         found.ids("cedar", two, raw=False)
     assert found.ids("elder: cedar birch", two, raw=False) == found.ids("elder: cedar birch", plain, raw=False)
-    split = tmp_path / "split.json"
-    assert prompt_settings(data, split).template == "{text}"
-    for labels, template in ((None, "{text}"), (["good"], data.template)):
-        split.write_text(json.dumps({"format": SPLIT_FORMAT, "held_out": [], "labels": labels}))
-        assert prompt_settings(data, split).template == template
     found.close()
 
 

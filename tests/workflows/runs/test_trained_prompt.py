@@ -11,7 +11,7 @@ from lorakeet.data.split import SPLIT_FORMAT
 from lorakeet.errors import ConfigError
 from lorakeet.evaluate.values import put_text, to_text
 from lorakeet.train.run import RunFolder
-from lorakeet.workflows.runs.trained_prompt import trained_labels, trained_prompt
+from lorakeet.workflows.runs.trained_prompt import prompt_settings, trained_labels, trained_prompt
 
 LABELS = ("bad", "good")
 
@@ -21,6 +21,23 @@ def test_the_template_is_filled_as_for_a_row() -> None:
     assert trained_prompt("fine &amp; dandy", spec, LABELS) == "Review: fine & dandy\nOne of: bad, good"
     assert trained_prompt("{text}", DataSpec(train="x", template="{text}!", system="S"), LABELS) == "{text}!"
     assert trained_prompt("as it is", spec, ()) == "as it is", "prompts with answers have no template"
+
+
+def test_a_text_that_stands_in_its_template_is_left_as_it_is() -> None:
+    spec = DataSpec(train="x", template="Review: {text}\nGood?")
+    for text in ("Review: fine\nGood?", "Review: \nGood?"):
+        assert trained_prompt(text, spec, LABELS) == text
+    assert trained_prompt("Review: fine", spec, LABELS) == "Review: Review: fine\nGood?"
+    two = DataSpec(train="x", template="{drug}: {text}!")
+    assert trained_prompt("A: fine!", two, LABELS) == "A: fine!", "whatever columns the template has"
+    assert trained_prompt("a&amp;b", DataSpec(train="x", html_unescape=True), LABELS) == "a&b", "no template is none to stand in"
+
+
+def test_settings_of_prompts_have_labels_and_template_or_neither(tmp_path: Path) -> None:
+    spec, split = DataSpec(train="x", labels=("old", "older"), template="{text}!"), tmp_path / "split.json"
+    assert (prompt_settings(spec, split).labels, prompt_settings(spec, split).template) == ((), "{text}")
+    put_text(split, to_text({"format": SPLIT_FORMAT, "held_out": [], "labels": ["a", "b"]}))
+    assert (prompt_settings(spec, split).labels, prompt_settings(spec, split).template) == (("a", "b"), "{text}!")
 
 
 def test_what_no_row_could_be_is_refused() -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator, Sequence
+from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -22,7 +23,6 @@ from lorakeet.models.generate.sample import end_ids
 from lorakeet.models.text.model import TextModel
 from lorakeet.workflows.planning.check import COMPARED, ROW_LOGITS, positions_of_answer
 from lorakeet.workflows.runs.open_adapter import open_adapter
-from lorakeet.workflows.verification import artefact
 from lorakeet.workflows.verification.artefact import InTorch, live_side
 from lorakeet.workflows.verification.checks import (
     GREEDY_TOKENS,
@@ -105,7 +105,7 @@ def test_rows_that_are_computed_together_are_what_each_is_alone(
     calls: list[int] = []
     whole = TextModel.hidden
     monkeypatch.setattr(TextModel, "hidden", lambda text, batch: (calls.append(len(batch.lengths)), whole(text, batch))[1])
-    monkeypatch.setattr(artefact, "TOGETHER", 13)
+    live = replace(live, together=13)
     for lasts in (None, [2, 3, 1, 5]):
         found = list(live.logits_of_rows(rows, lasts))
         for ids, table, last in zip(rows, found, lasts or map(len, rows), strict=True):

@@ -47,8 +47,12 @@ function records() {
 
 const SHAPES = { text: "texts to continue: the model learns to write all of them", classification: "texts with a label: the model learns to name the label" };
 
+function actions(remedies) {
+  return remedies.length ? [make("p", { class: "actions" }, ...remedyButtons(form, remedies, ask))] : [];
+}
+
 function guess(remedies, says) {
-  by("guess").replaceChildren(...(remedies.length ? [make("p", {}, says), make("p", { class: "actions" }, ...remedyButtons(form, remedies, ask))] : []));
+  by("guess").replaceChildren(...(remedies.length ? [make("p", {}, says), ...actions(remedies)] : []));
 }
 
 /** Few of many, and a button that shows the others. */
@@ -75,7 +79,7 @@ const draw = {
     rememberFile(form);
     by("split-bar").replaceChildren(shares(part.counts));
     by("labels").replaceChildren(...(part.labels.length ? [bars("Labels of the training rows", part.labels)] : []));
-    by("notes").replaceChildren(...part.notes.map((line) => make("p", { class: "warning" }, line)));
+    by("notes").replaceChildren(...part.notes.map((note) => make("div", { class: "warning" }, make("p", {}, note.words), ...actions(note.remedies))));
     by("leaks").hidden = false;
     const fate = part.dropped ? `${short(part.dropped)} of these rows are left out.` : "None is left out.";
     by("leaks-says").textContent = part.leaks ? `${short(part.leaks)} pairs of rows stand on both sides of the split, so the measure would repeat what was trained. ${fate}` : "No held-out row is among the training rows.";

@@ -66,6 +66,7 @@ FP32 = 4  # bytes
 UNCHANGED, CHANGED = 3, 6  # of a stored matrix, as it is read and compared or written: without a change, and with one
 ROW_LOGITS = 3  # tables of logits (tokens, vocabulary) at once: live, base and the artefact's
 COMPARED = 10 * 8  # bytes for each of the CELLS logits that are compared at once, in fp64 (evaluate/parity)
+ROWS_TOGETHER = 1024  # tokens of rows that are computed at once, unless the budget needs rows cut
 MERGE_TOKENS = 2048  # of a micro-batch in the check of a merged model
 GREEDY_TOKENS = 64  # of a greedy continuation
 SAMPLED_TEXTS, SAMPLED_TOKENS = 16, 64  # that the base writes, where there are no held-out rows
@@ -113,12 +114,14 @@ def size_of_check(
     """
     length, answers = _measured(opened, source, rows) if opened.run else (SAMPLED_TOKENS + 1, 0)
     length = (length if longest is None else min(length, longest)) + GREEDY_TOKENS
+    together = max(length, ROWS_TOGETHER) if opened.run and longest is None else length
     files = [Path(target) for target in targets if not target.startswith(SERVERS)]
     folders = [file for file in files if not maps_a_file([str(file)])]
     llama, text = len(files) > len(folders), read_config(source).get_text_config()
+    texts = (1, length) if opened.run else (SAMPLED_TEXTS, SAMPLED_TOKENS)
     return CheckSize(
         what,
-        EvaluationSize(RowShape(length), 1 if opened.run else SAMPLED_TEXTS, length if opened.run else SAMPLED_TOKENS),
+        EvaluationSize(filling_rows(length, together), *texts),
         models=2 if folders else 1,
         row=min(length, PASS) if len(files) == len(targets) else length,
         tensors=bool(files),

@@ -9,7 +9,6 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
 from functools import partial
-from pathlib import Path
 from typing import Any, TypeAlias
 
 import torch
@@ -20,7 +19,7 @@ from lorakeet.core.spec import LoraSpec
 from lorakeet.data.chat import Encoder
 from lorakeet.data.rows import Row, Turn
 from lorakeet.data.shapes import ROLES
-from lorakeet.data.spec import DataSpec, fill_template, template_fields
+from lorakeet.data.spec import DataSpec
 from lorakeet.errors import ConfigError, LorakeetError
 from lorakeet.memory.spec import MemorySpec
 from lorakeet.merging.combine import CombineSpec, combination
@@ -40,7 +39,7 @@ from lorakeet.serve.sampling import Sampling
 from lorakeet.serve.text_stream import TextStream
 from lorakeet.workflows.planning.evaluation import fit_evaluation
 from lorakeet.workflows.planning.forecast_text_run import Workload
-from lorakeet.workflows.runs.trained_prompt import recorded_labels
+from lorakeet.workflows.runs.trained_prompt import trained_prompt
 
 Prompt: TypeAlias = "str | Sequence[dict[str, Any]]"
 Mix: TypeAlias = "tuple[tuple[Adapter, float], ...]"  # adapters with weights; empty for the base
@@ -89,8 +88,8 @@ class TextSource(ABC):
     def ids(self, prompt: Prompt, data: DataSpec, *, raw: bool) -> tuple[int, ...]:
         """The tokens of a prompt, as training encodes it with the settings `data`; as it is with `raw`.
 
-        A user's text is put into data.template, unless it stands in it already. Raises ConfigError for what is no prompt, and
-        for a template that takes other columns; DataError where the chat template refuses it.
+        A user's text becomes the prompt of a row with data.labels (runs/trained_prompt). Raises ConfigError for what is no
+        prompt, and as `trained_prompt` does; DataError where the chat template refuses it.
         """
         turns = _turns(prompt, raw=raw)
         if raw:
@@ -98,8 +97,8 @@ class TextSource(ABC):
         else:
             system = (Turn("system", data.system, False),) if data.system and turns[0].role != "system" else ()
             settings = DataSpec(train=data.train, max_tokens=_LONGEST, chat_template=data.chat_template, separator=data.separator)
-            filled = tuple(_in_template(turn, data.template) for turn in turns)
-            row = Row((*system, *filled, Turn("assistant", "ok", True)), None, None, "the prompt")
+            written = (_as_trained(turn, data) for turn in turns)
+            row = Row((*system, *written, Turn("assistant", "ok", True)), None, None, "the prompt")
             found = Encoder(self.text.tokenizer, settings).question(row)
             ids = [] if found is None else [int(number) for number in found[0]]
         if not ids:
@@ -273,25 +272,8 @@ class StreamedTexts(TextSource):
             self.text.streamed.stream.close()
 
 
-def prompt_settings(data: DataSpec, split: Path) -> DataSpec:
-    """The settings by which a run writes prompts: data.template is for labelled rows alone; split.json has their labels."""
-    return data if recorded_labels(split) else replace(data, template=DataSpec.template)
-
-
-def _in_template(turn: Turn, template: str) -> Turn:
-    """The turn with a user's text in the template of labelled rows; as it is if it begins and ends as the template does."""
-    if turn.role != "user" or template == DataSpec.template:
-        return turn
-    fields = template_fields(template)
-    before, *_, after = fill_template(template, dict.fromkeys(fields, "\0"), fields[0])[0].split("\0")
-    if turn.text.startswith(before) and turn.text.endswith(after) and before + after and len(turn.text) >= len(before + after):
-        return turn
-    if len(fields) > 1:
-        raise ConfigError(
-            f"The run's rows were written by data.template {template!r}, with the columns {', '.join(fields)}; a text alone does "
-            "not fill them. Give the whole prompt as the template writes it, or turn the template off."
-        )
-    return replace(turn, text=fill_template(template, {fields[0]: turn.text}, fields[0])[0])
+def _as_trained(turn: Turn, data: DataSpec) -> Turn:
+    return replace(turn, text=trained_prompt(turn.text, data, data.labels)) if turn.role == "user" else turn
 
 
 def _identity(adapter: Adapter) -> Identity:

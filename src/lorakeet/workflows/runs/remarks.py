@@ -45,7 +45,7 @@ def remarks_of(
         found.append(
             Remark(
                 "There are no test rows: the checkpoint will be chosen on the same held-out rows that it is measured on, which "
-                "flatters it a little. To measure on others, put some rows into a file of their own and name it with --data.test."
+                "flatters it a little. To measure on others, put some rows into a file of their own and name it as data.test."
             )
         )
     if note := unnamed_labels_note(train, labels, spec.template, few_shot=few_shot, doubtful=doubtful):
@@ -56,7 +56,7 @@ def remarks_of(
 
 def few_rows_note(count: int, *, labelled: bool) -> str:
     """What so few rows to measure on mean: for labels, the 95 % interval of an accuracy near RIGHT."""
-    rows, advice = "row is" if count == 1 else "rows are", "Hold out more with --data.held_out_fraction, or name a --data.test."
+    rows, advice = "row is" if count == 1 else "rows are", "Hold out more: data.held_out_fraction. Or name data.test."
     said = f"{count:,} {rows} few to measure on, so intervals will be wide"
     if not labelled:
         return f"{said}. {advice}"

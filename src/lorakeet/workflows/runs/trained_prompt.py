@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 
 from lorakeet.data.predicted.unlabelled import row_shaper
-from lorakeet.data.spec import DataSpec, template_fields
+from lorakeet.data.spec import DataSpec, fill_template, template_fields
 from lorakeet.data.split import read_split_record
 from lorakeet.data.tables import FileRecord, RowProblems
 from lorakeet.errors import ConfigError
@@ -27,19 +28,39 @@ def recorded_labels(split: Path) -> tuple[str, ...]:
 
 
 def trained_prompt(text: str, data: DataSpec, labels: Sequence[str]) -> str:
-    """The user's turn that training, `evaluate` and `predict` make of a text: data.template, filled. Without labels, the text.
+    """The user's turn that training, `evaluate` and `predict` make of a text: data.template, filled.
 
-    ConfigError for an empty text, and for a template that has other columns too.
+    The text as it is without labels, and where it begins and ends as the template does. ConfigError for an empty text, and for a
+    template that has other columns too.
     """
-    if not labels:
+    if not labels or _stands_in(data.template, text):
         return text
     if others := sorted({*template_fields(data.template)} - {"text", data.text_column}):
         raise ConfigError(
-            f"The prompts of this run have the columns {', '.join(map(repr, others))} too, which one text does not hold. Answer "
-            "a file that has them: lorakeet predict."
+            f"The prompts of this run have the columns {', '.join(map(repr, others))} too, which one text does not hold: its "
+            f"data.template is {data.template!r}. Give the whole prompt as that writes it, or answer a file: lorakeet predict."
         )
     problems = RowProblems("The message cannot be answered")
     row = row_shaper(_TYPED, data, labels, problems)(FileRecord(_TYPED, {data.text_column: text}))
     if row is None:
         raise ConfigError(f"{problems.first}")
     return next(turn.text for turn in row.turns if turn.role == "user")
+
+
+def prompt_settings(data: DataSpec, split: Path) -> DataSpec:
+    """The settings by which a run writes prompts: with the labels in split.json; without labels no template either."""
+    labels = recorded_labels(split)
+    return replace(data, labels=labels) if labels else unlabelled(data)
+
+
+def unlabelled(data: DataSpec) -> DataSpec:
+    """The settings without labels and template: `trained_prompt` then leaves a text as it is."""
+    return replace(data, labels=(), template=DataSpec.template)
+
+
+def _stands_in(template: str, text: str) -> bool:
+    """True for a text that begins and ends as the filled template does; never for a template that adds nothing."""
+    fields = template_fields(template)
+    before, *_, after = fill_template(template, dict.fromkeys(fields, "\0"), fields[0])[0].split("\0")
+    added = len(before) + len(after)
+    return 0 < added <= len(text) and text.startswith(before) and text.endswith(after)

@@ -37,11 +37,10 @@ from lorakeet.models.spec import ModelSpec
 from lorakeet.models.text.by_peft import IN_PEFT
 from lorakeet.models.text.load import load_text_model
 from lorakeet.models.text.model import TextModel
-from lorakeet.workflows.planning.check import SERVERS
+from lorakeet.workflows.planning.check import ROWS_TOGETHER, SERVERS
 from lorakeet.workflows.runs.open_adapter import Opened
 
 Messages = Sequence[dict[str, str]]
-TOGETHER = 1024  # tokens of rows that are computed at once
 BEGINNING = 0.002  # seconds between checks of a file that is being mapped (docs/log: 33 MiB of 442 are then there at most)
 
 
@@ -78,6 +77,7 @@ class InTorch:
     adapter: str | None
     name: str
     allowed: Allowed = F32
+    together: int = ROWS_TOGETHER  # tokens of rows that are computed at once; 0: each row alone
 
     def tokenise(self, text: str) -> list[int]:
         return [int(number) for number in self.text.tokenizer.encode(text, add_special_tokens=True)]
@@ -97,12 +97,12 @@ class InTorch:
         return self._parts(ids, len(ids))
 
     def logits_of_rows(self, rows: Sequence[Sequence[int]], lasts: Sequence[int] | None = None) -> Iterator[Tensor]:
-        """What `logits` returns of each row and its last tokens; rows are computed together, up to TOGETHER tokens."""
+        """What `logits` returns of each row and its last tokens; some rows are computed together."""
         tokens = [len(ids) for ids in rows] if lasts is None else list(lasts)
         start = 0
         while start < len(rows):
             end = start + 1
-            while end < len(rows) and (end + 1 - start) * max(map(len, rows[start : end + 1])) < TOGETHER:
+            while end < len(rows) and (end + 1 - start) * max(map(len, rows[start : end + 1])) < self.together:
                 end += 1
             states = self._hidden(rows[start:end], tokens[start:end])
             for part in torch.split(states, tokens[start:end]):
@@ -264,7 +264,7 @@ def open_artefact(
     if path.is_dir():
         name = f"{target if beside is None else artefact_name(path, beside)}/"
         with _merged(path, opened, console) as text:
-            yield InTorch(text, None, name, _row(precision, _folder_types(path)))
+            yield InTorch(text, None, name, _row(precision, _folder_types(path)), _together(opened))
         return
     if not path.is_file():
         raise ConfigError(f"--against {target} does not exist; expected a merged folder, a .gguf file or an http address.")
@@ -332,4 +332,9 @@ def _folder_types(folder: Path) -> dict[str, int]:
 
 def live_side(opened: Opened, console: Console) -> InTorch:
     """The adapter on its base in fp32, with which everything is compared."""
-    return InTorch(opened.text_model(console, dtype="float32"), "default", "live adapter")
+    return InTorch(opened.text_model(console, dtype="float32"), "default", "live adapter", together=_together(opened))
+
+
+def _together(opened: Opened) -> int:
+    """Tokens of rows that are computed at once, as `size_of_check` plans them."""
+    return ROWS_TOGETHER if opened.residency.way.longest is None else 0

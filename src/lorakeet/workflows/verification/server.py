@@ -228,9 +228,9 @@ class _Comparison:
         kl, effect, agrees, texts = list[float](), list[float](), list[bool](), list[int]()
         worst, detail = 0.0, ""
         rows = [one.ids for one in reported]
-        sides = (InTorch(live.text, None, "base").logits_of_rows(rows), live.logits_of_rows(rows))
-        for number, (one, *logits) in enumerate(zip(reported, *sides, strict=True)):
-            base, ours = (each.log_softmax(-1) for each in logits)
+        bases, lives = (side.logits_of_rows(rows) for side in (replace(live, adapter=None, name="base"), live))
+        for number, one in enumerate(reported):
+            base, ours = next(bases).log_softmax(-1), next(lives).log_softmax(-1)  # ROW_LOGITS tables while the last is made
             for place, known in one.places.items():
                 kl.append(kl_lower_bound(ours[place], known))
                 before = dict(zip(known, base[place][list(known)].tolist(), strict=True))
@@ -243,6 +243,7 @@ class _Comparison:
                         worst = abs(mine - value)
                         said = repr(live.text.tokenizer.decode([token]))
                         detail = f"The worst is {said} after token {place} of text {number}: {mine:.3f} here, {value:.3f} there."
+            del base, ours  # before the next row's
         groups = texts if len(set(texts)) > 1 else None
         divergence = mean(np.array(kl), spec=self.spec, groups=groups)
         agreement = share(np.array(agrees), spec=self.spec, groups=groups)
