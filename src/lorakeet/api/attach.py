@@ -10,6 +10,7 @@ from torch import nn
 from lorakeet.api.adapter import AdapterValue
 from lorakeet.api.display import ShownPairs
 from lorakeet.core.adapter import Adapter
+from lorakeet.core.layers.linear import LoraLinear
 from lorakeet.core.plan import Plan
 from lorakeet.core.spec import LoraSpec
 from lorakeet.errors import ConfigError
@@ -59,6 +60,9 @@ def attach(net: nn.Module, lora: LoraSpec | Adapter = LoraSpec(), *, name: str =
             )
         plan = plan_for(net, checked, family_of(text))
         inject.inject(net, plan, name, seed=seed)
+    for layer in net.modules():
+        if isinstance(layer, LoraLinear):
+            layer.by_torch = True
     for parameter in parameters(net, name):
         parameter.requires_grad_(True)
     _FLAGS.setdefault(net, flags)

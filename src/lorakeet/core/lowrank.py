@@ -100,6 +100,22 @@ def low_rank_linear(
     return y.view(*x.shape[:-1], y.shape[-1])
 
 
+def low_rank_by_torch(
+    x: Tensor, weight: Tensor, pair: tuple[Tensor, Tensor, float], *, bias: Tensor | None = None, dropout: float = 0.0
+) -> Tensor:
+    """`low_rank_linear` over a dense weight (out, in) by torch's own operations, all of one dtype, with torch's own gradients.
+
+    Its backward pass has no Python, which is faster for few tokens, and can be differentiated again. The weight must stay in
+    memory until then, so it may not be streamed.
+    """
+    A, B, scale = pair
+    flat = x.reshape(-1, x.shape[-1])
+    dropped = nn.functional.dropout(flat, dropout) if dropout > 0 else flat
+    shrunk = nn.functional.linear(dropped, A)
+    y = nn.functional.linear(flat, weight, bias).addmm_(shrunk, B.t(), alpha=scale)
+    return y.view(*x.shape[:-1], y.shape[-1])
+
+
 class FrozenLinear(torch.autograd.Function):
     """y = x·Wᵀ + b over any FrozenBase, products in `products`; ∂L/∂x = g·W. Nothing but the base is kept for the backward."""
 

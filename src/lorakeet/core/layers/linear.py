@@ -22,7 +22,7 @@ from lorakeet.core.batched.mix_copies import MixRows
 from lorakeet.core.batched.stack import PairStack, shared_low_rank
 from lorakeet.core.dora import DoraPair
 from lorakeet.core.initialise import initialise
-from lorakeet.core.lowrank import LoraPair, frozen_linear
+from lorakeet.core.lowrank import LoraPair, frozen_linear, low_rank_by_torch
 from lorakeet.core.plan import PlanEntry
 from lorakeet.core.reordered import ReorderedBase, ReorderedProducts
 from lorakeet.core.selection import BatchAssignment, Selection, Share
@@ -128,6 +128,7 @@ class LoraLinear(AdaptedLayer):
     def __init__(self, original: nn.Module, base: FrozenBase) -> None:
         super().__init__(original)
         self.base = base
+        self.by_torch = False  # whether pairs on a dense weight of the dtype of x may use torch's own gradients (api/attach)
         self._alone = SharedInput()
 
     @property
@@ -143,9 +144,18 @@ class LoraLinear(AdaptedLayer):
             flat = x.reshape(-1, x.shape[-1])
             return self._divided(flat).view(*x.shape[:-1], self.out_features)
         pair = self.pair()
-        if pair is not None:
-            return cast(Tensor, pair(x, self.base, self.bias, self.products))
-        return self.bare(x)
+        if pair is None:
+            return self.bare(x)
+        if self.by_torch and self._alike(x, pair):
+            dropout = pair.dropout if pair.training else 0.0
+            return low_rank_by_torch(x, self.weight, (*pair.factors(), pair.scale), bias=self.bias, dropout=dropout)
+        return cast(Tensor, pair(x, self.base, self.bias, self.products))
+
+    def _alike(self, x: Tensor, pair: LoraPair) -> bool:
+        """Whether x, the frozen weight, A and B are dense, of one dtype and on the CPU, and the pair is s·B·A alone."""
+        dtypes = {x.dtype, self.weight.dtype, pair.A.dtype, pair.B.dtype, self.products or x.dtype}
+        dense = type(self.base) is DenseBase and type(pair) is LoraPair and pair.bias is None
+        return dense and len(dtypes) == 1 and x.is_cpu and not torch.is_autocast_enabled("cpu")
 
     def bare(self, x: Tensor) -> Tensor:
         """x (…, in) through the frozen weight alone."""
