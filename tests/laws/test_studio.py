@@ -182,6 +182,7 @@ def test_from_nothing_to_a_verified_export(
         assert page.frame_locator("iframe.report").locator("h1").inner_text() == page.inner_text("h1")
         talk_to_both(page)
         export_and_verify(page)
+        answer_rows(page, tmp_path)
         page.click("nav >> text=Runs")
         assert "reviews-1" in page.inner_text("table.runs") and page.said == []
 
@@ -214,8 +215,16 @@ def talk_to_both(page: Any) -> None:
     page.wait_for_selector("#expected:has-text('Expected: ')")
     page.wait_for_selector("#send:has-text('Send to both')")
     page.click("summary:has-text('Answer many rows')")
-    page.fill("#many-rows", "alder birch\n\ncedar daisy\n")
     page.fill("#max_tokens", "1")
+    page.fill("#many-rows", "one\ttwo\nthree\tfour\n")
+    page.click("#many-start")
+    page.wait_for_selector("#many-said:has-text('These rows have 2 columns')")
+    page.fill("#many-rows", 'Text\n"alder\n""birch"""\n"cedar" daisy\n')  # as a table copies a cell of two lines
+    page.locator("#many-rows").evaluate("area => { area.dataset.column = 'text'; }")
+    page.click("#many-start")
+    page.wait_for_selector("#many-said:has-text('All 2 are answered, without the heading')")
+    assert page.locator("#many-answers td:first-child").all_text_contents() == ['alder\n"birch"', '"cedar" daisy']
+    page.fill("#many-rows", "alder birch\n\ncedar daisy\n")
     page.click("#many-start")
     page.wait_for_selector("#many-said:has-text('All 2 are answered')")
     cells = [row.split("\t") for row in page.locator("#many-answers tbody tr").all_inner_texts()]
@@ -226,6 +235,26 @@ def talk_to_both(page: Any) -> None:
     assert not page.is_visible("#message") and serious(page) == []
     page.click("text=Close it")
     page.wait_for_selector("#state[data-state='off']", timeout=WAIT)
+
+
+def answer_rows(page: Any, folder: Path) -> None:
+    """Answers a file of the user's computer with the newest run, as its message advises, and saves it with the answers."""
+    page.click("nav >> text=Take away")
+    page.wait_for_selector("#answer-missing:has-text('Choose a file first')")
+    assert page.is_disabled("#answer-it")
+    mine = folder / "away" / "new.csv"
+    mine.parent.mkdir()
+    mine.write_text("ward;text\nA;alder birch\nB;\n")
+    page.set_input_files("#upload", str(mine))
+    page.click("#answer-it")
+    page.click("button:has-text('Answer them with delimiter ;')", timeout=WAIT)
+    page.wait_for_selector(".taken a:has-text('Save new-answered.csv')", timeout=WAIT)
+    assert "1 of 2 rows answered" in page.inner_text(".taken >> nth=0")
+    with page.expect_download() as saving:
+        page.click(".taken a:has-text('Save')")
+    head, first, _ = Path(saving.value.path()).read_text().splitlines()
+    assert saving.value.suggested_filename == "new-answered.csv" and head.startswith("ward;text;label;label_probability")
+    assert re.match(r"A;alder birch;\w+;0\.\d+;", first) and serious(page) == []
 
 
 def export_and_verify(page: Any) -> None:

@@ -107,6 +107,7 @@ def test_what_is_wrong_with_a_file_is_said_before_and_nothing_is_written(
         ("text,b\na\n", {}, DataError, "1 fields where the header has 2"),
         ("text;b\nü;c\n", {"encoding": "ascii"}, DataError, "is not ascii text"),
         ("text;b\nü;c\n", {}, DataError, "set --delimiter ';'"),
+        ("text\nschön\n", {"encoding": "cp1252"}, DataError, r"is utf-8 text and not cp1252.* Set --encoding utf-8\.$"),
         ("text\na\n", {"review": 2.0}, ConfigError, "--review is 2.0; expected a probability"),
     ]
     for content, settings, kind, said in cases:

@@ -28,7 +28,7 @@ QUANTS = get_args(Quant)
 WRITTEN_HERE = ("f32", "f16", "bf16", "q8_0")  # without llama.cpp
 LLAMA_CPP = "llama_cpp_py_sync"
 HUB = "huggingface_hub"
-VERBS = ("merge", "export", "convert", "push")
+VERBS = ("merge", "export", "convert", "push", "predict")
 MANY = 20  # jobs that are shown
 
 

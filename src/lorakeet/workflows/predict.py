@@ -175,6 +175,7 @@ def _read_first(options: PredictOptions, trained: DataSpec, labels: Sequence[str
 
 def _with_own_flags(message: str) -> str:
     """The message with the flags of this verb, and without the advice to leave rows out, since all rows are written."""
+    message = message.replace("Leave out --data.encoding", "Set --encoding utf-8")  # the training's own may be another
     for name in OWN_FLAGS:
         message = message.replace(f"--data.{name}", f"--{name.replace('_', '-')}")
     for space in (" ", "\n"):

@@ -12,9 +12,12 @@ from starlette.responses import JSONResponse, Response
 from starlette.routing import Route
 
 from lorakeet.errors import ConfigError, LorakeetError
+from lorakeet.studio.answering import answer_fields, answer_values
 from lorakeet.studio.forms import command_line
 from lorakeet.studio.jobs import Job
+from lorakeet.studio.offers import offers
 from lorakeet.studio.pages import Screen, Studio, event, event_stream, form_of, moved, page, page_address, studio_of
+from lorakeet.studio.screens import answer
 from lorakeet.studio.taking import QUANTS, default_name, job_values, jobs_of, stamp_of, wanted, ways_of, why_not
 
 WORK = "lorakeet.studio.sizing:sizes_of_run"
@@ -43,7 +46,8 @@ def _take(request: Request) -> Response:
     studio.workbench.start()
     return page(
         request, "take.html", name=name, ways=ways, runs=taken_runs(studio), quants=QUANTS, chosen=CHOSEN,
-        names={way.key: default_name(name, way, CHOSEN) for way in ways},
+        names={way.key: default_name(name, way, CHOSEN) for way in ways}, offers=offers(studio.places),
+        answers=answer_fields(studio.places.run(name)) if any("text" in way.kinds and way.quant for way in ways) else [],
     )  # fmt: skip
 
 
@@ -89,7 +93,7 @@ async def _stream(studio: Studio, name: str) -> AsyncIterator[str]:
 def job_shown(job: Job) -> dict[str, Any]:
     """The values of a job, its command as a line for a shell."""
     values = job_values(job)
-    return {**values, "command": command_line(values["command"])}
+    return {**values, **answer_values(job), "command": command_line(values["command"])}
 
 
 def _sizes(request: Request) -> Response:
@@ -122,6 +126,7 @@ SCREEN = Screen(
         Route("/take/{name}", _take),
         Route("/take/{name}/events", _events),
         Route("/take/{name}/sizes", _sizes),
+        *answer.ROUTES,
         Route("/take/{name}/{way}/check", _check, methods=["POST"]),
         Route("/take/{name}/{way}", _start, methods=["POST"]),
     ),

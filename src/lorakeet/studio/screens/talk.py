@@ -50,7 +50,7 @@ def _talk(request: Request) -> Response:
     base = next((run.model for run in runs if loaded is not None and run.name == loaded.run), "")
     return page(
         request, "talk.html", runs=runs, wanted=wanted, loaded=loaded, state=state, message=message,
-        system=_system(studio, loaded),
+        system=_trained(studio, loaded, "data.system"), column=_trained(studio, loaded, "data.text_column"),
         same=[run.name for run in runs if loaded is not None and run.model == base and run.name != loaded.run],
         examples=examples_of(studio.places.runs / loaded.run) if loaded else [], beside=running_beside(studio.queue),
         alone=loaded is not None and single_rows(studio.places.runs / loaded.run),
@@ -59,9 +59,9 @@ def _talk(request: Request) -> Response:
     )  # fmt: skip
 
 
-def _system(studio: Studio, trial: TriedModel | None) -> str:
-    """The system prompt of the run's training."""
-    return "" if trial is None else settings_of(studio.places.runs / trial.run).get("data.system", "")
+def _trained(studio: Studio, trial: TriedModel | None, path: str) -> str:
+    """A setting of the run's training: its system prompt, the name of its column of texts."""
+    return "" if trial is None else settings_of(studio.places.runs / trial.run).get(path, "")
 
 
 def _open(request: Request) -> Response:

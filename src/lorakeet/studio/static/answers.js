@@ -7,7 +7,7 @@ export const by = (id) => document.getElementById(id);
 
 /** Offers models and rows in the form's fields, and fills a field from a chip; then calls `changed`. */
 export function offer(form, changed) {
-  form.elements["model.path"].setAttribute("list", "models");
+  form.elements["model.path"]?.setAttribute("list", "models");
   form.elements["data.train"].setAttribute("list", "rows");
   form.addEventListener("click", (event) => {
     const chip = event.target.closest("[data-fill]");

@@ -1,4 +1,5 @@
 // Take away: each card checks itself as it changes; jobs and certificates come as events.
+import { offer, takeFile } from "./answers.js";
 import { csrf, make, post } from "./page.js";
 import { bytes } from "./svg.js";
 
@@ -48,8 +49,15 @@ function certificate(found) {
   return make("div", { class: `certificate-of ${found.passed ? "pass" : "fail"}` }, make("p", { class: `stamp ${found.passed ? "pass" : "fail"}` }, `Certificate: ${found.verdict}`), make("details", {}, make("summary", {}, "What was compared"), make("ul", {}, ...lines, ...missing)));
 }
 
+/** A form that answers the rows once more, with what a message advises. */
+function again(fields) {
+  const how = Object.entries(fields).filter(([path]) => path !== "data.train").map(([path, value]) => `${path.split(".")[1].replace("_", " ")} ${value}`);
+  const hidden = Object.entries({ csrf, ...fields }).map(([name, value]) => make("input", { type: "hidden", name, value }));
+  return make("form", { method: "post", action: `${root.dataset.run}/answer` }, ...hidden, make("button", { type: "submit", class: "remedy" }, `Answer them with ${how.join(", ")}`));
+}
+
 function job(one, open) {
-  const parts = [make("p", {}, make("b", {}, one.title), " ", make("span", { class: "pill" }, STATES[one.state]), one.state === "done" && one.bytes ? ` ${bytes(one.bytes)} in ` : "", one.state === "done" && one.out ? make("code", {}, one.out) : "")];
+  const parts = [make("p", {}, make("b", {}, one.title), " ", make("span", { class: "pill" }, one.saves ? "done" : STATES[one.state]), one.saves ? ` ${one.counted}` : one.state === "done" && one.bytes ? ` ${bytes(one.bytes)} in ` : "", one.state === "done" && one.out && !one.saves ? make("code", {}, one.out) : "")];
   if (one.state === "running" || one.state === "waiting") {
     const stop = make("form", { method: "post", action: `/jobs/${encodeURIComponent(one.name)}/stop` }, make("input", { type: "hidden", name: "csrf", value: csrf }), make("button", { type: "submit", "aria-label": `Cancel ${one.title}` }, "Cancel"));
     stop.addEventListener("submit", (event) => { event.preventDefault(); post(stop.getAttribute("action")).catch((error) => { stop.append(make("span", { class: "problem" }, error.message)); }); });
@@ -57,6 +65,8 @@ function job(one, open) {
   }
   if (one.certificate && !one.certificate.passed && one.state !== "running") parts.push(make("p", { class: "warning" }, `Do not use it: what was written answers differently from what was trained. ${one.advice}`));
   else if (one.error) parts.push(make("p", { class: "warning message" }, one.error));
+  if (one.saves) parts.push(make("p", {}, make("a", { class: "button primary", href: `${root.dataset.run}/answered/${encodeURIComponent(one.name)}`, download: one.saves }, `Save ${one.saves}`)));
+  if (Object.keys(one.again).length) parts.push(again(one.again));
   if (one.certificate && one.state !== "running") parts.push(certificate(one.certificate));
   parts.push(...one.use.map(([text, purpose]) => command(text, purpose)));
   if (one.log) parts.push(make("details", open ? { open: "" } : {}, make("summary", {}, "What the command printed"), make("div", {}, make("pre", { tabindex: "0", role: "group", "aria-label": "Log" }, make("code", {}, one.log)))));
@@ -85,5 +95,18 @@ for (const form of document.querySelectorAll(".way-form")) {
   let later = 0;
   form.addEventListener("input", () => { clearTimeout(later); later = setTimeout(() => check(form), 250); });
   check(form);
+}
+const answer = by("answer");
+if (answer) {
+  const ready = () => {
+    const rows = answer.elements["data.train"].value.trim();
+    by("answer-it").disabled = !rows;
+    by("answer-missing").textContent = rows ? "" : "Choose a file first.";
+  };
+  offer(answer, ready);
+  takeFile(answer, ready);
+  answer.addEventListener("input", ready);
+  addEventListener("pageshow", ready);
+  ready();
 }
 by("which")?.addEventListener("change", (event) => { location.href = event.target.value; });

@@ -88,14 +88,40 @@ async function reply(side, place) {
 
 let many = null; // while a list of rows is answered
 
+/** The rows of what was pasted, one a line: a cell that a table puts into quotes, since it has several lines, is one. */
+function pasted(text) {
+  const found = [];
+  for (let rest = text; rest;) {
+    const cell = /^"((?:[^"]|"")*)"(?:\n|$)/.exec(rest);
+    const quoted = cell && /["\n]/.test(cell[1]);
+    const line = quoted ? cell[0] : /^[^\n]*\n?/.exec(rest)[0];
+    found.push((quoted ? cell[1].replaceAll('""', '"') : line).trim());
+    rest = rest.slice(line.length);
+  }
+  return found.filter(Boolean);
+}
+
+/** Why these rows are not answered as they are; empty if nothing is wrong. */
+function notRows(lines) {
+  if (!lines.length) return "Paste some rows first.";
+  const tables = lines.filter((line) => line.includes("\t"));
+  const columns = Math.max(...tables.map((line) => line.split("\t").length), 1);
+  return lines.length > 1 && 2 * tables.length > lines.length ? `These rows have ${columns} columns. Paste the column of the text alone, or let the whole file be answered.` : "";
+}
+
 /** Answers each line by itself, with the adapter alone; the answers can be copied beside their lines in a table. */
 async function answerAll() {
   if (many) { many.abort(); return; }
-  const lines = by("many-rows").value.split("\n").map((line) => line.trim()).filter(Boolean);
+  let lines = pasted(by("many-rows").value);
+  const head = by("many-rows").dataset.column;
+  const headed = lines.length > 1 && head && lines[0].toLowerCase() === head.toLowerCase();
+  if (headed) lines = lines.slice(1);
+  const wrong = notRows(lines);
+  if (wrong) lines = [];
   const body = by("many-answers").tBodies[0];
   body.replaceChildren();
   by("many-answers").hidden = by("many-copy").hidden = !lines.length;
-  by("many-said").textContent = lines.length ? "" : "Paste some rows first.";
+  by("many-said").textContent = wrong;
   many = new AbortController();
   by("many-start").textContent = "Stop";
   try {
@@ -108,9 +134,9 @@ async function answerAll() {
         cut = cut || choice.finish_reason === "length";
       }
       const note = cut ? `cut after ${by("max_tokens").value} tokens` : "";
-      body.append(make("tr", {}, make("td", { class: "wrap" }, line), make("td", { class: "wrap" }, text.trim()), make("td", { class: "soft" }, note)));
+      body.append(make("tr", {}, make("td", { class: "wrap" }, line), make("td", { class: "whole" }, text.trim()), make("td", { class: "soft" }, note)));
     }
-    if (lines.length) by("many-said").textContent = `All ${lines.length} are answered.`;
+    if (lines.length) by("many-said").textContent = `All ${lines.length} are answered${headed ? ", without the heading" : ""}.`;
   } catch (error) {
     by("many-said").textContent = error.name === "AbortError" ? "Stopped." : error.message;
   } finally {
