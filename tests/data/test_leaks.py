@@ -99,7 +99,7 @@ def test_many_near_copies_name_the_settings_that_keep_them():
     assert clean.report.much_dropped() == (
         "6 of 10 training rows were DROPPED as copies of held-out or test rows, 6 of them near-copies"
     )
-    assert clean.report.warning().startswith(f"{clean.report.much_dropped()}; 4 were trained. To keep near-copies, set data.near")
+    assert clean.report.warning().startswith(f"{clean.report.much_dropped()}; 4 were trained. If near-copies are other rows of")
     assert len(clean.report.dropped) == 6
     few = check_leaks(rows("a", *map(edited, many[:4]), *texts(6, seed=5)), rows("h", *many), [], spec())
     assert len(few.report.dropped) == 4 and not any("left out because" in line for line in few.report.lines())
@@ -123,7 +123,7 @@ def test_repeats_inside_training_are_reported_and_kept():
     one, two, three = texts(3, seed=4)
     clean = check_leaks(rows("a", one, one, two), rows("h", three), [], spec())
     assert len(clean.train) == 3 and not clean.report.across
-    fate = "They stay, and count twice."
+    fate = "It stays, and counts twice."
     said = f"1 training row repeats another: 1 × exact copy. {fate} First {clean.report.within[0]}"
     assert clean.report.lines()[1:] == [said]
 
@@ -410,7 +410,7 @@ def test_all_that_a_model_reads_or_writes_makes_another_row(other):
 def test_what_happens_to_repeated_rows_is_said_as_it_is():
     same = [row("The soup was cold again", f"f:{place}") for place in range(3)]
     report = search_leaks({"test": [], "held-out": same[:2], "training": []}, DataSpec(train="x"))
-    fate = "They stay; the report measures rows that are equal to the character once."
+    fate = "It stays; the report measures rows that are equal to the character once."
     assert f"1 held-out row repeats another: 1 × exact copy. {fate}" in report.lines()[1]
     for preferred in ([replace(one, rejected=one.turns) for one in same], [replace(one, desirable=True) for one in same]):
         report = search_leaks({"test": [], "held-out": preferred, "training": []}, DataSpec(train="x"))

@@ -104,6 +104,8 @@ def test_file_of_a_package_without_importing_it():
 def test_package_that_is_not_installed_names_the_command():
     with pytest.raises(EnvironmentProblem, match=r"pip install --no-deps no-such-dist"):
         locate("package:no-such-dist/data.csv")
+    with pytest.raises(EnvironmentProblem, match=r"Did you mean 'safetensors'\? If not, install it with"):
+        locate("package:safetensers/data.csv")
     with pytest.raises(ConfigError, match="names no distribution"):
         locate("package:")
 

@@ -254,3 +254,16 @@ def test_a_short_first_row_is_no_other_separator(tmp_path: Path) -> None:
     (tmp_path / "rows.csv").write_text("text,label|kind\nciao\nmondo,b\n")
     spec = DataSpec(train="x", bad_rows="drop", label_column="label|kind")
     assert [row.text for row in read_rows(str(tmp_path / "rows.csv"), spec)] == ["mondo"]
+
+
+def test_several_columns_that_may_be_the_label_are_named_before_plain_text_is_trained_on(tmp_path: Path) -> None:
+    lines = [f"Ticket {n} about a lamp that hums;{('bill', 'care', 'food')[n % 3]};{('DE', 'FR')[n % 2]}" for n in range(12)]
+    path = tmp_path / "tickets.csv"
+    path.write_text("\n".join(["message;queue;country", *lines]), encoding="utf-8")
+    notes: list[str] = []
+    read_rows(str(path), DataSpec(train="x", text_column="message", delimiter=";"), notes)
+    [said] = notes
+    assert "is read as plain text" in said and "'queue' (3) and 'country' (2) have values that repeat" in said
+    notes.clear()
+    read_rows(str(path), DataSpec(train="x", text_column="message", label_column="queue", delimiter=";"), notes)
+    assert notes == []

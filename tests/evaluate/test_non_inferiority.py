@@ -8,7 +8,7 @@ import pytest
 
 from lorakeet.evaluate.compare import Comparison
 from lorakeet.evaluate.intervals import Estimate
-from lorakeet.evaluate.non_inferiority import Margin, fewest_rows, worse_by
+from lorakeet.evaluate.non_inferiority import Margin, fewest_rows, least_margin, worse_by
 from lorakeet.evaluate.paired import Paired, score_difference
 
 MARGIN = Margin(loss=0.003, metric=0.02)
@@ -70,3 +70,4 @@ def test_so_many_rows_at_least_show_equal_answers_to_be_as_good(margin: float) -
     for rows, enough in ((needed, True), (needed - 1, False)):
         low = score_difference(Paired(rows, 0, 0, 0), 0.95)[0].low
         assert (-low <= margin) == enough
+        assert (least_margin(rows, 0.95) <= margin) == enough

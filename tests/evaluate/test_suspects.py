@@ -50,3 +50,11 @@ def test_other_rows_are_refused() -> None:
     zeros, ones = np.zeros(3, int), np.ones(3, int)
     with pytest.raises(DataError, match="did not answer the same rows"):
         suspect_labels(system("a", zeros, zeros, seed=0), system("b", ones, ones, seed=0))
+
+
+def test_a_system_that_is_never_sure_is_no_witness() -> None:
+    truth = np.arange(90) % 3
+    said = np.where(np.arange(90) % 9 == 0, (truth + 1) % 3, truth)
+    sure, unsure = system("floor", truth, said, seed=1), system("adapter", truth, said, seed=2, sure=0.41)
+    assert len(suspect_labels(sure, sure)) >= 4
+    assert suspect_labels(unsure, sure) == suspect_labels(sure, unsure) == ()

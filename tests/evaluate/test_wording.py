@@ -4,7 +4,7 @@ import math
 
 import pytest
 
-from lorakeet.evaluate.wording import bytes_text, check_words, compact, duration_text, metric_words, number, signed
+from lorakeet.evaluate.wording import as_written, bytes_text, check_words, compact, duration_text, metric_words, number, signed
 
 
 @pytest.mark.parametrize(
@@ -55,3 +55,9 @@ def test_unknown_names_are_said_as_they_are() -> None:
 )  # fmt: skip
 def test_times_as_people_write_them(seconds: float, text: str) -> None:
     assert duration_text(seconds) == text
+
+
+def test_the_parts_of_a_time_add_up_to_the_whole_that_is_written() -> None:
+    parts = (95.0, 155.0, 12.0)
+    assert [duration_text(part) for part in parts] == ["2 min", "3 min", "12 s"]
+    assert duration_text(sum(map(as_written, parts))) == "5 min" != duration_text(sum(parts))

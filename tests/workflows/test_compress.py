@@ -4,6 +4,9 @@ from __future__ import annotations
 
 import io
 import itertools
+import re
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from types import SimpleNamespace
@@ -67,7 +70,16 @@ def said() -> Console:
 @pytest.fixture(scope="module")
 def compressed(trained: Path, tmp_path_factory: pytest.TempPathFactory, said: Console) -> Any:
     before = tree(trained)
-    result = compress(CompressOptions(str(trained), out=tmp_path_factory.mktemp("cut") / "cut", **WIDE), console=said)
+
+    @contextmanager
+    def to_the_end(console: Console, what: str, total: int) -> Iterator[Callable[[int], None]]:
+        done: list[int] = []
+        yield done.append
+        console.print(f"{what} ({sum(done)} of {total} done)")
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(compressing, "counted", to_the_end)
+        result = compress(CompressOptions(str(trained), out=tmp_path_factory.mktemp("cut") / "cut", **WIDE), console=said)
     assert tree(trained) == before
     return result
 
@@ -77,6 +89,8 @@ def test_each_size_is_named_before_it_is_measured(compressed: Any, said: Console
     sizes = [line for line in lines if line.startswith("Size ")]
     assert sizes == [f"Size {number} of {len(names)}: {'the ' * (number == 1)}{name}." for number, name in enumerate(names, 1)]
     weighed = next(number for number, line in enumerate(lines) if line.startswith("The pairs are weighed by "))
+    [done] = [line for line in lines if line.startswith("training rows weigh the pairs (")]
+    assert re.search(r"\((\d+) of \1 done", done), "a line for what took minutes in silence"
     curve = next(number for number, line in enumerate(lines) if line.startswith("The rank curve"))
     assert weighed < lines.index(sizes[0]) < lines.index(sizes[-1]) < curve
 
@@ -182,7 +196,7 @@ def test_rows_too_few_to_show_anything_are_said_before_anything_is_loaded(
 ) -> None:
     """28 held-out rows were measured with eight sizes, of which none could have passed."""
     monkeypatch.setattr(compressing, "fit_evaluation", lambda *_: pytest.fail("it went on"))
-    few = r"2 points less accuracy, and \d+ held-out rows cannot show .* it takes 189\."
+    few = r"2 points less accuracy, and \d+ held-out rows cannot show .* it takes 189\. Allow more \(--metric-tolerance \d+% or"
     for share, words in (("2%", few), ("0", "no number of rows shows")):
         with pytest.raises(ConfigError, match=words):
             compress(CompressOptions(str(trained), out=tmp_path / "cut", metric_tolerance=share), console=quiet())

@@ -96,8 +96,8 @@ class LeakReport:
         one = "" if self.threshold == 1 else f", or all but one from {fewest_words(self.threshold):g} words on"
         return (
             f"Searched {rows} rows for texts that share {self.threshold:.0%} of their words{one}; text that many rows share does "
-            "not count, and rows whose answers take up the words that differ are other rows. The search found at least "
-            f"{RECALL} of the copies planted in sentences and labels, and cannot find {UNSEEN}."
+            "not count, and rows whose answers take up the words that differ are other rows. In tests it found at least "
+            f"{RECALL} of the copies that were planted in sentences and labels. It cannot find {UNSEEN}."
         )
 
     def much_dropped(self) -> str:
@@ -113,7 +113,10 @@ class LeakReport:
         if not (clause := self.much_dropped()):
             return ""
         left = self.searched["training"] - self._dropped_training()[0]
-        return f"{clause}; {left:,} were trained. To keep near-copies, set data.near_duplicates to 0{_SETTINGS}."
+        return (
+            f"{clause}; {left:,} were trained. If near-copies are other rows of a short template, set "
+            f"data.near_duplicates to 0{_SETTINGS}."
+        )
 
     def _dropped_training(self) -> tuple[int, int]:
         """How many training rows were dropped, and how many of them for near-copies alone."""
@@ -373,11 +376,12 @@ def _with_twins(pairs: Iterable[LeakPair]) -> set[tuple[int, str]]:
 
 def _fate(part: str, repeats: Sequence[LeakPair]) -> str:
     """What happens to rows that repeat others of their part. Of preferences each row is measured."""
+    stays = "It stays" if len(repeats) == 1 else "They stay"
     if part == "training":
-        return "They stay, and count twice."
+        return f"{stays}, and count{'s' if len(repeats) == 1 else ''} twice."
     if any(pair.row.rejected or pair.row.desirable is not None for pair in repeats):
-        return "They stay."
-    return "They stay; the report measures rows that are equal to the character once."
+        return f"{stays}."
+    return f"{stays}; the report measures rows that are equal to the character once."
 
 
 def _counted(pairs: Sequence[LeakPair]) -> str:

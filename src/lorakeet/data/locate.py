@@ -112,9 +112,10 @@ def package_file(distribution: str, suffix: str = "") -> Path:
     try:
         listed = metadata.files(distribution)
     except metadata.PackageNotFoundError as error:
+        guess = nearest(distribution, {one.name for one in metadata.distributions() if one.name})
         raise EnvironmentProblem(
-            f"The package '{distribution}' is not installed, so its files cannot be read. "
-            f"Install it with: pip install --no-deps {distribution}"
+            f"The package '{distribution}' is not installed, so its files cannot be read."
+            f"{guess} {'If not, install' if guess else 'Install'} it with: pip install --no-deps {distribution}"
         ) from error
     shipped = [file for file in listed or () if ".dist-info/" not in str(file) and file.suffix not in _CODE]
     found = [file for file in shipped if _ends_with(str(file), suffix)]

@@ -13,7 +13,7 @@ from typing import Any
 from lorakeet.data.locate import PACKAGE, locate_data
 from lorakeet.data.parquet import parquet_records
 from lorakeet.data.preferences import with_prompt_groups
-from lorakeet.data.proposals.columns import SAMPLED, overlooked_label, overlooked_label_note
+from lorakeet.data.proposals.columns import SAMPLED, doubtful_label_note, overlooked_label, overlooked_label_note
 from lorakeet.data.proposals.reading_on import every_problem
 from lorakeet.data.rows import Row
 from lorakeet.data.shapes import shape_rows
@@ -43,10 +43,14 @@ def read_rows(
     with all_problems(name, spec, objective):
         rows = _read(name, spec, notes, objective, first=first)
     plain = not rows[0].turns[0].role and spec.label_column is None and spec.format == "auto"
-    if plain and notes is not None and (label := overlooked_label(first, {spec.text_column, spec.group_column or ""})):
-        notes.append(overlooked_label_note(name, first, spec.text_column, label))
-        if proposed is not None:
-            proposed.append(label)
+    if plain and notes is not None:
+        used = {spec.text_column, spec.group_column or ""}
+        if label := overlooked_label(first, used):
+            notes.append(overlooked_label_note(name, first, spec.text_column, label))
+            if proposed is not None:
+                proposed.append(label)
+        elif doubt := doubtful_label_note(first, used):
+            notes.append(f"{name} is read as plain text, column {spec.text_column!r}. {doubt}")
     return rows
 
 

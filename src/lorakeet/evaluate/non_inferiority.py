@@ -70,6 +70,12 @@ def fewest_rows(margin: float, confidence: float) -> int | None:
     return math.ceil(square * (1 - margin) / margin) if margin > 0 else None
 
 
+def least_margin(rows: int, confidence: float) -> float:
+    """The margin of a share within which equal answers of so many rows are: no smaller one can be shown (`fewest_rows`)."""
+    square = float(special.ndtri((1 + confidence) / 2)) ** 2
+    return square / (rows + square)
+
+
 def worse_by(found: Comparison) -> tuple[float, float]:
     """The interval of how much worse the left system is; negative where it is better."""
     low, high = found.difference.low, found.difference.high

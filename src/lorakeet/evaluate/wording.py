@@ -120,6 +120,11 @@ def bytes_text(count: int | None) -> str:
     return f"{count} bytes"
 
 
+def as_written(seconds: float) -> float:
+    """The seconds that `duration_text` writes up to 90 minutes: a sum of these is that of the parts that a reader sees."""
+    return seconds if seconds < 90 else 60.0 * round(seconds / 60)
+
+
 def duration_text(seconds: float) -> str:
     """A time as people write it: 0.25 s, 42 s, 28 min, 3 h 5 min, 2 days 4 h."""
     if seconds < 1:

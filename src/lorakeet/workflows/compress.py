@@ -5,9 +5,10 @@ open → moments on training rows → spectra → one cut for each size → scor
 
 from __future__ import annotations
 
+import math
 import re
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
@@ -32,7 +33,7 @@ from lorakeet.evaluate.answers import Answers, measure
 from lorakeet.evaluate.certificate import Certificate, tolerance_check
 from lorakeet.evaluate.compare import Comparison, Scores, compare_scores, per_row
 from lorakeet.evaluate.likelihood import RowLosses, measure_losses
-from lorakeet.evaluate.non_inferiority import Margin, fewest_rows
+from lorakeet.evaluate.non_inferiority import Margin, fewest_rows, least_margin
 from lorakeet.evaluate.replies import Replies, compare_replies, main_metric, measure_replies
 from lorakeet.evaluate.report.rank_values import CurvePoint, RankCurve
 from lorakeet.evaluate.report.report import Report, SystemResult, write_report
@@ -52,6 +53,7 @@ from lorakeet.ranks import resize
 from lorakeet.ranks.allocate import pair_parameters, rank_pattern
 from lorakeet.train.durable import new_folder
 from lorakeet.train.preference_spec import SFT
+from lorakeet.train.progress import counted
 from lorakeet.train.run import RunFolder
 from lorakeet.train.text.task import TextTask
 from lorakeet.workflows.finetuning.evaluate_text import TextEvaluator
@@ -168,7 +170,7 @@ def _chosen(
     seed, encoded = settings.train.seed, encode_rows(dataset.train, encoder).examples
     examples = sorted(encoded, key=lambda example: seed_for(seed, f"compress/{example.key}"))[: options.rows]
     console.print(f"The pairs are weighed by {len(examples)} training rows.", soft_wrap=True)
-    found = weighed(opened.adapter, text, settings, examples, options.weighting)
+    found = weighed(opened.adapter, text, settings, examples, options.weighting, console=console)
     cuts = _cuts(opened.adapter, plan, found, options.to)
     evaluator = TextEvaluator(settings, text, encoder, dataset.held_out, console, NAME)
     prompts = None if dataset.labels else _replier(evaluator).prompts(evaluator.fitting(), dataset.train)
@@ -193,7 +195,10 @@ def _require_enough_rows(dataset: Dataset, margin: float, spec: EvaluateSpec) ->
         return
     allowed = f"--metric-tolerance allows {100 * margin:g} points less accuracy"
     why = f"{rows} held-out rows cannot show that of any cut: it takes {needed:,}" if needed else "no number of rows shows that"
-    raise ConfigError(f"{allowed}, and {why}. Allow more, hold out more rows, or name a size with --to.")
+    least = math.ceil(100 * least_margin(rows, spec.confidence))
+    raise ConfigError(
+        f"{allowed}, and {why}. Allow more (--metric-tolerance {least}% or above), hold out more rows, or name a size with --to."
+    )
 
 
 def _share(text: str, flag: str) -> float:
@@ -206,21 +211,34 @@ def _share(text: str, flag: str) -> float:
 
 
 def weighed(
-    adapter: Adapter, text: TextModel, config: RunConfig, rows: Sequence[Example], weighting: resize.Weighting, name: str = NAME
+    adapter: Adapter,
+    text: TextModel,
+    config: RunConfig,
+    rows: Sequence[Example],
+    weighting: resize.Weighting,
+    name: str = NAME,
+    *,
+    console: Console | None = None,
 ) -> dict[str, resize.Spectrum]:
     """The spectrum of every pair, weighed by its inputs and gradients on `rows`; `adapter` is in the model as `name`."""
-    return resize.spectra(adapter, _moments(text, config, rows, name), weighting)
+    return resize.spectra(adapter, _moments(text, config, rows, name, console), weighting)
 
 
-def _moments(text: TextModel, config: RunConfig, rows: Sequence[Example], name: str) -> dict[str, resize.Moments]:
-    """The moments of inputs and output gradients of every pair of the adapter `name` on `rows`."""
+def _moments(
+    text: TextModel, config: RunConfig, rows: Sequence[Example], name: str, console: Console | None = None
+) -> dict[str, resize.Moments]:
+    """The moments of inputs and output gradients of every pair of the adapter `name` on `rows`; progress on `console`."""
     unfuse(text.model)  # every pair is called by itself
     activate(text.model, name)
     spec = config.train
     task = TextTask(text.with_every_token(), rows, held_out=(), spec=spec, name=name)
     batches = [batch for batch in micro_batches(rows, spec.micro_tokens, padded=text.pads) if batch.targets]
-    with resize.collect_moments(text.model, name) as moments, torch.random.fork_rng(devices=[]):
-        task.gradients(batches, 1)
+    total = sum(len(batch.lengths) for batch in batches)
+    counting = nullcontext(lambda count: None) if console is None else counted(console, "training rows weigh the pairs", total)
+    with resize.collect_moments(text.model, name) as moments, torch.random.fork_rng(devices=[]), counting as advance:
+        for batch in batches:
+            task.gradients([batch], 1)
+            advance(len(batch.lengths))
     for parameter in task.parameters().values():
         parameter.grad = None
     text.model.eval()

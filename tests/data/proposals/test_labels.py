@@ -68,6 +68,7 @@ def test_labels_of_one_row_are_named_together() -> None:
 
 def test_only_a_slip_of_one_row_is_left_out_of_a_prompt() -> None:
     assert doubtful_labels({"positve": 1, "negatve": 2, "positive": 60, "negative": 60}) == {"positve"}
+    assert doubtful_labels({"Presales": 2, "presales": 54, "bill ": 2, "bill": 40}) == {"Presales", "bill "}, "in case and spaces"
     assert doubtful_labels({"complete": 60, "incomplete": 10}) == set()
 
 

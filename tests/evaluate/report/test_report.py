@@ -135,7 +135,7 @@ def test_page_says_what_was_measured(report: Report) -> None:
         assert phrase.text in text and phrase.interval in text
     for words in (
         "certificate passed",
-        "1 leaked row found",
+        "1 leaked pair of rows found",
         "379 held-out rows",
         "drugsComTrain.tsv:402",
         "498 tokens/s",
@@ -154,11 +154,12 @@ def test_leaks_are_counted_by_kind_and_shown_side_by_side_with_how_they_were_sea
     ]
     copies = (Leak("held:x", "train:x", 1.0, "dropped", "an equal text", "exact copy", "an equal text"),)
     text = Page(render_html(replace(report, leaks=(*copies, *near), leak_search="Searched 600 rows by words."))).text
-    for words in ("121 leaked rows found, all dropped", "120 × near-copy", "1 × exact copy", "first text 0", "other text 0"):
+    all_dropped = "121 leaked pairs of rows found, all dropped"
+    for words in (all_dropped, "120 × near-copy", "1 × exact copy", "first text 0", "other text 0"):
         assert words in text, words
     some, every = ([replace(leak, action="kept") for leak in found] for found in (near[:2], near))
-    assert "120 leaked rows found, 2 kept" in Page(render_html(replace(report, leaks=(*some, *near[2:])))).text
-    assert "120 leaked rows found, all kept" in Page(render_html(replace(report, leaks=tuple(every)))).text
+    assert "120 leaked pairs of rows found, 2 kept" in Page(render_html(replace(report, leaks=(*some, *near[2:])))).text
+    assert "120 leaked pairs of rows found, all kept" in Page(render_html(replace(report, leaks=tuple(every)))).text
     assert text.count("an equal text") == 1 and "Searched 600 rows by words." in text
     assert "The first 100 rows found in both parts; report.json has all" in text and "train:98" in text and "train:99" not in text
 
@@ -241,9 +242,8 @@ def test_odd_values_are_drawn() -> None:
     odd = Curves(train=(ChartPoint(1, math.nan), ChartPoint(2, 3.0)), held_out=(ChartPoint(2, math.inf, 1.0, 2.0),), best_step=7)
     failed = Certificate("merged", (tolerance_check("x", {"logit": math.nan}, tolerance={"logit": 1.0}, between=("a", "b")),))
     page = Page(render_html(replace(Report("odd"), curves=odd, certificate=failed, leaks=())))
-    assert (
-        page.open == [] and "certificate failed" in page.text and "outside" in page.text and "no leaked rows found" in page.text
-    )
+    assert page.open == [] and "certificate failed" in page.text and "outside" in page.text
+    assert "no leaked pairs of rows found" in page.text
 
 
 def test_the_page_is_the_same_for_the_same_report(report: Report) -> None:
@@ -483,7 +483,11 @@ def test_suspect_labels_are_listed_with_their_rows() -> None:
     )
     assert {one.text for one in found.suspects} == {"row number 0", "row number 20", "row number 40"}
     text = Page(render_html(found)).text
-    assert "both contradict the label of 3" in text and "row number 40" in text
+    assert "both contradict the label of 3" in text and "row number 40" in text and "training rows were not checked" in text
+    none = Page(render_html(replace(found, suspects=()))).text
+    assert "Suspect labels No suspect is among the held-out rows" in " ".join(none.split()), "silence would read as clean labels"
+    assert "training rows were not checked" in none
+    assert "Suspect labels" not in Page(render_html(replace(found, suspects=(), systems=found.systems[:2]))).text, "not searched"
 
 
 def test_a_confusion_matrix_of_many_labels_has_numbers_for_its_columns() -> None:

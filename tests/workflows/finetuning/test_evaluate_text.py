@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -114,6 +115,10 @@ def test_examples_pass_through_the_base_once_a_batch(finished: Any, text: TextMo
     alone = sum(encoder.tokens_of(row) for row in some[:40])
     examples = 7 * encoder.tokens_of(some[0])
     assert sum(computed) <= 1.5 * (alone + len(computed) * examples) < 0.5 * 40 * examples
+    labels.clear()
+    evaluator._few_shot(some[:2], some[2:])
+    [said] = set(labels)
+    assert re.fullmatch(r"few-shot base answers rows, \d\d of them training rows that calibrate it", said)
 
 
 def test_how_the_base_answers_labelled_rows_is_said(finished: Any, text: TextModel) -> None:

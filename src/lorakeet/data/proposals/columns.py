@@ -37,6 +37,7 @@ _ANSWERS = (
 _LABEL_LENGTH = 60  # characters, on average
 _FEWEST = 6  # records from which what a column holds is evidence
 _MOST_LABELS = 100
+_NAMED = 4  # columns that may be the label, of which a sentence names no more
 
 
 @dataclass(frozen=True)
@@ -71,6 +72,8 @@ def propose_columns(records: Sequence[FileRecord], given: Mapping[str, str | Non
         return None
     parts = [remedy.words for remedy in remedies]
     words = f"It seems that {' and '.join(parts)}: set {' '.join(remedy.flag for remedy in remedies)}."
+    if proposed_label is None and (doubt := doubtful_label_note(records, {proposed_text})):
+        words = f"{words} {doubt}"
     return ColumnProposal(proposed_text, proposed_label, tuple(remedies), words)
 
 
@@ -92,10 +95,28 @@ def overlooked_label(records: Sequence[FileRecord], used: Collection[str]) -> Re
 
 def overlooked_label_note(name: str, records: Sequence[FileRecord], text_column: str, remedy: Remedy) -> str:
     """The sentence for a column of labels that is not read: how many values it has, and the setting that reads it."""
-    values = {value for record in records if (value := _said(record.values.get(remedy.value)))}
+    values = _values(records, remedy.value)
     return (
         f"{name} is read as plain text: the model is trained to write column {text_column!r}. Column {remedy.value!r} is not "
         f"read; it has {len(values)} values that repeat, as labels do. If it is the label, set {remedy.flag}."
+    )
+
+
+def doubtful_label_note(records: Sequence[FileRecord], used: Collection[str]) -> str:
+    """The sentences for two or more columns beside those `used` that repeat as labels do; empty for fewer.
+
+    None of them is likelier to be the label, so none is proposed.
+    """
+    columns = list(dict.fromkeys(column for record in records for column in record.values if column not in used))
+    repeated = [column for column in columns if _repeats(records, column)]
+    if len(repeated) < 2:
+        return ""
+    named = " and ".join(f"{column!r} ({len(_values(records, column))})" for column in repeated[:_NAMED])
+    more = f" and {len(repeated) - _NAMED} more" if len(repeated) > _NAMED else ""
+    flag = column_remedy("label", repeated[0]).flag.partition(" ")[0]
+    return (
+        f"{named}{more} have values that repeat, as labels do, and nothing says which is the label. If the texts are labelled, "
+        f"set {flag} too; without it the model is trained to write the texts."
     )
 
 
@@ -142,6 +163,10 @@ def _repeats(records: Sequence[FileRecord], column: str) -> bool:
     different = len(set(values))
     few = 2 <= different <= min(_MOST_LABELS, len(values) // 3)
     return len(values) >= _FEWEST and few and fmean(map(len, values)) <= _LABEL_LENGTH
+
+
+def _values(records: Sequence[FileRecord], column: str) -> set[str]:
+    return {value for record in records if (value := _said(record.values.get(column)))}
 
 
 def _named(columns: Sequence[str], names: Sequence[str]) -> str | None:

@@ -43,8 +43,8 @@ def label_notes(counts: Mapping[str, int]) -> list[str]:
 
 
 def doubtful_labels(counts: Mapping[str, int]) -> set[str]:
-    """The labels that a prompt need not name: likely slips of one row. No other label is left out."""
-    return {label for label in slips(counts) if counts[label] == 1}
+    """The labels that a prompt need not name: likely slips of one row, or in case, spaces or Unicode form. No others."""
+    return {label for label, meant in slips(counts).items() if counts[label] == 1 or _folded(label) == _folded(meant)}
 
 
 def slips(counts: Mapping[str, int]) -> dict[str, str]:

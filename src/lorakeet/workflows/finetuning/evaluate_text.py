@@ -173,10 +173,10 @@ class TextEvaluator:
         """The label probabilities of `system` on labelled rows."""
         return self._answers(rows, system, self.encoder, self.config.train.micro_tokens)
 
-    def _answers(self, rows: Sequence[Row], system: str, encoder: Encoder, micro_tokens: int) -> Answers:
+    def _answers(self, rows: Sequence[Row], system: str, encoder: Encoder, micro_tokens: int, among: str = "") -> Answers:
         candidates: list[Candidates] = [found for row in rows if (found := encoder.candidates(row)) is not None]
         activate(self.text.model, None if system in (BASE, FEW_SHOT) else self.name)
-        with counted(self.console, f"{system} answers rows", len(candidates)) as advance:
+        with counted(self.console, f"{system} answers rows{among}", len(candidates)) as advance:
             scores = label_scores(self.text, candidates, micro_tokens=micro_tokens, progress=advance)
         truth = np.array([row.label for row in candidates], dtype=np.int64)
         note = LIKELIEST_LABEL if system == BASE else ""
@@ -196,7 +196,8 @@ class TextEvaluator:
         order = np.random.default_rng([self.config.evaluate.seed, 5]).permutation(len(known))
         others = [row for index in order if (row := known[index]).source not in chosen and self.encoder.encode(row) is not None]
         answered, calibrating = behind(rows), behind(others[:CALIBRATION_ROWS]) if len(others) >= CALIBRATION_LEAST else []
-        both = self._answers([*answered, *calibrating], FEW_SHOT, limits.encoder, limits.tokens)
+        among = f", {len(calibrating)} of them training rows that calibrate it" if calibrating else ""
+        both = self._answers([*answered, *calibrating], FEW_SHOT, limits.encoder, limits.tokens, among)
         release_free_memory()  # of wide batches
         found = both.rows(slice(len(answered)), row_groups(answered))
         note = f"sees up to {len(examples)} training rows with their labels before each row"

@@ -13,7 +13,7 @@ import torch
 from lorakeet.data.chat import Encoded
 from lorakeet.data.few_shot import SHARE, widest
 from lorakeet.data.prefix import PASS, common_prefix
-from lorakeet.evaluate.wording import duration_text
+from lorakeet.evaluate.wording import as_written, duration_text
 from lorakeet.memory.ledger import Work
 from lorakeet.models.generate.sample import ROWS_AT_ONCE
 from lorakeet.models.generate.score import label_branches, label_endings
@@ -94,7 +94,7 @@ def run_time_text(setup: TextAssembly) -> str:
     token, tokens = FORWARD * micro_batch / plan.rows.tokens, phase_tokens(setup)
     phases = {"training": tokens.training, "evaluation": tokens.evaluation, "certificate": tokens.certificate}
     each = ", ".join(f"{name} {duration_text(token * count)}" for name, count in phases.items())
-    whole = duration_text(token * sum(phases.values()))
+    whole = duration_text(sum(as_written(token * count) for count in phases.values()))
     said = f"Time here, as busy as this machine is now: about {whole} ({each}), give or take half."
     if not tokens.prompts:
         return said
