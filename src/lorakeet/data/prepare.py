@@ -10,6 +10,7 @@ from dataclasses import dataclass
 from lorakeet.data.copies.prompt_leaks import prompt_leak_notes
 from lorakeet.data.leaks import LeakReport, check_leaks
 from lorakeet.data.preferences import rows_for, verdict_notes
+from lorakeet.data.proposals.answers import broken_json_notes
 from lorakeet.data.proposals.labels import doubtful_labels, label_notes
 from lorakeet.data.read import read_rows
 from lorakeet.data.rows import Row
@@ -70,7 +71,9 @@ def load_dataset(spec: DataSpec, objective: str | None = "sft") -> Dataset:
     check_labels({"held-out": clean.held_out, "test": clean.test}, labels)
     parts = {"training": clean.train, "held-out": clean.held_out, "test": clean.test}
     notes += prompt_leak_notes(parts, spec.on_leak)
-    notes += label_notes(label_counts([row for rows in parts.values() for row in rows], labels))
+    every = [row for rows in parts.values() for row in rows]
+    notes += label_notes(label_counts(every, labels))
+    notes += broken_json_notes(every)
     shaped = [rows_for(rows, objective, part, trained=part == "training") for part, rows in parts.items()]
     notes += verdict_notes({part: rows for part, rows in parts.items() if part != "training"})
     return Dataset(shaped[0], shaped[1], shaped[2], labels, clean.report, tuple(notes), tuple(remedies))

@@ -505,3 +505,11 @@ def test_a_pipe_in_place_of_a_report_holds_nothing_up(tmp_path: Path) -> None:
     os.mkfifo(tmp_path / "report.json")
     with pytest.raises(DataError, match="Cannot read the report"):
         read_report(tmp_path / "report.json")
+
+
+def test_the_loss_beside_a_reply_is_said_to_be_that_of_the_reference() -> None:
+    """Behind a reply alone it reads as if it were the reply's own."""
+    base, adapter = ScoredAnswer("Sorry.", right=False, loss=2.612), ScoredAnswer("2", right=True, loss=0.06)
+    text = Page(render_html(replace(Report("t"), rows=(SideBySide("two lattes", "2", base, adapter),), rows_of=1))).text
+    assert "Sorry. loss of the reference 2.612 nats" in " ".join(text.split())
+    assert "loss of the reference 0.060 nats" in text

@@ -29,6 +29,7 @@ def workers() -> Iterator[Workers]:
 def folder(tmp_path: Path) -> Path:
     """Rows, an earlier run with these rows, an adapter folder, and a folder that stands for a model."""
     (tmp_path / "rows.jsonl").write_text(RECORD)
+    (tmp_path / "broken.jsonl").write_text(f"{RECORD}{{\n")
     (tmp_path / "rows.xlsx").write_text("a")
     (tmp_path / "adapter").mkdir()
     (tmp_path / "model").mkdir()
@@ -49,6 +50,8 @@ TRAIN = ["--model", "model", "--data.train"]
         (["finetune", *TRAIN, "rows.xlsx"], "rows.xlsx ends in '.xlsx', which has no reader"),
         (["finetune", *TRAIN, "rows.jsonl", "--data.text_column", "review"], "the columns 'text', 'label' match no known shape"),
         (["finetune", *TRAIN, "rows.jsonl", "--data.group_column", "patient"], "rows.jsonl has no column 'patient'"),
+        (["finetune", *TRAIN, "broken.jsonl"], "broken.jsonl:2: broken JSON at column"),
+        (["tune", *TRAIN, "rows.jsonl", "--data.test", "broken.jsonl"], "broken.jsonl:2: broken JSON at column"),
         (["finetune", *TRAIN, "rows.jsonl", "--data.test", "gone.csv"], "'gone.csv' does not exist in"),
         (["finetune", *TRAIN, "rows.jsonl", "--out", "run"], "The run folder run exists already"),
         (["finetune", "--model", "./modle", "--data.train", "rows.jsonl"], "'./modle' does not exist in"),

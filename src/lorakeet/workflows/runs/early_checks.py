@@ -15,7 +15,7 @@ from lorakeet.data.images.folder import is_table, require_folder
 from lorakeet.data.locate import locate_model
 from lorakeet.data.predicted.contents import require_rereadable
 from lorakeet.data.predicted.written_records import require_written_format
-from lorakeet.data.read import check_first_record, is_absent
+from lorakeet.data.read import check_first_record, is_absent, read_rows
 from lorakeet.data.spec import NO_ROWS, DataSpec
 from lorakeet.exporting.hub import require_repository_name
 from lorakeet.formats.adapter_format import require_adapter
@@ -46,6 +46,9 @@ from lorakeet.workflows.runs.quickstart_packages import missing_packages
 from lorakeet.workflows.runs.serving_options import named_paths, require_servable, vllm_flags
 from lorakeet.workflows.runs.studio_options import require_studio
 
+_PLAIN = (".jsonl", ".ndjson", ".json", ".csv", ".tsv")
+_SMALL = 1 << 20  # bytes, which take a tenth of a second
+
 
 def require_new_run(run: RunFolder) -> None:
     """Raises ConfigError or EnvironmentProblem unless a new run can be written to that folder; writes nothing."""
@@ -56,7 +59,7 @@ def require_new_run(run: RunFolder) -> None:
 def _before_finetune(config: RunConfig, options: FinetuneOptions) -> None:
     if options.resume is None and not options.dry_run:
         require_new_run(RunFolder(Path(config.out), launched().command))
-    _require_rows(config)
+    _require_rows(config, whole=True)
     _require_model(config)
 
 
@@ -76,7 +79,7 @@ def _before_plan(config: RunConfig, options: PlanOptions) -> None:
 
 def _before_tune(config: RunConfig, options: TuneOptions) -> None:
     require_empty(options.folder(config.out))
-    _require_rows(config)
+    _require_rows(config, whole=True)
     _require_model(config)
 
 
@@ -180,19 +183,28 @@ def _settings(path: str, config: Path | None) -> RunConfig | None:
     return None if run is None else read_run(run.config)
 
 
-def _require_rows(config: RunConfig | None) -> None:
-    """Raises DataError for rows or pictures that are missing; nothing for an adapter without a run."""
+def _require_rows(config: RunConfig | None, *, whole: bool = False) -> None:
+    """Raises DataError for rows or pictures that are missing; nothing for an adapter without a run.
+
+    `whole`: also for single rows of a file that is read in less time than torch is imported.
+    """
     if config is None:
         return
     data = config.data
     if config.kind == "text":
         for name in filter(None, (data.train, data.test, data.held_out)):
             check_first_record(name, data, config.train.objective)
+            if whole and _is_small(Path(name).expanduser()):
+                read_rows(name, data, None, config.train.objective)
     if config.kind == "image":
         places = {"data.train": data.train, "data.held_out": data.held_out, "data.test": data.test}
         for setting, folder in {**places, "images.prior": config.images.prior}.items():
             if folder and not is_table(folder):
                 require_folder(Path(folder).expanduser(), setting)
+
+
+def _is_small(path: Path) -> bool:
+    return path.suffix.lower() in _PLAIN and path.is_file() and path.stat().st_size <= _SMALL
 
 
 def _require_model(config: RunConfig) -> None:
