@@ -26,8 +26,8 @@ def queue(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Queue]:
     """A queue whose command is a shell script: `sleep` sleeps until Ctrl-C, `end N` ends with code N."""
     command = tmp_path / "python"
     command.write_text(
-        '#!/bin/sh\nshift 2\necho "words: $*"\nif [ "$1" = end ]; then echo "Error: no rows"; exit "$2"; fi\n'
-        "trap 'kill $!; exit 4' INT\nsleep 60 & wait\n"
+        "#!/bin/sh\ntrap 'kill $!; exit 4' INT\nshift 2\n"  # before the words, for which tests wait
+        'echo "words: $*"\nif [ "$1" = end ]; then echo "Error: no rows"; exit "$2"; fi\nsleep 60 & wait\n'
     )
     command.chmod(0o755)
     monkeypatch.setattr(module.sys, "executable", str(command))
@@ -39,11 +39,18 @@ def queue(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Queue]:
 
 
 def until(reached: Callable[[], bool]) -> None:
-    for _ in range(1000):
+    for _ in range(3000):
         if reached():
             return
         time.sleep(0.01)
     raise AssertionError("it was not reached")
+
+
+def parent_of(process: Path) -> int | None:
+    """The number of the process that started the one of this folder of /proc; None where it has ended."""
+    with suppress(OSError):
+        return int((process / "stat").read_text().rpartition(") ")[2].split()[1])  # after its state, which may be any
+    return None
 
 
 def works(job: Job) -> bool:
@@ -198,7 +205,7 @@ def test_a_killed_job_is_known_as_killed(queue: Queue, whole: bool) -> None:
         os.killpg(leader, signal.SIGKILL)
     else:
         for folder in Path("/proc").iterdir() if Path("/proc").is_dir() else ():
-            if folder.name.isdigit() and (folder / "stat").exists() and f") S {leader} " in (folder / "stat").read_text():
+            if folder.name.isdigit() and parent_of(folder) == leader:
                 os.kill(int(folder.name), signal.SIGKILL)
     until(lambda: job.state == "killed")
     assert job.code == (None if whole else 137) and queue.of_run("mine") == job
