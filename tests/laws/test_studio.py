@@ -264,6 +264,9 @@ def export_and_verify(page: Any) -> None:
     page.click("[data-way='gguf'] button.primary")
     page.wait_for_selector(".taken[data-state='done']", timeout=WAIT)
     assert "Certificate: Passed" in page.inner_text(".taken") and serious(page) == []
+    with page.expect_download() as saving:
+        page.click(".taken a:has-text('Save reviews-1-f32.gguf')")
+    assert Path(saving.value.path()).read_bytes()[:4] == b"GGUF"
     shown = page.inner_text(".taken .cmd code:has-text('lorakeet verify')")
     done = CliRunner().invoke(lorakeet, shlex.split(shown)[1:], catch_exceptions=False)
     assert done.exit_code == 0, done.output

@@ -8,7 +8,7 @@ import pytest
 
 from lorakeet.cli.flags import SettingsCommand, option_flags
 from lorakeet.errors import ConfigError
-from lorakeet.studio.answering import HOW, ROWS, add_answers, answer_fields, answer_values, answered_file
+from lorakeet.studio.answering import HOW, ROWS, add_answers, answer_fields, answer_values, written_file
 from lorakeet.studio.jobs import Job
 from lorakeet.studio.pages import Studio
 from lorakeet.studio.places import NotHere
@@ -78,19 +78,25 @@ def test_only_what_is_done_can_be_saved(studio: Studio, run: Path, rows: Path, t
     out = Path(job.words[-1])
     out.write_text("answered")
     with pytest.raises(NotHere):
-        answered_file(studio.queue, run, job.name)
+        written_file(studio.queue, run, job.name)
     assert answer_values(job) == {"saves": "", "counted": "", "again": {}}
     over(job, 0, f"Reads the rows\n20 of 20 rows answered; 2 marked for review: {out}\nA library says good-bye.\n")
-    assert answered_file(studio.queue, run, job.name) == out
+    assert written_file(studio.queue, run, job.name) == out
     counted = "20 of 20 rows answered; 2 marked for review"
     assert answer_values(job) == {"saves": "December notes-answered.csv", "counted": counted, "again": {}}
     with pytest.raises(NotHere):
-        answered_file(studio.queue, run.parent / "other", job.name)
+        written_file(studio.queue, run.parent / "other", job.name)
+    gguf = over(studio.queue.add(["export", str(run), "--quant", "f16", "--out", f"{run}-f16.gguf"], title="x"), 0, "")
+    with pytest.raises(NotHere):
+        written_file(studio.queue, run, gguf.name)
+    Path(f"{run}-f16.gguf").write_bytes(b"GGUF")
+    assert written_file(studio.queue, run, gguf.name) == Path(f"{run}-f16.gguf")
+    assert answer_values(gguf) == {"saves": "mine-f16.gguf", "counted": "", "again": {}}
     out.unlink()
     (tmp_path / "secret").write_text("x")
     out.symlink_to(tmp_path / "secret")
     with pytest.raises(NotHere):
-        answered_file(studio.queue, run, job.name)
+        written_file(studio.queue, run, job.name)
 
 
 @pytest.mark.parametrize(

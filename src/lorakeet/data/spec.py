@@ -19,7 +19,7 @@ class DataSpec:
     """Where the rows are, how they are formatted, split and checked."""
 
     train: str = setting(
-        "", "Training rows: file, 'archive.zip!member', 'package:DIST/path', datasets folder or 'hub:owner/name#split'."
+        "", "File of rows, such as a CSV table; or 'archive.zip!member', 'package:DIST/path', a folder, 'hub:owner/name#split'."
     )
     held_out: str | None = setting(None, "File of held-out rows; by default they are split off the training rows.")
     test: str | None = setting(None, "File of test rows, never used to choose a setting or a checkpoint.")

@@ -42,22 +42,31 @@ def add_answers(places: Places, queue: Queue, run: str, form: Mapping[str, str])
     return queue.add(words, title=f"Rows answered: {name}", device=device, once=form.get("once", ""))
 
 
-def answered_file(queue: Queue, folder: Path, name: str) -> Path:
-    """What the job `name` of the run in `folder` has written. NotHere before it is done, and for any other job."""
-    found = [job for job in jobs_of(queue, folder) if job.name == name and job.words[0] == VERB and job.state == "done"]
-    for job, out in [(job, out_of(job)) for job in found]:
-        if out is not None and regular_within(job.folder, out):
+def written_file(queue: Queue, folder: Path, name: str) -> Path:
+    """The one file that the job `name` of the run in `folder` has written: into its own folder, or beside the run.
+
+    NotHere before it is done, and for a job that writes a folder.
+    """
+    for job in jobs_of(queue, folder):
+        if job.name == name and job.state == "done" and (out := _saved(job)) is not None:
             return out
-    raise NotHere("There is no such file of answered rows. Answer them again.")
+    raise NotHere("There is no such file. It may have been deleted or moved; make it again.")
+
+
+def _saved(job: Job) -> Path | None:
+    """What a job has written, if that is one file."""
+    out = out_of(job)
+    return out if out is not None and regular_within(job.folder.parents[2], out) else None  # among the runs, as its own folder is
 
 
 def answer_values(job: Job) -> dict[str, object]:
     """What the page shows of a job besides its state: the file to save, what was counted, the form that mends it."""
-    out = out_of(job) if job.words[0] == VERB and job.state == "done" else None
+    saved = _saved(job) if job.state == "done" else None
+    out = saved if job.words[0] == VERB else None
     ending = f": {out}"  # of the line that the command says it with; libraries may say more after it
     counted = [line.removesuffix(ending) for line in job.log.splitlines() if line.endswith(ending)] if out else []
     again = _mended(job) if job.words[0] == VERB else {}
-    return {"saves": out.name if out else "", "counted": counted[-1] if counted else "", "again": again}
+    return {"saves": saved.name if saved else "", "counted": counted[-1] if counted else "", "again": again}
 
 
 def _mended(job: Job) -> dict[str, str]:

@@ -18,11 +18,11 @@ def test_a_file_is_answered_and_saved(browser: TestClient, studio: Studio, run: 
     assert browser.post("/take/mine/answer", data=form).headers["location"] == "/take/mine"
     browser.post("/take/mine/answer", data=form)  # a second click
     [job] = studio.queue.jobs()
-    assert browser.get(f"/take/mine/answered/{job.name}").status_code == 404
+    assert browser.get(f"/take/mine/saved/{job.name}").status_code == 404
     Path(job.words[-1]).write_bytes("What happened,answer\r\n<b>café</b>,x\r\n".encode("cp1252"))
     over(job, 0, "1 of 1 rows answered: x")
     assert job_shown(job)["saves"] == "December notes-answered.csv"
-    saved = browser.get(f"/take/mine/answered/{job.name}")
+    saved = browser.get(f"/take/mine/saved/{job.name}")
     assert saved.content == b"What happened,answer\r\n<b>caf\xe9</b>,x\r\n"
     assert saved.headers["content-disposition"].startswith("attachment") and "nosniff" in saved.headers["x-content-type-options"]
     assert browser.post("/take/mine/answer", data={}).status_code == 400

@@ -1,4 +1,4 @@
-"""Take away, for a run of texts: a file of rows is answered, and the browser saves it with the answers beside them."""
+"""Take away: a file of rows is answered, and the browser saves it with the answers, and any other file that a way out makes."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ from starlette.requests import Request
 from starlette.responses import FileResponse, Response
 from starlette.routing import Route
 
-from lorakeet.studio.answering import add_answers, answered_file
+from lorakeet.studio.answering import add_answers, written_file
 from lorakeet.studio.pages import form_of, moved, page_address, studio_of
 
 
@@ -19,11 +19,11 @@ def _answer(request: Request) -> Response:
 def _save(request: Request) -> Response:
     """The file as it was written; the browser keeps it under its name and shows nothing of it."""
     studio, name = studio_of(request), str(request.path_params["name"])
-    path = answered_file(studio.queue, studio.places.run(name), str(request.path_params["job"]))
+    path = written_file(studio.queue, studio.places.run(name), str(request.path_params["job"]))
     return FileResponse(path, filename=path.name, media_type="application/octet-stream")
 
 
 ROUTES = (
     Route("/take/{name}/answer", _answer, methods=["POST"]),
-    Route("/take/{name}/answered/{job}", _save),
+    Route("/take/{name}/saved/{job}", _save),
 )

@@ -110,9 +110,10 @@ export function remedyButtons(form, remedies, changed) {
   });
 }
 
-/** Says what stands in the way of an answer, with buttons that mend it; an empty list says nothing. */
+/** Says what stands in the way of an answer, after buttons that mend it, which are for all readers; an empty list says nothing. */
 export function sayProblems(list, sentence, state, buttons = []) {
-  const shown = list.length ? [make("div", { class: "warning problems", role: "alert" }, make("ul", {}, ...list.map((line) => make("li", { class: "message" }, line))), make("p", { class: "actions" }, ...buttons))] : [];
+  const mended = buttons.length ? [make("p", {}, "One click does what is advised:"), make("p", { class: "actions" }, ...buttons)] : [];
+  const shown = list.length ? [make("div", { class: "warning problems", role: "alert" }, ...mended, make("ul", {}, ...list.map((line) => make("li", { class: "message" }, line))))] : [];
   by("problems").replaceChildren(...shown);
   if (list.length) say(sentence, state);
 }

@@ -57,7 +57,7 @@ function again(fields) {
 }
 
 function job(one, open) {
-  const parts = [make("p", {}, make("b", {}, one.title), " ", make("span", { class: "pill" }, one.saves ? "done" : STATES[one.state]), one.saves ? ` ${one.counted}` : one.state === "done" && one.bytes ? ` ${bytes(one.bytes)} in ` : "", one.state === "done" && one.out && !one.saves ? make("code", {}, one.out) : "")];
+  const parts = [make("p", {}, make("b", {}, one.title), " ", make("span", { class: "pill" }, one.counted ? "done" : STATES[one.state]), one.counted ? ` ${one.counted}` : one.state === "done" && one.bytes ? ` ${bytes(one.bytes)} in ` : "", one.state === "done" && one.out && !one.counted ? make("code", {}, one.out) : "")];
   if (one.state === "running" || one.state === "waiting") {
     const stop = make("form", { method: "post", action: `/jobs/${encodeURIComponent(one.name)}/stop` }, make("input", { type: "hidden", name: "csrf", value: csrf }), make("button", { type: "submit", "aria-label": `Cancel ${one.title}` }, "Cancel"));
     stop.addEventListener("submit", (event) => { event.preventDefault(); post(stop.getAttribute("action")).catch((error) => { stop.append(make("span", { class: "problem" }, error.message)); }); });
@@ -65,7 +65,7 @@ function job(one, open) {
   }
   if (one.certificate && !one.certificate.passed && one.state !== "running") parts.push(make("p", { class: "warning" }, `Do not use it: what was written answers differently from what was trained. ${one.advice}`));
   else if (one.error) parts.push(make("p", { class: "warning message" }, one.error));
-  if (one.saves) parts.push(make("p", {}, make("a", { class: "button primary", href: `${root.dataset.run}/answered/${encodeURIComponent(one.name)}`, download: one.saves }, `Save ${one.saves}`)));
+  if (one.saves && one.certificate?.passed !== false) parts.push(make("p", {}, make("a", { class: "button primary", href: `${root.dataset.run}/saved/${encodeURIComponent(one.name)}`, download: one.saves }, `Save ${one.saves}`)));
   if (Object.keys(one.again).length) parts.push(again(one.again));
   if (one.certificate && one.state !== "running") parts.push(certificate(one.certificate));
   parts.push(...one.use.map(([text, purpose]) => command(text, purpose)));
