@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import pickle
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -136,3 +137,51 @@ def test_no_more_calls_are_remembered_than_have_room(asked: list[Any], monkeypat
             for size in range(1, 8):
                 assert torch.zeros(size).shape == (size,)
                 assert 1 <= len(ledger._KNOWN) <= 3
+
+
+def test_a_generator_and_a_tensor_given_twice_are_no_reason_to_ask_again(asked: list[Any]) -> None:
+    generator = torch.Generator().manual_seed(0)
+    state = generator.get_state()
+    for _ in range(2):
+        with Ledger():
+            x, y = torch.rand(3, 3, generator=generator), torch.zeros(3, 3)
+            assert torch.ops.aten.silu_backward(x, y, grad_input=x) is x
+            assert torch.ops.aten.silu_backward(y, x, grad_input=x) is x
+            assert torch.promote_types(torch.bfloat16, torch.float16) == torch.float32
+        asked.append("again")
+    assert asked[-1] == "again" and asked[-2] == "again", "the second time torch is not asked"
+    assert torch.equal(generator.get_state(), state), "nothing is drawn on shapes"
+
+
+def test_numbers_of_python_become_what_torch_makes_of_them() -> None:
+    def lifted(with_ledger: bool) -> list[Any]:
+        with Ledger() if with_ledger else FakeTensorMode():
+            return told([torch.tensor([1.0, 2.0]), torch.tensor([[1, 2], [3, 4]]), torch.tensor([True]), torch.tensor(1.5)])
+
+    assert lifted(True) == lifted(False)
+    with Ledger() as account:
+        grid = torch.tensor([1.0] * 256)
+        assert account.bytes == grid.nbytes == 1024
+        del grid
+        assert account.bytes == 0
+
+
+def test_results_are_known_in_another_process_by_the_names_of_operators(asked: list[Any]) -> None:
+    def steps() -> None:
+        with Ledger():
+            x = torch.zeros(4, 4)
+            torch.split(torch.mm(x, x.t()).to(torch.bfloat16), 2)
+            torch.rand(2, generator=torch.Generator())
+            torch.linalg.svd(x)
+
+    steps()
+    workspaces = sum(known.cost.workspace is not None for known in ledger._KNOWN.values())
+    passed = pickle.loads(pickle.dumps(ledger.known_operators()))
+    assert 0 < len(passed) == len(ledger._KNOWN) - workspaces and workspaces > 0, "those with a workspace are left out"
+    before = dict(ledger._KNOWN)
+    ledger._KNOWN.clear()
+    ledger.know_operators({**passed, ("nothing.of.this", 1): next(iter(passed.values()))})
+    assert {key: known for key, known in before.items() if known.cost.workspace is None} == ledger._KNOWN
+    asked.clear()
+    steps()
+    assert len(asked) == workspaces

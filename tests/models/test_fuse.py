@@ -16,12 +16,16 @@ from transformers.models.deepseek_v4 import modeling_deepseek_v4
 from lorakeet.core.fused.attention import RotaryAttention
 from lorakeet.core.layers.linear import Replacement
 from lorakeet.core.spec import LoraSpec
+from lorakeet.kernels.device import standing_for
+from lorakeet.memory.ledger import Ledger
 from lorakeet.models import fuse, inject
 from lorakeet.models.families import family_of
 from lorakeet.models.spec import ModelSpec
 from lorakeet.models.targets import plan_for
 from lorakeet.models.text.adapters import initialise_adapter
+from lorakeet.models.text.from_config import config_from_settings, model_from_config
 from lorakeet.models.text.load import load_text_model
+from tiny.configs import SMALL
 from tiny.models import save_tiny_llama
 
 GATED = ("llama", "mistral", "qwen2", "qwen3", "gemma2", "gemma3")
@@ -144,6 +148,28 @@ def test_attentions_alike_are_compared_once(tmp_path: Path, monkeypatch: pytest.
     assert fused_in(num_hidden_layers=2) == 2 + 3, "each place in the model once, and what has a hook every time"
     assert fused_in(num_hidden_layers=2) == 3
     assert fused_in(num_hidden_layers=2, rope_theta=500.0) > 3
+
+
+def test_mlps_and_norms_alike_of_planned_models_are_compared_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    """In one model and the next; another activation, rounding or place of the tensors is compared anew."""
+    compared: list[nn.Module] = []
+    small = fuse.small_copy
+    monkeypatch.setattr(fuse, "small_copy", lambda module: compared.append(module) or small(module))
+    own = {"rms_norm_eps": 1.2345e-5, "vocab_size": 97}  # which no other test has
+
+    def fused_in(dtype: torch.dtype = torch.float32, device: str = "cpu", **changes: Any) -> tuple[int, int]:
+        compared.clear()
+        with Ledger(), standing_for(torch.device(device)):
+            text = model_from_config(config_from_settings({**SMALL, **own, **changes}), name="small", dtype=dtype, products=dtype)
+            return fuse.fuse(text.model), len(compared)
+
+    count, first = fused_in()
+    assert count == 2 * (1 + 2 + 1) + 1 and first == 3, "one MLP and one norm of nine, and the table of tokens"
+    assert fused_in() == (count, 0) == fused_in(num_hidden_layers=2)
+    assert fused_in(hidden_act="relu") == (count - 2, 1), "which is not fused, and not compared again either"
+    assert fused_in(hidden_act="relu") == (count - 2, 0)
+    assert fused_in(torch.bfloat16)[1] == 3 == fused_in(device="cuda")[1]
+    assert fused_in(rms_norm_eps=1e-3) == (count, 2), "the MLP knows the configuration"
 
 
 def test_a_norm_that_rounds_elsewhere_has_no_attention_fused(tmp_path: Path) -> None:

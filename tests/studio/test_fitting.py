@@ -10,9 +10,11 @@ from types import SimpleNamespace
 from typing import Any
 
 import pytest
+from torch._subclasses.fake_tensor import FakeTensorMode  # torch offers no public name
 
 from lorakeet.errors import ConfigError
 from lorakeet.evaluate.wording import bytes_text
+from lorakeet.memory import ledger
 from lorakeet.memory.forecast import KINDS, Phase
 from lorakeet.memory.remembered import remembering
 from lorakeet.studio import fitting
@@ -143,6 +145,31 @@ def test_rows_are_read_once(model: dict[str, str], tmp_path: Path, monkeypatch: 
     rows.write_text(rows.read_text() * 2)
     answer()
     assert len(read) == 3
+
+
+def test_operators_that_one_plan_met_the_next_one_knows(model: dict[str, str], monkeypatch: pytest.MonkeyPatch) -> None:
+    """In another process: here with nothing known but what was passed on."""
+    met: list[object] = []
+    dispatch = FakeTensorMode.dispatch
+
+    def counted(mode: FakeTensorMode, func: object, *rest: Any) -> Any:
+        met.append(func)
+        return dispatch(mode, func, *rest)
+
+    monkeypatch.setattr(FakeTensorMode, "dispatch", counted)
+    values: dict[str, Any] = {}
+
+    def answer(rank: str) -> int:
+        met.clear()
+        ledger._KNOWN.clear()
+        with remembering(values, lambda key, value: values.update(pickle.loads(pickle.dumps({key: value})))):
+            parts_of({**model, "machine": "gpu-8", "lora.rank": rank})
+        return len(met)
+
+    first = answer("16")
+    known = len(values[fitting.OPERATORS])
+    assert answer("32") < first / 2
+    assert len(values[fitting.OPERATORS]) > known
 
 
 def test_rows_are_not_read_where_that_would_fetch_or_unpack(model: dict[str, str], monkeypatch: pytest.MonkeyPatch) -> None:

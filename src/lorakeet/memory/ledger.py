@@ -18,25 +18,35 @@ import weakref
 from collections import ChainMap, Counter, defaultdict
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
-from functools import partial
+from dataclasses import dataclass, field
+from functools import cache, partial
 from typing import Any, Literal, cast
 
 import torch
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensor  # torch offers no public name
-from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._python_dispatch import TorchDispatchMode, _disable_current_modes
 from torch.utils._pytree import tree_leaves
 from torch.utils.flop_counter import flop_registry
 
 from lorakeet.kernels.cpu import operators
 from lorakeet.memory.allocator import LARGEST_HEAP_PIECE
 from lorakeet.memory.lapack import WORKSPACES as LAPACK
-from lorakeet.memory.operator_cache import CachedResult, Cost, ShapeMode, cacheable_result, call_of
+from lorakeet.memory.operator_cache import (
+    CachedResult,
+    Cost,
+    ShapeMode,
+    cacheable_result,
+    call_of,
+    packed_results,
+    unpacked_results,
+)
 from lorakeet.memory.usage import NO_BLOCK, PERSISTENT, Usage, UsageSegment
 
+CPU = torch.device("cpu")
 CLOCK = 256  # operators between two readings of the time
 DEVICE_OF, NUMBER_OF = torch.ops.prim.device.default, torch.ops.aten._local_scalar_dense.default
+LIFT = torch.ops.aten.lift_fresh.default
 MOST_KNOWN = 1 << 13  # cached calls, of 1.4 KiB each; beyond these the cache is cleared
 _KNOWN: dict[tuple[Any, ...], CachedResult] = {}  # results by call, for all ledgers of this process
 Kind = Literal["base", "adapter", "moments", "gradients", "saved activations", "logits", "scratch"]
@@ -48,6 +58,16 @@ class Work:
 
     flops: int = 0
     written: int = 0
+
+
+@dataclass
+class Recording:
+    """What one call takes, while it runs: the storages that it may use without being the only one to, and its moments."""
+
+    storages: set[int]  # of its arguments, and its own
+    alone: bool = True  # whether it used no other
+    top: Usage | None = None
+    moments: list[Usage] = field(default_factory=list)
 
 
 class TooLong(Exception):
@@ -73,6 +93,7 @@ class Ledger(TorchDispatchMode):  # type: ignore[no-untyped-call]
         self.peaks: dict[str, Usage] = {}
         self.work: dict[str, Work] = defaultdict(Work)
         self.segments: list[UsageSegment] = []
+        self.recording: Recording | None = None  # of a call that is recorded (memory/repeated)
         self._phase = ""
         # By storage: bytes, kind, and a reference whose callback removes the entry.
         self._entries: dict[int, tuple[int, str, weakref.ref[Any]]] = {}
@@ -100,6 +121,7 @@ class Ledger(TorchDispatchMode):  # type: ignore[no-untyped-call]
     def phase(self, name: str) -> Iterator[None]:
         """A context for a part of the run with its own peak. Phases do not nest; the same name again may raise its peak."""
         before, self._phase = self._phase, name
+        self._not_alone()
         self._mark()
         self._start_segment("phase", NO_BLOCK)
         try:
@@ -110,6 +132,7 @@ class Ledger(TorchDispatchMode):  # type: ignore[no-untyped-call]
 
     def name(self, kind: Kind, tensors: Iterable[Tensor]) -> None:
         """Sets the kind of these tensors; results are scratch by default."""
+        self._not_alone()
         for tensor in tensors:
             if isinstance(tensor, FakeTensor):
                 self._enter_storage(tensor, kind)
@@ -144,6 +167,7 @@ class Ledger(TorchDispatchMode):  # type: ignore[no-untyped-call]
                 leaf.grad_fn.register_prehook(lambda _: self._start_segment("backward", index))
 
     def _start_segment(self, event: str, block: int) -> None:
+        self._not_alone()
         if self.segments:
             self._keep_moment()
             self.segments.append(UsageSegment(self._phase, event, block))
@@ -151,7 +175,13 @@ class Ledger(TorchDispatchMode):  # type: ignore[no-untyped-call]
 
     def _keep_moment(self) -> None:
         if self.segments:
-            self.segments[-1].moments.append(self._now())
+            self.segments[-1].moments.append(self.now)
+        if self.recording is not None:
+            self.recording.moments.append(self.now)
+
+    def _not_alone(self) -> None:
+        if self.recording is not None:
+            self.recording.alone = False
 
     def close(self) -> None:
         """Removes the hooks from parameters and blocks."""
@@ -192,6 +222,8 @@ class Ledger(TorchDispatchMode):  # type: ignore[no-untyped-call]
     def _made(self, func: Any, args: Any, kwargs: Any) -> tuple[Any, Cost]:
         """Returns the result of an operator and what it takes, from the cache or by torch's rules."""
         call = call_of(func, args, kwargs)
+        if self.recording is not None:
+            self._watch_use(func, args if call is None else call.tensors, kwargs if call is None else {})
         known = None if call is None else _KNOWN.get(call.key)
         if call is not None and known is not None:
             return known.made(self._fake, call.tensors), known.cost
@@ -204,6 +236,42 @@ class Ledger(TorchDispatchMode):  # type: ignore[no-untyped-call]
             _KNOWN[call.key] = known
         return result, cost
 
+    def _watch_use(self, func: Any, args: Any, kwargs: Any) -> None:
+        """Notes if an operator of the recorded call uses what is not its own."""
+        assert self.recording is not None
+        for leaf in tree_leaves((args, kwargs)):
+            if isinstance(leaf, FakeTensor):
+                if leaf.untyped_storage()._cdata not in self.recording.storages:
+                    self.recording.alone = False
+            elif isinstance(leaf, Tensor) and func is not LIFT:
+                self.recording.alone = False
+
+    def enter_again(
+        self, top: Usage, moments: Sequence[Usage], flops: int, written: int, result: CachedResult, kinds: Sequence[str]
+    ) -> Any:
+        """Enters these moments, the highest one, and the work of a call, and returns its result: new tensors of these kinds."""
+        if top.bytes > self.peaks.get(self._phase, Usage()).bytes:
+            self.peaks[self._phase] = top
+        if self.segments:
+            self.segments[-1].moments.extend(moments)
+        work = self.work[self._phase]
+        work.flops += flops
+        work.written += written
+        made = result.made(self._fake, ())
+        for leaf, kind in zip((one for one in tree_leaves(made) if one is not None), kinds, strict=True):
+            self._enter_storage(leaf, cast(Kind, kind))
+        return made
+
+    @property
+    def entries(self) -> dict[int, tuple[int, str, weakref.ref[Any]]]:
+        """A copy of what is in memory, by storage: bytes and kind."""
+        return dict(self._entries)
+
+    @property
+    def work_now(self) -> tuple[int, int]:
+        """The FLOPs and the bytes of results of this phase so far."""
+        return self.work[self._phase].flops, self.work[self._phase].written
+
     def _kind_of(self, tensor: Tensor) -> Kind:
         return "logits" if self.vocabulary and tensor.dim() > 1 and tensor.shape[-1] == self.vocabulary else "scratch"
 
@@ -215,6 +283,8 @@ class Ledger(TorchDispatchMode):  # type: ignore[no-untyped-call]
             return 0
         kind = kind or self._kind_of(tensor)
         self._entries[key] = size, kind, weakref.ref(storage, lambda _: self._remove(key))
+        if self.recording is not None:
+            self.recording.storages.add(key)
         self.bytes += size
         self._count(kind, size)
         self._mark()
@@ -250,12 +320,27 @@ class Ledger(TorchDispatchMode):  # type: ignore[no-untyped-call]
     def _mark(self) -> None:
         peak = self.peaks.get(self._phase)
         if self.bytes > (0 if peak is None else peak.bytes):
-            self.peaks[self._phase] = self._now()
+            self.peaks[self._phase] = self.now
+        if (found := self.recording) is not None and (found.top is None or self.bytes > found.top.bytes):
+            found.top = self.now
 
-    def _now(self) -> Usage:
+    @property
+    def now(self) -> Usage:
+        """What is in use."""
         if self._moment is None:
             self._moment = Usage(self.bytes, {kind: size for kind, size in self.in_use.items() if size}, self.heap)
         return self._moment
+
+
+def known_operators() -> dict[tuple[Any, ...], CachedResult]:
+    """The results of operators that this process knows, for `know_operators` in another one."""
+    return packed_results(_KNOWN)
+
+
+def know_operators(packed: Mapping[tuple[Any, ...], CachedResult]) -> None:
+    """Adds results that another process of the same program found."""
+    if len(_KNOWN) + len(packed) <= MOST_KNOWN:
+        _KNOWN.update(unpacked_results(packed))
 
 
 def _attention_flops(
@@ -313,18 +398,37 @@ def _equal(one: Tensor, other: Tensor) -> bool:
     return numbered and bool(torch.ops.aten.equal.default(one, other))
 
 
+def _lifted(numbers: Tensor) -> Tensor:
+    """A tensor without numbers, like one of Python's numbers. One number, or a part of a storage, is left to torch's own rule."""
+    mode = torch._C._get_dispatch_mode(torch._C._TorchDispatchModeKey.FAKE)
+    if mode.__class__ is not ShapeMode or numbers.__class__ is not Tensor or numbers.numel() < 2 or numbers.requires_grad:
+        return cast(Tensor, LIFT(numbers))
+    whole = numbers.is_contiguous() and numbers.untyped_storage().nbytes() == numbers.nbytes and not numbers.is_neg()
+    if not whole or numbers.device != CPU:
+        return cast(Tensor, LIFT(numbers))
+    return mode.new(numbers.shape, numbers.stride(), numbers.dtype, CPU)
+
+
+@cache
+def _promoted(one: torch.dtype, other: torch.dtype) -> torch.dtype:
+    with _disable_current_modes():
+        return torch.promote_types(one, other)
+
+
 def _in_place(*_: Any, out: Any = None, L: Any = None, info: Any = None, **__: Any) -> Any:
     """The output of LAPACK in the given tensor, without the copy that torch's own shape rule makes."""
     return out if L is None else (L, info)
 
 
-_ANSWERS = {
+_ANSWERS: Mapping[Any, Callable[..., Any]] = {
     torch.ops.aten.linalg_cholesky_ex.L: _in_place,
     torch.ops.aten.cholesky_inverse.out: _in_place,
     torch.ops.aten.nonzero.default: _everywhere,
     torch.ops.aten.unique_consecutive.default: _one_run,
     torch.ops.aten._grouped_mm.default: _grouped_product,
     torch.ops.aten.equal.default: _equal,
+    torch.ops.aten.promote_types.default: _promoted,
+    LIFT: _lifted,
 }
 
 

@@ -18,6 +18,9 @@ NUMBERS = frozenset((int, float, bool))  # 1, 1.0 and True are equal, but make d
 PLAIN = frozenset((str, type(None), torch.dtype, torch.device, torch.layout, torch.memory_format))
 
 
+META = torch.device("meta")
+
+
 class ShapeMode(FakeTensorMode):  # type: ignore[no-untyped-call]
     """The mode of fake tensors; those of a copied module belong to the same one.
 
@@ -41,6 +44,21 @@ class ShapeMode(FakeTensorMode):  # type: ignore[no-untyped-call]
         found = Tensor._make_subclass(FakeTensor, bare, False, dispatch_device=True, device_for_backend_keys=device)
         vars(found).update(self._attributes[device])
         return found
+
+    def new(self, shape: Sequence[int], stride: Sequence[int], dtype: torch.dtype, device: torch.device) -> FakeTensor:
+        """Returns a fake tensor with a storage of its own."""
+        with torch._C._DisableTorchDispatch():
+            bare = torch.empty_strided(shape, stride, dtype=dtype, device=META)
+        return self.tensor(bare, device)
+
+    def view(
+        self, of: FakeTensor, shape: Sequence[int], stride: Sequence[int], offset: int, dtype: torch.dtype, device: torch.device
+    ) -> FakeTensor:
+        """Returns a fake tensor in the storage of another."""
+        with torch._C._DisableTorchDispatch():
+            bare = torch.empty(0, dtype=dtype, device=META)
+            bare.set_(of.untyped_storage(), offset, shape, stride)
+        return self.tensor(bare, device)
 
 
 class OperatorCall(NamedTuple):
@@ -86,11 +104,9 @@ class _One(NamedTuple):
     def made(self, mode: ShapeMode, tensors: Sequence[FakeTensor]) -> FakeTensor:
         if self.itself:
             return tensors[self.argument or 0]
-        with torch._C._DisableTorchDispatch():
-            bare = torch.empty_strided(self.shape, self.stride, dtype=self.dtype, device="meta")
-            if self.argument is not None:
-                bare.set_(tensors[self.argument].untyped_storage(), self.offset, self.shape, self.stride)
-        return mode.tensor(bare, self.device)
+        if self.argument is None:
+            return mode.new(self.shape, self.stride, self.dtype, self.device)
+        return mode.view(tensors[self.argument], self.shape, self.stride, self.offset, self.dtype, self.device)
 
 
 class _NotCacheable(Exception):
@@ -110,7 +126,14 @@ def call_of(func: Any, args: Sequence[Any], kwargs: Mapping[str, Any]) -> Operat
         return None
     if not tensors and torch._C._get_dispatch_mode(torch._C._TorchDispatchModeKey.FAKE) is None:
         return None
-    return OperatorCall((func, torch.get_default_dtype(), positional, named), tensors)
+    same = _places(tensors) if len(tensors) > 1 else None
+    return OperatorCall((func, torch.get_default_dtype(), positional, named, same), tensors)
+
+
+def _places(tensors: Sequence[FakeTensor]) -> tuple[int, ...] | None:
+    """The first place of each tensor, where one is given twice: a result may be that one."""
+    ids = [id(tensor) for tensor in tensors]
+    return None if len(set(ids)) == len(ids) else tuple([ids.index(one) for one in ids])
 
 
 def _key_of(value: Any, tensors: list[FakeTensor]) -> Any:
@@ -123,6 +146,8 @@ def _key_of(value: Any, tensors: list[FakeTensor]) -> Any:
         return kind, value
     if kind in PLAIN:
         return value
+    if kind is torch.Generator:  # which a call on shapes leaves as it is
+        return kind, value.device
     if not isinstance(value, (list, tuple)):
         raise _NotCacheable
     return tuple([_key_of(item, tensors) for item in value])
@@ -152,6 +177,27 @@ def cacheable_result(
     return CachedResult(results, kind, cost) if apart else None
 
 
+def new_result(result: Any) -> CachedResult | None:
+    """Returns what makes such a result: None, a tensor or a tuple of tensors, each in a whole storage of its own; else None."""
+    kind = type(result) if isinstance(result, (list, tuple)) else None
+    found = result if kind else [result]
+    try:
+        results = tuple([_one(item, []) for item in found])
+    except _NotCacheable:
+        return None
+    apart = len({item.untyped_storage()._cdata for item in found if item is not None}) == len([one for one in results if one])
+    return CachedResult(results, kind, Cost()) if apart else None
+
+
+def shape_anywhere(tensor: FakeTensor) -> tuple[Any, ...] | None:
+    """Returns what is to be known of a tensor wherever it begins in its storage; None where it is not a plain one."""
+    try:
+        shape, stride, _, *rest = _shape_of(tensor)
+    except _NotCacheable:
+        return None
+    return (shape, stride, *rest)
+
+
 def _one(result: Any, tensors: Sequence[FakeTensor]) -> _One | None:
     """Returns what is cached of one tensor of a result of these `tensors`."""
     if result is None:
@@ -162,7 +208,9 @@ def _one(result: Any, tensors: Sequence[FakeTensor]) -> _One | None:
     shape, stride, offset, dtype, device, wants_gradient = _shape_of(result)
     sources = [number for number, tensor in enumerate(tensors) if tensor is result]
     itself = bool(sources)
-    if not itself:
+    if itself:
+        sources = sources[:1]  # another place of the same tensor is a part of the key
+    else:
         sources = [number for number, tensor in enumerate(tensors) if tensor.untyped_storage()._cdata == storage._cdata]
     if len(sources) > 1 or (wants_gradient and not itself):  # it could be any of these arguments
         raise _NotCacheable
@@ -176,3 +224,20 @@ def _bytes(shape: Sequence[int], stride: Sequence[int], dtype: torch.dtype) -> i
     if 0 in shape:
         return 0
     return dtype.itemsize * (1 + sum((size - 1) * step for size, step in zip(shape, stride, strict=True)))
+
+
+def packed_results(known: Mapping[tuple[Any, ...], CachedResult]) -> dict[tuple[Any, ...], CachedResult]:
+    """The results in a form for another process: operators by name. Those that need a workspace are left out."""
+    return {(str(key[0]), *key[1:]): one for key, one in known.items() if one.cost.workspace is None}
+
+
+def unpacked_results(packed: Mapping[tuple[Any, ...], CachedResult]) -> dict[tuple[Any, ...], CachedResult]:
+    """What `packed_results` was made of, as far as this process has the operators."""
+    operators = {name: _operator_of(name) for name in {key[0] for key in packed}}
+    return {(operators[key[0]], *key[1:]): one for key, one in packed.items() if operators[key[0]] is not None}
+
+
+def _operator_of(name: str) -> Any:
+    """The operator of such a name as "aten.mm.default"; None if there is none."""
+    namespace, packet, overload = name.split(".")
+    return getattr(getattr(getattr(torch.ops, namespace), packet, None), overload, None)

@@ -6,7 +6,7 @@ import copy
 import inspect
 from collections import OrderedDict
 from collections.abc import Hashable
-from types import FunctionType
+from types import BuiltinFunctionType, FunctionType
 from typing import Any, cast
 
 import torch
@@ -21,6 +21,7 @@ from lorakeet.core.layers.linear import BLOCK_PARTS, LoraLinear, Replacement, de
 from lorakeet.core.plan import PlanEntry
 from lorakeet.errors import EnvironmentProblem
 from lorakeet.kernels.cpu import operators as native
+from lorakeet.kernels.device import REHEARSED
 from lorakeet.models import modules
 from lorakeet.models.attention import VARLEN
 from lorakeet.models.families import Family
@@ -32,6 +33,8 @@ _PROBE_ROWS = 5
 _PROBE_LENGTHS = (4, 3)  # tokens of the two rows that probe an attention
 _WIDTH = 8  # width of the small copy that is probed if a model has no numbers
 FUSED_TOLERANCE = 16  # in units of the dtype's rounding: the fused function rounds differently
+_NORM = "norm"
+_FOUND: dict[Hashable, str | None] = {}  # what small copies of these makings computed the same as: an activation, or the norm
 _SAME: set[Hashable] = set()  # what attentions whose small copies computed the same are made of (`_makings`)
 
 
@@ -140,11 +143,21 @@ def _fused(module: nn.Module) -> Replacement | None:
         return _mlp(module) or _norm(module)
     if not _has_mlp_names(module) and set(module._parameters) != {"weight"}:
         return None
-    with unset_fake_temporarily():
-        found = _fused(_small_copy(module))
-    if isinstance(found, GatedMlp):
-        return GatedMlp(module, next(name for name, activation in ACTIVATIONS.items() if activation is found.activation))
-    return None if found is None else FrozenRmsNorm(module)
+    own = _makings(module)
+    makings = None if own is None else (_dtype_of(module), REHEARSED.get(), own)
+    if makings is None or makings not in _FOUND:
+        with unset_fake_temporarily():
+            found = _fused(small_copy(module))
+        name = _NORM if isinstance(found, FrozenRmsNorm) else None
+        if isinstance(found, GatedMlp):
+            name = next(name for name, activation in ACTIVATIONS.items() if activation is found.activation)
+        if makings is not None:
+            _FOUND[makings] = name
+    else:
+        name = _FOUND[makings]
+    if name is None:
+        return None
+    return FrozenRmsNorm(module) if name == _NORM else GatedMlp(module, name)
 
 
 def _has_mlp_names(module: nn.Module) -> bool:
@@ -194,8 +207,8 @@ def _makings(module: nn.Module) -> Hashable | None:
     for name, value in vars(module).items():
         if name == "_modules":
             for key, child in module._modules.items():
-                norm = key in HEAD_NORMS
-                own = _makings(modules.unwrapped(cast(nn.Module, child))) if norm else getattr(child, "bias", None) is not None
+                whole = key in HEAD_NORMS or key == "act_fn"
+                own = _makings(modules.unwrapped(cast(nn.Module, child))) if whole else getattr(child, "bias", None) is not None
                 if own is None:
                     return None
                 found.append((key, own))
@@ -204,7 +217,7 @@ def _makings(module: nn.Module) -> Hashable | None:
         elif hasattr(value, "to_dict"):  # its configuration; where the model lies does not matter
             settings = {key: setting for key, setting in vars(value).items() if key != "_name_or_path"}
             found.append((name, type(value), repr(settings)))
-        elif value is None or isinstance(value, (bool, int, float, str, FunctionType)):
+        elif value is None or isinstance(value, (bool, int, float, str, FunctionType, BuiltinFunctionType)):
             found.append((name, value))
         elif not isinstance(value, (dict, set)) or value:  # hooks, buffers, values of a kind not known here
             return None
@@ -284,10 +297,9 @@ def _probe(width: int, like: Tensor) -> Tensor:
     return noise.to(device=like.device, dtype=like.dtype)
 
 
-def _small_copy(module: nn.Module) -> nn.Module:
+def small_copy(module: nn.Module) -> nn.Module:
     """Returns the module with small random weights: its function does not depend on the width of its matrices."""
-    dtype = next((parameter.dtype for parameter in module.parameters()), torch.float32)
-    generator = torch.Generator().manual_seed(0)
+    dtype, generator = _dtype_of(module), torch.Generator().manual_seed(0)
     small = copy.copy(module)
     small._parameters, small._modules = dict(module._parameters), dict(module._modules)
     for name in module._parameters:
@@ -297,6 +309,10 @@ def _small_copy(module: nn.Module) -> nn.Module:
         linear.weight = _random(generator, dtype, _WIDTH, _WIDTH)
         small._modules[name] = linear
     return small
+
+
+def _dtype_of(module: nn.Module) -> torch.dtype:
+    return next((parameter.dtype for parameter in module.parameters()), torch.float32)
 
 
 def _random(generator: torch.Generator, dtype: torch.dtype, *shape: int) -> nn.Parameter:

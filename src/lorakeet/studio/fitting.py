@@ -16,6 +16,8 @@ from lorakeet.data.spec import NO_ROWS
 from lorakeet.evaluate.wording import bytes_text, duration_text
 from lorakeet.memory.budget import Budget
 from lorakeet.memory.forecast import Forecast, Phase
+from lorakeet.memory.ledger import know_operators, known_operators
+from lorakeet.memory.remembered import keep, recall
 from lorakeet.models.files.quiet import quiet_transformers
 from lorakeet.models.spec import ModelSpec
 from lorakeet.models.text.from_config import config_of, local_files
@@ -39,6 +41,7 @@ WORDS = {
     "allocator": "left over by the allocator",
 }  # in the order of a bar
 ON_GPU = {**WORDS, "runtime": "CUDA and its libraries"}
+OPERATORS = "operators on shapes"
 _WIDTH = 110
 
 
@@ -68,12 +71,23 @@ def fit(settings: Mapping[str, str], send: Send) -> None:
         said.write(f"Planned for rows of data.max_tokens, without reading your rows: {why}\n")
         config = config.changed(data={"train": NO_ROWS})
     console = Console(file=said, width=_WIDTH, color_system=None, soft_wrap=True)
+
+    def first_answer(first: PlanResult) -> None:
+        send({"part": fit_values(first, searching=first.peak > first.bound.bytes)})
+        pass_operators_on()
+
+    know_operators(recall(OPERATORS) or {})
     with quiet_transformers():
-        result = plan(
-            config, PlanOptions(machine=machine), console=console,
-            watch=lambda first: send({"part": fit_values(first, searching=first.peak > first.bound.bytes)}),
-        )  # fmt: skip
+        result = plan(config, PlanOptions(machine=machine), console=console, watch=first_answer)
     send({"part": {**fit_values(result), "printed": said.getvalue()}})
+    pass_operators_on()
+
+
+def pass_operators_on() -> None:
+    """Passes what this process knows of operators on shapes to later plans, where it is more than they know."""
+    found = known_operators()
+    if len(found) > len(recall(OPERATORS) or {}):
+        keep(OPERATORS, found)
 
 
 def fit_values(result: PlanResult, *, searching: bool = False) -> dict[str, Any]:

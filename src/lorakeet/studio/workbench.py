@@ -28,6 +28,7 @@ from importlib import import_module
 from typing import Any
 
 from lorakeet.errors import LorakeetError
+from lorakeet.memory.beside import forks_allowed
 from lorakeet.memory.import_cost import without_triton
 from lorakeet.memory.remembered import Values, remembering
 
@@ -247,7 +248,7 @@ def _carry_out(waiting: socket.socket, wanted: Mapping[str, Any], answered: int,
                     pipe.write(len(data).to_bytes(_SIZE, "big") + data)
 
             send({"pid": os.getpid()})
-            with remembering(values, pass_on):
+            with remembering(values, pass_on), forks_allowed():
                 ended = answer_of(wanted["work"], wanted["settings"], send)
             send(ended)
         code = 0

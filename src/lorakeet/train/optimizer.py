@@ -12,7 +12,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping
 from functools import cache, partial
-from typing import Any, cast
+from typing import Any, NamedTuple, cast
 
 import torch
 from torch import Tensor
@@ -20,6 +20,7 @@ from torch.nn import Parameter
 
 from lorakeet.core.gpu_pairs import announces_changes, announces_no_more
 from lorakeet.errors import ConfigError
+from lorakeet.memory.repeated import as_before
 from lorakeet.train.spec import TrainSpec
 
 BLOCK = 256
@@ -105,22 +106,25 @@ class AdamW8bit(torch.optim.Optimizer):
 
     def _step(self, parameter: Tensor, group: dict[str, Any]) -> None:
         state = self.state[parameter]
+        settings = _Settings(group["lr"], group["betas"], group["eps"], group["weight_decay"])
         if not state:
             state |= _first_state(parameter)
         state["step"] += 1
         if "exp_avg" in state:
             first, second = state["exp_avg"], state["exp_avg_sq"]
-            _advance(parameter, cast(Tensor, parameter.grad), first, second, state["step"], group)
+            _advance(parameter, cast(Tensor, parameter.grad), first, second, state["step"], settings)
             return
         flat, gradient = parameter.view(-1), cast(Tensor, parameter.grad).reshape(-1)
         for at in range(0, flat.numel(), _PIECE):
             piece = slice(at, at + _PIECE)
             blocks = slice(at // BLOCK, -(-min(at + _PIECE, flat.numel()) // BLOCK))
-            first = dequantise_moments(state["first_codes"][piece], state["first_scales"][blocks], signed=True)
-            second = dequantise_moments(state["second_codes"][piece], state["second_scales"][blocks], signed=False).square_()
-            _advance(flat[piece], gradient[piece], first, second, state["step"], group)
-            state["first_codes"][piece], state["first_scales"][blocks] = quantise_moments(first, signed=True)
-            state["second_codes"][piece], state["second_scales"][blocks] = quantise_moments(second.sqrt_(), signed=False)
+            codes, scales = state["first_codes"][piece], state["first_scales"][blocks]
+            first = as_before(_dequantised, codes, scales, also=True)
+            codes, scales = state["second_codes"][piece], state["second_scales"][blocks]
+            second = as_before(_dequantised, codes, scales, also=False).square_()
+            as_before(_advance, flat[piece], gradient[piece], first, second, state["step"], also=settings)
+            state["first_codes"][piece], state["first_scales"][blocks] = as_before(_quantised, first, also=True)
+            state["second_codes"][piece], state["second_scales"][blocks] = as_before(_quantised, second.sqrt_(), also=False)
 
 
 def _first_state(parameter: Tensor) -> dict[str, Tensor]:
@@ -134,17 +138,35 @@ def _first_state(parameter: Tensor) -> dict[str, Tensor]:
     return state
 
 
-def _advance(parameter: Tensor, gradient: Tensor, first: Tensor, second: Tensor, step: Tensor, group: dict[str, Any]) -> None:
+class _Settings(NamedTuple):
+    """The numbers of a group."""
+
+    rate: float
+    betas: tuple[float, float]
+    epsilon: float
+    decay: float
+
+
+def _quantised(values: Tensor, signed: bool) -> tuple[Tensor, Tensor]:
+    return quantise_moments(values, signed=signed)
+
+
+def _dequantised(codes: Tensor, scales: Tensor, signed: bool) -> Tensor:
+    return dequantise_moments(codes, scales, signed=signed)
+
+
+def _advance(
+    parameter: Tensor, gradient: Tensor, first: Tensor, second: Tensor, step: Tensor, settings: _Settings
+) -> None:
     """AdamW's step (https://arxiv.org/abs/1711.05101) in place, on tensors of one shape: m and v, then the parameter.
 
     `step` is a number on the CPU, which operations on a device take as it is.
     """
-    beta1, beta2 = group["betas"]
-    rate = group["lr"]
+    rate, (beta1, beta2), epsilon, decay = settings
     first.lerp_(gradient, 1 - beta1)
     second.mul_(beta2).addcmul_(gradient, gradient, value=1 - beta2)
-    parameter.mul_(1 - rate * group["weight_decay"])
-    below = second.sqrt().div_((1 - beta2**step).sqrt()).add_(group["eps"])
+    parameter.mul_(1 - rate * decay)
+    below = second.sqrt().div_((1 - beta2**step).sqrt()).add_(epsilon)
     parameter.sub_(first / below * (rate / (1 - beta1**step)))
 
 

@@ -19,6 +19,7 @@ from lorakeet.core.tiled_product import TILE, RowSource, add_back_products, back
 from lorakeet.data.pack import Batch
 from lorakeet.kernels.choose import loss_kernel
 from lorakeet.kernels.protocol import HeadLosses
+from lorakeet.memory.repeated import as_before
 from lorakeet.models.text.cuda_graphs import GraphedModel
 from lorakeet.models.text.model import TextModel
 
@@ -63,17 +64,12 @@ class _FrozenHeadLoss(torch.autograd.Function):
         for start in range(0, len(targets), chunk):
             part = slice(start, start + chunk)
             if kernel is not None and kernel.TILED:
-                losses[part], found = _in_tiles(kernel, hidden[part], weight, targets[part], wants_grad)
+                losses[part], found = as_before(_in_tiles, hidden[part], weight, targets[part], wants_grad, also=kernel)
                 if grad is not None and found is not None:
                     grad[part] = found
                 continue
-            logits = torch.empty((len(hidden[part]), weight.shape[0]), dtype=exact, device=hidden.device)  # (chunk, vocab)
-            for tile in tiles(weight.shape[0]):
-                logits[:, tile] = frozen_product(hidden[part], weight[tile])
-            losses[part] = _loss_in_place(logits, targets[part], wants_grad, kernel)
-            if grad is not None:
-                grad[part] = back_product(logits, weight, weight.dtype)
-            del logits  # before the next chunk allocates its own
+            own = losses[part], None if grad is None else grad[part]
+            as_before(_write_chunk, hidden[part], weight, targets[part], *own, also=kernel)
         if grad is not None:
             ctx.save_for_backward(grad)
         return losses
@@ -85,8 +81,20 @@ class _FrozenHeadLoss(torch.autograd.Function):
         return grad * upstream.to(grad.dtype).unsqueeze(1), None, None, None, None
 
 
+def _write_chunk(
+    hidden: Tensor, weight: RowSource, targets: Tensor, losses: Tensor, grad: Tensor | None, kernel: HeadLosses | None
+) -> None:
+    """Writes the losses (n,) of a chunk and, if wanted, its ∂L/∂h (n, hidden). Its logits end with it."""
+    logits = torch.empty((len(hidden), weight.shape[0]), dtype=losses.dtype, device=hidden.device)  # (chunk, vocab)
+    for tile in tiles(weight.shape[0]):
+        logits[:, tile] = frozen_product(hidden, weight[tile])
+    losses[:] = _loss_in_place(logits, targets, grad is not None, kernel)
+    if grad is not None:
+        grad[:] = back_product(logits, weight, weight.dtype)
+
+
 def _in_tiles(
-    kernel: HeadLosses, hidden: Tensor, weight: RowSource, targets: Tensor, wants_grad: bool
+    hidden: Tensor, weight: RowSource, targets: Tensor, wants_grad: bool, kernel: HeadLosses
 ) -> tuple[Tensor, Tensor | None]:
     """Losses (n,) and, if wanted, ∂L/∂h (n, hidden) in fp32, of logits in the dtype of the states."""
     logits = hidden.new_empty(len(hidden), weight.shape[0])

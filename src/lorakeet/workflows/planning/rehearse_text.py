@@ -12,6 +12,7 @@ from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from contextvars import ContextVar
 from dataclasses import dataclass, field, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -31,9 +32,11 @@ from lorakeet.data.chat import Example
 from lorakeet.data.pack import Batch, pack_examples
 from lorakeet.errors import ConfigError, LorakeetError
 from lorakeet.evaluate.parity import CELLS, differences
+from lorakeet.memory.beside import computed_beside
 from lorakeet.memory.forecast import UnevenRuns, extrapolate_bytes, extrapolate_peaks
 from lorakeet.memory.ledger import Ledger, TooLong, Work
 from lorakeet.memory.measure import PeakMemory
+from lorakeet.memory.repeated import repeats_known
 from lorakeet.memory.shape_only import ShapeSpill
 from lorakeet.memory.usage import Usage, UsageSegment
 from lorakeet.models.files.dense import AT_ONCE
@@ -204,6 +207,7 @@ def rehearse_evaluation(
     return _rehearsed(build, lambda _: plan, token_ids, run)
 
 
+@repeats_known()
 def _rehearsed(
     build: Build, planned: Callable[[TextModel], Plan], ids: tuple[int, ...], run: Callable[[_Rehearsing], Rehearsal]
 ) -> Rehearsal:
@@ -222,7 +226,9 @@ def _rehearsed(
             found = run(_Rehearsing(ledger, text, first_blocks_of_plan(plan, text.model, text.family), ids, blocks))
             return found, ledger.segments
 
-    (one, moments), (other, more_moments) = with_few(FEW), with_few(FEW + 1)
+    with computed_beside(partial(with_few, FEW)) as fewer:
+        other, more_moments = with_few(FEW + 1)
+        one, moments = fewer()
 
     def of_all(left: int, right: int) -> int:
         return extrapolate_bytes(left, right, blocks - FEW)
@@ -254,7 +260,8 @@ def on_shapes() -> Iterator[Ledger]:
     """A ledger for a rehearsal; NotPlanned where the arithmetic in it cannot be followed."""
     SCRATCH.clear()  # a matrix with numbers must not be lent to a rehearsal, nor one without numbers to a run
     try:
-        with torch.random.fork_rng(devices=[]), warnings.catch_warnings(), Ledger(seconds=_given_time.get()) as ledger:
+        ledger = Ledger(seconds=_given_time.get())
+        with repeats_known(), torch.random.fork_rng(devices=[]), warnings.catch_warnings(), ledger:
             warnings.filterwarnings("ignore", "Accessing the data pointer of FakeTensor")  # as the copy of a whole module does
             yield ledger
     except (UnsupportedOperatorException, DynamicOutputShapeException, DataDependentOutputException) as error:

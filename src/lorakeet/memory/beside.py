@@ -1,0 +1,84 @@
+"""Computes a value in a forked process beside this one, where that is allowed.
+
+It takes two cores, and a process with one thread: a fork of one with more may never end.
+
+    fork ──> the value, through a pipe
+     │
+     └─ goes on with what is to be computed beside it, then waits
+
+Where it is not allowed, or the other process fails, the value is computed here: the same value, later.
+"""
+
+from __future__ import annotations
+
+import os
+import pickle
+import signal
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
+from contextvars import ContextVar
+from pathlib import Path
+from typing import TypeVar
+
+Value = TypeVar("Value")
+_allowed: ContextVar[bool] = ContextVar("_allowed", default=False)
+
+
+@contextmanager
+def forks_allowed() -> Iterator[None]:
+    """A context in which values may be computed by processes beside this one."""
+    before = _allowed.set(True)
+    try:
+        yield
+    finally:
+        _allowed.reset(before)
+
+
+@contextmanager
+def computed_beside(compute: Callable[[], Value]) -> Iterator[Callable[[], Value]]:
+    """A context in which `compute` is under way, where that is allowed; gives what waits for its value, which pickle must take.
+
+    What `compute` raises is raised by the waiting, which then computes here. Leaving the context ends the other process.
+    """
+    if not _allowed.get() or cores_here() < 2 or threads_here() != 1:
+        yield compute
+        return
+    reading, writing = os.pipe()
+    pid = os.fork()
+    if pid == 0:
+        _compute_there(compute, writing)
+    os.close(writing)
+    with os.fdopen(reading, "rb") as pipe:
+
+        def wait() -> Value:
+            data = pipe.read()
+            found: tuple[Value] = pickle.loads(data) if data else (compute(),)
+            return found[0]
+
+        try:
+            yield wait
+        finally:
+            with suppress(ProcessLookupError):
+                os.kill(pid, signal.SIGKILL)
+            os.waitpid(pid, 0)
+
+
+def _compute_there(compute: Callable[[], Value], writing: int) -> None:
+    """In the forked process, which ends here: writes the value, or nothing where it could not be computed."""
+    try:
+        data = pickle.dumps((compute(),), pickle.HIGHEST_PROTOCOL)
+        with os.fdopen(writing, "wb") as pipe:
+            pipe.write(data)
+    finally:
+        os._exit(0)
+
+
+def cores_here() -> int:
+    """The cores that this process may use."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
+def threads_here() -> int | None:
+    """The threads of this process, those of its libraries too; None where the system does not say."""
+    tasks = Path("/proc/self/task")
+    return len(list(tasks.iterdir())) if tasks.is_dir() else None

@@ -1,0 +1,86 @@
+"""A value computed beside this process is the same value, wherever it was computed, and no process stays behind."""
+
+from __future__ import annotations
+
+import os
+import threading
+import time
+from collections.abc import Callable
+
+import pytest
+
+from lorakeet.memory import beside
+from lorakeet.memory.beside import computed_beside, forks_allowed
+
+
+@pytest.fixture
+def two_cores(monkeypatch: pytest.MonkeyPatch) -> None:
+    """As in the studio's forks: two cores, one thread."""
+    monkeypatch.setattr(beside, "cores_here", lambda: 2)
+    monkeypatch.setattr(beside, "threads_here", lambda: 1)
+
+
+def found_by(compute: Callable[[], object] = os.getpid) -> object:
+    with computed_beside(compute) as wait:
+        return wait()
+
+
+def test_another_process_computes_where_that_is_allowed(two_cores: None) -> None:
+    assert found_by() == os.getpid()
+    with forks_allowed():
+        assert found_by() != os.getpid()
+    assert found_by() == os.getpid()
+
+
+@pytest.mark.parametrize(("name", "value"), [("cores_here", 1), ("threads_here", 2), ("threads_here", None)])
+def test_one_core_or_severalthreads_here_compute_here(
+    name: str, value: int | None, two_cores: None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(beside, name, lambda: value)
+    with forks_allowed():
+        assert found_by() == os.getpid()
+
+
+def testthreads_here_of_this_process_are_counted() -> None:
+    before, ended = beside.threads_here(), threading.Event()
+    if before is None:
+        pytest.skip("this system does not say how many threads a process has")
+    thread = threading.Thread(target=ended.wait)
+    thread.start()
+    try:
+        assert beside.threads_here() == before + 1
+    finally:
+        ended.set()
+        thread.join()
+
+
+def test_what_fails_there_is_computed_here_and_raises_here(two_cores: None) -> None:
+    here = os.getpid()
+
+    def only_here() -> int:
+        if os.getpid() != here:
+            raise ValueError
+        return 7
+
+    def nowhere() -> int:
+        raise ValueError("said once")
+
+    with forks_allowed():
+        assert found_by(only_here) == 7
+        with pytest.raises(ValueError, match="said once"):
+            found_by(nowhere)
+
+
+def test_leaving_the_context_ends_the_other_process(two_cores: None) -> None:
+    reading, writing = os.pipe()
+
+    def begin() -> None:
+        os.write(writing, b"x")
+        time.sleep(60)
+
+    with forks_allowed(), pytest.raises(KeyError), computed_beside(begin):
+        assert os.read(reading, 1) == b"x"
+        raise KeyError
+    os.close(writing)
+    assert os.read(reading, 1) == b"", "nothing has the pipe open any more"
+    os.close(reading)
