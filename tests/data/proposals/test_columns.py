@@ -50,6 +50,16 @@ def test_a_name_alone_does_not_make_long_or_different_values_labels() -> None:
     assert flags(records(Text=COMPLAINTS, target=COMPLAINTS)) == "--data.text_column Text"
 
 
+def test_beside_an_empty_column_of_labels_no_other_one_is_the_label() -> None:
+    """A file whose categories are still to be filled in is not trained on its wards; an empty column of tags says nothing."""
+    wards, empty = ["Ash", "Birch", "Cedar"] * 4, [""] * 12
+    unfilled = records(Ward=wards, Notes=COMPLAINTS, Category=empty)
+    assert flags(unfilled) == "--data.text_column Notes" and overlooked_label(unfilled, {"Notes"}) is None
+    proposal = propose_columns(unfilled, {"text": "text", "label": None})
+    assert proposal is not None and "'Category', named like the label, is empty" in proposal.words
+    assert flags(records(Ward=wards, Notes=COMPLAINTS, Tags=empty)) == "--data.text_column Notes --data.label_column Ward"
+
+
 def test_columns_that_were_given_are_kept() -> None:
     both = records(k1=["food", "care", "bill"] * 4, k2=COMPLAINTS)
     assert flags(both, text="k2") == "--data.label_column k1"

@@ -34,6 +34,7 @@ _ANSWERS = (
     "completion", "response", "answer", "antwort", "reponse", "respuesta", "risposta", "resposta", "antwoord", "output",
     "reply", "assistant", "target", "回答",
 )  # fmt: skip
+_SURE_LABELS = _LABELS[: _LABELS.index("rubrik")]  # names that say nothing else
 _LABEL_LENGTH = 60  # characters, on average
 _FEWEST = 6  # records from which what a column holds is evidence
 _MOST_LABELS = 100
@@ -72,7 +73,9 @@ def propose_columns(records: Sequence[FileRecord], given: Mapping[str, str | Non
         return None
     parts = [remedy.words for remedy in remedies]
     words = f"It seems that {' and '.join(parts)}: set {' '.join(remedy.flag for remedy in remedies)}."
-    if proposed_label is None and (doubt := doubtful_label_note(records, {proposed_text})):
+    if proposed_label is None and (empty := _empty_label(records, free)):
+        words = f"{words} Column {empty!r}, named like the label, is empty: to train on labels, fill it."
+    elif proposed_label is None and (doubt := doubtful_label_note(records, {proposed_text})):
         words = f"{words} {doubt}"
     return ColumnProposal(proposed_text, proposed_label, tuple(remedies), words)
 
@@ -150,12 +153,23 @@ def _text_column(records: Sequence[FileRecord], columns: Sequence[str]) -> str |
 
 
 def _label_column(records: Sequence[FileRecord], columns: Sequence[str]) -> str | None:
-    """The column named like a label, if what it holds does not speak against it; else the only one of few repeated values."""
+    """The column named like a label, if what it holds does not speak against it; else the only one of few repeated values.
+
+    None where the one that is named so is empty: another one is then hardly the label.
+    """
+    if _empty_label(records, columns):
+        return None
     repeated = [column for column in columns if _repeats(records, column)]
     named = _named(columns, _LABELS)
     if named and (named in repeated or len(records) < _FEWEST):
         return named
     return repeated[0] if len(repeated) == 1 else None
+
+
+def _empty_label(records: Sequence[FileRecord], columns: Sequence[str]) -> str | None:
+    """The column named like a label that holds nothing; None if there is none."""
+    named = _named(columns, _SURE_LABELS)
+    return named if named and len(records) >= _FEWEST and not _values(records, named) else None
 
 
 def _repeats(records: Sequence[FileRecord], column: str) -> bool:
