@@ -17,7 +17,7 @@ import pytest
 import torch
 from rich.console import Console
 
-from lorakeet.config import read_run
+from lorakeet.config import dump_yaml, read_run
 from lorakeet.core.adapter import Adapter
 from lorakeet.errors import ConfigError, DataError, VerificationFailed
 from lorakeet.evaluate.certificate import read_certificate
@@ -140,6 +140,16 @@ def test_the_report_has_the_curve_with_intervals_and_what_the_test_rows_say(comp
     assert report.verdict is not None and "the uncut adapter" in report.verdict.phrases[0].text
     page = (compressed.out / "report.html").read_text()
     assert "The rank curve" in page and f"Marked: {compressed.curve.marked}" in page
+
+
+def test_a_size_that_is_measured_on_the_rows_that_chose_it_is_said_to_be(compressed: Any, trained: Path, tmp_path: Path) -> None:
+    before = read_run(trained / "config.yaml")
+    config = tmp_path / "run.yaml"
+    config.write_text(dump_yaml(replace(before, data=replace(before.data, test=None))))
+    options = CompressOptions(str(trained / "adapter"), out=tmp_path / "cut", config=config, **WIDE)
+    found = compress(options, console=quiet())
+    assert found.report.part == "held-out" and compressing.CHOSEN_HERE in found.report.warnings
+    assert compressing.CHOSEN_HERE not in compressed.report.warnings, "there are test rows"
 
 
 def test_the_requested_size_is_what_is_written(trained: Path, tmp_path: Path) -> None:

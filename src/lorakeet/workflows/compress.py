@@ -73,6 +73,7 @@ SHARES = (0.75, 0.5, 0.375, 0.25, 0.1875, 0.125, 0.0625, 0.03125)  # of the pair
 COPIES = 6 + sum(SHARES)  # of the adapter: as read, its spectra, every cut, that of --to, one in the model, one from disk
 CUT = "cut"  # the name of a cut adapter in the model while it is measured
 FULL = "uncut adapter"
+CHOSEN_HERE = "There are no test rows: the size was chosen on the same held-out rows that it is evaluated on."
 
 
 @dataclass(frozen=True)
@@ -410,8 +411,10 @@ def _report(evaluator: TextEvaluator, item: _Cut, curve: RankCurve, about: tuple
         measured = {**measure_replies(full.replies, main_metric(full.replies.references), spec), **measured}
     uncut = SystemResult(FULL, "floor", measured)
     compared = (*against, *report.comparisons)
+    chosen_here = part == "held-out" and item.name == curve.marked
     return replace(
         report,
+        warnings=(*report.warnings, *((CHOSEN_HERE,) if chosen_here else ())),
         subtitle=f"{evaluator.text.name}, cut to {item.name}, evaluated on {report.rows_of} {part} rows",
         systems=(adapter, uncut, *others),
         comparisons=compared,

@@ -476,10 +476,11 @@ def test_suspect_labels_are_listed_with_their_rows() -> None:
     said = np.where(np.arange(60) % 20 == 0, 1 - truth, truth)
     table = np.full((60, 2), 0.05)
     table[np.arange(60), said] = 0.95
-    systems = [answers_from_probabilities(name, table, labels=("x", "y"), truth=truth) for name in ("adapter", "base", "TF-IDF")]
+    names = ("adapter", "base", "majority class", "TF-IDF")
+    systems = [answers_from_probabilities(name, table, labels=("x", "y"), truth=truth) for name in names]
     texts = [f"row number {number}" for number in range(60)]
     found = classification_report(
-        "t", adapter=systems[0], base=systems[1], floors=(systems[2],), texts=texts, sources=texts, spec=QUICK
+        "t", adapter=systems[0], base=systems[1], floors=systems[2:], texts=texts, sources=texts, spec=QUICK
     )
     assert {one.text for one in found.suspects} == {"row number 0", "row number 20", "row number 40"}
     text = Page(render_html(found)).text
