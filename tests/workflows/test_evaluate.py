@@ -76,6 +76,9 @@ def test_near_copies_are_called_so_and_few_rows_give_no_conclusion(finished: Any
     assert "3 of 7 rows are near-copies of training or held-out rows (left out)." in report.warnings
     said = "Only 4 of the rows could be measured: too few for a conclusion, which takes 5 at least."
     assert report.rows_of == 4 and report.verdict is None and said in report.warnings and said in shown.getvalue()
+    lines = [line for line in shown.getvalue().splitlines() if "left out" in line or "are measured" in line or line == said]
+    first = ["3 of 7 rows are near-copies of training or held-out rows (left out).", "4 rows of few.jsonl are measured."]
+    assert lines == [*first, said], "what is known before the model is loaded is said before it, and once"
     write_rows(data, [*reviews(5, seed=5), *near, own[0]])
     report = evaluate(EvaluateOptions(str(finished.path), data=str(data)), console=quiet()).report
     assert report.rows_of == 5 and report.verdict is not None

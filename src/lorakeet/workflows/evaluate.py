@@ -83,6 +83,9 @@ def evaluate(options: EvaluateOptions, *, console: Console) -> Evaluated:
         return _written(_on_tasks(options, opened, console), options, console)
     require_encodable(opened.config)
     rows = _rows_of_file(opened, options.data) if options.data else _rows_of_run(opened)
+    measured = "held-out rows" if rows.named == HELD_OUT else f"rows of {rows.named}"
+    for known in (*rows.warnings, f"{len(rows.rows):,} {measured} are measured."):
+        console.print(known, markup=False, soft_wrap=True)
     given = opened.config.changed(evaluate={"metric": options.metric})
     if ignored := without_effect(given, rows.rows, rows.labels):
         console.print(ignored, style="yellow", markup=False, soft_wrap=True)
@@ -108,13 +111,14 @@ def evaluate(options: EvaluateOptions, *, console: Console) -> Evaluated:
         leak_search="" if found is None else found.method(),
         warnings=(*rows.warnings, *report.warnings),
     )
-    return _written(report, options, console)
+    return _written(report, options, console, said=rows.warnings)
 
 
-def _written(report: Report, options: EvaluateOptions, console: Console) -> Evaluated:
-    """Shows the report and writes it to `options.out`, if that is given."""
+def _written(report: Report, options: EvaluateOptions, console: Console, said: Sequence[str] = ()) -> Evaluated:
+    """Shows the report, but for what was `said` of its warnings, and writes it to `options.out`, if that is given."""
     for warning in report.warnings:
-        console.print(warning, markup=False, soft_wrap=True)
+        if warning not in said:
+            console.print(warning, markup=False, soft_wrap=True)
     if (out := options.out) is not None:
         with writing(f"The report in {out}", "Free some space, or choose another --out."):
             out.mkdir(parents=True, exist_ok=True)
