@@ -130,7 +130,8 @@ def test_what_the_loop_says_reaches_the_person(finished: Any, tmp_path: Path) ->
     finetune(read_run(copy / "config.yaml"), FinetuneOptions(resume=copy), console=Console(file=said, width=200))
     assert "The checkpoint step-000006 is damaged" in said.getvalue()
     assert "step 6/6 · loss " in said.getvalue() and "step 6: held-out loss " in said.getvalue()
-    before = ["step 6: held-out", "Drift: the base samples 4 texts", "Certificate: what was", "pass  adapter on disk", "Report:"]
+    evaluated = ["Evaluation: base, adapter", "Drift: the base samples 4 texts"]
+    before = ["step 6: held-out", *evaluated, "Certificate: what was", "pass  adapter on disk", "Report:"]
     places = [said.getvalue().find(words) for words in before]
     assert -1 not in places and places == sorted(places), "each long work is said before it begins"
     assert adapter_bytes(copy) == adapter_bytes(finished.path)

@@ -83,6 +83,8 @@ class TextEvaluator:
         if not rows:
             raise DataError("There are no rows to evaluate on. Name a file with rows, or raise data.max_tokens.")
         about: dict[str, Any] = {"sources": [row.source for row in rows], "spec": self.config.evaluate}
+        said = f"Evaluation: base, adapter and what it is compared with, on {len(rows):,} rows."
+        self.console.print(said, highlight=False, soft_wrap=True)
         if self.encoder.labels:
             answers = self.answers(rows, BASE), self.answers(rows, ADAPTER)
             texts, floors = [row.text for row in rows], list[Answers]()
