@@ -154,6 +154,18 @@ def test_it_says_how_many_prompts_are_answered_and_how_long_that_takes(tiny_llam
     assert "held-out prompts" not in run_time_text(changed(setup, evaluate={"answers": 0}))
 
 
+def test_the_few_shot_base_is_named_where_it_is_much_of_the_run(setup: TextAssembly) -> None:
+    wide = changed(setup, data={"max_tokens": 1024})
+    found = phase_tokens(wide)
+    assert 0.25 * (found.training + found.evaluation + found.certificate) < found.few_shot < found.evaluation
+    assert re.search(r" Of the evaluation, [\d.]+ \w+ is the few-shot base, which --evaluate\.examples 0 ", run_time_text(wide))
+    without = changed(wide, evaluate={"examples": 0})
+    assert phase_tokens(without).few_shot == 0 and "few-shot" not in run_time_text(without)
+    assert phase_tokens(without).evaluation == pytest.approx(found.evaluation - found.few_shot)
+    long = changed(wide, train={"steps": 2000, "evaluate_every": 2000})
+    assert phase_tokens(long).few_shot == found.few_shot and "few-shot" not in run_time_text(long), "a small part of the run"
+
+
 def test_seconds_are_those_of_the_slower_of_products_and_results() -> None:
     assert Speed(10.0, 4.0).seconds(Work(20, 4)) == 2 and Speed(10.0, 4.0).seconds(Work(20, 40)) == 10
     found = measured_speed(torch.float32)

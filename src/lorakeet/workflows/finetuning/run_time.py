@@ -29,6 +29,7 @@ PROBE_SIZE, PROBE_BYTES, PROBE_REPEATS = 1024, 64 << 20, 5
 FORWARD = 0.5  # of a training pass: without gradients
 CHECKS = 6  # passes of a certificate over its tokens: two adapters, two bases, and PEFT's comparison
 SYSTEMS = 3  # adapter, base and few-shot base
+MUCH = 0.25  # of the run, from which the few-shot base is named
 
 
 @dataclass(frozen=True)
@@ -52,6 +53,7 @@ class PhaseTokens:
     certificate: float
     replies: float = 0  # of the evaluation
     prompts: int = 0  # that are answered
+    few_shot: float = 0  # of the evaluation: the few-shot base on labelled rows
 
 
 def measured_speed(products: torch.dtype) -> Speed:
@@ -72,9 +74,10 @@ def phase_tokens(setup: TextAssembly) -> PhaseTokens:
     training = _steps(setup) + held_out * _read(setup.held_out, train.micro_tokens) + _reference(setup)
     part, _ = setup.evaluated
     rows, compares = setup.encoded[part], needs_reference(train.objective)
-    prompts, replies = 0, 0.0
+    prompts, replies, few_shot = 0, 0.0, 0.0
     if setup.dataset.labels:
-        answering = _labelled(setup, rows)
+        answering, few_shot = _labelled(setup, rows)
+        answering += few_shot
     else:
         answers = 0.5 if train.objective == KTO else 1  # whose second answers are not evaluated
         prompts = min(spec.answers, sum(row.answered and row.desirable is not False for row in setup.evaluated[1]))
@@ -82,7 +85,8 @@ def phase_tokens(setup: TextAssembly) -> PhaseTokens:
         answering = replies + (2 + compares) * answers * _read(rows, train.micro_tokens)
     drift = (spec.drift_tokens * (PASS + spec.drift_texts) + 2 * spec.drift_texts * spec.drift_tokens) * bool(spec.drift_texts)
     again = _read(setup.held_out, train.micro_tokens) if compares else 0  # the reference, as it was before training
-    return PhaseTokens(training, answering + drift, CHECKS * (CHECK_TOKENS + PASS) + again, replies, prompts)
+    certificate = CHECKS * (CHECK_TOKENS + PASS) + again
+    return PhaseTokens(training, answering + drift, certificate, replies, prompts, few_shot)
 
 
 def run_time_text(setup: TextAssembly) -> str:
@@ -96,6 +100,9 @@ def run_time_text(setup: TextAssembly) -> str:
     each = ", ".join(f"{name} {duration_text(token * count)}" for name, count in phases.items())
     whole = duration_text(sum(as_written(token * count) for count in phases.values()))
     said = f"Time here, as busy as this machine is now: about {whole} ({each}), give or take half."
+    if tokens.few_shot >= MUCH * sum(phases.values()):
+        part = duration_text(token * tokens.few_shot)
+        return f"{said} Of the evaluation, {part} is the few-shot base, which --evaluate.examples 0 leaves out."
     if not tokens.prompts:
         return said
     return (
@@ -127,8 +134,11 @@ def _read(rows: Encoded, micro_tokens: int) -> float:
     return tokens + PASS * math.ceil(tokens / micro_tokens)
 
 
-def _labelled(setup: TextAssembly, rows: Encoded) -> float:
-    """The tokens of base, adapter and few-shot base on labelled rows. Labels of several tokens repeat a row, or are its batch."""
+def _labelled(setup: TextAssembly, rows: Encoded) -> tuple[float, float]:
+    """The tokens of base and adapter on labelled rows, and of the few-shot base.
+
+    Labels of several tokens repeat a row, or are its batch.
+    """
     count, typical = len(rows.examples), _typical(rows)
     first = setup.encoder.candidates(setup.dataset.train[0])
     endings = [] if first is None else label_endings(setup.text, first)
@@ -145,9 +155,9 @@ def _labelled(setup: TextAssembly, rows: Encoded) -> float:
     shown = min(setup.config.evaluate.examples, limit // typical) * typical
     found = 2 * answered(count, 0, micro)
     if not shown:
-        return found
+        return found, 0.0
     known = min(CALIBRATION_ROWS, len(setup.train.examples))
-    return found + answered(count + known, shown, tokens_within_peak(setup.residency, max(micro, width), setup.device))
+    return found, answered(count + known, shown, tokens_within_peak(setup.residency, max(micro, width), setup.device))
 
 
 def _written(setup: TextAssembly, rows: Encoded, prompts: int) -> float:
