@@ -263,7 +263,10 @@ def test_several_columns_that_may_be_the_label_are_named_before_plain_text_is_tr
     notes: list[str] = []
     read_rows(str(path), DataSpec(train="x", text_column="message", delimiter=";"), notes)
     [said] = notes
-    assert "is read as plain text" in said and "'queue' (3) and 'country' (2) have values that repeat" in said
+    assert "is read as plain text" in said and "'queue' (3 values) and 'country' (2 values) have values that repeat" in said
     notes.clear()
     read_rows(str(path), DataSpec(train="x", text_column="message", label_column="queue", delimiter=";"), notes)
     assert notes == []
+    with pytest.raises(DataError) as caught:
+        read_rows(str(path), DataSpec(train="x"))
+    assert str(caught.value).endswith("--data.text_column message and, if the texts are labelled, --data.label_column")

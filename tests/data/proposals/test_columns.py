@@ -40,7 +40,7 @@ def test_what_columns_hold_is_read_where_names_say_nothing() -> None:
     assert flags(records(id=numbers, k1=kinds, k2=COMPLAINTS)) == "--data.text_column k2 --data.label_column k1"
     assert flags(records(k1=kinds, k2=COMPLAINTS, k3=kinds)) == "--data.text_column k2", "of two that repeat, none is proposed"
     two = propose_columns(records(k1=kinds, k2=COMPLAINTS, k3=kinds), {"text": "text", "label": None})
-    assert two is not None and "'k1' (3) and 'k3' (3) have values that repeat" in two.words
+    assert two is not None and "'k1' (3 values) and 'k3' (3 values) have values that repeat" in two.words
     assert "set --data.label_column too" in two.words, "the flags alone would train on plain text"
     assert flags(records(k1=numbers, k2=numbers)) == ""
 

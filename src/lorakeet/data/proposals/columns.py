@@ -38,6 +38,7 @@ _SURE_LABELS = _LABELS[: _LABELS.index("rubrik")]  # names that say nothing else
 _LABEL_LENGTH = 60  # characters, on average
 _FEWEST = 6  # records from which what a column holds is evidence
 _MOST_LABELS = 100
+UNDECIDED = "nothing says which is the label"
 _NAMED = 4  # columns that may be the label, of which a sentence names no more
 
 
@@ -114,12 +115,12 @@ def doubtful_label_note(records: Sequence[FileRecord], used: Collection[str]) ->
     repeated = [column for column in columns if _repeats(records, column)]
     if len(repeated) < 2:
         return ""
-    named = " and ".join(f"{column!r} ({len(_values(records, column))})" for column in repeated[:_NAMED])
+    named = " and ".join(f"{column!r} ({len(_values(records, column))} values)" for column in repeated[:_NAMED])
     more = f" and {len(repeated) - _NAMED} more" if len(repeated) > _NAMED else ""
     flag = column_remedy("label", repeated[0]).flag.partition(" ")[0]
     return (
-        f"{named}{more} have values that repeat, as labels do, and nothing says which is the label. If the texts are labelled, "
-        f"set {flag} too; without it the model is trained to write the texts."
+        f"{named}{more} have values that repeat, as labels do, and {UNDECIDED}. If the texts are labelled, set {flag} too; "
+        f"without it the model is trained to write the texts."
     )
 
 

@@ -6,6 +6,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import replace
 from typing import Any
 
+from lorakeet.data.proposals.columns import UNDECIDED
 from lorakeet.data.spec import DataSpec
 from lorakeet.data.tables import LEAVE_OUT
 from lorakeet.errors import DataError, Problems, Remedy
@@ -42,6 +43,8 @@ def every_problem(first: DataError, name: str, spec: DataSpec, read: Callable[[D
         return first
     flags = " ".join(one.flag for one in remedies)
     together = f"If all of that is right, set: {flags}"
+    if any(UNDECIDED in message for message in messages):
+        together += " and, if the texts are labelled, --data.label_column"
     problems = Problems(f"{name} cannot be read as it is", DataError, remedy=together, remedies=remedies)
     for message in dict.fromkeys(messages):
         problems.add(message.replace("\n", "\n  "))
