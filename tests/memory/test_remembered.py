@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 
-from lorakeet.memory.remembered import keep, recall, remembered, remembering, state_of
+from lorakeet.memory.remembered import keep, passing_nothing_on, recall, remembered, remembering, state_of
 
 
 def test_a_value_is_computed_once_for_what_it_depends_on() -> None:
@@ -37,6 +37,18 @@ def test_what_is_raised_is_not_kept_and_nothing_is_kept_outside() -> None:
         remembered(lambda: ("a",), lambda: int("no"))
     keep("a", 1)
     assert values == {} and recall("a") is None
+
+
+def test_a_process_beside_another_knows_and_passes_nothing_on() -> None:
+    passed: list[str] = []
+    with remembering({"a": 1}, lambda key, value: passed.append(key)):
+        with passing_nothing_on():
+            keep("b", 2)
+            assert recall("a") == 1 and recall("b") == 2
+        keep("c", 3)
+    with passing_nothing_on():
+        keep("d", 4)
+    assert passed == ["c"]
 
 
 def test_a_file_that_changes_is_another(tmp_path: Path) -> None:

@@ -18,6 +18,7 @@ from lorakeet.core.layers.linear import Replacement
 from lorakeet.core.spec import LoraSpec
 from lorakeet.kernels.device import standing_for
 from lorakeet.memory.ledger import Ledger
+from lorakeet.memory.remembered import remembering
 from lorakeet.models import fuse, inject
 from lorakeet.models.families import family_of
 from lorakeet.models.spec import ModelSpec
@@ -170,6 +171,26 @@ def test_mlps_and_norms_alike_of_planned_models_are_compared_once(monkeypatch: p
     assert fused_in(hidden_act="relu") == (count - 2, 0)
     assert fused_in(torch.bfloat16)[1] == 3 == fused_in(device="cuda")[1]
     assert fused_in(rms_norm_eps=1e-3) == (count, 2), "the MLP knows the configuration"
+
+
+def test_what_one_process_compared_another_one_knows(monkeypatch: pytest.MonkeyPatch) -> None:
+    compared: list[nn.Module] = []
+    small = fuse.small_copy
+    monkeypatch.setattr(fuse, "small_copy", lambda module: compared.append(module) or small(module))
+    values: dict[str, Any] = {}
+
+    def fused_in_a_new_process() -> tuple[int, int]:
+        compared.clear()
+        fuse._FOUND.clear()
+        fuse._SAME.clear()
+        with remembering(values, lambda key, value: None), Ledger():
+            dtype = torch.float32
+            text = model_from_config(config_from_settings(SMALL), name="small", dtype=dtype, products=dtype)
+            return fuse.fuse(text.model), len(compared)
+
+    first, known = fused_in_a_new_process(), len(values)
+    assert first == (9, 3) and known == 3 + 2, "an MLP, a norm, a table, and attention at each place"
+    assert fused_in_a_new_process() == (9, 0) and len(values) == known
 
 
 def test_a_norm_that_rounds_elsewhere_has_no_attention_fused(tmp_path: Path) -> None:

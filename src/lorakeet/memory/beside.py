@@ -20,6 +20,8 @@ from contextvars import ContextVar
 from pathlib import Path
 from typing import TypeVar
 
+from lorakeet.memory.remembered import passing_nothing_on
+
 Value = TypeVar("Value")
 _allowed: ContextVar[bool] = ContextVar("_allowed", default=False)
 
@@ -66,7 +68,8 @@ def computed_beside(compute: Callable[[], Value]) -> Iterator[Callable[[], Value
 def _compute_there(compute: Callable[[], Value], writing: int) -> None:
     """In the forked process, which ends here: writes the value, or nothing where it could not be computed."""
     try:
-        data = pickle.dumps((compute(),), pickle.HIGHEST_PROTOCOL)
+        with passing_nothing_on():
+            data = pickle.dumps((compute(),), pickle.HIGHEST_PROTOCOL)
         with os.fdopen(writing, "wb") as pipe:
             pipe.write(data)
     finally:

@@ -39,6 +39,17 @@ def remembering(values: Values, pass_on: Pass) -> Iterator[None]:
         _known.reset(before)
 
 
+@contextmanager
+def passing_nothing_on() -> Iterator[None]:
+    """A context in which what is known stays known, and new values end with this process: for one that shares its pipe."""
+    known = _known.get()
+    if known is None:
+        yield
+        return
+    with remembering(known.values, lambda key, value: None):
+        yield
+
+
 def recall(key: str) -> Any:
     """The value that an earlier process has kept; None if there is none."""
     known = _known.get()

@@ -22,12 +22,14 @@ from lorakeet.core.plan import PlanEntry
 from lorakeet.errors import EnvironmentProblem
 from lorakeet.kernels.cpu import operators as native
 from lorakeet.kernels.device import REHEARSED
+from lorakeet.memory.remembered import remembered
 from lorakeet.models import modules
 from lorakeet.models.attention import VARLEN
 from lorakeet.models.families import Family
 from lorakeet.models.frozen_prefix import PrefixBlock
 from lorakeet.models.recomputed import RecomputedBlock
 
+FUNCTIONS = (FunctionType, BuiltinFunctionType)
 AROUND = (PrefixBlock, RecomputedBlock)  # they wrap a block, fused or not
 _PROBE_ROWS = 5
 _PROBE_LENGTHS = (4, 3)  # tokens of the two rows that probe an attention
@@ -145,19 +147,31 @@ def _fused(module: nn.Module) -> Replacement | None:
         return None
     own = _makings(module)
     makings = None if own is None else (_dtype_of(module), REHEARSED.get(), own)
-    if makings is None or makings not in _FOUND:
-        with unset_fake_temporarily():
-            found = _fused(small_copy(module))
-        name = _NORM if isinstance(found, FrozenRmsNorm) else None
-        if isinstance(found, GatedMlp):
-            name = next(name for name, activation in ACTIVATIONS.items() if activation is found.activation)
-        if makings is not None:
-            _FOUND[makings] = name
+    if makings is None:
+        name = _of_small_copy(module)
     else:
+        if makings not in _FOUND:
+            (_FOUND[makings],) = remembered(lambda: ("small copy", _by_name(makings)), lambda: (_of_small_copy(module),))
         name = _FOUND[makings]
     if name is None:
         return None
     return FrozenRmsNorm(module) if name == _NORM else GatedMlp(module, name)
+
+
+def _of_small_copy(module: nn.Module) -> str | None:
+    """The activation with which a small copy computes the same as a fused one, or _NORM."""
+    with unset_fake_temporarily():
+        found = _fused(small_copy(module))
+    if isinstance(found, GatedMlp):
+        return next(name for name, activation in ACTIVATIONS.items() if activation is found.activation)
+    return None if found is None else _NORM
+
+
+def _by_name(makings: Any) -> Any:
+    """The same, with code by its name: what another process knows it by."""
+    if isinstance(makings, tuple):
+        return tuple(map(_by_name, makings))
+    return f"{makings.__module__}.{makings.__qualname__}" if isinstance(makings, (type, *FUNCTIONS)) else makings
 
 
 def _has_mlp_names(module: nn.Module) -> bool:
@@ -183,6 +197,16 @@ def _attention(module: nn.Module) -> RotaryAttention | None:
     makings = _makings(module)
     if makings in _SAME:
         return RotaryAttention(module)
+    if makings is None:
+        return RotaryAttention(module) if _attention_of_small_copy(module, head) else None
+    if not remembered(lambda: ("attention", _by_name(makings)), lambda: _attention_of_small_copy(module, head)):
+        return None
+    _SAME.add(makings)
+    return RotaryAttention(module)
+
+
+def _attention_of_small_copy(module: nn.Module, head: int) -> bool:
+    """Whether a small copy of an attention with such heads computes the same as a fused one."""
     generator, count = torch.Generator().manual_seed(1), sum(_PROBE_LENGTHS)
     with unset_fake_temporarily(), torch.no_grad():
         small = _small_attention(module)
@@ -193,12 +217,10 @@ def _attention(module: nn.Module) -> RotaryAttention | None:
             try:
                 theirs, ours = (cast(Any, attention)(size * x, **given)[0] for attention in (small, RotaryAttention(small)))
             except (TypeError, RuntimeError, AttributeError, ValueError, EnvironmentProblem):
-                return None
+                return False
             if not torch.allclose(ours, theirs, rtol=1e-4, atol=1e-4 * float(theirs.abs().max())):
-                return None
-    if makings is not None:
-        _SAME.add(makings)
-    return RotaryAttention(module)
+                return False
+    return True
 
 
 def _makings(module: nn.Module) -> Hashable | None:
@@ -217,7 +239,7 @@ def _makings(module: nn.Module) -> Hashable | None:
         elif hasattr(value, "to_dict"):  # its configuration; where the model lies does not matter
             settings = {key: setting for key, setting in vars(value).items() if key != "_name_or_path"}
             found.append((name, type(value), repr(settings)))
-        elif value is None or isinstance(value, (bool, int, float, str, FunctionType, BuiltinFunctionType)):
+        elif value is None or isinstance(value, (bool, int, float, str, *FUNCTIONS)):
             found.append((name, value))
         elif not isinstance(value, (dict, set)) or value:  # hooks, buffers, values of a kind not known here
             return None

@@ -18,9 +18,11 @@ from lorakeet.memory.budget import Budget
 from lorakeet.memory.forecast import Forecast, Phase
 from lorakeet.memory.ledger import know_operators, known_operators
 from lorakeet.memory.remembered import keep, recall
+from lorakeet.models.files.quantized import plain_config
 from lorakeet.models.files.quiet import quiet_transformers
+from lorakeet.models.files.validate import auto_class_of
 from lorakeet.models.spec import ModelSpec
-from lorakeet.models.text.from_config import config_of, local_files
+from lorakeet.models.text.from_config import config_of, local_files, published_configs
 from lorakeet.settings import fields_of
 from lorakeet.studio.local import fetched_rows, unready_model
 from lorakeet.studio.workbench import Send
@@ -53,7 +55,17 @@ def keep_configuration(settings: Mapping[str, str]) -> None:
             config_of(ModelSpec(path=settings["model.path"]), lambda line: None)
 
 
-BEFORE = (keep_configuration,)  # called by the workbench before it forks
+def import_code(settings: Mapping[str, str]) -> None:
+    """Imports transformers' code of a model whose configuration is here, which each plan needs."""
+    path = settings.get("model.path", "")
+    local = local_files(path)
+    if local is not None or path in published_configs():
+        with quiet_transformers():
+            config = plain_config(config_of(ModelSpec(path=path), lambda line: None))
+            auto_class_of(config)._model_mapping[type(config)]
+
+
+BEFORE = (keep_configuration, import_code)  # called by the workbench before it forks
 
 
 def fit(settings: Mapping[str, str], send: Send) -> None:

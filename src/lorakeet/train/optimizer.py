@@ -114,17 +114,9 @@ class AdamW8bit(torch.optim.Optimizer):
             first, second = state["exp_avg"], state["exp_avg_sq"]
             _advance(parameter, cast(Tensor, parameter.grad), first, second, state["step"], settings)
             return
-        flat, gradient = parameter.view(-1), cast(Tensor, parameter.grad).reshape(-1)
-        for at in range(0, flat.numel(), _PIECE):
-            piece = slice(at, at + _PIECE)
-            blocks = slice(at // BLOCK, -(-min(at + _PIECE, flat.numel()) // BLOCK))
-            codes, scales = state["first_codes"][piece], state["first_scales"][blocks]
-            first = as_before(_dequantised, codes, scales, also=True)
-            codes, scales = state["second_codes"][piece], state["second_scales"][blocks]
-            second = as_before(_dequantised, codes, scales, also=False).square_()
-            as_before(_advance, flat[piece], gradient[piece], first, second, state["step"], also=settings)
-            state["first_codes"][piece], state["first_scales"][blocks] = as_before(_quantised, first, also=True)
-            state["second_codes"][piece], state["second_scales"][blocks] = as_before(_quantised, second.sqrt_(), also=False)
+        moments = [state[name] for name in ("first_codes", "first_scales", "second_codes", "second_scales")]
+        gradient = cast(Tensor, parameter.grad).reshape(-1)
+        as_before(_advance_in_pieces, parameter.view(-1), gradient, *moments, state["step"], also=settings)
 
 
 def _first_state(parameter: Tensor) -> dict[str, Tensor]:
@@ -147,12 +139,19 @@ class _Settings(NamedTuple):
     decay: float
 
 
-def _quantised(values: Tensor, signed: bool) -> tuple[Tensor, Tensor]:
-    return quantise_moments(values, signed=signed)
-
-
-def _dequantised(codes: Tensor, scales: Tensor, signed: bool) -> Tensor:
-    return dequantise_moments(codes, scales, signed=signed)
+def _advance_in_pieces(  # noqa: PLR0917 - as memory/repeated gives them
+    flat: Tensor, gradient: Tensor, first_codes: Tensor, first_scales: Tensor, second_codes: Tensor, second_scales: Tensor,
+    step: Tensor, settings: _Settings,
+) -> None:  # fmt: skip
+    """The step of `_advance` on all numbers of a parameter, with moments (n,) of 8 bits, a piece at a time."""
+    for at in range(0, flat.numel(), _PIECE):
+        piece = slice(at, at + _PIECE)
+        blocks = slice(at // BLOCK, -(-min(at + _PIECE, flat.numel()) // BLOCK))
+        first = dequantise_moments(first_codes[piece], first_scales[blocks], signed=True)
+        second = dequantise_moments(second_codes[piece], second_scales[blocks], signed=False).square_()
+        _advance(flat[piece], gradient[piece], first, second, step, settings)
+        first_codes[piece], first_scales[blocks] = quantise_moments(first, signed=True)
+        second_codes[piece], second_scales[blocks] = quantise_moments(second.sqrt_(), signed=False)
 
 
 def _advance(

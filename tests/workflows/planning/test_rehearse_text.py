@@ -147,7 +147,7 @@ def test_a_rehearsal_ends_when_its_time_is_over() -> None:
 
 
 @pytest.mark.parametrize(
-    ("module", "settings", "runs", "calls"), [(loss, {"head_chunk": 16}, 2, 64), (optimizer, {"moments": "8bit"}, 6, 40)]
+    ("module", "settings", "runs", "calls"), [(loss, {"head_chunk": 16}, 2, 64), (optimizer, {"moments": "8bit"}, 2, 8)]
 )
 def test_equal_chunks_and_pieces_are_rehearsed_once(
     module: Any, settings: dict[str, Any], runs: int, calls: int, monkeypatch: pytest.MonkeyPatch

@@ -8,7 +8,7 @@ from __future__ import annotations
 import json
 from collections.abc import Callable
 from contextlib import nullcontext
-from functools import cache
+from functools import cache, partial
 from importlib.resources import files
 from importlib.resources.abc import Traversable
 from pathlib import Path
@@ -25,6 +25,7 @@ from lorakeet.data.locate import PACKAGE, locate, package_file
 from lorakeet.errors import ConfigError, DataError, nearest, one_message
 from lorakeet.kernels.cpu.stored import StoredWeight
 from lorakeet.memory.ledger import Ledger
+from lorakeet.memory.remembered import remembered
 from lorakeet.memory.shape_only import ShapeStore
 from lorakeet.models.families import Family, family_of
 from lorakeet.models.files.foreign_code import build_native, read_native
@@ -204,6 +205,10 @@ class ShapeBase(PackedBase):
 @cache
 def _while_unpacking(settings: str, dtype: torch.dtype) -> int:
     """Returns the peak in bytes of unpacking such a weight, beside the weight and its result: that of one of its equal tiles."""
+    return remembered(lambda: ("unpacking", settings, dtype), partial(_peak_of_unpacking, settings, dtype))
+
+
+def _peak_of_unpacking(settings: str, dtype: torch.dtype) -> int:
     packing = json.loads(settings)
     rows, columns = packing["shape"]
     step = WORD if packing["method"] == "gptq" else 1  # zero points fill whole words
