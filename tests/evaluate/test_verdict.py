@@ -57,12 +57,14 @@ def test_what_follows_is_said_where_a_method_without_a_model_is_not_beaten() -> 
     base, level = comparison("base", "better", 0.2), comparison(TFIDF, "no difference shown", -0.06)
     found = verdict_of([base, level])
     assert found is not None and found.sentence.endswith(
-        "is shown: −0.060 (−0.100 to −0.020). TF-IDF + logistic regression, without a language model, may do as well."
+        "is shown: −0.060 (−0.100 to −0.020). That method, without a language model, may do as well."
     )
     surer = verdict_of([base, level, comparison(TFIDF, "worse", 0.4, metric="log_loss")])
     assert surer is not None and surer.sentence.endswith("may do as well: the adapter has +0.400 log-loss (+0.360 to +0.440).")
     behind = verdict_of([base, comparison(MAJORITY, "worse", -0.1)])
-    assert behind is not None and behind.sentence.endswith("The majority class, without a language model, does better.")
+    assert behind is not None and behind.sentence.endswith("−0.100 (−0.140 to −0.060). That method needs no language model.")
+    before = verdict_of([base, comparison(MAJORITY, "worse", -0.1), comparison(TFIDF, "better", 0.1)])
+    assert before is not None and before.sentence.endswith("The majority class needs no language model.")
     ahead = verdict_of([base, comparison(TFIDF, "better", 0.1)])
     assert ahead is not None and "without a language model" not in ahead.sentence
 

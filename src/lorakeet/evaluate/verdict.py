@@ -86,13 +86,19 @@ def _without_model(chosen: Sequence[Comparison], comparisons: Sequence[Compariso
     level = next((one for one in chosen if one.right in WITHOUT_MODEL and one.verdict != "better"), None)
     if level is None:
         return []
-    does = "does better" if level.verdict == "worse" else "may do as well"
-    named = _named(level.right)
+    if level.verdict == "worse":
+        return [Phrase(f". {_subject(level, chosen)} needs no language model", "")]
     surer = next((one for one in comparisons if (one.right, one.metric) == (level.right, "log_loss")), None)
-    said = f". {named[:1].upper()}{named[1:]}, without a language model, {does}"
+    said = f". {_subject(level, chosen)}, without a language model, may do as well"
     if surer is None or surer.verdict != "worse":
         return [Phrase(said, "")]
     return [Phrase(f"{said}: the adapter has {signed(surer.difference.value)} log-loss", _interval(surer, first=False))]
+
+
+def _subject(level: Comparison, chosen: Sequence[Comparison]) -> str:
+    """The method as the subject of a sentence: not named again where it was the last that was named."""
+    named = _named(level.right)
+    return "That method" if level is chosen[-1] else f"{named[:1].upper()}{named[1:]}"
 
 
 def _closer(graded: Sequence[Comparison]) -> list[Phrase]:

@@ -42,6 +42,7 @@ from lorakeet.models.text.from_config import config_of, local_files, model_from_
 from lorakeet.serve.probe import FACT, record
 from lorakeet.train.checkpoint import Damaged, load_checkpoint
 from lorakeet.train.checkpoint import found as found_checkpoints
+from lorakeet.train.progress import counted
 from lorakeet.workflows.finetuning.evaluate_text import sampled_texts
 from lorakeet.workflows.finetuning.stacked import with_earlier
 from lorakeet.workflows.finetuning.terminal import show_certificate
@@ -63,6 +64,7 @@ from lorakeet.workflows.runs.output_paths import writing
 from lorakeet.workflows.runs.residency import peak_said, temporary_stores
 from lorakeet.workflows.verification.artefact import Artefact, InTorch, Messages, is_there, live_side, open_artefact
 from lorakeet.workflows.verification.checks import (
+    Count,
     Probes,
     ask_all,
     check_greedy,
@@ -153,7 +155,7 @@ def certify_artefacts(
     """
     dataset = opened.dataset if opened.run else None
     source = find_source(opened.config.model, console.print)
-    live = live_side(opened, console)
+    live, say = live_side(opened, console), partial(console.print, markup=False, soft_wrap=True)
     probes = probes_of(opened, dataset, live, options.rows)
     longest = max((len(ids) for ids in (*probes.rows, *probes.prompts)), default=0)
     checks: list[Check] = []
@@ -161,14 +163,14 @@ def certify_artefacts(
     modules: list[ServedModules] = []
     incomplete: dict[str, str] = {}
     for target in options.against:
-        console.print(f"Comparing {target} with the live adapter.", markup=False, soft_wrap=True)
+        say(f"Comparing {target} with the live adapter.")
         if target.startswith(SERVERS):
             server = Server(target, F16, key)
             precision = (server.said_precision() if options.precision == "auto" else "") or options.precision
             server.allowed = F16 if precision == "auto" else PRECISIONS[precision]
             formats = _formats(opened, live, precision, console)
             spec, earlier = opened.config.evaluate, _earlier(opened)
-            served = check_server(live, server, probes, spec, formats, modules=options.modules, earlier=earlier)
+            served = check_server(live, server, probes, spec, formats, modules=options.modules, earlier=earlier, say=say)
             checks, unchecked, modules = checks + served.checks, unchecked + served.unchecked, modules + served.modules
             if served.ended:
                 incomplete[target] = served.ended
@@ -177,7 +179,7 @@ def certify_artefacts(
             open_artefact, target, opened, base=options.base_gguf, precision=options.precision, console=console,
             context=longest + GREEDY_TOKENS + MARGIN, beside=beside,
         )  # fmt: skip
-        found, weak = _compared_with(form, live, probes, opened, source)
+        found, weak = _compared_with(form, live, probes, opened, source, partial(counted, console))
         checks, unchecked = checks + found, unchecked + weak
         if probes.too_long and not probes.labelled:
             why = f"every labelled row is longer than the {probes.most} tokens that fit into the budget"
@@ -229,7 +231,12 @@ def _earlier(opened: Opened) -> Earlier | None:
 
 
 def _compared_with(
-    form: Callable[[], AbstractContextManager[Artefact]], live: InTorch, probes: Probes, opened: Opened, source: Path
+    form: Callable[[], AbstractContextManager[Artefact]],
+    live: InTorch,
+    probes: Probes,
+    opened: Opened,
+    source: Path,
+    count: Count,
 ) -> tuple[list[Check], list[Unchecked]]:
     """The checks of the artefact that `form` opens, and what they cannot tell.
 
@@ -240,24 +247,24 @@ def _compared_with(
         artefact = stack.enter_context(form())
         stored = artefact.stored(source, opened)
         if opened.residency.store is None:
-            return _checks(live, artefact, stored, probes, opened)
+            return _checks(live, artefact, stored, probes, opened, count)
         spill = opened.residency.waiting()
         with closing(spill):
-            recorded = ask_all(artefact, probes, live, spill)
+            recorded = ask_all(artefact, probes, live, spill, count)
             recorded.let_go()
             del artefact
             stack.close()
-            return _checks(live, recorded, stored, probes, opened)
+            return _checks(live, recorded, stored, probes, opened, count)
 
 
 def _checks(
-    live: InTorch, artefact: Artefact, stored: Mapping[str, StoredTensor], probes: Probes, opened: Opened
+    live: InTorch, artefact: Artefact, stored: Mapping[str, StoredTensor], probes: Probes, opened: Opened, count: Count
 ) -> tuple[list[Check], list[Unchecked]]:
     spec = opened.config.evaluate
-    found = [check_prompts(live, artefact, probes), check_logits(live, artefact, probes, spec)]
+    found = [check_prompts(live, artefact, probes), check_logits(live, artefact, probes, spec, count)]
     if probes.labelled:
-        found.append(check_label_answers(live, artefact, probes, spec))
-    found += [check_greedy(live, artefact, probes), check_stored(artefact.name, stored, artefact.allowed)]
+        found.append(check_label_answers(live, artefact, probes, spec, count))
+    found += [check_greedy(live, artefact, probes, count), check_stored(artefact.name, stored, artefact.allowed)]
     weak = weak_answers(found, probes.labelled, artefact.allowed)
     cannot = [] if weak is None else [weak]
     if all(check.passed for check in found[1:]):

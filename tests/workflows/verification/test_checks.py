@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
@@ -123,6 +124,31 @@ def test_a_side_that_tells_less_of_a_row_is_an_error(live: InTorch, probes: Prob
 
     with pytest.raises(ValueError, match="fewer tokens of a row"):
         check_logits(live, Short(live.text, None, "short"), probes, SPEC)
+
+
+def test_what_takes_long_is_counted_row_by_row(live: InTorch, probes: Probes, spill: Spill) -> None:
+    counts: dict[str, list[int]] = {}
+
+    @contextmanager
+    def count(what: str, total: int) -> Iterator[Callable[[int], None]]:
+        counts[what] = [total, 0]
+
+        def done(more: int) -> None:
+            counts[what][1] += more
+
+        yield done
+
+    check_logits(live, live, probes, SPEC, count)
+    check_label_answers(live, live, probes, SPEC, count)
+    check_greedy(live, live, probes, count)
+    ask_all(live, probes, live, spill, count).let_go()
+    rows, labelled, prompts = (len(some) for some in (probes.rows, probes.labelled, probes.prompts))
+    assert {what.partition(": ")[2]: of for what, of in counts.items()} == {
+        "logits of rows": [rows] * 2,
+        "answers of rows": [2 * labelled] * 2,
+        "greedy texts": [prompts] * 2,
+        "its rows and texts": [rows + labelled + prompts] * 2,
+    }
 
 
 def test_the_model_is_equal_to_itself_and_its_base_is_not(live: InTorch, probes: Probes) -> None:

@@ -90,7 +90,9 @@ def side(loud: Path) -> tuple[InTorch, Probes]:
 
 def found_at(side: tuple[InTorch, Probes], url: str) -> tuple[Check, ServedModules]:
     """The check of modules, and what was found of each."""
-    found = check_server(side[0], Server(url, F16), side[1], EvaluateSpec())
+    said: list[str] = []
+    found = check_server(side[0], Server(url, F16), side[1], EvaluateSpec(), say=said.append)
+    assert said == ["Leaves each module out of the live adapter, to see which are active on the server."]
     return next(check for check in found.checks if check.name == f"{url}: modules"), found.modules[0]
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import math
 from collections.abc import Callable, Hashable, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, TypeVar
@@ -26,8 +27,16 @@ from lorakeet.workflows.planning.check import GREEDY_TOKENS, distinguishing_endi
 from lorakeet.workflows.runs.open_adapter import Opened
 from lorakeet.workflows.verification.artefact import Artefact, InTorch, Messages
 
+# A context for work of so many rows, which yields a function to report how many more are done (train/progress.counted).
+Count = Callable[[str, int], AbstractContextManager[Callable[[int], None]]]
 _SWALLOWED = 1.5  # rounding so many times larger than the change, and no larger than it has to be, is no mistake
 _SIGMA = 5  # of what rounding alone explains
+
+
+@contextmanager
+def uncounted(what: str, total: int) -> Iterator[Callable[[int], None]]:
+    """A `Count` that reports nothing."""
+    yield lambda _: None
 
 
 @dataclass(frozen=True)
@@ -105,15 +114,19 @@ def _shown(live: InTorch, ids: list[int]) -> str:
     return repr(live.text.tokenizer.decode(ids)) if all(one in known for one in ids) else f"ids {ids}"
 
 
-def check_logits(live: InTorch, artefact: Artefact, probes: Probes, spec: EvaluateSpec) -> Check:
+def check_logits(
+    live: InTorch, artefact: Artefact, probes: Probes, spec: EvaluateSpec, count: Count = uncounted
+) -> Check:
     """Logits on the same ids of whole held-out rows, and how much of the adapter's own effect the difference is."""
     base = InTorch(live.text, None, "base")
     meter, effect = ParityMeter(), ParityMeter()
-    for number, ids in enumerate(probes.rows):
-        row, following = ids.tolist(), torch.from_numpy(ids[1:])
-        sides = [side.logit_parts(row) for side in (live, artefact, base)]
-        while count := _add_part(sides, following, number, (meter, effect)):
-            following = following[count:]
+    with count(f"{artefact.name}: logits of rows", len(probes.rows)) as done:
+        for number, ids in enumerate(probes.rows):
+            row, following = ids.tolist(), torch.from_numpy(ids[1:])
+            sides = [side.logit_parts(row) for side in (live, artefact, base)]
+            while tokens := _add_part(sides, following, number, (meter, effect)):
+                following = following[tokens:]
+            done(1)
     evaluated = effect.result(spec) if math.isfinite(artefact.allowed.parity.effect) else None
     return meter.result(spec).check(
         f"{artefact.name}: logits", artefact.allowed.parity, between=(live.name, artefact.name), base=evaluated
@@ -208,16 +221,20 @@ def _score(logits: Tensor, ending: Ids) -> float:
     return float(logits.log_softmax(-1).gather(1, torch.from_numpy(ending)[:, None]).sum())
 
 
-def check_greedy(live: InTorch, artefact: Artefact, probes: Probes) -> Check:
+def check_greedy(live: InTorch, artefact: Artefact, probes: Probes, count: Count = uncounted) -> Check:
     """Greedy texts of 64 tokens: where two part, the live model must have been nearly undecided.
 
     `gap` is how much likelier, in nats, the live model found its own next token than the artefact's, at the first difference.
     """
     ends = end_ids(live.text)
     worst, detail, equal = 0.0, "", 0
-    for prompt in probes.prompts:
-        ours = live.greedy(prompt.tolist(), GREEDY_TOKENS, ends)
-        theirs = artefact.greedy(prompt.tolist(), GREEDY_TOKENS, ends)
+    written = list[tuple[Ids, list[int], list[int]]]()
+    with count(f"{artefact.name}: greedy texts", len(probes.prompts)) as done:
+        for prompt in probes.prompts:
+            ours = live.greedy(prompt.tolist(), GREEDY_TOKENS, ends)
+            written.append((prompt, ours, artefact.greedy(prompt.tolist(), GREEDY_TOKENS, ends)))
+            done(1)
+    for prompt, ours, theirs in written:
         if ours == theirs:
             equal += 1
             continue
@@ -333,19 +350,26 @@ class RecordedArtefact:
         return found
 
 
-def ask_all(artefact: Artefact, probes: Probes, live: InTorch, spill: Spill) -> RecordedArtefact:
+def ask_all(
+    artefact: Artefact, probes: Probes, live: InTorch, spill: Spill, count: Count = uncounted
+) -> RecordedArtefact:
     """Asks `artefact` all that the checks of `probes` will ask it. Of `live` only the tokenizer is used: no block comes in."""
     found = RecordedArtefact(artefact, spill)
     for messages, _ in probes.conversations:
         found.prompt(messages)
     for text in probes.texts:
         found.tokenise(text)
-    for ids in probes.rows:
-        for _ in found.logit_parts(ids.tolist()):
-            pass
-    for row in probes.labelled:
-        answer(found, row, live)
     ends = end_ids(live.text)
-    for prompt in probes.prompts:
-        found.greedy(prompt.tolist(), GREEDY_TOKENS, ends)
+    total = len(probes.rows) + len(probes.labelled) + len(probes.prompts)
+    with count(f"{artefact.name}: its rows and texts", total) as done:
+        for ids in probes.rows:
+            for _ in found.logit_parts(ids.tolist()):
+                pass
+            done(1)
+        for row in probes.labelled:
+            answer(found, row, live)
+            done(1)
+        for prompt in probes.prompts:
+            found.greedy(prompt.tolist(), GREEDY_TOKENS, ends)
+            done(1)
     return found

@@ -25,19 +25,26 @@ from lorakeet.evaluate.spec import EvaluateSpec
 from lorakeet.exporting.tolerances import Q8, Allowed
 from lorakeet.workflows.planning.check import distinguishing_endings
 from lorakeet.workflows.verification.artefact import Artefact, InTorch
-from lorakeet.workflows.verification.checks import Probes, named_check, scores_of_labels
+from lorakeet.workflows.verification.checks import Count, Probes, named_check, scores_of_labels, uncounted
 
 ALARM = 0.01  # of the checks of right artefacts, the most that the number of different answers fails
 ALIKE = 0.05  # of the checks of random answers, the most that pass
 MOST_ROWS = 128  # whose answers are compared at most
 
 
-def check_label_answers(live: InTorch, artefact: Artefact, probes: Probes, spec: EvaluateSpec) -> Check:
+def check_label_answers(
+    live: InTorch, artefact: Artefact, probes: Probes, spec: EvaluateSpec, count: Count = uncounted
+) -> Check:
     """The task's metric on both sides, and the rows on which the likeliest label differs; more rows where these cannot tell."""
     rows = [*probes.labelled]
     if more := rows_that_tell(rows, artefact.allowed) - len(rows):
         rows += probes.further(more)
-    ours, theirs = ([scores_of_labels(side, row, live) for row in rows] for side in (live, artefact))
+    ours, theirs = list[Floats](), list[Floats]()
+    with count(f"{artefact.name}: answers of rows", 2 * len(rows)) as done:
+        for side, scores in ((live, ours), (artefact, theirs)):
+            for row in rows:
+                scores.append(scores_of_labels(side, row, live))
+                done(1)
     tokens = [max(map(len, distinguishing_endings(row, live.text.tokenizer))) for row in rows]
     return compare_label_scores((live.name, artefact.name), (ours, theirs), tokens, rows, artefact.allowed, spec)
 

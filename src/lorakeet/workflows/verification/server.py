@@ -87,6 +87,7 @@ class _Comparison:
     measured: str = ""  # what the limits are, where rounding was measured
     computed: Sequence[Replica] = ()  # in the format that explains the server
     earlier: Earlier | None = None
+    say: Callable[[str], object] = lambda _: None  # what takes long, before it begins
     one_by_one: bool = False  # whether the server answers a place at a time
     checks: list[Check] = field(default_factory=list)
     unchecked: list[Unchecked] = field(default_factory=list)
@@ -168,6 +169,7 @@ class _Comparison:
         answers = answers_of_rows(self.live, self.probes.labelled)
         last, limits = list(self.formats)[-1], None
         for name, in_format in self.formats.items():
+            self.say(f"Computes the live adapter in {name} in several orders, to see what rounding may do.")
             least, load = 0.0 if name == last else kl / _EXPLAINED, partial(in_format, name)
             if bits := FEW_BITS.get(name):
                 found = replicas_of_few_bits(load, bits, readings, self.probes.labelled, answers)
@@ -314,6 +316,7 @@ class _Comparison:
 
     def check_modules(self, reported: Sequence[Reported]) -> None:
         """Which modules are active there."""
+        self.say("Leaves each module out of the live adapter, to see which are active on the server.")
         ask = self.reported_at if self.one_by_one else None
         found = check_modules(self.live, reported, ask, self.names, self.server.allowed.share, self.computed)
         if isinstance(found, str):
@@ -369,13 +372,14 @@ def check_server(
     *,
     modules: bool = True,
     earlier: Earlier | None = None,
+    say: Callable[[str], object] = lambda _: None,
 ) -> ServerFound:
     """Compares a server with the live adapter by everything that it tells, `modules` one by one.
 
     With `formats`, what rounding may do is measured on the live adapter; else the limits of the server are fixed. Whether the
-    adapter of an `earlier` checkpoint would be seen is said then.
+    adapter of an `earlier` checkpoint would be seen is said then. `say` gets a line before what takes long.
     """
-    found = _Comparison(live, server, probes, spec, formats or {}, earlier=earlier)
+    found = _Comparison(live, server, probes, spec, formats or {}, earlier=earlier, say=say)
     ended, about = "", ""
     try:
         about = server.api.about()
