@@ -100,6 +100,17 @@ def test_rows_of_both_ends_of_a_tied_base() -> None:
     )
 
 
+def test_a_head_that_shares_token_rows_is_not_changed_in_another_way() -> None:
+    """PEFT computes with the rows alone there, and leaves the pair out."""
+    rows = {"model.embed_tokens": TokenRows((3,), torch.zeros(1, 32))}
+    pair = replace(random_adapter(tiny_model("llama"), "lm_head"), token_rows=rows)
+    whole = Adapter({}, extras={"lm_head.weight": torch.zeros(96, 32)}, token_rows=rows)
+    for both in (pair, whole):
+        plan_of(tiny_model("llama"), both)
+        words = "'lm_head': the adapter changes it, and this base ties it to 'model.embed_tokens', whose trained token rows"
+        assert words in message(tiny_model("llama", tie_word_embeddings=True), both)
+
+
 def test_half_of_a_whole_module_is_refused(adapted: Callable[..., Any]) -> None:
     value = adapter_of(adapted(tiny_model("gpt2"), extra_modules=("ln_f",)))
     assert set(value.extras) == {"transformer.ln_f.weight", "transformer.ln_f.bias"}

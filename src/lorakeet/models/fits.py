@@ -148,10 +148,16 @@ def _rows_problem(by_path: dict[str, nn.Module], path: str, rows: TokenRows) -> 
 def _clashes(entries: list[PlanEntry], extras: list[ExtraEntry]) -> list[str]:
     """Returns the problems of modules that the adapter uses twice."""
     taken = [entry.path for entry in entries]
-    return [
+    found = [
         f"'{extra.path}': the adapter has both a pair and whole weights or rows for it."
         for extra in extras
         if any(path == extra.path or path.startswith(f"{extra.path}.") for path in taken)
+    ]
+    taken += [extra.path for extra in extras]
+    return found + [
+        f"'{extra.tied}': the adapter changes it, and this base ties it to '{extra.path}', whose trained token rows it shares."
+        for extra in extras
+        if extra.tied in taken
     ]
 
 
