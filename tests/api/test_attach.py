@@ -75,6 +75,7 @@ def test_pairs_on_dense_weights_of_their_dtype_have_torchs_own_gradients() -> No
     net[0].by_torch = net[2].by_torch = True
     (first,) = torch.autograd.grad(net(x).square().mean(), [x], create_graph=True)
     assert all(grad is not None for grad in torch.autograd.grad(first.square().sum(), lk.parameters(net)))
+    assert "LowRankLinearBackward" in graph_of(net, torch.randn(129, 8, requires_grad=True)), "more tokens have less to gain"
     half = small_net().bfloat16()
     lk.attach(half, lk.Lora(rank=2, target_modules=("0", "2")))
     assert "LowRankLinearBackward" in graph_of(half, x.bfloat16()), "A and B are in fp32"

@@ -29,6 +29,7 @@ from lorakeet.core.selection import BatchAssignment, Selection, Share
 from lorakeet.core.spec import FACTORED
 from lorakeet.kernels.choose import inference_pairs
 
+FEW_TOKENS = 128  # for which torch's own gradients are faster than LowRankLinear's (docs/log/training-speed)
 BLOCK_PARTS = ("input_layernorm", "self_attn", "post_attention_layernorm", "mlp")  # of a decoder block
 
 
@@ -128,7 +129,7 @@ class LoraLinear(AdaptedLayer):
     def __init__(self, original: nn.Module, base: FrozenBase) -> None:
         super().__init__(original)
         self.base = base
-        self.by_torch = False  # whether pairs on a dense weight of the dtype of x may use torch's own gradients (api/attach)
+        self.by_torch = False  # whether few tokens may use torch's own gradients, on a dense weight of their dtype (api/attach)
         self._alone = SharedInput()
 
     @property
@@ -152,7 +153,9 @@ class LoraLinear(AdaptedLayer):
         return cast(Tensor, pair(x, self.base, self.bias, self.products))
 
     def _alike(self, x: Tensor, pair: LoraPair) -> bool:
-        """Whether x, the frozen weight, A and B are dense, of one dtype and on the CPU, and the pair is s·B·A alone."""
+        """Whether x has few tokens, and x, the frozen weight, A and B are dense, of one dtype and on the CPU."""
+        if x.numel() > FEW_TOKENS * x.shape[-1]:
+            return False
         dtypes = {x.dtype, self.weight.dtype, pair.A.dtype, pair.B.dtype, self.products or x.dtype}
         dense = type(self.base) is DenseBase and type(pair) is LoraPair and pair.bias is None
         return dense and len(dtypes) == 1 and x.is_cpu and not torch.is_autocast_enabled("cpu")
