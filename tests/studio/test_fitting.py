@@ -52,6 +52,7 @@ def test_what_fits_needs_no_other_way(model: dict[str, str]) -> None:
     assert sum(kind["bytes"] for kind in last["bar"]["kinds"]) == last["bar"]["bytes"] < last["limit"]
     assert last["bar"]["kinds"][0]["words"] == "the model" and "Memory on cuda:0" in last["printed"]
     assert "on a GPU is not estimated" in last["time"]
+    assert last["bar"]["phase"].startswith(("while ", "in a step")), "a phase is said in words"
 
 
 def test_what_does_not_fit_at_once_is_said_before_the_way_that_fits(

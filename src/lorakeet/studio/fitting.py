@@ -65,6 +65,17 @@ def import_code(settings: Mapping[str, str]) -> None:
             auto_class_of(config)._model_mapping[type(config)]
 
 
+_PHASES = {
+    "load": "while the model is read",
+    "unpack": "while the model is unpacked",
+    "begin pairs": "while the adapter is made",
+    "measure ranks": "while ranks are measured",
+    "evaluate": "while held-out rows are measured",
+    "train step": "in a step of the training",
+    "checkpoint": "while a checkpoint is written",
+    "final eval": "while the result is measured",
+    "certify": "while the result is proved",
+}  # as a page says it
 BEFORE = (keep_configuration, import_code)  # called by the workbench before it forks
 
 
@@ -134,7 +145,8 @@ def bar_values(phase: Phase, words: Mapping[str, str]) -> dict[str, Any]:
         {"kind": kind, "words": text, "bytes": phase.kinds[kind], "size": bytes_text(phase.kinds[kind])}
         for kind, text in words.items() if phase.kinds.get(kind)
     ]  # fmt: skip
-    return {"phase": phase.name, "bytes": phase.bytes, "size": bytes_text(phase.bytes), "kinds": kinds}
+    when = _PHASES.get(phase.name, f"in the phase {phase.name!r}")
+    return {"phase": when, "bytes": phase.bytes, "size": bytes_text(phase.bytes), "kinds": kinds}
 
 
 def time_words(result: PlanResult) -> str:

@@ -57,7 +57,7 @@ def offers(places: Places) -> Offers:
             left -= len(names)
             if _is_model(names):
                 models.append(str(path))
-            else:
+            elif not _is_run(names):
                 rows += [str(path / name) for name in names if name.lower().endswith(ROWS)]
             models += [str(path / name) for name in names if name.lower().endswith(".gguf")]
             if left < 0:
@@ -68,18 +68,22 @@ def offers(places: Places) -> Offers:
 
 
 def _walk(folder: Path, runs: Path, depth: int) -> Iterator[tuple[Path, list[str]]]:
-    """Each folder with the names of its files; neither hidden ones, nor links, nor the runs, nor the parts of a model."""
+    """Each folder with the names of its files; neither hidden ones, nor links, nor the runs, nor parts of a model or a run."""
     try:
         entries = sorted(os.scandir(folder), key=lambda entry: entry.name)
     except OSError:
         return
     names = [entry.name for entry in entries if entry.is_file(follow_symlinks=False) and not entry.name.startswith(".")]
     yield folder, names
-    for entry in entries if not _is_model(names) else ():
+    for entry in entries if not (_is_model(names) or _is_run(names)) else ():
         inner = Path(entry.path)
         left_out = entry.name.startswith(".") or entry.name in _LEFT_OUT or inner == runs
         if depth and entry.is_dir(follow_symlinks=False) and not left_out:
             yield from _walk(inner, runs, depth - 1)
+
+
+def _is_run(names: list[str]) -> bool:
+    return "metrics.jsonl" in names and "config.yaml" in names
 
 
 def _is_model(names: list[str]) -> bool:

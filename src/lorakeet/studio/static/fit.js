@@ -17,7 +17,7 @@ function filled() {
 function stack(bar, limit, limitWords) {
   const most = Math.max(bar.bytes, limit || 0) * 1.02;
   const says = bar.kinds.map((one) => `${one.words} ${one.size}`).join(", ");
-  const drawing = svg("svg", { viewBox: "0 0 100 10", preserveAspectRatio: "none", class: "stack", role: "img", "aria-label": `${bar.size} at most, in phase ${bar.phase}: ${says}${limitWords ? `; ${limitWords}` : ""}` });
+  const drawing = svg("svg", { viewBox: "0 0 100 10", preserveAspectRatio: "none", class: "stack", role: "img", "aria-label": `${bar.size} at most, ${bar.phase}: ${says}${limitWords ? `; ${limitWords}` : ""}` });
   if (limit) drawing.append(svg("rect", { x: 0, y: 0, width: (100 * limit) / most, height: 10, class: "free" }));
   let place = 0;
   for (const one of bar.kinds) {
@@ -27,7 +27,7 @@ function stack(bar, limit, limitWords) {
   }
   if (limit) drawing.append(svg("rect", { x: (100 * limit) / most - 0.25, y: -1.5, width: 0.5, height: 13, class: "limit" }));
   const names = make("ul", { class: "stack-names" }, ...bar.kinds.map((one) => make("li", {}, make("span", { class: `hue k${KINDS.indexOf(one.kind)}` }), one.words, make("b", {}, one.size))));
-  const ends = make("p", { class: "stack-ends" }, make("span", {}, `${bar.size} at most, in phase “${bar.phase}”`), make("span", {}, limitWords ? `the dark line: ${limitWords}` : ""));
+  const ends = make("p", { class: "stack-ends" }, make("span", {}, `${bar.size} at most, ${bar.phase}`), make("span", {}, limitWords ? `the dark line: ${limitWords}` : ""));
   return make("figure", { class: "plotted" }, drawing, ends, names);
 }
 

@@ -48,3 +48,7 @@ document.addEventListener("click", (event) => {
   if (button.classList.contains("copy")) copyOf(button);
   if (button.hasAttribute("data-theme-button")) switchTheme();
 });
+
+const menu = document.querySelector(".top nav"); // one line on narrow screens, where it can be moved
+const current = menu && menu.querySelector("[aria-current]");
+if (current) menu.scrollLeft = current.offsetLeft - menu.offsetLeft - (menu.clientWidth - current.clientWidth) / 2;
