@@ -32,7 +32,10 @@ def queue(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Queue]:
     command.chmod(0o755)
     monkeypatch.setattr(module.sys, "executable", str(command))
     queue = Queue(tmp_path / "own")
+    # A shell cannot trap what was ignored when it started, as Ctrl-C is for what runs in the background of a script.
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
     yield queue
+    signal.signal(signal.SIGINT, before)
     for number in (path.read_text() for path in queue.jobs_folder.glob("*/pid")):
         with suppress(ProcessLookupError):
             os.killpg(int(number), signal.SIGKILL)
