@@ -323,12 +323,12 @@ def test_a_mended_file_of_the_same_name_is_read_again(browser: Any, studio: Stud
         rows.write_text("\n".join(["Ref,What happened,Category", *texts]))
         page.set_input_files("#upload", str(rows))
         if count == 30:
-            page.click("#problems button >> nth=0")
+            page.click("#problems button >> nth=0", timeout=WAIT)  # the first answer imports torch
         page.wait_for_selector(f"#sentence:has-text('{count - 3} rows to train on')", timeout=WAIT)
     page.set_input_files("#upload", files=[{"name": "register.xlsx", "mimeType": "", "buffer": b"PK"}])
-    page.wait_for_selector("#uploaded.problem:has-text('save the sheet as CSV')")
+    page.wait_for_selector("#uploaded.problem:has-text('save the sheet as CSV')", timeout=WAIT)
     page.click("#go-on")
-    page.wait_for_selector("#set:has-text('text column What happened; label column Category')")
+    page.wait_for_selector("#set:has-text('text column What happened; label column Category')", timeout=WAIT)
     assert not page.is_visible("summary:has-text('images')") and "register-2.csv" in page.inner_text("#same")
     assert len(page.said) == 1 and "400" in page.said[0], "the workbook was refused"
 
