@@ -128,6 +128,9 @@ NOTES = (
     "Since then on purpose: the places that a micro-batch reads are a tensor of the layout, some KiB in every plan; plans write "
     "less, since random states are kept only by models that draw; certificates have what was incomplete and the modules of a "
     "server. No byte of an adapter, a merge or an export changed.",
+    "Since then on purpose: report.json has the base's note, and a share is better or worse only if the exact test shows it too "
+    "(4 rows lost and none won show nothing); TF-IDF is Lorakeet's own, equal but for the last digits; an adapter in GGUF notes "
+    "where the text part of its model is. No byte of another adapter, of a merge or of an export changed.",
 )
 DROPPED = {"created", "speed", "memory", "Versions", "Machine", "Kernels"}  # keys of report and certificate: time, machine
 MEASURED = {"flops_per_second", "bytes_per_second", "seconds_at_least", "tokens_per_second_at_most", "training_seconds_at_least"}
