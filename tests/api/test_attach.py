@@ -81,6 +81,15 @@ def test_pairs_on_dense_weights_of_their_dtype_have_torchs_own_gradients() -> No
     assert "LowRankLinearBackward" in graph_of(half, x.bfloat16()), "A and B are in fp32"
 
 
+def test_thawed_weights_have_no_gradient_whatever_the_number_of_tokens() -> None:
+    net = small_net()
+    lk.attach(net, lk.Lora(rank=2, target_modules=("0",)))
+    net[0].original.bias.requires_grad_(True)
+    for tokens in (5, 200):
+        net(torch.randn(tokens, 8)).sum().backward()
+        assert net[0].original.bias.grad is None and net[0].adapters["default"].A.grad is not None
+
+
 def test_dropout_and_the_bare_base_are_kept() -> None:
     net, x = small_net(), torch.ones(6, 8)
     before = net(x)

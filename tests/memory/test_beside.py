@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import os
+import select
+import signal
 import threading
 import time
 from collections.abc import Callable
@@ -69,6 +71,28 @@ def test_what_fails_there_is_computed_here_and_raises_here(two_cores: None) -> N
         assert found_by(only_here) == 7
         with pytest.raises(ValueError, match="said once"):
             found_by(nowhere)
+
+
+def test_a_killed_process_leaves_none_behind(two_cores: None) -> None:
+    """Its value is larger than a pipe's buffer: the other process would write it for ever."""
+    reading, writing = os.pipe()
+    pid = os.fork()
+    if pid == 0:
+        with forks_allowed(), computed_beside(lambda: bytes(1 << 20)):
+            os.kill(os.getpid(), signal.SIGKILL)
+    os.close(writing)
+    os.waitpid(pid, 0)
+    assert select.select([reading], [], [], 30)[0] and os.read(reading, 1) == b"", "no process has the pipe open any more"
+    os.close(reading)
+
+
+def test_where_no_process_can_be_made_it_is_computed_here(two_cores: None, monkeypatch: pytest.MonkeyPatch) -> None:
+    def refused() -> int:
+        raise BlockingIOError
+
+    monkeypatch.setattr(os, "fork", refused)
+    with forks_allowed():
+        assert found_by() == os.getpid()
 
 
 def test_leaving_the_context_ends_the_other_process(two_cores: None) -> None:

@@ -46,15 +46,25 @@ def computed_beside(compute: Callable[[], Value]) -> Iterator[Callable[[], Value
         yield compute
         return
     reading, writing = os.pipe()
-    pid = os.fork()
+    try:
+        pid = os.fork()
+    except OSError:  # no more processes are allowed
+        os.close(reading)
+        os.close(writing)
+        yield compute
+        return
     if pid == 0:
+        os.close(reading)  # else it would write for ever once this process is gone
         _compute_there(compute, writing)
     os.close(writing)
     with os.fdopen(reading, "rb") as pipe:
 
         def wait() -> Value:
             data = pipe.read()
-            found: tuple[Value] = pickle.loads(data) if data else (compute(),)
+            try:
+                found: tuple[Value] = pickle.loads(data)
+            except (EOFError, pickle.UnpicklingError):  # nothing, or what a killed process had written
+                return compute()
             return found[0]
 
         try:

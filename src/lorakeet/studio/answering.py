@@ -82,6 +82,8 @@ def _mended(job: Job) -> dict[str, str]:
 def _advised(message: str, flag: str) -> str:
     """The value that a message writes behind a flag, as for a shell; empty without one."""
     rest = message.partition(f"{flag} ")[2]
-    if rest.startswith("'"):
-        return rest[1:].partition("'")[0]
+    if rest.startswith(("'", '"')):
+        return rest[1:].partition(rest[0])[0]
+    if rest.startswith("to the "):  # a sentence, and no value
+        return ""
     return rest.split()[0].rstrip(".,;:") if rest.split() else ""

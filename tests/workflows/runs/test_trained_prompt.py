@@ -28,9 +28,11 @@ def test_a_text_that_stands_in_its_template_is_left_as_it_is() -> None:
     for text in ("Review: fine\nGood?", "Review: \nGood?"):
         assert trained_prompt(text, spec, LABELS) == text
     assert trained_prompt("Review: fine", spec, LABELS) == "Review: Review: fine\nGood?"
-    two = DataSpec(train="x", template="{drug}: {text}!")
-    assert trained_prompt("A: fine!", two, LABELS) == "A: fine!", "whatever columns the template has"
+    two = DataSpec(train="x", template="On {drug}: {text}!")
+    assert trained_prompt("On A: fine!", two, LABELS) == "On A: fine!", "whatever columns the template has"
     assert trained_prompt("a&amp;b", DataSpec(train="x", html_unescape=True), LABELS) == "a&b", "no template is none to stand in"
+    signs = DataSpec(train="x", template="{text}?")
+    assert trained_prompt("Is it good?", signs, LABELS) == "Is it good??", "as the rows of the training"
 
 
 def test_settings_of_prompts_have_labels_and_template_or_neither(tmp_path: Path) -> None:

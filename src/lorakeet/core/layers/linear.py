@@ -126,10 +126,11 @@ class AdaptedLayer(Replacement):
 class LoraLinear(AdaptedLayer):
     """nn.Linear, GPT-2's Conv1D or a quantised linear layer, seen through a FrozenBase."""
 
+    by_torch = False  # whether few tokens may use torch's own gradients, on a dense weight of their dtype (api/attach)
+
     def __init__(self, original: nn.Module, base: FrozenBase) -> None:
         super().__init__(original)
         self.base = base
-        self.by_torch = False  # whether few tokens may use torch's own gradients, on a dense weight of their dtype (api/attach)
         self._alone = SharedInput()
 
     @property
@@ -156,6 +157,8 @@ class LoraLinear(AdaptedLayer):
         """Whether x has few tokens, and x, the frozen weight, A and B are dense, of one dtype and on the CPU."""
         if x.numel() > FEW_TOKENS * x.shape[-1]:
             return False
+        if self.weight.requires_grad or (self.bias is not None and self.bias.requires_grad):
+            return False  # frozen for LowRankLinear, whatever the number of tokens
         dtypes = {x.dtype, self.weight.dtype, pair.A.dtype, pair.B.dtype, self.products or x.dtype}
         dense = type(self.base) is DenseBase and type(pair) is LoraPair and pair.bias is None
         return dense and len(dtypes) == 1 and x.is_cpu and not torch.is_autocast_enabled("cpu")

@@ -59,8 +59,9 @@ def unlabelled(data: DataSpec) -> DataSpec:
 
 
 def _stands_in(template: str, text: str) -> bool:
-    """True for a text that begins and ends as the filled template does; never for a template that adds nothing."""
+    """True for a text that begins and ends as the filled template does; never for a template that adds signs alone."""
     fields = template_fields(template)
     before, *_, after = fill_template(template, dict.fromkeys(fields, "\0"), fields[0])[0].split("\0")
-    added = len(before) + len(after)
-    return 0 < added <= len(text) and text.startswith(before) and text.endswith(after)
+    if not any(map(str.isalnum, before + after)):  # many a text ends in a point or a question mark by itself
+        return False
+    return len(before) + len(after) <= len(text) and text.startswith(before) and text.endswith(after)
