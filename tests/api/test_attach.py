@@ -90,6 +90,19 @@ def test_thawed_weights_have_no_gradient_whatever_the_number_of_tokens() -> None
         assert net[0].original.bias.grad is None and net[0].adapters["default"].A.grad is not None
 
 
+@pytest.mark.parametrize("tokens", [5, 200])
+def test_a_trainers_autocast_changes_nothing_of_a_layer(tokens: int) -> None:
+    net, x = nn.Sequential(nn.Linear(8, 16)), torch.randn(tokens, 8)
+    lk.attach(net, lk.Lora(rank=2, target_modules=("0",)))
+    torch.nn.init.normal_(net[0].adapters["default"].B)
+    expected = net(x)
+    with torch.autocast("cpu", torch.bfloat16):
+        found = net(x)
+    torch.testing.assert_close(found, expected, rtol=1e-5, atol=1e-6)
+    found.sum().backward()
+    assert net[0].adapters["default"].A.grad is not None
+
+
 def test_dropout_and_the_bare_base_are_kept() -> None:
     net, x = small_net(), torch.ones(6, 8)
     before = net(x)

@@ -7,6 +7,7 @@
 
 from __future__ import annotations
 
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any, cast
 
 import torch
@@ -96,8 +97,14 @@ def low_rank_linear(
     A, B, scale = pair
     flat = x.reshape(-1, x.shape[-1])
     dropped = nn.functional.dropout(flat, dropout) if dropout > 0 else None
-    y: Tensor = LowRankLinear.apply(flat, dropped, A, B, scale, base, bias, products or x.dtype)  # type: ignore[no-untyped-call]
+    with _as_given(x):
+        y: Tensor = LowRankLinear.apply(flat, dropped, A, B, scale, base, bias, products or x.dtype)  # type: ignore[no-untyped-call]
     return y.view(*x.shape[:-1], y.shape[-1])
+
+
+def _as_given(x: Tensor) -> AbstractContextManager[object]:
+    """A context without a trainer's autocast on the CPU, which would change the dtype of some products alone."""
+    return torch.autocast("cpu", enabled=False) if x.is_cpu and torch.is_autocast_enabled("cpu") else nullcontext()
 
 
 def low_rank_by_torch(
