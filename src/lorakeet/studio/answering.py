@@ -11,6 +11,7 @@ from lorakeet.errors import ConfigError
 from lorakeet.studio.forms import FormField, run_fields, settings_of
 from lorakeet.studio.jobs import Job, Queue
 from lorakeet.studio.places import NotHere, Places, regular_within
+from lorakeet.studio.remedies import advised_value
 from lorakeet.studio.taking import jobs_of, out_of
 
 VERB = "predict"
@@ -80,10 +81,6 @@ def _mended(job: Job) -> dict[str, str]:
 
 
 def _advised(message: str, flag: str) -> str:
-    """The value that a message writes behind a flag, as for a shell; empty without one."""
+    """The value that a message writes behind a flag; empty without one, and where a sentence goes on there."""
     rest = message.partition(f"{flag} ")[2]
-    if rest.startswith(("'", '"')):
-        return rest[1:].partition(rest[0])[0]
-    if rest.startswith("to the "):  # a sentence, and no value
-        return ""
-    return rest.split()[0].rstrip(".,;:") if rest.split() else ""
+    return "" if rest.startswith("to the ") else advised_value(rest)

@@ -30,6 +30,8 @@ from lorakeet.workflows.finetuning.kind import Advice, PlanResult
 from lorakeet.workflows.finetuning.text import TextPlanResult
 from lorakeet.workflows.options import PlanOptions
 from lorakeet.workflows.plan import plan
+from lorakeet.workflows.planning.forecast_text_run import CERTIFY, LOAD, SCORE
+from lorakeet.workflows.planning.rehearse_text import BEGIN, CHECKPOINT, EVALUATE, FINAL, STEP
 
 WORDS = {
     "base": "the model",
@@ -66,15 +68,15 @@ def import_code(settings: Mapping[str, str]) -> None:
 
 
 _PHASES = {
-    "load": "while the model is read",
+    LOAD: "while the model is read",
     "unpack": "while the model is unpacked",
-    "begin pairs": "while the adapter is made",
-    "measure ranks": "while ranks are measured",
-    "evaluate": "while held-out rows are measured",
-    "train step": "in a step of the training",
-    "checkpoint": "while a checkpoint is written",
-    "final eval": "while the result is measured",
-    "certify": "while the result is proved",
+    BEGIN: "while the adapter is made",
+    SCORE: "while ranks are measured",
+    EVALUATE: "while held-out rows are measured",
+    STEP: "in a step of the training",
+    CHECKPOINT: "while a checkpoint is written",
+    FINAL: "while the result is measured",
+    CERTIFY: "while the result is proved",
 }  # as a page says it
 BEFORE = (keep_configuration, import_code)  # called by the workbench before it forks
 

@@ -23,7 +23,7 @@ def remedies_of(message: str) -> list[Remedies]:
     labels = {field.path: field.label for field in run_fields()}
     found: dict[str, Remedies] = {}
     for advice in _ADVICE.finditer(message):
-        path, value = advice[1], _value(message[advice.end() :])
+        path, value = advice[1], advised_value(message[advice.end() :])
         if path in labels and value and path not in found and _accepted(path, value):
             found[path] = one_click({path: value}, f"Set {labels[path]} to {value if value.isprintable() else repr(value)}")
     return list(found.values())
@@ -49,7 +49,7 @@ def remedies_together(remedies: Sequence[Remedy]) -> list[Remedies]:
     return [one_click({one.setting: one.value for one in remedies}, f"All together: {words}"), *each]
 
 
-def _value(rest: str) -> str:
+def advised_value(rest: str) -> str:
     """The value at the beginning of `rest`: a quoted text, or a word without the sentence's signs."""
     if rest[:1] in ("'", '"'):
         for end in (place.end() for place in re.finditer(re.escape(rest[0]), rest[1:])):
@@ -58,7 +58,7 @@ def _value(rest: str) -> str:
             except (ValueError, SyntaxError):
                 continue
         return ""
-    return rest.partition(" ")[0].rstrip(".,;:)")
+    return rest.partition(" ")[0].partition("\n")[0].rstrip(".,;:)")
 
 
 def _accepted(path: str, value: str) -> bool:

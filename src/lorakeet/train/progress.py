@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass
 from functools import partial
 
@@ -147,6 +147,16 @@ def with_calls(reporter: Reporter, on_step: OnRecord | None, on_held_out: OnReco
 def reporter_for(console: Console, *, words: Words = TEXT) -> Reporter:
     """A bar in a terminal, lines elsewhere."""
     return Bar(console, words) if console.is_terminal else Lines(console, words)
+
+
+# A context for work of so many rows, which yields a function to report how many more are done.
+Count = Callable[[str, int], AbstractContextManager[Callable[[int], None]]]
+
+
+@contextmanager
+def uncounted(what: str, total: int) -> Iterator[Callable[[int], None]]:
+    """A `Count` that reports nothing."""
+    yield lambda _: None
 
 
 @contextmanager

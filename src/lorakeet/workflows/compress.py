@@ -8,7 +8,7 @@ from __future__ import annotations
 import math
 import re
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager, nullcontext
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
@@ -53,7 +53,7 @@ from lorakeet.ranks import resize
 from lorakeet.ranks.allocate import pair_parameters, rank_pattern
 from lorakeet.train.durable import new_folder
 from lorakeet.train.preference_spec import SFT
-from lorakeet.train.progress import counted
+from lorakeet.train.progress import counted, uncounted
 from lorakeet.train.run import RunFolder
 from lorakeet.train.text.task import TextTask
 from lorakeet.workflows.finetuning.evaluate_text import TextEvaluator
@@ -73,6 +73,7 @@ SHARES = (0.75, 0.5, 0.375, 0.25, 0.1875, 0.125, 0.0625, 0.03125)  # of the pair
 COPIES = 6 + sum(SHARES)  # of the adapter: as read, its spectra, every cut, that of --to, one in the model, one from disk
 CUT = "cut"  # the name of a cut adapter in the model while it is measured
 FULL = "uncut adapter"
+_WEIGHS = "training rows weigh the pairs"
 CHOSEN_HERE = "There are no test rows: the size was chosen on the same held-out rows that it is evaluated on."
 
 
@@ -235,8 +236,8 @@ def _moments(
     task = TextTask(text.with_every_token(), rows, held_out=(), spec=spec, name=name)
     batches = [batch for batch in micro_batches(rows, spec.micro_tokens, padded=text.pads) if batch.targets]
     total = sum(len(batch.lengths) for batch in batches)
-    counting = nullcontext(lambda count: None) if console is None else counted(console, "training rows weigh the pairs", total)
-    with resize.collect_moments(text.model, name) as moments, torch.random.fork_rng(devices=[]), counting as advance:
+    count = uncounted if console is None else partial(counted, console)
+    with resize.collect_moments(text.model, name) as moments, torch.random.fork_rng(devices=[]), count(_WEIGHS, total) as advance:
         for batch in batches:
             task.gradients([batch], 1)
             advance(len(batch.lengths))

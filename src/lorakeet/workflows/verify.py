@@ -42,7 +42,7 @@ from lorakeet.models.text.from_config import config_of, local_files, model_from_
 from lorakeet.serve.probe import FACT, record
 from lorakeet.train.checkpoint import Damaged, load_checkpoint
 from lorakeet.train.checkpoint import found as found_checkpoints
-from lorakeet.train.progress import counted
+from lorakeet.train.progress import Count, counted
 from lorakeet.workflows.finetuning.evaluate_text import sampled_texts
 from lorakeet.workflows.finetuning.stacked import with_earlier
 from lorakeet.workflows.finetuning.terminal import show_certificate
@@ -64,7 +64,6 @@ from lorakeet.workflows.runs.output_paths import writing
 from lorakeet.workflows.runs.residency import peak_said, temporary_stores
 from lorakeet.workflows.verification.artefact import Artefact, InTorch, Messages, is_there, live_side, open_artefact
 from lorakeet.workflows.verification.checks import (
-    Count,
     Probes,
     ask_all,
     check_greedy,

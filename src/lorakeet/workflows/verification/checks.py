@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import math
 from collections.abc import Callable, Hashable, Iterator, Mapping, Sequence
-from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, TypeVar
@@ -23,20 +22,13 @@ from lorakeet.exporting.merged_tensors import StoredTensor
 from lorakeet.exporting.tolerances import Allowed
 from lorakeet.memory.spill import Spill
 from lorakeet.models.generate.sample import end_ids
+from lorakeet.train.progress import Count, uncounted
 from lorakeet.workflows.planning.check import GREEDY_TOKENS, distinguishing_endings
 from lorakeet.workflows.runs.open_adapter import Opened
 from lorakeet.workflows.verification.artefact import Artefact, InTorch, Messages
 
-# A context for work of so many rows, which yields a function to report how many more are done (train/progress.counted).
-Count = Callable[[str, int], AbstractContextManager[Callable[[int], None]]]
 _SWALLOWED = 1.5  # rounding so many times larger than the change, and no larger than it has to be, is no mistake
 _SIGMA = 5  # of what rounding alone explains
-
-
-@contextmanager
-def uncounted(what: str, total: int) -> Iterator[Callable[[int], None]]:
-    """A `Count` that reports nothing."""
-    yield lambda _: None
 
 
 @dataclass(frozen=True)

@@ -23,9 +23,10 @@ from lorakeet.evaluate.certificate import Check, Unchecked
 from lorakeet.evaluate.intervals import Floats, share, share_beyond
 from lorakeet.evaluate.spec import EvaluateSpec
 from lorakeet.exporting.tolerances import Q8, Allowed
+from lorakeet.train.progress import Count, uncounted
 from lorakeet.workflows.planning.check import distinguishing_endings
 from lorakeet.workflows.verification.artefact import Artefact, InTorch
-from lorakeet.workflows.verification.checks import Count, Probes, named_check, scores_of_labels, uncounted
+from lorakeet.workflows.verification.checks import Probes, named_check, scores_of_labels
 
 ALARM = 0.01  # of the checks of right artefacts, the most that the number of different answers fails
 ALIKE = 0.05  # of the checks of random answers, the most that pass
