@@ -219,11 +219,11 @@ def adapter_and_data(given: AnyAdapter) -> tuple[Adapter | None, DataSpec]:
     if isinstance(given, (str, Path)):
         path = Path(given)
         run = RunFolder.around(path)
-        return _read(path, _stamp(path)), data if run is None else prompt_settings(read_run(run.config).data, run.split)
+        return _read(path, _stamp(path)), data if run is None else prompt_settings(read_run(run.config).data, run)
     if not isinstance(getattr(given, "adapter", None), Adapter):
         kind = type(given).__name__
         raise ConfigError(f"adapter is {given!r:.80} ({kind}); expected a run, an adapter, its path, or None for the base.")
-    return given.adapter, prompt_settings(given.config.data, given.folder.split)
+    return given.adapter, prompt_settings(given.config.data, given.folder)
 
 
 @lru_cache(maxsize=32)

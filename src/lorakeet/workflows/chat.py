@@ -86,7 +86,7 @@ def _opened(options: ChatOptions, console: Console) -> tuple[Speaker, str, str |
             if settings[name].kind != "text":
                 kind = settings[name].kind
                 raise ConfigError(f"{path} is a run of kind {kind}; chat is for text. Draw with lorakeet generate.")
-            data[name] = prompt_settings(settings[name].data, run.split)
+            data[name] = prompt_settings(settings[name].data, run)
             data[name] = unlabelled(data[name]) if options.plain else data[name]
         adapters[name] = read_adapter(path, say=console.print)
     spec = _base(options, model, adapters, settings)

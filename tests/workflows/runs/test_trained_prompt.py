@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -36,10 +37,19 @@ def test_a_text_that_stands_in_its_template_is_left_as_it_is() -> None:
 
 
 def test_settings_of_prompts_have_labels_and_template_or_neither(tmp_path: Path) -> None:
-    spec, split = DataSpec(train="x", labels=("old", "older"), template="{text}!"), tmp_path / "split.json"
-    assert (prompt_settings(spec, split).labels, prompt_settings(spec, split).template) == ((), "{text}")
-    put_text(split, to_text({"format": SPLIT_FORMAT, "held_out": [], "labels": ["a", "b"]}))
-    assert (prompt_settings(spec, split).labels, prompt_settings(spec, split).template) == (("a", "b"), "{text}!")
+    """The labels of the split; without that file those of the settings, for chat, Python, the studio and `predict` alike."""
+    spec, run = DataSpec(train="x", labels=("old", "older"), template="{text}!"), RunFolder(tmp_path)
+
+    def found(run: RunFolder | None = run, spec: DataSpec = spec) -> tuple[tuple[str, ...], str]:
+        settings = prompt_settings(spec, run)
+        assert settings.labels == trained_labels(run, spec)
+        return settings.labels, settings.template
+
+    assert found() == found(None) == (("old", "older"), "{text}!") and found(spec=replace(spec, labels=())) == ((), "{text}")
+    put_text(run.split, to_text({"format": SPLIT_FORMAT, "held_out": [], "labels": ["a", "b"]}))
+    assert found() == (("a", "b"), "{text}!")
+    put_text(run.split, to_text({"format": SPLIT_FORMAT, "held_out": []}))
+    assert found() == ((), "{text}"), "rows of prompts"
 
 
 def test_what_no_row_could_be_is_refused() -> None:

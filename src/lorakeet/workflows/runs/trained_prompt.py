@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import replace
-from pathlib import Path
 
 from lorakeet.data.predicted.unlabelled import row_shaper
 from lorakeet.data.spec import DataSpec, fill_template, template_fields
@@ -17,13 +16,10 @@ _TYPED = "the message"
 
 
 def trained_labels(run: RunFolder | None, data: DataSpec) -> tuple[str, ...]:
-    """The labels of a run, in the order of its report; of a bare adapter those of its settings. Empty for prompts."""
-    return data.labels if run is None or not run.split.is_file() else recorded_labels(run.split)
-
-
-def recorded_labels(split: Path) -> tuple[str, ...]:
-    """The labels in a run's split.json; empty where there is no such file, and for prompts."""
-    known = read_split_record(split).get("labels") if split.is_file() else None
+    """The labels of a run, in the order of its report: of its split.json, else of its settings. Empty for prompts."""
+    if run is None or not run.split.is_file():
+        return data.labels
+    known = read_split_record(run.split).get("labels")
     return tuple(map(str, known)) if isinstance(known, list) else ()
 
 
@@ -47,9 +43,9 @@ def trained_prompt(text: str, data: DataSpec, labels: Sequence[str]) -> str:
     return next(turn.text for turn in row.turns if turn.role == "user")
 
 
-def prompt_settings(data: DataSpec, split: Path) -> DataSpec:
-    """The settings by which a run writes prompts: with the labels in split.json; without labels no template either."""
-    labels = recorded_labels(split)
+def prompt_settings(data: DataSpec, run: RunFolder | None) -> DataSpec:
+    """The settings by which a run writes prompts: with its labels (`trained_labels`); without labels no template either."""
+    labels = trained_labels(run, data)
     return replace(data, labels=labels) if labels else unlabelled(data)
 
 
