@@ -5,6 +5,7 @@ Without Chromium these are skipped, or fail where the environment has LORAKEET_B
 
 from __future__ import annotations
 
+import errno
 import fcntl
 import json
 import os
@@ -31,6 +32,7 @@ from lorakeet.evaluate.compare import compare_values
 from lorakeet.evaluate.report.report import Report, ScoredAnswer, SideBySide, write_report
 from lorakeet.evaluate.spec import EvaluateSpec
 from lorakeet.evaluate.verdict import verdict_of
+from lorakeet.studio import jobs
 from lorakeet.studio.app import SCREENS, make_studio
 from lorakeet.studio.jobs import Starter
 from lorakeet.studio.pages import Studio
@@ -42,7 +44,7 @@ from tiny.runs import QUICK, reviews, write_rows
 pytestmark = pytest.mark.slow
 HOSTILE = "<img src=x onerror=\"document.title='taken'\"><script>document.title='taken'</script>"
 WAIT = 90_000  # milliseconds
-WIDE, NARROW = {"width": 1400, "height": 900}, {"width": 360, "height": 740}
+WIDE, NARROW, FULL = {"width": 1400, "height": 900}, {"width": 360, "height": 740}, {"width": 3840, "height": 2160}
 
 
 @pytest.fixture(scope="module")
@@ -247,7 +249,7 @@ def answer_rows(page: Any, folder: Path) -> None:
     mine.write_text("ward;text\nA;alder birch\nB;\n")
     page.set_input_files("#upload", str(mine))
     page.click("#answer-it")
-    page.click("button:has-text('Answer them with delimiter ;')", timeout=WAIT)
+    page.dblclick("button:has-text('Answer them with separator ;')", timeout=WAIT)
     page.wait_for_selector(".taken a:has-text('Save new-answered.csv')", timeout=WAIT)
     assert "1 of 2 rows answered" in page.inner_text(".taken >> nth=0")
     with page.expect_download() as saving:
@@ -255,6 +257,11 @@ def answer_rows(page: Any, folder: Path) -> None:
     head, first, _ = Path(saving.value.path()).read_text().splitlines()
     assert saving.value.suggested_filename == "new-answered.csv" and head.startswith("ward;text;label;label_probability")
     assert re.match(r"A;alder birch;\w+;0\.\d+;", first) and serious(page) == []
+    answered = page.locator(".taken:has-text('Rows answered')")
+    assert answered.count() == 2, "a double click starts one job"
+    page.click(".taken summary:has-text('Delete …')")
+    page.click(".taken button:has-text('Delete for good')")
+    until(lambda: answered.count() == 1)  # the one that failed
 
 
 def export_and_verify(page: Any) -> None:
@@ -333,6 +340,30 @@ def test_a_mended_file_of_the_same_name_is_read_again(browser: Any, studio: Stud
     assert len(page.said) == 1 and "400" in page.said[0], "the workbook was refused"
 
 
+def test_a_full_disk_is_said_where_a_run_was_to_start(
+    browser: Any, studio: Studio, address: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """With space again the same click starts it."""
+    full = [True]
+    written = jobs.write_new
+
+    def refused(path: Path, data: bytes) -> None:
+        if full[0]:
+            raise OSError(errno.ENOSPC, "No space left on device", str(path))
+        written(path, data)
+
+    monkeypatch.setattr(jobs, "write_new", refused)
+    page = opened(browser, address)
+    page.click("button:has-text('Start the quickstart')")
+    page.wait_for_selector("main:has-text('No space left on device')")
+    assert "Free some space" in page.inner_text("main") and studio.queue.jobs() == []
+    full[0] = False
+    page.go_back()
+    page.click("button:has-text('Start the quickstart')")
+    page.wait_for_selector("#said[data-state='waiting']")
+    assert len(studio.queue.jobs()) == 1
+
+
 def test_a_run_that_vanishes_is_said(browser: Any, studio: Studio, address: str) -> None:
     folder = made_run(studio, "mine")
     with (folder / ".lock").open("w") as lock:
@@ -393,7 +424,7 @@ def test_the_keyboard_alone_gets_to_a_comparison(browser: Any, studio: Studio, a
 
 @pytest.mark.parametrize("scheme", ["light", "dark"])
 def test_each_screen_fits_and_can_be_read_by_all(browser: Any, studio: Studio, address: str, scheme: str) -> None:
-    """No screen is wider than a phone; axe-core finds nothing serious."""
+    """No screen is wider than a phone or a display of 4K; axe-core finds nothing serious."""
     made_run(studio, "a")
     made_run(studio, "b", right=2)
     more = ["/result/a", "/run/a", "/runs/overlay?name=a&name=b", "/runs/compare?name=a&name=b"]
@@ -401,7 +432,9 @@ def test_each_screen_fits_and_can_be_read_by_all(browser: Any, studio: Studio, a
     for path in [*(screen.path for screen in SCREENS), *more]:
         page.goto(address.partition("/?")[0] + path)
         page.wait_for_selector("#curve svg, #curves svg, h1")
-        assert page.evaluate("document.documentElement.scrollWidth") <= NARROW["width"], f"{path} is wider than a phone"
+        for size in (FULL, NARROW):
+            page.set_viewport_size(size)
+            assert page.evaluate("document.documentElement.scrollWidth") <= size["width"], f"{path} is wider than {size}"
         assert serious(page) == [], path
     assert page.said == []
     if not axe_core():

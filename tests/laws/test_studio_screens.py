@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import fcntl
 import json
 from collections.abc import Iterator
 from pathlib import Path
@@ -14,9 +15,11 @@ pytest.importorskip("starlette", reason="starlette, of the extra lorakeet[studio
 pytest.importorskip("uvicorn", reason="uvicorn, of the extra lorakeet[studio], serves the pages")
 
 from lorakeet.studio.app import make_studio
+from lorakeet.studio.drawing import STRENGTHS
 from lorakeet.studio.pages import Studio
 from lorakeet.studio.places import Places
 from tiny.browser import chromium, serious, studio_here
+from tiny.pictures import album
 from tiny.runs import chats, run, write_rows
 
 pytestmark = pytest.mark.slow
@@ -82,7 +85,7 @@ def test_rows_are_shown_as_text_with_what_is_trained(page: Any, tmp_path: Path, 
     page.wait_for_selector("#lengths:not([hidden])", timeout=WAIT)
     page.wait_for_selector("#busy", state="hidden", timeout=WAIT)
     assert "answer" in page.inner_text("#seen-rows mark >> nth=0") and HOSTILE in page.inner_text("#records")
-    assert page.locator("#histogram .cut").count() == 1 and "longer than data.max_tokens, 256" in page.inner_text("#lengths-says")
+    assert page.locator("#histogram .cut").count() == 1 and "longer than the limit of 256" in page.inner_text("#lengths-says")
     assert "rows.jsonl:32" in page.inner_text("#pairs") and "rows.jsonl:1" in page.inner_text("#pairs")
     assert page.title() != "taken" and not page.query_selector("main img") and page.said == [] and serious(page) == []
     page.click("#columns-part summary")
@@ -104,6 +107,51 @@ def test_a_run_is_merged_and_its_certificate_shown(page: Any, studio: Studio, tm
     assert "Certificate: Passed" in page.inner_text(".taken") and "lorakeet verify" in page.inner_text(".taken")
     assert json.loads((studio.places.runs / "mine-merged" / "certificate.json").read_bytes())["passed"]
     page.wait_for_selector("#missing-merge:has-text('exists already')", timeout=WAIT)
+    assert page.said == [] and serious(page) == []
+
+
+def test_pictures_are_shown_before_during_and_after_a_training(page: Any, studio: Studio, tmp_path: Path) -> None:
+    """Captions, sizes and copies on Data; samples as they come; and a slider between strengths in Try."""
+    folder = album(tmp_path / "album", 8)
+    (folder / "copy.png").write_bytes(sorted(folder.glob("*.png"))[0].read_bytes())
+    (folder / "copy.txt").write_text("a copy")
+    small = {"images.resolution": "64", "images.smallest": "8", "data.held_out_fraction": "0.4"}
+    page.at("/data", kind="image", **{"data.train": str(folder), **small})
+    page.wait_for_selector("#album:not([hidden])", timeout=WAIT)
+    assert page.locator("#album-grid figure").count() == 8 and "trained as" in page.inner_text("#album-grid")
+    assert "copy.png" in page.inner_text("#leaks") + page.inner_text("#notes"), page.inner_text("main")
+    assert page.locator("#labels tr").count() and serious(page) == []
+    run = studio.places.runs / "drawing"
+    (run / "adapter").mkdir(parents=True)
+    (run / "config.yaml").write_text("model: m\ndata: r\nkind: image\n")
+    (run / "metrics.jsonl").write_text('{"step": 1, "loss": 1.0}\n')
+    picture = sorted(folder.glob("*.png"))[0].read_bytes()
+    with (run / ".lock").open("w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)  # as while it trains
+        page.at("/run/drawing")
+        page.wait_for_selector("#said[data-state='running']")
+        assert page.is_hidden("#samples")
+        (run / "progress" / "step-1").mkdir(parents=True)
+        (run / "progress" / "step-1" / "0.png").write_bytes(picture)
+        page.wait_for_selector("#samples img")
+        assert page.eval_on_selector("#samples img", "image => image.decode().then(() => image.naturalWidth)") > 0
+    page.at("/try/pictures/drawing")
+    page.fill("#prompt", "a red box")
+    page.dblclick("button:has-text('Draw')")
+    page.wait_for_selector("[data-reload]")
+    [job] = studio.queue.jobs()
+    out = Path(job.words[job.words.index("--out") + 1])
+    out.mkdir(parents=True)
+    mixes = [{"it": strength} if strength else {} for strength in STRENGTHS]
+    (out / "pictures.json").write_text(json.dumps([{"file": f"{n}.png", "mix": mix} for n, mix in enumerate(mixes)]))
+    for n in range(len(mixes)):
+        (out / f"{n}.png").write_bytes(picture)
+    for name, text in (("alive", ""), ("code", "0")):
+        (job.folder / name).write_text(text)
+    page.wait_for_selector("#caption:has-text('adapter × 1')", timeout=WAIT)
+    page.focus("#strength")
+    page.keyboard.press("ArrowRight")
+    assert page.inner_text("#caption") == "adapter × 1.25" and page.get_attribute("#chosen", "src").endswith("/5.png")
     assert page.said == [] and serious(page) == []
 
 

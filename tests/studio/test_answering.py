@@ -3,12 +3,22 @@
 from __future__ import annotations
 
 from pathlib import Path
+from zipfile import ZipFile
 
 import pytest
 
 from lorakeet.cli.flags import SettingsCommand, option_flags
 from lorakeet.errors import ConfigError
-from lorakeet.studio.answering import HOW, ROWS, add_answers, answer_fields, answer_values, written_file
+from lorakeet.studio import jobs, taking
+from lorakeet.studio.answering import (
+    HOW,
+    ROWS,
+    add_answers,
+    answer_fields,
+    answer_values,
+    forget_answers,
+    written_file,
+)  # fmt: skip
 from lorakeet.studio.jobs import Job
 from lorakeet.studio.pages import Studio
 from lorakeet.studio.places import NotHere
@@ -37,6 +47,11 @@ def over(job: Job, code: int, log: str) -> Job:
     return job
 
 
+def shown(job: Job) -> tuple[object, object, object]:
+    found = answer_values(job)
+    return found["saves"], found["counted"], found["again"]
+
+
 def test_the_words_are_the_commands_and_mean_its_options(studio: Studio, run: Path, rows: Path) -> None:
     form = {ROWS: str(rows), "data.encoding": "utf-8", "data.delimiter": "", "data.text_column": "-what", "data.format": "x"}
     job = add_answers(studio.places, studio.queue, "mine", form)
@@ -53,8 +68,21 @@ def test_the_words_are_the_commands_and_mean_its_options(studio: Studio, run: Pa
     ("name", "out"), [("a.b.jsonl", "a-answered.jsonl"), ("a.tsv", "a-answered.tsv"), ("a.zip", "a-answered.csv")]
 )
 def test_the_file_is_of_the_kind_of_the_rows_where_it_can(studio: Studio, run: Path, tmp_path: Path, name: str, out: str) -> None:
+    path = tmp_path / "models" / name
+    if path.suffix == ".zip":
+        with ZipFile(path, "w") as archive:
+            archive.writestr("a.csv", "text\n")
+    else:
+        path.write_text("text\n")
     job = add_answers(studio.places, studio.queue, "mine", {ROWS: str(tmp_path / "models" / name)})
     assert job.words[-1] == f"{job.folder}/{out}"
+
+
+def test_the_file_of_a_long_name_has_a_name_that_a_disk_takes(studio: Studio, run: Path, tmp_path: Path) -> None:
+    rows = tmp_path / "models" / f"{'長' * 82}.csv"
+    rows.write_text("text\n")
+    job = add_answers(studio.places, studio.queue, "mine", {ROWS: str(rows)})
+    Path(job.words[-1]).write_text("answered")
 
 
 def test_what_cannot_be_answered_is_refused(studio: Studio, run: Path) -> None:
@@ -70,7 +98,8 @@ def test_what_cannot_be_answered_is_refused(studio: Studio, run: Path) -> None:
 def test_the_form_shows_how_the_training_was_read(run: Path) -> None:
     fields = {field.path: field for field in answer_fields(run)}
     assert list(fields) == [ROWS, *HOW] and fields[ROWS].required
-    assert [fields[path].default for path in HOW] == ["What happened", "cp1252", "none"]
+    assert [fields[path].default for path in HOW] == ["What happened", "cp1252", "a comma, or a tab in .tsv files"]
+    assert fields["data.encoding"].help.endswith("Left empty, it is as in the training: cp1252.")
 
 
 def test_only_what_is_done_can_be_saved(studio: Studio, run: Path, rows: Path, tmp_path: Path) -> None:
@@ -78,25 +107,25 @@ def test_only_what_is_done_can_be_saved(studio: Studio, run: Path, rows: Path, t
     out = Path(job.words[-1])
     out.write_text("answered")
     with pytest.raises(NotHere):
-        written_file(studio.queue, run, job.name)
-    assert answer_values(job) == {"saves": "", "counted": "", "again": {}}
+        written_file(studio.places, studio.queue, "mine", job.name)
+    assert shown(job) == ("", "", {})
     over(job, 0, f"Reads the rows\n20 of 20 rows answered; 2 marked for review: {out}\nA library says good-bye.\n")
-    assert written_file(studio.queue, run, job.name) == out
+    assert written_file(studio.places, studio.queue, "mine", job.name) == out
     counted = "20 of 20 rows answered; 2 marked for review"
-    assert answer_values(job) == {"saves": "December notes-answered.csv", "counted": counted, "again": {}}
+    assert shown(job) == ("December notes-answered.csv", counted, {}) and answer_values(job)["held"]
     with pytest.raises(NotHere):
-        written_file(studio.queue, run.parent / "other", job.name)
+        written_file(studio.places, studio.queue, "other", job.name)
     gguf = over(studio.queue.add(["export", str(run), "--quant", "f16", "--out", f"{run}-f16.gguf"], title="x"), 0, "")
     with pytest.raises(NotHere):
-        written_file(studio.queue, run, gguf.name)
+        written_file(studio.places, studio.queue, "mine", gguf.name)
     Path(f"{run}-f16.gguf").write_bytes(b"GGUF")
-    assert written_file(studio.queue, run, gguf.name) == Path(f"{run}-f16.gguf")
-    assert answer_values(gguf) == {"saves": "mine-f16.gguf", "counted": "", "again": {}}
+    assert written_file(studio.places, studio.queue, "mine", gguf.name) == Path(f"{run}-f16.gguf")
+    assert shown(gguf) == ("mine-f16.gguf", "", {}) and not answer_values(gguf)["held"]
     out.unlink()
     (tmp_path / "secret").write_text("x")
     out.symlink_to(tmp_path / "secret")
     with pytest.raises(NotHere):
-        written_file(studio.queue, run, job.name)
+        written_file(studio.places, studio.queue, "mine", job.name)
 
 
 @pytest.mark.parametrize(
@@ -117,3 +146,28 @@ def test_what_a_message_advises_is_one_form(
     form = {ROWS: str(rows), "data.encoding": "cp1252"}
     job = over(add_answers(studio.places, studio.queue, "mine", form), 2, f"Error: {message}\n")
     assert answer_values(job)["again"] == ({**form, **advised} if advised else {})
+
+
+def test_the_button_that_answers_again_says_what_it_sets(studio: Studio, run: Path, rows: Path) -> None:
+    job = add_answers(studio.places, studio.queue, "mine", {ROWS: str(rows)})
+    over(job, 2, "Error: set --delimiter ';'.\n")
+    assert answer_values(job)["again_words"] == "Answer them with separator ;"
+
+
+def test_a_file_of_answers_stays_until_its_user_deletes_it(
+    studio: Studio, run: Path, rows: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """However many jobs come after it, it can be saved."""
+    monkeypatch.setattr(jobs, "LAST_JOBS", 2)
+    monkeypatch.setattr(taking, "MANY", 2)
+    first, *others = (add_answers(studio.places, studio.queue, "mine", {ROWS: str(rows)}) for _ in range(5))
+    for job in (first, *others):
+        over(job, 0 if job is first else 2, "")
+    Path(first.words[-1]).write_text("answered")
+    studio.queue.forget_old()
+    assert studio.queue.jobs() == [first, *others[-2:]] == taking.jobs_of(studio.places, studio.queue, "mine")[::-1]
+    assert written_file(studio.places, studio.queue, "mine", first.name).read_text() == "answered"
+    with pytest.raises(NotHere):
+        forget_answers(studio.places, studio.queue, "mine", others[-1].name)
+    forget_answers(studio.places, studio.queue, "mine", first.name)
+    assert studio.queue.jobs() == others[-2:] and not first.folder.exists()

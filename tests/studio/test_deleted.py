@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from lorakeet.errors import ConfigError
-from lorakeet.studio.deleted import delete_run, deleted_runs, erase_run, restore_run
+from lorakeet.studio.deleted import delete_run, deleted_runs, erase_run, jobs_of_run, restore_run
 from lorakeet.studio.pages import Studio
 from lorakeet.studio.places import NotHere
 
@@ -24,7 +24,7 @@ def run(studio: Studio) -> Path:
 def test_a_deleted_run_is_restored_whole(studio: Studio, run: Path) -> None:
     gone = delete_run(studio.places, studio.queue, run.name)
     assert not run.exists() and deleted_runs(studio.places) == [gone] and gone.name == run.name
-    assert restore_run(studio.places, gone.key) == run.name
+    assert restore_run(studio.places, studio.queue, gone.key) == run.name
     assert (run / "config.yaml").read_text() == "model: m\n" and deleted_runs(studio.places) == []
 
 
@@ -32,13 +32,13 @@ def test_nothing_is_overwritten_and_nothing_else_is_erased(studio: Studio, run: 
     first = delete_run(studio.places, studio.queue, run.name)
     run.mkdir()
     with pytest.raises(ConfigError, match="another run 'mine@home' now"):
-        restore_run(studio.places, first.key)
+        restore_run(studio.places, studio.queue, first.key)
     second = delete_run(studio.places, studio.queue, run.name)
     assert deleted_runs(studio.places) == [second, first]
     for key in ("gone", "../deleted", "", ".."):
         with pytest.raises(NotHere):
-            erase_run(studio.places, key)
-    erase_run(studio.places, first.key)
+            erase_run(studio.places, studio.queue, key)
+    erase_run(studio.places, studio.queue, first.key)
     assert deleted_runs(studio.places) == [second]
 
 
@@ -61,3 +61,28 @@ def test_a_run_that_another_job_reads_is_not_deleted(studio: Studio, run: Path) 
         studio.queue.stop(job)
     studio.queue.add(["evaluate", f"{run}-2"], title="Measure another one")
     delete_run(studio.places, studio.queue, run.name)
+
+
+def test_a_run_is_not_restored_over_one_that_waits(studio: Studio, run: Path) -> None:
+    gone = delete_run(studio.places, studio.queue, run.name)
+    studio.queue.add(["finetune"], title="x", run=run.name)
+    with pytest.raises(ConfigError, match="another run 'mine@home' now"):
+        restore_run(studio.places, studio.queue, gone.key)
+
+
+def test_jobs_belong_to_the_run_of_their_time(studio: Studio, run: Path) -> None:
+    """Those of a deleted run are not of a later one with its name, and go when it is deleted for good, with their answers."""
+    old = studio.queue.add(["predict", str(run), "--out", "{folder}/answers.csv"], title="Old")
+    for name in ("alive", "code", "answers.csv"):
+        (old.folder / name).write_text("0")
+    other = studio.queue.add(["predict", f"{run}-2", f"--data={run}/rows.csv", "--out", "{folder}/answers.csv"], title="Other")
+    studio.queue.stop(other)
+    gone = delete_run(studio.places, studio.queue, run.name)
+    run.mkdir()
+    (run / "config.yaml").write_text("model: m\n")
+    new = studio.queue.add(["predict", str(run)], title="New")
+    assert old.kept == old.folder / "answers.csv"
+    assert jobs_of_run(studio.places, studio.queue, run.name) == [new]
+    assert jobs_of_run(studio.places, studio.queue, run.name, gone) == [old]
+    erase_run(studio.places, studio.queue, gone.key)
+    assert studio.queue.jobs() == [other, new] and not old.folder.exists()

@@ -27,7 +27,8 @@ def test_each_strength_is_drawn_with_the_same_seed(studio: Studio, run: Path) ->
     assert words[:2] == ["generate", "--adapter"] and words[2] == f"it={run}" and job.device == "cpu"
     assert words.count("a red box, by day") == len(STRENGTHS) == words.count("--each") and words.count("--seed") == 1
     assert [words[at + 1] for at, word in enumerate(words) if word == "--each"][:2] == ["base", "it=0.25"]
-    assert drawing_jobs(studio.queue, "pictures") == [job] and drawing_jobs(studio.queue, "other") == [] == drawn_pictures(job)
+    assert drawing_jobs(studio.places, studio.queue, "pictures") == [job] and drawn_pictures(job) == []
+    assert drawing_jobs(studio.places, studio.queue, "other") == []
 
 
 def test_what_was_drawn_is_shown_by_strength_and_nothing_else(studio: Studio, run: Path) -> None:

@@ -278,3 +278,22 @@ def test_old_jobs_are_forgotten_but_for_the_newest_of_each_run(queue: Queue, mon
         queue.stop(job)
     queue.forget_old()
     assert [job.title for job in queue.jobs()] == ["1", "3", "4", "5"] and not jobs[0].folder.exists()
+
+
+def test_a_job_that_goes_on_is_not_forgotten(queue: Queue) -> None:
+    job = queue.add(["predict", "run", "--out", "{folder}/a.csv"], title="x")
+    with pytest.raises(ConfigError, match="Stop it first"):
+        queue.forget(job)
+    queue.stop(job)
+    assert job.kept is None, "nothing is written yet"
+    (job.folder / "a.csv").touch()
+    assert job.kept == job.folder / "a.csv"
+    queue.forget(job)
+    assert queue.jobs() == []
+
+
+def test_a_command_that_is_too_long_is_refused(queue: Queue) -> None:
+    """The system would not start it, and a page would say that it was ended from outside."""
+    with pytest.raises(ConfigError, match=r"would have 100,005 bytes; expected at most 100,000"):
+        queue.add(["predi", "é" * 50_000], title="x")
+    assert queue.jobs() == []

@@ -20,6 +20,7 @@ def test_models_and_rows_in_the_folders_are_offered(studio: Studio, tmp_path: Pa
     folder = tmp_path / "models"
     made = ["tiny/config.json", "tiny/tokenizer.json", "sd/model_index.json", "sd/unet/config.json", "deep/a/b/c/config.json"]
     made += [f"old run/{name}" for name in ("config.yaml", "metrics.jsonl", "split.json", "adapter/notes.json")]
+    made += ["album/a.JPG", "album/a.txt"]  # a picture and its caption
     for name in (*made, "small.gguf", "my rows.csv", ".hidden/config.json", "note.md"):
         (folder / name).parent.mkdir(parents=True, exist_ok=True)
         (folder / name).touch()

@@ -61,7 +61,7 @@ def test_members_splits_and_functions_are_outside_where_their_file_is(
 def test_what_is_written_stays_within_the_folders(places: Places, tmp_path: Path) -> None:
     """Even where nothing is there yet."""
     places.require({"memory.store": str(tmp_path / "models" / "new"), "images.cache": str(tmp_path / "runs" / "new")})
-    for text in (str(tmp_path / "new"), "~nosuch/new", "new", "../new"):
+    for text in (str(tmp_path / "new"), "~nosuch/new", "new", "../new", f"{tmp_path}/two\nlines"):
         for name in ("memory.store", "images.cache"):
             with pytest.raises(ConfigError, match="outside of the folders"):
                 places.require({name: text})
@@ -73,6 +73,15 @@ def test_a_word_is_no_path(places: Places, tmp_path: Path, monkeypatch: pytest.M
     places.require({"kind": "image", "data.train": "~nosuch/rows.jsonl", "lora.target_modules": "attention"})
     with pytest.raises(ConfigError, match="outside of the folders"):
         places.require({"data.train": "image"})
+
+
+def test_a_path_may_have_a_line_break(places: Places, tmp_path: Path) -> None:
+    path = tmp_path / "elsewhere" / "two\nlines.csv"
+    path.write_text("text\n")
+    for name in ("data.train", "evaluate.metric", "data.template"):
+        with pytest.raises(ConfigError, match="outside of the folders"):
+            places.require({name: str(path)})
+    places.require({"data.template": "One of:\na/b\n{text}", "data.separator": "\n", "data.system": "/\0"})
 
 
 def test_links_lead_to_no_file_outside(places: Places, tmp_path: Path) -> None:

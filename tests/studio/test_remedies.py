@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 
 from lorakeet.errors import DataError, Remedy
-from lorakeet.studio.remedies import remedies_of, remedies_of_error
+from lorakeet.studio.remedies import page_words, remedies_of, remedies_of_error
 
 
 @pytest.mark.parametrize(
@@ -24,6 +24,16 @@ from lorakeet.studio.remedies import remedies_of, remedies_of_error
 def test_a_value_that_a_message_advises_is_one_click(message: str, expected: dict[str, str]) -> None:
     (found,) = remedies_of(message)
     assert found["settings"] == expected and found["words"].startswith("Set ")
+
+
+def test_a_page_names_fields_and_shows_line_breaks() -> None:
+    note = "To train with their names, set data.template, for instance '{text}\\nOne of: a, b'. Or see data.test, data.on_leak."
+    shown = "To train with their names, set “prompt template”, for instance “{text}\nOne of: a, b”. Or see “test rows”, "
+    assert page_words(note) == f"{shown}“copies on both sides”."
+    same = "a.data.test, lk.rows, --data.test x, C:\\new\\table, rows/data.test and e.g. this stay."
+    assert page_words(same) == same
+    (found,) = remedies_of(note)
+    assert found["words"] == "Set prompt template to {text} ↵ One of: a, b"
 
 
 @pytest.mark.parametrize(

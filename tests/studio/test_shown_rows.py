@@ -105,7 +105,8 @@ def test_a_column_of_few_values_beside_the_text_is_offered_as_its_label(tmp_path
     found = sent_for({"data.train": str(path), **found["columns"]["remedies"][0]["settings"]})
     assert found["columns"]["shape"] == "classification" and found["columns"]["remedies"] == []
     few, untested, unnamed = found["split"]["notes"]
-    assert "rows are few to measure on" in few["words"] and "data.test" in untested["words"]
+    assert "rows are few to measure on" in few["words"] and "“test rows”" in untested["words"]
+    assert "\n" in unnamed["words"] and "\\n" not in unnamed["words"], "a line break is one"
     (remedy,) = unnamed["remedies"]
     named = sent_for({"data.train": str(path), "data.label_column": "kind", **remedy["settings"]})["split"]["notes"]
     assert named == [few, untested]

@@ -66,6 +66,24 @@ def test_a_trial_is_the_command_serve_beside_other_jobs(studio: Studio) -> None:
     assert current_trial(studio.queue) is None
 
 
+def test_a_second_click_loads_no_second_model(studio: Studio) -> None:
+    made(studio, "mine")
+    first = open_trial(studio.places, studio.queue, "mine", once="a")
+    assert open_trial(studio.places, studio.queue, "mine", once="a").job == first.job and first.job.state == "waiting"
+    later = open_trial(studio.places, studio.queue, "mine", once="b")
+    assert (first.job.state, later.job.state) == ("cancelled", "waiting")
+
+
+def test_servers_of_two_studios_are_both_ended(studio: Studio) -> None:
+    """Each has closed the one before and started its own at the same moment."""
+    made(studio, "mine")
+    first = open_trial(studio.places, studio.queue, "mine")
+    about = '{"run": "mine", "key": "k"}'
+    second = studio.queue.add(first.job.words, title="Try mine", device=BESIDE, files={"trial.json": about})
+    close_trial(studio.queue)
+    assert (first.job.state, second.state) == ("cancelled", "cancelled") and current_trial(studio.queue) is None
+
+
 def test_what_cannot_be_tried_is_refused(studio: Studio) -> None:
     made(studio, "pictures", "model: m\ndata: r\nkind: image\n")
     (studio.places.runs / "young").mkdir()
@@ -77,7 +95,7 @@ def test_what_cannot_be_tried_is_refused(studio: Studio) -> None:
 
 
 def test_names_and_weights_are_what_the_server_reads() -> None:
-    names = ["a run", "ä/ö", "x" * 200]
+    names = ["a run", "ä/ö", "x" * 200, "half \ud800"]
     for name in names:
         check_name(adapter_name(name))
     known = [adapter_name(name) for name in names]

@@ -140,7 +140,13 @@ def test_a_fault_of_the_program_is_said_as_one(monkeypatch: pytest.MonkeyPatch) 
     def refused(settings: Mapping[str, Any], send: Send) -> None:
         raise ConfigError("wrong")
 
-    monkeypatch.setitem(sys.modules, "made_up", types.SimpleNamespace(broken=broken, refused=refused))  # type: ignore[arg-type]
+    def full(settings: Mapping[str, Any], send: Send) -> None:
+        raise OSError(28, "No space left on device")
+
+    made_up = types.SimpleNamespace(broken=broken, refused=refused, full=full)
+    monkeypatch.setitem(sys.modules, "made_up", made_up)  # type: ignore[arg-type]
+    said = answer_of("made_up:full", {}, print)["error"]
+    assert "No space left on device. Free some space" in said and "fault" not in said, "what the system refuses is no fault"
     assert "KeyError: 'x'. This is a fault of Lorakeet" in answer_of("made_up:broken", {}, print)["error"]
     assert answer_of("made_up:refused", {}, print) == {"error": "wrong", "remedies": []}
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 from lorakeet.config import read_run
 from lorakeet.errors import ConfigError
@@ -13,45 +14,83 @@ from lorakeet.studio.jobs import Job, Queue
 from lorakeet.studio.places import NotHere, Places, regular_within
 from lorakeet.studio.remedies import advised_value
 from lorakeet.studio.taking import jobs_of, out_of
+from lorakeet.workflows.options import PredictOptions
+from lorakeet.workflows.runs.early_checks import check_early
 
 VERB = "predict"
 ROWS = "data.train"
-HOW = {"data.text_column": "--text-column", "data.encoding": "--encoding", "data.delimiter": "--delimiter"}
+OWN_FLAGS = ("text_column", "encoding", "delimiter")  # settings of data that are options of the command
+HOW = {f"data.{name}": f"--{name.replace('_', '-')}" for name in OWN_FLAGS}
 _ENDINGS = {".tsv": ".tsv", ".jsonl": ".jsonl", ".json": ".jsonl"}  # of what is written; a table otherwise
+_NONE = {"data.delimiter": "a comma, or a tab in .tsv files"}  # what no setting means
+_LONGEST_STEM = 60  # letters, of at most four bytes: a file's name has at most 255
 _HELP = "A table like the one of the training, with a text in each row. Labels are not needed."
 
 
 def answer_fields(folder: Path) -> list[FormField]:
     """The fields of the form: the rows, and how they are read where it differs from the training, whose settings are shown."""
     trained, by_path = settings_of(folder), {field.path: field for field in run_fields()}
-    how = [replace(by_path[path], default=trained.get(path, by_path[path].default)) for path in HOW]
+    how = []
+    for field in (by_path[path] for path in HOW):
+        read = trained.get(field.path, field.default)
+        read = _NONE.get(field.path, read) if read == "none" else read
+        how.append(replace(field, default=read, help=f"{field.help} Left empty, it is as in the training: {read}."))
     return [replace(by_path[ROWS], help=_HELP), *how]
 
 
-def add_answers(places: Places, queue: Queue, run: str, form: Mapping[str, str]) -> Job:
-    """Puts the command that answers the rows of a form into the queue. ConfigError without rows, or for rows of elsewhere."""
+def add_answers(places: Places, queue: Queue, run: str, form: Mapping[str, str], once: str = "") -> Job:
+    """Puts the command that answers the rows of a form into the queue. Raises what `wanted_answers` raises."""
+    options = wanted_answers(places, run, form)
+    device = read_run(places.run(run) / "config.yaml").model.device
+    words = answer_words(options, f"{{folder}}/{options.out.name}")
+    return queue.add(words, title=f"Rows answered: {options.out.name}", device=device, once=once)
+
+
+def answer_words(options: PredictOptions, out: str) -> list[str]:
+    """The words of the command that answers rows, with the file `out`."""
+    given = [f"--{name.replace('_', '-')}={value}" for name in OWN_FLAGS if (value := getattr(options, name)) is not None]
+    return [VERB, options.run_or_adapter, f"--data={options.data}", "--out", out, *given]
+
+
+def wanted_answers(places: Places, run: str, form: Mapping[str, str]) -> PredictOptions:
+    """The options of the command that answers the rows of a form; `out` is a name alone.
+
+    ConfigError without rows or for rows of elsewhere; DataError for rows that are not there; NotHere without an adapter.
+    """
     folder, rows = places.run(run), form.get(ROWS, "").strip()
     if not (folder / "adapter").is_dir():
         raise NotHere(f"'{run}' has no adapter yet. Wait until it has trained, or resume it.")
     if not rows:
         raise ConfigError("No file of rows is chosen. Choose one first.")
     places.require({ROWS: rows})
-    name = f"{Path(rows).name.partition('.')[0] or 'rows'}-answered{_ENDINGS.get(Path(rows).suffix.lower(), '.csv')}"
-    words = [VERB, str(folder), f"--data={rows}", "--out", f"{{folder}}/{name}"]
-    words += [f"{flag}={value}" for path, flag in HOW.items() if (value := form.get(path, "").strip())]
-    device = read_run(folder / "config.yaml").model.device
-    return queue.add(words, title=f"Rows answered: {name}", device=device, once=form.get("once", ""))
+    stem = Path(rows).name.partition(".")[0][:_LONGEST_STEM] or "rows"
+    name = f"{stem}-answered{_ENDINGS.get(Path(rows).suffix.lower(), '.csv')}"
+    given: dict[str, Any] = {name: form.get(f"data.{name}", "").strip() or None for name in OWN_FLAGS}
+    options = PredictOptions(str(folder), rows, Path(name), **given)
+    check_early(VERB, replace(options, out=places.own / "answers" / name), None)
+    return options
 
 
-def written_file(queue: Queue, folder: Path, name: str) -> Path:
-    """The one file that the job `name` of the run in `folder` has written: into its own folder, or beside the run.
+def written_file(places: Places, queue: Queue, run: str, name: str) -> Path:
+    """The one file that the job `name` of a run has written: into its own folder, or beside the run.
 
     NotHere before it is done, and for a job that writes a folder.
     """
-    for job in jobs_of(queue, folder):
+    places.run(run)
+    for job in jobs_of(places, queue, run):
         if job.name == name and job.state == "done" and (out := _saved(job)) is not None:
             return out
     raise NotHere("There is no such file. It may have been deleted or moved; make it again.")
+
+
+def forget_answers(places: Places, queue: Queue, run: str, name: str) -> None:
+    """Removes the job `name` of a run, with the file of answers that it holds. NotHere for any other."""
+    places.run(run)
+    for job in jobs_of(places, queue, run):
+        if job.name == name and job.kept is not None:
+            queue.forget(job)
+            return
+    raise NotHere("There is no such file. It may have been deleted already.")
 
 
 def _saved(job: Job) -> Path | None:
@@ -66,8 +105,12 @@ def answer_values(job: Job) -> dict[str, object]:
     out = saved if job.words[0] == VERB else None
     ending = f": {out}"  # of the line that the command says it with; libraries may say more after it
     counted = [line.removesuffix(ending) for line in job.log.splitlines() if line.endswith(ending)] if out else []
-    again = _mended(job) if job.words[0] == VERB else {}
-    return {"saves": saved.name if saved else "", "counted": counted[-1] if counted else "", "again": again}
+    again, labels = _mended(job) if job.words[0] == VERB else {}, {field.path: field.label for field in run_fields()}
+    how = [f"{labels[path]} {value}" for path, value in again.items() if path != ROWS]
+    return {
+        "saves": saved.name if saved else "", "counted": counted[-1] if counted else "", "again": again,
+        "again_words": f"Answer them with {', '.join(how)}" if again else "", "held": job.kept is not None,
+    }  # fmt: skip
 
 
 def _mended(job: Job) -> dict[str, str]:

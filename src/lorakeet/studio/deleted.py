@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import fcntl
+import math
 import os
 import time
 from collections.abc import Iterator
@@ -12,7 +13,7 @@ from pathlib import Path
 
 from lorakeet.disk import erase, open_in_place
 from lorakeet.errors import ConfigError
-from lorakeet.studio.jobs import Queue
+from lorakeet.studio.jobs import Job, Queue
 from lorakeet.studio.places import NotHere, Places
 
 _MARK = "@"  # between the name and the time of its deletion
@@ -54,20 +55,36 @@ def _locked(path: Path, name: str) -> Iterator[None]:
         yield
 
 
-def restore_run(places: Places, key: str) -> str:
+def restore_run(places: Places, queue: Queue, key: str) -> str:
     """Moves a run out of the bin; returns its name. ConfigError if another run has its name by now."""
     found = _found(places, key)
     target = places.new_run(found.name)
-    if target.exists():
-        raise ConfigError(f"There is another run '{found.name}' now. Delete or rename that one first.")
-    os.rename(places.own / "deleted" / key, target)
+    with queue.alone():
+        if target.exists() or any(job.run == found.name for job, _ in queue.going()):
+            raise ConfigError(f"There is another run '{found.name}' now. Delete or rename that one first.")
+        os.rename(places.own / "deleted" / key, target)
     return found.name
 
 
-def erase_run(places: Places, key: str) -> None:
-    """Deletes a run of the bin for good."""
-    _found(places, key)
+def erase_run(places: Places, queue: Queue, key: str) -> None:
+    """Deletes a run of the bin for good, with its jobs and the files of answers in them."""
+    found = _found(places, key)
+    for job in jobs_of_run(places, queue, found.name, found):
+        queue.forget(job)
     erase(places.own / "deleted" / key)
+
+
+def jobs_of_run(places: Places, queue: Queue, name: str, deleted: DeletedRun | None = None) -> list[Job]:
+    """The jobs that made, measured or used the run `name`, the newest first; or those of a `deleted` run.
+
+    Those of an earlier run of its name, which lies in the bin, are not among them.
+    """
+    ends = sorted(one.deleted for one in deleted_runs(places) if one.name == name)
+    until = math.inf if deleted is None else deleted.deleted
+    since = max((end for end in ends if end < until), default=0.0)
+    folder = str(places.runs / name)
+    jobs = (job for job in reversed(queue.jobs()) if since < job.made < until)
+    return [job for job in jobs if job.run == name or any(word.endswith(folder) for word in job.words)]
 
 
 def deleted_runs(places: Places) -> list[DeletedRun]:

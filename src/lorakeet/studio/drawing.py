@@ -10,6 +10,7 @@ from pathlib import Path
 from lorakeet.config import read_run
 from lorakeet.disk import open_regular
 from lorakeet.errors import ConfigError, DataError
+from lorakeet.studio.deleted import jobs_of_run
 from lorakeet.studio.jobs import Job, Queue
 from lorakeet.studio.places import NotHere, Places
 from lorakeet.workflows.options import GenerateOptions
@@ -27,7 +28,7 @@ class DrawnPicture:
     strength: float
 
 
-def draw_strengths(places: Places, queue: Queue, run: str, *, prompt: str, seed: str, steps: str) -> Job:
+def draw_strengths(places: Places, queue: Queue, run: str, *, prompt: str, seed: str, steps: str, once: str = "") -> Job:
     """Puts the command that draws `prompt` at each of STRENGTHS into the queue. ConfigError for what it would refuse."""
     folder = places.run(run)
     if not (folder / "adapter").is_dir():
@@ -48,12 +49,12 @@ def draw_strengths(places: Places, queue: Queue, run: str, *, prompt: str, seed:
     words = ["generate", "--adapter", adapter, "--out", str(out), "--seed", str(numbers[0]), "--steps", str(numbers[1])]
     for mix in mixes:
         words += ["--prompt", prompt, "--each", mix]
-    return queue.add(words, title=f"Draw with {run}", device=read_run(folder / "config.yaml").model.device)
+    return queue.add(words, title=f"Draw with {run}", device=read_run(folder / "config.yaml").model.device, once=once)
 
 
-def drawing_jobs(queue: Queue, run: str) -> list[Job]:
+def drawing_jobs(places: Places, queue: Queue, run: str) -> list[Job]:
     """The jobs that draw with a run, the newest first."""
-    return [job for job in reversed(queue.jobs()) if job.words[:1] == ("generate",) and job.title == f"Draw with {run}"]
+    return [job for job in jobs_of_run(places, queue, run) if job.words[:1] == ("generate",) and job.title == f"Draw with {run}"]
 
 
 def drawn_pictures(job: Job) -> list[DrawnPicture]:

@@ -22,6 +22,11 @@ FIRST = (
 )  # fmt: skip
 _LABELS = {  # where the last part of the path says too little
     "model.path": "model", "data.train": "rows", "model.quantize.method": "quantisation", "memory.budget": "memory budget",
+    "data.held_out": "held-out rows", "data.test": "test rows", "data.held_out_fraction": "share held out",
+    "data.max_tokens": "longest row in tokens", "data.too_long": "longer rows", "data.near_duplicates": "near-copies",
+    "data.on_leak": "copies on both sides", "data.bad_rows": "rows that cannot be read", "data.format": "format of the rows",
+    "data.template": "prompt template", "data.system": "system prompt", "data.delimiter": "separator",
+    "kind": "texts or pictures", "train.micro_tokens": "tokens at once", "images.near_duplicates": "near-copies",
 }  # fmt: skip
 _LINES = ("data.template", "data.label_template", "data.system", "data.separator")  # whose texts may have several lines
 Widget = Literal["choice", "number", "text", "lines"]

@@ -45,6 +45,7 @@ _STARTING = 5.0  # seconds that the start of a process may take
 AGAIN = 1.0  # seconds between two attempts to write a code
 _DIGITS = 9  # of an exit code or a process's number
 _LARGEST_ABOUT = 1 << 20  # bytes of a job's file
+LONGEST_COMMAND = 100_000  # bytes; the system takes words of 131,072
 LAST_JOBS = 200  # of those that are over, whose logs are kept
 MOST_LOGGED = 1 << 24  # bytes of a log
 _LOG_END = 20_000  # characters of a log that a page shows, of at most four bytes each
@@ -106,6 +107,13 @@ class Job:
                 return (self.folder / name).stat().st_mtime
         return math.inf
 
+    @property
+    def kept(self) -> Path | None:
+        """The file that its command has written into the job's own folder, which is the user's; None without one."""
+        place = self.words.index("--out") + 1 if "--out" in self.words else len(self.words)
+        path = Path(self.words[place]) if place < len(self.words) else None
+        return path if path is not None and path.parent == self.folder and path.is_file() else None
+
     def names(self, folder: Path) -> bool:
         """True if its command has `folder`, or a file in it, as an argument."""
         parts = (part for word in self.words for part in word.split("="))
@@ -157,11 +165,13 @@ class Queue:
     ) -> Job:
         """Puts a command into the queue. "{folder}/" at a word's beginning is the job's folder, where `files` are written.
 
-        Returns the job that waits or runs where one was made with the same `once`. ConfigError while another one makes `run`, and
-        for a word that no command can have.
+        Returns the job that waits or runs where one was made with the same `once` (pages.once_of). ConfigError while another one
+        makes `run`, for a word that no command can have, and for a command that is too long.
         """
         if odd := [word for word in words if not _is_argument(word)]:
             raise ConfigError(f"{odd[0]!r:.80} has a character that no command can have. Type it without.")
+        if (size := sum(len(os.fsencode(word)) for word in words)) > LONGEST_COMMAND:
+            raise ConfigError(f"The command would have {size:,} bytes; expected at most {LONGEST_COMMAND:,}. Type shorter texts.")
         with self.alone():
             for job, state in self.going():
                 if once and job.once == once:
@@ -190,7 +200,8 @@ class Queue:
         for name in names:
             if name not in self._known and (job := read_job(self.jobs_folder / name)) is not None:
                 self._known[name] = job
-        return [self._known[name] for name in names if name in self._known]
+        found = (self._known.get(name) for name in names)  # another thread may forget one meanwhile
+        return [job for job in found if job is not None]
 
     def going(self) -> list[tuple[Job, State]]:
         """The jobs that are not over, with their state; those that are over are never read again."""
@@ -234,15 +245,28 @@ class Queue:
         return started
 
     def forget_old(self) -> None:
-        """Removes the folders of jobs that are over, but for the newest LAST_JOBS of them and the newest of each run."""
+        """Removes the folders of jobs that are over, but for the newest LAST_JOBS of them and the newest of each run.
+
+        Those that hold a file of the user's stay, until `forget` is called.
+        """
         with self.alone():
             going = {job.name for job, _ in self.going()}
             jobs = [job for job in self.jobs() if job.name not in going]
             newest = {job.run: job.name for job in jobs if job.run}
             for job in jobs[:-LAST_JOBS]:
-                if newest.get(job.run) != job.name:
-                    erase(job.folder)
-                    del self._known[job.name]
+                if newest.get(job.run) != job.name and job.kept is None:
+                    self._erase(job)
+
+    def forget(self, job: Job) -> None:
+        """Removes the folder of a job that is over, with the file that it holds. ConfigError while it runs or waits."""
+        with self.alone():
+            if (state := job.state) in ("waiting", "running"):
+                raise ConfigError(f"'{job.title}' is {state}. Stop it first.")
+            self._erase(job)
+
+    def _erase(self, job: Job) -> None:
+        erase(job.folder)
+        self._known.pop(job.name, None)
 
     def stop(self, job: Job, *, at_once: bool = False) -> None:
         """Takes a waiting job out of the queue; sends a running one the signal of Ctrl-C, once. ConfigError if it does neither.

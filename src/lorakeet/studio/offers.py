@@ -16,14 +16,15 @@ from pathlib import Path
 
 from packaging.requirements import Requirement
 from starlette.requests import Request
-from starlette.responses import JSONResponse, Response
+from starlette.responses import Response
 from starlette.routing import Route
 
+from lorakeet.data.images.folder import ENDINGS
 from lorakeet.disk import create, erase, stage_in_use, written_whole
 from lorakeet.errors import ConfigError
 from lorakeet.evaluate.wording import bytes_text
 from lorakeet.formats.files.digest import sha256_of
-from lorakeet.studio.pages import studio_of
+from lorakeet.studio.pages import json_answer, studio_of
 from lorakeet.studio.places import Places
 from lorakeet.studio.safety import LARGEST_UPLOAD
 from lorakeet.workflows.runs.quickstart_packages import QUICKSTART_PACKAGES, installed_version
@@ -58,7 +59,8 @@ def offers(places: Places) -> Offers:
             if _is_model(names):
                 models.append(str(path))
             elif not _is_run(names):
-                rows += [str(path / name) for name in names if name.lower().endswith(ROWS)]
+                captions = _captions(names)
+                rows += [str(path / name) for name in names if name.lower().endswith(ROWS) and name not in captions]
             models += [str(path / name) for name in names if name.lower().endswith(".gguf")]
             if left < 0:
                 break
@@ -80,6 +82,11 @@ def _walk(folder: Path, runs: Path, depth: int) -> Iterator[tuple[Path, list[str
         left_out = entry.name.startswith(".") or entry.name in _LEFT_OUT or inner == runs
         if depth and entry.is_dir(follow_symlinks=False) and not left_out:
             yield from _walk(inner, runs, depth - 1)
+
+
+def _captions(names: list[str]) -> set[str]:
+    """The texts that lie beside the pictures that they describe."""
+    return {f"{stem}.txt" for stem, ending in map(os.path.splitext, names) if ending.lower() in ENDINGS}
 
 
 def _is_run(names: list[str]) -> bool:
@@ -129,7 +136,7 @@ async def _receive(request: Request) -> Response:
         path = await asyncio.to_thread(_settled, coming, folder, sent.hexdigest())
     finally:
         erase(coming.parent)
-    return JSONResponse({"path": str(path), "bytes": size})
+    return json_answer({"path": str(path), "bytes": size})
 
 
 def _require_space(places: Places, size: int) -> None:

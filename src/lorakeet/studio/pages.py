@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import secrets
 import threading
@@ -14,7 +15,7 @@ from urllib.parse import quote, urlencode
 
 import jinja2
 from starlette.requests import Request
-from starlette.responses import HTMLResponse, JSONResponse, RedirectResponse, Response, StreamingResponse
+from starlette.responses import HTMLResponse, RedirectResponse, Response, StreamingResponse
 from starlette.routing import Route
 
 from lorakeet.errors import LorakeetError, Remedy
@@ -63,6 +64,13 @@ def form_of(request: Request) -> dict[str, str]:
     return dict(request.scope.get(FORM, {}))
 
 
+def once_of(request: Request) -> str:
+    """What tells a form that is sent twice from another: its page's number with all of its fields; empty without a number."""
+    form = form_of(request)
+    about = json.dumps([request.url.path, request.url.query, sorted(form.items())])
+    return hashlib.sha256(about.encode()).hexdigest()[:32] if form.get("once") else ""
+
+
 def draft_of(request: Request) -> dict[str, str]:
     """The settings of the run that is being prepared, from the page's address or the posted form."""
     return given_settings({**request.query_params, **form_of(request)})
@@ -103,8 +111,13 @@ def refused_page(request: Request, error: LorakeetError) -> Response:
     """The command line's own message, as a page; as JSON for a script."""
     status = 404 if isinstance(error, NotHere) else 400
     if request.headers.get("accept") == "application/json":
-        return JSONResponse({"message": str(error)}, status)
+        return json_answer({"message": str(error)}, status)
     return page(request, "error.html", status, message=str(error))
+
+
+def json_answer(value: Any, status: int = 200) -> Response:
+    """JSON in ASCII, for a script: half a character, as names of files may have, is no text of a browser's."""
+    return Response(json.dumps(value, ensure_ascii=True), status, media_type="application/json")
 
 
 def problems_of(error: LorakeetError) -> list[str]:

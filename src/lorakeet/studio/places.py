@@ -47,7 +47,7 @@ class Places:
 
     def new_run(self, name: str) -> Path:
         """The folder of a run `name`, which may be missing. ConfigError for what is no plain name."""
-        if not name or len(name.encode()) > 200 or not name.isprintable() or name.startswith(".") or "/" in name or "\\" in name:
+        if not name or not name.isprintable() or len(name.encode()) > 200 or name.startswith(".") or "/" in name or "\\" in name:
             raise ConfigError(
                 f"The run's name is {name!r:.80}; expected a plain name such as first-run: no slash, and no dot at its beginning."
             )
@@ -84,7 +84,7 @@ def _names(setting: str, text: str, path: Path) -> bool:
 
 def _paths_of(text: str) -> list[Path]:
     """The paths in a setting as readers take it: whole, without an archive's member, a split, or a function of a file."""
-    if not text or text.startswith(_REMOTE) or "\n" in text or "\0" in text:
+    if not text or text.startswith(_REMOTE) or "\0" in text:  # no path has a zero byte; a line break may be in one
         return []
     texts = dict.fromkeys((text, text.partition("!")[0], text.partition("#")[0], text.rpartition(":")[0]))
     return [_expanded(part) for part in texts if part]

@@ -15,6 +15,10 @@ from lorakeet.studio.forms import run_fields
 # "set --data.encoding cp1252", "set data.template, for instance '{text}'": the words of all messages that advise a value.
 _ADVICE = re.compile(r"\b[Ss]et (?:--)?([a-z]+(?:\.[a-z_]+)+)(?:, for instance)? ")
 
+# "data.test" in a sentence; not the flag "--data.test", which is part of a command.
+_PATH = re.compile(r"(?<![-\w./])[a-z]+(?:\.[a-z_]+)+(?![\w/])")
+_LINE_BREAK = "↵"  # on a button, which has one line
+
 Remedies = dict[str, Any]  # {"settings": {path: value}, "words": of the button}
 
 
@@ -25,8 +29,22 @@ def remedies_of(message: str) -> list[Remedies]:
     for advice in _ADVICE.finditer(message):
         path, value = advice[1], advised_value(message[advice.end() :])
         if path in labels and value and path not in found and _accepted(path, value):
-            found[path] = one_click({path: value}, f"Set {labels[path]} to {value if value.isprintable() else repr(value)}")
+            found[path] = one_click({path: value}, f"Set {labels[path]} to {in_one_line(value)}")
     return list(found.values())
+
+
+def in_one_line(value: str) -> str:
+    """A value as a button shows it."""
+    lines = (line.strip() for line in value.splitlines())
+    return f" {_LINE_BREAK} ".join(lines) if value.strip() else repr(value)
+
+
+def page_words(message: str) -> str:
+    """The sentences of a note in the words of a page: settings by the labels of their fields, advised texts as they are."""
+    for value in (value for one in remedies_of(message) for value in one["settings"].values()):
+        message = message.replace(repr(value), f"“{value}”")
+    labels = {field.path: field.label for field in run_fields()}
+    return _PATH.sub(lambda found: f"“{labels[found[0]]}”" if found[0] in labels else found[0], message)
 
 
 def one_click(settings: Mapping[str, str], words: str) -> Remedies:

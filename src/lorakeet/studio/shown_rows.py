@@ -30,7 +30,7 @@ from lorakeet.errors import DataError, EnvironmentProblem, Remedy
 from lorakeet.models.files.quiet import quiet_transformers
 from lorakeet.models.image.latent_cache import cache_in
 from lorakeet.studio.local import require_local_rows, unready_model
-from lorakeet.studio.remedies import remedies_together
+from lorakeet.studio.remedies import page_words, remedies_together
 from lorakeet.studio.workbench import Send
 from lorakeet.workflows.planning.encoded_rows import EncodedRows
 from lorakeet.workflows.runs.remarks import Remark, remarks_on
@@ -110,10 +110,10 @@ def split_values(dataset: Dataset, remarks: Sequence[Remark]) -> dict[str, Any]:
         "counts": {"training": len(dataset.train), "held-out": len(dataset.held_out), "test": len(dataset.test)},
         "labels": [[label, count] for label, count in Counter(dataset.label_counts).most_common(30)],
         "notes": [
-            *({"words": note, "remedies": []} for note in dataset.notes),
-            *({"words": remark.words, "remedies": remedies_together(remark.remedies)} for remark in remarks),
+            *({"words": page_words(note), "remedies": []} for note in dataset.notes),
+            *({"words": page_words(remark.words), "remedies": remedies_together(remark.remedies)} for remark in remarks),
         ],
-        "method": report.method(),
+        "method": page_words(report.method()),
         "leaks": len(report.across),
         "dropped": len(report.dropped),
         "repeats": len(report.within),
@@ -201,7 +201,7 @@ def album_values(dataset: ImageDataset, sizes: list[tuple[int, int]]) -> dict[st
     return {
         "counts": {part: len(rows) for part, rows in parts.items()},
         "buckets": [[f"{width}×{height}", count] for (height, width), count in buckets.most_common()],
-        "remarks": [*dataset.remarks, *fit_remarks([row for _, row in every], sizes)],
+        "remarks": [page_words(line) for line in (*dataset.remarks, *fit_remarks([row for _, row in every], sizes))],
         "alike": [asdict(one) for one in dataset.alike[:PAIRS]],
         "pictures": [_picture(part, row, sizes) for part, row in every[:PICTURES]],
         "shown": min(len(every), PICTURES),

@@ -16,6 +16,7 @@ from typing import Any, get_args
 from lorakeet.config import read_run
 from lorakeet.errors import ConfigError, LorakeetError
 from lorakeet.evaluate.certificate import read_certificate
+from lorakeet.studio.deleted import jobs_of_run
 from lorakeet.studio.jobs import Job, Queue, last_line
 from lorakeet.studio.places import NotHere, Places
 from lorakeet.train.run import RunFolder
@@ -29,7 +30,7 @@ WRITTEN_HERE = ("f32", "f16", "bf16", "q8_0")  # without llama.cpp
 LLAMA_CPP = "llama_cpp_py_sync"
 HUB = "huggingface_hub"
 VERBS = ("merge", "export", "convert", "push", "predict")
-MANY = 20  # jobs that are shown
+MANY = 20  # jobs that are shown with what they printed
 
 
 @dataclass(frozen=True)
@@ -131,10 +132,11 @@ def ways_of(places: Places, run: str) -> list[WayOut]:
     return [way for way in WAYS.values() if kind in way.kinds]
 
 
-def jobs_of(queue: Queue, folder: Path) -> list[Job]:
-    """The commands of the queue that took this run away, the newest first."""
-    found = [job for job in queue.jobs() if job.words[:1] and job.words[0] in VERBS and str(folder) in job.words]
-    return found[::-1][:MANY]
+def jobs_of(places: Places, queue: Queue, run: str) -> list[Job]:
+    """The commands of the queue that took this run away, the newest first: MANY, and all that hold a file of the user's."""
+    folder = str(places.runs / run)
+    found = [job for job in jobs_of_run(places, queue, run) if job.words[:1] and job.words[0] in VERBS and folder in job.words]
+    return [job for number, job in enumerate(found) if number < MANY or job.kept is not None]
 
 
 def job_values(job: Job) -> dict[str, Any]:
@@ -171,7 +173,7 @@ def out_of(job: Job) -> Path | None:
     words = job.words
     if "--out" in words[:-1]:
         return Path(words[words.index("--out") + 1])
-    return Path(words[2]) if words[0] == "convert" and len(words) > 2 else None
+    return Path(words[2]) if words[:1] == ("convert",) and len(words) > 2 else None
 
 
 def use_of(job: Job, out: Path | None) -> list[tuple[str, str]]:
@@ -216,4 +218,4 @@ def bytes_of(path: Path) -> int:
 
 def stamp_of(jobs: list[Job]) -> str:
     """Changes whenever a page of these commands would."""
-    return json.dumps([[job.name, job.state, len(job.log)] for job in jobs])
+    return json.dumps([[job.name, job.state, bytes_of(job.folder / "log")] for job in jobs])

@@ -23,7 +23,7 @@ from lorakeet.studio.places import Places, regular_within
 from lorakeet.train.run import RunFolder
 from lorakeet.workflows.runs.server_answer import LONGEST_LINE
 from lorakeet.workflows.runs.studio_options import LOOPBACK_ADDRESS
-from lorakeet.workflows.runs.trained_prompt import trained_labels, trained_prompt
+from lorakeet.workflows.runs.trained_prompt import prompt_settings, trained_prompt
 
 TrialState = Literal["off", "starting", "ready", "failed"]
 _SECONDS = 600.0  # without a byte of an answer
@@ -46,8 +46,11 @@ class TriedModel:
     key: str
 
 
-def open_trial(places: Places, queue: Queue, run: str) -> TriedModel:
-    """Puts a server of the run's base and adapter into the queue. It runs beside other jobs. ConfigError without an adapter."""
+def open_trial(places: Places, queue: Queue, run: str, once: str = "") -> TriedModel:
+    """Puts a server of the run's base and adapter into the queue. It runs beside other jobs. ConfigError without an adapter.
+
+    The server before it is ended; where that was made with the same `once` (pages.once_of), it goes on.
+    """
     folder = places.run(run)
     if not (folder / "adapter").is_dir():
         raise ConfigError(f"'{run}' has no adapter yet. Wait until it has trained, or resume it.")
@@ -55,6 +58,9 @@ def open_trial(places: Places, queue: Queue, run: str) -> TriedModel:
     if config.kind != "text":
         raise ConfigError(f"'{run}' draws pictures. Use: lorakeet generate --prompt TEXT --adapter it={folder} --out pictures")
     with _OPENING:
+        before = current_trial(queue)
+        if once and before is not None and before.job.once == once and before.job.state in ("waiting", "running"):
+            return before
         close_trial(queue)
         key = secrets.token_urlsafe(24)
         method = config.model.quantize.method
@@ -67,27 +73,31 @@ def open_trial(places: Places, queue: Queue, run: str) -> TriedModel:
             _ABOUT: json.dumps({"run": run, "key": key}),
             _KEYS: json.dumps({"keys": [{"key": key, "owner": "studio", "admin": True}]}),
         }
-        return TriedModel(queue.add(words, title=f"Try {run}", device=BESIDE, files=files), run, 0, key)
+        return TriedModel(queue.add(words, title=f"Try {run}", device=BESIDE, files=files, once=once), run, 0, key)
 
 
 def close_trial(queue: Queue) -> None:
-    """Ends the server, if one runs or waits."""
+    """Ends the servers that run or wait: two, where two studios have started one each at the same moment."""
     found = current_trial(queue)
-    if found is None:
-        return
-    write_whole(found.job.folder / _CLOSED, b"")  # it ends within seconds, and is not talked to meanwhile
-    if found.job.state in ("running", "waiting"):
-        queue.stop(found.job)
+    going = [job for job, _ in queue.going() if _is_trial(job)]
+    for job in dict.fromkeys([*([] if found is None else [found.job]), *going]):
+        write_whole(job.folder / _CLOSED, b"")  # it ends within seconds, and is not talked to meanwhile
+        if job.state in ("running", "waiting"):
+            queue.stop(job)
 
 
 def current_trial(queue: Queue) -> TriedModel | None:
     """The newest server that was not closed on purpose; None if there is none."""
     for job in reversed(queue.jobs()):
-        if job.words[:1] == ("serve",) and (job.folder / _ABOUT).is_file():
+        if _is_trial(job):
             if (job.folder / _CLOSED).exists():
                 return None
             return _tried(job)
     return None
+
+
+def _is_trial(job: Job) -> bool:
+    return job.words[:1] == ("serve",) and (job.folder / _ABOUT).is_file()
 
 
 def _tried(job: Job) -> TriedModel | None:
@@ -130,7 +140,7 @@ def trial_state(trial: TriedModel | None) -> tuple[TrialState, str]:
 
 def adapter_name(run: str) -> str:
     """The run's name on the server, which takes fewer characters than folders have."""
-    return f"run-{hashlib.sha256(run.encode()).hexdigest()[:24]}"
+    return f"run-{hashlib.sha256(run.encode(errors='backslashreplace')).hexdigest()[:24]}"
 
 
 def mixed(base: str, weights: Mapping[str, float]) -> str:
@@ -220,9 +230,8 @@ def in_trained_prompts(folder: Path, messages: Sequence[Any]) -> list[Any]:
 
     ConfigError also where rows with labels were trained without the chat template, through which a server puts all messages.
     """
-    data = read_run(folder / "config.yaml").data
-    labels = trained_labels(RunFolder(folder), data)
-    if not labels:
+    data = prompt_settings(read_run(folder / "config.yaml").data, RunFolder(folder))
+    if not data.labels:
         return list(messages)
     if data.chat_template == "off":
         raise ConfigError("This run was trained without the chat template, which is used here. Use: lorakeet predict.")
@@ -230,16 +239,16 @@ def in_trained_prompts(folder: Path, messages: Sequence[Any]) -> list[Any]:
     def prompted(message: Any) -> Any:
         if not isinstance(message, dict) or message.get("role") != "user":
             return message
-        return {**message, "content": trained_prompt(str(message.get("content", "")), data, labels)}
+        return {**message, "content": trained_prompt(str(message.get("content", "")), data, data.labels)}
 
     return [prompted(message) for message in messages]
 
 
 def shown_template(folder: Path) -> str:
     """data.template of a run with labels, if it adds anything to the text; else an empty string."""
-    data = read_run(folder / "config.yaml").data
+    data = prompt_settings(read_run(folder / "config.yaml").data, RunFolder(folder))
     plain = data.template.strip() in ("{text}", f"{{{data.text_column}}}")
-    return "" if plain or not trained_labels(RunFolder(folder), data) else data.template
+    return "" if plain or not data.labels else data.template
 
 
 def running_beside(queue: Queue) -> str:

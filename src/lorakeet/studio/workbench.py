@@ -267,6 +267,8 @@ def answer_of(work: str, settings: Mapping[str, Any], send: Send) -> dict[str, A
         raise
     except LorakeetError as error:
         return {"error": str(error), "remedies": [asdict(one) for one in error.remedies]}
+    except OSError as error:
+        return {"error": f"The system refused: {error}. Free some space if the disk is full; try again."}
     except Exception as error:
         return {"error": f"{type(error).__name__}: {error}. This is a fault of Lorakeet; please report it with these settings."}
     return {"done": True}

@@ -99,7 +99,8 @@ def test_stop_and_resume_are_jobs_of_the_command(browser: TestClient, studio: St
     assert browser.post("/run/old/resume").status_code == 303
     job = studio.queue.of_run("old")
     assert job is not None and job.words == ("finetune", "--resume", str(folder)) and job.device == "cpu"
-    assert browser.post("/run/old/resume").status_code == 400, "it waits already"
+    assert browser.post("/run/old/resume").status_code == 303, "another tab learns that it goes on"
+    assert len(studio.queue.jobs()) == 2
 
 
 def test_any_job_can_be_taken_out_of_the_queue(browser: TestClient, studio: Studio) -> None:

@@ -60,6 +60,12 @@ def test_a_way_out_is_a_job_of_the_queue(browser: TestClient, studio: Studio, ru
     assert refused.status_code == 400 and "exists already" in refused.text and len(studio.queue.jobs()) == 1
 
 
+def test_what_another_tab_makes_is_not_made_twice(browser: TestClient, studio: Studio, run: Path) -> None:
+    assert browser.post("/take/mine/merge", data={"once": "a"}).status_code == 303
+    assert browser.post("/take/mine/merge/check", data={}).json()["missing"] == "It is being made; see above."
+    assert browser.post("/take/mine/merge", data={"once": "b"}).status_code == 400 and len(studio.queue.jobs()) == 1
+
+
 def test_events_come_when_a_job_changes(studio: Studio, run: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     job = studio.queue.add(["merge", str(run), "--out", f"{run}-merged"], title="<b>One</b>")
     monkeypatch.setattr(module, "EVERY", 0)

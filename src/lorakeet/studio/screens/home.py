@@ -10,7 +10,7 @@ from starlette.routing import Route
 
 from lorakeet.config import RunConfig, read_run
 from lorakeet.studio.forms import form_settings
-from lorakeet.studio.pages import Screen, form_of, moved, page, page_address, studio_of
+from lorakeet.studio.pages import Screen, moved, once_of, page, page_address, studio_of
 from lorakeet.studio.screens.runs import lines_of
 from lorakeet.train.run import RunFolder
 from lorakeet.workflows.options import VERBS
@@ -38,8 +38,7 @@ def _quickstart(request: Request) -> Response:
     folder = studio.places.new_run(name)
     require_new_run(RunFolder(folder))
     words = ["quickstart", "--out", str(folder)]
-    once = form_of(request).get("once", "")
-    job = studio.queue.add(words, title=f"Quickstart into {name}", run=name, once=once)
+    job = studio.queue.add(words, title=f"Quickstart into {name}", run=name, once=once_of(request))
     return moved(page_address("run", job.run))
 
 

@@ -9,13 +9,13 @@ from starlette.routing import Route
 from lorakeet.errors import LorakeetError
 from lorakeet.studio.drawing import draw_strengths, drawing_jobs, drawn_pictures, picture_bytes
 from lorakeet.studio.forms import settings_of
-from lorakeet.studio.pages import form_of, moved, page, studio_of
+from lorakeet.studio.pages import form_of, moved, once_of, page, page_address, studio_of
 
 
 def _pictures(request: Request, problem: str = "", status: int = 200) -> Response:
     studio, name = studio_of(request), str(request.path_params["name"])
     folder = studio.places.run(name)
-    jobs = drawing_jobs(studio.queue, name)
+    jobs = drawing_jobs(studio.places, studio.queue, name)
     job = jobs[0] if jobs else None
     prompts = settings_of(folder).get("diffusion.prompts", "")
     form = form_of(request)
@@ -31,10 +31,10 @@ def _draw(request: Request) -> Response:
     studio, name, form = studio_of(request), str(request.path_params["name"]), form_of(request)
     given = {key: form.get(key, "") for key in ("prompt", "seed", "steps")}
     try:
-        draw_strengths(studio.places, studio.queue, name, **given)
+        draw_strengths(studio.places, studio.queue, name, **given, once=once_of(request))
     except LorakeetError as error:
         return _pictures(request, str(error), 400)
-    return moved(f"/try/pictures/{name}")
+    return moved(page_address("try", "pictures", name))
 
 
 def _picture(request: Request) -> Response:

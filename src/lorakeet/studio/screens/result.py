@@ -20,7 +20,7 @@ from lorakeet.studio.forms import settings_of
 from lorakeet.studio.pages import Screen, moved, page, page_address, studio_of
 from lorakeet.studio.pairing import measuring
 from lorakeet.studio.places import NotHere, Places, regular_within
-from lorakeet.studio.remedies import remedies_of
+from lorakeet.studio.remedies import page_words, remedies_of
 from lorakeet.train.run import RunFolder
 
 _FIRST = 12  # rows shown at once
@@ -50,7 +50,7 @@ def _result(request: Request) -> Response:
         request, "result.html", name=name, report=report, others=others[:50], metrics={key: metric_words(key) for key in names},
         outcomes=OUTCOMES, counts=counts, unproved=unproved(report), check_words=check_words, compact=compact, first=_FIRST,
         folder=str(folder), measure=_shown(studio.places, name), plain=plain_sentences(report),
-        warnings=[(text, _again(folder, text)) for text in report.warnings],
+        warnings=[(page_words(text), _again(folder, text)) for text in report.warnings],
     )  # fmt: skip
 
 

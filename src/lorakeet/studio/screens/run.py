@@ -10,7 +10,7 @@ from functools import partial
 from pathlib import Path
 
 from starlette.requests import Request
-from starlette.responses import JSONResponse, Response
+from starlette.responses import Response
 from starlette.routing import Route
 
 from lorakeet.config import RunConfig
@@ -48,7 +48,9 @@ from lorakeet.studio.pages import (
     event,
     event_stream,
     form_of,
+    json_answer,
     moved,
+    once_of,
     page,
     page_address,
     problems_of,
@@ -101,8 +103,8 @@ def _check(request: Request) -> Response:
     try:
         config = prepared(studio, given)
     except LorakeetError as error:
-        return JSONResponse(refused_values(error))
-    return JSONResponse({"problems": [], "command": command_line(run_words(config)), "file": run_file(config), "out": config.out})
+        return json_answer(refused_values(error))
+    return json_answer({"problems": [], "command": command_line(run_words(config)), "file": run_file(config), "out": config.out})
 
 
 def _start(request: Request) -> Response:
@@ -113,9 +115,9 @@ def _start(request: Request) -> Response:
         return _prepare(request, problems_of(error), 400)
     out = Path(config.out)
     words, files = ["finetune", "{folder}/run.yaml"], {"run.yaml": run_file(config)}
-    once = form_of(request).get("once", "")
     job = studio.queue.add(
-        words, title=f"Fine-tune into {out.name}", run=out.name, device=config.model.device, files=files, once=once
+        words, title=f"Fine-tune into {out.name}", run=out.name, device=config.model.device, files=files,
+        once=once_of(request),
     )
     return moved(page_address("run", job.run))
 
@@ -182,11 +184,13 @@ def _stop_job(request: Request) -> Response:
 def _resume(request: Request) -> Response:
     studio, name = studio_of(request), _name(request)
     live = live_run(studio.places, studio.queue, name)
+    if live.state in GOING:  # from another tab
+        return moved(page_address("run", name))
     if not live.can_resume:
         raise ConfigError(f"'{name}' cannot be resumed: {live.said.lower()}.")
     device = settings_of(studio.places.run(name)).get("model.device", "auto")
     words = ["finetune", "--resume", str(studio.places.run(name))]
-    studio.queue.add(words, title=f"Resume {name}", run=name, device=device)
+    studio.queue.add(words, title=f"Resume {name}", run=name, device=device, once=once_of(request))
     return moved(page_address("run", name))
 
 
@@ -200,7 +204,7 @@ def _state(request: Request) -> Response:
     """Whether a run that was over goes on again, without its metrics."""
     studio, name = studio_of(request), _name(request)
     state = run_state(RunFolder.at(studio.places.new_run(name)), job_of(studio.places, studio.queue, name))
-    return JSONResponse({"goes_on": state in GOING})
+    return json_answer({"goes_on": state in GOING})
 
 
 @dataclass(frozen=True)

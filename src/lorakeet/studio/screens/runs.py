@@ -13,7 +13,7 @@ from starlette.routing import Route
 from lorakeet.errors import ConfigError, DataError, LorakeetError
 from lorakeet.evaluate.report.charts import interval_axis
 from lorakeet.evaluate.wording import metric_words, signed
-from lorakeet.studio.deleted import delete_run, deleted_runs, erase_run, restore_run
+from lorakeet.studio.deleted import DeletedRun, delete_run, deleted_runs, erase_run, jobs_of_run, restore_run
 from lorakeet.studio.index import RunSummary, write_tags
 from lorakeet.studio.jobs import Job, locked_files
 from lorakeet.studio.live import all_records, job_of, run_state, thinned
@@ -82,9 +82,16 @@ def _list(request: Request) -> Response:
     lines = lines_of(studio, _AT_ONCE)
     known = {line.run.name for line in lines}
     left = sum(name not in known for name in studio.index.names())
-    deleted = [(one, age_of(time.time() - one.deleted)) for one in deleted_runs(studio.places)]
-    undo = next((one.key for one, _ in deleted if one.key == request.query_params.get("undo")), "")
+    deleted = [
+        (one, age_of(time.time() - one.deleted), sum(job.kept is not None for job in _jobs_of(studio, one)))
+        for one in deleted_runs(studio.places)
+    ]
+    undo = next((one.key for one, *_ in deleted if one.key == request.query_params.get("undo")), "")
     return page(request, "runs.html", lines=lines, left=left, deleted=deleted, undo=undo)
+
+
+def _jobs_of(studio: Studio, one: DeletedRun) -> list[Job]:
+    return jobs_of_run(studio.places, studio.queue, one.name, one)
 
 
 def _names(request: Request) -> list[str]:
@@ -126,7 +133,7 @@ def _compare(request: Request) -> Response:
     except LorakeetError as error:
         problem, missing = str(error), [name for name in names if not was_measured(studio.places, name)]
     try:
-        measured = [measuring(studio.places, name) for name in missing]
+        measured = [measuring(studio.places, name) for name in missing or names]
         commands = [([word.replace("{folder}/", "") for word in words], file) for words, file in measured]
         running = [job for job in studio.queue.jobs() if job.title in map(_title, missing) and _goes_on(job)]
     except LorakeetError as error:
@@ -148,7 +155,7 @@ def _measure(request: Request) -> Response:
         needed = name in wanted or whole_report(studio.places, name) is None
         if needed and not was_measured(studio.places, name) and _title(name) not in waiting:
             words, file = measuring(studio.places, name)
-            studio.queue.add(words, title=_title(name), files={"run.yaml": file})
+            studio.queue.add(words, title=_title(name), files={"run.yaml": file}, once=f"measures {words[-1]}")
     return moved("/runs/compare?" + request.url.query)
 
 
@@ -191,12 +198,14 @@ def _delete(request: Request) -> Response:
 
 
 def _restore(request: Request) -> Response:
-    restore_run(studio_of(request).places, form_of(request).get("key", ""))
+    studio = studio_of(request)
+    restore_run(studio.places, studio.queue, form_of(request).get("key", ""))
     return moved("/runs")
 
 
 def _erase(request: Request) -> Response:
-    erase_run(studio_of(request).places, form_of(request).get("key", ""))
+    studio = studio_of(request)
+    erase_run(studio.places, studio.queue, form_of(request).get("key", ""))
     return moved("/runs")
 
 

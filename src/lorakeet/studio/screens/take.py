@@ -8,7 +8,7 @@ from functools import partial
 from typing import Any
 
 from starlette.requests import Request
-from starlette.responses import JSONResponse, Response
+from starlette.responses import Response
 from starlette.routing import Route
 
 from lorakeet.errors import ConfigError, LorakeetError
@@ -16,9 +16,33 @@ from lorakeet.studio.answering import answer_fields, answer_values
 from lorakeet.studio.forms import command_line
 from lorakeet.studio.jobs import Job
 from lorakeet.studio.offers import offers
-from lorakeet.studio.pages import Screen, Studio, event, event_stream, form_of, moved, page, page_address, studio_of
+from lorakeet.studio.pages import (
+    Screen,
+    Studio,
+    event,
+    event_stream,
+    form_of,
+    json_answer,
+    moved,
+    once_of,
+    page,
+    page_address,
+    studio_of,
+)  # fmt: skip
 from lorakeet.studio.screens import answer
-from lorakeet.studio.taking import QUANTS, default_name, job_values, jobs_of, stamp_of, wanted, ways_of, why_not
+from lorakeet.studio.taking import (
+    MANY,
+    QUANTS,
+    Wanted,
+    default_name,
+    job_values,
+    jobs_of,
+    out_of,
+    stamp_of,
+    wanted,
+    ways_of,
+    why_not,
+)  # fmt: skip
 
 WORK = "lorakeet.studio.sizing:sizes_of_run"
 CHOSEN = "f16"  # the precision that is nearest to what was trained, and half of the memory of f32
@@ -53,22 +77,35 @@ def _take(request: Request) -> Response:
 
 def _check(request: Request) -> Response:
     """What is missing, and the command that does the same; live, while a form changes."""
+    studio = studio_of(request)
     try:
-        found = wanted(studio_of(request).places, _name(request), str(request.path_params["way"]), form_of(request))
+        found = wanted(studio.places, _name(request), str(request.path_params["way"]), form_of(request))
     except ConfigError as error:
-        return JSONResponse({"missing": str(error), "command": ""})
+        return json_answer({"missing": str(error), "command": ""})
     command = command_line(found.words) if all(found.words) else ""  # a repository is not named yet
-    return JSONResponse({"missing": why_not(found), "command": command})
+    return json_answer({"missing": _being_made(studio, found) or why_not(found), "command": command})
 
 
 def _start(request: Request) -> Response:
     studio, name = studio_of(request), _name(request)
     found = wanted(studio.places, name, str(request.path_params["way"]), form_of(request))
-    if missing := why_not(found):
+    if not _sent_before(studio, request) and (missing := _being_made(studio, found) or why_not(found)):
         raise ConfigError(missing)
     where = found.options.name if found.out is None else found.out.name
-    studio.queue.add(found.words, title=f"{found.way.title}: {where}")
+    studio.queue.add(found.words, title=f"{found.way.title}: {where}", once=once_of(request))
     return moved(page_address("take", name))
+
+
+def _sent_before(studio: Studio, request: Request) -> bool:
+    """True for the second click of a double one: the queue answers it with the job of the first."""
+    once = once_of(request)
+    return bool(once) and any(job.once == once for job, _ in studio.queue.going())
+
+
+def _being_made(studio: Studio, found: Wanted) -> str:
+    """What to say where a job writes the same result already, from another tab."""
+    same = found.out is not None and any(out_of(job) == found.out for job, _ in studio.queue.going())
+    return "It is being made; see above." if same else ""
 
 
 def _events(request: Request) -> Response:
@@ -79,20 +116,21 @@ def _events(request: Request) -> Response:
 
 async def _stream(studio: Studio, name: str) -> AsyncIterator[str]:
     """The jobs of this run whenever something changed."""
-    before, folder = "", studio.places.run(name)
+    before = ""
     while not studio.closing.is_set():
-        jobs = await asyncio.to_thread(jobs_of, studio.queue, folder)
+        jobs = await asyncio.to_thread(jobs_of, studio.places, studio.queue, name)
         stamp = await asyncio.to_thread(stamp_of, jobs)
         if stamp != before:
-            values = [await asyncio.to_thread(job_shown, job) for job in jobs]
+            values = [await asyncio.to_thread(job_shown, job, log=number < MANY) for number, job in enumerate(jobs)]
             yield event({"jobs": values}, name="jobs")
         before = stamp
         await asyncio.sleep(EVERY)
 
 
-def job_shown(job: Job) -> dict[str, Any]:
-    """The values of a job, its command as a line for a shell."""
+def job_shown(job: Job, *, log: bool = True) -> dict[str, Any]:
+    """The values of a job, its command as a line for a shell; without `log` not what it printed."""
     values = job_values(job)
+    values["log"] = values["log"] if log else ""
     return {**values, **answer_values(job), "command": command_line(values["command"])}
 
 

@@ -9,13 +9,13 @@ from collections.abc import Mapping
 from typing import Any
 
 from starlette.requests import Request
-from starlette.responses import JSONResponse, Response, StreamingResponse
+from starlette.responses import Response, StreamingResponse
 from starlette.routing import Route
 
 from lorakeet.errors import ConfigError, LorakeetError
 from lorakeet.studio.forms import settings_of
 from lorakeet.studio.jobs import last_line
-from lorakeet.studio.pages import Screen, Studio, form_of, moved, page, studio_of
+from lorakeet.studio.pages import Screen, Studio, form_of, json_answer, moved, once_of, page, page_address, studio_of
 from lorakeet.studio.screens import pictures
 from lorakeet.studio.trial import (
     TriedModel,
@@ -67,8 +67,8 @@ def _trained(studio: Studio, trial: TriedModel | None, path: str) -> str:
 def _open(request: Request) -> Response:
     studio, run = studio_of(request), form_of(request).get("run", "")
     if settings_of(studio.places.run(run)).get("kind") == "image":
-        return moved(f"/try/pictures/{run}")
-    open_trial(studio.places, studio.queue, run)
+        return moved(page_address("try", "pictures", run))
+    open_trial(studio.places, studio.queue, run, once=once_of(request))
     return moved("/try", {"run": run})
 
 
@@ -80,7 +80,7 @@ def _close(request: Request) -> Response:
 def _state(request: Request) -> Response:
     trial = current_trial(studio_of(request).queue)
     state, message = trial_state(trial)
-    return JSONResponse({"state": state, "message": message, "log": last_line(trial.job.log) if trial else ""})
+    return json_answer({"state": state, "message": message, "log": last_line(trial.job.log) if trial else ""})
 
 
 def _ready(request: Request) -> TriedModel:
@@ -93,7 +93,7 @@ def _ready(request: Request) -> TriedModel:
 def _add(request: Request) -> Response:
     run = form_of(request).get("run", "")
     add_run(studio_of(request).places, _ready(request), run)
-    return JSONResponse({"run": run})
+    return json_answer({"run": run})
 
 
 def conversation(form: Mapping[str, str], base: str) -> dict[str, Any]:

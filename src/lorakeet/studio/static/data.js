@@ -79,7 +79,7 @@ const draw = {
     rememberFile(form);
     by("split-bar").replaceChildren(shares(part.counts));
     by("labels").replaceChildren(...(part.labels.length ? [bars("Labels of the training rows", part.labels)] : []));
-    by("notes").replaceChildren(...part.notes.map((note) => make("div", { class: "warning" }, make("p", {}, note.words), ...actions(note.remedies))));
+    by("notes").replaceChildren(...part.notes.map((note) => make("div", { class: "warning" }, make("p", { class: "message" }, note.words), ...actions(note.remedies))));
     by("leaks").hidden = false;
     const fate = part.dropped ? `${short(part.dropped)} of these rows are left out.` : "None is left out.";
     by("leaks-says").textContent = part.leaks ? `${short(part.leaks)} pairs of rows stand on both sides of the split, so the measure would repeat what was trained. ${fate}` : "No held-out row is among the training rows.";
@@ -92,14 +92,14 @@ const draw = {
     by("seen-rows").replaceChildren(...part.rows.map((row) => {
       const pieces = row.pieces.map(([text, trained]) => (trained ? make("mark", {}, text) : text));
       const counts = `${row.source}: ${short(row.tokens)} tokens, ${short(row.trained)} of them trained${row.cut ? "; shortened" : ""}`;
-      return make("figure", { class: "row" }, make("pre", { tabindex: "0", role: "group", "aria-label": `Row ${row.source}` }, ...pieces), make("figcaption", {}, counts));
+      return make("figure", { class: "seen" }, make("pre", { tabindex: "0", role: "group", "aria-label": `Row ${row.source}` }, ...pieces), make("figcaption", {}, counts));
     }));
   },
   lengths(part) {
     by("lengths").hidden = false;
     const what = { truncate: "shortened", drop: "left out", refuse: "refused" }[part.too_long];
     const some = part.counted < part.rows ? ` Counted on ${short(part.counted)} of ${short(part.rows)} rows.` : "";
-    by("lengths-says").textContent = `Half of the rows have at most ${short(part.median)} tokens, the longest ${short(part.longest)}. ${part.longer ? `${short(part.longer)} ${part.longer === 1 ? "is" : "are"} longer than data.max_tokens, ${short(part.limit)}, and ${part.longer === 1 ? "is" : "are"} ${what}.` : `All fit into data.max_tokens, ${short(part.limit)}.`}${some}`;
+    by("lengths-says").textContent = `Half of the rows have at most ${short(part.median)} tokens, the longest ${short(part.longest)}. ${part.longer ? `${short(part.longer)} ${part.longer === 1 ? "is" : "are"} longer than the limit of ${short(part.limit)}, and ${part.longer === 1 ? "is" : "are"} ${what}.` : `All are within the limit of ${short(part.limit)}.`}${some}`;
     by("histogram").replaceChildren(histogram(part));
   },
   album(part) {

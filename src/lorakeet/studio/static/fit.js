@@ -27,7 +27,7 @@ function stack(bar, limit, limitWords) {
   }
   if (limit) drawing.append(svg("rect", { x: (100 * limit) / most - 0.25, y: -1.5, width: 0.5, height: 13, class: "limit" }));
   const names = make("ul", { class: "stack-names" }, ...bar.kinds.map((one) => make("li", {}, make("span", { class: `hue k${KINDS.indexOf(one.kind)}` }), one.words, make("b", {}, one.size))));
-  const ends = make("p", { class: "stack-ends" }, make("span", {}, `${bar.size} at most, ${bar.phase}`), make("span", {}, limitWords ? `the dark line: ${limitWords}` : ""));
+  const ends = make("p", { class: "stack-ends" }, make("span", {}, `${bar.size} at most, ${bar.phase}`), make("span", {}, limitWords ? `up to the upright line: ${limitWords}` : ""));
   return make("figure", { class: "plotted" }, drawing, ends, names);
 }
 

@@ -49,6 +49,13 @@ document.addEventListener("click", (event) => {
   if (button.hasAttribute("data-theme-button")) switchTheme();
 });
 
+const sent = new WeakMap(); // when each form was sent: the second click of a double one sends nothing
+document.addEventListener("submit", (event) => {
+  if (event.defaultPrevented || event.target.method !== "post") return;
+  if (Date.now() - (sent.get(event.target) || 0) < 1500) event.preventDefault();
+  else sent.set(event.target, Date.now());
+});
+
 const menu = document.querySelector(".top nav"); // one line on narrow screens, where it can be moved
 const current = menu && menu.querySelector("[aria-current]");
 if (current) menu.scrollLeft = current.offsetLeft - menu.offsetLeft - (menu.clientWidth - current.clientWidth) / 2;

@@ -6,7 +6,6 @@ import { bytes } from "./svg.js";
 const root = document.getElementById("take");
 const by = (id) => document.getElementById(id);
 let sizes = null;
-let busy = new Set(); // the names of what is being made
 
 function fields(form) {
   const found = {};
@@ -29,7 +28,6 @@ async function check(form) {
   let found;
   try { found = await post(`${root.dataset.run}/${form.dataset.way}/check`, fields(form)); } catch (error) { found = { missing: error.message, command: "" }; }
   if (number !== form.checks) return;
-  if (busy.has(form.elements.name.value || form.elements.name.placeholder)) found.missing = "It is being made; see above.";
   form.querySelector("button.primary").disabled = Boolean(found.missing);
   form.querySelector(".missing").textContent = found.missing;
   const shown = form.parentElement.querySelector(".cmd");
@@ -49,11 +47,16 @@ function certificate(found) {
   return make("div", { class: `certificate-of ${found.passed ? "pass" : "fail"}` }, make("p", { class: `stamp ${found.passed ? "pass" : "fail"}` }, `Certificate: ${found.verdict}`), make("details", {}, make("summary", {}, "What was compared"), make("ul", {}, ...lines, ...missing)));
 }
 
-/** A form that answers the rows once more, with what a message advises. */
-function again(fields) {
-  const how = Object.entries(fields).filter(([path]) => path !== "data.train").map(([path, value]) => `${path.split(".")[1].replace("_", " ")} ${value}`);
-  const hidden = Object.entries({ csrf, ...fields }).map(([name, value]) => make("input", { type: "hidden", name, value }));
-  return make("form", { method: "post", action: `${root.dataset.run}/answer` }, ...hidden, make("button", { type: "submit", class: "remedy" }, `Answer them with ${how.join(", ")}`));
+/** A form that answers the rows of a job once more, with what its message advises. */
+function again(one) {
+  const hidden = Object.entries({ csrf, once: one.name, ...one.again }).map(([name, value]) => make("input", { type: "hidden", name, value }));
+  return make("form", { method: "post", action: `${root.dataset.run}/answer` }, ...hidden, make("button", { type: "submit", class: "remedy" }, one.again_words));
+}
+
+/** What deletes a file of answers for good, after a second click. */
+function forgetting(one) {
+  const form = make("form", { method: "post", action: `${root.dataset.run}/saved/${encodeURIComponent(one.name)}/delete` }, make("input", { type: "hidden", name: "csrf", value: csrf }), make("button", { type: "submit", class: "danger" }, "Delete for good"));
+  return make("details", { class: "change" }, make("summary", { "aria-label": `Delete ${one.saves} …` }, "Delete …"), make("div", {}, make("p", {}, `The copy of ${one.saves} in this studio is deleted. Files that you saved stay.`), form));
 }
 
 function job(one, open) {
@@ -65,24 +68,36 @@ function job(one, open) {
   }
   if (one.certificate && !one.certificate.passed && one.state !== "running") parts.push(make("p", { class: "warning" }, `Do not use it: what was written answers differently from what was trained. ${one.advice}`));
   else if (one.error) parts.push(make("p", { class: "warning message" }, one.error));
-  if (one.saves && one.certificate?.passed !== false) parts.push(make("p", {}, make("a", { class: "button primary", href: `${root.dataset.run}/saved/${encodeURIComponent(one.name)}`, download: one.saves }, `Save ${one.saves}`)));
-  if (Object.keys(one.again).length) parts.push(again(one.again));
+  if (one.saves && one.certificate?.passed !== false) parts.push(make("p", {}, make("a", { class: "button primary", href: `${root.dataset.run}/saved/${encodeURIComponent(one.name)}`, download: one.saves }, `Save ${one.saves}`), one.held ? forgetting(one) : ""));
+  if (Object.keys(one.again).length) parts.push(again(one));
   if (one.certificate && one.state !== "running") parts.push(certificate(one.certificate));
   parts.push(...one.use.map(([text, purpose]) => command(text, purpose)));
-  if (one.log) parts.push(make("details", open ? { open: "" } : {}, make("summary", {}, "What the command printed"), make("div", {}, make("pre", { tabindex: "0", role: "group", "aria-label": "Log" }, make("code", {}, one.log)))));
+  const printed = one.log ? make("pre", { tabindex: "0", role: "group", "aria-label": "Log" }, make("code", {}, one.log)) : "";
+  parts.push(make("details", open ? { open: "" } : {}, make("summary", {}, "The command, and what it printed"), make("div", {}, command(one.command, "The same on the command line"), printed)));
   return make("article", { class: "card taken", id: `job-${one.name}`, "data-state": one.state, "aria-label": one.title }, ...parts);
 }
 
-const source = new EventSource(`${root.dataset.run}/events`);
-source.addEventListener("jobs", (event) => {
+function take(event) {
   const found = JSON.parse(event.data).jobs;
   const open = new Set([...document.querySelectorAll("#jobs details[open]")].map((one) => `${one.closest("article").id} ${one.querySelector("summary").textContent}`));
   by("jobs-part").hidden = !found.length;
-  busy = new Set(found.filter((one) => one.state === "running" || one.state === "waiting").map((one) => one.out.split("/").pop()));
   by("jobs").replaceChildren(...found.map((one) => job(one)));
   for (const one of document.querySelectorAll("#jobs details")) if (open.has(`${one.closest("article").id} ${one.querySelector("summary").textContent}`)) one.open = true;
   for (const form of document.querySelectorAll(".way-form")) check(form); // a name may be taken now
+}
+
+let source = null;
+function listen() {
+  source = new EventSource(`${root.dataset.run}/events`);
+  source.addEventListener("jobs", take);
+}
+
+// A browser has six connections to a server: tabs in the background give theirs back.
+document.addEventListener("visibilitychange", () => {
+  source.close();
+  if (!document.hidden) listen();
 });
+listen();
 
 const counted = new EventSource(`${root.dataset.run}/sizes`);
 counted.addEventListener("sizes", (event) => { sizes = JSON.parse(event.data); document.querySelectorAll(".way-form").forEach(sizeOf); });
@@ -98,14 +113,22 @@ for (const form of document.querySelectorAll(".way-form")) {
 }
 const answer = by("answer");
 if (answer) {
-  const ready = () => {
+  let later = 0;
+  let asked = 0;
+  const ready = async () => {
+    const number = ++asked;
     const rows = answer.elements["data.train"].value.trim();
-    by("answer-it").disabled = !rows;
-    by("answer-missing").textContent = rows ? "" : "Choose a file first.";
+    let found = { missing: "Choose a file first.", command: "" };
+    if (rows) try { found = await post(`${root.dataset.run}/answer/check`, fields(answer)); } catch (error) { found.missing = error.message; }
+    if (number !== asked) return; // the form has changed meanwhile
+    by("answer-it").disabled = Boolean(found.missing);
+    by("answer-missing").textContent = found.missing;
+    by("answer-same").hidden = !found.command;
+    by("answer-same").querySelector("code").textContent = found.command;
   };
   offer(answer, ready);
   takeFile(answer, ready);
-  answer.addEventListener("input", ready);
+  answer.addEventListener("input", () => { clearTimeout(later); later = setTimeout(ready, 250); });
   addEventListener("pageshow", ready);
   ready();
 }
