@@ -27,6 +27,9 @@ class EvaluateSpec:
     examples: int = setting(
         8, "Training rows shown to the few-shot base, at least one a label, as many as fit (how-to/read-the-report); 0 for none."
     )
+    reuse: bool = setting(
+        True, "Take the base's answers from an earlier evaluation of the same model on the same rows; some are computed again."
+    )
     answers: int = setting(
         LEAST_ANSWERS, "Held-out prompts that every system answers in words, for rows without labels; 0 for none."
     )

@@ -29,6 +29,7 @@ from lorakeet.evaluate.values import encode
 from lorakeet.memory.cuda import enforcing_gpu_budget
 from lorakeet.workflows.finetuning.evaluate_preference import evaluator_for
 from lorakeet.workflows.finetuning.evaluate_text import require_encodable
+from lorakeet.workflows.finetuning.kept_answers import kept_answers
 from lorakeet.workflows.finetuning.reply import without_effect
 from lorakeet.workflows.finetuning.report import leaks
 from lorakeet.workflows.finetuning.terminal import show_results
@@ -96,6 +97,8 @@ def evaluate(options: EvaluateOptions, *, console: Console) -> Evaluated:
         settings = within_context(opened.config, text.name, text.context, partial(console.print, markup=False, soft_wrap=True))
         encoder = Encoder(text.tokenizer, settings.data, rows.labels)
         evaluator = evaluator_for(settings, opened.run)(settings, text, encoder, rows.rows, console, NAME, own, residency)
+        folder = None if opened.run is None else opened.run.path
+        evaluator = dataclasses.replace(evaluator, kept=kept_answers(settings, text, folder))
         report = evaluator.report(f"{options.run_or_adapter} on {rows.named}", baseline_rows=rows.baseline_rows)
         drift = evaluator.drift()
     found = rows.leaks

@@ -21,6 +21,7 @@ from lorakeet.data.rows import Row, row_groups
 from lorakeet.errors import ConfigError, DataError
 from lorakeet.evaluate.answers import Answers
 from lorakeet.evaluate.baselines import majority_class, tfidf_logistic
+from lorakeet.evaluate.intervals import Floats
 from lorakeet.evaluate.judge import ReplyPair
 from lorakeet.evaluate.likelihood import RowLosses, label_log_probs
 from lorakeet.evaluate.own_metric import OwnMetric
@@ -35,6 +36,7 @@ from lorakeet.models.text.compare import compare_outputs
 from lorakeet.models.text.encoder import require_encoder, text_embedder
 from lorakeet.models.text.model import TextModel
 from lorakeet.train.progress import counted
+from lorakeet.workflows.finetuning.kept_answers import KeptAnswers
 from lorakeet.workflows.finetuning.reply import ADAPTER, BASE, FEW_SHOT, FewShotLimits, Replier, few_shot_limits
 from lorakeet.workflows.planning.evaluation_batches import tokens_within_peak
 from lorakeet.workflows.runs.judge_server import compared_by_judge
@@ -72,6 +74,7 @@ class TextEvaluator:
     name: str = "default"
     metric: OwnMetric | None = None  # of replies, the user's own
     residency: Residency[Any] | None = None  # by which more tokens than usual pass together; None: never
+    kept: KeptAnswers | None = None  # of the base, by earlier evaluations; None: all are computed
 
     def report(self, title: str, *, baseline_rows: Sequence[Row]) -> Report:
         """The measured sections: classification if the rows have labels, else replies to prompts, loss and perplexity.
@@ -105,7 +108,8 @@ class TextEvaluator:
             )  # fmt: skip
         else:
             losses = self.losses(rows, BASE), self.losses(rows, ADAPTER)
-            replier = Replier(self.config, self.text, self.encoder, self.console, self.name, self.metric, self.residency)
+            common = self.config, self.text, self.encoder, self.console, self.name
+            replier = Replier(*common, self.metric, self.residency, self.kept)
             answered = replier.answered(rows, baseline_rows)
             texts, truths = ([text_of_turns(row, supervised=supervised) for row in rows] for supervised in (False, True))
             if answered is not None:  # whose references are the truth
@@ -127,6 +131,8 @@ class TextEvaluator:
         added = [unnamed] if unnamed else []
         if baseline_rows and not few_shot and self._wants_few_shot(rows):
             added.append(NO_FEW_SHOT)
+        if self.kept is not None:
+            added += self.kept.said
         return replace(report, warnings=(*warnings, *report.warnings, *added))
 
     def with_judge(self, report: Report, rows: Sequence[Row], answered: Answered | None) -> Report:
@@ -179,7 +185,14 @@ class TextEvaluator:
         candidates: list[Candidates] = [found for row in rows if (found := encoder.candidates(row)) is not None]
         activate(self.text.model, None if system in (BASE, FEW_SHOT) else self.name)
         with counted(self.console, f"{system} answers rows{among}", len(candidates)) as advance:
-            scores = label_scores(self.text, candidates, micro_tokens=micro_tokens, progress=advance)
+
+            def score(some: Sequence[int]) -> Floats:
+                return label_scores(self.text, [candidates[index] for index in some], micro_tokens=micro_tokens, progress=advance)
+
+            if self.kept is None or system == ADAPTER:
+                scores = score(range(len(candidates)))
+            else:
+                scores = self.kept.numbers(system, [(row.prompt, *row.completions) for row in candidates], score)
         truth = np.array([row.label for row in candidates], dtype=np.int64)
         note = LIKELIEST_LABEL if system == BASE else ""
         return Answers(system, self.encoder.labels, truth, label_log_probs(scores), row_groups(rows), note)
@@ -224,8 +237,18 @@ class TextEvaluator:
         activate(self.text.model, None if system == BASE else self.name)
         examples, tokens = encode_rows(rows, self.encoder).examples, self.config.train.micro_tokens
         with counted(self.console, f"{system} reads rows", len(examples)) as advance:
-            sums, counts = row_losses(self.text, examples, micro_tokens=tokens, progress=advance)
-        return RowLosses(system, sums, counts.astype(np.int64), row_groups(rows))
+
+            def score(some: Sequence[int]) -> Floats:
+                chosen = [examples[index] for index in some]
+                return np.stack(row_losses(self.text, chosen, micro_tokens=tokens, progress=advance), axis=1)
+
+            if self.kept is None or system == ADAPTER:
+                found = score(range(len(examples)))
+            else:
+                most = max((int(row.supervised.sum()) for row in examples), default=1)
+                read = [(row.ids, row.supervised.astype(np.int64)) for row in examples]
+                found = self.kept.numbers(system, read, score, tokens=most)
+        return RowLosses(system, found[:, 0], found[:, 1].astype(np.int64), row_groups(rows))
 
 
 def sampled_texts(text: TextModel, count: int, tokens: int, *, seed: int) -> list[Example]:

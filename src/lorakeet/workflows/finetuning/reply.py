@@ -27,6 +27,7 @@ from lorakeet.models.generate.sample import sample
 from lorakeet.models.inject import activate
 from lorakeet.models.text.model import TextModel
 from lorakeet.train.progress import counted
+from lorakeet.workflows.finetuning.kept_answers import KeptAnswers
 from lorakeet.workflows.planning.evaluation_batches import tokens_within_peak
 from lorakeet.workflows.planning.forecast_text_run import REPLY_TOKENS
 from lorakeet.workflows.runs.residency import Residency
@@ -90,6 +91,7 @@ class Replier:
     name: str
     own: OwnMetric | None = None
     residency: Residency[Any] | None = None  # by which more tokens than usual pass together; None: never
+    kept: KeptAnswers | None = None  # of the base, by earlier evaluations; None: all are written
     clock: Callable[[], float] = time.monotonic
 
     def prompts(self, rows: Sequence[Row], known: Sequence[Row]) -> Prompts | None:
@@ -163,14 +165,8 @@ class Replier:
         if self.residency is not None:
             most = tokens_within_peak(self.residency, most, self.text.device)
         activate(self.text.model, self.name if system == ADAPTER else None)
-        until = self.clock() + seconds
-        written: list[Ids] = []
         with counted(self.console, f"{system} writes replies", len(prompts.questions)) as advance:
-            count = len(prompts.questions)
-            for start, stop in pairwise([0, *range(LEAST_ANSWERS, count, TOGETHER), count]):
-                if start and self.clock() > until:
-                    break
-                written += self._some(prompts.questions[start:stop], prompts, most, advance)
+            written = self._written(system, prompts, most, self.clock() + seconds, advance)
         whole = [self._decoded(ids) for ids in written]
         texts = [text.split(prompts.ending, 1)[0].rstrip() for text in whole] if prompts.ending else whole
         cut = [len(ids) >= prompts.limit and text == full for ids, text, full in zip(written, texts, whole, strict=True)]
@@ -178,6 +174,24 @@ class Replier:
             note = "; ".join(filter(None, (note, FIRST_LINE)))
         done = prompts.first(len(texts))
         return Replies(system, tuple(texts), done.references, tuple(cut), row_groups(done.rows), note)
+
+    def _written(
+        self, system: str, prompts: Prompts, most: int, until: float, advance: Callable[[int], None]
+    ) -> list[Ids]:
+        """The replies of a system as tokens; those of the base may be of an earlier evaluation."""
+        questions = prompts.questions
+        if self.kept is not None and system != ADAPTER:
+
+            def write(some: Sequence[int]) -> list[Ids]:
+                return self._some([questions[index] for index in some], prompts, most, advance)
+
+            return self.kept.replies(system, questions, f"{prompts.limit} {prompts.ending!r}", write)
+        written: list[Ids] = []
+        for start, stop in pairwise([0, *range(LEAST_ANSWERS, len(questions), TOGETHER), len(questions)]):
+            if start and self.clock() > until:
+                break
+            written += self._some(questions[start:stop], prompts, most, advance)
+        return written
 
     def _templated(self, row: Row) -> bool:
         return is_templated(row, self.encoder.tokenizer, self.encoder.spec)

@@ -52,6 +52,7 @@ from lorakeet.workflows.finetuning.assemble_text import TextAssembly, assemble_t
 from lorakeet.workflows.finetuning.certify_text import certify_text, with_own_code
 from lorakeet.workflows.finetuning.cuda_graphs import record_graphs, require_graphable
 from lorakeet.workflows.finetuning.evaluate_text import TextEvaluator, require_encodable
+from lorakeet.workflows.finetuning.kept_answers import kept_answers
 from lorakeet.workflows.finetuning.kind import NO_BOUND, Advice, Digests, PlanResult, RunKind
 from lorakeet.workflows.finetuning.reply import without_effect
 from lorakeet.workflows.finetuning.report import leaks, pruned_map, rank_map
@@ -465,6 +466,7 @@ class TextRunKind(RunKind[TextAssembly]):
         own = None if setup.config.evaluate.metric is None else load_metric(setup.config.evaluate.metric, outside=run.path)
         wide = None if setup.halved else setup.residency
         evaluator = make(setup.config, setup.text, setup.encoder, rows, console, metric=own, residency=wide)
+        evaluator = dataclasses.replace(evaluator, kept=kept_answers(setup.config, setup.text, run.path))
         baseline_rows = [*setup.dataset.train, *(setup.dataset.held_out if part == "test" else ())]
         report = evaluator.report(f"Fine-tuning {setup.name}", baseline_rows=baseline_rows)
         return dataclasses.replace(

@@ -1,0 +1,138 @@
+"""Answers of the base that an earlier evaluation computed, on disk: they do not depend on the adapter that is measured beside it.
+
+A file is bound by a hash to the model, the program's versions and the rows' tokens. Each use computes some rows again; where one
+of them differs, all are computed.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Callable, Iterable, Sequence
+from contextlib import suppress
+from dataclasses import dataclass, field, replace
+from importlib.metadata import version
+from pathlib import Path
+
+import numpy as np
+import torch
+
+from lorakeet.config import RunConfig
+from lorakeet.data.chat import Ids
+from lorakeet.errors import DataError
+from lorakeet.evaluate.intervals import Floats
+from lorakeet.formats.files.safetensors_file import open_safetensors, save_tensors
+from lorakeet.models.files.fingerprint import fingerprint
+from lorakeet.models.text.model import TextModel
+
+AGAIN = 16  # rows of each use that are computed again
+FEWEST = 2 * AGAIN  # rows from which on it is worth it
+MOST = 200  # files that are kept, the newest
+ANSWERS = ".answers"  # their folder, beside the run folders
+APART, APART_ROUNDED = 1e-4, 0.03  # nats by which they may differ: in fp32, and in other formats, where batches round otherwise
+_BOUND, _VALUES, _LENGTHS = "bound_to", "values", "lengths"
+
+
+@dataclass(frozen=True)
+class KeptAnswers:
+    """The answers of one model, in files of `folder` named by a hash of `model` and of the rows.
+
+    `apart` is by how many nats a number that is computed again may differ. `said` gets a sentence for each use.
+    """
+
+    folder: Path
+    model: str
+    apart: float
+    said: list[str] = field(default_factory=list)
+
+    def numbers(
+        self, system: str, rows: Sequence[Sequence[Ids]], compute: Callable[[Sequence[int]], Floats], *, tokens: int = 1
+    ) -> Floats:
+        """Log-probabilities (rows, …) in nats of rows given as tokens, each summed over at most `tokens` of them.
+
+        `compute` returns those of some rows, by their indices. Written where none were kept; without a word if the disk refuses.
+        """
+        count = len(rows)
+        if count < FEWEST:
+            return compute(range(count))
+        path = self._path(system, (ids for row in rows for ids in (np.array([len(row)]), *row)))
+        kept = self._read(path)
+        if kept is not None and len(kept[0]) == count:
+            chosen = _some(path, count)
+            again, before = compute(chosen), kept[0][chosen]
+            if again.shape == before.shape and np.abs(again - before).max(initial=0.0) <= self.apart * tokens:
+                self._say(system, count, len(chosen))
+                return kept[0]
+        found = compute(range(count))
+        self._write(path, {_VALUES: torch.from_numpy(np.ascontiguousarray(found))})
+        return found
+
+    def replies(
+        self, system: str, questions: Sequence[Ids], how: str, compute: Callable[[Sequence[int]], list[Ids]]
+    ) -> list[Ids]:
+        """The greedy replies to `questions` as tokens, written by the rule `how`; those written again must be equal."""
+        if len(questions) < FEWEST:
+            return compute(range(len(questions)))
+        path = self._path(f"{system} {how}", questions)
+        kept = self._read(path)
+        if kept is not None and len(kept[1]) == len(questions):
+            texts = np.split(kept[0].astype(np.int64), np.cumsum(kept[1].astype(np.int64))[:-1])
+            chosen = _some(path, len(questions))
+            if all(np.array_equal(new, texts[index]) for new, index in zip(compute(chosen), chosen, strict=True)):
+                self._say(system, len(texts), len(chosen))
+                return texts
+        found = compute(range(len(questions)))
+        lengths = torch.tensor([len(ids) for ids in found], dtype=torch.int64)
+        values = np.concatenate([np.asarray(ids, np.int64) for ids in found])
+        self._write(path, {_VALUES: torch.from_numpy(values), _LENGTHS: lengths})
+        return found
+
+    def _say(self, system: str, count: int, again: int) -> None:
+        self.said.append(
+            f"{system}: the answers to {count:,} rows are those of an earlier evaluation of the same model on the same rows; "
+            f"{again} were computed again and agree (evaluate.reuse)."
+        )
+
+    def _path(self, system: str, rows: Iterable[Ids]) -> Path:
+        found = hashlib.sha256(f"{self.model}\n{system}\n".encode())
+        for ids in rows:
+            found.update(np.int64(len(ids)).tobytes() + np.asarray(ids, np.int64).tobytes())
+        return self.folder / f"{found.hexdigest()}.safetensors"
+
+    def _read(self, path: Path) -> tuple[Floats, Floats] | None:
+        """The values and lengths that were kept; None if there are none, or the file is damaged."""
+        try:
+            file = open_safetensors(path)
+            if file.metadata.get(_BOUND) != path.stem:
+                return None
+            parts = [file.read(name).numpy() if name in file.tensors else np.zeros(0) for name in (_VALUES, _LENGTHS)]
+            path.touch()  # among the newest
+        except (DataError, OSError):
+            return None
+        return parts[0], parts[1]
+
+    def _write(self, path: Path, tensors: dict[str, torch.Tensor]) -> None:
+        with suppress(OSError):
+            self.folder.mkdir(parents=True, exist_ok=True)
+            save_tensors(path, tensors, metadata={_BOUND: path.stem})
+            files = sorted(self.folder.glob("*.safetensors"), key=lambda file: file.stat().st_mtime, reverse=True)
+            for old in files[MOST:]:
+                old.unlink(missing_ok=True)
+
+
+def kept_answers(config: RunConfig, text: TextModel, run: Path | None) -> KeptAnswers | None:
+    """The answers of this base beside the folder `run`. None without a run folder, if evaluate.reuse is false, or if the model
+    without its adapter is not the base, as in a run on top of another adapter.
+    """
+    if run is None or not config.evaluate.reuse or config.lora.on_top_of is not None:
+        return None
+    versions = [f"{name} {version(name)}" for name in ("lorakeet", "torch", "transformers")]
+    settings = replace(config.model, device=text.device.type).identity()
+    model = "\n".join([fingerprint(text.source), str(settings), str(len(text.tokenizer)), *versions])
+    apart = APART if config.model.dtype == "float32" else APART_ROUNDED
+    return KeptAnswers(run.parent / ANSWERS, model, apart)
+
+
+def _some(path: Path, count: int) -> list[int]:
+    """The rows that are computed again, drawn by the file's name."""
+    draw = np.random.default_rng(int(path.stem[:16], 16))
+    return sorted(draw.choice(count, min(AGAIN, count), replace=False).tolist())
