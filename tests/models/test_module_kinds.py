@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 from torch import nn
 
-from lorakeet.models.module_kinds import EXPERT, HEAD, ROUTER, SHARED, kind_in_words
+from lorakeet.models.module_kinds import EXPERT, HEAD, ROUTER, SHARED, kind_in_words, stateful_parts
 from lorakeet.models.modules import original_modules
 from tiny.models import tiny_model
 from tiny.outlines import outline
@@ -71,3 +71,19 @@ def test_what_the_table_does_not_know_is_called_by_its_class() -> None:
             self.parts = nn.ModuleList([nn.Linear(2, 2)])
 
     assert kinds(nn.Sequential(Oddity()))["#.parts.#"] == "Oddity"
+
+
+@pytest.mark.parametrize(
+    ("name", "parts"),
+    [
+        ("qwen3_next", ["Qwen3NextGatedDeltaNet"]),
+        ("mamba2", ["Mamba2Mixer"]),
+        ("falcon_h1", ["FalconH1Mixer"]),
+        ("lfm2", ["Lfm2ShortConv"]),
+        ("nemotron_h", ["NemotronHMamba2Mixer"]),
+        ("gemma3", []),  # the convolution of its vision tower is no part of the text
+        ("dbrx", []),
+    ],
+)
+def test_layers_with_a_state_from_token_to_token_are_named(name: str, parts: list[str]) -> None:
+    assert stateful_parts(outline(name)) == parts

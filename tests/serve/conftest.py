@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import queue
-from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -16,14 +14,14 @@ from lorakeet.models.text.load import load_text_model
 from lorakeet.models.text.serving import ServingModel
 from lorakeet.serve.access import Access
 from lorakeet.serve.adapter_store import AdapterStore
-from lorakeet.serve.engine import Engine, EngineRequest, Event, Request
+from lorakeet.serve.engine import Engine
 from lorakeet.serve.load_places import LoadPlaces
 from lorakeet.serve.registry import Registry
 from lorakeet.serve.routes.connections import ConnectionLimits
-from lorakeet.serve.sampling import Sampling
 from lorakeet.serve.service import RequestLimits, Service
 from lorakeet.serve.upload_space import MOST_UPLOADED
 from tiny.adapters import random_adapter
+from tiny.asking import Asking
 from tiny.models import tiny_model
 from tiny.site import Site
 
@@ -51,41 +49,6 @@ def saved(bare: Any, tmp_path: Path) -> Callable[..., Path]:
         return folder
 
     return build
-
-
-@dataclass
-class Answer:
-    """What a job told its listener."""
-
-    ids: list[int]
-    text: str
-    reason: str
-    events: list[Event]
-
-
-class Asking:
-    """An engine with calls that wait."""
-
-    def __init__(self, engine: Engine) -> None:
-        self.engine = engine
-
-    def begin(
-        self, ids: tuple[int, ...], adapters: Mapping[str, float] | None = None, *, timeout: float | None = None, **sampling: Any
-    ) -> tuple[EngineRequest, queue.SimpleQueue[Event]]:
-        events: queue.SimpleQueue[Event] = queue.SimpleQueue()
-        settings = Sampling(**{"temperature": 0.0, "max_tokens": 12, **sampling})
-        return self.engine.submit(Request(ids, settings, adapters or {}, timeout), events.put), events
-
-    def end(self, begun: tuple[EngineRequest, queue.SimpleQueue[Event]]) -> Answer:
-        events: list[Event] = []
-        while not events or events[-1].reason is None:
-            events.append(begun[1].get(timeout=30))
-        ids = [event.chosen.token for event in events if event.chosen is not None]
-        assert events[-1].reason is not None
-        return Answer(ids, "".join(event.text for event in events), events[-1].reason, events)
-
-    def ask(self, ids: tuple[int, ...], adapters: Mapping[str, float] | None = None, **options: Any) -> Answer:
-        return self.end(self.begin(ids, adapters, **options))
 
 
 @pytest.fixture

@@ -1,4 +1,4 @@
-"""Model folders in FP8, int8 and MXFP4 with scales, as other programs publish them, made of small dense ones."""
+"""Model folders in FP8, int8, int4 and MXFP4 with scales, as other programs publish them, made of small dense ones."""
 
 from __future__ import annotations
 
@@ -47,6 +47,33 @@ def int8_folder(source: Path, out: Path) -> Path:
     weights = {"num_bits": 8, "type": "int", "strategy": "channel"}
     settings = {"quant_method": "compressed-tensors", "format": "int-quantized"}
     return written(source, out, tensors, {**settings, "config_groups": {"group_0": {"weights": weights}}})
+
+
+def words_folder(source: Path, out: Path, *, size: int = 16, symmetric: bool = True) -> Path:
+    """Every matrix of a block's layers in four bits, in compressed-tensors' words, with bf16 scales by group."""
+    tensors: dict[str, Tensor] = {}
+    for name, weight in load_file(source / "model.safetensors").items():
+        if ".layers." not in name or weight.dim() != 2 or ".gate." in name:  # a router
+            tensors[name] = weight
+            continue
+        grouped = weight.view(len(weight), -1, size)
+        low, high = (grouped.amin(2), grouped.amax(2)) if not symmetric else (-grouped.abs().amax(2), grouped.abs().amax(2))
+        scale = ((high - low) / 15).bfloat16()
+        points = (-8 - low / scale.float()).round().clamp(-8, 7).long() if not symmetric else torch.zeros_like(scale).long()
+        values = ((grouped / scale.float()[..., None]).round() + points[..., None]).clamp(-8, 7).long().view(weight.shape)
+        tensors |= {f"{name}_packed": in_words(values + 8), f"{name}_scale": scale, f"{name}_shape": torch.tensor(weight.shape)}
+        if not symmetric:
+            tensors[f"{name}_zero_point"] = in_words((points + 8).T).T
+    weights = {"num_bits": 4, "type": "int", "strategy": "group", "group_size": size, "symmetric": symmetric}
+    settings = {"quant_method": "compressed-tensors", "format": "pack-quantized"}
+    return written(source, out, tensors, {**settings, "config_groups": {"group_0": {"targets": ["Linear"], "weights": weights}}})
+
+
+def in_words(codes: Tensor) -> Tensor:
+    """Codes of four bits (rows, columns), eight to an int32, the first in the lowest bits."""
+    padded = torch.nn.functional.pad(codes, (0, -codes.shape[1] % 8)).view(len(codes), -1, 8)
+    whole = (padded << (4 * torch.arange(8))).sum(2)
+    return torch.where(whole >= 1 << 31, whole - (1 << 32), whole).to(torch.int32)
 
 
 def mxfp4_folder(source: Path, out: Path) -> Path:

@@ -41,7 +41,13 @@ _RULES = (
 )  # fmt: skip
 RULES = tuple((re.compile(pattern), value) for pattern, value in _RULES)
 MULTIPLE = {"rope_type": "default", "rope_theta": 1e4, "mrope_section": [2, 3, 3]}  # of a head of 16
+COMPASS = {
+    "layer_types": ["sliding_attention", "full_attention"] * 2,
+    "rope_parameters": {"sliding_attention": MULTIPLE, "full_attention": None},
+}
 CHANGES: dict[str, dict[str, Any]] = {
+    "cohere_compass": {"text_config": COMPASS},
+    "cohere_compass_text": COMPASS,
     "dbrx": {
         "attn_config": {"kv_n_heads": 2, "clip_qkv": 8.0, "rope_theta": 10000.0},
         "ffn_config": {"moe_num_experts": 4, "moe_top_k": 2, "ffn_hidden_size": 32, "hidden_size": 64},

@@ -23,6 +23,7 @@ from lorakeet.models.files.stored_tensors import READERS, StoredModel, stored_qu
 from lorakeet.models.text.load import read_config
 from lorakeet.quant.construct import quantise_weight
 from lorakeet.quant.gptq import PARTS
+from lorakeet.quant.pack_quantized import MARK
 from lorakeet.quant.spec import QuantSpec
 
 
@@ -89,12 +90,12 @@ def open_dequantised(folder: Path) -> Checkpoint:
         else:
             tensors[files[name].path.name][name] = files[name].tensors[name]
     for name in joined:
-        tensors[files[name].path.name][name] = TensorEntry(dtype, files[name].tensors[name].shape, 0, 0)
+        shape = files[name].tensors[name].shape if name in files else stored_model.packed[name]().shape
+        tensors[_file_of(files, name).path.name][name] = TensorEntry(dtype, shape, 0, 0)
         made[name] = _dense(stored_model, name, False)
     for name, path in places.items():
         module = plain.get_submodule(path)
-        file = files[name] if name in files else files[f"{name.removesuffix('.weight')}.{PARTS[0]}"]  # GPTQ's name
-        tensors[file.path.name][name] = TensorEntry(dtype, tuple(module.weight.shape), 0, 0)
+        tensors[_file_of(files, name).path.name][name] = TensorEntry(dtype, tuple(module.weight.shape), 0, 0)
         made[name] = _dense(stored_model, name, modules.kind_of(module) == "conv1d")
     shards = {file.path.name: file for file in files.values()}
     unpacked = {name: _Unpacked(file.path, tensors[name], file.metadata, made=made) for name, file in shards.items()}
@@ -104,6 +105,12 @@ def open_dequantised(folder: Path) -> Checkpoint:
         if isinstance(part, dict):
             part.pop("quantization_config", None)
     return Checkpoint(folder, unpacked, home, settings)
+
+
+def _file_of(files: Mapping[str, SafeFile], name: str) -> SafeFile:
+    """The file of a packed weight, or of its codes: GPTQ and compressed-tensors have names of their own for these."""
+    names = name, f"{name.removesuffix('.weight')}.{PARTS[0]}", f"{name}{MARK}"
+    return next(files[each] for each in names if each in files)
 
 
 def _dense(stored_model: StoredModel, name: str, transposed: bool) -> Callable[[], Tensor]:

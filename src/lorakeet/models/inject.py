@@ -303,9 +303,10 @@ def _put_pair(model: nn.Module, entry: PlanEntry, name: str, pair: LoraPair) -> 
         layer = module
     else:
         kind = _layer_class(entry)
-        layer = LoraLinear(module, base_of(module, entry.kind)) if kind is LoraLinear else cast(Any, kind)(module)
-        if isinstance(layer, LoraExperts):
-            _check_experts(layer, path)
+        if kind is LoraExperts:
+            layer = experts_layer(module, path)
+        else:
+            layer = LoraLinear(module, base_of(module, entry.kind)) if kind is LoraLinear else cast(Any, kind)(module)
         modules.replace(model, path, layer)
     if entry.kind == "experts":
         if name not in layer.adapters:
@@ -316,13 +317,18 @@ def _put_pair(model: nn.Module, entry: PlanEntry, name: str, pair: LoraPair) -> 
     layer.train(modules.unwrapped(module).training)
 
 
-def _check_experts(layer: LoraExperts, path: str) -> None:
-    """Raises ConfigError unless Lorakeet's computation of the experts equals the block's own, also on large activations."""
+def experts_layer(module: nn.Module, path: str) -> LoraExperts:
+    """Returns the block of experts at `path`, wrapped for pairs.
+
+    Raises ConfigError unless Lorakeet's computation of the experts equals the block's own, also on large activations.
+    """
+    layer = LoraExperts(module)
     first = first_stack(layer.original)
     stacked, (_, _, width) = cast(Tensor, getattr(layer.original, first)), stack_shape(layer.original, first)
     x = torch.randn(4, width, generator=torch.Generator().manual_seed(0)).to(stacked.device, stacked.dtype)
     for size in modules.probe_sizes(lambda x: x @ stacked[0].reshape(width, -1), x):  # of about the size of the product's numbers
         _check_experts_on(layer, path, x * size)
+    return layer
 
 
 def _check_experts_on(layer: LoraExperts, path: str, x: Tensor) -> None:

@@ -49,6 +49,8 @@ MODULE_KINDS = (
     ModuleKind("MLP", ("MLP", "Mlp"), ("mlp",)),
     ModuleKind("feed-forward", ("FeedForward", "FFN"), ("feed_forward", "ffn", "ff", "ff_context", "proj_mlp")),
 )
+# Layers that carry a state from token to token without a convolution, by their class; others have one over the last tokens.
+STATEFUL = ("LightningAttention", "LinearAttention", "RwkvSelfAttention", "RwkvFeedForward", "xLSTMLayer")
 _CONVOLUTIONS = (nn.Conv1d, nn.Conv2d, nn.Conv3d)
 
 
@@ -73,6 +75,16 @@ def kind_in_words(model: nn.Module, by_path: Mapping[str, nn.Module], path: str)
             if _fits(kind, by_path[outer], outer):
                 return kind.name
     return _own_class(model, by_path, outwards)
+
+
+def stateful_parts(model: nn.Module) -> list[str]:
+    """The classes of the layers of a text model that carry a state from token to token beside keys and values, in model order."""
+    found = (
+        type(module).__name__
+        for _, module in modules.original_modules(modules.unwrapped(modules.decoder_of(model)))
+        if any(type(child) is nn.Conv1d for child in module.children()) or type(module).__name__.endswith(STATEFUL)
+    )
+    return list(dict.fromkeys(found))
 
 
 def _fits(kind: ModuleKind, module: nn.Module, path: str) -> bool:

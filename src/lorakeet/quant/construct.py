@@ -16,6 +16,7 @@ from lorakeet.quant.gguf import GgufBase
 from lorakeet.quant.gptq import GptqBase
 from lorakeet.quant.int8 import Int8Base
 from lorakeet.quant.nf4 import Nf4Base
+from lorakeet.quant.pack_quantized import PackQuantizedBase
 from lorakeet.quant.packed import PackedBase, PackedLinear
 from lorakeet.quant.spec import QuantSpec
 
@@ -47,10 +48,13 @@ def empty_base(settings: Mapping[str, Any], device: torch.device | str = "cpu") 
     if settings["method"] == "fp8":
         rows, columns = settings["block"]
         return Fp8Base((out, width), (int(rows), int(columns)), device=device)
+    if settings["method"] == "pack-quantized":
+        counts = {name: int(settings[name]) for name in ("bits", "groups", "size")}
+        return PackQuantizedBase((out, width), **counts, device=device)
     if settings["method"] == "gptq":
         sizes = {name: int(settings[name]) for name in ("bits", "groups")}
         return GptqBase((out, width), **sizes, sym=settings["sym"], zero_format=settings["zero_format"], device=device)
-    raise ValueError(f"method is {settings['method']!r}; expected fp8, gguf, gptq, nf4 or int8")
+    raise ValueError(f"method is {settings['method']!r}; expected fp8, gguf, gptq, nf4, int8 or pack-quantized")
 
 
 def meta_base(base: PackedBase) -> PackedBase:

@@ -12,6 +12,8 @@ from functools import partial
 from pathlib import Path
 from typing import NamedTuple
 
+from torch import Tensor
+
 from lorakeet.core.adapter import Adapter, FlatPairs, FlatPairsLayout
 from lorakeet.errors import DataError, LorakeetError
 from lorakeet.formats.detect import Found, detect, read_found, surplus_rank
@@ -39,6 +41,7 @@ class AdapterSource:
     stamp: Stamp
     private: bool = False  # only the server writes its files, so that they may be mapped
     digest: str = ""  # SHA-256 of configuration and numbers; empty until they are read
+    of_experts: int = 0  # bytes of its pairs on experts, which are read where they are and never copied
 
     @property
     def path(self) -> Path:
@@ -47,7 +50,8 @@ class AdapterSource:
     @property
     def filled(self) -> int:
         """Bytes of a copy for computing, in fp32: odd ranks are padded (kernels/cpu/inference_pairs)."""
-        return max((-(-self.bytes * even(rank) // rank) for rank in self.ranks if rank), default=self.bytes)
+        copied = self.bytes - self.of_experts
+        return max((-(-copied * even(rank) // rank) for rank in self.ranks if rank), default=copied)
 
 
 class _Seen(NamedTuple):
@@ -56,6 +60,7 @@ class _Seen(NamedTuple):
     ranks: tuple[int, ...]
     scales: tuple[float, ...]
     surplus: bool  # some rank is larger than its layer
+    of_experts: int  # bytes of pairs on experts
 
 
 _SEEN: LruCache[FlatPairsLayout, _Seen] = LruCache(8)
@@ -75,7 +80,7 @@ def inspect_adapter(path: Path, live: ServingModel, digest: str = "", *, private
     if seen.surplus:
         log.warning("%s", surplus_rank(outline, str(found.path)))
     live.check(outline)
-    return AdapterSource(found, 4 * outline.parameters, seen.ranks, seen.scales, stamp, private, digest)
+    return AdapterSource(found, 4 * outline.parameters, seen.ranks, seen.scales, stamp, private, digest, seen.of_experts)
 
 
 @contextmanager
@@ -94,7 +99,8 @@ def _reading(path: Path) -> Iterator[None]:
 def _seen(outline: Adapter) -> _Seen:
     kinds = {(pair.rank, pair.scale) for pair in outline.pairs.values()}
     ranks, scales = {rank for rank, _ in kinds}, {float(f"{scale:.6g}") for _, scale in kinds}
-    return _Seen(tuple(sorted(ranks)), tuple(sorted(scales)), bool(surplus_rank(outline, "")))
+    of_experts = sum(4 * (pair.A.numel() + pair.B.numel()) for pair in outline.pairs.values() if pair.kind == "experts")
+    return _Seen(tuple(sorted(ranks)), tuple(sorted(scales)), bool(surplus_rank(outline, "")), of_experts)
 
 
 def read_stored_adapter(source: AdapterSource, name: str, live: ServingModel) -> tuple[Adapter, AdapterSource]:
@@ -112,6 +118,8 @@ def read_stored_adapter(source: AdapterSource, name: str, live: ServingModel) ->
             adapter = peft.read(source.path, opened=partial(_kept, opened, source.private, known), configured=configured)
         else:
             adapter = _converted(source.found, live)
+    if any(pair.kind == "experts" for pair in adapter.pairs.values()):
+        adapter = _apart_from_file(adapter)
     if known and stamp == _stamp(source.found):
         return adapter, source
     digest = _digest(source.found, configured, opened)
@@ -122,8 +130,19 @@ def read_stored_adapter(source: AdapterSource, name: str, live: ServingModel) ->
         )
     seen = _seen(adapter)  # the files may have changed since they were inspected
     return adapter, replace(
-        source, digest=digest, stamp=stamp, bytes=4 * adapter.parameters, ranks=seen.ranks, scales=seen.scales
-    )
+        source, digest=digest, stamp=stamp, bytes=4 * adapter.parameters, ranks=seen.ranks, scales=seen.scales,
+        of_experts=seen.of_experts,
+    )  # fmt: skip
+
+
+def _apart_from_file(adapter: Adapter) -> Adapter:
+    """The same with tensors in memory of their own: pairs on experts are rearranged as they are read, and the file's memory, of
+    which others are views, would stay beside them."""
+
+    def own(tensor: Tensor) -> Tensor:
+        return tensor.clone() if tensor.untyped_storage().nbytes() > tensor.nbytes else tensor
+
+    return replace(adapter, pairs={path: replace(pair, A=own(pair.A), B=own(pair.B)) for path, pair in adapter.pairs.items()})
 
 
 def _kept(opened: list[LoadedFile], private: bool, known: bool, path: Path) -> LoadedFile:

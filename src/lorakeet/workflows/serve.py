@@ -17,6 +17,7 @@ import torch
 from rich.console import Console
 
 from lorakeet.errors import ConfigError, LorakeetError, visible
+from lorakeet.evaluate.wording import bytes_text
 from lorakeet.kernels.threads import can_compute_alone, compute_alone, compute_with
 from lorakeet.memory.budget import larger_than_machine, parse_size
 from lorakeet.memory.onednn_code import SERVING, limit_code_cache
@@ -71,8 +72,7 @@ def serve(options: ServeOptions, *, console: Console) -> Served:
     quantize = QuantSpec(method=options.quantize)
     spec = ModelSpec(path=options.model, dtype=options.dtype, quantize=quantize, kernels=options.kernels)
     limit_code_cache(SERVING)
-    text = load_text_model(spec, say=console.print)
-    live = ServingModel(text)
+    live = ServingModel(text := load_text_model(spec, say=console.print))
     most, context = text.context, options.context
     if context is not None and most is not None and context > most:
         raise ConfigError(f"--context is {context}; {text.name} takes at most {most} tokens.")
@@ -87,7 +87,8 @@ def serve(options: ServeOptions, *, console: Console) -> Served:
     def announce(port: int) -> None:
         known, where = len(registry.names), f"[{options.host}]" if ":" in options.host else options.host
         served = f"{known} adapter{'' if known == 1 else 's'}"
-        console.print(f"Serving {registry.base} with {served} at http://{where}:{port}/v1", soft_wrap=True)
+        lines = [*expert_capacity(registry), f"Serving {registry.base} with {served} at http://{where}:{port}/v1"]
+        console.print("\n".join(lines), soft_wrap=True)
 
     name = Path(options.model.rpartition(":")[2]).name or options.model  # the last part of its path or id
     registry = Registry(live, runner, base=name, budget=budget.limit, changed=changed)
@@ -110,6 +111,21 @@ def serve(options: ServeOptions, *, console: Console) -> Served:
         finally:
             runner.drain(timeout=0.0)
     return Served(registry.names)
+
+
+def expert_capacity(registry: Registry) -> list[str]:
+    """A sentence on how many adapters with pairs on experts are in memory at once; none where none is registered."""
+    sizes = [version.source.bytes for version in registry.versions if version.source.of_experts]
+    if not sizes:
+        return []
+    who, it = (f"{len(sizes):,} adapters have", "the largest") if len(sizes) > 1 else ("An adapter has", "it")
+    said = f"{who} pairs on experts, and {it} takes {bytes_text(max(sizes))} once it is read."
+    if registry.budget is None:
+        return [f"{said} All requested ones stay in memory; --memory limits them."]
+    count = registry.budget // max(sizes)
+    if not count:
+        return [f"{said} None of them fits --memory, so that requests for the largest are refused."]
+    return [f"{said} Of such, {count:,} are in memory at once (--memory); the others are read again on their next request."]
 
 
 @contextmanager

@@ -150,10 +150,84 @@ def test_other_modules_are_no_experts(block: Any) -> None:
     assert "no act_fn" in why_not_experts(Unknown({"gate_up_proj": torch.ones(2, 2, 2), "down_proj": torch.ones(2, 2, 2)}))
 
 
-def test_a_divided_batch_is_refused_and_not_answered_by_the_base(block: Any) -> None:
-    layer = with_pairs(block, "down_proj")
+def more_pairs(layer: LoraExperts, name: str, *leaves: str, seed: int, rank: int = 2, dropout: float = 0.0) -> None:
+    """Another adapter on the layer, with pairs on some of its parameters."""
+    pairs, generator = ExpertPairs(), torch.Generator().manual_seed(seed)
+    for leaf in leaves:
+        entry = PlanEntry(leaf, "experts", stack_shape(layer.original, leaf), rank, 3.0 * rank, dropout=dropout)
+        pairs[leaf] = LoraPair(entry)
+        for factor in (pairs[leaf].A, pairs[leaf].B):
+            nn.init.normal_(factor, 0, 0.2, generator=generator)
+    layer.attach(name, pairs)
+    layer.eval()
+
+
+SHARES = (Share(0, 3, "a"), Share(4, 6, "b"), Share(6, 9, "a", 0.25), Share(6, 9, "b", -0.5))  # tokens 3, 9 and 10: the base
+
+
+def mixed_layer(make: Any = None) -> LoraExperts:
+    """A block with two adapters, the second on one parameter alone."""
+    block = (make or (lambda: tiny_model("mixtral").model.layers[0].mlp.experts))().requires_grad_(False)
+    for number, parameter in enumerate(block.parameters()):
+        nn.init.normal_(parameter, 0, 0.3, generator=torch.Generator().manual_seed(number))
+    layer = with_pairs(block, first_stack(block), "down_proj")
+    more_pairs(layer, "b", "down_proj", seed=5)
+    return layer
+
+
+def one_by_one(layer: LoraExperts, given: tuple[Tensor, Tensor, Tensor]) -> Tensor:
+    """What each token of SHARES gets by itself, mixes from a block with both changes folded into it."""
+    x, index, weights = given
+    found = layer.original(x, index, weights).clone()
+    for share in SHARES[:2]:
+        layer.active = share.name
+        own = slice(share.start, share.stop)
+        found[own] = layer(x[own], index[own], weights[own])
+    mixed = copy.deepcopy(layer.original)
+    for share in SHARES[2:]:
+        for leaf, pair in layer.adapters[share.name].items():
+            change = share.weight * cast(LoraPair, pair).delta()
+            across = getattr(mixed, "is_transposed", False)
+            getattr(mixed, leaf).data += change.transpose(1, 2) if across else change
+    found[6:9] = mixed(x[6:9], index[6:9], weights[6:9])
+    return found
+
+
+@pytest.mark.parametrize("make", [None, gpt_oss_block, nemotron_block])
+def test_each_token_of_a_divided_batch_has_its_own_adapters(make: Any) -> None:
+    layer, given = mixed_layer(make), routed(11)
+    with torch.no_grad():
+        wanted = one_by_one(layer, given)
+        layer.selection.divide(SHARES, units=11)
+        found = layer(*given)
+        torch.testing.assert_close(found, wanted, rtol=1e-5, atol=1e-5)
+        assert (wanted - layer.original(*given)).abs().amax(1)[[0, 1, 2, 4, 5, 6, 7, 8]].min() > 1e-3
+        layer.selection.divide([Share(0, 11, "elsewhere")], units=11)
+        assert torch.equal(layer(*given), layer.original(*given)), "an adapter without pairs here leaves the block as it is"
+
+
+def test_gradients_of_a_divided_batch_are_those_of_its_parts() -> None:
+    layer, given = mixed_layer(), routed(11)
+    upstream = torch.randn(11, 32, generator=torch.Generator().manual_seed(7))
+    parameters = dict(layer.adapters.named_parameters())
+    layer.selection.divide(SHARES[:2], units=11)
+    (layer(*given) * upstream).sum().backward()
+    together = {name: cast(Tensor, parameter.grad).clone() for name, parameter in parameters.items()}
+    for parameter in parameters.values():
+        parameter.grad = None
+    for share in SHARES[:2]:
+        layer.active = share.name
+        own = slice(share.start, share.stop)
+        (layer(*(each[own] for each in given)) * upstream[own]).sum().backward()
+    for name, parameter in parameters.items():
+        assert parameter.grad is not None
+        torch.testing.assert_close(together[name], parameter.grad, rtol=1e-5, atol=1e-5)
+
+
+def test_pairs_that_drop_numbers_are_not_divided(block: Any) -> None:
+    layer = with_pairs(block, "down_proj", dropout=0.5).train()
     layer.selection.divide([Share(0, 3, "a")], units=7)
-    with pytest.raises(ValueError, match="pairs on experts cannot differ within a batch"):
+    with pytest.raises(ValueError, match="dropout of pairs on experts cannot differ within a batch"):
         layer(*routed())
 
 

@@ -1,4 +1,4 @@
-"""Folders in FP8, int8 and MXFP4: the model computes what its dequantised weights compute, is planned, trained and merged."""
+"""Folders in FP8, int8, int4 and MXFP4: the model computes what its dequantised weights do, is planned, trained and merged."""
 
 from __future__ import annotations
 
@@ -25,10 +25,11 @@ from lorakeet.models.text.load import load_text_model, read_config
 from lorakeet.models.text.model import TextModel
 from lorakeet.quant.fp8 import Fp8Base
 from lorakeet.quant.int8 import Int8Base
+from lorakeet.quant.pack_quantized import PackQuantizedBase
 from lorakeet.quant.packed import PackedBase
 from lorakeet.quant.spec import QuantSpec
 from tiny import family_columns
-from tiny.float_folders import by_hand, fp8_folder, int8_folder, mxfp4_folder
+from tiny.float_folders import by_hand, fp8_folder, int8_folder, mxfp4_folder, words_folder
 from tiny.models import save_tiny_llama
 
 IDS = [5, 17, 3, 101, 44, 9, 250, 31]
@@ -91,6 +92,44 @@ def test_compressed_tensors_are_read_in_fp8_and_int8(llama: Path, tmp_path: Path
     stored = load_file(whole / "model.safetensors")
     name = "model.layers.0.self_attn.q_proj.weight"
     assert torch.equal(dequantised(whole)[name], stored[name].float() * stored[f"{name}_scale"])
+
+
+@pytest.mark.parametrize("symmetric", [True, False])
+def test_words_of_four_bits_are_read_packed_planned_and_dequantised(llama: Path, symmetric: bool, tmp_path: Path) -> None:
+    folder = words_folder(llama, tmp_path / "int4", symmetric=symmetric)
+    text = loaded(folder)
+    bases = {path: module for path, module in text.model.named_modules() if isinstance(module, PackedBase)}
+    assert len(bases) == 14 and all(isinstance(base, PackQuantizedBase) for base in bases.values())
+    torch.testing.assert_close(live(text), logits(in_transformers(folder)), atol=1e-5, rtol=1e-5)
+    stored, name = load_file(folder / "model.safetensors"), "model.layers.0.self_attn.q_proj.weight"
+    dense = load_file(llama / "model.safetensors")[name]
+    steps = stored[f"{name}_scale"].float().repeat_interleave(16, dim=1)
+    assert ((dequantised(folder)[name] - dense).abs() / steps).max() < 1.1, "the matrix that was packed, to a step"
+    config = read_config(folder)
+    for files in (folder, None):
+        packing = packing_of(skeleton(config), config, QuantSpec(), files)
+        for path, base in bases.items():
+            assert {**base.settings, "shape": base.shape} == packing[path.removesuffix(".base")]
+
+
+def test_experts_in_words_are_dequantised_as_transformers_joins_them(tmp_path: Path) -> None:
+    family_columns.saved("qwen3_moe", tmp_path)
+    folder = words_folder(tmp_path / "model", tmp_path / "int4")
+    text = loaded(folder)
+    assert sum(isinstance(module, PackQuantizedBase) for module in text.model.modules()) == 16  # q, k, v, o of four blocks
+    up = dequantised(folder)["model.layers.0.mlp.experts.1.up_proj.weight"]
+    assert torch.equal(text.model.model.layers[0].mlp.experts.gate_up_proj[1, len(up) :], up)
+
+
+def test_words_that_are_not_whole_are_named(llama: Path, tmp_path: Path) -> None:
+    folder = words_folder(llama, tmp_path / "int4")
+    tensors, name = load_file(folder / "model.safetensors"), "model.layers.0.self_attn.q_proj.weight"
+    save_file({key: tensor for key, tensor in tensors.items() if key != f"{name}_shape"}, folder / "model.safetensors")
+    with pytest.raises(DataError, match=f"{name}_shape is missing"):
+        loaded(folder)
+    save_file({**tensors, f"{name}_scale": torch.ones(3, 2)}, folder / "model.safetensors")
+    with pytest.raises(DataError, match=rf"'{name}': weight_scale is \(3, 2\) for a weight of 32×32"):
+        loaded(folder)
 
 
 def test_matrices_of_experts_are_dequantised_as_transformers_joins_them(tmp_path: Path) -> None:
@@ -166,9 +205,9 @@ def test_what_is_not_whole_is_named(llama: Path, tmp_path: Path) -> None:
 def test_a_format_that_is_not_read_is_named(llama: Path, tmp_path: Path) -> None:
     folder = int8_folder(llama, tmp_path / "packed")
     config = json.loads((folder / "config.json").read_text())
-    config["quantization_config"]["format"] = "pack-quantized"
+    config["quantization_config"]["format"] = "nvfp4-pack-quantized"
     (folder / "config.json").write_text(json.dumps(config))
-    with pytest.raises(ConfigError, match="format pack-quantized; float-quantized and int-quantized are read"):
+    with pytest.raises(ConfigError, match="format nvfp4-pack-quantized; float-quantized, int-quantized, naive-quantized, pack-"):
         loaded(folder)
     assert open_safetensors(folder / "model.safetensors").tensors
 

@@ -133,6 +133,13 @@ def test_a_model_that_a_cache_does_not_hold_is_refused(tmp_path: Path) -> None:
         check_cached(text)
 
 
+def test_a_model_whose_layers_carry_a_state_is_refused_with_their_names(tmp_path: Path) -> None:
+    saved("lfm2", tmp_path)
+    text = load_text_model(ModelSpec(path=str(tmp_path / "model"), dtype="float32"), say=lambda line: None)
+    with pytest.raises(ConfigError, match=r"its Lfm2ShortConv carry a state from token to token, .* 'lfm2' model runs with sdpa"):
+        check_cached(text)
+
+
 def test_a_short_row_beside_a_long_one_meets_zeros_past_its_end_whatever_memory_held(text: TextModel) -> None:
     config = text.model.config
     shape = (2, config.num_key_value_heads, 16, config.hidden_size // config.num_attention_heads)

@@ -148,6 +148,13 @@ def test_a_connection_has_a_number_of_requests(site: Callable[..., Any]) -> None
         opened.sendall(b"GET /health HTTP/1.1\r\nHost: localhost\r\n\r\n" * 5)
         answers = everything(opened)
     assert answers.count(b"HTTP/1.1 200") == 2
+    assert answers.lower().count(b"connection: close") == 1  # in the last one, or a client would send a third request
+
+
+def test_a_client_loses_no_request_to_that_number(site: Callable[..., Any]) -> None:
+    served = site(connections=ConnectionLimits(requests=3))
+    with httpx.Client(base_url=served.url, timeout=60) as client:
+        assert [client.get("/health").status_code for _ in range(200)] == [200] * 200
 
 
 def test_a_client_that_never_reads_loses_its_answer(site: Callable[..., Any], monkeypatch: pytest.MonkeyPatch) -> None:

@@ -74,10 +74,23 @@ def shared_low_rank(
     products: torch.dtype | None = None,
 ) -> Tensor:
     """x (tokens, in) to (tokens, out), each share with its plain pair (no dropout, no bias, no DoRA), differentiable."""
-    places = [PairSpan(share.start, share.stop, share.weight * pair.scale) for share, pair in shares]
+    spans = [PairSpan(share.start, share.stop, share.weight * pair.scale) for share, pair in shares]
     factors = [factor for _, pair in shares for factor in pair.factors()]
+    return spans_low_rank(x, base, spans, factors, bias=bias, products=products)
+
+
+def spans_low_rank(
+    x: Tensor,
+    base: FrozenBase,
+    spans: Sequence[PairSpan],
+    factors: Sequence[Tensor],
+    *,
+    bias: Tensor | None = None,
+    products: torch.dtype | None = None,
+) -> Tensor:
+    """x (rows, in) to (rows, out), each span of rows with its A and B, which alternate in `factors`; differentiable."""
     apply: Any = SharedLowRank.apply
-    return cast(Tensor, apply(x, base, bias, PairProducts(places, products or x.dtype), *factors))
+    return cast(Tensor, apply(x, base, bias, PairProducts(spans, products or x.dtype), *factors))
 
 
 @dataclass(frozen=True)

@@ -3,28 +3,42 @@
 The block keeps all experts in two parameters, `gate_up_proj` (experts, 2·width, hidden) or without gates `up_proj` (experts,
 width, hidden), and `down_proj` (experts, hidden, width); gpt-oss stores both transposed, with biases beside them. A pair per
 parameter holds A (experts, rank, in) and B (experts, out, rank); each expert sees its own tokens through the same autograd
-function as a linear layer.
+function as a linear layer. Where tokens of a batch use different adapters, those of an expert lie in spans, a span an adapter:
+
+    tokens of expert e, in order:  ▓▓▓▓▓░░░▒▒▒▒   one product with W_e; then w·s·x·A_eᵀ·B_eᵀ of adapter ▓ and of ▒; ░ is the base
 """
 
 from __future__ import annotations
 
 import inspect
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from itertools import pairwise
-from typing import cast
+from typing import NamedTuple, cast
 
 import torch
 from torch import Tensor, nn
 
 from lorakeet.core.base import SliceBase, TransposedSliceBase
+from lorakeet.core.batched.stack import spans_low_rank
 from lorakeet.core.layers.grouped_experts import Sorted, grouped_low_rank, why_not_grouped
 from lorakeet.core.layers.linear import AdaptedLayer
 from lorakeet.core.lowrank import LoraPair, frozen_linear, low_rank_linear
+from lorakeet.core.pair_products import PairSpan
+from lorakeet.core.selection import Share
 
 
 class ExpertPairs(nn.ModuleDict):
     """The pairs of one adapter on one block, by parameter name."""
+
+
+class _Span(NamedTuple):
+    """The rows start … stop − 1 of an expert's tokens use these pairs with this weight."""
+
+    start: int
+    stop: int
+    weight: float
+    pairs: ExpertPairs
 
 
 class LoraExperts(AdaptedLayer):
@@ -53,23 +67,32 @@ class LoraExperts(AdaptedLayer):
 
     def forward(self, hidden_states: Tensor, top_k_index: Tensor, top_k_weights: Tensor) -> Tensor:
         """hidden_states (tokens, hidden), top_k_index and top_k_weights (tokens, k) to (tokens, hidden)."""
-        self.require_undivided("pairs on experts")
-        if self.active is None:
+        if not self.in_use:
             return cast(Tensor, self.original(hidden_states, top_k_index, top_k_weights))
-        pairs = cast(ExpertPairs, self.adapters[self.active])
-        result = torch.zeros_like(hidden_states)
         counting = self.training and torch.is_grad_enabled()  # a streamed block runs a second time without gradients
-        first = first_stack(self.original)
-        if not self._why_not_grouped(pairs, first, hidden_states):
+        first, active = first_stack(self.original), self.active
+        pairs = None if active is None else cast(ExpertPairs, self.adapters[active])
+        if pairs is not None and not self._why_not_grouped(pairs, first, hidden_states):
             choices = Sorted.of(top_k_index, top_k_weights, self.count)
             return self._grouped(pairs, first, hidden_states, choices, counting=counting)
+        divided = None if pairs is not None else self._divided(len(hidden_states), hidden_states.device)
+        result = torch.zeros_like(hidden_states)
         for expert, token, weight in shares_of_experts(top_k_index, top_k_weights, self.count):
             if counting:
                 self._tokens[expert] += len(token)
-            inner = self._gated(self._project(pairs, first, expert, hidden_states[token]))
-            out = self._project(pairs, "down_proj", expert, inner)
+            own = divided.spans(token) if divided is not None else cast(ExpertPairs, pairs)
+            inner = self._gated(self._project(own, first, expert, hidden_states[token]))
+            out = self._project(own, "down_proj", expert, inner)
             result = result.index_add(0, token, (out * weight).to(result.dtype))
         return result
+
+    def _divided(self, tokens: int, device: torch.device) -> _DividedTokens:
+        """The adapters of a batch of so many tokens. Raises ValueError for pairs that drop numbers, which are not computed so."""
+        held, given = self._adapters, self.selection.shares_over(tokens)
+        shares = [(share, cast(ExpertPairs, held[share.name])) for share in given if share.name in held]
+        if not all(cast(LoraPair, pair).plain for _, pairs in shares for pair in pairs.values()):
+            raise ValueError("dropout of pairs on experts cannot differ within a batch; switch between adapters instead")
+        return _DividedTokens(shares, device)
 
     def _why_not_grouped(self, pairs: ExpertPairs, first: str, x: Tensor) -> str:
         """Why each expert computes its tokens for itself; empty where grouped products compute those of all (grouped_experts)."""
@@ -108,17 +131,41 @@ class LoraExperts(AdaptedLayer):
         gate, up = gate_up.chunk(2, dim=-1)
         return cast(Tensor, self.original.act_fn(gate)) * up  # type: ignore[operator]
 
-    def _project(self, pairs: ExpertPairs, name: str, expert: int, x: Tensor) -> Tensor:
+    def _project(self, own: ExpertPairs | Sequence[_Span], name: str, expert: int, x: Tensor) -> Tensor:
+        """x (tokens of the expert, in) to (…, out) through its matrix of this parameter, with the pairs of all or each span."""
         stacked, biases = cast(Tensor, getattr(self.original, name)), getattr(self.original, f"{name}_bias", None)
         base = (TransposedSliceBase if stored_transposed(self.original) else SliceBase)(stacked, expert)
-        if name not in pairs:
+        if not isinstance(own, ExpertPairs):
+            here = [(span, cast(LoraPair, span.pairs[name])) for span in own if name in span.pairs]
+            spans = [PairSpan(span.start, span.stop, span.weight * pair.scale) for span, pair in here]
+            numbers = [factor[expert] for _, pair in here for factor in (pair.A, pair.B)]
+            out = spans_low_rank(x, base, spans, numbers, products=self.products)
+        elif name not in own:
             out = frozen_linear(x, base, products=self.products)
         else:
-            pair = cast(LoraPair, pairs[name])
+            pair = cast(LoraPair, own[name])
             dropout = pair.dropout if pair.training else 0.0
             factors = pair.A[expert], pair.B[expert], pair.scale
             out = low_rank_linear(x, base, factors, dropout=dropout, products=self.products)
         return out if biases is None else out + biases[expert].to(out.dtype)
+
+
+class _DividedTokens:
+    """The adapters of a batch's tokens. On a CUDA device the host waits once for each expert."""
+
+    def __init__(self, shares: Sequence[tuple[Share, ExpertPairs]], device: torch.device) -> None:
+        """Each share with its adapter's pairs; they may overlap."""
+        self._shares = shares
+        self._ends = torch.tensor([(share.start, share.stop) for share, _ in shares], device=device)
+
+    def spans(self, token: Tensor) -> list[_Span]:
+        """Where among an expert's tokens (n,), which ascend, those of each share lie; shares without any are left out."""
+        found = torch.searchsorted(token.contiguous(), self._ends).tolist()
+        return [
+            _Span(start, stop, share.weight, pairs)
+            for (start, stop), (share, pairs) in zip(found, self._shares, strict=True)
+            if start < stop
+        ]
 
 
 def shares_of_experts(top_k_index: Tensor, top_k_weights: Tensor, count: int) -> Iterator[tuple[int, Tensor, Tensor]]:

@@ -1,8 +1,9 @@
-"""Model folders whose weights are small floating-point numbers with scales: FP8 of transformers and compressed-tensors, MXFP4.
+"""Model folders whose weights are small numbers with scales: FP8 of transformers, compressed-tensors, MXFP4.
 
     quant_method         tensors                                            read as
     fp8                  x.weight (float8), x.weight_scale_inv              Fp8Base; one scale, or one for each block
     compressed-tensors   x.weight (float8 or int8), x.weight_scale          Fp8Base or Int8Base; one scale, one a row, or blocks
+    compressed-tensors   x.weight_packed (int4, int8), x.weight_scale, …    PackQuantizedBase (quant/pack_quantized)
     mxfp4                x_blocks, x_scales (experts of gpt-oss)            dense bf16, which loses nothing
 
 Matrices of single experts, which transformers joins, and stacks of them are dequantised as they are read. The scales of
@@ -21,6 +22,7 @@ from torch import Tensor
 
 from lorakeet.errors import ConfigError, DataError, Problems
 from lorakeet.formats.files.safetensors_file import SafeFile
+from lorakeet.quant import pack_quantized
 from lorakeet.quant.fp8 import Block, Fp8Base, scale_shape
 from lorakeet.quant.int8 import Int8Base
 from lorakeet.quant.mxfp4 import unpack_mxfp4, unpacked_shape
@@ -32,6 +34,8 @@ _UNUSED = (
     ".activation_scale", ".input_scale", ".input_zero_point", ".output_scale",
     ".k_scale", ".v_scale", ".q_scale", ".prob_output_scale",  # of a cache in FP8
 )  # fmt: skip
+PACKED = "pack-quantized"
+FORMATS = ("float-quantized", "int-quantized", "naive-quantized", PACKED)
 _USUAL = (128, 128)
 _REMEDY = "Fetch the model again, or name the unquantised one."
 Read = Callable[[SafeFile, str], Tensor]
@@ -53,19 +57,59 @@ def require_known(stored: Mapping[str, Any], where: object) -> None:
     if stored.get("quant_method") != COMPRESSED:
         return
     odd = [key for key in ("transform_config", "sparsity_config") if stored.get(key)]
-    odd += ["symmetric: false"] if any(group.get("symmetric") is False for group in _weight_settings(stored)) else []
+    groups = list(dict(stored.get("config_groups") or {}).values())
+    whole = [group for group in groups if _format(group, stored) != PACKED]
+    odd += ["symmetric: false"] if any((group.get("weights") or {}).get("symmetric") is False for group in whole) else []
     if odd:
         raise ConfigError(
             f"{where} is in compressed-tensors with {', '.join(odd)}, which is not read: its numbers would be others. Name the "
             "unquantised model."
         )
-    kinds = {str(group.get("format") or stored.get("format")) for group in dict(stored.get("config_groups") or {}).values()}
-    strange = sorted(kinds - {"float-quantized", "int-quantized", "naive-quantized"})
+    strange = sorted({_format(group, stored) for group in groups} - set(FORMATS))
     if strange:
         raise ConfigError(
-            f"{where} has weights in compressed-tensors' format {', '.join(strange)}; float-quantized and int-quantized are "
-            "read. Name the unquantised model."
+            f"{where} has weights in compressed-tensors' format {', '.join(strange)}; {', '.join(FORMATS)} are read. Name the "
+            "unquantised model."
         )
+
+
+def _format(group: Mapping[str, Any], stored: Mapping[str, Any]) -> str:
+    return str(group.get("format") or stored.get("format"))
+
+
+def words_in_files(files: Mapping[str, SafeFile], stored: Mapping[str, Any], read: Read) -> dict[str, Callable[[], PackedBase]]:
+    """The lazy matrices of a folder that are packed in words, by the names of the weights, such as "….q_proj.weight".
+
+    DataError lists every part that is missing.
+    """
+    names = [name.removesuffix(pack_quantized.MARK) for name in files if name.endswith(f".weight{pack_quantized.MARK}")]
+    problems = Problems("The model's packed weights are not whole", DataError, remedy=_REMEDY)
+    for name in names:
+        lost = [part for part in pack_quantized.PARTS if part not in pack_quantized.OPTIONAL and name + part not in files]
+        if lost:
+            problems.add(f"{files[name + pack_quantized.MARK].path}: {', '.join(f'{name}{part}' for part in lost)} is missing.")
+    problems.raise_if_any()
+
+    def made(name: str) -> Callable[[], PackedBase]:
+        def make() -> PackedBase:
+            parts = {part: read(files[name + part], name + part) for part in pack_quantized.PARTS if name + part in files}
+            try:
+                return pack_quantized.base_from_words(parts, _numbers(stored, "group_size"), _numbers(stored, "num_bits"))
+            except ValueError as error:
+                raise DataError(f"{files[name + pack_quantized.MARK].path}: '{name}': {error}. {_REMEDY}") from error
+
+        return make
+
+    return {name: made(name) for name in names}
+
+
+def dense_name(name: str) -> str:
+    """The name of the weight of which a stored tensor is the first part."""
+    return name.removesuffix(pack_quantized.MARK) if name.endswith(f".weight{pack_quantized.MARK}") else name
+
+
+def _numbers(stored: Mapping[str, Any], key: str) -> tuple[int, ...]:
+    return tuple(int(group[key]) for group in _weight_settings(stored) if group.get(key))
 
 
 def scaled_tensors(
@@ -75,13 +119,14 @@ def scaled_tensors(
 
     DataError lists every scale whose shape does not fit its weight.
     """
-    mark = SCALE[str(stored["quant_method"])]
+    mark, words = SCALE[str(stored["quant_method"])], words_in_files(files, stored, read)
+    taken = {name + part for name in words for part in pack_quantized.PARTS}
     problems = Problems("The model's packed weights are not whole", DataError, remedy=_REMEDY)
     dense: dict[str, Callable[[], Tensor]] = {}
-    packed: dict[str, Callable[[], PackedBase]] = {}
+    packed: dict[str, Callable[[], PackedBase]] = dict(words)
     for name, file in files.items():
         scale, header = name + mark, file.tensors[name]
-        if name.endswith(_UNUSED) or (name.endswith(mark) and name.removesuffix(mark) in files):
+        if name in taken or name.endswith(_UNUSED) or (name.endswith(mark) and name.removesuffix(mark) in files):
             continue
         if header.dtype not in (torch.float8_e4m3fn, torch.int8) or len(header.shape) < 2:
             if scale in files or (header.dtype.itemsize == 1 and header.dtype.is_floating_point):
@@ -119,9 +164,20 @@ def scaled_settings(
     files: Mapping[str, SafeFile], name: str, shape: tuple[int, ...], stored: Mapping[str, Any]
 ) -> dict[str, Any]:
     """The arguments of quant/construct.empty_base of the layer whose weight has this name; as config.json says without files."""
-    mark = SCALE[str(stored["quant_method"])]
+    mark, words = SCALE[str(stored["quant_method"])], name + pack_quantized.MARK
+    if words in files:
+        bits = pack_quantized.bits_of(shape[1], files[words].tensors[words].shape[-1], _numbers(stored, "num_bits")) or 4
+        scales = files[name + mark].tensors[name + mark].shape
+        groups = scales[1] if len(scales) > 1 else 1
+        size = pack_quantized.group_size_of(shape[1], groups, _numbers(stored, "group_size")) or shape[1]
+        return {"method": PACKED, "bits": bits, "groups": groups, "size": 0 if f"{name}_g_idx" in files else size}
     if name not in files:
         strategy = _group_setting(stored, "strategy")
+        if str(stored.get("format")) == PACKED:
+            size = next(iter(_numbers(stored, "group_size")), 0)
+            size = size if size > 0 else shape[1]
+            bits = int(_group_setting(stored, "num_bits") or 4)
+            return {"method": PACKED, "bits": bits, "groups": -(-shape[1] // size), "size": size}
         block = (1, shape[1]) if strategy == "channel" else shape
         return {"method": "fp8", "block": list(stored.get("weight_block_size") or block)}
     if files[name].tensors[name].dtype == torch.int8:

@@ -54,7 +54,10 @@ def build_native(owner: Any, config: Any, **settings: Any) -> Any:
     """
     kind, where = getattr(config, "model_type", ""), getattr(config, "name_or_path", "")
     begin = f"{f'{where}: the' if where else 'The'} configuration of a '{kind}' model describes none that can be built"
-    with no_foreign_code(where), one_message(begin, "Correct its config.json, or fetch it again."):
+    advice = "Correct its config.json, or fetch it again."
+    if str(where).endswith(".gguf"):
+        advice = "Fetch the file again, or use the model's safetensors folder."
+    with no_foreign_code(where), one_message(begin, advice):
         return owner.from_config(config, trust_remote_code=False, **settings)
 
 

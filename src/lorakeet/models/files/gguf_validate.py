@@ -81,6 +81,7 @@ def _checked_config(path: Path, changed: int, size: int) -> Any:
         )
     with reading(path):
         config: Any = read_native(AutoConfig, path.parent, gguf_file=path.name)
+        config.name_or_path = str(path)  # what messages about it name; a saved configuration does not have it
         require_sizes(path, config)
         _check_shapes(path, header, config)
     return config

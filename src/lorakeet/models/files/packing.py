@@ -39,7 +39,8 @@ def packing_of(model: nn.Module, config: Any, spec: QuantSpec, files: Path | Non
     where = str(files / "config.json") if files is not None and files.is_dir() else "config.json"
     gptq = gptq_config.parse(stored, where) if stored and method == gptq_config.METHOD else None
     settings: Mapping[str, Any]
-    names = {path: name for name, path in owners(model, there).items()} if method in float_scales.SCALE else {}
+    scaled = {float_scales.dense_name(name): None for name in there} if method in float_scales.SCALE else {}
+    names = {path: name for name, path in owners(model, scaled).items()}
     for path, module in chosen.items():
         shape = modules.weight_shape(module, cast(Any, modules.kind_of(module)))
         if gptq is not None:

@@ -23,6 +23,7 @@ from lorakeet.errors import ConfigError
 from lorakeet.kernels.cpu.block import NewTokens
 from lorakeet.kernels.device import is_cpu
 from lorakeet.models.files.validate import first_line
+from lorakeet.models.module_kinds import stateful_parts
 from lorakeet.models.modules import decoder_of
 from lorakeet.models.text.model import TextModel
 
@@ -232,13 +233,16 @@ def _attention(q: Tensor, k: Tensor, v: Tensor, allowed: Tensor, rule: Attention
 
 
 def require_batched(text: TextModel) -> None:
-    """Raises ConfigError for a model whose rows cannot share a batch, each with its own part of the cache."""
-    if text.attention != "varlen":
-        raise ConfigError(
-            f"{text.name} cannot be served: texts share a batch by model.attention varlen only, and this "
-            f"'{text.model.config.model_type}' model runs with {text.attention}. Merge its adapter (lorakeet merge), and serve "
-            "the merged model elsewhere."
-        )
+    """Raises ConfigError for a model whose rows cannot share a batch, each with its own part of the cache, with the reason."""
+    if text.attention == "varlen":
+        return
+    reason = "texts share a batch by model.attention varlen only"
+    if parts := stateful_parts(text.model):
+        reason = f"its {' and '.join(parts)} carry a state from token to token, and a server keeps only keys and values of a text"
+    raise ConfigError(
+        f"{text.name} cannot be served: {reason}, and this '{text.model.config.model_type}' model runs with {text.attention}. "
+        "Merge its adapter (lorakeet merge), and serve the merged model elsewhere."
+    )
 
 
 @torch.no_grad()

@@ -6,7 +6,7 @@ pairs, without a walk over the model.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from types import MappingProxyType
 from typing import NamedTuple, cast
@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from lorakeet.core.adapter import Adapter, FlatPairs, FlatPairsLayout, Pair
 from lorakeet.core.batched.frozen_pair import FrozenPair
 from lorakeet.core.dora import DoraPair
+from lorakeet.core.layers.experts import ExpertPairs, LoraExperts, stack_shape, why_not_experts
 from lorakeet.core.layers.linear import AdaptedLayer, LoraLinear
 from lorakeet.core.lowrank import LoraPair
 from lorakeet.core.math import Kind
@@ -28,7 +29,7 @@ from lorakeet.memory.allocator import release_free_memory
 from lorakeet.models import modules
 from lorakeet.models.fits import checked_entry
 from lorakeet.models.fuse import fuse, fuse_blocks
-from lorakeet.models.inject import selection_of, use_products
+from lorakeet.models.inject import experts_layer, selection_of, use_products
 from lorakeet.models.kernels import use_kernels
 from lorakeet.models.text.model import TextModel
 from lorakeet.quant.construct import base_of
@@ -38,21 +39,37 @@ CACHED_FITS = 8  # adapter outlines whose check against the model is cached
 
 
 @dataclass(frozen=True)
-class _LinearTarget:
-    """A frozen linear layer that can have pairs."""
+class _PairTarget:
+    """A frozen weight that can have pairs: that of a linear layer, or the parameter `leaf` of a block of experts."""
 
-    layer: LoraLinear
+    layer: LoraLinear | LoraExperts
     kind: Kind
-    shape: tuple[int, ...]  # (out, in)
+    shape: tuple[int, ...]  # (out, in), or (experts, out, in)
+    leaf: str = ""
 
 
 class _PairSlot(NamedTuple):
     """The layer of a pair, and its settings."""
 
-    layer: LoraLinear
+    layer: LoraLinear | LoraExperts
     pairs: dict[str, nn.Module]  # the layer's pairs by adapter: the plain dict inside its nn.ModuleDict, which is faster
     entry: PlanEntry
     scale: float
+    leaf: str  # of experts: the parameter, by which the pairs of an adapter on a block are known
+
+    def put(self, name: str, pair: LoraPair) -> None:
+        """Puts the pair of the adapter `name` here."""
+        if not self.leaf:
+            self.pairs[name] = pair
+            return
+        if (block := self.pairs.get(name)) is None:
+            block = self.pairs[name] = ExpertPairs()
+        cast(ExpertPairs, block)[self.leaf] = pair
+
+    def pair(self, name: str) -> LoraPair:
+        """The pair of the adapter `name`."""
+        held = self.pairs[name]
+        return cast(LoraPair, cast(ExpertPairs, held)[self.leaf] if self.leaf else held)
 
 
 @dataclass(frozen=True)
@@ -65,7 +82,7 @@ class _FittedAdapter:
 
 
 class ServingModel:
-    """A text model whose linear layers (but head and routers) have any number of adapters by name.
+    """A text model whose linear layers (but head and routers) and stacked experts have any number of adapters by name.
 
     `attach` and `detach` may run while another thread uses the model with other adapters. Adapters with pairs elsewhere, whole
     modules or token rows are refused: their rows could not share a batch with others.
@@ -73,12 +90,16 @@ class ServingModel:
 
     def __init__(self, text: TextModel) -> None:
         self.text = text
-        self._targets: dict[str, _LinearTarget] = {}
+        self._targets: dict[str, _PairTarget] = {}
+        self._why_not: dict[str, str] = {}  # for each parameter of experts that cannot have a pair
         self._adapters: dict[str, _FittedAdapter] = {}
         self._fits: LruCache[FlatPairsLayout, _FittedAdapter] = LruCache(CACHED_FITS)
         model = text.model
         head = modules.output_layer(model)
         for path, module in list(modules.original_modules(model)):
+            if stacks := modules.expert_stacks(module):
+                self._prepare_experts(path, module, stacks)
+                continue
             kind = modules.kind_of(module)
             if kind not in ("linear", "conv1d") or module is head or modules.is_router(model, path):
                 continue
@@ -88,15 +109,32 @@ class ServingModel:
             layer = current if isinstance(current, LoraLinear) else LoraLinear(module, base_of(module, kind))
             if layer is not current:
                 modules.replace(model, path, layer)
-            self._targets[path] = _LinearTarget(layer, kind, modules.weight_shape(module, kind))
+            self._targets[path] = _PairTarget(layer, kind, modules.weight_shape(module, kind))
         self.selection = selection_of(model)
         use_products(model, text.products)
         fuse(model)
         use_kernels(model, text.kernels)
         fuse_blocks(model, text.family)
-        _reorder(text, [target.layer for target in self._targets.values()])
+        _reorder(text, [target.layer for target in self._targets.values() if isinstance(target.layer, LoraLinear)])
         release_free_memory()  # of the plain weights: 200 MB of SmolLM2
         model.eval()
+
+    def _prepare_experts(self, path: str, module: nn.Module, stacks: Sequence[str]) -> None:
+        """Wraps a block of experts for pairs on its parameters `stacks`, or records why they cannot have any."""
+        current, reason = modules.find(self.text.model, path), why_not_experts(module)
+        layer = current if isinstance(current, LoraExperts) else None
+        if layer is None and not reason:
+            try:
+                layer = experts_layer(module, path)
+            except ConfigError as error:
+                reason = str(error)
+            else:
+                modules.replace(self.text.model, path, layer)
+        for leaf in stacks:
+            if layer is None:
+                self._why_not[f"{path}.{leaf}"] = f"part of a {type(module).__name__} whose experts cannot have pairs: {reason}"
+            else:
+                self._targets[f"{path}.{leaf}"] = _PairTarget(layer, "experts", stack_shape(module, leaf), leaf)
 
     @property
     def names(self) -> tuple[str, ...]:
@@ -135,9 +173,10 @@ class ServingModel:
         if not adapter.pairs and not problems.messages:
             problems.add("It has no pairs.")
         problems.raise_if_any()
-        layers = {path: self._targets[path].layer for path in entries}
+        targets = {path: self._targets[path] for path in entries}
         slots = tuple(
-            _PairSlot(layers[path], layers[path].adapters._modules, entry, entry.scale) for path, entry in entries.items()
+            _PairSlot(target.layer, target.layer.adapters._modules, entries[path], entries[path].scale, target.leaf)
+            for path, target in targets.items()
         )
         return _FittedAdapter(MappingProxyType(entries), slots, 4 * adapter.parameters)
 
@@ -151,34 +190,39 @@ class ServingModel:
             raise ConfigError(f"An adapter '{name}' is already on the model; detach it first.")
         device = self.text.device
         pairs = [_pair(slot, parts, device) for slot, parts in zip(fit.slots, _parts(adapter.pairs), strict=True)]
-        fit.slots[0].layer.adapters[name] = pairs[0]  # torch checks the name, once and not hundreds of times
+        first = fit.slots[0]
+        first.layer.adapters[name] = ExpertPairs() if first.leaf else pairs[0]  # torch checks the name, once
         for slot, pair in zip(fit.slots, pairs, strict=True):
-            slot.pairs[name] = pair
+            slot.put(name, pair)
         self.selection.changed(name)
         self._adapters[name] = fit
 
     def detach(self, name: str) -> None:
         """Removes the adapter; its memory is freed once nothing refers to it. Not while rows use it."""
         for slot in self._adapters.pop(name).slots:
-            del slot.pairs[name]
+            slot.pairs.pop(name, None)  # a block of experts has two slots
         self.selection.changed(name, gone=True)
         if self.selection.shares is None and self.selection.active == name:  # shares may belong to a step of another thread
             self.selection.use(None)
 
     def mixes(self, name: str) -> bool:
         """True if a weighted mix with this adapter is possible: all its pairs are plain LoRA."""
-        return all(cast(LoraPair, slot.pairs[name]).plain for slot in self._adapters[name].slots)
+        return all(slot.pair(name).plain for slot in self._adapters[name].slots)
 
     def _entry(self, path: str, pair: Pair, problems: Problems) -> PlanEntry | None:
         target = self._targets.get(path)
         if target is None:
-            near = nearest(path, self._targets)
-            problems.add(f"'{path}': a pair on it cannot be served, or this base has no such module.{near}")
+            near = "" if path in self._why_not else nearest(path, self._targets)
+            reason = f"it is {self._why_not[path]}" if path in self._why_not else "or this base has no such module"
+            problems.add(f"'{path}': a pair on it cannot be served, {reason.rstrip('.')}.{near}")
             return None
-        entry = checked_entry(path, target.kind, target.shape, pair, problems.messages)
-        if pair.kind not in ("linear", "conv1d"):
+        if (pair.kind == "experts") != (target.kind == "experts") or pair.kind not in ("linear", "conv1d", "experts"):
             problems.add(f"'{path}': the pair is for a weight of kind {pair.kind}, but this one is {target.kind}.")
-        return entry
+            return None
+        if pair.kind == "experts" and (pair.magnitude is not None or pair.bias is not None):
+            problems.add(f"'{path}': a pair on experts with a trained magnitude or a bias cannot be served.")
+            return None
+        return checked_entry(path, target.kind, target.shape, pair, problems.messages)
 
 
 _Parts = tuple[Tensor, Tensor, Tensor | None, Tensor | None]  # A, B, magnitude, bias
@@ -191,14 +235,14 @@ def _parts(pairs: Mapping[str, Pair]) -> Iterable[_Parts]:
 
 
 def _pair(slot: _PairSlot, parts: _Parts, device: torch.device) -> LoraPair:
-    (A, B, magnitude, bias), (entry, scale) = parts, slot[2:]
+    (A, B, magnitude, bias), entry, scale = parts, slot.entry, slot.scale
     if magnitude is None and bias is None:
         if not A.device == device == B.device:
             A, B = A.to(device), B.to(device)
         return FrozenPair(A, B, scale, entry.kind, entry.scale_rule)
     pair = (LoraPair if magnitude is None else DoraPair)(entry, device=device, bias=bias is not None)
     if isinstance(pair, DoraPair):
-        pair.measure(slot.layer.base.dense())
+        pair.measure(cast(LoraLinear, slot.layer).base.dense())
     pair.load(Pair(A, B, entry.alpha, entry.kind, entry.scale_rule, magnitude, bias))
     return pair.requires_grad_(False).eval()
 

@@ -13,6 +13,7 @@ import resource
 from collections import Counter, OrderedDict
 from dataclasses import dataclass
 
+from uvicorn.protocols.http.flow_control import CLOSE_HEADER
 from uvicorn.protocols.http.h11_impl import H11Protocol
 
 MOST = 1000  # connections by default
@@ -145,7 +146,8 @@ class BoundedProtocol(H11Protocol):
         if self.cycle is not before:
             self._requests += 1
             if self._requests >= self.book.limits.requests:
-                self.cycle.keep_alive = False
+                # uvicorn answers so to a client that asked for it; a client that is not told sends its next request into the void
+                self.cycle.scope["headers"].append(CLOSE_HEADER)
             if self._timer is not None:
                 self._timer.cancel()
             self.book.begin(self)
