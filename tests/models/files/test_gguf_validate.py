@@ -70,7 +70,7 @@ def test_a_sound_file(file: Path) -> None:
         ("llama.feed_forward_length", 2**31, r"tensor 'blk\.0\.ffn_gate\.weight' is 48×32; .* with 2147483648×32"),
         ("llama.attention.head_count_kv", 2**30, r"tensor 'blk\.0\.attn_k\.weight' is"),
         ("llama.attention.head_count", 0, "cannot be read: "),
-        ("llama.attention.head_count_kv", 0, r"tiny\.gguf: the configuration of a 'llama' model describes none that can be built"),
+        ("llama.attention.head_count_kv", 0, r"tiny\.gguf: the configuration of a 'llama' model describes none that can be"),
     ],
 )
 def test_numbers_that_are_not_those_of_the_tensors(file: Path, key: str, value: int, message: str) -> None:

@@ -146,8 +146,8 @@ class BoundedProtocol(H11Protocol):
         if self.cycle is not before:
             self._requests += 1
             if self._requests >= self.book.limits.requests:
-                # uvicorn answers so to a client that asked for it; a client that is not told sends its next request into the void
-                self.cycle.scope["headers"].append(CLOSE_HEADER)
+                # uvicorn says so in its answer to a client that wants it; without it the client's next request would be lost
+                self.cycle.scope["headers"] = [*self.cycle.scope["headers"], CLOSE_HEADER]
             if self._timer is not None:
                 self._timer.cancel()
             self.book.begin(self)
