@@ -11,7 +11,7 @@ import pytest
 
 BENCHMARKS = Path(__file__).parents[2] / "benchmarks"
 MODEL, TOKENS = "meta-llama/Llama-3.1-8B", 2048
-MOST = {"none": 90, "nf4": 130}  # launches of a block by its base: 141 for a dense one before A and B were copied once a step
+MOST = {"none": 90, "nf4": 110}  # launches of a block by its base: 141 for a dense one before A and B were copied once a step
 
 
 @cache
@@ -49,3 +49,10 @@ def test_a_product_is_one_launch() -> None:
     """Seven weights, both ways; h, u, ∂A and ∂B; x·W and ∂x of layers with the same input are added where they are computed."""
     _, later = of_block("fused")
     assert later["mm"] + later["addmm_"] == 2 * 7 + 4 + 7 + 7 + 4 + 7 + 4
+
+
+def test_block_maxima_are_decoded_once_a_pass() -> None:
+    """Fourteen matrices, a launch each; three launches for the maxima of all seven, each way (kernels/nf4_maxima)."""
+    for dense, packed in zip(of_block("fused"), of_block("fused", "nf4"), strict=True):
+        assert packed["NF4 by bitsandbytes"] == 14 + 2 * 3
+        assert sum(packed.values()) == sum(dense.values()) + 20

@@ -12,6 +12,7 @@ from safetensors.torch import load_file, save_file
 from lorakeet.core.base import matmul_each
 from lorakeet.kernels import choose
 from lorakeet.kernels.cpu import int8_rows, operators
+from lorakeet.kernels.device import standing_for
 from lorakeet.quant.construct import empty_base
 from lorakeet.quant.int8 import Int8Base, enable_int8_products
 from tiny.native import needs_native
@@ -148,6 +149,25 @@ def test_several_weights_code_what_they_see_once(
     for found, one in zip(matmul_each(bases, x), expected, strict=True):
         assert torch.equal(found, one)
     assert len(calls) == 1
+
+
+def test_on_a_card_both_products_have_the_layout_of_cublaslt(trained: Int8Base, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Rows times columns: of the other layouts PyTorch's issue 169956 says that they fail, or are likely to change."""
+    product, layouts = torch._int_mm, []
+
+    def noted(left: torch.Tensor, right: torch.Tensor) -> torch.Tensor:
+        layouts.append((left.stride(1), right.stride(0)))
+        return product(left, right)
+
+    draw = torch.Generator().manual_seed(2)
+    x, grad = (torch.randn(40, width, generator=draw) for width in (64, 48))
+    with operators.torch_only():
+        expected = trained.matmul(x), trained.matmul_t(grad)
+    monkeypatch.setattr(torch, "_int_mm", noted)
+    with standing_for(torch.device("cuda", 0)):
+        found = trained.matmul(x), trained.matmul_t(grad)
+    assert layouts == [(1, 1), (1, 1)], "what is summed over lies side by side in both"
+    assert all(torch.equal(one, other) for one, other in zip(found, expected, strict=True))
 
 
 def test_only_int8_weights_are_reported() -> None:

@@ -6,6 +6,7 @@ import os
 import signal
 import time
 from collections.abc import Callable
+from datetime import timedelta
 from types import SimpleNamespace
 from typing import Any
 
@@ -146,6 +147,42 @@ def test_the_one_that_is_gone_is_named(forked: Together, victim: int, how: str, 
         assert [one.code for one in survivors[1:]] == [4] and message not in survivors[1].said
     assert ended[victim].code == {"killed": -signal.SIGKILL, "gave up": 2, "bug": 1}[how]
     assert ("Error: process 2: its file is gone" in ended[victim].said) == (how == "gave up")
+
+
+def waiting_for_one(late: int) -> str:
+    """The message in this process, where one that runs comes too late to the third exchange."""
+    module.ROLL_CALL, module.PATIENCE = 1.0, timedelta(seconds=2)
+    try:
+        with joined(launched()) as processes:
+            for step in range(5):
+                if processes.rank == late and step == 2:
+                    time.sleep(6)
+                processes.total(step)
+    except ProcessLost as lost:
+        return str(lost)
+    return "nothing"
+
+
+def test_one_that_runs_but_does_not_come_is_named_when_the_time_is_over(forked: Together) -> None:
+    forked.start({"count": 2, "call": f"{HERE}:waiting_for_one", "with": [1]})
+    waiting, _ = forked.end()
+    assert waiting.answered.strip() == '"process 1 of 2 runs, but for 2 s has not come to an exchange with the others"', waiting.said
+
+
+def test_before_gpus_exchange_their_hosts_do(monkeypatch: pytest.MonkeyPatch) -> None:
+    """NCCL waits without end for a process that is gone, and names none."""
+    exchanged: list[str] = []
+    monkeypatch.setattr(module.dist, "all_reduce", lambda tensor, **_: exchanged.append(tensor.device.type))
+    monkeypatch.setattr(module.dist, "broadcast", lambda tensor, **_: exchanged.append(f"{tensor.device.type} all"))
+    together = Processes()
+    together.count = 2
+    there = [torch.zeros(2, device="meta"), torch.zeros(3, device="meta")]
+    monkeypatch.setattr(module, "HOSTS_MEET", ("meta",))
+    together.broadcast(there)
+    assert exchanged == ["cpu", "meta all", "meta all"]
+    exchanged.clear()
+    together.broadcast([torch.zeros(1)])
+    assert exchanged == ["cpu all"]
 
 
 class _SignalledInDel:

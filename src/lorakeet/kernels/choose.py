@@ -14,7 +14,7 @@ from typing import Any, TypeVar
 import torch
 from torch import Tensor
 
-from lorakeet.kernels import bitsandbytes_nf4, efficient_varlen, flash_varlen, liger, onednn
+from lorakeet.kernels import bitsandbytes_nf4, cuda_graphs, efficient_varlen, flash_varlen, liger, onednn
 from lorakeet.kernels.cpu import attention, block, dense, head, int8_rows, operators, panels, stored, trained_pairs
 from lorakeet.kernels.cpu import inference_pairs as pairs
 from lorakeet.kernels.cpu import trained_block as whole_block
@@ -40,6 +40,7 @@ from lorakeet.kernels.triton import support
 
 _C, _TRITON = "lorakeet.kernels.cpu.", "lorakeet.kernels.triton."
 _LAST = "the last kernel of a task must take everything"
+PASSES = "decoder passes, training"  # what a run made of it, its report says (workflows/finetuning/cuda_graphs)
 T = TypeVar("T")
 
 
@@ -84,7 +85,12 @@ _in_training = _if_parts_in_c(
     "low-rank pairs, training",
 )  # fmt: skip
 _in_generation = _if_parts_in_c(operators.why_not, "elementwise ops", "low-rank pairs, inference", "dense weights, inference")
+GRAPHS = Kernel("torch: CUDA graphs", cuda_graphs.why_not, cuda_graphs.takes, cuda_graphs.NEEDS)
 TABLE: dict[str, tuple[Kernel, ...]] = {
+    PASSES: (
+        GRAPHS,
+        Kernel("operation by operation", _always),
+    ),
     "decoder block, training": (
         Kernel("C: trained_block.c", _in_training, whole_block.takes, whole_block.NEEDS, _C + "trained_block"),
         Kernel("separate kernels", _always),
@@ -302,6 +308,11 @@ def inference_layout(weight: Tensor) -> Kernel:
     return first_of(candidates("dense weights, inference", weight.device, weight.dtype), weight)
 
 
+def records_passes(device: torch.device, dtype: torch.dtype, weights: int) -> bool:
+    """Whether a text model of so many weights is trained by CUDA graphs, if a run plans them and they prove right."""
+    return first_of(candidates(PASSES, device, dtype), weights) is GRAPHS
+
+
 def loss_kernel(hidden: Tensor, dtype: torch.dtype, vocabulary: int) -> HeadLosses | None:
     """The kernel for losses of hidden states (tokens, hidden) under a head (vocabulary, hidden) of that dtype; None: torch."""
     return _chosen("loss of the head", hidden, dtype, False, hidden, vocabulary)  # type: ignore[no-any-return]
@@ -319,9 +330,11 @@ def passed_over(task: str, situation: Situation) -> tuple[Kernel, list[tuple[Ker
 
 
 def in_words(situation: Situation) -> str:
-    """The kernels of all tasks in a situation, such as "C: attention, elementwise ops; torch: dequantise"."""
+    """The kernels of all tasks but PASSES in a situation, such as "C: attention, elementwise ops; torch: dequantise"."""
     by_language: dict[str, list[str]] = {}
     for task in TABLE:
+        if task == PASSES:
+            continue
         kernel, _ = passed_over(task, situation)
         by_language.setdefault(kernel.name.split(":")[0].split(",")[0], []).append(task.replace(",", ""))
     return "; ".join(f"{language}: {', '.join(tasks)}" for language, tasks in by_language.items())

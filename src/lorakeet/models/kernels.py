@@ -8,10 +8,11 @@ what is in memory. Norms, gates, rotary positions and the loss are liger-kernel'
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import replace
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
@@ -21,11 +22,14 @@ from lorakeet.core.layers.linear import LoraLinear
 from lorakeet.core.math import add_low_rank, shrink_grad
 from lorakeet.errors import EnvironmentProblem
 from lorakeet.kernels.choose import fused_pair
+from lorakeet.kernels.nf4_maxima import decoded_bytes
 from lorakeet.kernels.tiled_weight import TritonRequest
 from lorakeet.kernels.triton.support import RANK, why_not_on
 from lorakeet.models import modules
+from lorakeet.models.families import Family
 from lorakeet.models.placement import device_for
 from lorakeet.models.spec import ModelSpec
+from lorakeet.quant.nf4 import Nf4Base, decode_maxima_together
 from lorakeet.quant.packed import PackedBase, PackedLinear
 
 TOKENS, LOW_RANK, SCALE = (1, 17, 33), 8, 1.5  # of the check: tokens for each tile height, and a rank beside the highest
@@ -64,6 +68,29 @@ def kernel_bases(model: nn.Module) -> Iterator[Any]:
     for _, module in modules.original_modules(model):
         if isinstance(module, PackedLinear):
             yield module.base
+
+
+def share_block_maxima(model: nn.Module, family: Family) -> None:
+    """Lets the NF4 weights of each decoder block decode their block maxima together, where they are on a GPU."""
+    for bases in _bases_by_block(model, family):
+        decode_maxima_together([base for base in bases if isinstance(base, Nf4Base) and base.device.type == "cuda"])
+
+
+def shared_maxima_bytes(model: nn.Module, family: Family) -> int:
+    """Bytes of the maxima that are decoded at a time there, for a model on shapes."""
+    counts = [
+        [-(-math.prod(base.shape) // int(base.settings["block_size"])) for base in bases if base.settings.get("double_quant")]
+        for bases in _bases_by_block(model, family)
+    ]
+    return max(map(decoded_bytes, counts), default=0)
+
+
+def _bases_by_block(model: nn.Module, family: Family) -> Iterator[list[PackedBase]]:
+    """The packed weights of each decoder block."""
+    prefix, count = modules.block_prefix(model, family)
+    for index in range(count):
+        block = modules.find(model, f"{prefix}.{index}")
+        yield [module.base for module in cast(nn.Module, block).modules() if isinstance(module, PackedLinear)]
 
 
 def check_kernels(parts: Iterable[nn.Module], kernels: TritonRequest, products: torch.dtype) -> None:

@@ -35,6 +35,12 @@ def quantise_weight(weight: Tensor, spec: QuantSpec) -> PackedBase:
     raise ValueError(f"method is {spec.method!r}; expected nf4 or int8")
 
 
+def empty_of(shape: tuple[int, ...], spec: QuantSpec) -> PackedBase:
+    """What `quantise_weight` makes of a weight of that shape (out, in), with buffers of zeros."""
+    more = {"block_size": spec.block_size, "double_quant": spec.double_quant} if spec.method == "nf4" else {}
+    return empty_base({"method": spec.method, "shape": shape, **more})
+
+
 def empty_base(settings: Mapping[str, Any], device: torch.device | str = "cpu") -> PackedBase:
     """A base with the `settings` of `PackedBase.settings` and buffers of zeros, to be filled."""
     out, width = settings["shape"]

@@ -28,6 +28,7 @@ from lorakeet.train.launch import Launch
 
 Made = TypeVar("Made")
 PATIENCE = timedelta(hours=2)  # timeout of an exchange; a dead process is noticed at once
+HOSTS_MEET = ("cuda",)  # types of devices before whose exchanges the hosts meet
 ROLL_CALL = 3.0  # seconds in which live processes answer a roll call
 _LISTEN = 0.2  # seconds between two polls of the store
 
@@ -43,6 +44,7 @@ class Processes:
         self.launch = launch or Launch()
         self.rank, self.count, self.first = self.launch.rank, self.launch.count, self.launch.first
         self._store, self._open, self._called = store, self.count > 1, False
+        self._exchanges = 0  # that this process has come to
         self._done = threading.Event()
         self._listener = threading.Thread(target=self._answer, daemon=True)
         if self._open:
@@ -90,19 +92,27 @@ class Processes:
                 part.copy_(parameter.grad.flatten())
                 counts[number] = 1
         with self._exchanging():
+            self._meet(flat.device)
             dist.all_reduce(flat)
         for parameter, part, count in zip(trained, parts, counts.tolist(), strict=True):
             parameter.grad = part.view_as(parameter) if count else None
 
-    def broadcast(self, tensors: Iterable[Tensor]) -> None:
-        """Copies every tensor from the first process to the others."""
+    def broadcast(self, tensors: Iterable[Tensor], source: int = 0) -> None:
+        """Copies every tensor from one process to the others."""
         if self.count == 1:
             return
         with self._exchanging(), torch.no_grad():
-            for tensor in tensors:
+            for number, tensor in enumerate(tensors):
                 there = tensor.detach().contiguous()
-                dist.broadcast(there, src=0)
+                if not number:
+                    self._meet(there.device)
+                dist.broadcast(there, src=source)
                 tensor.copy_(there)
+
+    def _meet(self, device: torch.device) -> None:
+        """Before an exchange between CUDA devices, one between the hosts: NCCL waits without end, and names no process."""
+        if device.type in HOSTS_MEET:
+            dist.all_reduce(torch.zeros(1))
 
     def from_first(self, make: Callable[[], Made]) -> Made:
         """Calls `make` in the first process alone and returns its result, or raises its LorakeetError, in all."""
@@ -183,13 +193,14 @@ class Processes:
 
     @contextmanager
     def _exchanging(self) -> Iterator[None]:
-        """A context for torch's exchanges: turns their error for a dead process into ProcessLost."""
+        """A context for torch's exchanges: turns their error for a process that is dead, or late, into ProcessLost."""
+        self._exchanges += 1
         try:
             yield
         except RuntimeError as error:
             traceback.clear_frames(error.__traceback__)  # they keep the connections open
             self._close()  # so that others waiting for this one notice too
-            if lost := self._missed():
+            if lost := self._missed() or self._late():
                 raise ProcessLost(lost) from error
             raise
 
@@ -269,13 +280,22 @@ class Processes:
         silent = [rank for rank in others if rank not in answered]
         return " and ".join([*said, *(f"process {rank} of {self.count} died" for rank in silent)])
 
+    def _late(self) -> str:
+        """Names the processes that answered a roll call, but have not come to the exchange that failed: its time was over."""
+        come = {rank: self._word("here", rank) for rank in range(self.count) if rank != self.rank}
+        late = [rank for rank, count in come.items() if count and int(count) < self._exchanges]
+        patience = f"{PATIENCE.total_seconds():g} s"
+        return " and ".join(
+            f"process {rank} of {self.count} runs, but for {patience} has not come to an exchange with the others" for rank in late
+        )
+
     def _answer(self) -> None:
-        """Answers a roll call, in a thread of its own."""
+        """Answers a roll call with the number of exchanges that this process has come to, in a thread of its own."""
         try:
             store = self._store.clone()  # an own connection, which never blocks
             while not self._done.wait(_LISTEN):
                 if any(store.check([f"roll-call/{rank}"]) for rank in range(self.count)):
-                    store.set(f"here/{self.rank}", "1")
+                    store.set(f"here/{self.rank}", str(self._exchanges))
                     return
         except RuntimeError:  # the store is gone
             return

@@ -49,8 +49,8 @@ class TrainSpec:
     keep_prefix_states: bool = setting(
         False, "Cache the hidden states below the lowest adapted block on disk, for all epochs and all trials of tune."
     )
-    cuda_graphs: bool = setting(
-        False, "Replay micro-batches as CUDA graphs, if the GPU would wait for the host; not run on a GPU yet."
+    cuda_graphs: bool | None = setting(
+        None, "Replay micro-batches as CUDA graphs; by default for models up to 3B where a plan and a proof allow it."
     )
     shard: bool = setting(
         False, "Shard the frozen blocks over the processes of torchrun (FSDP2); if false, each process has the whole base."

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -15,13 +16,18 @@ from transformers import AutoConfig
 from lorakeet.errors import ConfigError, DataError
 from lorakeet.formats.files.safetensors_file import SafeFile
 from lorakeet.models import modules
-from lorakeet.models.files.quantized import load_packed, load_quantised, quantised_model
+from lorakeet.models.files import quantized
+from lorakeet.models.files.quantized import load_packed, load_quantised, packing_divided, quantised_model
 from lorakeet.models.files.stored_tensors import dense_model, tensor_files
 from lorakeet.models.spec import ModelSpec
 from lorakeet.models.text.load import load_text_model
+from lorakeet.quant.construct import quantise_weight
 from lorakeet.quant.packed import PackedBase, PackedLinear
 from lorakeet.quant.spec import QuantSpec
+from lorakeet.train.launch import launched
+from lorakeet.train.processes import joined
 from tiny.models import FAMILIES, save_tiny_llama
+from tiny.together import Together
 
 IDS = torch.tensor([[5, 9, 31, 2, 77, 4], [8, 8, 60, 3, 1, 90]])
 
@@ -58,6 +64,46 @@ def test_the_function_is_that_of_the_dequantised_weights(
     assert not torch.allclose(ours, before, atol=1e-3)
     assert not any(tensor.is_meta for tensor in [*model.parameters(), *model.buffers()])
     assert not any(parameter.requires_grad for parameter in model.parameters())
+
+
+def packed_in_parts(folder: str, method: str) -> dict[str, Any]:
+    """What this process has packed itself, by shape, and the bytes of all packed layers that it has then."""
+    own: list[list[int]] = []
+
+    def packing(weight: Tensor, spec: QuantSpec) -> PackedBase:
+        own.append(list(weight.shape))
+        return quantise_weight(weight, spec)
+
+    quantized.quantise_weight = packing  # in a process of its own
+    config = AutoConfig.from_pretrained(folder)
+    with joined(launched()) as processes, packing_divided(processes.rank, processes.count, processes.broadcast):
+        model = loaded(Path(folder), config, method=method)
+        processes.disband()
+    return {"own": own, "bytes": digests(model)}
+
+
+def digests(model: Any) -> dict[str, str]:
+    return {
+        f"{path}.{name}": hashlib.sha256(buffer.numpy().tobytes()).hexdigest()
+        for path, layer in packed_layers(model).items()
+        for name, buffer in layer.base.named_buffers()
+    }
+
+
+@pytest.mark.parametrize(("family", "method"), [("llama", "nf4"), ("gpt2", "int8")])
+def test_several_processes_pack_each_weight_once(
+    family: str, method: str, tiny_model: Callable[..., Any], tmp_path: Path, forked: Together
+) -> None:
+    folder, config = saved(tiny_model(family), tmp_path)
+    alone = loaded(folder, config, method=method)
+    for count in (2, 3):
+        each = forked.call("models.files.test_quantized:packed_in_parts", str(folder), method, count=count)
+        assert all(one["bytes"] == digests(alone) for one in each), "the bytes that one process makes"
+        shares = [sum(rows * columns for rows, columns in one["own"]) for one in each]
+        layers = packed_layers(alone).values()
+        assert sum(len(one["own"]) for one in each) == len(layers), "each by one process"
+        assert sum(shares) == sum(layer.in_features * layer.out_features for layer in layers)
+        assert max(shares) <= 1.5 * min(shares), "about as much each"
 
 
 @pytest.mark.parametrize("family", ["llama", "gpt2", "qwen2", "mixtral"])

@@ -24,7 +24,8 @@ from lorakeet.models.inject import trained_parameters
 from lorakeet.models.spec import ModelSpec
 from lorakeet.models.targets import plan_for
 from lorakeet.models.text.adapters import initialise_adapter
-from lorakeet.models.text.cuda_graphs import BatchShape, GraphedModel
+from lorakeet.models.text import cuda_graphs
+from lorakeet.models.text.cuda_graphs import BatchShape, GraphedModel, NotRecorded
 from lorakeet.models.text.load import load_text_model
 from lorakeet.models.text.model import TextModel
 from lorakeet.train.task import gradients_by_batch
@@ -428,3 +429,51 @@ def test_the_largest_shape_bounds_any_micro_batch(longest: int, micro_tokens: in
     lengths = data.draw(st.lists(st.integers(1, most), min_size=count, max_size=count))
     for shape in (BatchShape.of(lengths, longest), BatchShape.of([longest], longest)):
         assert shape.tokens <= room.tokens and shape.rows <= room.rows and max(shape.rows_of([longest])) <= longest
+
+
+def test_beyond_so_many_shapes_the_model_computes(
+    made: Callable[..., Made], rows: Any, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    """A driver keeps memory for each graph, which is planned for so many."""
+    monkeypatch.setattr(cuda_graphs, "MOST_SHAPES", 1)
+    text, parameters, tape, passes = made()
+    learnt(passes, rows([20, 9, 30]), parameters)
+    later = rows([40, 50], seed=3)
+    with caplog.at_level(logging.WARNING, "lorakeet"):
+        found = learnt(passes, later, parameters)
+    assert len(passes.graphs) == 1 and tape.recordings == 2 and not caplog.messages
+    loss, grads = learnt(text, later, parameters)
+    assert found[0] == loss and all(torch.equal(found[1][name], grads[name]) for name in grads)
+
+
+def test_a_proof_on_further_rows_of_a_shape_records_nothing_and_leaves_gradients(made: Callable[..., Made], rows: Any) -> None:
+    _, parameters, tape, passes = made()
+    passes.record_first(rows([20, 9, 30]))
+    for parameter in parameters.values():
+        parameter.grad = torch.ones_like(parameter)
+    passes.prove_on(rows([33, 27, 3], seed=2))
+    assert tape.recordings == 2 and all(torch.equal(each.grad, torch.ones_like(each)) for each in parameters.values())
+    tape.broken = True
+    with pytest.raises(NotRecorded, match="is true, but hidden states of the CUDA graphs"):
+        passes.prove_on(rows([33, 27, 3], seed=2))
+
+
+@pytest.mark.parametrize("required", [True, False])
+def test_a_later_shape_that_fails_ends_the_run_only_where_graphs_are_required(
+    required: bool, made: Callable[..., Made], rows: Any, caplog: pytest.LogCaptureFixture
+) -> None:
+    _, parameters, tape, passes = made()
+    passes.required = required
+    passes.record_first(rows([20, 9, 30]))
+
+    def refusing(_: Any) -> Any:
+        raise RuntimeError("capture failed")
+
+    tape.record = refusing  # type: ignore[method-assign]
+    if required:
+        with pytest.raises(NotRecorded, match="CUDA graphs cannot be recorded: capture failed"):
+            learnt(passes, rows([40, 50]), parameters)
+        return
+    with caplog.at_level(logging.WARNING, "lorakeet"):
+        learnt(passes, rows([40, 50]), parameters)
+    assert "CUDA graphs cannot be recorded: capture failed" in caplog.text

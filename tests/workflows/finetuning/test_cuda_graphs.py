@@ -25,18 +25,21 @@ from lorakeet.data.pack import micro_batches
 from lorakeet.errors import ConfigError, EnvironmentProblem
 from lorakeet.kernels.device import standing_for
 from lorakeet.models.placement import device_for
-from lorakeet.models.text.cuda_graphs import BatchShape
+from lorakeet.models.text.cuda_graphs import BatchShape, GraphedModel
 from lorakeet.models.text.model import TextModel
 from lorakeet.train.checkpoint import run_identity
 from lorakeet.train.log import read_metrics
 from lorakeet.train.loop import train
 from lorakeet.train.run import RunFolder
 from lorakeet.train.spec import TrainSpec
+from lorakeet.train.text.task import TextTask
 from lorakeet.workflows.finetune import finetune
 from lorakeet.workflows.finetuning import cuda_graphs as workflow
 from lorakeet.workflows.finetuning.assemble_text import TextAssembly, assemble_text, text_task
-from lorakeet.workflows.finetuning.cuda_graphs import largest_micro_batch, record_graphs, require_graphable
+from lorakeet.workflows.finetuning.cuda_graphs import FIRST, largest_micro_batch, record_graphs, require_graphable, use_graphs
+from lorakeet.workflows.finetuning.text import TextRunKind
 from lorakeet.workflows.options import FinetuneOptions, TuneOptions
+from lorakeet.workflows.runs.residency import Residency, Way
 from lorakeet.workflows.tune import tune
 from tiny.flash import Flash
 from tiny.models import save_tiny_llama
@@ -237,8 +240,116 @@ def test_a_run_may_go_on_without(tiny_llama_folder: Path, data: Path, tmp_path: 
 def test_a_run_whose_config_is_edited_resumes(finished: Any, tmp_path: Path) -> None:
     folder = shutil.copytree(finished.path, tmp_path / "run")
     file = folder / "config.yaml"
-    file.write_text(file.read_text().replace("cuda_graphs: false", "cuda_graphs: true"))
+    file.write_text(file.read_text().replace("cuda_graphs: null", "cuda_graphs: true"))
     with pytest.raises(EnvironmentProblem, match=r"Set train\.cuda_graphs to false"):
         finetune(read_run(file, {}), FinetuneOptions(resume=folder), console=quiet())
     file.write_text(file.read_text().replace("cuda_graphs: true", "cuda_graphs: false"))
     assert finetune(read_run(file, {}), FinetuneOptions(resume=folder), console=quiet()).exit_code == 0
+
+
+def tried(model: Path, data: Path, out: Path, tape: Any, **changes: str) -> tuple[TextAssembly, TextTask, str]:
+    """A run in which nothing is said of CUDA graphs, on a card by name and with room for them, and what was said."""
+    setup = assembled(model, data, out, {**NARROW, **changes})
+    setup = dataclasses.replace(setup, residency=Residency(way=Way(graphs=True)))
+    task, screen = text_task(setup), io.StringIO()
+    use_graphs(setup, task, Console(file=screen, width=300), tape)
+    return setup, task, screen.getvalue()
+
+
+@pytest.fixture
+def on_card(flash: Flash, monkeypatch: pytest.MonkeyPatch) -> None:
+    flash.exact = False
+    monkeypatch.setattr(TextAssembly, "device", torch.device("cuda", 0))
+
+
+def test_by_itself_a_small_model_is_recorded_and_proved_on_its_own_micro_batches(
+    on_card: None, tiny_llama_folder: Path, data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    proved: list[Any] = []
+    prove = GraphedModel.prove_on
+
+    def noting(self: GraphedModel, batch: Any) -> None:
+        proved.append(batch.keys)
+        prove(self, batch)
+
+    monkeypatch.setattr(GraphedModel, "prove_on", noting)
+    setup, task, said = tried(tiny_llama_folder, data, tmp_path / "run", Tape())
+    assert task.replayed is not None and not task.replayed.required and not setup.text.model.training
+    assert "Used: they give the model's own numbers on the first micro-batches." in said
+    assert proved == [batch.keys for batch in task.batches(0)][:FIRST] and len(proved) > 1
+    assert setup.text.model.training is False and task.graphs.startswith("both passes of the decoder, proved on")
+    assert all(parameter.grad is None for parameter in task.parameters().values())
+    facts = TextRunKind().facts(TextRunKind().trained(dataclasses.replace(setup, moved=None), task))
+    assert facts["CUDA graphs"] == task.graphs
+
+
+def test_what_is_wrong_on_real_rows_alone_is_found(
+    on_card: None, tiny_llama_folder: Path, data: Path, tmp_path: Path
+) -> None:
+    """The largest, made-up micro-batch is recorded first, and right; the run's own are other shapes."""
+    tape = Tape()
+    tape.spoils = 2  # the third recording: the forward pass of the second shape
+    _, task, said = tried(tiny_llama_folder, data, tmp_path / "run", tape)
+    assert task.replayed is None and tape.recordings > 2
+    assert "Not used: hidden states of the CUDA graphs and of the model differ by" in said
+    assert task.graphs.startswith("none: hidden states of the CUDA graphs")
+
+
+class Refusing(Tape):
+    """A recorder that cannot record."""
+
+    def record(self, passes: Any) -> Any:
+        raise RuntimeError("CUDA error: operation not permitted when stream is capturing")
+
+
+def test_where_it_cannot_be_recorded_the_run_goes_on_without(
+    on_card: None, tiny_llama_folder: Path, data: Path, tmp_path: Path
+) -> None:
+    setup, task, said = tried(tiny_llama_folder, data, tmp_path / "run", Refusing())
+    assert task.replayed is None and "Not used: CUDA graphs cannot be recorded: CUDA error: operation not permitted" in said
+    run = RunFolder.create(tmp_path / "trained")
+    train(task, setup.config.train, run=run)
+    plain = learnt(assembled(tiny_llama_folder, data, tmp_path / "one", NARROW), tmp_path / "plain")
+    assert [record["loss"] for record in read_metrics(run.metrics) if "loss" in record] == plain, "to the last bit"
+    with pytest.raises(EnvironmentProblem, match="is true, but CUDA graphs cannot be recorded"):
+        record_graphs(setup.text, text_task(assembled(tiny_llama_folder, data, tmp_path / "x", RECORDED)), quiet(), Refusing())
+
+
+def test_where_there_is_no_room_or_no_card_nothing_is_tried(
+    on_card: None, tiny_llama_folder: Path, data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    setup = assembled(tiny_llama_folder, data, tmp_path / "run", NARROW)
+    task = text_task(setup)
+    use_graphs(setup, task, quiet(), Refusing())
+    assert task.replayed is None and task.graphs == "none: no plan has room for what they keep"
+    off = assembled(tiny_llama_folder, data, tmp_path / "run", {**NARROW, "train.cuda_graphs": "false"})
+    task = text_task(off)
+    use_graphs(off, task, quiet(), Refusing())
+    assert task.graphs == "none: train.cuda_graphs is false"
+    monkeypatch.setattr(TextAssembly, "device", torch.device("cpu"))
+    use_graphs(setup, task := text_task(setup), quiet(), Refusing())
+    assert not task.graphs and "CUDA graphs" not in TextRunKind().facts(setup)
+
+
+def test_rows_that_begin_alike_are_computed_without(on_card: None, tiny_llama_folder: Path, tmp_path: Path) -> None:
+    """Their beginnings, which the model computes once, graphs would compute in every row."""
+    rows = [{"messages": [{"role": "user", "content": "w " * 30 + str(n)}, {"role": "assistant", "content": "ok"}]} for n in range(40)]
+    data = write_rows(tmp_path / "rows.jsonl", rows)
+    _, task, said = tried(tiny_llama_folder, data, tmp_path / "run", Tape())
+    assert task.replayed is None and "Not used: rows begin alike, so that a step computes" in said
+
+
+def test_a_later_shape_that_cannot_be_recorded_is_said_and_computed(
+    on_card: None, tiny_llama_folder: Path, data: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    _, task, _ = tried(tiny_llama_folder, data, tmp_path / "run", Tape())
+    passes = task.replayed
+    assert passes is not None
+    passes.graphs.clear()
+    passes.recorder = Refusing()
+    (batch, *_) = task.batches(0)
+    with caplog.at_level("WARNING", "lorakeet"):
+        for _ in range(2):
+            assert torch.isfinite(task.loss(batch))
+    (message,) = caplog.messages
+    assert "CUDA graphs cannot be recorded" in message and "computed without CUDA graphs" in message

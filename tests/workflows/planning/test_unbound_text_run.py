@@ -19,13 +19,15 @@ from lorakeet.memory.budget import Budget
 from lorakeet.memory.cuda import CONTEXT
 from lorakeet.memory.free import MARGIN
 from lorakeet.models.recomputed import RecomputedBlock
+from lorakeet.models.text.cuda_graphs import MOST_SHAPES
 from lorakeet.train.processes import Processes
 from lorakeet.workflows.finetuning import assemble_text
 from lorakeet.workflows.finetuning import text as text_kind
 from lorakeet.workflows.planning import rehearse_text, text_run, unbound_text_run
 from lorakeet.workflows.planning.fit import choose
 from lorakeet.workflows.planning.forecast_text_run import CERTIFY, RowLengths, Workload
-from lorakeet.workflows.planning.rehearse_text import STEP
+from lorakeet.workflows.planning.graphs import DRIVER_BYTES, KIND
+from lorakeet.workflows.planning.rehearse_text import EVALUATE, STEP
 from lorakeet.workflows.planning.unbound_text_run import UnboundTextRun, fit_text_run
 from lorakeet.workflows.runs.residency import ALONE, RESIDENT, Residency, Way
 from tiny.made_up_card import card
@@ -137,22 +139,51 @@ def test_what_does_not_go_with_blocks_that_are_computed_again_keeps_them(
     assert RESIDENT in ways and not any(way.recomputed for way in ways)
 
 
-def test_graphs_are_not_planned_and_several_cards_choose_by_the_smallest(config: Callable[..., RunConfig]) -> None:
-    assert fitted(config(**{"train.cuda_graphs": "true"}), 1 << 30)[0].plan is None
+def test_several_cards_choose_by_the_smallest_which_is_named(config: Callable[..., RunConfig]) -> None:
     mine = config()
 
     class Two(Processes):
-        def maximum(self, number: int) -> int:
-            return max(number, -smallest)
+        def total(self, *numbers: int) -> tuple[int, ...]:
+            assert numbers[1:] == (0,)
+            return numbers[0], smallest
 
     smallest = peak(mine, Way(micro_tokens=1024, one_base=True))
     together = Two()
     together.count = 2
     found, said = fitted(mine, 1 << 40, together)
-    assert found.way.micro_tokens == 1024 and not found.budget and "free on cuda:0" in said[0]
+    assert found.way.micro_tokens == 1024 and not found.budget and not found.way.graphs
+    differ, planned = said
+    assert differ.startswith("The GPUs differ: ") and differ.endswith("choose them with CUDA_VISIBLE_DEVICES.")
+    assert "are free on the GPU of process 1, 1,024" in differ and "on the GPU of process 0. Every process" in differ
+    assert "free on the GPU of process 1 for this run" in planned
+    smallest = 1 << 40
+    assert len(fitted(mine, 1 << 40, together)[1]) == 1, "nothing is said of two alike"
     smallest = CONTEXT
     with pytest.raises(ConfigError, match=r"2 processes train together\. Start one, or set train\.shard"):
         fitted(mine, 1 << 40, together)
+
+
+def test_graphs_come_first_where_they_fit(config: Callable[..., RunConfig]) -> None:
+    mine = config()
+    graphs, plain = Way(graphs=True), RESIDENT
+    more = {way: UnboundTextRun(mine, ROWS, print).plan(way) for way in (graphs, plain)}
+    extra = {phase.name: phase.kinds.get(KIND, 0) for phase in more[graphs].forecast.phases}
+    passing = sum(
+        size for kind, size in more[plain].forecast.phase(STEP).kinds.items() if kind in ("saved activations", "logits", "scratch")
+    )
+    driver = MOST_SHAPES * DRIVER_BYTES
+    assert passing + driver < extra[STEP] < 1.5 * passing + driver and extra[EVALUATE] == extra[STEP] > 0 == extra[CERTIFY]
+    found, said = fitted(mine, more[graphs].peak)
+    assert found.way == graphs and found.unrestricted and found.plan is not None and found.plan.peak == more[graphs].peak
+    assert said[0].endswith("all weights stay on cuda:0; the passes of the decoder are recorded as CUDA graphs, if they prove right.")
+    found, said = fitted(mine, more[graphs].peak - 1)
+    assert found.way in (plain, Way(one_base=True)) and "With CUDA graphs it would be" in said[0]
+    asked = config(**{"train.cuda_graphs": "true"})
+    found, said = fitted(asked, more[graphs].peak - 1)
+    assert found.way.graphs and found.way.micro_tokens == 1024 and "in place of 2,048" in said[0], "what was asked for stays"
+    with pytest.raises(ConfigError, match=r"train\.cuda_graphs is true, which keeps all that a pass computes\. Leave it out\."):
+        fitted(asked, CONTEXT)
+    assert not fitted(config(**{"train.cuda_graphs": "false"}), 1 << 40)[0].way.graphs
 
 
 FEW = {"train.steps": "2", "train.micro_tokens": "128", "evaluate.drift_texts": "0", "evaluate.answers": "0"}

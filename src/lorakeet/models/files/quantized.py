@@ -8,10 +8,12 @@ from __future__ import annotations
 
 import copy
 import re
-from collections.abc import Callable, Iterable, Mapping
-from dataclasses import replace
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import contextmanager
+from contextvars import ContextVar
+from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
@@ -22,6 +24,7 @@ from transformers.quantizers.auto import AUTO_QUANTIZER_MAPPING, register_quanti
 from transformers.quantizers.base import HfQuantizer
 from transformers.utils.quantization_config import QuantizationConfigMixin
 
+from lorakeet.data.batches import distribute_rows
 from lorakeet.errors import ConfigError, DataError, nearest
 from lorakeet.evaluate.wording import bytes_text
 from lorakeet.formats.files.safetensors_file import SafeFile
@@ -32,10 +35,42 @@ from lorakeet.models.files.quiet import quiet_transformers
 from lorakeet.models.files.stored_tensors import READERS, StoredModel, dense_model, method_of, stored_quantisation, tensor_files
 from lorakeet.models.files.validate import auto_class_of, loading, misfits_in, require_whole
 from lorakeet.quant import safetensors_layout
-from lorakeet.quant.construct import quantise_weight
+from lorakeet.quant.construct import empty_of, quantise_weight
 from lorakeet.quant.nf4 import Nf4Base, bitsandbytes_advice
 from lorakeet.quant.packed import PackedBase, PackedLinear
 from lorakeet.quant.spec import QuantSpec
+
+
+@dataclass(frozen=True)
+class DividedPacking:
+    """Packing by several processes that load one model: each packs its part of the weights, and gets the others'.
+
+    `send` copies tensors from the process of that rank to all others; every process calls it in the same order.
+    """
+
+    rank: int
+    count: int
+    send: Callable[[Iterable[Tensor], int], None]
+
+    def owners(self, layers: Mapping[str, nn.Module]) -> dict[str, int]:
+        """The process that packs each weight, by path: about equally many numbers each, and the same in every process."""
+        paths = sorted(layers)
+        sizes = [cast(Tensor, layers[path].weight).numel() for path in paths]
+        return {paths[number]: rank for rank, part in enumerate(distribute_rows(sizes, self.count)) for number in part}
+
+
+_divided: ContextVar[DividedPacking | None] = ContextVar("_divided", default=None)
+
+
+@contextmanager
+def packing_divided(rank: int, count: int, send: Callable[[Iterable[Tensor], int], None]) -> Iterator[None]:
+    """A context in which process `rank` of `count` packs its part of the weights that it loads, as in DividedPacking."""
+    before = _divided.set(DividedPacking(rank, count, send) if count > 1 else None)
+    try:
+        yield
+    finally:
+        _divided.reset(before)
+
 
 _METHOD = "lorakeet"  # the name of WeightHook in transformers
 Loaded = tuple[Any, dict[str, Any]]  # a model with transformers' report of missing and mismatched tensors
@@ -44,10 +79,15 @@ Loaded = tuple[Any, dict[str, Any]]  # a model with transformers' report of miss
 def load_quantised(source: Path, config: Any, dtype: torch.dtype, spec: QuantSpec, say: Callable[[str], None]) -> Any:
     """Loads the frozen model in eval mode on the CPU, with eager attention, packed as `spec` says or as its files already are.
 
+    Within `packing_divided` this process packs its part of what is packed now.
+
     Raises ConfigError if the two contradict each other or the method is unknown, DataError for damaged files.
     """
-    model = load_packed(stored_model_of(source, config, spec), config, dtype, source)
+    divided = _divided.get()
+    model = load_packed(stored_model_of(source, config, spec, divided), config, dtype, source)
     stored = stored_quantisation(config)
+    if divided is not None and not stored:
+        _exchange(model, spec, divided)
     name = method_of(stored) if stored else spec.method
     bases = [module for module in model.modules() if isinstance(module, PackedBase)]
     packed, dense = sum(base.bytes for base in bases), sum(base.shape[0] * base.shape[1] for base in bases) * dtype.itemsize
@@ -66,7 +106,7 @@ def limits_of_packing(model: nn.Module) -> list[str]:
     return [line for line in (kept_experts(model), bitsandbytes_advice() if packed else "") if line]
 
 
-def stored_model_of(source: Path, config: Any, spec: QuantSpec) -> StoredModel:
+def stored_model_of(source: Path, config: Any, spec: QuantSpec, divided: DividedPacking | None = None) -> StoredModel:
     """Returns the lazy tensors of a model's files: packed as they are, or dense, or packed as `spec` says when they are read.
 
     Raises ConfigError if the two contradict each other or the method is unknown, DataError with every tensor whose header does
@@ -95,7 +135,7 @@ def stored_model_of(source: Path, config: Any, spec: QuantSpec) -> StoredModel:
     twice = sorted(set(shapes) & {f"{path}.weight" for path in owners(plain, stored_model.packed).values()})
     if twice:
         raise DataError(f"{source} has {len(twice)} weights both packed and dense, such as {twice[0]}. Fetch the model again.")
-    return stored_model if stored or spec.method == "none" else quantised_model(stored_model, config, spec)
+    return stored_model if stored or spec.method == "none" else quantised_model(stored_model, config, spec, divided)
 
 
 def shape_of(files: Mapping[str, SafeFile], stored_model: StoredModel, name: str) -> tuple[int, ...]:
@@ -127,16 +167,33 @@ def kept_experts(model: nn.Module) -> str:
     return f"The experts of this model are no linear layers to transformers and stay as they are: {bytes_text(size)}."
 
 
-def quantised_model(stored_model: StoredModel, config: Any, spec: QuantSpec) -> StoredModel:
-    """Returns the stored model with linear layers packed as they are read, from their stored dtype."""
+def _exchange(model: nn.Module, spec: QuantSpec, divided: DividedPacking) -> None:
+    """Sends each packed weight of the model from the process that has packed it to the others."""
+    packed = {path: module for path, module in model.named_modules() if isinstance(module, PackedLinear)}
+    for path, owner in sorted(divided.owners(packable(skeleton(model.config), head=spec.head == "quantize")).items()):
+        if path in packed:
+            divided.send(packed[path].base.packed_buffers(), owner)
+
+
+def quantised_model(
+    stored_model: StoredModel, config: Any, spec: QuantSpec, divided: DividedPacking | None = None
+) -> StoredModel:
+    """Returns the stored model with linear layers packed as they are read, from their stored dtype.
+
+    With `divided`, those of other processes are empty, and nothing is read of them.
+    """
     plain = skeleton(config)
     chosen = packable(plain, head=spec.head == "quantize")
     targets = {name: path for name, path in owners(plain, stored_model.dense).items() if path in chosen}
+    others = {} if divided is None else {path for path, owner in divided.owners(chosen).items() if owner != divided.rank}
 
     def packed(name: str, path: str) -> Callable[[], PackedBase]:
         transposed = isinstance(chosen[path], Conv1D)
 
         def make() -> PackedBase:
+            if path in others:
+                shape = tuple(cast(Tensor, chosen[path].weight).shape)
+                return empty_of(shape[::-1] if transposed else shape, spec)
             weight = stored_model.dense[name]()
             return quantise_weight(weight.t() if transposed else weight, spec)
 

@@ -45,8 +45,17 @@ PERTURBATION = 1e-2  # standard deviation of the noise added to the adapter for 
 TOLERANCE = 0.1  # of the norm of a gradient or of the hidden states: more than bf16 rounding in another order
 TOKEN_TOLERANCE = 0.3  # of the norm of one token's states: one wrong row among many hardly changes the norm of all
 NEGLIGIBLE = 1e-3  # of the largest gradient's norm: a smaller one may be rounding alone
+MOST_SHAPES = 32  # that are recorded: a driver keeps some memory for each graph
 ERROR_LENGTH = 300  # characters of torch's error message that are shown
 ResultT = TypeVar("ResultT")
+
+
+class NotRecorded(EnvironmentProblem):
+    """Passes cannot be recorded, or compute something else. `reason` is part of a sentence; the message is for a run that asked."""
+
+    def __init__(self, reason: str, remedy: str = REMEDY) -> None:
+        super().__init__(f"{SETTING} is true, but {reason}. {remedy}")
+        self.reason = reason
 
 
 @dataclass(frozen=True)
@@ -134,13 +143,22 @@ class RecordedGraphs:
 class GraphedModel:
     """A TextModel for train/text/loss whose decoder runs as CUDA graphs; they add to the gradients of `parameters`.
 
-    `capacity` is a shape that fits every micro-batch. `record_first` records before training starts. The caller frees the loss
-    of a micro-batch before the next one (train/task.gradients_by_batch): a live autograd graph would bring its stream into a
+    `capacity` is a shape that fits every micro-batch. `record_first` records before training starts. A later shape that cannot
+    be recorded ends the run if graphs are `required`; else the model computes it, as it does beyond MOST_SHAPES, and where a
+    recording differs from the model. The caller frees the loss of a micro-batch before the next one (train/task.gradients_by_batch): a live autograd graph would bring its stream into a
     recording.
     """
 
-    def __init__(self, text: TextModel, parameters: Mapping[str, Parameter], recorder: Recorder, capacity: BatchShape) -> None:
-        self.text, self.recorder, self.capacity = text, recorder, capacity
+    def __init__(
+        self,
+        text: TextModel,
+        parameters: Mapping[str, Parameter],
+        recorder: Recorder,
+        capacity: BatchShape,
+        *,
+        required: bool = True,
+    ) -> None:
+        self.text, self.recorder, self.capacity, self.required = text, recorder, capacity, required
         self.names, self.parameters = list(parameters), list(parameters.values())
         self.graphs: dict[BatchShape, RecordedGraphs | None] = {}  # None: the model computes micro-batches of this shape
         self.ids, self.positions = (torch.zeros(capacity.tokens, dtype=torch.int64, device=text.device) for _ in range(2))
@@ -164,24 +182,43 @@ class GraphedModel:
         They are valid until the next micro-batch, which must follow their backward pass.
         """
         shape = BatchShape.of(batch.lengths, self.capacity.longest)
-        if shape not in self.graphs:
+        if shape not in self.graphs and len(self.graphs) < MOST_SHAPES:
             self.graphs[shape] = self._verified(shape, batch)
-        graphs = self.graphs[shape]
+        graphs = self.graphs.get(shape)
         return self.text.hidden(batch) if graphs is None else self._replayed(graphs, shape, batch)
 
     def record_first(self, batch: Batch) -> None:
         """Records the shape of `batch`, which should be the largest: later ones reuse its memory.
 
-        Raises EnvironmentProblem if it cannot be recorded or fails the check.
+        Raises NotRecorded if it cannot be recorded or fails the check.
         """
         shape = BatchShape.of(batch.lengths, self.capacity.longest)
         self.graphs[shape], difference = self._recorded_and_compared(shape, batch)
         if difference:
-            raise EnvironmentProblem(f"{SETTING} is true, but {difference}. {REMEDY}")
+            raise NotRecorded(difference)
+
+    def prove_on(self, batch: Batch) -> None:
+        """Compares the graphs of the shape of `batch` with the model on it, recorded now if they were not. Raises as
+        `record_first`, and leaves gradients as they are."""
+        shape = BatchShape.of(batch.lengths, self.capacity.longest)
+        graphs = self.graphs.get(shape)
+        if graphs is None:
+            self.record_first(batch)
+            return
+        with recording_errors(), _without_gradients(self.parameters):
+            difference = self._difference(shape, graphs, batch)
+        if difference:
+            raise NotRecorded(difference)
 
     def _verified(self, shape: BatchShape, batch: Batch) -> RecordedGraphs | None:
         """Returns the graphs of a new shape; None, with a warning, if they fail the check."""
-        graphs, difference = self._recorded_and_compared(shape, batch)
+        graphs: RecordedGraphs | None = None
+        try:
+            graphs, difference = self._recorded_and_compared(shape, batch)
+        except NotRecorded as error:
+            if self.required:
+                raise
+            difference = error.reason
         if difference:
             logging.getLogger("lorakeet").warning(
                 "%s: %s. Micro-batches of this shape are computed without CUDA graphs. Please report it.", SETTING, difference
@@ -190,10 +227,10 @@ class GraphedModel:
         return graphs
 
     def _recorded_and_compared(self, shape: BatchShape, batch: Batch) -> tuple[RecordedGraphs, str]:
-        """Returns the graphs, and in words how they differ from the model. EnvironmentProblem if they cannot be recorded."""
+        """Returns the graphs, and in words how they differ from the model. NotRecorded if they cannot be recorded."""
         if shape.tokens > self.capacity.tokens or shape.rows > self.capacity.rows:
             raise ValueError(f"the buffers are made for {self.capacity}, and {shape} is larger")
-        with _torch_errors_as_environment_problems(), _without_gradients(self.parameters):
+        with recording_errors(), _without_gradients(self.parameters):
             graphs = self._record(shape, batch.lengths)
             return graphs, self._difference(shape, graphs, batch)
 
@@ -213,7 +250,7 @@ class GraphedModel:
         def both() -> tuple[Tensor, list[bool]]:
             out = decoded(*inputs)
             if not out.requires_grad:
-                raise EnvironmentProblem(f"{SETTING} is true, but nothing is trained below the output head. {TURN_OFF}.")
+                raise NotRecorded("nothing is trained below the output head", f"{TURN_OFF}.")
             found = torch.autograd.grad(out, parameters, torch.zeros_like(out), allow_unused=True)
             return out.detach(), [grad is not None for grad in found]
 
@@ -350,8 +387,8 @@ def _noise(like: Tensor, *, seed: int) -> Tensor:
 
 
 @contextmanager
-def _torch_errors_as_environment_problems() -> Iterator[None]:
-    """A context that turns torch's errors on recording, or on too little memory, into EnvironmentProblem with a remedy."""
+def recording_errors() -> Iterator[None]:
+    """A context that turns torch's errors on recording, or on too little memory, into NotRecorded with a remedy."""
     try:
         yield
     except RuntimeError as error:
@@ -362,13 +399,13 @@ def _torch_errors_as_environment_problems() -> Iterator[None]:
             if not isinstance(cause, Exception):  # Ctrl-C, whose recording could not be ended in order either
                 raise cause from None
         if any(isinstance(cause, torch.OutOfMemoryError) for cause in causes):
-            raise EnvironmentProblem(
-                f"{SETTING} is true, and the GPU is out of memory: to check CUDA graphs, their pass and the model's own are in "
-                f"memory at once. Lower train.micro_tokens. Or: {TURN_OFF}."
+            raise NotRecorded(
+                "the GPU is out of memory: to check CUDA graphs, their pass and the model's own are in memory at once",
+                f"Lower train.micro_tokens. Or: {TURN_OFF}.",
             ) from error
         first = [cause for cause in causes if isinstance(cause, RuntimeError)][-1]
         reason = " ".join(str(first).split())[:ERROR_LENGTH].rstrip(".")
-        raise EnvironmentProblem(f"{SETTING} is true, but CUDA graphs cannot be recorded: {reason}. {REMEDY}") from error
+        raise NotRecorded(f"CUDA graphs cannot be recorded: {reason}") from error
 
 
 def _too_far(pairs: Mapping[str, tuple[Tensor, Tensor]]) -> str:

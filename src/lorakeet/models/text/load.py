@@ -26,7 +26,7 @@ from lorakeet.models.files.quiet import quiet_transformers
 from lorakeet.models.files.source import find_source
 from lorakeet.models.files.stored_tensors import stored_quantisation
 from lorakeet.models.files.validate import first_line, require_architecture, require_sizes, require_text_model
-from lorakeet.models.kernels import check_kernels, kernels_for, use_kernels
+from lorakeet.models.kernels import check_kernels, kernels_for, share_block_maxima, use_kernels
 from lorakeet.models.modules import block_prefix, decoder_of
 from lorakeet.models.placement import device_for, products_for, text_dtype_for
 from lorakeet.models.spec import ModelSpec
@@ -92,6 +92,8 @@ def load_text_model(
         kernels=kernels,
         streamed=streamed,
     )
+    if streamed is None:
+        share_block_maxima(model, text.family)
     with torch.no_grad(), quiet_transformers():
         reference = _own_logits(text)
         _require_numbers(text, reference)

@@ -47,6 +47,7 @@ class TextTask:
     pruning: Pruning | None = None
     kept_terms: KeptTerms = NONE_KEPT
     replayed: GraphedModel | None = None  # with CUDA graphs
+    graphs = ""  # whether its passes are CUDA graphs, and why not, in words
     own_code: OwnCodeDifference | None = None  # of a first pass, where it was compared
 
     def __init__(

@@ -19,6 +19,7 @@ from lorakeet.data.prepare import Dataset, load_dataset
 from lorakeet.errors import ConfigError, DataError
 from lorakeet.formats.detect import read_adapter
 from lorakeet.memory.allocator import release_free_memory
+from lorakeet.models.files.quantized import packing_divided
 from lorakeet.models.modules import outside_text
 from lorakeet.models.placement import why_not_cuda
 from lorakeet.models.recomputed import recompute_blocks
@@ -56,6 +57,7 @@ class TextAssembly(Assembly):
     residency: Residency[TextRunPlan] = field(default_factory=Residency)
     own_code: OwnCodeDifference | None = None  # how the first pass differed from the model's own code; None where not compared
     reference: Reference | None = None  # of a preference run, once it is trained
+    graphs: str = ""  # whether passes were CUDA graphs, in words, once it is trained; empty where that is no question
     halved: bool = False  # whether memory was too small for train.micro_tokens, against the plan
 
     @property
@@ -118,11 +120,11 @@ def assemble_text(
     device = config.model.device
     sharded = config.train.shard and processes.count > 1  # a device holds its shard only: the whole model is loaded on the host
     model = dataclasses.replace(config.model, device="cpu") if sharded else config.model
-    text = load_text_model(
-        model, say=console.print, store=residency.store, slots=residency.way.slots, pinned=residency.pinned,
-        ends=residency.way.ends,
-        tokenizer=rows.tokenizer,
-    )  # fmt: skip
+    with packing_divided(processes.rank, processes.count, processes.broadcast):
+        text = load_text_model(
+            model, say=console.print, store=residency.store, slots=residency.way.slots, pinned=residency.pinned,
+            ends=residency.way.ends, tokenizer=rows.tokenizer,
+        )  # fmt: skip
     measures = measures_rows(config)
     if text.dtype == torch.float16 and measures:
         raise ConfigError(

@@ -1,4 +1,10 @@
-"""`train.cuda_graphs`: checks that a run can be recorded as CUDA graphs, records them, and compares them with the model."""
+"""`train.cuda_graphs`: checks that a run can be recorded as CUDA graphs, records them, and compares them with the model.
+
+true     asked for: what keeps the run from it is refused before it starts
+false    never
+unset    tried by models of up to 3.5 billion weights on one GPU, if the plan has room for them (workflows/planning/graphs), and
+         used if they give the model's own numbers on the first micro-batches of this run; else the run goes on without, and says why
+"""
 
 from __future__ import annotations
 
@@ -16,14 +22,27 @@ from lorakeet.data.pack import Batch, pack_examples
 from lorakeet.errors import EnvironmentProblem, Problems
 from lorakeet.models.placement import device_for
 from lorakeet.models.text.adapters import drop_rates
-from lorakeet.models.text.cuda_graphs import SETTING, TURN_OFF, BatchShape, CudaGraphs, GraphedModel, Recorder
+from lorakeet.memory.allocator import release_free_memory
+from lorakeet.models.text.cuda_graphs import (
+    SETTING,
+    TURN_OFF,
+    BatchShape,
+    CudaGraphs,
+    GraphedModel,
+    NotRecorded,
+    Recorder,
+    recording_errors,
+)
 from lorakeet.models.text.model import TextModel
 from lorakeet.train.spec import TrainSpec
 from lorakeet.train.text.task import TextTask
+from lorakeet.workflows.finetuning.assemble_text import TextAssembly
+from lorakeet.workflows.planning.graphs import DRAWN, settings_in_the_way, why_not_by_itself
 
 ROPES = ("dynamic", "longrope")  # their angles depend on the longest position, which the host may read
 EXPERTS = ("num_local_experts", "num_experts", "n_routed_experts", "moe_num_experts")  # keys of their number in config.json
-DRAWN = "random numbers differ in each pass, so a graph cannot be compared with the model"
+FIRST = 4  # micro-batches of the run on which graphs are proved where nothing asked for them
+MORE = 1.1  # times as many tokens: so much more than a step computes where rows share beginnings, which graphs do not share
 OF_OTHERS = ("classifier", "summary")  # prefixes of drop rates of heads that are not used for text
 
 
@@ -33,16 +52,8 @@ def require_graphable(config: RunConfig, processes: int = 1) -> None:
         return
     problems = Problems(f"{SETTING} cannot be used")
     leave = f"Leave it, or {SETTING}, out."
-    if processes > 1:
-        problems.add(f"{processes} processes train together. Leave it out, or start one.")
-    if config.memory.budget:
-        problems.add(f"memory.budget is {config.memory.budget}, and the memory of a CUDA graph cannot be planned. {leave}")
-    if config.train.keep_prefix_states:
-        problems.add(f"train.keep_prefix_states is on, whose inputs are at another address in every pass. {leave}")
-    if config.ranks.choose == "prune":
-        problems.add(f"ranks.choose is prune, and a cut moves the adapter's tensors to other addresses. {leave}")
-    if config.lora.dropout:
-        problems.add(f"lora.dropout is {config.lora.dropout:g}: {DRAWN}. {leave}")
+    for found in settings_in_the_way(config, processes):
+        problems.add(f"{found}. {leave}")
     problems.raise_if_any()
     if why := _why_no_gpu(config.model.device):
         raise EnvironmentProblem(f"{SETTING} is true, but {why}. CUDA graphs need an NVIDIA GPU that torch can use. {TURN_OFF}.")
@@ -60,6 +71,59 @@ def _why_no_gpu(requested: str) -> str:
     return f"model.device is {requested}" + (f", which is {device} here" if requested == "auto" else "")
 
 
+def use_graphs(setup: TextAssembly, task: TextTask, console: Console, recorder: Recorder | None = None) -> None:
+    """Records the decoder's passes if the settings ask for it, or by itself; `task.graphs` says in words what came of it.
+
+    Raises EnvironmentProblem as `record_graphs`, where they are asked for.
+    """
+    config, text = setup.config, task.text
+    if config.train.cuda_graphs:
+        record_graphs(text, task, console, recorder)
+        task.graphs = "both passes of the decoder, as train.cuda_graphs asks"
+        return
+    if setup.device.type != "cuda":
+        return
+    weights = setup.plan.frozen_parameters
+    why = why_not_by_itself(config, setup.device, text.dtype, weights, setup.processes.count)
+    if not why and not setup.residency.way.graphs:
+        why = "no plan has room for what they keep"
+    tried = not why
+    if tried:
+        why = try_graphs(text, task, console, recorder)
+    task.graphs = f"none: {why}" if why else f"both passes of the decoder, proved on {FIRST} micro-batches of the run or fewer"
+    if tried:
+        said = "Not used: " + why if why else "Used: they give the model's own numbers on the first micro-batches"
+        console.print(f"CUDA graphs of the decoder's passes. {said}.", markup=False, soft_wrap=True)
+
+
+def try_graphs(text: TextModel, task: TextTask, console: Console, recorder: Recorder | None = None) -> str:
+    """Records the passes and proves them on the first micro-batches of `task`. Returns why they are not used; empty if they are."""
+    if why := next(_why_not(text), "") or _why_not_shared(text, task):
+        return why
+    try:
+        with recording_errors():
+            recorder = recorder or CudaGraphs(text.device)
+        task.replayed = _recorded(text, task, console, recorder, required=False)
+        for batch in task.batches(0)[:FIRST]:
+            task.replayed.prove_on(batch)
+    except EnvironmentProblem as error:
+        task.replayed, why = None, error.reason if isinstance(error, NotRecorded) else str(error).rstrip(".")
+    finally:
+        text.model.eval()
+    if why:
+        release_free_memory()
+    return why
+
+
+def _why_not_shared(text: TextModel, task: TextTask) -> str:
+    """Says how many tokens a step computes, if graphs compute many more: what rows begin with alike is computed in every row."""
+    batches = task.batches(0)
+    shared, whole = sum(text.layout(batch).tokens for batch in batches), sum(batch.tokens for batch in batches)
+    if whole <= MORE * shared:
+        return ""
+    return f"rows begin alike, so that a step computes {shared:,} tokens, and CUDA graphs would compute {whole:,}"
+
+
 def record_graphs(text: TextModel, task: TextTask, console: Console, recorder: Recorder | None = None) -> None:
     """With train.cuda_graphs, records the decoder on the largest micro-batch of `task`; the output head is not recorded.
 
@@ -70,15 +134,22 @@ def record_graphs(text: TextModel, task: TextTask, console: Console, recorder: R
         return
     if why := next(_why_not(text), ""):
         raise EnvironmentProblem(f"{SETTING} is true, but {why}. {TURN_OFF}.")
+    passes = _recorded(text, task, console, recorder or CudaGraphs(text.device), required=True)
+    text.model.eval()
+    task.replayed = passes
+
+
+def _recorded(text: TextModel, task: TextTask, console: Console, recorder: Recorder, *, required: bool) -> GraphedModel:
+    """The decoder with its passes over the largest micro-batch recorded and compared. Raises EnvironmentProblem."""
+    spec = task.spec
     largest_shape = BatchShape.largest(
         max(len(row.ids) for row in task.train), spec.micro_tokens, min(spec.batch_size, len(task.train))
     )
-    passes = GraphedModel(text, task.parameters(), recorder or CudaGraphs(text.device), largest_shape)
+    passes = GraphedModel(text, task.parameters(), recorder, largest_shape, required=required)
     largest = largest_micro_batch(task.train, spec)
     console.print(f"Recording a micro-batch of {largest.tokens} tokens as CUDA graphs, and comparing it with the model.")
     passes.record_first(largest)
-    text.model.eval()
-    task.replayed = passes
+    return passes
 
 
 def largest_micro_batch(rows: Sequence[Example], spec: TrainSpec) -> Batch:

@@ -36,7 +36,7 @@ if TYPE_CHECKING:  # a run imports the modules of its own kind only
     from lorakeet.workflows.planning.image_run import ImageRunPlan
 
 SHOWN_LABELS = 20
-_HEADINGS = {"gradients": "grads", "saved activations": "saved", "allocator": "alloc."}  # short, so that the table is narrow
+_HEADINGS = {"gradients": "grads", "saved activations": "saved", "CUDA graphs": "graphs", "allocator": "alloc."}  # short, so that the table is narrow
 
 
 def show_rows(setup: TextAssembly, console: Console) -> None:

@@ -50,7 +50,7 @@ from lorakeet.train.text.own_code import require_own_code
 from lorakeet.train.text.task import TextTask
 from lorakeet.workflows.finetuning.assemble_text import TextAssembly, assemble_text, text_task
 from lorakeet.workflows.finetuning.certify_text import certify_text, with_own_code
-from lorakeet.workflows.finetuning.cuda_graphs import record_graphs, require_graphable
+from lorakeet.workflows.finetuning.cuda_graphs import require_graphable, use_graphs
 from lorakeet.workflows.finetuning.evaluate_text import TextEvaluator, require_encodable
 from lorakeet.workflows.finetuning.kept_answers import kept_answers
 from lorakeet.workflows.finetuning.kind import NO_BOUND, Advice, Digests, PlanResult, RunKind
@@ -64,6 +64,7 @@ from lorakeet.workflows.planning.check import later_phases, with_later
 from lorakeet.workflows.planning.encoded_rows import workload_of_files
 from lorakeet.workflows.planning.fit import WayChoice, choose, fit_free, host_memory, too_small_text
 from lorakeet.workflows.planning.forecast_text_run import LATER, Precision, RowLengths, TextRunPlan, forecast_run
+from lorakeet.workflows.planning.graphs import graph_bytes
 from lorakeet.workflows.planning.rehearse_text import SECONDS_BESIDE, planning_within
 from lorakeet.workflows.planning.text_run import LEAST, TextRun, bytes_moved, precision_of
 from lorakeet.workflows.planning.unbound_text_run import UnboundTextRun
@@ -103,6 +104,7 @@ class TextPlanResult(PlanResult):
     later: tuple[Phase, ...] = ()  # merging and exporting within the budget, or the least that they take
     lengths: RowLengths | None = None  # of the rows, where there are some
     labelled: bool | None = None  # whether the rows have labels; None if they are not known
+    graphs: int = 0  # bytes of CUDA graphs while the run trains, if the settings ask for them
 
     @property
     def later_commands(self) -> tuple[str, ...]:
@@ -208,7 +210,8 @@ def _show(result: TextPlanResult, console: Console) -> None:
     show_peak(result, console, " with its weights in memory")
     if config.train.cuda_graphs:
         also = " finetune refuses it together with memory.budget." if result.budget else ""
-        say(f"train.cuda_graphs is true. CUDA graphs are not counted; comparing them doubles a micro-batch's activations.{also}")
+        more = bytes_text(result.graphs)
+        say(f"train.cuda_graphs is true: while it trains the run takes {more} more, for CUDA graphs and their comparison.{also}")
     if result.unpacks_too_much:
         say(
             f"finetune refuses: unpacking {config.model.path}, which is done once, takes "
@@ -347,13 +350,14 @@ class TextRunKind(RunKind[TextAssembly]):
         kind = UnboundTextRun if here or free else TextRun
         run = kind(config, workload, console.print, (model_config, files))
         planned = run.plan(RESIDENT)
+        graphs = graph_bytes(planned, run.state_bytes) if config.train.cuda_graphs else 0
         later: tuple[Phase, ...] = ()
         if budget and not precision.on_gpu:  # merging and exporting are checked on the CPU
             later = later_phases(config, model_config, planned.plan, budget)
         planned = dataclasses.replace(planned, forecast=with_later(planned.forecast, later))
         result = TextPlanResult(
             config=config, device=precision.device, planned=_with_unpacking(planned, config, precision), precision=precision,
-            speed=speed, later=later, lengths=run.lengths, free=free, labelled=workload.labelled,
+            speed=speed, later=later, lengths=run.lengths, free=free, labelled=workload.labelled, graphs=graphs,
         )  # fmt: skip
         if watch is not None:
             watch(result)
@@ -411,7 +415,7 @@ class TextRunKind(RunKind[TextAssembly]):
         if setup.residency.unrestricted:
             console.print("Comparing the first pass with the model's own code.", soft_wrap=True)
             task.own_code = require_own_code(task.text, task.parameters(), task.train)
-        record_graphs(task.text, task, console)
+        use_graphs(setup, task, console)
         return task
 
     def frozen_digests(self, setup: TextAssembly) -> Digests:
@@ -452,7 +456,8 @@ class TextRunKind(RunKind[TextAssembly]):
         tokens = _summed(setup.processes, tokens_of_experts(task.text.model))
         moved = None if setup.moved is None else dataclasses.replace(setup.moved, tokens=tokens)
         halved = task.spec.micro_tokens < setup.config.train.micro_tokens
-        setup = dataclasses.replace(setup, text=task.text, own_code=task.own_code, config=config, moved=moved, halved=halved)
+        found = {"own_code": task.own_code, "moved": moved, "halved": halved, "graphs": task.graphs}
+        setup = dataclasses.replace(setup, text=task.text, config=config, **found)
         if task.pruning is None:
             return setup
         return dataclasses.replace(setup, plan=pruned_plan(setup.text, setup.plan), initial_plan=setup.plan)
@@ -499,6 +504,8 @@ class TextRunKind(RunKind[TextAssembly]):
     def facts(self, setup: TextAssembly) -> dict[str, str]:
         found, text = super().facts(setup), setup.text
         found["Kernels"] = in_words(Situation(setup.device, text.dtype, text.products, text.kernels is not None))
+        if setup.graphs:
+            found["CUDA graphs"] = setup.graphs
         if setup.initial_plan is not None:
             found["Ranks"] = f"pruned in training by AdaLoRA's importance, from {setup.initial_plan.summary()}"
         if (below := setup.config.lora.on_top_of) is not None:

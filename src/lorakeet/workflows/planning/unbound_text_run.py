@@ -14,11 +14,13 @@ from lorakeet.train.processes import ALONE as ONE_PROCESS
 from lorakeet.train.processes import Processes
 from lorakeet.workflows.planning.fit import fit_budget, fit_free
 from lorakeet.workflows.planning.forecast_text_run import TextRunPlan, Workload, measures_rows
+from lorakeet.workflows.planning.graphs import why_not_by_itself, with_graphs
 from lorakeet.workflows.planning.rehearse_text import SECONDS_BESIDE, STEP, planning_within
-from lorakeet.workflows.planning.text_run import TextRun, streaming_ways, why_not_streamed
+from lorakeet.workflows.planning.text_run import TextRun, precision_of, streaming_ways, why_not_streamed
 from lorakeet.workflows.runs.residency import ALONE, FEWEST, RESIDENT, MemoryPlan, Residency, Way
 
 FEWEST_TOKENS = 512  # of a micro-batch: fewer leave a GPU idle, and a block computed again costs less than that
+DIFFERENT = 1 / 16  # of what is free: two GPUs of one kind differ by less
 ONCE = 1 << 20  # bytes that computing any block again takes, beside what each does: some KB were planned
 
 
@@ -27,13 +29,13 @@ def fit_text_run(
 ) -> Residency[TextRunPlan]:
     """How a run keeps memory.budget. With a `workload` it is planned without a budget too, within what is free on its device.
 
-    Raises as `fit_budget`. CUDA graphs, and shards on CUDA devices, are not planned.
+    Raises as `fit_budget`. Shards on CUDA devices are not planned.
     """
     if config.memory.limit:
         return fit_budget(TextRun(config, workload or Workload(), say), config.memory.limit, say)
     run, several = UnboundTextRun(config, workload or Workload(), say), processes.count > 1
     on_gpu = run.device.type == "cuda"
-    if workload is None or not (on_gpu or run.device.type == "cpu") or config.train.cuda_graphs:
+    if workload is None or not (on_gpu or run.device.type == "cpu"):
         return Residency()
     free = free_memory(run.device)
     if not several:
@@ -42,16 +44,29 @@ def fit_text_run(
     if on_gpu and config.train.shard:
         return Residency()
     run.processes = processes.count
-    least = -processes.maximum(-free.bytes) if on_gpu else Budget().bytes  # all choose the same way
     with planning_within(SECONDS_BESIDE):
-        found = fit_free(run, replace(free, bytes=least, text=bytes_text(least)), say)
+        found = fit_free(run, _least_free(free, processes, say) if on_gpu else replace(free, bytes=Budget().bytes), say)
     return replace(found, budget=Budget(), gpu=None)
+
+
+def _least_free(free: Budget, processes: Processes, say: Callable[[str], None]) -> Budget:
+    """What is free on the GPU that has least of it, so that all processes choose the same way; said where the GPUs differ."""
+    each = processes.total(*(free.bytes * (rank == processes.rank) for rank in range(processes.count)))
+    least, most = min(each), max(each)
+    small, large = (f"the GPU of process {each.index(size)}" for size in (least, most))
+    if most - least > most * DIFFERENT:
+        say(
+            f"The GPUs differ: {bytes_text(least)} are free on {small}, {bytes_text(most)} on {large}. Every process does what "
+            "fits the smaller one. For more, start as many processes as there are large GPUs, and choose them with "
+            "CUDA_VISIBLE_DEVICES."
+        )
+    return replace(free, bytes=least, text=bytes_text(least), free=small)
 
 
 class UnboundTextRun(TextRun):
     """A run, or a search, without memory.budget.
 
-    Its ways, the preferred one first: everything in memory; fewer tokens at once; blocks that are computed again; streamed
+    Its ways, the preferred one first: everything in memory, with CUDA graphs, then without; fewer tokens at once; blocks that are computed again; streamed
     blocks. Each with a second base for the certificate if that fits too. All but fewer tokens, whose sums are rounded in another
     order, give the same bits.
     """
@@ -60,6 +75,12 @@ class UnboundTextRun(TextRun):
 
     def ways(self, budget: int) -> Iterator[Way]:
         tokens = self.fewer_tokens()
+        if self.config.train.cuda_graphs:
+            for count in (None, *tokens):
+                yield from self._with_bases(Way(micro_tokens=count, graphs=True))
+            raise NotStreamed("train.cuda_graphs is true, which keeps all that a pass computes. Leave it out.")
+        if not self.why_no_graphs():
+            yield from self._with_bases(Way(graphs=True))
         for count in (None, *tokens):
             yield from self._with_bases(Way(micro_tokens=count))
         fewest = tokens[-1] if tokens else None
@@ -74,6 +95,13 @@ class UnboundTextRun(TextRun):
         for way in streaming_ways(planned, self.batches_of(fewest), budget):
             yield replace(way, micro_tokens=fewest, one_base=True)
 
+    def why_no_graphs(self) -> str:
+        """Why the run does not try CUDA graphs by itself; empty if it does."""
+        if self.workload.members > 1:
+            return "a search trains several adapters"
+        dtype, weights = precision_of(self.config).dtype, super().plan(RESIDENT).plan.frozen_parameters
+        return why_not_by_itself(self.config, self.device, dtype, weights, self.processes)
+
     def fewer_tokens(self) -> list[int]:
         """Values of train.micro_tokens, each half of the one before, down to the longest row or FEWEST_TOKENS."""
         found, least = [self.rows.tokens], max(self.rows.length, FEWEST_TOKENS)
@@ -82,8 +110,10 @@ class UnboundTextRun(TextRun):
         return found[1:]
 
     def plan(self, way: Way) -> TextRunPlan:
-        found = super().plan(replace(way, one_base=False))
+        found = super().plan(replace(way, one_base=False, graphs=False))
         found = found.with_one_base() if way.one_base else found
+        if way.graphs:
+            return with_graphs(found, self.batches_of(way.micro_tokens).state_bytes)
         if not way.recomputed or not found.alike:
             return found
         return self._keeping_blocks(found, self.plan(replace(way, recomputed=False, slots=FEWEST)))
@@ -111,6 +141,8 @@ class UnboundTextRun(TextRun):
             text += f", and {blocks - way.slots} of {blocks} blocks are computed again in the backward pass"
         if way.micro_tokens is not None:
             text += f"; micro-batches have {way.micro_tokens:,} tokens in place of {self.config.train.micro_tokens:,}"
+        if way.graphs:
+            text += "; the passes of the decoder are recorded as CUDA graphs, if they prove right"
         return text + "; the certificate uses the base that was trained on" * way.one_base
 
     @property
