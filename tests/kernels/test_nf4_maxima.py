@@ -71,14 +71,16 @@ def empty(bases: list[Nf4Base]) -> list[Tensor]:
 
 
 def unpacked(bases: list[Nf4Base]) -> list[Tensor]:
-    return [base.unpack(out) for base, out in zip(bases, empty(bases), strict=True)]
+    found = empty(bases)
+    assert all(bitsandbytes_nf4.dequantise_into(base, out, 0) for base, out in zip(bases, found, strict=True))
+    return found
 
 
 def launched(bases: list[Nf4Base]) -> Counter[str]:
     matrices = empty(bases)
     with Counted() as counted:
         for base, out in zip(bases, matrices, strict=True):
-            base.unpack(out)
+            assert bitsandbytes_nf4.dequantise_into(base, out, 0)
     return counted.names
 
 
@@ -176,8 +178,8 @@ def test_maxima_that_differ_are_said_once_and_not_used(
 ) -> None:
     bases = weights()
     alone = unpacked(bases)
-    right = nf4_maxima.SharedMaxima._decoded
-    monkeypatch.setattr(nf4_maxima.SharedMaxima, "_decoded", lambda self: right(self).roll(1))
+    right = nf4_maxima.SharedMaxima.decode
+    monkeypatch.setattr(nf4_maxima.SharedMaxima, "decode", lambda self: right(self).roll(1))
     decode_maxima_together(bases)
     with caplog.at_level(logging.WARNING, logger="lorakeet"):
         for _ in range(2):

@@ -4,10 +4,12 @@ from __future__ import annotations
 
 from contextlib import nullcontext
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from lorakeet.core.base import matmul_each
 from lorakeet.kernels import choose
@@ -151,22 +153,28 @@ def test_several_weights_code_what_they_see_once(
     assert len(calls) == 1
 
 
-def test_on_a_card_both_products_have_the_layout_of_cublaslt(trained: Int8Base, monkeypatch: pytest.MonkeyPatch) -> None:
+class Layouts(TorchDispatchMode):
+    """The strides of what int8 products sum over, in each."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.found: list[tuple[int, int]] = []
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if func is torch.ops.aten._int_mm.default:
+            self.found.append((args[0].stride(1), args[1].stride(0)))
+        return func(*args, **(kwargs or {}))
+
+
+def test_on_a_card_both_products_have_the_layout_of_cublaslt(trained: Int8Base) -> None:
     """Rows times columns: of the other layouts PyTorch's issue 169956 says that they fail, or are likely to change."""
-    product, layouts = torch._int_mm, []
-
-    def noted(left: torch.Tensor, right: torch.Tensor) -> torch.Tensor:
-        layouts.append((left.stride(1), right.stride(0)))
-        return product(left, right)
-
     draw = torch.Generator().manual_seed(2)
     x, grad = (torch.randn(40, width, generator=draw) for width in (64, 48))
     with operators.torch_only():
         expected = trained.matmul(x), trained.matmul_t(grad)
-    monkeypatch.setattr(torch, "_int_mm", noted)
-    with standing_for(torch.device("cuda", 0)):
+    with standing_for(torch.device("cuda", 0)), Layouts() as layouts:
         found = trained.matmul(x), trained.matmul_t(grad)
-    assert layouts == [(1, 1), (1, 1)], "what is summed over lies side by side in both"
+    assert layouts.found == [(1, 1), (1, 1)], "what is summed over lies side by side in both"
     assert all(torch.equal(one, other) for one, other in zip(found, expected, strict=True))
 
 

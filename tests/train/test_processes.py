@@ -166,7 +166,8 @@ def waiting_for_one(late: int) -> str:
 def test_one_that_runs_but_does_not_come_is_named_when_the_time_is_over(forked: Together) -> None:
     forked.start({"count": 2, "call": f"{HERE}:waiting_for_one", "with": [1]})
     waiting, _ = forked.end()
-    assert waiting.answered.strip() == '"process 1 of 2 runs, but for 2 s has not come to an exchange with the others"', waiting.said
+    message = "process 1 of 2 runs, but for 2 s has not come to an exchange with the others"
+    assert waiting.answered.strip() == f'"{message}"', waiting.said
 
 
 def test_before_gpus_exchange_their_hosts_do(monkeypatch: pytest.MonkeyPatch) -> None:

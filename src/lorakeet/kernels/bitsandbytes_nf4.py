@@ -2,9 +2,9 @@
 
 **Lorakeet has not run on a GPU yet**; its own code for NF4 is as little tried, while thousands run these kernels (MIT). W is
 whole in three launches: the block maxima from their codes, their mean, W. It was seven for 2^24 numbers, and a copy. With the
-maxima of a decoder block's weights decoded together (kernels/nf4_maxima) it is one. Before the first use for a dtype, a block size and a width of W, made-up codes of that width are computed by the formula too: rows of several
-blocks, and block maxima under several scales. Where these differ by more than rounding, or a kernel does not run, one warning
-says so, and torch computes.
+maxima of a decoder block's weights decoded together (kernels/nf4_maxima) it is one. Before the first use for a dtype, a block
+size and a width of W, made-up codes of that width are computed by the formula too: rows of several blocks, and block maxima under
+several scales. Where these differ by more than rounding, or a kernel does not run, one warning says so, and torch computes.
 """
 
 from __future__ import annotations
@@ -131,8 +131,8 @@ def _made_up(like: Nf4Codes, width: int) -> Nf4Codes:
     absmax = torch.randint(256, (blocks,), generator=draw, dtype=torch.uint8)
     scales = (torch.arange(-(-blocks // NESTED)) % 3 + 1.0) / 4
     mean = None if like.mean is None else torch.full_like(like.mean, 0.75)
-    made = {"packed": packed.to(device), "absmax": absmax.to(device), "scales": scales.to(device)}
-    return like._replace(**made, mean=mean, decoded=None)
+    packed, absmax, scales = (each.to(device) for each in (packed, absmax, scales))
+    return like._replace(packed=packed, absmax=absmax, scales=scales, mean=mean, decoded=None)
 
 
 def _difference(codes: Nf4Codes, dtype: torch.dtype, width: int) -> str:

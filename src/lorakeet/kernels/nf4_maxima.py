@@ -66,10 +66,10 @@ class SharedMaxima:
         whole = LAST.get(self)
         if whole is None:
             LAST.clear()  # before the next ones take memory
-            whole = LAST[self] = self._decoded()
+            whole = LAST[self] = self.decode()
         return whole[self._places[number]]
 
-    def _decoded(self) -> Tensor:
+    def decode(self) -> Tensor:
         """The maxima of all weights, at their places."""
         nested = torch.ops.bitsandbytes.dequantize_blockwise.default
         with torch.inference_mode(False), torch.no_grad():
@@ -89,7 +89,7 @@ class SharedMaxima:
 
     def _difference(self) -> str:
         """How the maxima differ from the formula by more than a rounding; empty if they do not."""
-        found = self._decoded()
+        found = self.decode()
         for (codes, scales, mean), place in zip(self.weights, self._places, strict=True):
             levels = self.dynamic[codes.int()]
             expected = levels * scales.repeat_interleave(NESTED)[: len(codes)] + mean

@@ -13,7 +13,9 @@ from typing import Any
 from lorakeet.memory.allocator import slack
 from lorakeet.memory.usage import NO_BLOCK, Usage, UsageSegment
 
-KINDS = ("runtime", "base", "adapter", "moments", "gradients", "saved activations", "logits", "scratch", "CUDA graphs", "allocator")
+KINDS = (
+    "runtime", "base", "adapter", "moments", "gradients", "saved activations", "logits", "scratch", "CUDA graphs", "allocator",
+)  # fmt: skip
 
 
 @dataclass(frozen=True)

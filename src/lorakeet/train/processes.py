@@ -286,7 +286,8 @@ class Processes:
         late = [rank for rank, count in come.items() if count and int(count) < self._exchanges]
         patience = f"{PATIENCE.total_seconds():g} s"
         return " and ".join(
-            f"process {rank} of {self.count} runs, but for {patience} has not come to an exchange with the others" for rank in late
+            f"process {rank} of {self.count} runs, but for {patience} has not come to an exchange with the others"
+            for rank in late
         )
 
     def _answer(self) -> None:

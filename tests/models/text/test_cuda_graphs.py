@@ -23,8 +23,8 @@ from lorakeet.kernels.flash_varlen import RowOffsets
 from lorakeet.models.inject import trained_parameters
 from lorakeet.models.spec import ModelSpec
 from lorakeet.models.targets import plan_for
-from lorakeet.models.text.adapters import initialise_adapter
 from lorakeet.models.text import cuda_graphs
+from lorakeet.models.text.adapters import initialise_adapter
 from lorakeet.models.text.cuda_graphs import BatchShape, GraphedModel, NotRecorded
 from lorakeet.models.text.load import load_text_model
 from lorakeet.models.text.model import TextModel

@@ -321,19 +321,21 @@ def test_where_there_is_no_room_or_no_card_nothing_is_tried(
     setup = assembled(tiny_llama_folder, data, tmp_path / "run", NARROW)
     task = text_task(setup)
     use_graphs(setup, task, quiet(), Refusing())
-    assert task.replayed is None and task.graphs == "none: no plan has room for what they keep"
+    assert task.replayed is None and task.graphs == "none: they do not fit beside the run by its plan"
     off = assembled(tiny_llama_folder, data, tmp_path / "run", {**NARROW, "train.cuda_graphs": "false"})
     task = text_task(off)
     use_graphs(off, task, quiet(), Refusing())
     assert task.graphs == "none: train.cuda_graphs is false"
     monkeypatch.setattr(TextAssembly, "device", torch.device("cpu"))
-    use_graphs(setup, task := text_task(setup), quiet(), Refusing())
+    task.graphs = ""
+    use_graphs(off, task, quiet(), Refusing())
     assert not task.graphs and "CUDA graphs" not in TextRunKind().facts(setup)
 
 
 def test_rows_that_begin_alike_are_computed_without(on_card: None, tiny_llama_folder: Path, tmp_path: Path) -> None:
     """Their beginnings, which the model computes once, graphs would compute in every row."""
-    rows = [{"messages": [{"role": "user", "content": "w " * 30 + str(n)}, {"role": "assistant", "content": "ok"}]} for n in range(40)]
+    asked = [{"role": "user", "content": "w " * 30 + str(n)} for n in range(40)]
+    rows = [{"messages": [one, {"role": "assistant", "content": "ok"}]} for one in asked]
     data = write_rows(tmp_path / "rows.jsonl", rows)
     _, task, said = tried(tiny_llama_folder, data, tmp_path / "run", Tape())
     assert task.replayed is None and "Not used: rows begin alike, so that a step computes" in said

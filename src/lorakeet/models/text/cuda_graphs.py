@@ -51,7 +51,7 @@ ResultT = TypeVar("ResultT")
 
 
 class NotRecorded(EnvironmentProblem):
-    """Passes cannot be recorded, or compute something else. `reason` is part of a sentence; the message is for a run that asked."""
+    """Passes cannot be recorded, or compute something else. The message is for a run that asked; `reason` is a part of it."""
 
     def __init__(self, reason: str, remedy: str = REMEDY) -> None:
         super().__init__(f"{SETTING} is true, but {reason}. {remedy}")
@@ -145,8 +145,8 @@ class GraphedModel:
 
     `capacity` is a shape that fits every micro-batch. `record_first` records before training starts. A later shape that cannot
     be recorded ends the run if graphs are `required`; else the model computes it, as it does beyond MOST_SHAPES, and where a
-    recording differs from the model. The caller frees the loss of a micro-batch before the next one (train/task.gradients_by_batch): a live autograd graph would bring its stream into a
-    recording.
+    recording differs from the model. The caller frees the loss of a micro-batch before the next one
+    (train/task.gradients_by_batch): a live autograd graph would bring its stream into a recording.
     """
 
     def __init__(

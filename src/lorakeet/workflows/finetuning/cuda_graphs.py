@@ -1,9 +1,10 @@
 """`train.cuda_graphs`: checks that a run can be recorded as CUDA graphs, records them, and compares them with the model.
 
-true     asked for: what keeps the run from it is refused before it starts
+true     requested: what keeps the run from it is refused before it starts
 false    never
-unset    tried by models of up to 3.5 billion weights on one GPU, if the plan has room for them (workflows/planning/graphs), and
-         used if they give the model's own numbers on the first micro-batches of this run; else the run goes on without, and says why
+unset    tried by models of up to 3.5 billion weights on one GPU, if they fit by the plan (workflows/planning/graphs);
+         used if they give the model's own numbers on the first micro-batches of this run; else the run goes on without, and says
+         why
 """
 
 from __future__ import annotations
@@ -20,9 +21,9 @@ from lorakeet.config import RunConfig
 from lorakeet.data.chat import Example
 from lorakeet.data.pack import Batch, pack_examples
 from lorakeet.errors import EnvironmentProblem, Problems
+from lorakeet.memory.allocator import release_free_memory
 from lorakeet.models.placement import device_for
 from lorakeet.models.text.adapters import drop_rates
-from lorakeet.memory.allocator import release_free_memory
 from lorakeet.models.text.cuda_graphs import (
     SETTING,
     TURN_OFF,
@@ -41,7 +42,7 @@ from lorakeet.workflows.planning.graphs import DRAWN, settings_in_the_way, why_n
 
 ROPES = ("dynamic", "longrope")  # their angles depend on the longest position, which the host may read
 EXPERTS = ("num_local_experts", "num_experts", "n_routed_experts", "moe_num_experts")  # keys of their number in config.json
-FIRST = 4  # micro-batches of the run on which graphs are proved where nothing asked for them
+FIRST = 4  # micro-batches of the run on which graphs are proved where nothing requests them
 MORE = 1.1  # times as many tokens: so much more than a step computes where rows share beginnings, which graphs do not share
 OF_OTHERS = ("classifier", "summary")  # prefixes of drop rates of heads that are not used for text
 
@@ -72,9 +73,9 @@ def _why_no_gpu(requested: str) -> str:
 
 
 def use_graphs(setup: TextAssembly, task: TextTask, console: Console, recorder: Recorder | None = None) -> None:
-    """Records the decoder's passes if the settings ask for it, or by itself; `task.graphs` says in words what came of it.
+    """Records the decoder's passes if the settings say so, or by itself; `task.graphs` says in words what came of it.
 
-    Raises EnvironmentProblem as `record_graphs`, where they are asked for.
+    Raises EnvironmentProblem as `record_graphs`, where they are requested.
     """
     config, text = setup.config, task.text
     if config.train.cuda_graphs:
@@ -86,7 +87,7 @@ def use_graphs(setup: TextAssembly, task: TextTask, console: Console, recorder: 
     weights = setup.plan.frozen_parameters
     why = why_not_by_itself(config, setup.device, text.dtype, weights, setup.processes.count)
     if not why and not setup.residency.way.graphs:
-        why = "no plan has room for what they keep"
+        why = "they do not fit beside the run by its plan"
     tried = not why
     if tried:
         why = try_graphs(text, task, console, recorder)
@@ -97,7 +98,7 @@ def use_graphs(setup: TextAssembly, task: TextTask, console: Console, recorder: 
 
 
 def try_graphs(text: TextModel, task: TextTask, console: Console, recorder: Recorder | None = None) -> str:
-    """Records the passes and proves them on the first micro-batches of `task`. Returns why they are not used; empty if they are."""
+    """Records passes and proves them on the first micro-batches of `task`. Returns why they are not used; empty if they are."""
     if why := next(_why_not(text), "") or _why_not_shared(text, task):
         return why
     try:

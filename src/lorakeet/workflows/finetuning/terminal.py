@@ -36,7 +36,8 @@ if TYPE_CHECKING:  # a run imports the modules of its own kind only
     from lorakeet.workflows.planning.image_run import ImageRunPlan
 
 SHOWN_LABELS = 20
-_HEADINGS = {"gradients": "grads", "saved activations": "saved", "CUDA graphs": "graphs", "allocator": "alloc."}  # short, so that the table is narrow
+# short, so that the table is narrow
+_HEADINGS = {"gradients": "grads", "saved activations": "saved", "CUDA graphs": "graphs", "allocator": "alloc."}
 
 
 def show_rows(setup: TextAssembly, console: Console) -> None:

@@ -104,7 +104,7 @@ class TextPlanResult(PlanResult):
     later: tuple[Phase, ...] = ()  # merging and exporting within the budget, or the least that they take
     lengths: RowLengths | None = None  # of the rows, where there are some
     labelled: bool | None = None  # whether the rows have labels; None if they are not known
-    graphs: int = 0  # bytes of CUDA graphs while the run trains, if the settings ask for them
+    graphs: int = 0  # bytes of CUDA graphs while the run trains, if the settings request them
 
     @property
     def later_commands(self) -> tuple[str, ...]:
@@ -456,8 +456,9 @@ class TextRunKind(RunKind[TextAssembly]):
         tokens = _summed(setup.processes, tokens_of_experts(task.text.model))
         moved = None if setup.moved is None else dataclasses.replace(setup.moved, tokens=tokens)
         halved = task.spec.micro_tokens < setup.config.train.micro_tokens
-        found = {"own_code": task.own_code, "moved": moved, "halved": halved, "graphs": task.graphs}
-        setup = dataclasses.replace(setup, text=task.text, config=config, **found)
+        setup = dataclasses.replace(
+            setup, text=task.text, own_code=task.own_code, graphs=task.graphs, config=config, moved=moved, halved=halved
+        )
         if task.pruning is None:
             return setup
         return dataclasses.replace(setup, plan=pruned_plan(setup.text, setup.plan), initial_plan=setup.plan)

@@ -66,9 +66,9 @@ def _least_free(free: Budget, processes: Processes, say: Callable[[str], None]) 
 class UnboundTextRun(TextRun):
     """A run, or a search, without memory.budget.
 
-    Its ways, the preferred one first: everything in memory, with CUDA graphs, then without; fewer tokens at once; blocks that are computed again; streamed
-    blocks. Each with a second base for the certificate if that fits too. All but fewer tokens, whose sums are rounded in another
-    order, give the same bits.
+    Its ways, the preferred one first: everything in memory, with CUDA graphs, then without; fewer tokens at once; blocks that
+    are computed again; streamed blocks. Each with a second base for the certificate if that fits too. All but graphs and fewer
+    tokens, whose sums are rounded in another order, give the same bits.
     """
 
     processes = 1  # that train together, each with the whole base
