@@ -67,7 +67,7 @@ def test_the_comparison_with_the_model_s_own_code_is_announced_before_it_begins(
         config=SimpleNamespace(train=SimpleNamespace(keep_prefix_states=False)), residency=Residency()
     )
     monkeypatch.setattr(text_runs, "text_task", lambda _: task)
-    monkeypatch.setattr(text_runs, "record_graphs", lambda *_: None)
+    monkeypatch.setattr(text_runs, "use_graphs", lambda *_: None)
     monkeypatch.setattr(text_runs, "require_own_code", lambda *_: before.append(console.export_text()))
     KIND.task(setup, RunFolder(Path("run")), console)
     assert before == ["Comparing the first pass with the model's own code.\n"]
