@@ -24,7 +24,8 @@ export function short(value) {
 /** Bytes for people. */
 export function bytes(count) {
   if (count === null || count === undefined) return "–";
-  return count >= 2 ** 30 ? `${(count / 2 ** 30).toFixed(2)} GiB` : `${(count / 2 ** 20).toFixed(0)} MiB`;
+  const [size, unit] = count >= 2 ** 30 ? [2 ** 30, "GiB"] : count >= 2 ** 20 ? [2 ** 20, "MiB"] : [2 ** 10, "KiB"];
+  return `${(count / size).toFixed(unit === "GiB" ? 2 : 0)} ${unit}`;
 }
 
 /** Seconds for people. */
