@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import secrets
+import shlex
 import threading
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -164,7 +165,8 @@ def asset(folder: str, name: str) -> str:
 def _templates() -> jinja2.Environment:
     environment = page_templates(lambda name: asset("templates", name))
     filters: dict[str, Callable[..., str]] = {
-        "number": number, "signed": signed, "bytes": bytes_text, "duration": duration_text, "command": _command
+        "number": number, "signed": signed, "bytes": bytes_text, "duration": duration_text, "command": _command,
+        "shell": shlex.join,
     }  # fmt: skip
     environment.filters.update(filters)
     environment.policies["json.dumps_kwargs"] = {"sort_keys": False}

@@ -87,7 +87,7 @@ def _list(request: Request) -> Response:
         for one in deleted_runs(studio.places)
     ]
     undo = next((one.key for one, *_ in deleted if one.key == request.query_params.get("undo")), "")
-    return page(request, "runs.html", lines=lines, left=left, deleted=deleted, undo=undo)
+    return page(request, "runs.html", lines=lines, left=left, deleted=deleted, undo=undo, folder=str(studio.places.runs))
 
 
 def _jobs_of(studio: Studio, one: DeletedRun) -> list[Job]:
@@ -115,7 +115,7 @@ def _overlay(request: Request) -> Response:
             if record.get("held_out_loss") is not None
         ]
         curves.append({"name": name, "points": points})
-    return page(request, "overlay.html", names=names, curves=curves)
+    return page(request, "overlay.html", names=names, curves=curves, folder=str(studio.places.runs))
 
 
 def _compare(request: Request) -> Response:
