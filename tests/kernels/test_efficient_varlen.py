@@ -57,11 +57,14 @@ def test_float32_is_what_attention_is_defined_to_be(
 
 
 def test_heads_that_flash_does_not_take_are_taken(flash: Flash) -> None:
-    given = states(9, torch.bfloat16, 256)
+    given = states(9, torch.bfloat16, 208)
     found = attended(given, (5, 4), 0, None)
     assert (flash.efficient_calls, flash.calls) == (1, 0) and found[0].dtype == torch.bfloat16
-    attended(states(9, torch.bfloat16, 64), (5, 4), 0, None)
-    assert (flash.efficient_calls, flash.calls) == (1, 1), "which comes first where it can run"
+    for number, width in enumerate((64, 192, 256), start=1):  # Gemma's heads have 256
+        attended(states(9, torch.bfloat16, width), (5, 4), 0, None)
+        assert (flash.efficient_calls, flash.calls) == (1, number), "which comes first where it can run"
+    attended(states(9, torch.bfloat16, 264), (5, 4), 0, None)
+    assert (flash.efficient_calls, flash.calls) == (2, 3)
 
 
 @pytest.mark.parametrize(

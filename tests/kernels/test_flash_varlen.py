@@ -160,7 +160,7 @@ def test_states_that_the_kernel_does_not_take_go_row_by_row(flash: Flash) -> Non
     packed_attention(nn.Module(), q[..., :4], k[..., :4], v[..., :4], row_lengths=(18,))  # heads of 4
     packed_attention(nn.Module(), q, k, v[..., :4], row_lengths=(18,))
     assert flash.calls == 0
-    wide = [torch.zeros(1, 1, 2, 256, dtype=torch.bfloat16)] * 3
+    wide = [torch.zeros(1, 1, 2, 224, dtype=torch.bfloat16)] * 3  # without a backward pass on some GPUs
     packed_attention(nn.Module(), *wide, row_lengths=(2,))
     assert flash.calls == 0 and flash_varlen.takes(q, HEADS, KV, WIDTH)
 

@@ -457,7 +457,8 @@ def _patched(card: Card, patch: pytest.MonkeyPatch, capability: tuple[int, int])
 
 def _forget() -> None:
     """Drops what the package keeps of a device from one run to the next."""
-    of_attention = flash_varlen.sequences, flash_varlen.proved, flash_varlen._has_kernel, efficient_varlen._has_kernel
+    kernels = flash_varlen._has_kernel, efficient_varlen._has_kernel
+    of_attention = flash_varlen.sequences, flash_varlen.proved, flash_varlen.newer_is_proved, *kernels
     for kept in (grouped_experts.grouped_product_proved, *of_attention):
         kept.cache_clear()
     choose.CANDIDATES.clear()

@@ -1,8 +1,8 @@
 """Causal attention of packed rows by torch's memory-efficient kernel, once for all rows. **Not run on a GPU yet.**
 
-It has what the flash kernel (kernels/flash_varlen) lacks: GPUs before Ampere (T4, RTX 20), float32, and heads of more than 192
-numbers. No probabilities (n, n) are kept. Rows, a prefix, padding and windows are sequences as there, with the causal mask
-aligned to their ends. The kernel has no grouped heads, so keys and values are copied for each head of a group.
+It has what the flash kernel (kernels/flash_varlen) lacks: GPUs before Ampere (T4, RTX 20), float32, and heads of other
+widths. No probabilities (n, n) are kept. Rows, a prefix, padding and windows are sequences as there, with the causal mask aligned
+to their ends. The kernel has no grouped heads, so keys and values are copied for each head of a group.
 
 Before the first rows in heads of a shape, made-up rows are compared with the definition, as there.
 """

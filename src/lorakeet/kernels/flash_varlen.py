@@ -29,12 +29,14 @@ from torch import Tensor
 from lorakeet.kernels.cpu.attention import RowAttention, attention_backward_shapes, attention_shapes, scores_of
 from lorakeet.kernels.cpu.operators import define
 from lorakeet.kernels.host_copies import together_on
+from lorakeet.kernels.newer_flash import leave_newer_flash, newer_flash
 from lorakeet.kernels.proof import difference_found
 from lorakeet.kernels.protocol import Situation
 
 DTYPES = (torch.bfloat16, torch.float16)
-WIDEST, STEP = 192, 8  # of a head: some GPUs have no backward pass beyond the first; all need multiples of the second
-NEEDS = f"heads of up to {WIDEST} numbers, in multiples of {STEP}"
+WIDEST, STEP = 256, 8  # of a head
+NO_BACKWARD = range(193, 225)  # widths of a head whose backward pass some GPUs lack (RTX 30, 40, 50; torch's sdp_utils.cpp)
+NEEDS = f"heads of up to {NO_BACKWARD[0] - 1}, or from {NO_BACKWARD[-1] + 1} to {WIDEST} numbers, in multiples of {STEP}"
 CAPABILITY = (8, 0)  # of a GPU, at least
 BLOCK = 128  # tokens by which the kernel's sums of a sequence are padded, backward
 EVERYTHING = -1  # for a window: unlimited
@@ -55,7 +57,7 @@ def why_not(situation: Situation) -> str:
 
 def takes(like: Tensor, heads: int, kv: int, d: int, *_: object) -> bool:
     """True for heads of d numbers, where the kernel has proved to compute what attention is."""
-    if d > WIDEST or d % STEP:
+    if d > WIDEST or d in NO_BACKWARD or d % STEP:
         return False
     few, group = min(2, kv), min(8, heads // kv)  # these show which head sees which, and take little memory
     return like.device.type == "cpu" or matches_definition(like.device, like.dtype, group * few, few, d)
@@ -237,20 +239,29 @@ def _places(rows: Sequence[int], prefix: int) -> list[int]:
 
 
 def matches_definition(device: torch.device, dtype: torch.dtype, heads: int, kv: int, d: int) -> bool:
-    """True if the kernel computes made-up rows, both ways, as the definition does in fp32; else one warning says so."""
+    """True if the kernel computes made-up rows, both ways, as the definition does in fp32; else one warning says so.
+
+    FlashAttention 3 or 4 computes them where it is installed (kernels/newer_flash); where it differs, torch's own kernel does.
+    """
+    newer_is_proved(device, dtype, (heads, kv, d))
     return proved(FlashVarlen, "flash", device, dtype, (heads, kv, d))
+
+
+@functools.cache
+def newer_is_proved(device: torch.device, dtype: torch.dtype, sizes: tuple[int, int, int]) -> bool:
+    """True if FlashAttention 3 or 4 is there and as it is defined; one that is not is turned off, with a warning."""
+    name = newer_flash(device)
+    said = difference_found(lambda: _any_difference(FlashVarlen, device, dtype, sizes), of_any_kind=True) if name else ""
+    if said:
+        leave_newer_flash(name, said)
+        proved.cache_clear()  # what it computed is computed by another kernel now
+    return bool(name) and not said
 
 
 @functools.cache
 def proved(kernel: type[FlashVarlen], name: str, device: torch.device, dtype: torch.dtype, sizes: tuple[int, int, int]) -> bool:
     """The same for any `kernel` of torch, by its `name`; `sizes` are heads, heads of keys, and a head's width."""
-    rows, prefix, window = PROOF
-
-    def compare() -> str:
-        shapes = ((rows, shared, seen) for seen in (None, window) for shared in (0, prefix))
-        return next(filter(None, (_difference(kernel, shape, sizes, (device, dtype)) for shape in shapes)), "")
-
-    if said := difference_found(compare):
+    if said := difference_found(lambda: _any_difference(kernel, device, dtype, sizes)):
         logging.getLogger("lorakeet").warning(
             "Torch's %s kernel %s. Attention is computed row by row, which is slower, and "
             "may hold more memory than was planned. Please report it.",
@@ -258,6 +269,15 @@ def proved(kernel: type[FlashVarlen], name: str, device: torch.device, dtype: to
             said,
         )
     return not said
+
+
+def _any_difference(
+    kernel: type[FlashVarlen], device: torch.device, dtype: torch.dtype, sizes: tuple[int, int, int]
+) -> str:
+    """How a kernel differs from the definition on made-up rows, with and without prefix and window; empty if it does not."""
+    rows, prefix, window = PROOF
+    shapes = ((rows, shared, seen) for seen in (None, window) for shared in (0, prefix))
+    return next(filter(None, (_difference(kernel, shape, sizes, (device, dtype)) for shape in shapes)), "")
 
 
 def _difference(
