@@ -129,7 +129,7 @@ def test_random_numbers_of_a_device_are_drawn_again_too(second_generator: torch.
 
 def test_blocks_with_trained_inputs_of_their_own_are_refused(folder: Path) -> None:
     """What is made before the blocks and passed to each of them would get no gradient (Gemma 3n and 4)."""
-    block = RecomputedBlock(torch.nn.Identity())
+    block = RecomputedBlock(torch.nn.Identity(), draws=True)
     states, other = torch.randn(1, 3, 8, requires_grad=True), torch.randn(3, 8, requires_grad=True)
     for arguments, settings in (((other,), {}), ((), {"per_layer_input": other}), ((), {"shared": {"keys": (other,)}})):
         with pytest.raises(NotStreamed, match="trained inputs beside the hidden states"):
@@ -138,3 +138,23 @@ def test_blocks_with_trained_inputs_of_their_own_are_refused(folder: Path) -> No
     text.model.config.num_kv_shared_layers = 2
     with pytest.raises(NotStreamed, match="use keys and values of earlier ones"):
         recompute_blocks(text.model, text.family, keep=1)
+
+
+@pytest.mark.parametrize(("dropout", "kept"), [(0.0, 0), (0.2, BLOCKS - 1)])
+def test_states_of_generators_are_kept_where_something_draws_alone(
+    dropout: float, kept: int, folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Pairs that drop come after the blocks were wrapped."""
+    seen: list[int] = []
+    own = torch.get_rng_state
+    monkeypatch.setattr(torch, "get_rng_state", lambda: seen.append(1) or own())
+    text = recomputed(folder, 1)
+    initialise_adapter(text, plan_for(text.model, replace(LORA, dropout=dropout), text.family), seed=0)
+    task = TextTask(text, rows(2), held_out=(), spec=TrainSpec(batch_size=2))
+    task.gradients(task.batches(0), 1.0)
+    assert len(seen) == 1 + 2 * kept, "of the micro-batch; of each block in its pass, and of what others drew when it comes again"
+    seen.clear()
+    text.model.config.attention_dropout = 0.1
+    again = RecomputedBlock(torch.nn.Identity(), draws=modules.set_to_draw(text.model))
+    again(torch.ones(1, 2, requires_grad=True))
+    assert len(seen) == 1, "a model that is set to draw"

@@ -172,15 +172,25 @@ def is_router(model: nn.Module, path: str) -> bool:
 
 
 def draws_numbers(model: nn.Module) -> bool:
-    """True if a pass in training mode may draw random numbers: its configuration or a module names a chance of dropping, or a
-    router's noise; or its code is not that of transformers, and may do anything.
+    """True if a pass in training mode may draw random numbers: by its settings, or since a module drops some."""
+    return set_to_draw(model) or drops_numbers(model)
+
+
+def set_to_draw(model: nn.Module) -> bool:
+    """True if the configuration of `model` names a chance of dropping or a router's noise; or if its code is not that of
+    transformers, and may do anything.
     """
     settings: dict[Any, Any] = getattr(getattr(model, "config", None), "to_dict", dict)()
     parts = [settings, *(part for part in settings.values() if isinstance(part, dict))]
     chances = [value for part in parts for name, value in part.items() if any(word in str(name) for word in RANDOM)]
-    chances += [getattr(module, name, 0) for module in model.modules() for name in ("dropout", "p")]
     known = type(model).__module__.partition(".")[0] == "transformers"
     return not known or any(isinstance(value, int | float) and value > 0 for value in chances)
+
+
+def drops_numbers(module: nn.Module) -> bool:
+    """True if a module in `module` has a chance of dropping."""
+    chances = (getattr(part, name, 0) for part in module.modules() for name in ("dropout", "p"))
+    return any(isinstance(value, int | float) and value > 0 for value in chances)
 
 
 def output_layer(model: nn.Module) -> nn.Module | None:

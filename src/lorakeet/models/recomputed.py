@@ -5,7 +5,7 @@
     backward  block k−1 … 0    computed again with gradients from the kept input, then differentiated
 
 The operations are those of a block that keeps everything, with the same random numbers, so that gradients are equal to the last
-bit. Weights stay where they are.
+bit; states of generators are kept where a block may draw some. Weights stay where they are.
 """
 
 from __future__ import annotations
@@ -36,15 +36,23 @@ def recompute_blocks(model: nn.Module, family: Family, *, keep: int) -> int:
     prefix, blocks = modules.block_prefix(model, family)
     if not modules.blocks_run_once(model, family):
         raise NotStreamed("The blocks of this model do not run one after another, each once, so none can be computed again.")
+    draws = modules.set_to_draw(model)
     for number in range(blocks - keep):
         path = f"{prefix}.{number}"
         block = cast(nn.Module, modules.find(model, path))
-        modules.replace(model, path, RecomputedBlock(block).train(block.training))
+        modules.replace(model, path, RecomputedBlock(block, draws=draws).train(block.training))
     return max(0, blocks - keep)
 
 
 class RecomputedBlock(BlockReplacement):
-    """Wraps a decoder block that is computed again in the backward pass; without gradients it computes as it is."""
+    """Wraps a decoder block that is computed again in the backward pass; without gradients it computes as it is.
+
+    `draws`: whether it may draw random numbers though none of its modules drops some.
+    """
+
+    def __init__(self, original: nn.Module, *, draws: bool) -> None:
+        super().__init__(original)
+        self._draws = draws
 
     def forward(self, states: Tensor, *args: Any, **settings: Any) -> Any:
         trained = [parameter for parameter in self.original.parameters() if parameter.requires_grad]
@@ -56,15 +64,16 @@ class RecomputedBlock(BlockReplacement):
         def computed(given: Tensor) -> Tensor:
             return plain_output(self.original(given, *args, **settings))
 
-        return ComputedAgain.apply(computed, states, *trained)  # type: ignore[no-untyped-call]
+        draws = self._draws or modules.drops_numbers(self.original)  # pairs that drop may have come since
+        return ComputedAgain.apply(computed, draws, states, *trained)  # type: ignore[no-untyped-call]
 
 
 class ComputedAgain(torch.autograd.Function):
     """A function of states and parameters that keeps the states alone for its backward pass."""
 
     @staticmethod
-    def forward(ctx: Any, computed: Callable[[Tensor], Tensor], states: Tensor, *parameters: Tensor) -> Tensor:
-        ctx.computed, ctx.random = computed, _random_state(states.device)
+    def forward(ctx: Any, computed: Callable[[Tensor], Tensor], draws: bool, states: Tensor, *parameters: Tensor) -> Tensor:
+        ctx.computed, ctx.random = computed, _random_state(states.device) if draws else ()
         ctx.save_for_backward(states, *parameters)
         return computed(states)  # gradients are off in here
 
@@ -72,12 +81,12 @@ class ComputedAgain(torch.autograd.Function):
     @once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         states, *parameters = ctx.saved_tensors
-        wanted = ctx.needs_input_grad[1]
+        wanted = ctx.needs_input_grad[2]
         given = states.detach().requires_grad_(wanted)
         with torch.enable_grad(), _drawing_from(ctx.random, states.device):
             output = ctx.computed(given)
         found = torch.autograd.grad(output, [*([given] if wanted else []), *parameters], grad, allow_unused=True)
-        return None, *([] if wanted else [None]), *found
+        return None, None, *([] if wanted else [None]), *found
 
 
 def _random_state(device: torch.device) -> tuple[Tensor, ...]:
@@ -88,7 +97,10 @@ def _random_state(device: torch.device) -> tuple[Tensor, ...]:
 
 @contextmanager
 def _drawing_from(state: tuple[Tensor, ...], device: torch.device) -> Iterator[None]:
-    """A context in which random numbers are drawn from `state`, and after which they go on as before."""
+    """A context in which random numbers are drawn from `state`, and after which they go on as before; nothing for no state."""
+    if not state:
+        yield
+        return
     with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
         torch.set_rng_state(state[0])
         for on_device in state[1:]:
