@@ -5,12 +5,14 @@ from __future__ import annotations
 import os
 import signal
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 from unittest import mock
 
 import numpy as np
 import pytest
 import torch
+from torch import nn
+from torch.distributed.fsdp._fully_shard._fsdp_param_group import FSDPParamGroup
 from torch.distributed.tensor import DTensor
 
 from lorakeet.core.spec import LoraSpec
@@ -20,6 +22,7 @@ from lorakeet.kernels.cpu import operators
 from lorakeet.kernels.cpu.trained_block import BlockCall
 from lorakeet.models.generate.sample import sample
 from lorakeet.models.inject import trained_parameters
+from lorakeet.models.modules import block_prefix, find, unwrapped
 from lorakeet.models.spec import ModelSpec
 from lorakeet.models.targets import plan_for
 from lorakeet.models.text.adapters import initialise_adapter
@@ -195,3 +198,44 @@ def _told(processes: module.Processes) -> str:
 def test_an_error_of_its_own_within_a_pass_stays_what_it_is(forked: Together) -> None:
     told = forked.call("models.text.test_shard:failing_by_itself")
     assert told == ["no memory", "process 0 of 2 gave up (RuntimeError: no memory)"]
+
+
+def order_of_gathering(folder: str) -> list[str]:
+    """What a pass and its backward pass do: "gather n" as the weights of block n are asked for, "compute n" as it begins."""
+    with joined(launched()) as processes:
+        text = load_text_model(ModelSpec(path=folder, dtype="float32", products="float32", device="cpu"))
+        initialise_adapter(text, plan_for(text.model, LoraSpec(rank=4), text.family), seed=1)
+        text = shard_blocks(text, processes.count, torch.device("cpu"))
+        prefix, count = block_prefix(text.model, text.family)
+        blocks = [unwrapped(cast(nn.Module, find(text.model, f"{prefix}.{number}"))) for number in range(count)]
+        groups: dict[int, int] = {}
+        for number, block in enumerate(blocks):
+            groups[id(cast(Any, block)._get_fsdp_state()._fsdp_param_group)] = number
+            block.register_forward_pre_hook(lambda *_, number=number: found.append(f"compute {number}"))
+        found: list[str] = []
+        own = FSDPParamGroup.unshard
+
+        def unshard(group: Any, async_op: bool = False) -> None:
+            if group._sharded_state.name != "UNSHARDED" and group._all_gather_result is None and id(group) in groups:
+                found.append(f"gather {groups[id(group)]}")
+            own(group, async_op)
+
+        with mock.patch.object(FSDPParamGroup, "unshard", unshard):
+            text.model.train()
+            loss, _ = text_loss(text, batch())
+            forward = list(found)
+            found.clear()
+            loss.backward()  # type: ignore[no-untyped-call]
+        processes.disband()
+        return [*forward, "back", *found]
+
+
+def test_a_block_is_gathered_while_its_neighbour_computes(forked: Together, tmp_path: Path) -> None:
+    """Each way: the next block is asked for before this one begins."""
+    folder = save_tiny_llama(tmp_path / "model", num_hidden_layers=4)
+    for found in forked.call("models.text.test_shard:order_of_gathering", str(folder)):
+        turn = found.index("back")
+        forward, back = found[:turn], [each for each in found[turn + 1 :] if each.startswith("gather")]
+        for number in range(3):
+            assert forward.index(f"gather {number + 1}") < forward.index(f"compute {number}"), forward
+        assert back == sorted(back, reverse=True) and "gather 0" in back, found
