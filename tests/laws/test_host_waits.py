@@ -9,6 +9,7 @@ from typing import Any
 
 import pytest
 
+from lorakeet.memory.spill import HostSpill
 from lorakeet.train import optimizer
 from tiny.card_steps import BEGINNING, LORA, SPEC, rows_behind, stepped, training_on_card
 from tiny.models import LAYERS, save_tiny_llama
@@ -61,3 +62,21 @@ def test_a_block_of_experts_waits_once_a_pass(family: str, card: Card, tmp_path:
     assert {(wait.kind, wait.place.partition(":")[0]) for wait in within} == {("numbers are read", "core/layers/experts.py")}
     assert len(within) == batches * LAYERS, within
     assert len(all_of_step) - len(within) <= MOST
+
+
+@pytest.mark.parametrize("pinned", [False, True], ids=["disk", "host"])
+@pytest.mark.parametrize("ends", [False, True], ids=["head comes", "head stays"])
+def test_blocks_that_come_and_inputs_that_go_are_not_waited_for(
+    pinned: bool, ends: bool, card: Card, tmp_path: Path
+) -> None:
+    """What is copied goes through pinned memory: blocks, tiles of the head, rows of the embedding, and inputs both ways."""
+    folder = save_tiny_llama(tmp_path / "model", num_hidden_layers=4)
+    residence = {"slots": 2, "pinned": pinned, "ends": ends}
+    training = training_on_card(folder, rows_behind(BEGINNING, 24), store=tmp_path / "store", **residence)
+    transfer = training.task.text.streamed.stream.transfer
+    training.task.spill, training.task.together = HostSpill(transfer), 2
+    within, all_of_step, batches = stepped(training, card)
+    assert batches > 2 and within == []
+    assert len(all_of_step) <= MOST, all_of_step
+    states = training.task.batches(2)[0].tokens * 32 * 2  # numbers of a state, in bf16
+    assert card.copies["to the host"] >= 4 * states and not training.task.spill._tensors

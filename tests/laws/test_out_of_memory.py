@@ -6,8 +6,9 @@ import dataclasses
 import gc
 import json
 import weakref
+from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import pytest
 import torch
@@ -18,6 +19,7 @@ from lorakeet.core.spec import LoraSpec
 from lorakeet.data.pack import Batch
 from lorakeet.errors import EnvironmentProblem, RunStopped
 from lorakeet.memory.spill import HostSpill, Spill
+from lorakeet.memory.transfer import CudaTransfer
 from lorakeet.models.targets import plan_for
 from lorakeet.models.text.adapters import initialise_adapter
 from lorakeet.train.loop import train
@@ -28,6 +30,7 @@ from lorakeet.train.spec import TrainSpec
 from lorakeet.train.task import HeldOut
 from lorakeet.train.text.task import TextTask
 from lorakeet.workflows import finetune as workflow
+from tiny.cards import Device, computing_first, pinned
 from tiny.runs import reviews, run, write_rows
 from tiny.streams import loaded, rows
 from train.tiny_task import TinyTask
@@ -109,8 +112,13 @@ def test_of_several_processes_none_changes_its_batches_alone(tmp_path: Path) -> 
     assert task.spec.micro_tokens == 48
 
 
-@pytest.mark.parametrize("spill", [Spill, HostSpill])
-def test_text_gets_half_its_tokens_while_rows_share_a_micro_batch(tiny_llama_folder: Path, spill: type[Spill]) -> None:
+def on_host() -> Spill:
+    device, none = Device(computing_first), cast(Any, None)
+    return HostSpill(CudaTransfer(none, torch.device("cpu"), cuda=device, pinned=pinned))
+
+
+@pytest.mark.parametrize("spill", [Spill, on_host])
+def test_text_gets_half_its_tokens_while_rows_share_a_micro_batch(tiny_llama_folder: Path, spill: Callable[[], Spill]) -> None:
     text = loaded(tiny_llama_folder)
     initialise_adapter(text, plan_for(text.model, LoraSpec(rank=2), text.family), seed=0)
     kept = spill()

@@ -8,6 +8,7 @@ import torch
 
 from lorakeet.memory.ledger import Ledger
 from lorakeet.memory.shape_only import ShapeSpill, ShapeStore
+from lorakeet.memory.spill import LEAVING
 from lorakeet.memory.store import WeightStore, new_store
 
 RECORDS = {
@@ -52,3 +53,19 @@ def test_what_is_spilled_is_in_memory_again_when_it_is_taken() -> None:
         assert "a" in spill and ledger.bytes == whole - 160
         assert spill.get("a").shape == (5, 8) and spill.take("a").dtype == torch.float32
         assert "a" not in spill
+
+
+def test_what_a_device_holds_for_its_copies_is_held_in_a_rehearsal_too() -> None:
+    """The last ones put, until the first is taken; and the one that is taken next."""
+    with Ledger() as ledger:
+        spill, before = ShapeSpill(copied=True), ledger.bytes
+        for number in range(5):
+            spill.put(number, torch.empty(5, 8))
+            assert ledger.bytes - before == 160 * min(number + 1, LEAVING)
+        found = spill.take(4, 3)
+        assert ledger.bytes - before == 320
+        del found
+        found = spill.take(3, None)
+        assert ledger.bytes - before == 160 and found.shape == (5, 8)
+        del found
+        assert ledger.bytes == before

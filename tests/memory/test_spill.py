@@ -3,13 +3,17 @@
 from __future__ import annotations
 
 import os
+import weakref
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 
 from lorakeet.errors import EnvironmentProblem
-from lorakeet.memory.spill import HostSpill, Spill
+from lorakeet.memory.spill import LEAVING, HostSpill, Spill
+from lorakeet.memory.transfer import CudaTransfer
+from tiny.cards import Device, Event, Stream, by_chance, computing_first, copying_first, pinned
 
 
 @pytest.mark.parametrize("on_disk", [False, True])
@@ -47,12 +51,90 @@ def test_a_folder_that_cannot_be_written_is_said(tmp_path: Path) -> None:
         Spill(tmp_path / "gone", "Choose another --out.")
 
 
-def test_the_host_keeps_a_copy_and_gives_it_back_on_its_device() -> None:
-    spill, states = HostSpill(), torch.randn(3, 5).bfloat16().t()
-    kept = states.clone()
-    spill.put((0, 1), states)
-    states.zero_()
-    assert torch.equal(spill.get((0, 1)), kept) and (0, 1) in spill
-    found = spill.take((0, 1))
-    assert torch.equal(found, kept) and found.device == states.device
-    assert (0, 1) not in spill and spill._devices == {}
+CPU, BLOCKS = torch.device("cpu"), 7
+
+
+def wrong(device: Device, buffers: int = LEAVING + 1) -> int:
+    """How many of some states come back with other numbers, where a few places of memory take turns in holding them."""
+    spill, seen = HostSpill(transfer_on(device)), list[tuple[int, torch.Tensor]]()
+    places = [torch.zeros(4) for _ in range(buffers)]
+    for number in range(BLOCKS):
+        state = places[number % buffers]
+        device.computing.ask("do", lambda state=state, number=number: state.fill_(number))
+        spill.put(number, state)
+    for number in reversed(range(BLOCKS)):
+        found = spill.take(number, number - 1 if number else None)
+        device.computing.ask("do", lambda number=number, found=found: seen.append((number, found.clone())))
+    device.finish()
+    assert [number for number, _ in seen] == list(reversed(range(BLOCKS)))
+    assert not spill._tensors and not spill._leaving and not spill._arriving
+    return sum(not torch.equal(found, torch.full((4,), float(number))) for number, found in seen)
+
+
+def transfer_on(device: Device) -> CudaTransfer:
+    none: Any = None
+    return CudaTransfer(none, CPU, cuda=device, pinned=pinned)
+
+
+@pytest.fixture
+def host_waits(monkeypatch: pytest.MonkeyPatch) -> list[str]:
+    """What the host waited for."""
+    found: list[str] = []
+    for kind in (Event, Stream):
+        monkeypatch.setattr(kind, "synchronize", lambda *_, kind=kind: found.append(kind.__name__))
+    return found
+
+
+def test_every_order_that_the_events_allow_gives_the_right_numbers(host_waits: list[str]) -> None:
+    for choose in (computing_first, copying_first, *map(by_chance, range(8))):
+        assert wrong(Device(choose)) == 0
+    assert host_waits == []
+
+
+@pytest.mark.parametrize(("deaf", "choose"), [("computing", computing_first), ("copying", copying_first)])
+def test_without_one_of_the_waits_the_numbers_are_wrong(deaf: str, choose: Any) -> None:
+    assert wrong(Device(choose, deaf=(deaf,))) > 0
+
+
+def test_so_many_are_held_while_they_leave_and_no_more() -> None:
+    assert wrong(Device(computing_first), buffers=LEAVING) > 0, "memory that is still being copied is not free"
+    spill = HostSpill(transfer_on(Device(computing_first)))
+    held = [torch.zeros(3) for _ in range(5)]
+    seen = [weakref.ref(tensor) for tensor in held]
+    for number in range(5):
+        spill.put(number, held.pop(0))
+        spill._transfer._cuda.finish()
+        assert sum(one() is not None for one in seen) - len(held) <= LEAVING
+    spill.take(4)
+    assert [one() for one in seen] == [None] * 5, "none while blocks go back"
+
+
+def test_the_one_that_is_taken_next_is_on_its_way_before_it_is_wanted() -> None:
+    device = Device(computing_first)
+    spill = HostSpill(transfer_on(device))
+    for number in range(3):
+        spill.put(number, torch.full((2,), float(number)))
+    device.log.clear()
+    spill.take(2, 1)
+    assert [kind for name, kind in device.log if name == "copying"] == ["wait", "do", "record"] * 2
+    device.log.clear()
+    spill.take(1, 5)
+    assert [kind for name, kind in device.log if name == "copying"] == [], "it is there; an unknown key is none to bring"
+    assert 0 in spill and 1 not in spill
+    device.finish()
+
+
+def test_what_is_dropped_or_read_twice_is_no_other() -> None:
+    device = Device(computing_first)
+    spill = HostSpill(transfer_on(device))
+    spill.put("a", torch.ones(2))
+    first, second = spill.get("a"), spill.get("a")
+    device.finish()
+    assert torch.equal(first, second) and first is not second and "a" in spill
+    spill.put("b", torch.zeros(2))
+    spill.take("b", "a")
+    spill.clear()
+    spill.put("a", torch.full((2,), 5.0))
+    found = spill.take("a")
+    device.finish()
+    assert torch.equal(found, torch.full((2,), 5.0)), "not what was on its way before"

@@ -10,7 +10,9 @@ import torch
 
 from lorakeet.errors import DataError
 from lorakeet.memory.store import WeightStore, new_store
-from lorakeet.memory.stream import RecordStream
+from lorakeet.memory.stream import RecordStream, StreamedRows
+from lorakeet.memory.transfer import CudaTransfer
+from tiny.cards import Device, by_chance, computing_first, copying_first, pinned
 
 
 def stream(folder: Path, count: int = 5, slots: int = 2) -> RecordStream:
@@ -91,3 +93,57 @@ def test_released_buffers_are_gone_and_come_again(tmp_path: Path) -> None:
     assert found._slots == []
     assert bool((found.fetch(3, 4)["w"] == 3).all()) and len(found._slots) == 2
     found.close()
+
+
+def matrix(folder: Path, device: Device | None = None) -> tuple[StreamedRows, torch.Tensor]:
+    """A matrix of 11 rows beside blocks that are longer than its tiles, for the CPU or a simulated device, and its numbers."""
+    numbers = torch.arange(33.0).view(11, 3)
+    with new_store(folder / "s", identity={}, tensors=3) as writer:
+        writer.add("b.0", {"w": torch.full((40,), -1.0)})
+        writer.add("b.1", {"w": torch.full((40,), -2.0)})
+        writer.add("head", {"weight": numbers})
+    store = WeightStore(folder / "s")
+    transfer = None if device is None else CudaTransfer(store, torch.device("cpu"), cuda=device, pinned=pinned)
+    blocks = RecordStream(store, ["b.0", "b.1"], transfer=transfer)
+    return StreamedRows("head.weight", torch.device("cpu"), blocks), numbers
+
+
+def test_tiles_of_a_matrix_come_end_to_end(tmp_path: Path) -> None:
+    rows, numbers = matrix(tmp_path)
+    for size in (1, 4, 11, 50):
+        found = [(part, tile.clone()) for part, tile in rows.in_tiles(size)]
+        assert torch.equal(torch.cat([tile for _, tile in found]), numbers)
+        assert all(torch.equal(tile, numbers[part]) and len(tile) <= size for part, tile in found)
+    assert torch.equal(rows[2:5], numbers[2:5]), "as any rows of a store"
+    for _, tile in rows.in_tiles(4):
+        assert len(tile) == 4
+        break  # what is on its way is waited for
+
+
+def passes(folder: Path, device: Device, turns: int = 3) -> bool:
+    """Whether blocks and tiles of the matrix, which take turns on a simulated device, are computed with as they are."""
+    rows, numbers = matrix(folder, device)
+    seen: list[torch.Tensor] = []
+
+    def compute(given: torch.Tensor) -> None:
+        device.computing.ask("do", lambda: seen.append(given.clone()))
+
+    for turn in range(turns):
+        compute(rows._beside.fetch(turn % 2, (turn + 1) % 2)["w"])
+        for _, tile in rows.in_tiles(4):
+            compute(tile)
+    rows._beside.release()
+    device.finish()
+    rows._beside.close()
+    blocks, tiles = seen[::4], [torch.cat(seen[4 * turn + 1 : 4 * turn + 4]) for turn in range(turns)]
+    return all(bool((block == -1 - turn % 2).all()) and torch.equal(tiles[turn], numbers) for turn, block in enumerate(blocks))
+
+
+def test_tiles_come_to_a_device_beside_blocks_in_every_order_that_the_events_allow(tmp_path: Path) -> None:
+    """Through the same stream and thread, and pinned buffers of their own size."""
+    for number, choose in enumerate((computing_first, copying_first, *map(by_chance, range(6)))):
+        (folder := tmp_path / str(number)).mkdir()
+        assert passes(folder, Device(choose))
+    for deaf, choose in (("computing", computing_first), ("copying", copying_first)):
+        (folder := tmp_path / deaf).mkdir()
+        assert not passes(folder, Device(choose, deaf=(deaf,)))

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import random
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -14,24 +12,11 @@ from lorakeet.errors import DataError
 from lorakeet.memory.store import WeightStore, new_store
 from lorakeet.memory.stream import RecordStream
 from lorakeet.memory.transfer import STAGINGS, CudaTransfer, HostTransfer
-from tiny.cards import Device, Event, Stream, pinned
+from tiny.cards import Device, Event, by_chance, computing_first, copying_first, pinned
 
 RECORDS = 5
 TURN = [0, 1, 2, 3, 4, 4, 3, 2, 1, 0]
 CPU = torch.device("cpu")
-
-
-def computing_first(streams: list[Stream]) -> list[Stream]:
-    return streams
-
-
-def copying_first(streams: list[Stream]) -> list[Stream]:
-    return streams[::-1]
-
-
-def by_chance(seed: int) -> Callable[[list[Stream]], list[Stream]]:
-    chance = random.Random(seed)
-    return lambda streams: chance.sample(streams, len(streams))
 
 
 def stored(folder: Path) -> WeightStore:
@@ -107,6 +92,20 @@ def test_so_much_is_pinned(keep: bool, most: int, tmp_path: Path) -> None:
         stream.fetch(index, index)
     stream.close()
     assert len(taken) == most
+
+
+def test_a_record_that_stays_on_the_device_is_not_kept_by_the_host(tmp_path: Path) -> None:
+    """What is read again is, also where all of it fits into the buffers of those who read it."""
+    store, device = stored(tmp_path), Device(by_chance(1))
+    transfer = CudaTransfer(store, CPU, keep=True, cuda=device, pinned=pinned)
+    names = [f"b.{number}" for number in range(RECORDS)]
+    for again, kept in ((False, 0), (True, RECORDS)):
+        stream = RecordStream(store, names, slots=RECORDS, transfer=transfer, again=again)
+        for index in TURN:
+            stream.fetch(index, index)
+        assert len(transfer._kept) == kept
+        stream.release()
+    transfer.close()
 
 
 def test_nothing_is_on_its_way_into_a_buffer_that_goes(tmp_path: Path) -> None:

@@ -5,6 +5,7 @@ It may choose any order that the recorded and awaited events allow.
 
 from __future__ import annotations
 
+import random
 import threading
 from collections import deque
 from collections.abc import Callable, Iterator
@@ -134,3 +135,19 @@ class _Now(Stream):
 def pinned(size: int) -> torch.Tensor:
     """Memory like any other."""
     return torch.empty(size, dtype=torch.uint8)
+
+
+def computing_first(streams: list[Stream]) -> list[Stream]:
+    """The computing stream goes on as long as it can."""
+    return streams
+
+
+def copying_first(streams: list[Stream]) -> list[Stream]:
+    """The copying stream goes on as long as it can."""
+    return streams[::-1]
+
+
+def by_chance(seed: int) -> Callable[[list[Stream]], list[Stream]]:
+    """Either goes on."""
+    chance = random.Random(seed)
+    return lambda streams: chance.sample(streams, len(streams))

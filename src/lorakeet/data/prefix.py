@@ -38,6 +38,7 @@ class PrefixLayout:
     prefix: int
     target_positions: Tensor  # (targets,) int64: where each target is predicted
     read: Tensor  # (n,) int64: the same places without repeats
+    numbers: Ids  # (tokens and padding,): the ids on the host
 
     @property
     def tokens(self) -> int:
@@ -67,10 +68,10 @@ def _laid(batch: Batch, numbers: tuple[Ids, Ids, Ids], prefix: int, computed: Ca
     """The layout of ids, positions and target positions."""
     *of_tokens, targets = numbers
     padding = 0 if computed is None else computed(len(of_tokens[0])) - len(of_tokens[0])
-    padded = (np.concatenate([each, np.zeros(padding, np.int64)]) if padding else each for each in of_tokens)
+    padded = [np.concatenate([each, np.zeros(padding, np.int64)]) if padding else each for each in of_tokens]
     read = np.unique(targets) if prefix else targets
     ids, positions, places, once = together_on([*padded, targets, read], batch.ids.device)
-    return PrefixLayout(ids, positions, tuple(length - prefix for length in batch.lengths), prefix, places, once)
+    return PrefixLayout(ids, positions, tuple(length - prefix for length in batch.lengths), prefix, places, once, padded[0])
 
 
 def _positions(lengths: Sequence[int]) -> Ids:

@@ -5,6 +5,7 @@ Within a memory.ledger.Ledger, tensors that are read count as they would from th
 
 from __future__ import annotations
 
+from collections import deque
 from collections.abc import Hashable, Mapping
 from dataclasses import dataclass
 
@@ -12,7 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from lorakeet.core.tiled_product import RowSource
-from lorakeet.memory.spill import Spill
+from lorakeet.memory.spill import LEAVING, Spill
 from lorakeet.memory.store import CPU, LINE, StoredRows, TensorLocation, WeightStore
 
 
@@ -59,24 +60,35 @@ class _ShapeMatrix:
 
 
 class ShapeSpill(Spill):
-    """A Spill that keeps only the shapes of its tensors."""
+    """A Spill that keeps only the shapes of its tensors; with `copied` also what is on a device for its copies (HostSpill)."""
 
-    def __init__(self) -> None:
+    def __init__(self, *, copied: bool = False) -> None:
         super().__init__()
         self._shapes: dict[Hashable, tuple[torch.dtype, tuple[int, ...]]] = {}
+        self._leaving: deque[Tensor] = deque(maxlen=LEAVING if copied else 0)
+        self._copied, self._arriving = copied, dict[Hashable, Tensor]()
 
     def put(self, key: Hashable, tensor: Tensor) -> None:
         self._shapes[key] = tensor.dtype, tuple(tensor.shape)
+        self._leaving.append(tensor)
+
+    def take(self, key: Hashable, then: Hashable | None = None) -> Tensor:
+        self._leaving.clear()
+        found = super().take(key)
+        if self._copied and then in self._shapes:
+            self._arriving[then] = self.get(then)
+        return found
 
     def drop(self, key: Hashable) -> None:
         del self._shapes[key]
+        self._arriving.pop(key, None)
 
     def rows(self, key: Hashable) -> RowSource:
         return _ShapeMatrix(*self._shapes[key])
 
     def get(self, key: Hashable) -> Tensor:
         dtype, shape = self._shapes[key]
-        return torch.empty(shape, dtype=dtype)
+        return self._arriving[key] if key in self._arriving else torch.empty(shape, dtype=dtype)
 
     def __contains__(self, key: Hashable) -> bool:
         return key in self._shapes

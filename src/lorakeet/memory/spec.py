@@ -20,8 +20,9 @@ class MemorySpec:
     )
     store: str = setting("", "Folder for streamed weights; by default one in the cache folder.")
 
-    keep: Literal["disk", "host"] = setting(
-        "disk", "Where a CUDA device's blocks are streamed from: disk, or host, whose pinned memory caches them."
+    keep: Literal["auto", "disk", "host"] = setting(
+        "auto",
+        "Where blocks of a CUDA device come from: disk, or pinned memory of the host, which auto takes if enough is free.",
     )
 
     @cached_property

@@ -6,9 +6,11 @@ import math
 import os
 import tempfile
 import weakref
+from collections import deque
 from collections.abc import Callable, Hashable
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -16,7 +18,9 @@ from torch import Tensor
 from lorakeet.core.tiled_product import RowSource
 from lorakeet.errors import EnvironmentProblem
 from lorakeet.memory.store import raw_bytes
+from lorakeet.memory.transfer import CudaTransfer
 
+LEAVING = 2  # tensors that a device holds at most while they are copied from it
 OF_A_RUN = "Free some space there, or name another folder with memory.store. Checkpoints are as they were."
 
 
@@ -56,8 +60,11 @@ class Spill:
     def _refused(self, error: OSError) -> EnvironmentProblem:
         return EnvironmentProblem(f"The scratch file in {self._folder} cannot be written: {error.strerror}. {self._remedy}")
 
-    def take(self, key: Hashable) -> Tensor:
-        """Returns the tensor under `key` and drops it; without tensors, the file is overwritten from its start."""
+    def take(self, key: Hashable, then: Hashable | None = None) -> Tensor:
+        """Returns the tensor under `key` and drops it; without tensors, the file is overwritten from its start.
+
+        `then` is the key that is taken next, if it is known.
+        """
         found = self.get(key)
         self.drop(key)
         return found
@@ -121,30 +128,53 @@ class _RowsInFile:
 
 
 class HostSpill(Spill):
-    """Keeps tensors of a device in host memory and returns them on their device.
+    """Keeps tensors of a device in pinned host memory and returns them on their device, without one wait of the host.
 
-    Copies between a CUDA device and pinned memory run in stream order with the computation, without waiting. Not run on a GPU.
+        put     copying stream: wait until the tensor is computed → copy → event; it stays on the device until computing has
+                waited for that event, which it does when LEAVING others were put after it
+        take    copying stream: copy back → event; computing stream: wait for that event. The one that is taken next is on its way
+
+    Copies are those of `transfer`, the blocks' own. Not run on a GPU.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, transfer: CudaTransfer) -> None:
         super().__init__()
-        self._devices: dict[Hashable, torch.device] = {}
+        self._transfer = transfer
+        self._leaving: deque[tuple[Tensor, Any]] = deque()  # on the device, each with the event of its copy
+        self._arriving: dict[Hashable, tuple[Tensor, Any]] = {}
 
     def put(self, key: Hashable, tensor: Tensor) -> None:
-        """Stores a copy of `tensor`."""
-        copy = torch.empty(tensor.shape, dtype=tensor.dtype, pin_memory=tensor.device.type == "cuda")
-        self._tensors[key], self._devices[key] = copy.copy_(tensor, non_blocking=True), tensor.device
+        """Stores a copy of `tensor`, which must not be written to while LEAVING others are put."""
+        self._forget_leaving(LEAVING - 1)
+        self._tensors[key], copied = self._transfer.to_host(tensor)
+        self._leaving.append((tensor, copied))
 
     def get(self, key: Hashable) -> Tensor:
         """Returns a copy on its device of the tensor under `key`, which stays stored."""
-        return self._tensors[key].to(self._devices[key], non_blocking=True)
+        there = key in self._arriving
+        found, copied = self._arriving.pop(key) if there else self._transfer.to_device(self._tensors[key])
+        self._transfer.compute_after(copied)
+        return found
+
+    def take(self, key: Hashable, then: Hashable | None = None) -> Tensor:
+        """Returns a copy on its device of the tensor under `key` and drops it; that of `then` begins to be copied."""
+        self._forget_leaving(0)
+        found = super().take(key)
+        if then in self._tensors and then not in self._arriving:
+            self._arriving[then] = self._transfer.to_device(self._tensors[then])
+        return found
+
+    def drop(self, key: Hashable) -> None:
+        super().drop(key)
+        self._arriving.pop(key, None)
 
     def clear(self) -> None:
+        self._forget_leaving(0)
+        self._arriving.clear()
         super().clear()
-        self._devices.clear()
 
-    def take(self, key: Hashable) -> Tensor:
-        """Returns a copy on its device of the tensor under `key` and drops it."""
-        found = self.get(key)
-        del self._tensors[key], self._devices[key]
-        return found
+    def _forget_leaving(self, most: int) -> None:
+        """Lets computing wait for copies until at most so many tensors stay for them."""
+        while len(self._leaving) > most:
+            _, copied = self._leaving.popleft()
+            self._transfer.compute_after(copied)

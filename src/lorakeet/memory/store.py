@@ -27,6 +27,7 @@ from torch import Tensor, nn
 from lorakeet.disk import FULL, create, written_whole
 from lorakeet.errors import DataError, EnvironmentProblem
 from lorakeet.evaluate.wording import bytes_text
+from lorakeet.kernels.host_copies import to_device
 
 CPU = torch.device("cpu")
 PAGE, LINE = 4096, 64  # bytes: what a record and a tensor are aligned to
@@ -249,12 +250,15 @@ class StoredRows:
         found = torch.empty((len(rows), *self.shape[1:]), dtype=self.dtype)
         for number, row in enumerate(rows):
             self._store.read(self._location.begin + row * self._row, found[number])
-        return found.to(self.device)
+        return to_device(found, self.device)
 
     def lookup(self, ids: Tensor) -> Tensor:
-        """Returns the row of each of `ids` (…) as (…, columns), with one read for each different id."""
+        """Returns the row of each of `ids` (…) as (…, columns), with one read for each different id.
+
+        Where the ids are on the host, nothing waits for a device.
+        """
         wanted, indices = torch.unique(ids, return_inverse=True)
-        return nn.functional.embedding(indices.to(self.device), self.gather(wanted.tolist()))
+        return nn.functional.embedding(to_device(indices, self.device), self.gather(wanted.tolist()))
 
     @property
     def _row(self) -> int:

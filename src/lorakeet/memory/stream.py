@@ -1,15 +1,17 @@
-"""Streams records of a store into a few buffers: while one is in use, a thread reads the next."""
+"""Streams records of a store, or tiles of a matrix in it, into a few buffers: while one is in use, a thread reads the next."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from concurrent.futures import Future
 from dataclasses import dataclass, field
 from typing import Any
 
+import torch
 from torch import Tensor
 
-from lorakeet.memory.store import StoreRecord, WeightStore
+from lorakeet.core.tiled_product import tiles
+from lorakeet.memory.store import StoredRows, StoreRecord, TensorLocation, WeightStore
 from lorakeet.memory.transfer import HostTransfer
 
 
@@ -25,16 +27,26 @@ class _Buffer:
 
 
 class RecordStream:
-    """The records `names` of `store`, by number. At most `slots` are in memory, in buffers as long as the longest record.
+    """The records `names` of `store`, or given ones, by number. At most `slots` are in memory, in buffers as long as the longest.
 
     With two slots one is read while the other is in use; with one, the caller waits. With as many slots as records, each is read
     once and stays. Otherwise the least recently used is replaced, so that a forward and backward pass over n records in s slots
-    reads 2·(n − s). `transfer` allocates and fills the buffers; by default in CPU memory.
+    reads 2·(n − s). `transfer` allocates and fills the buffers; by default in CPU memory. `again`: whether others will read
+    the same records.
     """
 
-    def __init__(self, store: WeightStore, names: Sequence[str], *, slots: int = 2, transfer: HostTransfer | None = None) -> None:
+    def __init__(
+        self,
+        store: WeightStore,
+        names: Sequence[str | StoreRecord],
+        *,
+        slots: int = 2,
+        transfer: HostTransfer | None = None,
+        again: bool = False,
+    ) -> None:
         self.store, self.slots, self.transfer = store, slots, transfer or HostTransfer(store)
-        self.records: list[StoreRecord] = [store.record(name) for name in names]
+        self.records: list[StoreRecord] = [store.record(name) if isinstance(name, str) else name for name in names]
+        self._again = again or slots < len(self.records)
         self._slots: list[_Buffer] = []
         self._in_use: _Buffer | None = None
         self.bytes_read = 0
@@ -108,6 +120,33 @@ class RecordStream:
         self._used(slot)
         record = self.records[index]
         slot.index, slot.views = index, record.views(slot.buffer)
-        slot.fetching = self.transfer.fetch(record, slot.buffer, slot.free)
+        slot.fetching = self.transfer.fetch(record, slot.buffer, slot.free, again=self._again)
         self.bytes_read += record.bytes
         return slot
+
+
+class StreamedRows(StoredRows):
+    """A matrix (rows, columns) in the store of `beside`, which can be passed through once in tiles that are read ahead."""
+
+    def __init__(self, name: str, device: torch.device, beside: RecordStream) -> None:
+        super().__init__(beside.store, name, device)
+        self._beside = beside
+
+    def in_tiles(self, size: int) -> Iterator[tuple[slice, Tensor]]:
+        """Yields slices of at most `size` rows, end to end, each with its rows, valid until the next one is yielded.
+
+        Two of them are on the device at a time, and none once this has ended.
+        """
+        parts = list(tiles(self.shape[0], size))
+        records = [self._record(part) for part in parts]
+        stream = RecordStream(self._beside.store, records, transfer=self._beside.transfer, again=True)
+        try:
+            for number, part in enumerate(parts):
+                yield part, stream.fetch(number, min(number + 1, len(parts) - 1))["rows"]
+        finally:
+            stream.release()
+
+    def _record(self, part: slice) -> StoreRecord:
+        begin, end = (self._location.begin + row * self._row for row in (part.start, part.stop))
+        shape = part.stop - part.start, *self.shape[1:]
+        return StoreRecord(begin, end, {"rows": TensorLocation(self.dtype, shape, begin, end)})

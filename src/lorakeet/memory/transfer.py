@@ -29,8 +29,11 @@ class HostTransfer:
     def mark(self) -> Any:
         """Returns a mark of all work submitted to the device so far; None here: the CPU computes synchronously."""
 
-    def fetch(self, record: StoreRecord, into: Tensor, free: Any) -> Future[Any]:
-        """Starts to copy `record` to the start of `into`, once the work before the mark `free` is done."""
+    def fetch(self, record: StoreRecord, into: Tensor, free: Any, *, again: bool = True) -> Future[Any]:
+        """Starts to copy `record` to the start of `into`, once the work before the mark `free` is done.
+
+        `again`: whether it will be fetched again.
+        """
         return self._reader.submit(self._store.read, record.begin, into[: record.bytes])
 
     def wait_for(self, fetching: Future[Any]) -> None:
@@ -54,7 +57,8 @@ class CudaTransfer(HostTransfer):
         copying stream    wait for the slot's last use → copy → event
         computing stream  wait for that event → compute → mark
 
-    The caller waits only for reading. With `keep`, every record stays in pinned memory once it was read. `cuda` and `pinned` are
+    The caller waits only for reading. With `keep`, a record that is fetched again stays in pinned memory. States that wait in the
+    host's memory (memory/spill) take the same stream, and no one waits for them but the computing stream. `cuda` and `pinned` are
     torch's own unless a test simulates them. Not run on a GPU.
     """
 
@@ -71,7 +75,7 @@ class CudaTransfer(HostTransfer):
         self.device, self.keep, self._cuda, self._pinned = device, keep, cuda, pinned
         self._copying = cuda.Stream(device)
         self._kept: dict[int, Tensor] = {}  # by the record's offset
-        self._staging: deque[tuple[Tensor, Any]] = deque()  # the least recently used first, each with the event of its copy
+        self._staging: dict[int, deque[tuple[Tensor, Any]]] = {}  # by size, the oldest first, each with its copy's event
 
     def buffer(self, size: int) -> Tensor:
         return torch.empty(size, dtype=torch.uint8, device=self.device)
@@ -80,13 +84,33 @@ class CudaTransfer(HostTransfer):
         """Returns an event after all work on the computing stream."""
         return self._cuda.current_stream(self.device).record_event()
 
-    def fetch(self, record: StoreRecord, into: Tensor, free: Any) -> Future[Any]:
+    def fetch(self, record: StoreRecord, into: Tensor, free: Any, *, again: bool = True) -> Future[Any]:
         """Starts to read and then to copy; the future's result is the event of the copy."""
-        return self._reader.submit(self._copy, record, into, free)
+        return self._reader.submit(self._copy, record, into, free, self.keep and again)
 
     def wait_for(self, fetching: Future[Any]) -> None:
         """Makes the computing stream wait for the copy; this thread waits until the copy is submitted."""
         self._cuda.current_stream(self.device).wait_event(fetching.result())
+
+    def to_host(self, tensor: Tensor) -> tuple[Tensor, Any]:
+        """Starts to copy `tensor`, once it is computed; the copy, and its event. Until then `tensor` must stay as it is."""
+        kept = self._pinned(tensor.nbytes).view(tensor.dtype).view(tensor.shape)
+        return kept, self._copied(kept, tensor.detach())
+
+    def to_device(self, kept: Tensor) -> tuple[Tensor, Any]:
+        """Starts to copy the pinned `kept` into new memory of the device; the copy, and its event."""
+        found = torch.empty(kept.shape, dtype=kept.dtype, device=self.device)
+        return found, self._copied(found, kept)
+
+    def compute_after(self, copied: Any) -> None:
+        """Makes later work on the computing stream wait for the event of a copy; no one else waits."""
+        self._cuda.current_stream(self.device).wait_event(copied)
+
+    def _copied(self, into: Tensor, source: Tensor) -> Any:
+        self._copying.wait_event(self.mark())  # behind all that may still compute with either
+        with self._cuda.stream(self._copying):
+            into.copy_(source, non_blocking=True)
+            return self._copying.record_event()
 
     def close(self) -> None:
         """Stops the reading thread, waits for the last copy, and frees the pinned memory."""
@@ -95,16 +119,16 @@ class CudaTransfer(HostTransfer):
         self._kept.clear()
         self._staging.clear()
 
-    def _copy(self, record: StoreRecord, into: Tensor, free: Any) -> Any:
-        source = self._read_kept(record) if self.keep else self._read_staged(record, len(into))
+    def _copy(self, record: StoreRecord, into: Tensor, free: Any, keep: bool) -> Any:
+        source = self._read_kept(record) if keep else self._read_staged(record, len(into))
         with self._cuda.stream(self._copying):
             self._copying.wait_event(free)
             into[: record.bytes].copy_(source[: record.bytes], non_blocking=True)
             if into.is_cuda:
                 into.record_stream(self._copying)  # so that it is not reused while the copy runs
             copied = self._copying.record_event()
-        if not self.keep:
-            self._staging.append((source, copied))
+        if not keep:
+            self._staging[len(into)].append((source, copied))
         return copied
 
     def _read_kept(self, record: StoreRecord) -> Tensor:
@@ -117,10 +141,11 @@ class CudaTransfer(HostTransfer):
 
     def _read_staged(self, record: StoreRecord, size: int) -> Tensor:
         """Returns the record in a pinned buffer of `size` bytes whose last copy is complete."""
-        if len(self._staging) < STAGINGS:
+        waiting = self._staging.setdefault(size, deque())
+        if len(waiting) < STAGINGS:
             source = self._pinned(size)
         else:
-            source, copied = self._staging.popleft()
+            source, copied = waiting.popleft()
             copied.synchronize()
         self._store.read(record.begin, source[: record.bytes])
         return source

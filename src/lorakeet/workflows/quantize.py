@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -304,9 +305,8 @@ def _write(
     shapes = {path: gptq_blocks.weight_of(module).shape for path, module in gptq_blocks.layers_in_blocks(plain, job.name).items()}
     checkpoint, files = open_checkpoint(text.source), tensor_files(text.source)
     places = {name: path for name, path in owners(plain, files).items() if path in shapes}
-    blocks = gptq_blocks.quantise_blocks(
-        text, job.rows, layout, damping=DAMPING, micro_tokens=job.micro_tokens, spill=residency.spilled_states
-    )
+    spill = partial(residency.spilled_states, text)
+    blocks = gptq_blocks.quantise_blocks(text, job.rows, layout, damping=DAMPING, micro_tokens=job.micro_tokens, spill=spill)
     solved = _Solved(blocks, residency.waiting(), done)
     solved.advance()  # what is wrong with rows or layers is said before anything is written
     parts = [

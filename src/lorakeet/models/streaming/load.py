@@ -20,7 +20,7 @@ from transformers.core_model_loading import ConversionOps
 
 from lorakeet.errors import DataError
 from lorakeet.memory.store import CPU, StoreWriter, WeightStore, new_store
-from lorakeet.memory.stream import RecordStream
+from lorakeet.memory.stream import RecordStream, StreamedRows
 from lorakeet.memory.transfer import CudaTransfer, HostTransfer
 from lorakeet.models import modules
 from lorakeet.models.families import Family, family_of
@@ -141,7 +141,7 @@ def open_streamed(
     for index in range(count):
         blocks[index] = streamed.add(blocks[index])
     if not residence.ends:
-        _stream_ends(model, store, device)
+        _stream_ends(model, store, device, streamed)
     for name in store.tensors:
         if not name.startswith(f"{prefix}."):
             _make_resident(model, store, name, device)
@@ -291,16 +291,18 @@ def _compute_buffers(model: Any, device: torch.device) -> None:
                     module._buffers[name] = cast(Tensor, module._buffers[name]).to(device)
 
 
-def _stream_ends(model: Any, store: WeightStore, device: torch.device) -> None:
+def _stream_ends(model: Any, store: WeightStore, device: torch.device, streamed: StreamedBlocks) -> None:
     """Wraps the embedding and a plain head, so that their rows are read from the store."""
     embedding, head = modules.input_layer(model), modules.output_layer(model)
     path = modules.path_of(model, embedding)
     tied = head is not None and embedding is not None and cast(Any, head).weight is cast(Any, embedding).weight
     if modules.kind_of(cast(nn.Module, embedding)) == "embedding" and f"{path}.weight" in store.tensors:
-        modules.replace(model, path, StreamedEmbedding(cast(nn.Embedding, embedding), store.rows(f"{path}.weight", device)))
+        rows = store.rows(f"{path}.weight", device)
+        modules.replace(model, path, StreamedEmbedding(cast(nn.Embedding, embedding), rows, streamed))
         stored = f"{path}.weight" if tied else f"{modules.path_of(model, head)}.weight"
         if type(head) is nn.Linear and head.bias is None and stored in store.tensors:
-            modules.replace(model, modules.path_of(model, head), StreamedHead(head, store.rows(stored, device)))
+            matrix = StreamedRows(stored, device, streamed.stream)
+            modules.replace(model, modules.path_of(model, head), StreamedHead(head, matrix))
 
 
 def _make_resident(model: Any, store: WeightStore, name: str, device: torch.device) -> None:

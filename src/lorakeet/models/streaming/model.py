@@ -61,6 +61,7 @@ class StreamedBlocks:
         self._slots: list[list[_TensorSlot]] = []
         self._record: BlockInputs | None = None
         self._replay: Tensor | None = None
+        self._ids: Tensor | None = None
 
     def add(self, block: nn.Module) -> StreamedBlock:
         """Adds the next block, whose frozen tensors are on the meta device, and returns its wrapper."""
@@ -105,6 +106,21 @@ class StreamedBlocks:
             yield
         finally:
             self._replay = None
+
+    @contextmanager
+    def looking_up(self, ids: Tensor) -> Iterator[None]:
+        """A context in which the decoder is given these ids (1, tokens), which are on the host."""
+        self._ids = ids
+        try:
+            yield
+        finally:
+            self._ids = None
+
+    def embedded(self, ids: Tensor, rows: StoredRows) -> Tensor:
+        """The rows of `ids` (…) as (…, columns); zeros while nothing reads them, since the last block's states are replayed."""
+        if self._replay is not None:
+            return torch.zeros((), dtype=rows.dtype, device=ids.device).expand(*ids.shape, rows.shape[1])
+        return rows.lookup(ids if self._ids is None or self._ids.shape != ids.shape else self._ids)
 
     def pass_through(self, index: int, states: Tensor, arguments: tuple[tuple[Any, ...], dict[str, Any]]) -> Tensor:
         """Returns the output of a block while none computes."""
@@ -158,8 +174,12 @@ class _StreamedMatrix(Replacement):
 class StreamedEmbedding(_StreamedMatrix):
     """Wraps an nn.Embedding whose rows are read one by one."""
 
+    def __init__(self, original: nn.Module, rows: StoredRows, streamed: StreamedBlocks) -> None:
+        super().__init__(original, rows)
+        self._streamed = streamed
+
     def forward(self, ids: Tensor) -> Tensor:
-        found = self.rows.lookup(ids)
+        found = self._streamed.embedded(ids, self.rows)
         scale = getattr(self.original, "embed_scale", None)  # Gemma's
         return found if scale is None else found * scale.to(found.dtype)
 

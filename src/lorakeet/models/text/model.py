@@ -39,6 +39,7 @@ from lorakeet.models.families import Family, LogitScaling
 from lorakeet.models.files.origin import packed_folder
 from lorakeet.models.frozen_prefix import FrozenPrefix, PrefixBlock
 from lorakeet.models.streaming.model import StreamedBlocks, StreamedHead
+from lorakeet.models.text.tiled_loss import is_read_in_tiles, tiled_losses
 from lorakeet.quant.packed import PackedLinear
 from lorakeet.quant.safetensors_layout import GGUF_METHOD
 
@@ -138,7 +139,7 @@ class TextModel:
         batch = batch.to(self.device)
         if self.attention == "varlen":
             layout = self.layout(batch)
-            with self.narrowing_last_block(layout), self._from_cached_states(batch, layout):
+            with self.narrowing_last_block(layout), self._from_cached_states(batch, layout), self._known_on_host(layout):
                 states = self._decode(
                     layout.ids[None],
                     position_ids=layout.positions[None],
@@ -182,6 +183,10 @@ class TextModel:
             return nullcontext()
         padded = to_device(nn.functional.pad(states, (0, 0, 0, len(layout.ids) - len(states))), self.device)
         return prefix.returning(padded[None])
+
+    def _known_on_host(self, layout: PrefixLayout) -> AbstractContextManager[None]:
+        """A context in which a streamed embedding looks tokens up without asking the device for their ids."""
+        return nullcontext() if self.streamed is None else self.streamed.looking_up(torch.from_numpy(layout.numbers)[None])
 
     def layout(self, batch: Batch) -> PrefixLayout:
         """The packed batch as the model gets it."""
@@ -321,7 +326,11 @@ def _single_parts(module: nn.Module) -> Iterator[GatedMlp | RotaryAttention]:
 def token_logprobs(text: TextModel, batch: Batch, *, chunk: int = 256) -> Tensor:
     """Returns log p of each target (targets,), fp32, without gradient; the head runs on `chunk` targets at a time."""
     found = []
-    targets = batch.target_ids.to(text.device)
+    targets, weight = batch.target_ids.to(text.device), text.head_weight
+    if is_read_in_tiles(weight, text.device):
+        with torch.no_grad():
+            states = text.hidden(batch).to(text.products)
+            return -tiled_losses(states, weight, targets, chunk=chunk, wants_grad=False)[0]
     for start, logits in zip(range(0, batch.targets, chunk), target_logits(text, batch, chunk=chunk), strict=True):
         exact = logits.float()
         chosen = exact.gather(1, targets[start : start + chunk, None])

@@ -22,6 +22,7 @@ from lorakeet.kernels.protocol import HeadLosses
 from lorakeet.memory.repeated import as_before
 from lorakeet.models.text.cuda_graphs import GraphedModel
 from lorakeet.models.text.model import TextModel
+from lorakeet.models.text.tiled_loss import is_read_in_tiles, tiled_losses
 
 CHUNK = 256
 
@@ -50,13 +51,19 @@ class _FrozenHeadLoss(torch.autograd.Function):
     W gets no gradient, so ∂L/∂h needs only the factor ∂/∂L, one number each, from backward. It is computed per chunk from the
     current z: no logits are stored and none are computed twice. Softmax runs in fp32. W is used in tiles of rows, in memory or
     from a store, so that both give the same bits. On a GPU a kernel of liger-kernel, where installed, computes loss and ∂L/∂z
-    from z (kernels/liger); in bf16 on a CPU a C kernel does so in place (kernels/cpu/head), which saves z in fp32.
+    from z (kernels/liger); in bf16 on a CPU a C kernel does so in place (kernels/cpu/head), which saves z in fp32. A W that
+    comes from a store to a GPU is read once (models/text/tiled_loss).
     """
 
     @staticmethod
     def forward(
         ctx: Any, hidden: Tensor, weight: RowSource, targets: Tensor, chunk: int, wants_grad: bool
     ) -> Tensor:
+        if is_read_in_tiles(weight, hidden.device):
+            losses, grad = tiled_losses(hidden, weight, targets, chunk=chunk, wants_grad=wants_grad)
+            if grad is not None:
+                ctx.save_for_backward(grad)
+            return losses
         exact = torch.promote_types(hidden.dtype, torch.float32)
         losses = torch.empty(len(targets), dtype=exact, device=hidden.device)
         grad = torch.empty_like(hidden) if wants_grad else None

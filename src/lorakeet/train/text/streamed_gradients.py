@@ -1,11 +1,12 @@
 """Gradients of a streamed text model: all micro-batches of a step go through a block while it is loaded.
 
     forward   block 0 … n−1    stores only the block's input of each batch
-    head      the loss of each batch, and ∂loss/∂(output of block n−1)
+    head      the loss of each batch, and ∂loss/∂(output of block n−1); a head that comes to a GPU is read once for all
     backward  block n−1 … 0    recomputes the block with gradients and differentiates it; its weights are loaded once
 
 The operations are those of a resident model, and each parameter's gradients are summed in the same order of batches, so results
-are equal to the last bit. Only the order of blocks differs, which affects no sum.
+are equal to the last bit. Only the order of blocks differs, which affects no sum. A head that is read once sums in another order
+(models/text/tiled_loss): results are then equal but for rounding.
 """
 
 from __future__ import annotations
@@ -22,9 +23,12 @@ from lorakeet.memory.spill import Spill
 from lorakeet.models import modules
 from lorakeet.models.streaming.model import BlockInputs, StreamedBlocks, plain_output
 from lorakeet.models.text.model import TextModel
+from lorakeet.models.text.tiled_loss import is_read_in_tiles, tiled_losses
 from lorakeet.train import rng
 from lorakeet.train.task import batch_seeds
 from lorakeet.train.text.loss import text_loss
+
+Losses = Callable[[Tensor, Tensor], tuple[Tensor, Tensor]]  # hidden states and targets to the losses and ∂(their sum)/∂(states)
 
 
 def gradients_by_block(
@@ -47,8 +51,15 @@ def gradients_by_block(
         found, _ = text_loss(text, here[number], chunk=chunk)
         return found / targets, found.detach()
 
-    here = [batch.to(text.device) for batch in batches]
-    return loss_gradients_by_block(text, streamed, here, loss, spill=spill, together=together)
+    def of_all(hidden: Tensor, wanted: Tensor) -> tuple[Tensor, Tensor]:
+        states = hidden.to(weight.dtype)  # type: ignore[union-attr]
+        found, grad = tiled_losses(states, weight, wanted, chunk=chunk)  # type: ignore[arg-type]
+        factor = torch.full((), 1 / targets, dtype=states.dtype, device=states.device)  # rounded as autograd does
+        return found, (cast(Tensor, grad) * factor).to(hidden.dtype)
+
+    here, weight = [batch.to(text.device) for batch in batches], text.head_weight
+    at_once = of_all if is_read_in_tiles(weight, text.device) else None
+    return loss_gradients_by_block(text, streamed, here, loss, spill=spill, together=together, at_once=at_once)
 
 
 def loss_gradients_by_block(
@@ -60,19 +71,21 @@ def loss_gradients_by_block(
     spill: Spill,
     together: int = 0,
     prepare: Callable[[int], TextModel] | None = None,
+    at_once: Losses | None = None,
 ) -> Tensor:
     """The same for any loss: `loss(number)` returns the values of batch `number` to differentiate and to sum.
 
     `prepare(number)` is called before each use of the batch; it selects the adapters of its tokens and returns the model with
-    the batch's options (`text` if left out).
+    the batch's options (`text` if left out). `at_once` is the loss of several batches' targets, where that is cheaper.
     """
-    total = torch.zeros((), dtype=torch.float64)
+    total = torch.zeros((), dtype=torch.float64, device=text.device)
     seeds, size = batch_seeds(len(batches)), together or max(1, len(batches))
     for start in range(0, len(batches), size):
         part = slice(start, start + size)
         step = _Step(text, streamed, list(batches[part]), seeds[part], spill)
         step.prepare = lambda number, start=start: text if prepare is None else prepare(start + number)  # type: ignore[misc]
         step.loss = lambda number, start=start: loss(start + number)  # type: ignore[misc]
+        step.at_once = at_once
         step.enter()
         step.forward()
         total = step.head(total)
@@ -85,6 +98,7 @@ class _Step:
 
     prepare: Callable[[int], TextModel]
     loss: Callable[[int], tuple[Tensor, Tensor]]
+    at_once: Losses | None = None
 
     def __init__(self, text: TextModel, streamed: StreamedBlocks, batches: list[Batch], seeds: list[int], spill: Spill) -> None:
         self.text, self.streamed, self.batches, self.spill = text, streamed, batches, spill
@@ -127,6 +141,8 @@ class _Step:
 
     def head(self, total: Tensor) -> Tensor:
         """Returns `total` plus the losses; sets `states` to their gradients with respect to the last block's outputs."""
+        if self.at_once is not None and not self._trains_entry and self.lowest < len(self.streamed.blocks):
+            return self._head_at_once(total, self.at_once)
         before = self._taken_gradients() if self._trains_entry else {}
         for number, random in enumerate(self.random):
             self.prepare(number)
@@ -134,7 +150,7 @@ class _Step:
             with random.drawing(), self.streamed.replaying(leaf):
                 loss, summed = self.loss(number)
             loss.backward()  # type: ignore[no-untyped-call]
-            total = total.to(summed.device) + summed.double()
+            total = total + summed.double()
             self.states[number] = cast(Tensor, leaf.grad)
             del leaf, loss
             if self._trains_entry:
@@ -143,13 +159,29 @@ class _Step:
             parameter.grad = grad
         return total
 
+    def _head_at_once(self, total: Tensor, losses: Losses) -> Tensor:
+        """`head` by one pass over the head for all batches."""
+        hidden = []
+        for number, random in enumerate(self.random):
+            text = self.prepare(number)
+            with random.drawing(), self.streamed.replaying(self.states[number].requires_grad_()):
+                hidden.append(text.hidden(self.batches[number]))
+        with torch.no_grad():
+            found, grads = losses(torch.cat(hidden), torch.cat([batch.target_ids for batch in self.batches]))
+        sizes = [batch.targets for batch in self.batches]
+        for number, (own, grad) in enumerate(zip(found.split(sizes), grads.split(sizes), strict=True)):  # type: ignore[no-untyped-call]
+            hidden[number].backward(grad)  # type: ignore[no-untyped-call]
+            total = total + own.sum().double()
+            self.states[number] = cast(Tensor, self.states[number].grad)
+        return total
+
     def backward(self) -> None:
         """Runs backward of all batches through the trained blocks, and into trained embeddings."""
         for index in reversed(range(self.lowest, len(self.streamed.blocks))):
             with self.streamed.present(index, max(index - 1, 0)) as block:
                 for number, random in enumerate(self.random):
                     text = self.prepare(number)
-                    states = self.spill.take((index, number)).detach()
+                    states = self.spill.take((index, number), self._next(index, number)).detach()
                     states.requires_grad_(index > self.lowest or self._trains_entry)
                     with random.again(index), torch.enable_grad(), self._narrowed(text, index, number):
                         args, kwargs = self.passages[number].arguments[index]
@@ -159,6 +191,12 @@ class _Step:
                     del states, output
         if self._trains_entry:
             self._into_entry()
+
+    def _next(self, index: int, number: int) -> tuple[int, int] | None:
+        """The block and batch whose input is wanted after that of block `index` and batch `number`; None at the end."""
+        if number + 1 < len(self.batches):
+            return index, number + 1
+        return (index - 1, 0) if index > self.lowest else None
 
     def _narrowed(self, text: TextModel, index: int, number: int) -> AbstractContextManager[None]:
         """A context in which the last block computes only what the loss of batch `number` reads, as in a resident model."""

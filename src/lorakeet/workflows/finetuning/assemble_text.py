@@ -167,7 +167,7 @@ def text_task(
     text = add_pairs(setup, setup.plan, seed=spec.seed)
     rows = setup.held_out.examples if held_out is None else held_out
     task = make(
-        text, setup.train.examples, held_out=rows, spec=spec, spill=setup.residency.spilled_states(),
+        text, setup.train.examples, held_out=rows, spec=spec, spill=setup.residency.spilled_states(text),
         together=setup.residency.way.together,
         processes=setup.processes,
     )  # fmt: skip

@@ -259,7 +259,8 @@ class Merging:
 
         def packed() -> Iterator[dict[str, PackedBase]]:
             layers = LayerSource(layers_of, partial(self._folded, text))
-            for block in pack_blocks(text, rows, pack, layers, keep=True, spill=self.opened.residency.spilled_states):
+            spill = partial(self.opened.residency.spilled_states, text)
+            for block in pack_blocks(text, rows, pack, layers, keep=True, spill=spill):
                 bar.update(task, total=block.count, completed=block.number + 1)
                 yield block.layers
 

@@ -32,6 +32,7 @@ from lorakeet.data.chat import Example
 from lorakeet.data.pack import Batch, pack_examples
 from lorakeet.errors import ConfigError, LorakeetError
 from lorakeet.evaluate.parity import CELLS, differences
+from lorakeet.kernels.device import is_cpu
 from lorakeet.memory.beside import computed_beside
 from lorakeet.memory.forecast import UnevenRuns, extrapolate_bytes, extrapolate_peaks
 from lorakeet.memory.ledger import Ledger, TooLong, Work
@@ -378,7 +379,7 @@ def training_on(
     spec = replace(spec, batch_size=len(examples), micro_tokens=rows.tokens)
     task = TextTask(text, examples, held_out=(), spec=spec, together=way.together)
     if way.spilled:
-        task.spill = ShapeSpill()
+        task.spill = ShapeSpill(copied=not is_cpu(text.device))
     return silent_training(task, spec)
 
 

@@ -6,7 +6,7 @@ from collections.abc import Collection, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any, Generic, TypeVar
+from typing import Any, Generic, TypeVar, cast
 
 import torch
 from rich.console import Console
@@ -17,7 +17,9 @@ from lorakeet.memory.budget import Budget
 from lorakeet.memory.forecast import Forecast, Phase
 from lorakeet.memory.measure import PeakMemory
 from lorakeet.memory.spill import OF_A_RUN, HostSpill, Spill
+from lorakeet.memory.transfer import CudaTransfer
 from lorakeet.models.streaming.load import Residence
+from lorakeet.models.streaming.model import StreamedBlocks
 from lorakeet.models.text.model import TextModel
 from lorakeet.workflows.runs.output_paths import temporary_folder
 
@@ -128,10 +130,10 @@ class Residency(Generic[P]):
         """The folder of the stores; None where all weights are in memory."""
         return self.folder if self.way.streamed else None
 
-    def spilled_states(self) -> Spill:
-        """New storage for hidden states between blocks: in memory, on disk, or in host memory for a model on a GPU."""
+    def spilled_states(self, text: TextModel) -> Spill:
+        """New storage for hidden states between blocks of `text`: in memory, on disk, or, if it is on a GPU, in host memory."""
         if self.gpu is not None and self.way.spilled:
-            return HostSpill()
+            return HostSpill(cast(CudaTransfer, cast(StreamedBlocks, text.streamed).stream.transfer))
         return Spill(self.folder if self.way.spilled else None, self.remedy)
 
     def waiting(self) -> Spill:

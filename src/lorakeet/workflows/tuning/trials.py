@@ -214,7 +214,8 @@ class Trials:
         """Trains `members`, which are on the model, to their ends, within the run's memory."""
         kept = self.setup.residency
         about: dict[str, Any] = {
-            "spill": kept.spilled_states(), "together": kept.way.together, "budget": kept.budget.limit, "folder": self.folder,
+            "spill": kept.spilled_states(self.setup.text), "together": kept.way.together, "budget": kept.budget.limit,
+            "folder": self.folder,
         }  # fmt: skip
         what, steps = f"{len(members)} adapters train together, steps", max(each.spec.total_steps(1) for each in members)
         with counted(self.console, what, steps) as advance:
