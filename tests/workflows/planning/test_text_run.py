@@ -6,6 +6,7 @@ import re
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -19,8 +20,9 @@ from lorakeet.memory.forecast import Forecast, Phase
 from lorakeet.memory.spill import HostSpill
 from lorakeet.models.spec import ModelSpec
 from lorakeet.workflows.finetune import finetune
+from lorakeet.workflows.planning import fit
 from lorakeet.workflows.planning.evaluation import fit_evaluation
-from lorakeet.workflows.planning.fit import BudgetedWork, WayChoice, choose
+from lorakeet.workflows.planning.fit import BudgetedWork, WayChoice, choose, host_memory
 from lorakeet.workflows.planning.forecast_text_run import FINAL, TextRunPlan, Workload
 from lorakeet.workflows.planning.rehearse_text import STEP, NotPlanned, RowShape
 from lorakeet.workflows.planning.text_run import (
@@ -170,12 +172,46 @@ def test_on_a_cuda_device_the_budget_is_that_of_its_memory(
         change = {**on_gpu, "memory.budget": budget, "memory.store": "there", "memory.keep": keep}
         found = fit_text_run(settings(model, tmp_path / "rows", tmp_path / "run", change), said.append, NO_LABELS)
         assert found.store == Path("there") and found.gpu == card and limited.pop()[1] == found.budget.bytes
-        assert found.pinned == (keep == "host") and isinstance(found.spilled_states(), HostSpill) == found.way.spilled
+        assert found.pinned == (keep == "host") and isinstance(found.spilled_states(streaming()), HostSpill) == found.way.spilled
         assert "Pinned host memory" in said[-1] and "on cuda:0" in said[-2]
     with pytest.raises(ConfigError, match=r"this run takes at least \d+ MiB"):
         little = settings(model, tmp_path / "rows", tmp_path / "run", {**on_gpu, "memory.budget": "600MiB"})
         fit_text_run(little, print, NO_LABELS)
     assert limited == []
+
+
+def streaming() -> Any:
+    """What a streamed model on a GPU is to storage for its states."""
+    return SimpleNamespace(streamed=SimpleNamespace(stream=SimpleNamespace(transfer=object())))
+
+
+@pytest.mark.usefixtures("limited")
+def test_blocks_are_kept_by_the_host_where_its_free_memory_allows_it(
+    model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """By default: planned with the head's tiles and the inputs of blocks, and said in one line."""
+    on_gpu = {**CHANGES, "model.device": "cuda:0"}
+    large = settings(model, tmp_path / "rows", tmp_path / "run", {**on_gpu, "memory.budget": "8GiB"})
+    changes = {**on_gpu, "memory.budget": f"{(least(large) + (20 << 20)) // 1000}KB", "memory.store": "there"}
+    config, said = settings(model, tmp_path / "rows", tmp_path / "run", changes), list[str]()
+    assert config.memory.keep == "auto"
+    found = fit_text_run(config, said.append, NO_LABELS)
+    assert found.plan is not None and found.pinned and "streamed from pinned host memory" in said[-2]
+    work = TextRun(config, NO_LABELS, print)
+    needed = host_memory(work, found.way, found.plan)[0]
+    blocks, (tiles, tile) = WIDE["num_hidden_layers"], work.head_tiles(found.way)
+    assert tiles == (0 if found.way.ends else 1) and (found.way.ends or tile == 320 * WIDE["hidden_size"] * 4)
+    assert needed >= blocks * found.plan.block_bytes + tiles * tile
+    for free, pinned in ((-(-needed * 4 // 3), True), (needed * 4 // 3 - 8, False)):
+        monkeypatch.setattr(fit, "available_memory", lambda free=free: (free, "free"))
+        said.clear()
+        again = fit_text_run(config, said.append, NO_LABELS)
+        assert again.pinned == pinned and again.way == found.way, "where they come from is no other way on the device"
+        assert ("streamed from disk" in said[-2]) != pinned and len(said) == 2
+        assert (f"To keep the {blocks} frozen blocks" in said[-1]) != pinned
+        assert ("2 buffers of a block" in said[-1]) != pinned
+    disk = fit_text_run(config.changed(memory={"keep": "disk"}), said.append, NO_LABELS)
+    assert not disk.pinned and "would take" not in said[-1], "as it was asked for"
 
 
 @pytest.mark.usefixtures("limited")
@@ -184,7 +220,7 @@ def test_more_of_the_hosts_memory_than_there_is_is_refused(model: Path, tmp_path
     large = settings(model, tmp_path / "rows", tmp_path / "run", {**on_gpu, "memory.budget": "8GiB"})
     budget = f"{(least(large) + (20 << 20)) // 1000}KB"
     monkeypatch.setattr("lorakeet.workflows.planning.fit.machine_bytes", lambda: 1 << 20)
-    with pytest.raises(ConfigError, match=r"This machine has 1 MiB\. Leave memory\.keep out"):
+    with pytest.raises(ConfigError, match=r"This machine has 1 MiB\. Set memory\.keep to disk"):
         fit_text_run(settings(model, tmp_path / "rows", tmp_path / "run", {**on_gpu, "memory.budget": budget}), print, NO_LABELS)
 
 
@@ -324,7 +360,7 @@ def test_evaluation_may_be_what_decides() -> None:
 
 
 def test_embedding_and_head_stay_where_that_moves_less() -> None:
-    """On a card the loss reads the head for every chunk of targets, twice, in each micro-batch: more than a few blocks are."""
+    """On a card the loss reads the head once for all micro-batches that go together: more than a few blocks are."""
     ends, head = 1500, 6 * 1000
     batches = Batches(4, STATE, ends_bytes=ends, head_read=head)
 

@@ -40,7 +40,7 @@ from lorakeet.workflows.planning.forecast_text_run import (
 )
 from lorakeet.workflows.planning.reference import evaluated_copies
 from lorakeet.workflows.planning.rehearse_text import BEGIN, FINAL, STEP, Weigh, rehearse_evaluation
-from lorakeet.workflows.planning.text_run import precision_of
+from lorakeet.workflows.planning.text_run import precision_of, tiles_of_head
 from lorakeet.workflows.runs.residency import ALONE, FEWEST, RESIDENT, MemoryPlan, Residency, Way
 
 
@@ -112,6 +112,9 @@ class Evaluation(BudgetedWork[MemoryPlan]):
             phases = phases_of(held, text_runtime_bytes(precision, decomposing=self.weigh is not None) + words, returning=True)
         growing = () if way.slots == ALONE else None  # two blocks did not fit
         return MemoryPlan(Forecast(phases), blocks=found.blocks, block_bytes=block_bytes, growing=growing)
+
+    def head_tiles(self, way: Way) -> tuple[int, int]:
+        return tiles_of_head(self.config, self.model[0])
 
     def advice(self) -> str:
         if self.weigh is None:

@@ -18,7 +18,7 @@ import torch
 from lorakeet.errors import ConfigError, EnvironmentProblem
 from lorakeet.evaluate.wording import bytes_text
 from lorakeet.memory.allocator import return_freed_memory
-from lorakeet.memory.budget import Budget, enough_for, larger_than_machine, machine_bytes
+from lorakeet.memory.budget import Budget, available_memory, enough_for, larger_than_machine, machine_bytes
 from lorakeet.memory.cuda import gpu_warning, limit_gpu_memory
 from lorakeet.memory.measure import resident_bytes
 from lorakeet.memory.spill import OF_A_RUN
@@ -32,6 +32,7 @@ from lorakeet.workflows.runs.output_paths import folder_above, store_folder
 from lorakeet.workflows.runs.residency import RESIDENT, P, Residency, Way, with_more
 
 Say = Callable[[str], None]
+FREE_SHARE = 0.75  # of the host's free memory: what is pinned at most where memory.keep is auto
 
 
 class BudgetedWork(Generic[P]):
@@ -44,7 +45,7 @@ class BudgetedWork(Generic[P]):
     spec: ModelSpec  # whose .gguf file may still have to be unpacked
     option: str = "--memory"  # by which the budget is given
     device: torch.device = CPU
-    keep: str = "disk"  # memory.keep: from where blocks come to a GPU
+    keep: str = "auto"  # memory.keep: from where blocks come to a GPU
     named_store: str = ""  # memory.store
     out: Path | None = None  # what is written; its store is removed afterwards. None: the store is kept for later runs
     remedy: str = OF_A_RUN  # for a full disk
@@ -64,7 +65,7 @@ class BudgetedWork(Generic[P]):
 
     def words(self, way: Way, plan: P) -> str:
         """The way as a person reads it."""
-        return way_text(way, plan.blocks, self.device, self.keep)
+        return way_text(way, plan.blocks, self.device, host=keeps_in_host(self, way, plan))
 
     def size_words(self) -> str:
         """What decides the size, for a too_small_text; begins with a comma."""
@@ -78,6 +79,10 @@ class BudgetedWork(Generic[P]):
     def state_bytes(self) -> int:
         """Bytes of the hidden states of a micro-batch between two blocks, which wait in pinned host memory for a GPU."""
         return 0
+
+    def head_tiles(self, way: Way) -> tuple[int, int]:
+        """Tiles of a head that comes to a GPU from the store, and the bytes of one; (0, 0) where it does not."""
+        return 0, 0
 
     def disk(self, way: Way, plan: P) -> Mapping[Path, int]:
         """Bytes that are written while the work lasts, by path."""
@@ -180,7 +185,7 @@ def _chosen(work: BudgetedWork[P], choice: WayChoice[P], budget: Budget, say: Sa
         raise ConfigError(too_small_text(work, choice, budget))
     gpu = None if work.device.type == "cpu" else work.device
     way, plan = choice.way, choice.plan
-    pinned = way.streamed and gpu is not None and work.keep == "host" and way.slots < plan.blocks
+    pinned = keeps_in_host(work, way, plan)
     if way.streamed:
         _require_disk(work, way, plan)
     of = f"{budget} free on {budget.free}" if budget.free else str(budget)
@@ -189,8 +194,8 @@ def _chosen(work: BudgetedWork[P], choice: WayChoice[P], budget: Budget, say: Sa
         size, line = host_memory(work, way, plan)
         if size > machine_bytes():
             raise ConfigError(
-                f"{line} This machine has {bytes_text(machine_bytes())}. Leave memory.keep out, so that blocks come from disk, "
-                "or lower train.batch_size."
+                f"{line} This machine has {bytes_text(machine_bytes())}. Set memory.keep to disk, from where they come then, or "
+                "lower train.batch_size."
             )
         say(line)
     return Residency(budget, way, plan, work.folder if way.streamed else None, gpu, pinned, work.remedy)
@@ -220,13 +225,13 @@ def require_space_to_unpack(spec: ModelSpec, budget: Budget, option: str) -> Non
         )
 
 
-def way_text(way: Way, blocks: int, device: torch.device, keep: str) -> str:
-    """The way as a person reads it: where the weights are, and the states between blocks."""
+def way_text(way: Way, blocks: int, device: torch.device, *, host: bool = False) -> str:
+    """The way as a person reads it: where the weights are, and whether those that come to a GPU are kept by its `host`."""
     where = "in memory" if device.type == "cpu" else f"on {device}"
     if not way.streamed:
         text = f"all weights stay {where}"
     else:
-        source = "pinned host memory" if keep == "host" and device.type != "cpu" else "disk"
+        source = "pinned host memory" if host else "disk"
         text = f"blocks are streamed from {source}, {way.slots} of {blocks} {where}"
     return f"{text}; of each row the first {way.longest} tokens are compared" if way.longest else text
 
@@ -265,16 +270,40 @@ def disk_of(path: Path) -> int:
     return folder_above(path).stat().st_dev
 
 
+def keeps_in_host(work: BudgetedWork[P], way: Way, plan: P) -> bool:
+    """Whether what comes to a GPU is kept in pinned memory once it was read: as memory.keep says, or, where it says auto, if that
+    takes at most FREE_SHARE of the host's free memory.
+    """
+    comes = way.slots < plan.blocks or work.head_tiles(way)[0] > 0
+    if not way.streamed or work.device.type == "cpu" or not comes or work.keep == "disk":
+        return False
+    return work.keep == "host" or _pinned_bytes(work, way, plan, kept=True) <= FREE_SHARE * available_memory()[0]
+
+
 def host_memory(work: BudgetedWork[P], way: Way, plan: P) -> tuple[int, str]:
     """What streaming to a CUDA device pins of the host's memory, in bytes and in words: torch takes powers of two for it."""
-    pinned = work.keep == "host" and way.slots < plan.blocks
+    kept = keeps_in_host(work, way, plan)
+    size = _pinned_bytes(work, way, plan, kept=kept)
+    head = bool(work.head_tiles(way)[0])
+    leave, buffers = way.slots < plan.blocks, f"{STAGINGS} buffers of a block"
+    every = f"the {plan.blocks} frozen blocks{' and the head' * head}" if leave else f"{buffers}{' and the head' * head}"
+    what = every if kept else f"{buffers}{' and of the head' * head}"
+    more = " and the inputs of blocks" * bool(work.state_bytes and way.spilled)
+    why = ""
+    if not kept and work.keep == "auto" and (leave or head):
+        whole, free = _pinned_bytes(work, way, plan, kept=True), available_memory()[0]
+        why = f" To keep {every} there would take {bytes_text(whole)}, and {bytes_text(free)} are free."
+    return size, f"Pinned host memory: about {bytes_text(size)}, {what}{more}, beside what Python and its libraries use.{why}"
+
+
+def _pinned_bytes(work: BudgetedWork[P], way: Way, plan: P, *, kept: bool) -> int:
+    """Bytes that are pinned with all blocks and tiles of the head `kept`, or with the buffers through which they come."""
     states = work.state_bytes if way.spilled else 0
-    blocks = plan.blocks if pinned else STAGINGS
-    size = blocks * _power(plan.block_bytes) + (way.together * plan.blocks * _power(states) if states else 0)
-    what = f"the {plan.blocks} frozen blocks" if pinned else f"{STAGINGS} buffers of a block"
-    more = " and the inputs of blocks" if states else ""
-    return size, f"Pinned host memory: about {bytes_text(size)}, {what}{more}, beside what Python and its libraries use."
+    tiles, tile = work.head_tiles(way)
+    parts = (plan.blocks if kept and way.slots < plan.blocks else STAGINGS), (tiles if kept else min(tiles, STAGINGS))
+    size = sum(count * _power(each) for count, each in zip(parts, (plan.block_bytes, tile), strict=True))
+    return size + (way.together * plan.blocks * _power(states) if states else 0)
 
 
 def _power(size: int) -> int:
-    return 1 << max(0, size - 1).bit_length()
+    return 1 << max(0, size - 1).bit_length() if size else 0

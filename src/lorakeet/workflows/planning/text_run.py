@@ -11,12 +11,13 @@ from pathlib import Path
 from typing import Any
 
 from lorakeet.config import RunConfig
+from lorakeet.core.tiled_product import TILE
 from lorakeet.memory.remembered import remembered
 from lorakeet.models.files.source import find_source
 from lorakeet.models.placement import device_for, planned_on, products_for, text_dtype_for
 from lorakeet.models.streaming.model import NotStreamed
 from lorakeet.models.text.load import read_config
-from lorakeet.workflows.planning.fit import BudgetedWork, way_text
+from lorakeet.workflows.planning.fit import BudgetedWork, keeps_in_host, way_text
 from lorakeet.workflows.planning.forecast_text_run import (
     ROW_BYTES,
     Precision,
@@ -45,7 +46,7 @@ class Batches:
     count: int
     state_bytes: int
     ends_bytes: int = 0  # of the embedding and the head, where these may stay in memory
-    head_read: int = 0  # bytes of the head that the loss of one reads, where it does not
+    head_read: int = 0  # bytes of the head that the loss of those that go together reads, where it does not
 
 
 def streaming_ways(plan: Callable[[Way], MemoryPlan], batches: Batches, budget: int) -> Iterator[Way]:
@@ -66,13 +67,14 @@ def bytes_moved(way: Way, plan: MemoryPlan, batches: Batches) -> int:
 
         blocks     ⌈b / together⌉ · 2·(n − s) · bytes of a block       nothing if all blocks are in memory
         inputs     b · 2·n · bytes of a state                          if the inputs of blocks are on disk
-        head       b · 2·⌈targets / train.head_chunk⌉ · bytes of it    if it is not in memory
+        head       ⌈b / together⌉ · bytes of it                       if it is not in memory
 
     or less, if the lowest blocks train nothing.
     """
-    moved = math.ceil(batches.count / way.together) * 2 * (plan.blocks - way.slots) * plan.block_bytes
+    passes = math.ceil(batches.count / way.together)
+    blocks = passes * 2 * (plan.blocks - way.slots) * plan.block_bytes
     inputs = batches.count * 2 * plan.blocks * batches.state_bytes if way.spilled else 0
-    return moved + inputs + (0 if way.ends else batches.count * batches.head_read)
+    return blocks + inputs + (0 if way.ends else passes * batches.head_read)
 
 
 def _estimated(plan: Callable[[Way], MemoryPlan], batches: Batches, budget: int) -> Iterator[tuple[int, int, Way]]:
@@ -149,10 +151,10 @@ class TextRun(BudgetedWork[TextRunPlan]):
         config, text = self.with_tokens(micro_tokens), self.model[0].get_text_config()
         rows = largest_rows(config, self.lengths, window_of(self.model[0]))
         state = rows.tokens * int(text.hidden_size) * precision_of(self.config).dtype.itemsize
-        return Batches(math.ceil(self.config.train.sequences / rows.count), state, *self._ends(rows))
+        return Batches(math.ceil(self.config.train.sequences / rows.count), state, *self._ends())
 
-    def _ends(self, rows: RowShape) -> tuple[int, int]:
-        """Bytes of embedding and head, and of the head what the loss of a micro-batch of `rows` reads.
+    def _ends(self) -> tuple[int, int]:
+        """Bytes of embedding and head, and of the head alone, which a loss reads once (models/text/tiled_loss).
 
         Nothing for a model on a CPU, where they lie in the page cache.
         """
@@ -161,8 +163,10 @@ class TextRun(BudgetedWork[TextRunPlan]):
         text = self.model[0].get_text_config()
         one = int(text.vocab_size) * int(text.hidden_size) * precision_of(self.config).dtype.itemsize
         tied = bool(getattr(text, "tie_word_embeddings", False))
-        chunks = math.ceil(max(1, rows.count * (rows.length - rows.prompt)) / self.config.train.head_chunk)
-        return one if tied else 2 * one, 2 * chunks * one
+        return one if tied else 2 * one, one
+
+    def head_tiles(self, way: Way) -> tuple[int, int]:
+        return (0, 0) if way.ends else tiles_of_head(self.config, self.model[0])
 
     @property
     def state_bytes(self) -> int:
@@ -200,10 +204,12 @@ class TextRun(BudgetedWork[TextRunPlan]):
             return super().words(way, plan)
         on_gpu = self.device.type != "cpu"
         memory, spilled = (f"on {self.device}", "in host memory") if on_gpu else ("in memory", "on disk")
-        inputs = f"{spilled if way.spilled else memory}{f', embedding and head {memory}' * way.ends}"
+        host = keeps_in_host(self, way, plan)
+        ends = f", embedding and head {memory}" if way.ends else f", the head from {'pinned host memory' if host else 'disk'}"
+        inputs = f"{spilled if way.spilled else memory}{ends * on_gpu}"
         if way.slots >= plan.blocks:
             return f"every frozen block stays {memory} and is computed again in the backward pass, its inputs {inputs}"
-        streamed = way_text(way, plan.blocks, self.device, self.keep)
+        streamed = way_text(way, plan.blocks, self.device, host=host)
         return f"frozen {streamed}, {way.together} micro-batches at once, the inputs of blocks {inputs}"
 
     def size_words(self) -> str:
@@ -226,6 +232,13 @@ def precision_of(config: RunConfig) -> Precision:
     device = planned_on(config.model.device)
     dtype = text_dtype_for(config.model.dtype, device)
     return Precision(dtype, products_for(config.model, dtype, device), config.model.quantize, device)
+
+
+def tiles_of_head(config: RunConfig, model_config: Any) -> tuple[int, int]:
+    """In how many tiles a head comes to a GPU from the store, and the bytes of one."""
+    text = model_config.get_text_config()
+    words, width = int(text.vocab_size), int(text.hidden_size)
+    return math.ceil(words / TILE), min(words, TILE) * width * precision_of(config).dtype.itemsize
 
 
 def why_not_streamed(config: RunConfig, processes: int = 1) -> str:
