@@ -8,7 +8,8 @@ from pathlib import Path
 import pytest
 
 from lorakeet.errors import ConfigError
-from lorakeet.studio.deleted import delete_run, deleted_runs, erase_run, jobs_of_run, restore_run
+from lorakeet.studio import deleted as module
+from lorakeet.studio.deleted import delete_run, deleted_runs, erase_run, erase_the_rest, jobs_of_run, restore_run
 from lorakeet.studio.pages import Studio
 from lorakeet.studio.places import NotHere
 
@@ -86,3 +87,23 @@ def test_jobs_belong_to_the_run_of_their_time(studio: Studio, run: Path) -> None
     assert jobs_of_run(studio.places, studio.queue, run.name, gone) == [old]
     erase_run(studio.places, studio.queue, gone.key)
     assert studio.queue.jobs() == [other, new] and not old.folder.exists()
+
+
+def test_of_two_tabs_one_restores_or_erases(studio: Studio, run: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The other one has found it just before."""
+    gone = delete_run(studio.places, studio.queue, run.name)
+    monkeypatch.setattr(module, "_found", lambda places, key: gone)
+    restore_run(studio.places, studio.queue, gone.key)
+    with pytest.raises(NotHere):
+        erase_run(studio.places, studio.queue, gone.key)
+    assert (run / "config.yaml").is_file()
+
+
+def test_what_a_killed_studio_has_begun_to_erase_is_erased(studio: Studio, run: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    gone = delete_run(studio.places, studio.queue, run.name)
+    with monkeypatch.context() as patched:
+        patched.setattr(module, "erase", lambda path: None)
+        erase_run(studio.places, studio.queue, gone.key)
+    assert deleted_runs(studio.places) == [] and len(list((studio.places.own / "deleted").iterdir())) == 1
+    erase_the_rest(studio.places)
+    assert not list((studio.places.own / "deleted").iterdir())

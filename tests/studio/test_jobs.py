@@ -297,3 +297,21 @@ def test_a_command_that_is_too_long_is_refused(queue: Queue) -> None:
     with pytest.raises(ConfigError, match=r"would have 100,005 bytes; expected at most 100,000"):
         queue.add(["predi", "é" * 50_000], title="x")
     assert queue.jobs() == []
+
+
+def test_of_two_jobs_that_would_write_one_result_one_is_made(queue: Queue) -> None:
+    for words in (["merge", "run", "--out", "a"], ["convert", "run", "b", "--to", "mlx"]):
+        first = queue.add(words, title="x", once="1")
+        assert queue.add(words, title="x", once="1") == first, "a second click"
+        with pytest.raises(ConfigError, match="is being made already"):
+            queue.add(words, title="x", once="2")
+        queue.stop(first)
+        queue.stop(queue.add(words, title="x", once="3"))
+
+
+def test_a_job_that_another_tab_has_forgotten_is_no_error(queue: Queue) -> None:
+    job = queue.add(["merge"], title="x")
+    queue.stop(job)
+    for _ in range(2):
+        queue.forget(job)
+    assert queue.jobs() == []

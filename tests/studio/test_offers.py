@@ -4,6 +4,9 @@ from __future__ import annotations
 
 import asyncio
 import os
+import time
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from io import BytesIO
 from pathlib import Path
 from typing import Any
@@ -122,3 +125,33 @@ def test_the_limit_of_all_copies_keeps_also_where_no_length_is_sent(
     (coming / "c.csv").write_bytes(b"12")  # one that still arrives
     assert browser.put("/rows/b.csv", content=iter([b"12"]), headers={"accept": "application/json"}).status_code == 400
     assert browser.put("/rows/b.csv", content=iter([b"1"])).status_code == 200
+
+
+def test_files_that_arrive_together_are_all_kept(studio: Studio, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of one name, from two tabs; none takes the place of another, and a folder that is erased meanwhile is no error."""
+    folder = studio.places.own / "rows"
+    names = [f"{number}" for number in range(6)]
+    for name in names:
+        (folder / f".{name}").mkdir(parents=True)
+        (folder / f".{name}" / "a.csv").write_text(name)
+    exists = Path.exists
+
+    def slow(path: Path, **more: bool) -> bool:
+        found = exists(path, **more)
+        time.sleep(0.02)  # as long as another tab may need in between
+        return found
+
+    monkeypatch.setattr(Path, "exists", slow)
+    with ThreadPoolExecutor(6) as pool:
+        kept = list(pool.map(lambda name: module._settled(folder / f".{name}" / "a.csv", folder, name), names))
+    assert len({*kept}) == 6 and sorted(path.read_text() for path in kept) == names
+    walked = os.walk
+
+    def vanishing(top: Path) -> Iterator[tuple[str, list[str], list[str]]]:
+        for place, inner, files in walked(top):
+            if place == str(folder):
+                (folder / ".0").rmdir()
+            yield place, inner, files
+
+    monkeypatch.setattr(module.os, "walk", vanishing)
+    assert module._kept(folder) == 6

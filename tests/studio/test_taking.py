@@ -23,7 +23,6 @@ from lorakeet.studio.taking import (
     job_values,
     jobs_of,
     last_line,
-    out_of,
     wanted,
     ways_of,
     why_not,
@@ -104,7 +103,7 @@ def test_a_job_shows_what_was_written_and_its_certificate(studio: Studio, run: P
     made_job(studio, ["finetune", str(run)])
     out.write_bytes(b"x" * 2000)
     PASSED.write(studio.places.runs / "mine-q8_0.certificate.json")
-    assert jobs_of(studio.places, studio.queue, "mine") == [job] and out_of(job) == out
+    assert jobs_of(studio.places, studio.queue, "mine") == [job] and job.out == out
     found = job_values(job)
     assert (found["state"], found["bytes"], found["certificate"]["passed"]) == ("done", 2000, True)
     assert found["certificate"]["checks"][0]["name"] == "logits" and found["use"][0][0] == f"llama-server -m {out}"

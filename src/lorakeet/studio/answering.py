@@ -13,7 +13,7 @@ from lorakeet.studio.forms import FormField, run_fields, settings_of
 from lorakeet.studio.jobs import Job, Queue
 from lorakeet.studio.places import NotHere, Places, regular_within
 from lorakeet.studio.remedies import advised_value
-from lorakeet.studio.taking import jobs_of, out_of
+from lorakeet.studio.taking import jobs_of
 from lorakeet.workflows.options import PredictOptions
 from lorakeet.workflows.runs.early_checks import check_early
 
@@ -95,7 +95,7 @@ def forget_answers(places: Places, queue: Queue, run: str, name: str) -> None:
 
 def _saved(job: Job) -> Path | None:
     """What a job has written, if that is one file."""
-    out = out_of(job)
+    out = job.out
     return out if out is not None and regular_within(job.folder.parents[2], out) else None  # among the runs, as its own folder is
 
 

@@ -12,6 +12,7 @@ from starlette.responses import Response
 from starlette.routing import Route
 
 from lorakeet.errors import LorakeetError
+from lorakeet.studio.deleted import erase_the_rest
 from lorakeet.studio.index import Index
 from lorakeet.studio.jobs import Queue
 from lorakeet.studio.pages import Screen, Studio, asset, refused_page
@@ -32,6 +33,7 @@ def make_studio(places: Places) -> Studio:
     token, queue = token_of(places.own), Queue(places.own)
     queue.forget_old()
     forget_measured(places)
+    erase_the_rest(places)
     return Studio(places, queue, Index(places.runs, places.own / "index.sqlite"), token)
 
 

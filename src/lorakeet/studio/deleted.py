@@ -5,6 +5,8 @@ from __future__ import annotations
 import fcntl
 import math
 import os
+import secrets
+import shutil
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -16,6 +18,7 @@ from lorakeet.errors import ConfigError
 from lorakeet.studio.jobs import Job, Queue
 from lorakeet.studio.places import NotHere, Places
 
+_GONE = ".gone-"  # before the name of a folder that is being erased
 _MARK = "@"  # between the name and the time of its deletion
 
 
@@ -62,16 +65,32 @@ def restore_run(places: Places, queue: Queue, key: str) -> str:
     with queue.alone():
         if target.exists() or any(job.run == found.name for job, _ in queue.going()):
             raise ConfigError(f"There is another run '{found.name}' now. Delete or rename that one first.")
-        os.rename(places.own / "deleted" / key, target)
+        _renamed(places, key, target)
     return found.name
 
 
 def erase_run(places: Places, queue: Queue, key: str) -> None:
     """Deletes a run of the bin for good, with its jobs and the files of answers in them."""
     found = _found(places, key)
-    for job in jobs_of_run(places, queue, found.name, found):
+    jobs = jobs_of_run(places, queue, found.name, found)
+    gone = places.own / "deleted" / f"{_GONE}{secrets.token_hex(8)}"
+    _renamed(places, key, gone)  # of two tabs, one erases it or restores it
+    for job in jobs:
         queue.forget(job)
-    erase(places.own / "deleted" / key)
+    erase(gone)
+
+
+def erase_the_rest(places: Places) -> None:
+    """Removes what a studio that was killed had begun to erase."""
+    for folder in (places.own / "deleted").glob(f"{_GONE}*"):
+        shutil.rmtree(folder, ignore_errors=True)  # another studio may do so at the same time
+
+
+def _renamed(places: Places, key: str, target: Path) -> None:
+    try:
+        os.rename(places.own / "deleted" / key, target)
+    except FileNotFoundError:
+        raise _not_there(key) from None
 
 
 def jobs_of_run(places: Places, queue: Queue, name: str, deleted: DeletedRun | None = None) -> list[Job]:
@@ -96,8 +115,12 @@ def deleted_runs(places: Places) -> list[DeletedRun]:
 def _found(places: Places, key: str) -> DeletedRun:
     found = next((one for one in deleted_runs(places) if one.key == key), None)
     if found is None:
-        raise NotHere(f"There is no deleted run '{key:.100}'. It may have been restored or deleted for good.")
+        raise _not_there(key)
     return found
+
+
+def _not_there(key: str) -> NotHere:
+    return NotHere(f"There is no deleted run '{key:.100}'. It may have been restored or deleted for good.")
 
 
 def _deleted(folder: Path) -> DeletedRun:

@@ -110,9 +110,13 @@ class Job:
     @property
     def kept(self) -> Path | None:
         """The file that its command has written into the job's own folder, which is the user's; None without one."""
-        place = self.words.index("--out") + 1 if "--out" in self.words else len(self.words)
-        path = Path(self.words[place]) if place < len(self.words) else None
+        path = self.out
         return path if path is not None and path.parent == self.folder and path.is_file() else None
+
+    @property
+    def out(self) -> Path | None:
+        """What its command writes; None for one that writes nothing here."""
+        return _written_by(self.words)
 
     def names(self, folder: Path) -> bool:
         """True if its command has `folder`, or a file in it, as an argument."""
@@ -166,7 +170,7 @@ class Queue:
         """Puts a command into the queue. "{folder}/" at a word's beginning is the job's folder, where `files` are written.
 
         Returns the job that waits or runs where one was made with the same `once` (pages.once_of). ConfigError while another one
-        makes `run`, for a word that no command can have, and for a command that is too long.
+        makes `run` or writes the same result, for a word that no command can have, and for a command that is too long.
         """
         if odd := [word for word in words if not _is_argument(word)]:
             raise ConfigError(f"{odd[0]!r:.80} has a character that no command can have. Type it without.")
@@ -178,6 +182,8 @@ class Queue:
                     return job
                 if run and job.run == run:
                     raise ConfigError(f"'{run}' {'runs' if state == 'running' else 'waits'} already. Stop it first, or wait.")
+                if job.out is not None and job.out == _written_by(words):
+                    raise ConfigError(f"{job.out.name} is being made already. Wait for it, or give another name.")
             return self._add(words, title, run, device, files or {}, once)
 
     def _add(self, words: Sequence[str], title: str, run: str, device: str, files: Mapping[str, str], once: str) -> Job:
@@ -260,7 +266,7 @@ class Queue:
     def forget(self, job: Job) -> None:
         """Removes the folder of a job that is over, with the file that it holds. ConfigError while it runs or waits."""
         with self.alone():
-            if (state := job.state) in ("waiting", "running"):
+            if job.folder.is_dir() and (state := job.state) in ("waiting", "running"):  # another tab may have forgotten it
                 raise ConfigError(f"'{job.title}' is {state}. Stop it first.")
             self._erase(job)
 
@@ -349,6 +355,12 @@ def _is_argument(word: object) -> bool:
         return isinstance(word, str) and b"\0" not in os.fsencode(word)
     except UnicodeEncodeError:  # half a character
         return False
+
+
+def _written_by(words: Sequence[str]) -> Path | None:
+    if "--out" in words[:-1]:
+        return Path(words[words.index("--out") + 1])
+    return Path(words[2]) if len(words) > 2 and words[0] == "convert" else None
 
 
 def locked_files() -> frozenset[str]:

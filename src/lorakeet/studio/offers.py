@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import fcntl
 import hashlib
 import itertools
 import os
@@ -20,7 +21,7 @@ from starlette.responses import Response
 from starlette.routing import Route
 
 from lorakeet.data.images.folder import ENDINGS
-from lorakeet.disk import create, erase, stage_in_use, written_whole
+from lorakeet.disk import create, erase, open_in_place, stage_in_use, written_whole
 from lorakeet.errors import ConfigError
 from lorakeet.evaluate.wording import bytes_text
 from lorakeet.formats.files.digest import sha256_of
@@ -154,9 +155,13 @@ def _require_space(places: Places, size: int) -> None:
 def _kept(folder: Path, but: Path | None = None) -> int:
     """Bytes of all copies in `folder`, those that still arrive too; without what is in the folder `but`."""
     found = 0
-    for path in folder.rglob("*"):
-        with suppress(OSError):  # it was moved or erased meanwhile
-            found += path.lstat().st_size if path.is_file() and (but is None or but not in path.parents) else 0
+    for place, inner, names in os.walk(folder):  # a folder that is erased meanwhile has nothing
+        if Path(place) == but:
+            inner.clear()
+            continue
+        for name in names:
+            with suppress(OSError):  # it was moved or erased meanwhile
+                found += os.lstat(os.path.join(place, name)).st_size
     return found
 
 
@@ -171,13 +176,15 @@ def _too_much(folder: Path, size: int, left: int) -> ConfigError:
 def _settled(coming: Path, folder: Path, digest: str) -> Path:
     """Moves a file into `folder`, under a name that is free; the file itself where it was sent before."""
     stem, _, ending = coming.name.partition(".")
-    for number in itertools.count(1):
-        path = folder / (coming.name if number == 1 else f"{stem}-{number}.{ending}")
-        if not path.exists():
-            coming.rename(path)
-            return path
-        if sha256_of(path) == digest:
-            return path
+    with open_in_place(folder.parent / "rows.lock") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)  # of two tabs or studios, none takes the name that the other has found free
+        for number in itertools.count(1):
+            path = folder / (coming.name if number == 1 else f"{stem}-{number}.{ending}")
+            if not path.exists():
+                coming.rename(path)
+                return path
+            if sha256_of(path) == digest:
+                return path
     raise AssertionError
 
 

@@ -141,7 +141,7 @@ def jobs_of(places: Places, queue: Queue, run: str) -> list[Job]:
 
 def job_values(job: Job) -> dict[str, Any]:
     """What the page shows of one command: its state, what it said, and, when it is done, what was written and its checks."""
-    out = out_of(job)
+    out = job.out
     state = job.state
     return {
         "name": job.name,
@@ -166,14 +166,6 @@ def advice_of(job: Job) -> str:
     if quant and quant not in ("f32", "f16", "bf16"):
         return f"Its precision {quant} rounds the weights. Take f16 or bf16, which are larger and nearer to what was trained."
     return "Its checks below say what differs."
-
-
-def out_of(job: Job) -> Path | None:
-    """What a command writes; None for one that writes nothing here."""
-    words = job.words
-    if "--out" in words[:-1]:
-        return Path(words[words.index("--out") + 1])
-    return Path(words[2]) if words[:1] == ("convert",) and len(words) > 2 else None
 
 
 def use_of(job: Job, out: Path | None) -> list[tuple[str, str]]:

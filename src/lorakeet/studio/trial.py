@@ -83,7 +83,11 @@ def close_trial(queue: Queue) -> None:
     for job in dict.fromkeys([*([] if found is None else [found.job]), *going]):
         write_whole(job.folder / _CLOSED, b"")  # it ends within seconds, and is not talked to meanwhile
         if job.state in ("running", "waiting"):
-            queue.stop(job)
+            try:
+                queue.stop(job)
+            except ConfigError:
+                if job.state in ("running", "waiting"):  # else another tab was first
+                    raise
 
 
 def current_trial(queue: Queue) -> TriedModel | None:

@@ -62,7 +62,7 @@ def test_a_way_out_is_a_job_of_the_queue(browser: TestClient, studio: Studio, ru
 
 def test_what_another_tab_makes_is_not_made_twice(browser: TestClient, studio: Studio, run: Path) -> None:
     assert browser.post("/take/mine/merge", data={"once": "a"}).status_code == 303
-    assert browser.post("/take/mine/merge/check", data={}).json()["missing"] == "It is being made; see above."
+    assert browser.post("/take/mine/merge/check", data={}).json()["missing"] == "mine-merged is being made already; see above."
     assert browser.post("/take/mine/merge", data={"once": "b"}).status_code == 400 and len(studio.queue.jobs()) == 1
 
 

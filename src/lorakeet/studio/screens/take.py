@@ -37,7 +37,6 @@ from lorakeet.studio.taking import (
     default_name,
     job_values,
     jobs_of,
-    out_of,
     stamp_of,
     wanted,
     ways_of,
@@ -104,8 +103,8 @@ def _sent_before(studio: Studio, request: Request) -> bool:
 
 def _being_made(studio: Studio, found: Wanted) -> str:
     """What to say where a job writes the same result already, from another tab."""
-    same = found.out is not None and any(out_of(job) == found.out for job, _ in studio.queue.going())
-    return "It is being made; see above." if same else ""
+    same = found.out is not None and any(job.out == found.out for job, _ in studio.queue.going())
+    return f"{found.out.name} is being made already; see above." if found.out is not None and same else ""
 
 
 def _events(request: Request) -> Response:
