@@ -10,6 +10,7 @@ import pytest
 from lorakeet.errors import ConfigError
 from lorakeet.studio import deleted as module
 from lorakeet.studio.deleted import delete_run, deleted_runs, erase_run, erase_the_rest, jobs_of_run, restore_run
+from lorakeet.studio.jobs import Job
 from lorakeet.studio.pages import Studio
 from lorakeet.studio.places import NotHere
 
@@ -90,10 +91,14 @@ def test_jobs_belong_to_the_run_of_their_time(studio: Studio, run: Path) -> None
 
 
 def test_of_two_tabs_one_restores_or_erases(studio: Studio, run: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """The other one has found it just before."""
+    """It is restored while the other tab erases it."""
     gone = delete_run(studio.places, studio.queue, run.name)
-    monkeypatch.setattr(module, "_found", lambda places, key: gone)
-    restore_run(studio.places, studio.queue, gone.key)
+
+    def meanwhile(*_: object) -> list[Job]:
+        restore_run(studio.places, studio.queue, gone.key)
+        return []
+
+    monkeypatch.setattr(module, "jobs_of_run", meanwhile)
     with pytest.raises(NotHere):
         erase_run(studio.places, studio.queue, gone.key)
     assert (run / "config.yaml").is_file()
