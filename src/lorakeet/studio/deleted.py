@@ -81,7 +81,7 @@ def erase_run(places: Places, queue: Queue, key: str) -> None:
 
 
 def erase_the_rest(places: Places) -> None:
-    """Removes what a studio that was killed had begun to erase."""
+    """Removes what a studio that was killed had started to erase."""
     for folder in (places.own / "deleted").glob(f"{_GONE}*"):
         shutil.rmtree(folder, ignore_errors=True)  # another studio may do so at the same time
 
