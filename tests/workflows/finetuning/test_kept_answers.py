@@ -160,7 +160,9 @@ def test_a_second_run_on_the_same_rows_takes_them(finished: Any, tmp_path: Path,
     opened = open_adapter(tmp_path / "run1")
     text, off = opened.text_model(quiet()), replace(opened.config.evaluate, reuse=False)
     assert kept_answers(opened.config, text, tmp_path / "run1") is not None and kept_answers(opened.config, text, None) is None
-    assert kept_answers(replace(opened.config, evaluate=off), text, tmp_path / "run1") is None
+    lora = opened.config.lora
+    for changes in ({"evaluate": off}, {"lora": replace(lora, on_top_of="x")}, {"lora": replace(lora, new_tokens=("<x>",))}):
+        assert kept_answers(replace(opened.config, **changes), text, tmp_path / "run1") is None, changes
 
 
 def test_replies_of_the_base_are_taken_too(tiny_llama_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -121,9 +121,10 @@ class KeptAnswers:
 
 def kept_answers(config: RunConfig, text: TextModel, run: Path | None) -> KeptAnswers | None:
     """The answers of this base beside the folder `run`. None without a run folder, if evaluate.reuse is false, or if the model
-    without its adapter is not the base, as in a run on top of another adapter.
+    without its adapter is not the base alone: in a run on top of another adapter, or with new tokens.
     """
-    if run is None or not config.evaluate.reuse or config.lora.on_top_of is not None:
+    lora = config.lora
+    if run is None or not config.evaluate.reuse or lora.on_top_of is not None or lora.new_tokens:
         return None
     versions = [f"{name} {version(name)}" for name in ("lorakeet", "torch", "transformers")]
     settings = replace(config.model, device=text.device.type).identity()

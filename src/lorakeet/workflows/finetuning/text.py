@@ -472,7 +472,8 @@ class TextRunKind(RunKind[TextAssembly]):
         own = None if setup.config.evaluate.metric is None else load_metric(setup.config.evaluate.metric, outside=run.path)
         wide = None if setup.halved else setup.residency
         evaluator = make(setup.config, setup.text, setup.encoder, rows, console, metric=own, residency=wide)
-        evaluator = dataclasses.replace(evaluator, kept=kept_answers(setup.config, setup.text, run.path))
+        if not setup.sharded:  # whose processes have to compute the same rows
+            evaluator = dataclasses.replace(evaluator, kept=kept_answers(setup.config, setup.text, run.path))
         baseline_rows = [*setup.dataset.train, *(setup.dataset.held_out if part == "test" else ())]
         report = evaluator.report(f"Fine-tuning {setup.name}", baseline_rows=baseline_rows)
         return dataclasses.replace(
