@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import runpy
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cache
 from typing import Any
 
@@ -49,15 +49,23 @@ class World:
     def together(self, modules: Modules) -> np.ndarray:
         return self.effects[[NAMES.index(name) for name in modules]].sum(0)
 
-    def found(self, missing: Modules = frozenset(), scale: float = 1.0) -> ActivityFound:
-        apart = self.noise + (self.together(missing) if missing else 0) + (1 - scale) * self.effects.sum(0)
+    def rounded(self, size: float, count: int) -> list[np.ndarray]:
+        """Differences of computations in which rounding of the weights changes each module's effect on all rows alike."""
+        chance = np.random.default_rng([self.seed, 1])
+        return [self.noise * chance.normal() + chance.normal(0, size, COUNT) @ self.effects for _ in range(count)]
+
+    def found(
+        self, missing: Modules = frozenset(), scale: float = 1.0, *, lost: np.ndarray | float = 0.0, computed: Any = ()
+    ) -> ActivityFound:
+        apart = self.noise + (self.together(missing) if missing else 0) + (1 - scale) * self.effects.sum(0) + lost
         places = np.repeat(np.arange(PLACES), TOKENS)
         blocks = [frozenset(NAMES[number : number + 5]) for number in range(0, COUNT, 5)]
         known = LeftOut(
             dict(zip(NAMES, self.effects, strict=True)), self.effects.sum(0),
             blocks, self.together,
         )  # fmt: skip
-        return find_activity(EffectValues.of(apart, places, places * ROWS // PLACES, self.effects), known)
+        values = EffectValues.of(apart, places, places * ROWS // PLACES, self.effects)
+        return find_activity(replace(values, computed=tuple(computed)), known)
 
 
 @pytest.mark.parametrize("level", [0.002, 0.02, 0.1])
@@ -79,6 +87,27 @@ def test_what_is_missing_is_named_and_nothing_else(missing: list[str]) -> None:
         found = World(seed, 0.002).found(frozenset(missing))
         assert set(found.missing) == set(missing) and found.faults == len(missing)
         assert not set(found.active) & set(missing) and len(found.active) >= COUNT - len(missing) - 1
+
+
+def test_what_rounding_of_the_weights_loses_on_all_rows_is_not_missing() -> None:
+    """As in a type of 4 bits: the server's own rounding differs from that of each computation."""
+    alone = 0
+    for seed in range(20):
+        world = World(seed, 0.002)
+        lost, *computed = world.rounded(0.3, 9)
+        found = world.found(lost=lost, computed=computed)
+        assert not found.missing and not found.either and len(found.active) + len(found.unclear) == COUNT
+        alone += world.found(lost=lost).faults > 0
+    assert alone > 5, "rows alone do not show it"
+
+
+def test_a_missing_module_is_named_beside_little_rounding_of_the_weights() -> None:
+    for seed in (0, 1, 2, 3, 4, 5, 7, 8, 9):  # in world 6 it is weak, and not named without rounding either
+        world, missing = World(seed, 0.002), NAMES[7]
+        lost, *computed = world.rounded(0.02, 9)
+        known = [np.where(np.arange(len(lost)) % 7, one, np.nan) for one in computed]
+        found = world.found(frozenset([missing]), lost=lost, computed=known)
+        assert found.missing == (missing,) and found.faults == 1 and missing not in found.active
 
 
 def test_with_much_noise_a_missing_module_is_never_called_active() -> None:

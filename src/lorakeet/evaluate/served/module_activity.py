@@ -5,7 +5,9 @@
 The live model says what leaving out each module's pair would change (its effect). How much of an effect is in the difference is a
 weighted least-squares share: 0 if the module is active, 1 if it is missing. Its spread is the jackknife's over rows (each row is
 left out once), with one degree of freedom less than there are rows: what rounding does at two places of a row is not independent.
-So no number format has to be known, and a server that differs in other ways has a wide spread.
+So no number format has to be known, and a server that differs in other ways has a wide spread. Rounding to few bits changes the
+weights once, for all rows alike, which rows do not show. Where the live model was computed in the server's format, in several
+ways, the shares that an effect has in these computations are added to the spread.
 
 Shares are of one effect alone. Where more than rounding is left, in a sum of effects, modules are called active by their shares
 of all effects at once, each beside all others.
@@ -31,6 +33,7 @@ FEWEST_PLACES = 12
 FEWEST_ROWS = 4
 _LEAST_WEIGHT = 0.05  # of the mean square effect: it bounds the weights
 _HALF = 0.5  # of an effect: less is active, more is missing
+_LEAST_KNOWN = 0.05  # of an effect's square, of which a computation says what rounding does
 _MOST_FAULTS = 12
 _NOTABLE = 0.02  # of a sum of effects: more than that may hide a missing module
 _CHANCE = 0.01  # that a right server shows as much of such a sum
@@ -50,12 +53,16 @@ class EffectShare:
 
 @dataclass(frozen=True, eq=False)
 class EffectValues:
-    """Differences reported − live (values,), with the place and the row of each, and the weights."""
+    """Differences reported − live (values,), with the place and the row of each, and the weights.
+
+    `computed` are the same differences of right computations in the server's format, NaN where they are unknown.
+    """
 
     apart: Floats
     places: Integers
     rows: Integers  # numbered from 0, without gaps
     weights: Floats
+    computed: tuple[Floats, ...] = ()
 
     @classmethod
     def of(cls, apart: Floats, places: Integers, rows: Integers, effects: Floats) -> EffectValues:
@@ -90,7 +97,17 @@ class EffectValues:
         if rest.min() <= 1e-9 * information.sum():
             return EffectShare(0.0, math.inf)
         value = float(found.sum() / information.sum())
-        return EffectShare(value, float(self._jackknife((found.sum() - found) / rest, value)))
+        return EffectShare(value, math.hypot(float(self._jackknife((found.sum() - found) / rest, value)), self._rounding(effect)))
+
+    def _rounding(self, effect: Floats) -> float:
+        """The root mean square of the effect's shares in `computed`, each over what it knows of it; 0 if they know too little."""
+        squares, whole = self.weights * effect**2, float((self.weights * effect**2).sum())
+        shares = []
+        for apart in self.computed:
+            here = np.isfinite(apart)
+            if (known := float(squares[here].sum())) >= _LEAST_KNOWN * whole:
+                shares.append(float((self.weights * effect * apart)[here].sum()) / known)
+        return float(np.sqrt(np.mean(np.square(shares)))) if shares else 0.0
 
     def shares_beside(self, effects: Floats) -> list[EffectShare]:
         """How much of each of `effects` (modules, values) is in the difference, if all may be; unknown where others equal it."""
@@ -104,7 +121,14 @@ class EffectValues:
             here = self.rows == row
             part = heavy[:, here]
             others.append(np.linalg.solve(squares - part @ effects[:, here].T, found - part @ self.apart[here]))
-        spreads = np.where(np.diagonal(inverse) * _OWN < 1, self._jackknife(np.stack(others), values), math.inf)
+        computed = []
+        for apart in self.computed:
+            here = np.isfinite(apart)
+            known = heavy[:, here] @ effects[:, here].T + 1e-9 * np.eye(len(size))
+            computed.append(np.linalg.solve(known, heavy[:, here] @ apart[here]))
+        rounding = np.sqrt(np.mean(np.square(computed), 0)) if computed else 0.0
+        by_row = self._jackknife(np.stack(others), values)
+        spreads = np.where(np.diagonal(inverse) * _OWN < 1, np.hypot(by_row, rounding), math.inf)
         return [EffectShare(float(one), float(spread)) for one, spread in zip(values / size, spreads / size, strict=True)]
 
     def _jackknife(self, others: Floats, value: float | Floats) -> Floats:
@@ -177,7 +201,7 @@ def find_activity(values: EffectValues, known: LeftOut) -> ActivityFound:
         else:
             unclear[name] = f"the server shows {1 - found.value:.2g} of it, ± {found.spread:.2g}"
     missing = tuple(name for name in known.singles if name in certain)
-    scale = rest.share(known.scale)
+    scale = replace(rest, computed=()).share(known.scale)  # whose limit has what the format may do
     return ActivityFound(tuple(active), missing, unclear, either, 1 - scale.value, scale.spread, search.beyond)
 
 

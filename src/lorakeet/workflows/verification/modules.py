@@ -83,9 +83,9 @@ def check_modules(
     if (count := len(np.unique(values.rows_of[here]))) < FEWEST_ROWS:
         return f"the server reports log-probabilities of {count} rows; {FEWEST_ROWS} are needed, since rounding differs by row"
     apart = values.theirs[here] - values.ours[here]
-    compared = EffectValues.of(apart, places, values.rows_of[here], known.table())
-    found = find_activity(compared, known)
     differences = [(values.as_computed(replica, rows) - values.ours)[here] for replica in computed]
+    compared = replace(EffectValues.of(apart, places, values.rows_of[here], known.table()), computed=tuple(differences))
+    found = find_activity(compared, known)
     bound = _scale_of_rounding(compared, known.scale, differences)
     served = ServedModules(names[1], found.active, found.missing, found.unclear)
     cost = f"{probe.passes} passes over {values.tokens} tokens of {len(rows)} rows"
