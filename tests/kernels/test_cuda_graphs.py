@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from lorakeet.kernels import choose
+from lorakeet.kernels import choose, flash_varlen
 from lorakeet.kernels.choose import PASSES, passed_over, records_passes
 from lorakeet.kernels.cuda_graphs import LARGEST
 from lorakeet.kernels.protocol import Situation
@@ -26,7 +26,10 @@ def test_on_nvidia_gpus_in_half_precision_up_to_3b() -> None:
 def test_why_not_is_said(monkeypatch: pytest.MonkeyPatch) -> None:
     assert not reason()
     assert reason(torch.device("cpu")) == "it is for NVIDIA GPUs"
-    assert reason(dtype=torch.float32) == "attention by row offsets that lie on the GPU takes bfloat16 and float16"
+    needs = "row offsets that lie on the GPU need torch's flash kernel: "
+    assert reason(dtype=torch.float32) == f"{needs}takes bfloat16 and float16; states are float32"
+    monkeypatch.setattr(flash_varlen, "DTYPES", ())
+    assert reason().startswith(needs)
     monkeypatch.setattr(torch.version, "hip", "7.0")
     assert reason() == "this torch is built for ROCm"
     monkeypatch.setattr(choose, "CANDIDATES", {})

@@ -9,10 +9,10 @@ from __future__ import annotations
 
 import torch
 
+from lorakeet.kernels import flash_varlen
 from lorakeet.kernels.protocol import Situation
 
 LARGEST = 3_500_000_000  # weights: of models that are called 3B
-DTYPES = (torch.bfloat16, torch.float16)
 NEEDS = "up to 3.5 billion weights; planned, and proved on the run's first micro-batches"
 
 
@@ -22,9 +22,8 @@ def why_not(situation: Situation) -> str:
         return "it is for NVIDIA GPUs"
     if torch.version.hip:
         return "this torch is built for ROCm"
-    if situation.dtype not in DTYPES:
-        return "attention by row offsets that lie on the GPU takes bfloat16 and float16"
-    return ""
+    why = flash_varlen.why_not(situation)
+    return f"row offsets that lie on the GPU need torch's flash kernel: {why}" if why else ""
 
 
 def takes(weights: int) -> bool:

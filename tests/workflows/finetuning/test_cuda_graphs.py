@@ -44,6 +44,7 @@ from lorakeet.workflows.tune import tune
 from tiny.flash import Flash
 from tiny.models import save_tiny_llama
 from tiny.runs import quiet, reviews, settings, write_rows
+from tiny.simulated_card import simulated_card
 from tiny.tape import Tape
 
 NARROW = {"model.dtype": "bfloat16", "model.products": "bfloat16", "model.device": "cpu", "train.micro_tokens": "200"}
@@ -355,3 +356,17 @@ def test_a_later_shape_that_cannot_be_recorded_is_said_and_computed(
             assert torch.isfinite(task.loss(batch))
     (message,) = caplog.messages
     assert "CUDA graphs cannot be recorded" in message and "computed without CUDA graphs" in message
+
+
+def test_on_a_card_without_streams_a_run_is_planned_with_graphs_and_goes_on_without(
+    tiny_llama_folder: Path, data: Path, tmp_path: Path
+) -> None:
+    """On the simulated card, from the plan on: nothing is stubbed."""
+    changes = {**NARROW, "model.device": "cuda", "evaluate.answers": "0", "evaluate.drift_texts": "0"}
+    with simulated_card():
+        setup = assembled(tiny_llama_folder, data, tmp_path / "run", changes)
+        assert setup.residency.way.graphs and setup.residency.unrestricted
+        task, screen = text_task(setup), io.StringIO()
+        use_graphs(setup, task, Console(file=screen, width=300))
+    assert task.replayed is None and "CUDA graphs of the decoder's passes. Not used: " in screen.getvalue()
+    assert task.graphs.startswith("none: CUDA graphs cannot be recorded")
