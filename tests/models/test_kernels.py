@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import replace
+from importlib import metadata
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +13,7 @@ import torch
 
 from lorakeet.data.pack import Batch
 from lorakeet.errors import ConfigError, EnvironmentProblem
+from lorakeet.kernels import proof
 from lorakeet.kernels.device import standing_for
 from lorakeet.kernels.nf4_maxima import decoded_bytes
 from lorakeet.kernels.tiled_weight import TritonRequest
@@ -22,6 +24,7 @@ from lorakeet.models.kernels import (
     checked_products,
     kernel_bases,
     kernels_for,
+    missing_libraries,
     shared_maxima_bytes,
     with_runnable_kernels,
 )
@@ -217,3 +220,40 @@ def test_a_plan_for_a_card_holds_the_maxima_of_a_block(tiny_llama_folder: Path) 
     size = shared_maxima_bytes(on_cpu.model, on_cpu.family)
     assert size > 0 and "shared_maxima" not in dict(on_cpu.model.named_buffers())
     assert on_card.model.shared_maxima.nbytes == size and "shared_maxima" not in on_card.model.state_dict()
+
+
+@pytest.mark.parametrize(("version", "words"), [("", "is not installed"), ("0.1", "is 0.1; expected")])
+def test_a_library_that_is_missing_or_of_another_version_is_said_on_a_gpu(
+    version: str, words: str, tiny_llama_folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Once for each, with the command; never a silent slow path."""
+
+    known = metadata.version
+
+    def installed(name: str) -> str:
+        if name not in ("liger-kernel", "bitsandbytes"):
+            return known(name)
+        if not version:
+            raise metadata.PackageNotFoundError
+        return version
+
+    monkeypatch.setattr(proof.metadata, "version", installed)
+    proof.missing_package.cache_clear()
+    nf4, cuda = QuantSpec(method="nf4"), torch.device("cuda", 0)
+    try:
+        norms, weights = missing_libraries(cuda, nf4)
+        assert norms.startswith(f"liger-kernel {words}") and "Install it with: pip install 'liger-kernel<0.9,>=0.8.5'." in norms
+        assert weights.startswith(f"bitsandbytes {words}") and weights.endswith("by torch's operations, which is slower.")
+        assert [*missing_libraries(cuda, QuantSpec())] == [norms] and not [*missing_libraries(torch.device("cpu"), nf4)]
+        said: list[str] = []
+        with simulated_card():
+            load_text_model(ModelSpec(path=str(tiny_llama_folder), dtype="bfloat16", device="cuda"), say=said.append)
+        assert said.count(norms) == 1
+    finally:
+        proof.missing_package.cache_clear()
+
+
+def test_nothing_is_missing_where_all_is_there() -> None:
+    pytest.importorskip("bitsandbytes")
+    pytest.importorskip("liger_kernel")
+    assert not [*missing_libraries(torch.device("cuda", 0), QuantSpec(method="nf4"))]

@@ -21,16 +21,19 @@ from lorakeet.core.base import DenseBase
 from lorakeet.core.layers.linear import LoraLinear
 from lorakeet.core.math import add_low_rank, shrink_grad
 from lorakeet.errors import EnvironmentProblem
+from lorakeet.kernels import bitsandbytes_nf4, liger
 from lorakeet.kernels.choose import fused_pair
 from lorakeet.kernels.nf4_maxima import decoded_bytes
+from lorakeet.kernels.proof import missing_package
 from lorakeet.kernels.tiled_weight import TritonRequest
 from lorakeet.kernels.triton.support import RANK, why_not_on
 from lorakeet.models import modules
 from lorakeet.models.families import Family
 from lorakeet.models.placement import device_for
 from lorakeet.models.spec import ModelSpec
-from lorakeet.quant.nf4 import Nf4Base, decode_maxima_together
+from lorakeet.quant.nf4 import Nf4Base, bitsandbytes_advice, decode_maxima_together
 from lorakeet.quant.packed import PackedBase, PackedLinear
+from lorakeet.quant.spec import QuantSpec
 
 TOKENS, LOW_RANK, SCALE = (1, 17, 33), 8, 1.5  # of the check: tokens for each tile height, and a rank beside the highest
 ROWS = 256  # rows of W compared at either end
@@ -47,6 +50,19 @@ def kernels_for(spec: ModelSpec, device: torch.device) -> TritonRequest | None:
     if reason:
         raise EnvironmentProblem(f"model.kernels is triton: {reason}")
     return TritonRequest(spec.fused_tokens)
+
+
+def missing_libraries(device: torch.device, quantize: QuantSpec) -> Iterator[str]:
+    """Yields what a model on a GPU lacks of the libraries whose kernels come first (kernels/choose), with the command that
+    installs it; nothing on other devices. What is said where bitsandbytes is not installed at all is `bitsandbytes_advice`.
+    """
+    if device.type != "cuda":
+        return
+    if why := missing_package(liger.PACKAGE, liger.VERSIONS):
+        yield f"{why}. Until then norms, gates, rotary positions and the loss run by torch's operations, which is slower."
+    nf4 = quantize.method == "nf4" and not bitsandbytes_advice()
+    if nf4 and (why := missing_package(bitsandbytes_nf4.PACKAGE, bitsandbytes_nf4.VERSIONS)):
+        yield f"{why}. Until then NF4 weights are unpacked by torch's operations, which is slower."
 
 
 def with_runnable_kernels(spec: ModelSpec) -> ModelSpec:

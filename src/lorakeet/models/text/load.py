@@ -26,7 +26,13 @@ from lorakeet.models.files.quiet import quiet_transformers
 from lorakeet.models.files.source import find_source
 from lorakeet.models.files.stored_tensors import stored_quantisation
 from lorakeet.models.files.validate import first_line, require_architecture, require_sizes, require_text_model
-from lorakeet.models.kernels import check_kernels, kernels_for, share_block_maxima, use_kernels
+from lorakeet.models.kernels import (
+    check_kernels,
+    kernels_for,
+    missing_libraries,
+    share_block_maxima,
+    use_kernels,
+)
 from lorakeet.models.modules import block_prefix, decoder_of
 from lorakeet.models.placement import device_for, products_for, text_dtype_for
 from lorakeet.models.spec import ModelSpec
@@ -101,6 +107,8 @@ def load_text_model(
         _choose_attention(text, spec.attention, reference, say)
     if device.type == "cpu" and text.products == torch.bfloat16 and native.suits_machine() and (reason := native.why_not()):
         say(f"Attention and elementwise operations run by torch's own operations, which is slower: {reason}.")
+    for line in missing_libraries(device, spec.quantize):
+        say(line)
     if kernels is not None:
         _use_checked_kernels(text, kernels)
     return text
