@@ -105,13 +105,18 @@ def load_text_model(
         _require_numbers(text, reference)
         check_head(text, reference)
         _choose_attention(text, spec.attention, reference, say)
-    if device.type == "cpu" and text.products == torch.bfloat16 and native.suits_machine() and (reason := native.why_not()):
-        say(f"Attention and elementwise operations run by torch's own operations, which is slower: {reason}.")
-    for line in missing_libraries(device, spec.quantize):
+    for line in _what_is_slower(text, spec):
         say(line)
     if kernels is not None:
         _use_checked_kernels(text, kernels)
     return text
+
+
+def _what_is_slower(text: TextModel, spec: ModelSpec) -> Iterator[str]:
+    """Yields what runs by torch's operations since something is not installed."""
+    if text.device.type == "cpu" and text.products == torch.bfloat16 and native.suits_machine() and (reason := native.why_not()):
+        yield f"Attention and elementwise operations run by torch's own operations, which is slower: {reason}."
+    yield from missing_libraries(text.device, spec.quantize)
 
 
 def _multiply_in_int8(model: Any, spec: ModelSpec) -> None:
