@@ -11,6 +11,7 @@ import pytest
 from rich.console import Console
 
 from lorakeet.errors import ConfigError, EnvironmentProblem
+from lorakeet.workflows.finetuning import assemble_image
 from lorakeet.workflows.finetuning.assemble_image import assemble_images, check_settings, image_task
 from tiny.image_runs import image_config
 from tiny.images import diffusers
@@ -29,6 +30,17 @@ def test_settings_of_text_models_are_refused_together(tiny_sd_folder: Path, tmp_
     config = image_config(tiny_sd_folder, tmp_path, lora__new_tokens="<a>", ranks__choose="auto")
     with pytest.raises(ConfigError, match=r"2 problems[\s\S]*new_tokens[\s\S]*ranks\.choose"):
         assemble_images(config, Console(quiet=True))
+
+
+def test_a_gpu_that_torch_does_not_use_is_said_before_anything_is_read(
+    tiny_sd_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(assemble_image, "why_not_cuda", lambda _: "Training runs on the CPU. Install another torch.")
+    screen = io.StringIO()
+    config = image_config(tiny_sd_folder, tmp_path, diffusion__scorer=tmp_path / "none")
+    with pytest.raises(EnvironmentProblem):
+        assemble_images(config, Console(file=screen, width=200))
+    assert screen.getvalue().startswith("Training runs on the CPU. Install another torch.\n")
 
 
 @pytest.mark.parametrize(
