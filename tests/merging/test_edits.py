@@ -30,6 +30,21 @@ def checkpoint(folder: Path, *, head: bool = True, **config: Any) -> Checkpoint:
     return open_checkpoint(folder)
 
 
+@pytest.mark.parametrize(
+    ("config", "across"),
+    [({"model_type": "gpt_oss"}, True), ({"model_type": "aria", "text_config": {"model_type": "aria_text"}}, True), ({}, False)],
+)
+def test_experts_are_folded_as_the_text_part_stores_them(config: dict[str, Any], across: bool, tmp_path: Path) -> None:
+    pair = random_pair("experts", torch.zeros(3, 6, 8) if across else torch.zeros(3, 8, 6))
+    base, name = checkpoint(tmp_path, **config), "model.mlp.experts.down_proj"
+    changed = edits_for(base, Adapter({name: pair})).by_name[name]
+    wanted = pair.delta().transpose(1, 2) if across else pair.delta()
+    weight = torch.randn(SHAPES[name])
+    for step in changed.steps:
+        found = step(weight)
+    torch.testing.assert_close(found, weight + wanted)
+
+
 LINEAR = random_pair("linear", torch.zeros(8, 8))
 EMBEDDING = random_pair("embedding", torch.zeros(10, 8))
 HEAD = random_pair("linear", torch.zeros(10, 8))

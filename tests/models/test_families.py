@@ -7,7 +7,7 @@ from types import SimpleNamespace
 import pytest
 from transformers import AutoConfig
 
-from lorakeet.models.families import FAMILIES, GENERIC, LogitScaling, family_of, in_group
+from lorakeet.models.families import FAMILIES, GENERIC, LogitScaling, family_of, family_of_model, in_group
 from lorakeet.models.modules import original_modules
 from tiny.models import FAMILIES as TINY
 from tiny.models import tiny_model
@@ -43,6 +43,11 @@ def test_what_is_done_to_the_logits_is_read_from_the_configuration() -> None:
     assert family_of("cohere").logits_of(config) == LogitScaling(0.5, 8.0, 30.0)
     assert GENERIC.logits_of(SimpleNamespace(final_logit_softcapping=None)).none
     assert not GENERIC.logits_of(config).none
+
+
+def test_a_wrapper_whose_code_leaves_the_factor_out_has_none() -> None:
+    for kind, factor in (("aya_vision", ""), ("cohere2_vision", ""), ("cohere_compass", ""), ("cohere2", "logit_scale")):
+        assert family_of_model(AutoConfig.for_model(kind)).logit_factor == factor
 
 
 def test_no_model_type_stands_twice() -> None:

@@ -219,7 +219,9 @@ def in_peft(folder: Path, *, trainable: bool = False) -> Any:
 
 def in_transformers(folder: Path) -> Any:
     config = transformers.AutoConfig.from_pretrained(folder)
-    return auto_class_of(config).from_pretrained(folder, dtype=torch.float32, attn_implementation="eager").eval()
+    config._experts_implementation = "eager"  # torch's grouped product takes no fp64
+    model = auto_class_of(config).from_pretrained(folder, config=config, dtype=torch.float32, attn_implementation="eager")
+    return model.eval()
 
 
 def _logits(model: Any) -> Tensor:
@@ -336,7 +338,7 @@ def tried(kind: str, folder: Path, columns: Iterable[str] = COLUMNS) -> dict[str
     """
     built = _in_process(lambda: str(saved(kind, folder)))
     if built.outcome != "passed":
-        return {"build": built}
+        return {"build": replace(built, outcome="not tried")}  # what is written there is no model of Lorakeet's
     found: dict[str, Outcome] = {}
     for column in columns:
         if column in ALONE or found["train"].outcome == "passed":
@@ -351,8 +353,10 @@ def _in_process(work: Callable[[], str]) -> Outcome:
     if child == 0:
         os.close(reading)
         resource.setrlimit(resource.RLIMIT_CPU, (SECONDS + int(sum(os.times()[:2])), resource.RLIM_INFINITY))
-        os.write(writing, json.dumps(asdict(_outcome(work))).encode())
-        os._exit(0)
+        try:
+            os.write(writing, json.dumps(asdict(_outcome(work))).encode())
+        finally:
+            os._exit(0)  # also where nobody reads it any more: the child must not go on as its parent
     os.close(writing)
     with open(reading, "rb") as pipe:
         said = pipe.read()

@@ -56,7 +56,10 @@ CHANGES: dict[str, dict[str, Any]] = {
     "dots1": {"n_routed_experts": 4, "n_shared_experts": 1, "num_experts_per_tok": 2},
     "dots3_note_text": {"num_key_value_heads": 4},
     "falcon_h1": {"mamba_d_ssm": 64, "mamba_n_heads": 4, "mamba_d_head": 16, "mamba_expand": 1, "lm_head_multiplier": 0.5},
-    "gemma3n_text": {"num_hidden_layers": 10, "num_kv_shared_layers": 5, "activation_sparsity_pattern": [0.95] * 5 + [0.0] * 5},
+    "gemma3n_text": {
+        "num_hidden_layers": 10, "num_kv_shared_layers": 5, "activation_sparsity_pattern": [0.95] * 5 + [0.0] * 5,
+        "intermediate_size": [96] * 10,  # of 16,384, one lies on its threshold to rounding: its gradient is 0 or 1
+    },
     "gpt_neo": {"attention_types": [[["global", "local"], 2]], "num_layers": 4},
     "granite": {"logits_scaling": 4.0},
     "granitemoehybrid": {
@@ -77,7 +80,10 @@ CHANGES: dict[str, dict[str, Any]] = {
         "mamba_head_dim": 32, "n_routed_experts": 4,
     },
     "phi3": {"rope_parameters": {"rope_type": "default", "rope_theta": 1e4, "partial_rotary_factor": 0.75}},
-    **{kind: {"text_config": {"rope_parameters": MULTIPLE}} for kind in ("qwen2_vl", "qwen2_5_vl", "glm4v")},
+    **{
+        kind: {"text_config": {"rope_parameters": MULTIPLE}}
+        for kind in ("qwen2_vl", "qwen2_5_vl", "glm4v", "glm46v", "glm_ocr", "glmga")
+    },
     "glm4v_moe": {"text_config": {"rope_parameters": {**MULTIPLE, "partial_rotary_factor": 0.5, "mrope_section": [1, 1, 2]}}},
     "mistral4": {"head_dim": 16},
     **{kind: {"linear_num_value_heads": 8} for kind in ("qwen3_5_text", "qwen3_5_moe_text")},

@@ -5,6 +5,7 @@ from __future__ import annotations
 import gc
 import json
 import os
+import re
 import shlex
 import shutil
 import signal
@@ -33,6 +34,7 @@ from lorakeet.workflows.options import VerifyOptions
 from lorakeet.workflows.serve import _cores, cores_for_the_engine, existing_objects_frozen
 from lorakeet.workflows.verify import verify
 from tiny.adapters import random_adapter
+from tiny.family_columns import saved
 from tiny.models import tiny_model
 from tiny.runs import quiet
 
@@ -198,6 +200,22 @@ def test_refusals(
 ) -> None:
     assert main(["serve", "--model", str(tiny_llama_folder), "--dtype", "float32", *arguments]) == 2
     assert message in " ".join(capsys.readouterr().err.split())
+
+
+@pytest.mark.parametrize(
+    ("kind", "reason"),
+    [
+        ("lfm2", r"its Lfm2ShortConv carry a state from token to token, .* runs with sdpa, as varlen gives other logits than"),
+        ("stablelm", r"texts share a batch by model.attention varlen only, and this 'stablelm' model runs with sdpa, as "),
+        ("diffllama", r"as it is a 'diffllama' model: over a cache its logits are"),
+    ],
+)
+def test_a_model_that_cannot_be_served_is_refused_at_the_start_with_the_reason(
+    kind: str, reason: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert main(["serve", "--model", str(saved(kind, tmp_path)), "--dtype", "float32"]) == 2
+    captured = capsys.readouterr()
+    assert re.search(rf"cannot be served[:,] {reason}", " ".join(captured.err.split())) and "Serving " not in captured.out
 
 
 def test_the_command_for_vllm(adapters: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -99,6 +99,8 @@ class _EditPlanner:
         self.notes: list[str] = []
         self.head = ""  # name of the head's new tensor, once untied
         self.model_type = str(checkpoint.setting("model_type") or "")
+        text = dict(checkpoint.setting("text_config") or {}).get("model_type", "")  # of a wrapper that also sees or hears
+        self.transposed_experts = bool({self.model_type, text} & set(TRANSPOSED_EXPERTS))
 
     def untie(self, adapter: Adapter) -> None:
         """Gives the head a tensor of its own if it shares the embedding's and the adapter changes only one of them."""
@@ -225,7 +227,7 @@ class _EditPlanner:
         if pair.kind not in ("linear", "experts") or pair.bias is not None:
             self.problems.add(f"{path} lies in {pieces[0].name}, into which such a pair cannot be merged; keep it an adapter.")
             return
-        across = pair.kind == "experts" and self.model_type in TRANSPOSED_EXPERTS
+        across = pair.kind == "experts" and self.transposed_experts
         for piece in (replace(piece, across=piece.across ^ across) for piece in pieces):
             edit, wanted = self.edit(piece.name), _part_of(pair, piece).weight_shape
             if edit is None:
@@ -260,7 +262,7 @@ class _EditPlanner:
 
     def fold_experts(self, path: str, pair: Pair) -> None:
         block, _, parameter = path.rpartition(".")
-        if self.checkpoint.find(path) is not None and self.model_type in TRANSPOSED_EXPERTS:
+        if self.checkpoint.find(path) is not None and self.transposed_experts:
             edit, shape = self.edit(path), pair.weight_shape
             if edit is not None and edit.shape != (shape[0], shape[2], shape[1]):
                 self.problems.add(f"{path} is {edit.shape} in the checkpoint; the pair is for {shape}, stored transposed.")

@@ -6,7 +6,7 @@ A new family is one line in `FAMILIES`. Other models are `GENERIC`, which reads 
 from __future__ import annotations
 
 from collections.abc import Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 LLAMA_LIKE = 0.781  # exponent p of the learning-rate rule 5e-5·10·(2000/hidden)^p
@@ -90,16 +90,24 @@ READ_DIRECTLY = {
 }
 
 
+# Wrappers whose own code multiplies by the head alone, without the factor that the code of their text part applies.
+UNSCALED = ("aya_vision", "cohere2_vision")
 # Modules that only choose which tokens are attended to: no gradient reaches them.
 CHOOSING = ("indexer",)
 # Parts of wrappers that stand within the language model, by model type; others stand beside it.
-OUTSIDE_TEXT = {"phi4_multimodal": ("embed_tokens_extend",)}
+OUTSIDE_TEXT = {"phi4_multimodal": ("embed_tokens_extend",), "git": ("image_encoder", "visual_projection")}
 
 
 def family_of(config: Any) -> Family:
     """Returns the family of a transformers configuration or `model_type`, or `GENERIC`."""
     model_type = config if isinstance(config, str) else getattr(config, "model_type", "")
     return next((family for family in FAMILIES if model_type in family.model_types), GENERIC)
+
+
+def family_of_model(config: Any) -> Family:
+    """Returns the family of the text part of a whole model's transformers configuration."""
+    found = family_of(config.get_text_config())
+    return replace(found, logit_factor="") if getattr(config, "model_type", "") in UNSCALED else found
 
 
 def in_group(path: str, names: Iterable[str], words: Iterable[str]) -> bool:

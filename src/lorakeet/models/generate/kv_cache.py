@@ -240,7 +240,8 @@ def require_batched(text: TextModel) -> None:
     if parts := stateful_parts(text.model):
         reason = f"its {' and '.join(parts)} carry a state from token to token, and a server keeps only keys and values of a text"
     raise ConfigError(
-        f"{text.name} cannot be served: {reason}, and this '{text.model.config.model_type}' model runs with {text.attention}. "
+        f"{text.name} cannot be served: {reason}, and this '{text.model.config.model_type}' model runs with {text.attention}"
+        f"{f', as {text.why_not_varlen}' if text.why_not_varlen else ''}. "
         "Merge its adapter (lorakeet merge), and serve the merged model elsewhere."
     )
 

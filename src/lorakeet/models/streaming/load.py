@@ -23,7 +23,7 @@ from lorakeet.memory.store import CPU, StoreWriter, WeightStore, new_store
 from lorakeet.memory.stream import RecordStream, StreamedRows
 from lorakeet.memory.transfer import CudaTransfer, HostTransfer
 from lorakeet.models import modules
-from lorakeet.models.families import Family, family_of
+from lorakeet.models.families import Family, family_of_model
 from lorakeet.models.files.fingerprint import fingerprint
 from lorakeet.models.files.foreign_code import build_native
 from lorakeet.models.files.packing import packing_of
@@ -73,7 +73,7 @@ def streamed_model(
     `changes` are applied to dense weights as a missing store is written. Raises ConfigError if the model has no list of blocks,
     DataError for damaged files or a store of another model, EnvironmentProblem if the store cannot be written.
     """
-    same, family = identity(source, dtype, quantize), family_of(config.get_text_config())
+    same, family = identity(source, dtype, quantize), family_of_model(config)
     path = folder / f"{source.name}-{same['model'][:16]}-{quantize.method}-{same['dtype']}.safetensors"
     if not path.is_file():
         say(f"Writing the frozen weights into {path}, from where they are streamed.")

@@ -28,7 +28,7 @@ from lorakeet.kernels.device import REHEARSED
 from lorakeet.memory.ledger import Ledger
 from lorakeet.memory.remembered import remembered
 from lorakeet.memory.shape_only import ShapeStore
-from lorakeet.models.families import Family, family_of
+from lorakeet.models.families import Family, family_of_model
 from lorakeet.models.files.foreign_code import build_native, read_native
 from lorakeet.models.files.gguf_validate import config_of_gguf
 from lorakeet.models.files.packing import Packing, packing_of
@@ -130,7 +130,7 @@ def model_from_config(
 def _text_model(model: Any, streamed: StreamedBlocks | None, attention: str, **about: Any) -> TextModel:
     set_attention(model, "varlen" if attention == "auto" else attention)
     return TextModel(
-        model=model, tokenizer=None, source=Path(), family=family_of(model.config.get_text_config()), streamed=streamed,
+        model=model, tokenizer=None, source=Path(), family=family_of_model(model.config), streamed=streamed,
         options=PassOptions(share_prefix=False),  # what rows share is not known yet: the plan may be larger, never too small
         **about,
     )  # fmt: skip
@@ -152,7 +152,7 @@ def streamed_model_from_config(
     As in `model_from_config`, linear layers are packed as `quantize` says or as they are in `files`, and attention auto is
     varlen. Raises ConfigError if the model has no list of blocks.
     """
-    family, quantize = family_of(config.get_text_config()), quantize or QuantSpec()
+    family, quantize = family_of_model(config), quantize or QuantSpec()
     with _disable_current_modes():  # tensors on disk are not in the ledger
         store = shape_store(empty_packed(config, dtype, quantize, files), family)
     base_of = EMPTY_ON_META if quantize.int8_products else lambda settings: ShapeBase(EMPTY_ON_META(settings))

@@ -24,7 +24,7 @@ from lorakeet.data.pack import Batch, micro_batches, pack_examples
 from lorakeet.errors import ConfigError, DataError, Problems
 from lorakeet.memory.spill import Spill
 from lorakeet.models import modules
-from lorakeet.models.families import family_of
+from lorakeet.models.families import family_of_model
 from lorakeet.models.files.quantized import packable
 from lorakeet.models.text.model import TextModel
 from lorakeet.quant.gptq import gptq_buffer_shapes
@@ -57,7 +57,7 @@ class QuantisedBlock:
 
 def layers_in_blocks(model: Any, name: str) -> dict[str, nn.Module]:
     """Returns the layers that GPTQ quantises, by path; ConfigError if the model, `name` to the user, has none."""
-    prefix, count = modules.block_prefix(model, family_of(model.config.get_text_config()))
+    prefix, count = modules.block_prefix(model, family_of_model(model.config))
     inside = packable(model, head=False).items() if count else ()
     layers = {path: module for path, module in inside if path.startswith(f"{prefix}.")}
     if not layers:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, cast
 
@@ -18,7 +19,7 @@ from lorakeet.formats.files.json_object import read_object
 from lorakeet.kernels.cpu import compile as native
 from lorakeet.kernels.tiled_weight import TritonRequest
 from lorakeet.models.attention import VARLEN, register
-from lorakeet.models.families import family_of
+from lorakeet.models.families import family_of_model
 from lorakeet.models.files.dense import load_dense, take_generation_settings
 from lorakeet.models.files.foreign_code import read_native
 from lorakeet.models.files.quantized import load_quantised
@@ -91,7 +92,7 @@ def load_text_model(
         tokenizer=load_tokenizer(source) if tokenizer is None else tokenizer,
         name=spec.path,
         source=source,
-        family=family_of(model.config.get_text_config()),
+        family=family_of_model(model.config),
         device=device,
         dtype=dtype,
         products=products_for(spec, dtype, device),
@@ -104,7 +105,7 @@ def load_text_model(
         reference = _own_logits(text)
         _require_numbers(text, reference)
         check_head(text, reference)
-        _choose_attention(text, spec.attention, reference, say)
+        text = replace(text, why_not_varlen=_choose_attention(text, spec.attention, reference, say))
     for line in _what_is_slower(text, spec):
         say(line)
     if kernels is not None:
@@ -288,15 +289,18 @@ def _require_same_head(text: TextModel, logits: Tensor, own: Tensor) -> None:
         )
 
 
-def _choose_attention(text: TextModel, wanted: str, reference: Tensor, say: Callable[[str], None]) -> None:
-    """Sets the first attention that gives the model's own logits; only the `wanted` one, unless that is auto."""
+def _choose_attention(text: TextModel, wanted: str, reference: Tensor, say: Callable[[str], None]) -> str:
+    """Sets the first attention that gives the model's own logits; only the `wanted` one, unless that is auto.
+
+    Returns why that is not varlen, where it was tried.
+    """
     failures: list[str] = []
     for attention in ("varlen", "sdpa", "eager") if wanted == "auto" else (wanted,):
         failure = _try_attention(text, attention, reference)
         if failure is None:
             if failures:
                 say(f"Attention: {attention}, as {'; '.join(failures)}.")
-            return
+            return failures[0] if failures else ""
         failures.append(failure)
     raise EnvironmentProblem(f"model.attention {wanted} cannot be used: {'; '.join(failures)}. Use model.attention auto.")
 

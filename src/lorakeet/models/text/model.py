@@ -87,6 +87,7 @@ class TextModel:
     streamed: StreamedBlocks | None = None  # the blocks, where they are streamed from a store
     sharded: bool = False  # whether the blocks are sharded over processes, so that every pass gathers them
     options: PassOptions = PassOptions()
+    why_not_varlen: str = ""  # what was found when its rows were packed at loading, where they cannot be
 
     def with_options(self, **changes: bool) -> TextModel:
         """The same model with other `options`."""

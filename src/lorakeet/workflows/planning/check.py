@@ -35,7 +35,7 @@ from lorakeet.memory.budget import Budget
 from lorakeet.memory.forecast import Forecast, Phase, phases_of
 from lorakeet.memory.usage import Usage, add_usage
 from lorakeet.merging.merged_folder import FP32_COPIES
-from lorakeet.models.families import family_of
+from lorakeet.models.families import family_of_model
 from lorakeet.models.files.quantized import plain_config
 from lorakeet.models.files.source import find_source
 from lorakeet.models.files.stored_tensors import stored_dtype
@@ -320,7 +320,7 @@ def bytes_of_reading(found: Rehearsal, config: Any, empty: nn.Module) -> int:
     """Bytes beside a model in fp32 while it is read: a block on its way into the store, or tensors in a file's other dtype."""
     stored = stored_dtype(config)
     if found.blocks:
-        return bytes_of_storing(empty, family_of(config.get_text_config()), found.block_bytes, stored.itemsize + FP32)
+        return bytes_of_storing(empty, family_of_model(config), found.block_bytes, stored.itemsize + FP32)
     return found.being_cast(stored, torch.float32)
 
 

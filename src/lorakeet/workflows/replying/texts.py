@@ -23,7 +23,7 @@ from lorakeet.data.spec import DataSpec
 from lorakeet.errors import ConfigError, LorakeetError
 from lorakeet.memory.spec import MemorySpec
 from lorakeet.merging.combine import CombineSpec, combination
-from lorakeet.models.families import family_of
+from lorakeet.models.families import family_of_model
 from lorakeet.models.files.source import find_source
 from lorakeet.models.generate.sample import sample
 from lorakeet.models.inject import activate, adapter_names, eject
@@ -69,7 +69,7 @@ def open_texts(spec: ModelSpec, memory: MemorySpec, adapter: Adapter | None, *, 
 def _outline(spec: ModelSpec) -> Adapter:
     """An adapter of rank 1 on every linear layer, on the meta device: the least that a plan of an evaluation takes."""
     config = read_config(find_source(spec, lambda _: None))
-    plan = plan_for(empty_model(config, torch.float32), LoraSpec(rank=1), family_of(config.get_text_config()))
+    plan = plan_for(empty_model(config, torch.float32), LoraSpec(rank=1), family_of_model(config))
     with torch.device("meta"):
         pairs = {
             entry.path: Pair(torch.empty(entry.shape_a), torch.empty(entry.shape_b), entry.alpha, entry.kind)
