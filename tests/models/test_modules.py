@@ -100,6 +100,7 @@ def test_find_and_output_layer() -> None:
         ("gemma3", "model.language_model", ["model.vision_tower", "model.multi_modal_projector"]),
         ("mistral3", "model.language_model", ["model.vision_tower", "model.multi_modal_projector"]),
         ("phi4_multimodal", "", ["model.embed_tokens_extend"]),
+        ("hyperclovax_vision_v2", "model.language_model", ["model.vision_model", "model.projector"]),  # a linear layer itself
         ("git", "", ["git.image_encoder", "git.visual_projection"]),
         ("llama", "", []),
     ],

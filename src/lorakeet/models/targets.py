@@ -86,7 +86,8 @@ def _sites(model: nn.Module) -> Iterable[Site]:
             why = f"a {type(module).__name__} whose weight is read without calling it, so a pair would do nothing"
             yield Site(path, None, (), why)
         else:
-            apart = "outside the text part, adapted by name only" if any(path.startswith(f"{part}.") for part in outside) else ""
+            beside = any(f"{path}.".startswith(f"{part}.") for part in outside)
+            apart = "outside the text part, adapted by name only" if beside else ""
             yield Site(path, kind, modules.weight_shape(module, kind), "", apart or _apart(model, path, module, kind))
 
 

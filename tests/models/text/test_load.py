@@ -160,6 +160,13 @@ def test_own_code_that_fails_is_one_message(folder: Path, monkeypatch: pytest.Mo
         load_text_model(ModelSpec(path=str(folder)))
 
 
+def test_a_decoder_without_hidden_states_is_one_message(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(transformers.LlamaForCausalLM, "get_decoder", lambda self: self)
+    monkeypatch.setattr("lorakeet.models.modules.decoder_of", lambda model: model)
+    with pytest.raises(EnvironmentProblem, match=r"'llama' models cannot be used: .* gives no hidden states \(CausalLMOutput"):
+        load_text_model(ModelSpec(path=str(folder)))
+
+
 def test_attention_that_fails_in_any_way_is_not_used(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     real = load.set_attention
 

@@ -27,6 +27,7 @@ from lorakeet.data.chat import Example
 from lorakeet.data.locate import PACKAGE
 from lorakeet.data.pack import Batch, micro_batches
 from lorakeet.data.prefix import PASS, BatchLimits, PrefixLayout, prefix_batches, shared_layout, unshared_layout
+from lorakeet.errors import EnvironmentProblem
 from lorakeet.kernels.choose import attends_in_c
 from lorakeet.kernels.cpu.attention import TILED
 from lorakeet.kernels.flash_varlen import RowOffsets
@@ -311,6 +312,11 @@ class TextModel:
     def _decode(self, ids: Tensor, **arguments: Any) -> Tensor:
         """Returns the decoder's last hidden states (rows, tokens, hidden) of `ids` (rows, tokens)."""
         output = modules.decoder_of(self.model)(input_ids=ids, attention_mask=torch.ones_like(ids), use_cache=False, **arguments)
+        if not hasattr(output, "last_hidden_state"):
+            raise EnvironmentProblem(
+                f"'{self.model.config.model_type}' models cannot be used: what transformers calls their decoder gives no hidden "
+                f"states ({type(output).__name__})."
+            )
         return cast(Tensor, output.last_hidden_state)
 
 
