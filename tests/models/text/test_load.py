@@ -85,7 +85,7 @@ def test_a_head_formula_that_is_not_known_never_passes(
     _save(tmp_path, family, settings)
     load_text_model(spec(tmp_path))
     unknown = replace(families.GENERIC, soft_cap="", logit_divisor="")
-    monkeypatch.setattr(load, "family_of", lambda _: unknown)
+    monkeypatch.setattr(load, "family_of_model", lambda _: unknown)
     with pytest.raises(EnvironmentProblem, match=f"The head of '{family}' models computes its logits in a way"):
         load_text_model(spec(tmp_path))
 
@@ -100,7 +100,7 @@ def test_a_cap_far_above_the_logits_is_not_passed_over(
     assert text.head_weight is None and text.family is families.GENERIC
     states = torch.full((1, 32), 1e4, dtype=text.dtype)
     assert float(text.head(states).abs().max()) <= 200.0
-    monkeypatch.setattr(load, "family_of", lambda _: replace(families.GENERIC, soft_cap=""))
+    monkeypatch.setattr(load, "family_of_model", lambda _: replace(families.GENERIC, soft_cap=""))
     with pytest.raises(EnvironmentProblem, match="The head of 'gemma4_text' models computes its logits in a way"):
         load_text_model(spec(tmp_path, dtype=dtype))
 
