@@ -122,7 +122,7 @@ def model_from_config(
     model = model.requires_grad_(False).eval()
     quantize = quantize or QuantSpec()
     put_packed(model, packing_of(model, config, quantize, files), device, in_int8=quantize.int8_products)
-    if REHEARSED.get() and (size := shared_maxima_bytes(model, family_of(model.config.get_text_config()))):
+    if REHEARSED.get() and (size := shared_maxima_bytes(model, family_of_model(model.config))):
         model.register_buffer("shared_maxima", torch.empty(size, dtype=torch.uint8), persistent=False)  # as long as the model
     return _text_model(model, None, attention, name=name, dtype=dtype, products=products, device=device)
 
