@@ -7,7 +7,7 @@ weighted least-squares share: 0 if the module is active, 1 if it is missing. Its
 left out once), with one degree of freedom less than there are rows: what rounding does at two places of a row is not independent.
 So no number format has to be known, and a server that differs in other ways has a wide spread. Rounding to few bits changes the
 weights once, for all rows alike, which rows do not show. Where the live model was computed in the server's format, in several
-ways, the shares that an effect has in these computations are added to the spread.
+ways, what an effect's shares in these computations have in common over the rows is added to the spread.
 
 Shares are of one effect alone. Where more than rounding is left, in a sum of effects, modules are called active by their shares
 of all effects at once, each beside all others.
@@ -20,6 +20,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
+from functools import cached_property
 
 import numpy as np
 import numpy.typing as npt
@@ -97,17 +98,36 @@ class EffectValues:
         if rest.min() <= 1e-9 * information.sum():
             return EffectShare(0.0, math.inf)
         value = float(found.sum() / information.sum())
-        return EffectShare(value, math.hypot(float(self._jackknife((found.sum() - found) / rest, value)), self._rounding(effect)))
+        spread = float(self._jackknife((found.sum() - found) / rest, value))
+        return EffectShare(value, math.hypot(spread, self._rounding(effect[None], lambda one, some: [one.share(some[0])])[0]))
 
-    def _rounding(self, effect: Floats) -> float:
-        """The root mean square of the effect's shares in `computed`, each over what it knows of it; 0 if they know too little."""
-        squares, whole = self.weights * effect**2, float((self.weights * effect**2).sum())
-        shares = []
+    @cached_property
+    def _computations(self) -> list[tuple[EffectValues, npt.NDArray[np.bool_]]]:
+        """Each of `computed` as differences of its own, and what it knows; without those of less than FEWEST_ROWS rows."""
+        found = []
         for apart in self.computed:
             here = np.isfinite(apart)
-            if (known := float(squares[here].sum())) >= _LEAST_KNOWN * whole:
-                shares.append(float((self.weights * effect * apart)[here].sum()) / known)
-        return float(np.sqrt(np.mean(np.square(shares)))) if shares else 0.0
+            rows = np.unique(self.rows[here], return_inverse=True)[1].reshape(-1)
+            one = EffectValues(apart[here], self.places[here], rows, self.weights[here])
+            if one.count >= FEWEST_ROWS:
+                found.append((one, here))
+        return found
+
+    def _rounding(self, effects: Floats, shares: Callable[[EffectValues, Floats], Sequence[EffectShare]]) -> Floats:
+        """How far rounding moves the share of each of `effects` (modules, values) on all rows alike; 0 without `computed`.
+
+        The root mean square of the shares in the computations, without what differs from row to row. A computation counts for an
+        effect of which it knows _LEAST_KNOWN.
+        """
+        total, count = np.zeros(len(effects)), np.zeros(len(effects))
+        whole = (self.weights * effects**2).sum(1)
+        for one, here in self._computations:
+            known = (one.weights * effects[:, here] ** 2).sum(1) >= _LEAST_KNOWN * np.maximum(whole, 1e-30)
+            for number, found in enumerate(shares(one, effects[:, here])):
+                if known[number] and math.isfinite(found.spread):
+                    total[number] += found.value**2 - found.spread**2
+                    count[number] += 1
+        return np.asarray(np.sqrt(np.maximum(total, 0.0) / np.maximum(count, 1)))
 
     def shares_beside(self, effects: Floats) -> list[EffectShare]:
         """How much of each of `effects` (modules, values) is in the difference, if all may be; unknown where others equal it."""
@@ -121,15 +141,9 @@ class EffectValues:
             here = self.rows == row
             part = heavy[:, here]
             others.append(np.linalg.solve(squares - part @ effects[:, here].T, found - part @ self.apart[here]))
-        computed = []
-        for apart in self.computed:
-            here = np.isfinite(apart)
-            known = heavy[:, here] @ effects[:, here].T + 1e-9 * np.eye(len(size))
-            computed.append(np.linalg.solve(known, heavy[:, here] @ apart[here]))
-        rounding = np.sqrt(np.mean(np.square(computed), 0)) if computed else 0.0
-        by_row = self._jackknife(np.stack(others), values)
-        spreads = np.where(np.diagonal(inverse) * _OWN < 1, np.hypot(by_row, rounding), math.inf)
-        return [EffectShare(float(one), float(spread)) for one, spread in zip(values / size, spreads / size, strict=True)]
+        by_row = np.where(np.diagonal(inverse) * _OWN < 1, self._jackknife(np.stack(others), values), math.inf)
+        spreads = np.hypot(by_row / size, self._rounding(effects * size[:, None], EffectValues.shares_beside))
+        return [EffectShare(float(one), float(spread)) for one, spread in zip(values / size, spreads, strict=True)]
 
     def _jackknife(self, others: Floats, value: float | Floats) -> Floats:
         """The standard deviation of `value`, from what it is without each row (rows, …)."""
