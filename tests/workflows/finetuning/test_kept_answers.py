@@ -10,10 +10,13 @@ from typing import Any
 
 import numpy as np
 import pytest
+import torch
 
+from lorakeet.formats.files.safetensors_file import save_tensors
 from lorakeet.models.generate import score
 from lorakeet.workflows.evaluate import evaluate
 from lorakeet.workflows.finetuning import evaluate_text, reply
+from lorakeet.workflows.finetuning import kept_answers as module
 from lorakeet.workflows.finetuning.kept_answers import AGAIN, ANSWERS, APART, FEWEST, MOST, KeptAnswers, kept_answers
 from lorakeet.workflows.options import EvaluateOptions
 from lorakeet.workflows.runs.open_adapter import open_adapter
@@ -40,8 +43,8 @@ def test_a_second_evaluation_computes_some_rows_alone(tmp_path: Path) -> None:
     assert np.array_equal(first.numbers("base", ROWS, one), NUMBERS) and one.asked == 40 and not first.said
     assert np.array_equal(second.numbers("base", ROWS, two), NUMBERS) and two.asked == AGAIN
     assert second.said == [
-        "base: the answers to 40 rows are those of an earlier evaluation of the same model on the same rows; 16 were computed "
-        "again and agree (evaluate.reuse)."
+        "base: 40 answers are those of an earlier evaluation of the same model on the same rows; 16 were computed again and "
+        "agree (evaluate.reuse)."
     ]
 
 
@@ -67,20 +70,31 @@ def test_a_row_that_differs_has_all_computed_anew(tmp_path: Path) -> None:
         KeptAnswers(tmp_path, "m", APART).numbers("base", ROWS, Counted())
 
 
-def test_sums_over_tokens_may_differ_by_so_much_a_token(tmp_path: Path) -> None:
-    KeptAnswers(tmp_path, "m", APART).numbers("base", ROWS, Counted(), tokens=9)
-    near, far = Counted(NUMBERS + 8 * APART), Counted(NUMBERS + 10 * APART)
-    KeptAnswers(tmp_path, "m", APART).numbers("base", ROWS, near, tokens=9)
-    KeptAnswers(tmp_path, "m", APART).numbers("base", ROWS, far, tokens=9)
+def test_sums_over_tokens_may_differ_by_their_root(tmp_path: Path) -> None:
+    """A short row is allowed no more for a long one beside it."""
+    tokens = [4, 10_000] * 20
+    KeptAnswers(tmp_path, "m", APART).numbers("base", ROWS, Counted(), tokens=tokens)
+    shift = np.array([[1.9], [90.0]] * 20) * APART
+    near, far = Counted(NUMBERS + shift), Counted(NUMBERS + np.array([[2.1], [90.0]] * 20) * APART)
+    for counted in (near, far):
+        KeptAnswers(tmp_path, "m", APART).numbers("base", ROWS, counted, tokens=tokens)
     assert (near.asked, far.asked) == (AGAIN, AGAIN + 40)
 
 
-@pytest.mark.parametrize("how", ["empty", "other", "cut"])
+@pytest.mark.parametrize("how", ["empty", "other", "cut", "one number", "bf16", "tokens", "lengths"])
 def test_a_damaged_file_is_computed_anew(tmp_path: Path, how: str) -> None:
     KeptAnswers(tmp_path, "m", APART).numbers("base", ROWS, Counted())
     [file] = tmp_path.iterdir()
     data = file.read_bytes()
-    file.write_bytes({"empty": b"", "other": data.replace(file.stem.encode(), b"0" * 64), "cut": data[:-8]}[how])
+    tensors = {
+        "one number": {"values": torch.tensor(1.0)}, "bf16": {"values": torch.zeros(40, 2, dtype=torch.bfloat16)},
+        "tokens": {"values": torch.zeros(40, dtype=torch.int64)},
+        "lengths": {"values": torch.zeros(40, dtype=torch.int64), "lengths": torch.ones(39, dtype=torch.int64)},
+    }  # fmt: skip
+    if how in tensors:
+        save_tensors(file, tensors[how], metadata={"bound_to": file.stem})
+    else:
+        file.write_bytes({"empty": b"", "other": data.replace(file.stem.encode(), b"0" * 64), "cut": data[:-8]}[how])
     counted = Counted()
     KeptAnswers(tmp_path, "m", APART).numbers("base", ROWS, counted)
     assert counted.asked == 40 and file.read_bytes() == data
@@ -110,6 +124,19 @@ def test_replies_are_compared_token_by_token(tmp_path: Path) -> None:
     assert asked == [40, AGAIN, AGAIN, 40] and len(kept.said) == 1
     KeptAnswers(tmp_path, "m", APART).replies("base", questions, "17 ''", write)
     assert asked[-1] == 40, "a reply may be longer"
+
+
+def test_the_folder_is_the_users_own_and_in_no_repository(tmp_path: Path) -> None:
+    KeptAnswers(tmp_path / ANSWERS, "m", APART).numbers("base", ROWS, Counted())
+    assert (tmp_path / ANSWERS).stat().st_mode & 0o77 == 0 and (tmp_path / ANSWERS / ".gitignore").read_text() == "*\n"
+
+
+def test_old_files_go_where_all_are_too_large(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(module, "MOST_BYTES", 2000)
+    for number in range(5):
+        KeptAnswers(tmp_path, f"m{number}", APART).numbers("base", ROWS, Counted())
+    left = list(tmp_path.iterdir())
+    assert 1 <= len(left) < 5 and sum(file.stat().st_size for file in left) <= 2000
 
 
 def test_the_newest_files_stay(tmp_path: Path) -> None:
@@ -182,5 +209,5 @@ def test_replies_of_the_base_are_taken_too(tiny_llama_folder: Path, tmp_path: Pa
         totals.append(sum(written))
         written.clear()
     warnings = json.loads((tmp_path / "run1" / "report.json").read_text())["warnings"]
-    saved = sum(line.count("answers to 40 rows") for line in warnings)
+    saved = sum(line.count(": 40 answers are") for line in warnings)
     assert saved and totals[0] - totals[1] == saved * (40 - AGAIN)

@@ -245,9 +245,9 @@ class TextEvaluator:
             if self.kept is None or system == ADAPTER:
                 found = score(range(len(examples)))
             else:
-                most = max((int(row.supervised.sum()) for row in examples), default=1)
+                counts = [int(row.supervised.sum()) for row in examples]
                 read = [(row.ids, row.supervised.astype(np.int64)) for row in examples]
-                found = self.kept.numbers(system, read, score, tokens=most)
+                found = self.kept.numbers(system, read, score, tokens=counts)
         return RowLosses(system, found[:, 0], found[:, 1].astype(np.int64), row_groups(rows))
 
 

@@ -10,7 +10,7 @@ import hashlib
 from collections.abc import Callable, Iterable, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field, replace
-from importlib.metadata import version
+from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 
 import numpy as np
@@ -20,15 +20,18 @@ from lorakeet.config import RunConfig
 from lorakeet.data.chat import Ids
 from lorakeet.errors import DataError
 from lorakeet.evaluate.intervals import Floats
-from lorakeet.formats.files.safetensors_file import open_safetensors, save_tensors
+from lorakeet.formats.files.safetensors_file import open_safetensors, save_tensors, save_text
 from lorakeet.models.files.fingerprint import fingerprint
+from lorakeet.models.generate.sample import end_ids
 from lorakeet.models.text.model import TextModel
 
 AGAIN = 16  # rows of each use that are computed again
 FEWEST = 2 * AGAIN  # rows from which on it is worth it
 MOST = 200  # files that are kept, the newest
+MOST_BYTES = 256 << 20  # of all of them
 ANSWERS = ".answers"  # their folder, beside the run folders
 APART, APART_ROUNDED = 1e-4, 0.03  # nats by which they may differ: in fp32, and in other formats, where batches round otherwise
+_PACKAGES = ("lorakeet", "torch", "transformers", "bitsandbytes", "liger-kernel", "flash-attn")  # which compute
 _BOUND, _VALUES, _LENGTHS = "bound_to", "values", "lengths"
 
 
@@ -45,9 +48,14 @@ class KeptAnswers:
     said: list[str] = field(default_factory=list)
 
     def numbers(
-        self, system: str, rows: Sequence[Sequence[Ids]], compute: Callable[[Sequence[int]], Floats], *, tokens: int = 1
+        self,
+        system: str,
+        rows: Sequence[Sequence[Ids]],
+        compute: Callable[[Sequence[int]], Floats],
+        *,
+        tokens: Sequence[int] | None = None,
     ) -> Floats:
-        """Log-probabilities (rows, …) in nats of rows given as tokens, each summed over at most `tokens` of them.
+        """Log-probabilities (rows, …) in nats of rows given as tokens, each summed over so many `tokens`, by default one.
 
         `compute` returns those of some rows, by their indices. Written where none were kept; without a word if the disk refuses.
         """
@@ -59,7 +67,8 @@ class KeptAnswers:
         if kept is not None and len(kept[0]) == count:
             chosen = _some(path, count)
             again, before = compute(chosen), kept[0][chosen]
-            if again.shape == before.shape and np.abs(again - before).max(initial=0.0) <= self.apart * tokens:
+            sums = np.ones(count) if tokens is None else np.asarray(tokens)
+            if again.shape == before.shape and self._agree(again - before, sums[chosen]):
                 self._say(system, count, len(chosen))
                 return kept[0]
         found = compute(range(count))
@@ -86,10 +95,15 @@ class KeptAnswers:
         self._write(path, {_VALUES: torch.from_numpy(values), _LENGTHS: lengths})
         return found
 
+    def _agree(self, differences: Floats, tokens: Floats) -> bool:
+        """Whether no row differs by more than `apart` a token, as rounding of so many tokens adds up: by their root."""
+        allowed = (self.apart * np.sqrt(np.maximum(tokens, 1))).reshape(-1, *[1] * (differences.ndim - 1))
+        return bool((np.abs(differences) <= allowed).all())
+
     def _say(self, system: str, count: int, again: int) -> None:
         self.said.append(
-            f"{system}: the answers to {count:,} rows are those of an earlier evaluation of the same model on the same rows; "
-            f"{again} were computed again and agree (evaluate.reuse)."
+            f"{system}: {count:,} answers are those of an earlier evaluation of the same model on the same rows; {again} were "
+            "computed again and agree (evaluate.reuse)."
         )
 
     def _path(self, system: str, rows: Iterable[Ids]) -> Path:
@@ -104,19 +118,28 @@ class KeptAnswers:
             file = open_safetensors(path)
             if file.metadata.get(_BOUND) != path.stem:
                 return None
-            parts = [file.read(name).numpy() if name in file.tensors else np.zeros(0) for name in (_VALUES, _LENGTHS)]
+            parts = [file.read(name) if name in file.tensors else torch.zeros(0) for name in (_VALUES, _LENGTHS)]
             path.touch()  # among the newest
         except (DataError, OSError):
             return None
-        return parts[0], parts[1]
+        values, lengths = parts
+        numbers = values.dtype == torch.float64 and values.dim() == 2
+        tokens = values.dtype == torch.int64 and values.dim() == 1 and lengths.dim() == 1
+        if not numbers and not (tokens and int(lengths.sum()) == len(values) and bool((lengths >= 0).all())):
+            return None
+        return values.numpy(), lengths.numpy()
 
     def _write(self, path: Path, tensors: dict[str, torch.Tensor]) -> None:
         with suppress(OSError):
-            self.folder.mkdir(parents=True, exist_ok=True)
+            if not self.folder.is_dir():
+                self.folder.mkdir(mode=0o700, parents=True, exist_ok=True)  # replies may repeat rows
+                save_text(self.folder / ".gitignore", "*\n")
             save_tensors(path, tensors, metadata={_BOUND: path.stem})
             files = sorted(self.folder.glob("*.safetensors"), key=lambda file: file.stat().st_mtime, reverse=True)
-            for old in files[MOST:]:
-                old.unlink(missing_ok=True)
+            sizes = np.cumsum([file.stat().st_size for file in files])
+            for old, size in zip(files, sizes, strict=True):
+                if old not in files[:MOST] or (size > MOST_BYTES and old != path):
+                    old.unlink(missing_ok=True)
 
 
 def kept_answers(config: RunConfig, text: TextModel, run: Path | None) -> KeptAnswers | None:
@@ -126,11 +149,24 @@ def kept_answers(config: RunConfig, text: TextModel, run: Path | None) -> KeptAn
     lora = config.lora
     if run is None or not config.evaluate.reuse or lora.on_top_of is not None or lora.new_tokens:
         return None
-    versions = [f"{name} {version(name)}" for name in ("lorakeet", "torch", "transformers")]
-    settings = replace(config.model, device=text.device.type).identity()
-    model = "\n".join([fingerprint(text.source), str(settings), str(len(text.tokenizer)), *versions])
+    versions = [f"{name} {_version(name)}" for name in _PACKAGES]
+    settings = replace(config.model, device=_device_name(text)).identity()
+    beside = [str(sorted(end_ids(text))), str(len(text.tokenizer)), *versions]
+    model = "\n".join([fingerprint(text.source), str(settings), *beside])
     apart = APART if config.model.dtype == "float32" else APART_ROUNDED
     return KeptAnswers(run.parent / ANSWERS, model, apart)
+
+
+def _version(package: str) -> str:
+    try:
+        return version(package)
+    except PackageNotFoundError:
+        return ""
+
+
+def _device_name(text: TextModel) -> str:
+    """The kind of GPU, or the kind of device."""
+    return torch.cuda.get_device_name(text.device) if text.device.type == "cuda" else text.device.type
 
 
 def _some(path: Path, count: int) -> list[int]:
