@@ -45,6 +45,7 @@ COMPASS = {
     "layer_types": ["sliding_attention", "full_attention"] * 2,
     "rope_parameters": {"sliding_attention": MULTIPLE, "full_attention": None},
 }
+CONVOLUTIONS = {"layer_types": ["conv", "full_attention"] * 2}
 CHANGES: dict[str, dict[str, Any]] = {
     "cohere_compass": {"text_config": COMPASS},
     "cohere_compass_text": COMPASS,
@@ -70,8 +71,9 @@ CHANGES: dict[str, dict[str, Any]] = {
     "hrm_text": {"num_hidden_layers": 2, "num_layers_per_stack": None},  # the first becomes the passes through all stacks
     "hunyuan_v1_dense": {"head_dim": 16},
     "hunyuan_v1_moe": {"head_dim": 16, "num_experts": 4, "moe_topk": 2},
-    "lfm2": {"layer_types": ["conv", "full_attention", "conv", "full_attention"]},
-    "lfm2_moe": {"layer_types": ["conv", "full_attention", "conv", "full_attention"]},
+    "lfm2": CONVOLUTIONS,
+    "lfm2_moe": CONVOLUTIONS,
+    "lfm2_vl": {"text_config": CONVOLUTIONS},
     "mamba2": {"num_heads": 4, "head_dim": 32, "expand": 2},
     "ministral": {"head_dim": 16},
     "nemotron": {"num_key_value_heads": 2},
