@@ -7,7 +7,8 @@ from pathlib import Path
 import pytest
 
 from lorakeet.errors import ConfigError
-from lorakeet.studio.places import NotHere, Places, regular_within
+from lorakeet.studio import places as module
+from lorakeet.studio.places import NotHere, Places, given_run_id, regular_within, run_id
 
 
 @pytest.fixture
@@ -91,3 +92,27 @@ def test_links_lead_to_no_file_outside(places: Places, tmp_path: Path) -> None:
     (folder / "away").symlink_to(secret)
     assert regular_within(folder, folder / "own")
     assert not any(regular_within(folder, folder / name) for name in ("away", "gone", "."))
+
+
+def test_a_run_folder_keeps_the_id_that_it_was_given(places: Places, monkeypatch: pytest.MonkeyPatch) -> None:
+    """What is no id, a link to one included, is replaced; on a full disk there is none."""
+    folder = places.runs / "first"
+    assert run_id(folder) == ""
+    found = given_run_id(folder)
+    assert len(found) == 32 and given_run_id(folder) == found
+    moved = folder.rename(places.runs / "second")
+    assert run_id(moved) == found
+    for text in ("", "x" * 32, f"{found}0", "é" * 32, found * 9):
+        (moved / ".studio-id").write_text(text)
+        assert run_id(moved) == ""
+    (moved / ".studio-id").unlink()
+    (places.runs / "id").write_text(found)
+    (moved / ".studio-id").symlink_to(places.runs / "id")
+    assert run_id(moved) == "" and given_run_id(moved) not in ("", found) and (places.runs / "id").read_text() == found
+
+    def full(*_: object) -> None:
+        raise OSError(28, "No space left on device")
+
+    (moved / ".studio-id").unlink()
+    monkeypatch.setattr(module, "write_whole", full)
+    assert given_run_id(moved) == ""

@@ -1,6 +1,7 @@
 """Jobs: processes of the command line, each with a folder of its own, and the queue that starts them.
 
     .studio/jobs/NAME/job.json   what runs, written once
+                      runs.json  the run folders that it makes or uses, by name, with their run_id
                       run.yaml   the run file, where there is one
                       alive      locked by the process and all it starts, as long as one of them lives
                       pid        the leader of their process group
@@ -34,11 +35,12 @@ from typing import Literal
 
 from lorakeet.disk import erase, open_in_place, open_regular, write_new, write_whole, written_whole
 from lorakeet.errors import ConfigError
-from lorakeet.studio.places import NotHere
+from lorakeet.studio.places import NotHere, given_run_id
 
 State = Literal["waiting", "running", "done", "stopped", "failed", "killed", "cancelled"]
 STOPPED = (4, 130, 143)  # exit codes of a run that ended early, Ctrl-C, SIGTERM
 _AUTO = "auto"
+_RUNS = "runs.json"
 BESIDE = ""  # the device of a job that waits for no other
 _OWN = "{folder}/"  # before the name of a job's own file, in a word
 _STARTING = 5.0  # seconds that the start of a process may take
@@ -112,6 +114,15 @@ class Job:
         """The file that its command has written into the job's own folder, which is the user's; None without one."""
         path = self.out
         return path if path is not None and path.parent == self.folder and path.is_file() else None
+
+    @property
+    def runs(self) -> dict[str, str]:
+        """The run_id of the run folders that it makes or uses, by name; without those that had none yet."""
+        try:
+            found = json.loads(_bytes(self.folder / _RUNS, _LARGEST_ABOUT))
+        except (ValueError, RecursionError):
+            return {}
+        return {name: str(one) for name, one in found.items()} if isinstance(found, dict) else {}
 
     @property
     def out(self) -> Path | None:
@@ -197,7 +208,15 @@ class Queue:
                 write_new(place / name, text.encode())
             about = {name: value for name, value in asdict(job).items() if name != "folder"}
             write_new(place / "job.json", json.dumps(about).encode())
+            write_new(place / _RUNS, json.dumps(self._run_ids(whole, run)).encode())
         return job
+
+    def _run_ids(self, words: Sequence[str], run: str) -> dict[str, str]:
+        """The run_id of each run folder that is there and that a command names."""
+        names = (found[2] for word in words if (found := word.rpartition(f"{self.folder.parent}/"))[1])
+        plain = (name for name in dict.fromkeys((run, *names)) if name and "/" not in name and not name.startswith("."))
+        ids = {name: _id_of_run(self.folder.parent / name) for name in plain}
+        return {name: one for name, one in ids.items() if one}
 
     def jobs(self) -> list[Job]:
         """All jobs, the oldest first."""
@@ -269,6 +288,11 @@ class Queue:
             if job.folder.is_dir() and (state := job.state) in ("waiting", "running"):  # another tab may have forgotten it
                 raise ConfigError(f"'{job.title}' is {state}. Stop it first.")
             self._erase(job)
+
+    def bind(self, job: Job, name: str, found: str) -> None:
+        """Writes the run_id of the run `name` into a job that was made before the run had one; within `alone`."""
+        if job.folder.is_dir():
+            write_whole(job.folder / _RUNS, json.dumps({**job.runs, name: found}).encode())
 
     def _erase(self, job: Job) -> None:
         erase(job.folder)
@@ -347,6 +371,15 @@ def read_job(folder: Path) -> Job | None:
     if not isinstance(words, list) or not all(map(_is_argument, words)) or not math.isfinite(made):
         return None
     return Job(folder, tuple(words), title, run, device, made, once)
+
+
+def _id_of_run(folder: Path) -> str:
+    """The run_id of a run folder, which is given one; empty for what is none: an empty folder stays empty."""
+    try:
+        is_run = (folder / "config.yaml").is_file() and not folder.is_symlink()
+    except OSError:  # a text that is too long for a name
+        return ""
+    return given_run_id(folder) if is_run else ""
 
 
 def _is_argument(word: object) -> bool:

@@ -2,13 +2,19 @@
 
 from __future__ import annotations
 
+import os
+import re
+import secrets
 from collections.abc import Mapping
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 
+from lorakeet.disk import open_regular, write_whole
 from lorakeet.errors import ConfigError, LorakeetError, Problems
 
 OWN = ".studio"  # the studio's own folder within that of the runs
+_ID = ".studio-id"  # in a run folder: it stays with the folder, whatever that is named and wherever it lies
 _REMOTE = ("package:", "hub:")
 _WRITTEN = ("memory.store", "images.cache")  # settings that are paths, even where nothing is there yet
 _READ = (
@@ -95,6 +101,25 @@ def _expanded(text: str) -> Path:
         return Path(text).expanduser()
     except RuntimeError:  # an unknown user
         return Path(text)
+
+
+def run_id(folder: Path) -> str:
+    """The random number that tells this run folder from all others of its name; empty where it was given none."""
+    try:
+        with open_regular(folder / _ID, follow=False) as file:
+            text = os.read(file.fileno(), 64).decode("ascii").strip()
+    except (OSError, UnicodeDecodeError):
+        return ""
+    return text if re.fullmatch("[0-9a-f]{32}", text) else ""
+
+
+def given_run_id(folder: Path) -> str:
+    """The same, given to the folder where it has none; empty where the disk is full or may not be written to."""
+    if not (found := run_id(folder)):
+        with suppress(OSError):
+            write_whole(folder / _ID, f"{secrets.token_hex(16)}\n".encode())
+            found = run_id(folder)
+    return found
 
 
 def regular_within(folder: Path, path: Path) -> bool:

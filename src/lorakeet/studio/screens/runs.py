@@ -13,7 +13,7 @@ from starlette.routing import Route
 from lorakeet.errors import ConfigError, DataError, LorakeetError
 from lorakeet.evaluate.report.charts import interval_axis
 from lorakeet.evaluate.wording import metric_words, signed
-from lorakeet.studio.deleted import DeletedRun, delete_run, deleted_runs, erase_run, jobs_of_run, restore_run
+from lorakeet.studio.deleted import DeletedRun, delete_run, deleted_runs, erase_run, jobs_erased_with, restore_run
 from lorakeet.studio.index import RunSummary, write_tags
 from lorakeet.studio.jobs import Job, locked_files
 from lorakeet.studio.live import all_records, job_of, run_state, thinned
@@ -82,16 +82,14 @@ def _list(request: Request) -> Response:
     lines = lines_of(studio, _AT_ONCE)
     known = {line.run.name for line in lines}
     left = sum(name not in known for name in studio.index.names())
-    deleted = [
-        (one, age_of(time.time() - one.deleted), sum(job.kept is not None for job in _jobs_of(studio, one)))
-        for one in deleted_runs(studio.places)
-    ]
+    deleted = [(one, age_of(time.time() - one.deleted), _answers_in(studio, one)) for one in deleted_runs(studio.places)]
     undo = next((one.key for one, *_ in deleted if one.key == request.query_params.get("undo")), "")
     return page(request, "runs.html", lines=lines, left=left, deleted=deleted, undo=undo, folder=str(studio.places.runs))
 
 
-def _jobs_of(studio: Studio, one: DeletedRun) -> list[Job]:
-    return jobs_of_run(studio.places, studio.queue, one.name, one)
+def _answers_in(studio: Studio, one: DeletedRun) -> int:
+    """How many files of answers go with a run of the bin."""
+    return sum(job.kept is not None for job in jobs_erased_with(studio.places, studio.queue, one))
 
 
 def _names(request: Request) -> list[str]:
