@@ -5,6 +5,7 @@ from __future__ import annotations
 import warnings
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import peft as real_peft
 import pytest
@@ -13,7 +14,7 @@ from torch import nn
 
 from lorakeet.core.adapter import Adapter, Pair
 from lorakeet.core.layers.experts import LoraExperts, stack_shape
-from lorakeet.errors import ConfigError
+from lorakeet.errors import ConfigError, DataError
 from lorakeet.formats.peft import peft
 from lorakeet.models import modules
 from lorakeet.models.spec import ModelSpec
@@ -156,13 +157,14 @@ def test_memory_counts_pairs_on_experts_once_and_the_server_says_how_many_fit(
     assert sum(part.untyped_storage().nbytes() for part in parts) == source.bytes, "nothing of the file stays beside them"
     linear = 4 * sum(pair.A.numel() + pair.B.numel() for pair in adapter.pairs.values() if pair.kind == "linear")
     assert source.filled == linear == source.bytes - source.of_experts
-    budget = 2 * source.bytes + 2 * linear  # a working copy of each
+    assert source.beside == (tmp_path / "a" / peft.MODEL_NAME).stat().st_size > source.bytes
+    budget = 2 * source.bytes + linear + source.beside  # the second is read beside the first and its working copy
     registry = Registry(live, server.engine, base="base", budget=budget)
     assert expert_capacity(registry) == []
     for name in "abc":
         registry.register(name, tmp_path / name)
     [said] = expert_capacity(registry)
-    assert "3 adapters have pairs on experts" in said and "Of such, 2 are in memory at once (--memory)" in said
+    assert "3 adapters have pairs on experts" in said and "Of such, 2 fit in memory at once (--memory)" in said
     texts = {}
     for name in "abcabc":
         lease = registry.lease(name)
@@ -174,6 +176,63 @@ def test_memory_counts_pairs_on_experts_once_and_the_server_says_how_many_fit(
     assert "None of them fits" in expert_capacity(small)[0]
     with pytest.raises(AdapterMemoryFull):
         small.lease("a")
+
+
+@pytest.mark.parametrize("folder", ["mixtral"], indirect=True)
+def test_memory_is_free_before_an_adapter_is_read(
+    folder: Path, live: ServingModel, server: Asking, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    bare, seen = in_transformers(folder), list[int]()
+    for seed, name in enumerate("abc"):
+        peft.write(experts_adapter(bare, seed=seed), tmp_path / name)
+    source = inspect_adapter(tmp_path / "a", live)
+    budget = 2 * source.bytes + source.filled + source.beside
+    registry = Registry(live, server.engine, base="base", budget=budget)
+
+    def watched(*given: Any) -> Any:
+        allowed = server.engine.most_copies
+        assert allowed is not None
+        seen.append(registry.resident_bytes + source.bytes + source.beside + max(allowed, live.table_bytes))
+        return read_stored_adapter(*given)
+
+    monkeypatch.setattr("lorakeet.serve.registry.read_stored_adapter", watched)
+    for name in "abc":
+        registry.register(name, tmp_path / name)
+    for name in "abcabc":
+        lease = registry.lease(name)
+        server.ask(PROMPTS[1], lease.adapters, max_tokens=TOKENS)
+        registry.release(lease)
+    assert len(seen) == 6 and max(seen) <= budget
+    (tmp_path / "a" / peft.MODEL_NAME).write_bytes(b"cut")
+    with pytest.raises(DataError, match="not a whole safetensors file"):
+        registry.lease("a")
+    assert server.engine.most_copies == budget - registry.resident_bytes, "nothing stays kept for what was not read"
+
+
+@pytest.mark.parametrize("folder", ["mixtral"], indirect=True)
+def test_what_the_server_says_fits_is_what_can_be_leased(
+    folder: Path, live: ServingModel, server: Asking, tmp_path: Path
+) -> None:
+    bare = in_transformers(folder)
+    for seed, name in enumerate("ab"):
+        peft.write(experts_adapter(bare, seed=seed), tmp_path / name)
+    source = inspect_adapter(tmp_path / "a", live)
+    one = source.bytes + max(source.filled, source.beside)
+    two = 2 * source.bytes + max(2 * source.filled, source.filled + source.beside)
+    for budget, fit in ((source.bytes + source.filled - 1, 0), (one - 1, 0), (one, 1), (two - 1, 1), (two, 2)):
+        registry = Registry(live, server.engine, base="base", budget=budget)
+        for name in "ab":
+            registry.register(name, tmp_path / name)
+        [said] = expert_capacity(registry)
+        assert ("None of them fits", "Of such, one fits in", "Of such, 2 fit in")[fit] in said
+        leases = [registry.lease(name) for name in "ab"[:fit]]
+        if fit < 2:
+            with pytest.raises(AdapterMemoryFull, match="more while it is read|and copies of"):
+                registry.lease("ab"[fit])
+        for lease in leases:
+            registry.release(lease)
+        for name in "ab":
+            registry.unload(name)
 
 
 @pytest.mark.parametrize("folder", ["mixtral"], indirect=True)

@@ -102,6 +102,8 @@ def test_a_weight_is_stored_to_half_a_step() -> None:
     ("changes", "words_said"),
     [
         ({"_packed": torch.zeros(ROWS, 9, dtype=torch.int32)}, "weight_packed is"),
+        ({"_packed": torch.zeros(ROWS, 7, dtype=torch.int64)}, r"weight_packed is torch.int64; expected torch.int32"),
+        ({"_packed": torch.zeros(ROWS, 7)}, r"weight_packed is torch.float32; expected torch.int32"),
         ({"_scale": torch.ones(ROWS, 3)}, "weight_scale is"),
         ({"_scale": torch.ones(ROWS + 1, 4)}, "weight_scale is"),
         ({"_zero_point": torch.zeros(3, 3, dtype=torch.int32)}, "weight_zero_point is"),

@@ -116,6 +116,8 @@ def base_from_words(parts: Mapping[str, Tensor], sizes: tuple[int, ...], named: 
         raise ValueError(f"weight_shape has {parts['_shape'].numel()} numbers; expected out and in")
     rows, columns = (int(size) for size in parts["_shape"].flatten().tolist())
     packed, scale = parts[MARK], parts["_scale"].float()
+    if packed.dtype != torch.int32:
+        raise ValueError(f"weight_packed is {packed.dtype}; expected torch.int32")
     bits = bits_of(columns, packed.shape[1], named) if packed.dim() == 2 and len(packed) == rows else None
     if bits is None:
         raise ValueError(f"weight_packed is {tuple(packed.shape)} for a weight of {rows}×{columns}")

@@ -42,6 +42,7 @@ class AdapterSource:
     private: bool = False  # only the server writes its files, so that they may be mapped
     digest: str = ""  # SHA-256 of configuration and numbers; empty until they are read
     of_experts: int = 0  # bytes of its pairs on experts, which are read where they are and never copied
+    beside: int = 0  # bytes of its file that are in memory beside its numbers while it is read, as far as is known
 
     @property
     def path(self) -> Path:
@@ -80,7 +81,20 @@ def inspect_adapter(path: Path, live: ServingModel, digest: str = "", *, private
     if seen.surplus:
         log.warning("%s", surplus_rank(outline, str(found.path)))
     live.check(outline)
-    return AdapterSource(found, 4 * outline.parameters, seen.ranks, seen.scales, stamp, private, digest, seen.of_experts)
+    size = 4 * outline.parameters
+    beside = 0 if private else _beside(found, size, seen.of_experts)
+    return AdapterSource(found, size, seen.ranks, seen.scales, stamp, private, digest, seen.of_experts, beside)
+
+
+def _beside(found: Found, size: int, of_experts: int) -> int:
+    """Bytes of a file that are held beside the numbers made of it; 0 if those are views of it, or the format is another one's.
+
+    Pairs on experts are rearranged; numbers that take less than fp32 are converted.
+    """
+    if found.format != "peft":
+        return 0
+    stored = (found.path / peft.MODEL_NAME).stat().st_size
+    return stored if of_experts or stored < size else 0
 
 
 @contextmanager

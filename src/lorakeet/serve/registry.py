@@ -15,6 +15,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 
+from lorakeet.core.adapter import Adapter
 from lorakeet.errors import ConfigError, EnvironmentProblem, VerificationFailed, nearest
 from lorakeet.formats.files.loaded_file import free_spare_memory
 from lorakeet.models.text.serving import ServingModel
@@ -282,8 +283,7 @@ class Registry:
         Without a record a probe would show nothing, and delay other texts.
         """
         began = time.perf_counter()
-        adapter, version.source = read_stored_adapter(version.source, version.name, self.live)
-        self._free_memory(version.source.bytes, copied=version.source.filled)
+        adapter = self._read_within_budget(version)
         if not version.key:
             self._serial += 1
             version.key = f"{version.name.replace('.', '%')}@{version.source.digest[:12]}-{self._serial}"
@@ -302,6 +302,34 @@ class Registry:
         version.loads += 1
         version.load_seconds = time.perf_counter() - began
         self.loaded(version)
+
+    def _read_within_budget(self, version: Version) -> Adapter:
+        """Reads the numbers once there is memory for them by the files' header, and for what reading holds beside them."""
+        expected = version.source
+        try:
+            self._free_memory(expected.bytes, copied=expected.filled)
+            if expected.beside:
+                self._free_memory(expected.bytes, beside=expected.beside)
+            adapter, version.source = read_stored_adapter(expected, version.name, self.live)
+            self._free_memory(version.source.bytes, copied=version.source.filled)  # the files may have changed since
+        except BaseException:
+            if self.budget is not None:
+                self.engine.most_copies = self.budget - self.resident_bytes  # texts may use what was kept for it
+            raise
+        return adapter
+
+    def most_alike(self, source: AdapterSource) -> int | None:
+        """How many adapters of this size are in memory at once; None without a budget. The last is read beside the others."""
+        if self.budget is None:
+            return None
+        count = 0
+        while count < self.budget // max(1, source.bytes):
+            stored, sizes = (count + 1) * source.bytes, [source.filled] * count
+            peak = max(self._copies_of([*sizes, source.filled]), self._copies_of(sizes) + source.beside)
+            if stored + peak > self.budget:
+                break
+            count += 1
+        return count
 
     def _verify(self, version: Version, record: bool) -> bool:
         """Whether it was compared with a record of it, and is the same. VerificationFailed if it is not."""
@@ -334,9 +362,9 @@ class Registry:
         finally:
             self.release(lease)
 
-    def _free_memory(self, needed: int, mix: Key = (), *, copied: int = 0) -> None:
-        """Evicts the least recently used adapters until `needed` bytes fit the budget, with copies of adapters, one of `copied`
-        bytes in fp32 among them, and of a new `mix`.
+    def _free_memory(self, needed: int, mix: Key = (), *, copied: int = 0, beside: int = 0) -> None:
+        """Evicts the least recently used adapters until `needed` bytes fit the budget, with `beside` bytes of the file that is
+        read, and with copies of adapters, one of `copied` bytes in fp32 among them, and of a new `mix`.
 
         If copies take more than texts can need, they are freed first: running texts copy theirs again.
         """
@@ -344,8 +372,8 @@ class Registry:
             taken = self.live.table_bytes
             with self._lock:
                 stored, copies = sum(version.source.bytes for version in self._resident.values()), self._copies(copied, mix)
-                if stored + needed + max(copies, taken) <= self.budget:
-                    self.engine.most_copies = self.budget - stored - needed
+                if stored + needed + beside + max(copies, taken) <= self.budget:
+                    self.engine.most_copies = self.budget - stored - needed - beside
                     return
                 oldest = None
                 if taken <= copies:
@@ -356,14 +384,15 @@ class Registry:
             if taken > copies:
                 self.engine.call(self.live.selection.release).result()
                 if self.live.table_bytes >= taken:  # running texts need as much
-                    raise self._memory_full(needed, taken, stored)
+                    raise self._memory_full(needed, taken, stored, beside)
             elif oldest is None:
-                raise self._memory_full(needed, copies, stored)
+                raise self._memory_full(needed, copies, stored, beside)
             else:
                 self._evict(oldest)
 
-    def _memory_full(self, needed: int, copies: int, stored: int) -> AdapterMemoryFull:
-        what = f"The adapter takes {needed:,} bytes, and" if needed else "The mix needs"
+    def _memory_full(self, needed: int, copies: int, stored: int, beside: int) -> AdapterMemoryFull:
+        more = f" and {beside:,} more while it is read" if beside else ""
+        what = f"The adapter takes {needed:,} bytes{more}, and" if needed else "The mix needs"
         return AdapterMemoryFull(
             f"{what} copies of {copies:,} bytes for running texts; {stored:,} of {self.budget:,} are taken by adapters in use or "
             "pinned. Try again, unpin one, or start the server with more --memory."
@@ -374,7 +403,11 @@ class Registry:
         leased mix, which takes what its adapters take together; with a further one of `copied` bytes in fp32, and a `mix`."""
         sizes = {key: version.source.filled for key, version in self._resident.items()}
         mixes = [sum(sizes.get(key, 0) for key, _ in one) for one in (*self._mixes, mix)]
-        largest = sorted([*sizes.values(), *mixes, copied], reverse=True)[: self.engine.cache.slots]
+        return self._copies_of([*sizes.values(), *mixes, copied])
+
+    def _copies_of(self, sizes: list[int]) -> int:
+        """The bytes of the largest copies, one for each running text; `sizes` are in fp32."""
+        largest = sorted(sizes, reverse=True)[: self.engine.cache.slots]
         return sum(largest) * self.live.text.products.itemsize // 4
 
     def _evict(self, version: Version) -> None:

@@ -115,17 +115,19 @@ def serve(options: ServeOptions, *, console: Console) -> Served:
 
 def expert_capacity(registry: Registry) -> list[str]:
     """A sentence on how many adapters with pairs on experts are in memory at once; none where none is registered."""
-    sizes = [version.source.bytes for version in registry.versions if version.source.of_experts]
-    if not sizes:
+    known = [version.source for version in registry.versions if version.source.of_experts]
+    if not known:
         return []
-    who, it = (f"{len(sizes):,} adapters have", "the largest") if len(sizes) > 1 else ("An adapter has", "it")
-    said = f"{who} pairs on experts, and {it} takes {bytes_text(max(sizes))} once it is read."
-    if registry.budget is None:
+    largest = max(known, key=lambda source: source.bytes + max(source.filled, source.beside))
+    who, it = (f"{len(known):,} adapters have", "the largest") if len(known) > 1 else ("An adapter has", "it")
+    said = f"{who} pairs on experts, and {it} takes {bytes_text(largest.bytes)} once it is read."
+    count = registry.most_alike(largest)
+    if count is None:
         return [f"{said} All requested ones stay in memory; --memory limits them."]
-    count = registry.budget // max(sizes)
     if not count:
         return [f"{said} None of them fits --memory, so that requests for the largest are refused."]
-    return [f"{said} Of such, {count:,} are in memory at once (--memory); the others are read again on their next request."]
+    fit = "one fits" if count == 1 else f"{count:,} fit"
+    return [f"{said} Of such, {fit} in memory at once (--memory); the others are read again on their next request."]
 
 
 @contextmanager

@@ -132,6 +132,53 @@ def test_words_that_are_not_whole_are_named(llama: Path, tmp_path: Path) -> None
         loaded(folder)
 
 
+def test_words_of_another_dtype_are_named(llama: Path, tmp_path: Path) -> None:
+    folder = words_folder(llama, tmp_path / "int4")
+    tensors, name = load_file(folder / "model.safetensors"), "model.layers.0.self_attn.q_proj.weight"
+    save_file({**tensors, f"{name}_packed": tensors[f"{name}_packed"].long()}, folder / "model.safetensors")
+    with pytest.raises(DataError, match=rf"model.safetensors: '{name}': weight_packed is torch.int64; expected .*Fetch the model"):
+        loaded(folder)
+
+
+@pytest.mark.parametrize(
+    ("targets", "required"),
+    [
+        ([["Linear"]], True),
+        ([["re:.*q_proj$"], ["Linear"]], True),
+        ([["Linear"], ["re:.*q_proj$"]], False),
+        ([["model.layers.0.self_attn.q_proj"], ["re:.*q_proj$"]], True),
+        ([["re:.*k_proj$"], ["Linear"]], False),
+    ],
+)
+def test_zero_points_are_required_where_the_group_is_asymmetric(
+    llama: Path, targets: list[list[str]], required: bool, tmp_path: Path
+) -> None:
+    folder = words_folder(llama, tmp_path / "int4", symmetric=False)
+    config = json.loads((folder / "config.json").read_text())
+    stored = config["quantization_config"]
+    weights = stored["config_groups"]["group_0"]["weights"]
+    stored["config_groups"] = {
+        f"group_{number}": {"targets": names, "weights": {**weights, "symmetric": number > 0}}
+        for number, names in enumerate(targets)
+    }
+    (folder / "config.json").write_text(json.dumps(config))
+    tensors, name = load_file(folder / "model.safetensors"), "model.layers.0.self_attn.q_proj.weight"
+    save_file({key: tensor for key, tensor in tensors.items() if key != f"{name}_zero_point"}, folder / "model.safetensors")
+    if not required:
+        loaded(folder)
+        return
+    with pytest.raises(DataError, match=rf"model.safetensors: {name}_zero_point is missing, and .* symmetric: false. Fetch the"):
+        loaded(folder)
+
+
+def test_a_target_that_is_no_pattern_is_named(llama: Path, tmp_path: Path) -> None:
+    folder = words_folder(llama, tmp_path / "int4")
+    config = (folder / "config.json").read_text()
+    (folder / "config.json").write_text(config.replace('"Linear"', '"re:("'))
+    with pytest.raises(ConfigError, match=r"target 're:\(' in quantization_config, which is no pattern"):
+        loaded(folder)
+
+
 def test_matrices_of_experts_are_dequantised_as_transformers_joins_them(tmp_path: Path) -> None:
     family_columns.saved("qwen3_moe", tmp_path)
     folder = fp8_folder(tmp_path / "model", tmp_path / "fp8")

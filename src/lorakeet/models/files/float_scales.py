@@ -12,6 +12,7 @@ activations that such folders may have are not used: activations are not quantis
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from functools import partial
@@ -88,6 +89,9 @@ def words_in_files(files: Mapping[str, SafeFile], stored: Mapping[str, Any], rea
         lost = [part for part in pack_quantized.PARTS if part not in pack_quantized.OPTIONAL and name + part not in files]
         if lost:
             problems.add(f"{files[name + pack_quantized.MARK].path}: {', '.join(f'{name}{part}' for part in lost)} is missing.")
+        if f"{name}_zero_point" not in files and _asymmetric(stored, name.removesuffix(".weight")):
+            where = f"{files[name + pack_quantized.MARK].path}: {name}_zero_point"
+            problems.add(f"{where} is missing, and the settings of its group say symmetric: false.")
     problems.raise_if_any()
 
     def made(name: str) -> Callable[[], PackedBase]:
@@ -101,6 +105,26 @@ def words_in_files(files: Mapping[str, SafeFile], stored: Mapping[str, Any], rea
         return make
 
     return {name: made(name) for name in names}
+
+
+def _asymmetric(stored: Mapping[str, Any], path: str) -> bool:
+    """True if the group of the layer at `path` has zero points: one that names it, else by a pattern ("re:…"), else by class."""
+    groups = list(dict(stored.get("config_groups") or {}).values())
+    ranks = [max((_targeted(str(target), path) for target in group.get("targets") or ("Linear",)), default=0) for group in groups]
+    found = [group.get("weights") or {} for group, rank in zip(groups, ranks, strict=True) if rank == max(ranks)]
+    return bool(found) and all(weights.get("symmetric") is False for weights in found)
+
+
+def _targeted(target: str, path: str) -> int:
+    """How closely a group's target names a layer: 3 by path, 2 by pattern, 1 perhaps by its class, 0 not."""
+    if target.startswith("re:"):
+        try:
+            return 2 if re.match(target.removeprefix("re:"), path) else 0
+        except re.error as error:
+            raise ConfigError(
+                f"config.json has the target '{target}' in quantization_config, which is no pattern ({error}). {_REMEDY}"
+            ) from error
+    return 3 if target == path else 0 if "." in target else 1
 
 
 def dense_name(name: str) -> str:
