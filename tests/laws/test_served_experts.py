@@ -227,7 +227,7 @@ def test_what_the_server_says_fits_is_what_can_be_leased(
         assert ("None of them fits", "Of such, one fits in", "Of such, 2 fit in")[fit] in said
         leases = [registry.lease(name) for name in "ab"[:fit]]
         if fit < 2:
-            with pytest.raises(AdapterMemoryFull, match="more while it is read|and copies of"):
+            with pytest.raises(AdapterMemoryFull, match=r"more while it is read|and copies of"):
                 registry.lease("ab"[fit])
         for lease in leases:
             registry.release(lease)
