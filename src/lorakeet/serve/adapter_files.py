@@ -87,7 +87,7 @@ def inspect_adapter(path: Path, live: ServingModel, digest: str = "", *, private
 
 
 def _beside(found: Found, size: int, of_experts: int) -> int:
-    """Bytes of a file that are in memory beside the numbers made of it; 0 if those are views of it, or the format is another one's.
+    """Bytes of a file that are in memory beside the numbers made of it; 0 if those are views, or in another format than PEFT's.
 
     Pairs on experts are rearranged; numbers that take less than fp32 are converted.
     """
