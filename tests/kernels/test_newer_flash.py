@@ -26,12 +26,13 @@ class Registry:
         self.on: str | None = None
         self.calls: list[str] = []
         self.broken: tuple[str, ...] = ()
+        self.error: type[Exception] = RuntimeError
         self.restored: Callable[[], Any] = list
 
     def activate(self, name: str) -> None:
         self.calls.append(name)
         if name in self.broken:
-            raise RuntimeError(f"Module '{name}' does not expose kernels")
+            raise self.error(f"Module '{name}' does not expose kernels")
         self.on = name
 
     def restore(self) -> None:
@@ -102,15 +103,31 @@ def test_the_users_own_choice_stays(registry: Registry, monkeypatch: pytest.Monk
     assert turned_on(CARD) == "" and registry.calls == []
 
 
+@pytest.mark.parametrize("error", [RuntimeError, ImportError, AttributeError, OSError])
 def test_one_that_does_not_load_is_left_with_a_word(
-    registry: Registry, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+    error: type[Exception], registry: Registry, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
-    registry.broken = ("FA3",)
+    registry.broken, registry.error = ("FA3",), error
     gpu(9, monkeypatch)
     for _ in range(2):
         assert turned_on(CARD) == ""
     assert registry.calls == ["FA3"] and len(caplog.messages) == 1
-    assert "FlashAttention 3 (json) cannot be loaded (Module 'FA3' does not expose kernels)" in caplog.messages[0]
+    said = f"FlashAttention 3 (json) cannot be loaded ({error.__name__}: Module 'FA3' does not expose kernels)"
+    assert said in caplog.messages[0]
+
+
+def test_a_package_whose_import_fails_is_left_with_a_word(
+    registry: Registry, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    """flash_attn, around flash_attn.cute, is imported where the latter is looked for."""
+
+    def fail(*_: Any) -> None:
+        raise OSError("undefined symbol")
+
+    registry.broken, registry.error = ("FA4",), OSError
+    monkeypatch.setattr(newer_flash.importlib.util, "find_spec", fail)
+    gpu(10, monkeypatch)
+    assert turned_on(CARD) == "" and "FlashAttention 4" in caplog.messages[0]
 
 
 def test_one_that_computes_otherwise_is_left_and_what_was_proved_with_it_is_proved_anew(

@@ -15,7 +15,7 @@ from tiny.models import save_tiny_llama
 from tiny.simulated_card import PACKAGE, simulated_card
 
 MOST = {"none": 440, "nf4": 830}  # by base; NF4 unpacked by torch, for a simulated card has no library of kernels
-INLINED = ("<listcomp>", "<genexpr>")  # calls by the version of Python
+INLINED = ("<listcomp>", "<dictcomp>", "<setcomp>", "<genexpr>")  # calls by the version of Python
 
 
 def calls_of(folder: Path, quantize: str) -> Counter[str]:

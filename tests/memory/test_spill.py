@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import weakref
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -138,3 +139,17 @@ def test_what_is_dropped_or_read_twice_is_no_other() -> None:
     found = spill.take("a")
     device.finish()
     assert torch.equal(found, torch.full((2,), 5.0)), "not what was on its way before"
+
+
+@pytest.mark.parametrize("leave", [lambda spill: spill.drop("a"), HostSpill.clear], ids=["drop", "clear"])
+def test_memory_that_something_arrives_in_is_computed_with_only_after_its_copy(leave: Callable[[HostSpill], None]) -> None:
+    device = Device(computing_first)
+    spill = HostSpill(transfer_on(device))
+    for key in "ab":
+        spill.put(key, torch.ones(2))
+    spill.take("b", "a")
+    arriving = spill._arriving["a"][0]
+    leave(spill)
+    device.computing.ask("do", lambda: arriving.fill_(7.0))  # another tensor in the same memory
+    device.finish()
+    assert torch.equal(arriving, torch.full((2,), 7.0))

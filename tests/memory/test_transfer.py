@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import weakref
 from pathlib import Path
 from typing import Any
 
@@ -27,10 +28,10 @@ def stored(folder: Path) -> WeightStore:
     return WeightStore(folder / "s")
 
 
-def wrong(device: Device, folder: Path, *, slots: int = 2, keep: bool = False, turns: int = 3) -> int:
+def wrong(device: Device, folder: Path, *, slots: int = 2, keep: bool = False, turns: int = 3, **host: Any) -> int:
     """How many of the records that a few passes forth and back compute with hold other numbers than their own."""
     store = stored(folder)
-    transfer = CudaTransfer(store, CPU, keep=keep, cuda=device, pinned=pinned)
+    transfer = CudaTransfer(store, CPU, keep=keep, cuda=device, **{"pinned": pinned, **host})
     stream = RecordStream(store, [f"b.{number}" for number in range(RECORDS)], slots=slots, transfer=transfer)
     seen: list[tuple[int, torch.Tensor]] = []
     order = TURN * turns
@@ -106,6 +107,86 @@ def test_a_record_that_stays_on_the_device_is_not_kept_by_the_host(tmp_path: Pat
         assert len(transfer._kept) == kept
         stream.release()
     transfer.close()
+
+
+def powers(size: int) -> int:
+    """What torch pins for so many bytes."""
+    return 1 << (size - 1).bit_length()
+
+
+class Host:
+    """The host's memory: `free` bytes in all for those that pin it, of which the system pins `most`."""
+
+    def __init__(self, free: int, most: int) -> None:
+        self.free, self.most = free, most
+        self.all: list[weakref.ref[torch.Tensor]] = []
+
+    def pinned(self) -> int:
+        return sum(powers(one.nbytes) for each in self.all if (one := each()) is not None)
+
+    def left(self) -> int:
+        return self.free - self.pinned()
+
+    def pin(self, size: int) -> torch.Tensor:
+        if self.pinned() + powers(size) > self.most:
+            raise RuntimeError("CUDA error: out of memory\nCUDA kernel errors might be asynchronously reported")
+        found = pinned(size)
+        self.all.append(weakref.ref(found))
+        return found
+
+
+def test_two_that_keep_records_leave_a_quarter_of_the_memory(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    """Each saw all of it free, and what it needs is less than three quarters."""
+    store, host = stored(tmp_path), Host(free=500, most=1 << 20)
+    names = [f"b.{number}" for number in range(RECORDS)]
+    streams = []
+    for _ in range(2):
+        transfer = CudaTransfer(store, CPU, keep=True, cuda=Device(by_chance(1)), pinned=host.pin, free=host.left)
+        streams.append((RecordStream(store, names, transfer=transfer), transfer))
+    for index in TURN * 2:
+        for stream, _ in streams:
+            stream.fetch(index, index)
+    kept = [len(transfer._kept) for _, transfer in streams]
+    assert min(kept) > 0 and 64 * sum(kept) <= 0.75 * 500 < 2 * 64 * RECORDS
+    said = [message for message in caplog.messages if "come from disk" in message]
+    assert len(said) == sum(count < RECORDS for count in kept)
+    for stream, transfer in streams:
+        transfer.close()
+        stream.release()
+
+
+@pytest.mark.parametrize(("free", "most"), [(400, 1 << 20), (1 << 20, 200), (1 << 20, 130), (1 << 20, 60), (1 << 20, 0)])
+def test_where_no_more_can_be_pinned_the_rest_comes_from_disk(
+    free: int, most: int, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    for choose in (computing_first, copying_first, by_chance(1)):
+        caplog.clear()
+        host = Host(free, most)
+        assert wrong(Device(choose), tmp_path, keep=True, pinned=host.pin, free=host.left) == 0
+        said = [message for message in caplog.messages if "come from disk" in message]
+        assert len(said) == 1 and "\n" not in said[0]
+        assert ("the system pins no more of the host's memory (CUDA error: out of memory)" in said[0]) == (free > 400)
+        assert len(caplog.messages) == 1 + (most < 100), "buffers are said once too, where none can be pinned"
+
+
+def test_what_is_kept_is_read_once_after_others_were_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    reads: list[int] = []
+    read = WeightStore.read
+    monkeypatch.setattr(WeightStore, "read", lambda store, begin, into: (reads.append(begin), read(store, begin, into))[1])
+    host = Host(free=400, most=1 << 20)
+    wrong(Device(computing_first), tmp_path, keep=True, pinned=host.pin, free=host.left)
+    counts = sorted(reads.count(begin) for begin in set(reads))
+    assert counts[0] == 1 and counts[-1] > 1 and len(counts) == RECORDS
+
+
+def test_what_is_closed_gives_torchs_own_pinned_memory_back_too(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    emptied: list[int] = []
+    transfer = CudaTransfer(stored(tmp_path), CPU, keep=True, cuda=Device(computing_first), pinned=pinned)
+    monkeypatch.setattr(torch.accelerator, "is_available", lambda: True)
+    monkeypatch.setattr(torch.accelerator, "empty_host_cache", lambda: emptied.append(len(transfer._kept)))
+    transfer._kept[0] = pinned(4)
+    transfer.close()
+    assert emptied == [0], "once nothing of it is in use"
 
 
 def test_nothing_is_on_its_way_into_a_buffer_that_goes(tmp_path: Path) -> None:

@@ -170,6 +170,35 @@ def test_one_that_runs_but_does_not_come_is_named_when_the_time_is_over(forked: 
     assert waiting.answered.strip() == f'"{message}"', waiting.said
 
 
+def failing_at_once() -> str:
+    """The error in this process, whose exchange fails while the other still works."""
+    module.ROLL_CALL, module.PATIENCE = 1.0, timedelta(hours=2)
+
+    def fail(*_: Any, **__: Any) -> None:
+        raise RuntimeError("NCCL error: unhandled cuda error")
+
+    with joined(launched()) as processes:
+        processes.total(1)
+        if processes.rank == 1:
+            while not processes._word("said", 0):
+                time.sleep(0.05)
+            return "nothing"
+        module.dist.all_reduce = fail
+        told = ""
+        try:
+            processes.total(2)
+        except RuntimeError as error:
+            told = f"{type(error).__name__}: {error}"
+        processes._leave_word("said", told)
+        return told
+
+
+def test_an_exchange_that_fails_at_once_accuses_none_that_works(forked: Together) -> None:
+    forked.start({"count": 2, "call": f"{HERE}:failing_at_once", "with": []})
+    failed, _ = forked.end()
+    assert failed.answered.strip() == '"RuntimeError: NCCL error: unhandled cuda error"', failed.said
+
+
 def test_before_gpus_exchange_their_hosts_do(monkeypatch: pytest.MonkeyPatch) -> None:
     """NCCL waits without end for a process that is gone, and names none."""
     exchanged: list[str] = []

@@ -31,8 +31,8 @@ def newer_flash(device: torch.device) -> str:
     if attention.current_flash_attention_impl() is None:
         try:
             attention.activate_flash_attention_impl(name)
-        except (ImportError, RuntimeError) as error:
-            leave_newer_flash(name, f"cannot be loaded ({error})")
+        except Exception as error:  # a package of another version may raise anything
+            leave_newer_flash(name, f"cannot be loaded ({type(error).__name__}: {error})")
             return ""
     return name
 
@@ -58,5 +58,7 @@ def _installed(major: int) -> str:
 def _is_here(package: str) -> bool:
     try:
         return importlib.util.find_spec(package) is not None
-    except ImportError:  # the package around it is not here, or does not load
+    except ImportError:  # the package around it is not here
         return False
+    except Exception:  # it is, but does not load: turning it on says why
+        return True

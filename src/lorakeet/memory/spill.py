@@ -166,12 +166,19 @@ class HostSpill(Spill):
 
     def drop(self, key: Hashable) -> None:
         super().drop(key)
-        self._arriving.pop(key, None)
+        self._forget_arriving(key)
 
     def clear(self) -> None:
         self._forget_leaving(0)
-        self._arriving.clear()
+        for key in list(self._arriving):
+            self._forget_arriving(key)
         super().clear()
+
+    def _forget_arriving(self, key: Hashable) -> None:
+        """Lets computing wait for a copy that no one takes: its memory is computing's own again only once the copy is over."""
+        if key in self._arriving:
+            _, copied = self._arriving.pop(key)
+            self._transfer.compute_after(copied)
 
     def _forget_leaving(self, most: int) -> None:
         """Lets computing wait for copies until at most so many tensors stay for them."""

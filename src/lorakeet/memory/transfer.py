@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections import deque
 from collections.abc import Callable
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -10,9 +11,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from lorakeet.evaluate.wording import bytes_text
+from lorakeet.memory.budget import available_memory
 from lorakeet.memory.store import StoreRecord, WeightStore
 
 STAGINGS = 2  # pinned buffers: one is read into while the other is copied from
+LEFT_FREE = 0.25  # of the host's memory that is free as a transfer begins: others may need it, and pinned memory is not swapped
 
 
 class HostTransfer:
@@ -45,6 +49,11 @@ class HostTransfer:
         self._reader.shutdown(wait=True)
 
 
+def free_host_bytes() -> int:
+    """Bytes of the host's memory that are free now (memory/budget)."""
+    return available_memory()[0]
+
+
 def pinned_bytes(size: int) -> Tensor:
     """Returns pinned host memory, which a CUDA device copies asynchronously; torch allocates the next power of two."""
     return torch.empty(size, dtype=torch.uint8, pin_memory=True)
@@ -57,9 +66,11 @@ class CudaTransfer(HostTransfer):
         copying stream    wait for the slot's last use → copy → event
         computing stream  wait for that event → compute → mark
 
-    The caller waits only for reading. With `keep`, a record that is fetched again stays in pinned memory. States that wait in the
-    host's memory (memory/spill) take the same stream, and no one waits for them but the computing stream. `cuda` and `pinned` are
-    torch's own unless a test simulates them. Not run on a GPU.
+    The caller waits only for reading. With `keep`, a record that is fetched again stays in pinned memory, until that would leave
+    less than LEFT_FREE of what was `free` at first, or is refused: later ones come from disk then, and one line says so.
+
+    States that wait in the host's memory (memory/spill) take the same stream, and no one waits for them but the computing stream.
+    `cuda`, `pinned` and `free` are the system's own unless a test simulates them. Not run on a GPU.
     """
 
     def __init__(
@@ -70,9 +81,13 @@ class CudaTransfer(HostTransfer):
         keep: bool = False,
         cuda: Any = torch.cuda,
         pinned: Callable[[int], Tensor] = pinned_bytes,
+        free: Callable[[], int] = free_host_bytes,
     ) -> None:
         super().__init__(store)
-        self.device, self.keep, self._cuda, self._pinned = device, keep, cuda, pinned
+        self.device, self.keep, self._cuda, self._pinned, self._free = device, keep, cuda, pinned, free
+        self._least = int(LEFT_FREE * free()) if keep else 0
+        self._full = False  # whether no more records are kept
+        self._refused = False  # whether the system has refused to pin a buffer
         self._copying = cuda.Stream(device)
         self._kept: dict[int, Tensor] = {}  # by the record's offset
         self._staging: dict[int, deque[tuple[Tensor, Any]]] = {}  # by size, the oldest first, each with its copy's event
@@ -94,7 +109,7 @@ class CudaTransfer(HostTransfer):
 
     def to_host(self, tensor: Tensor) -> tuple[Tensor, Any]:
         """Starts to copy `tensor`, once it is computed; the copy, and its event. Until then `tensor` must stay as it is."""
-        kept = self._pinned(tensor.nbytes).view(tensor.dtype).view(tensor.shape)
+        kept = self._host_buffer(tensor.nbytes).view(tensor.dtype).view(tensor.shape)
         return kept, self._copied(kept, tensor.detach())
 
     def to_device(self, kept: Tensor) -> tuple[Tensor, Any]:
@@ -113,39 +128,89 @@ class CudaTransfer(HostTransfer):
             return self._copying.record_event()
 
     def close(self) -> None:
-        """Stops the reading thread, waits for the last copy, and frees the pinned memory."""
+        """Stops the reading thread, waits for the last copy, and gives the pinned memory back to the system."""
         super().close()
         self._copying.synchronize()
         self._kept.clear()
         self._staging.clear()
+        _empty_pinned_cache()
 
     def _copy(self, record: StoreRecord, into: Tensor, free: Any, keep: bool) -> Any:
-        source = self._read_kept(record) if keep else self._read_staged(record, len(into))
+        kept = self._read_kept(record) if keep else None
+        source = self._read_staged(record, len(into)) if kept is None else kept
         with self._cuda.stream(self._copying):
             self._copying.wait_event(free)
             into[: record.bytes].copy_(source[: record.bytes], non_blocking=True)
             if into.is_cuda:
                 into.record_stream(self._copying)  # so that it is not reused while the copy runs
             copied = self._copying.record_event()
-        if not keep:
+        if kept is None:
             self._staging[len(into)].append((source, copied))
         return copied
 
-    def _read_kept(self, record: StoreRecord) -> Tensor:
+    def _read_kept(self, record: StoreRecord) -> Tensor | None:
+        """Returns the record in pinned memory of its own; None where no more is pinned."""
         kept = self._kept.get(record.begin)
-        if kept is None:
+        if kept is not None or self._full:
+            return kept
+        free = self._free()
+        if free - (1 << max(0, record.bytes - 1).bit_length()) < self._least:
+            self._keep_no_more(f"{bytes_text(free)} of the host's memory are free, and {bytes_text(self._least)} stay so")
+            return None
+        try:
             kept = self._pinned(record.bytes)
-            self._store.read(record.begin, kept)
-            self._kept[record.begin] = kept
+        except RuntimeError as error:
+            self._make_room()
+            self._keep_no_more(f"the system pins no more of the host's memory ({_first_line(error)})")
+            return None
+        self._store.read(record.begin, kept)
+        self._kept[record.begin] = kept
         return kept
+
+    def _keep_no_more(self, why: str) -> None:
+        self._full = True
+        logging.getLogger("lorakeet").warning(
+            "%d blocks or tiles of the head stay in pinned memory; the others come from disk: %s.", len(self._kept), why
+        )
+
+    def _make_room(self) -> None:
+        """Frees as many kept records as there are staging buffers, which need pinned memory too."""
+        self._copying.synchronize()
+        for _ in range(min(STAGINGS, len(self._kept))):
+            self._kept.popitem()
+        _empty_pinned_cache()
+
+    def _host_buffer(self, size: int) -> Tensor:
+        """Returns pinned memory; where the system refuses it, memory of another kind, for which copies make their thread wait."""
+        if not self._refused:
+            try:
+                return self._pinned(size)
+            except RuntimeError as error:
+                self._refused = True
+                logging.getLogger("lorakeet").warning(
+                    "The system pins no more of the host's memory (%s). Copies to and from the GPU take longer.",
+                    _first_line(error),
+                )
+        return torch.empty(size, dtype=torch.uint8)
 
     def _read_staged(self, record: StoreRecord, size: int) -> Tensor:
         """Returns the record in a pinned buffer of `size` bytes whose last copy is complete."""
         waiting = self._staging.setdefault(size, deque())
         if len(waiting) < STAGINGS:
-            source = self._pinned(size)
+            source = self._host_buffer(size)
         else:
             source, copied = waiting.popleft()
             copied.synchronize()
         self._store.read(record.begin, source[: record.bytes])
         return source
+
+
+def _empty_pinned_cache() -> None:
+    """Gives pinned memory that torch keeps for later back to the system, where this torch can."""
+    empty = getattr(torch.accelerator, "empty_host_cache", None)
+    if empty is not None and torch.accelerator.is_available():
+        empty()
+
+
+def _first_line(error: Exception) -> str:
+    return str(error).partition("\n")[0]

@@ -29,6 +29,7 @@ from lorakeet.train.launch import Launch
 Made = TypeVar("Made")
 PATIENCE = timedelta(hours=2)  # timeout of an exchange; a dead process is noticed at once
 HOSTS_MEET = ("cuda",)  # types of devices before whose exchanges the hosts meet
+OVER = 0.9  # of that time: an exchange that fails sooner has an error of its own
 ROLL_CALL = 3.0  # seconds in which live processes answer a roll call
 _LISTEN = 0.2  # seconds between two polls of the store
 
@@ -195,12 +196,17 @@ class Processes:
     def _exchanging(self) -> Iterator[None]:
         """A context for torch's exchanges: turns their error for a process that is dead, or late, into ProcessLost."""
         self._exchanges += 1
+        begun = time.monotonic()
         try:
             yield
         except RuntimeError as error:
+            waited = time.monotonic() - begun
             traceback.clear_frames(error.__traceback__)  # they keep the connections open
             self._close()  # so that others waiting for this one notice too
-            if lost := self._missed() or self._late():
+            lost = self._missed()
+            if not lost and waited >= OVER * PATIENCE.total_seconds():
+                lost = self._late()
+            if lost:
                 raise ProcessLost(lost) from error
             raise
 
