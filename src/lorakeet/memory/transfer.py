@@ -160,7 +160,7 @@ class CudaTransfer(HostTransfer):
         try:
             kept = self._pinned(record.bytes)
         except RuntimeError as error:
-            self._make_room()
+            self._free_some()
             self._keep_no_more(f"the system pins no more of the host's memory ({_first_line(error)})")
             return None
         self._store.read(record.begin, kept)
@@ -173,7 +173,7 @@ class CudaTransfer(HostTransfer):
             "%d blocks or tiles of the head stay in pinned memory; the others come from disk: %s.", len(self._kept), why
         )
 
-    def _make_room(self) -> None:
+    def _free_some(self) -> None:
         """Frees as many kept records as there are staging buffers, which need pinned memory too."""
         self._copying.synchronize()
         for _ in range(min(STAGINGS, len(self._kept))):

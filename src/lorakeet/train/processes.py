@@ -196,11 +196,11 @@ class Processes:
     def _exchanging(self) -> Iterator[None]:
         """A context for torch's exchanges: turns their error for a process that is dead, or late, into ProcessLost."""
         self._exchanges += 1
-        begun = time.monotonic()
+        before = time.monotonic()
         try:
             yield
         except RuntimeError as error:
-            waited = time.monotonic() - begun
+            waited = time.monotonic() - before
             traceback.clear_frames(error.__traceback__)  # they keep the connections open
             self._close()  # so that others waiting for this one notice too
             lost = self._missed()
