@@ -8,6 +8,7 @@ from __future__ import annotations
 import copy
 import gc
 import logging
+import threading
 from collections import Counter
 from collections.abc import Iterator
 from typing import Any
@@ -191,3 +192,28 @@ def test_maxima_that_differ_are_said_once_and_not_used(
 def test_codes_name_their_buffers() -> None:
     base = weights()[0]
     assert base.maxima_codes() == MaximaCodes(base.absmax, base.scales, base.mean)
+
+
+def test_within_a_recording_no_thread_takes_shared_maxima(gpu: None) -> None:
+    """On a GPU autograd computes backward passes in a thread of its own, where a context variable has its default."""
+    bases = weights()
+    decode_maxima_together(bases)
+    unpacked(bases)
+    LAST.clear()
+    leaf = torch.ones((), requires_grad=True)
+    found: list[Any] = []
+
+    def backward() -> None:
+        leaf.register_hook(lambda _: found.append(bases[0].nf4_codes(0, SHAPES[0][0])))
+        leaf.mul(2).backward()
+        unpacked(bases)
+
+    with fresh_copies():
+        with fresh_copies():
+            pass
+        thread = threading.Thread(target=backward)
+        thread.start()
+        thread.join()
+    assert len(found) == 1 and found[0].decoded is None and not LAST
+    codes = bases[0].nf4_codes(0, SHAPES[0][0])
+    assert codes is not None and codes.decoded is not None

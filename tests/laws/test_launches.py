@@ -8,6 +8,13 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
+from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from lorakeet.kernels import nf4_maxima
+from lorakeet.kernels.nf4_maxima import SharedMaxima
+from lorakeet.quant.nf4 import Nf4Base, decode_maxima_together
 
 BENCHMARKS = Path(__file__).parents[2] / "benchmarks"
 MODEL, TOKENS = "meta-llama/Llama-3.1-8B", 2048
@@ -56,3 +63,42 @@ def test_block_maxima_are_decoded_once_a_pass() -> None:
     for dense, packed in zip(of_block("fused"), of_block("fused", "nf4"), strict=True):
         assert packed["NF4 by bitsandbytes"] == 14 + 2 * 3
         assert sum(packed.values()) == sum(dense.values()) + 20
+
+
+def test_the_code_decodes_as_often_as_the_counter_says(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Two blocks of seven weights, forward and back: the maxima of the last block serve both its passes."""
+    pytest.importorskip("bitsandbytes", reason="bitsandbytes, of the extra lorakeet[cuda], is not installed")
+    import bitsandbytes  # noqa: F401 - it registers its operators
+
+    decode, found = SharedMaxima.decode, list[int]()
+
+    def counted(self: SharedMaxima) -> Tensor:
+        with Operations() as operations:
+            made = decode(self)
+        found.append(len(operations.names))
+        return made
+
+    monkeypatch.setattr(SharedMaxima, "decode", counted)
+    monkeypatch.setattr(nf4_maxima, "AGREED", {torch.device("cpu"): True})  # the CPU stands for a GPU
+    blocks = [[Nf4Base.of(torch.randn(24, 64)) for _ in range(7)] for _ in range(2)]
+    for block in blocks:
+        decode_maxima_together(block)
+    bases = [base for block in blocks for base in block]
+    for base in (*bases, *bases[::-1]):
+        codes = base.nf4_codes(0, 24)
+        assert codes is not None and codes.decoded is not None
+        torch.testing.assert_close(codes.decoded(), base.block_maxima(0, 24))
+    assert found == 3 * [counter()["OF_MAXIMA"]]
+
+
+class Operations(TorchDispatchMode):
+    """The operations that launch kernels, as benchmarks/launches.py has them, by name."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.names: list[str] = []
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        name = func._schema.name.rpartition("::")[2]
+        self.names += [name] * (name not in counter()["QUIET"])
+        return func(*args, **(kwargs or {}))

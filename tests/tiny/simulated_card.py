@@ -433,6 +433,7 @@ def _patched(card: Card, patch: pytest.MonkeyPatch, capability: tuple[int, int])
         "get_rng_state_all": lambda: [card.random.get_state()], "synchronize": lambda *_: card.wait("the host waits for all"),
         "Stream": Stream, "Event": Event, "current_stream": lambda *_: Stream(), "default_stream": lambda *_: Stream(),
         "stream": lambda *_: nullcontext(), "device": lambda *_: nullcontext(), "is_initialized": lambda: True,
+        "is_current_stream_capturing": lambda: False,
         "manual_seed_all": lambda seed: card.random.manual_seed(seed) and None, "_is_in_bad_fork": lambda: False,
         "memory_stats": lambda *_: {}, "init": lambda: None,
     }  # fmt: skip

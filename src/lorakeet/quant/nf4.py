@@ -30,7 +30,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from lorakeet.core.gpu_pairs import FRESH
+from lorakeet.core.gpu_pairs import copies_are_fresh
 from lorakeet.kernels.cpu.stored import NF4, StoredWeight, address_of
 from lorakeet.kernels.nf4_codes import Nf4Codes
 from lorakeet.kernels.nf4_maxima import MOST, MaximaCodes, SharedMaxima
@@ -124,8 +124,9 @@ class Nf4Base(PackedBase):
         scales = None if self.scales is None else self.scales[blocks.start // SCALE_BLOCK : -(-blocks.stop // SCALE_BLOCK)]
         tables = _table("levels", self.packed), _table("dynamic", self.packed)
         packed = self.packed[begin // 2 : (begin + count) // 2]
-        whole = rows == self.shape[0] and not FRESH.get()  # a CUDA graph is to hold all that it computes with
-        decoded = self._decoded_with_others if whole and self.shared is not None else None
+        shares = rows == self.shape[0] and self.shared is not None
+        # A CUDA graph is to hold all that it computes with.
+        decoded = self._decoded_with_others if shares and not copies_are_fresh(self.packed.device) else None
         return Nf4Codes(packed, self.absmax[blocks], scales, self.mean, *tables, size, decoded)
 
     def maxima_codes(self) -> MaximaCodes | None:

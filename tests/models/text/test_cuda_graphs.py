@@ -6,6 +6,7 @@ import gc
 import logging
 import weakref
 from collections.abc import Callable
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -20,12 +21,13 @@ from lorakeet.core.spec import LoraSpec
 from lorakeet.data.pack import Batch
 from lorakeet.errors import EnvironmentProblem
 from lorakeet.kernels.flash_varlen import RowOffsets
+from lorakeet.kernels.nf4_maxima import LAST, SharedMaxima
 from lorakeet.models.inject import trained_parameters
 from lorakeet.models.spec import ModelSpec
 from lorakeet.models.targets import plan_for
 from lorakeet.models.text import cuda_graphs
 from lorakeet.models.text.adapters import initialise_adapter
-from lorakeet.models.text.cuda_graphs import BatchShape, GraphedModel, NotRecorded
+from lorakeet.models.text.cuda_graphs import BatchShape, CudaGraphs, GraphedModel, NotRecorded
 from lorakeet.models.text.load import load_text_model
 from lorakeet.models.text.model import TextModel
 from lorakeet.train.task import gradients_by_batch
@@ -477,3 +479,118 @@ def test_a_later_shape_that_fails_ends_the_run_only_where_graphs_are_required(
     with caplog.at_level(logging.WARNING, "lorakeet"):
         learnt(passes, rows([40, 50]), parameters)
     assert "CUDA graphs cannot be recorded: capture failed" in caplog.text
+
+
+def test_no_shared_block_maxima_enter_a_recording_or_outlive_it(made: Callable[..., Made], rows: Any) -> None:
+    """Those of a recording are memory of its pool, into which only a replay writes."""
+    _, _, tape, passes = made()
+    maxima, warm, record, seen = SharedMaxima.__new__(SharedMaxima), tape.warm, tape.record, list[int]()
+    LAST[maxima] = torch.zeros(1)
+
+    def warming(what: Any) -> Any:
+        seen.append(len(LAST))
+        return warm(what)
+
+    def recording(what: Any) -> Any:
+        LAST[maxima] = torch.zeros(1)
+        return record(what)
+
+    tape.warm, tape.record = warming, recording  # type: ignore[method-assign]
+    passes.record_first(rows([20, 9, 30]))
+    assert seen[0] == 0 and not LAST
+
+
+class Graph:
+    """torch.cuda.CUDAGraph, whose capture begins and cannot be ended."""
+
+    def __init__(self) -> None:
+        self.did: list[str] = []
+        GRAPHS.append(self)
+
+    def capture_begin(self, *_: Any, **__: Any) -> None:
+        self.did.append("begin")
+
+    def capture_end(self) -> None:
+        raise RuntimeError("CUDA error: operation failed due to a previous error during capture")
+
+    def reset(self) -> None:
+        self.did.append("reset")
+
+    def replay(self) -> None: ...
+
+
+class Stream:
+    device = torch.device("cuda", 0)
+
+
+GRAPHS: list[Graph] = []
+
+
+@pytest.mark.parametrize("ended", [False, True])
+def test_after_a_failed_capture_the_stream_is_the_one_before_and_nothing_is_kept(
+    ended: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """With torch's own torch.cuda.graph, which leaves its stream current. `ended`: the allocator is done with the pool."""
+    GRAPHS.clear()
+    before, current, did = Stream(), list[Any](), list[tuple[Any, ...]]()
+    current.append(before)
+
+    def end(*given: Any) -> None:
+        if ended:
+            raise RuntimeError("endAllocatePool: not currently recording to mempool_id")
+        did.append(("end", *given, *GRAPHS[0].did))
+
+    values = {
+        "graph_pool_handle": lambda: (0, 7), "Stream": lambda *_: Stream(), "CUDAGraph": Graph,
+        "device": lambda *_: nullcontext(), "current_stream": lambda *_: current[-1], "set_stream": current.append,
+        "synchronize": lambda: None, "empty_cache": lambda: None, "current_device": lambda: 0, "_get_device_index": lambda *_: 0,
+    }  # fmt: skip
+    for name, value in values.items():
+        monkeypatch.setattr(torch.cuda, name, value)
+    for name, value in (("_cuda_endAllocateToPool", end), ("_cuda_releasePool", lambda *given: did.append(("release", *given)))):
+        monkeypatch.setattr(torch._C, name, value, raising=False)
+    monkeypatch.setattr(torch._C, "_host_emptyCache", lambda: None, raising=False)
+    graphs = CudaGraphs(torch.device("cuda", 0))
+
+    def passes() -> None:
+        assert current[-1] is graphs.stream
+        raise RuntimeError("operation not permitted when stream is capturing")
+
+    with pytest.raises(RuntimeError, match="previous error during capture") as failed:
+        graphs.record(passes)
+    assert "operation not permitted" in str(failed.value.__context__)
+    assert current[-1] is before and GRAPHS[0].did == ["begin", "reset"]
+    assert did == ([] if ended else [("end", 0, (0, 7), "begin"), ("release", 0, (0, 7))]), "before the graph is reset"
+    monkeypatch.setattr(Graph, "capture_end", lambda self: self.did.append("end"))
+    replay, result = graphs.record(lambda: 3)
+    assert result == 3 and current[-1] is before and GRAPHS[1].did == ["begin", "end"] and replay == GRAPHS[1].replay
+
+
+@pytest.mark.parametrize("error", [TypeError("no such argument"), torch.OutOfMemoryError("CUDA out of memory")])
+def test_after_a_failure_in_mid_training_nothing_more_is_recorded(
+    error: Exception, made: Callable[..., Made], rows: Any, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Where graphs are not required: one line, whatever the error; what was recorded stays in use."""
+    text, parameters, tape, passes = made()
+    passes.required = False
+    passes.record_first(rows([20, 9, 30]))
+    freed: list[bool] = []
+    monkeypatch.setattr(cuda_graphs, "release_device_memory", lambda: freed.append(passes.recorder is None))
+
+    def failing(_: Any) -> Any:
+        raise error
+
+    tape.record = failing  # type: ignore[method-assign]
+    later = [rows([40, 50], seed=3), rows([7, 20], seed=4)]
+    with caplog.at_level(logging.WARNING, "lorakeet"):
+        found = [learnt(passes, batch, parameters) for batch in later]
+    (message,) = caplog.messages
+    assert "of this and any other new shape are computed without CUDA graphs." in message and freed == [True]
+    memory = isinstance(error, torch.OutOfMemoryError)
+    assert ("report" in message) != memory and ("out of memory" if memory else "TypeError: no such argument") in message
+    for batch, (loss, grads) in zip(later, found, strict=True):
+        expected = learnt(text, batch, parameters)
+        assert loss == expected[0] and all(torch.equal(grads[name], expected[1][name]) for name in grads)
+    replays = tape.replays
+    learnt(passes, rows([20, 9, 30]), parameters)
+    assert tape.replays == replays + 2

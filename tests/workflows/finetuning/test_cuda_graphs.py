@@ -8,6 +8,7 @@ import json
 import re
 import shutil
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -25,6 +26,7 @@ from lorakeet.data.pack import micro_batches
 from lorakeet.errors import ConfigError, EnvironmentProblem
 from lorakeet.kernels.device import standing_for
 from lorakeet.models.placement import device_for
+from lorakeet.models.text import cuda_graphs as model_graphs
 from lorakeet.models.text.cuda_graphs import BatchShape, GraphedModel
 from lorakeet.models.text.model import TextModel
 from lorakeet.train.checkpoint import run_identity
@@ -36,7 +38,14 @@ from lorakeet.train.text.task import TextTask
 from lorakeet.workflows.finetune import finetune
 from lorakeet.workflows.finetuning import cuda_graphs as workflow
 from lorakeet.workflows.finetuning.assemble_text import TextAssembly, assemble_text, text_task
-from lorakeet.workflows.finetuning.cuda_graphs import FIRST, largest_micro_batch, record_graphs, require_graphable, use_graphs
+from lorakeet.workflows.finetuning.cuda_graphs import (
+    FIRST,
+    largest_micro_batch,
+    record_graphs,
+    require_graphable,
+    try_graphs,
+    use_graphs,
+)
 from lorakeet.workflows.finetuning.text import TextRunKind
 from lorakeet.workflows.options import FinetuneOptions, TuneOptions
 from lorakeet.workflows.runs.residency import Residency, Way
@@ -370,3 +379,56 @@ def test_on_a_card_without_streams_a_run_is_planned_with_graphs_and_goes_on_with
         use_graphs(setup, task, Console(file=screen, width=300))
     assert task.replayed is None and "CUDA graphs of the decoder's passes. Not used: " in screen.getvalue()
     assert task.graphs.startswith("none: CUDA graphs cannot be recorded")
+
+
+@pytest.mark.parametrize(
+    ("error", "said"),
+    [
+        (AttributeError("no attribute 'starts'"), "CUDA graphs cannot be recorded: AttributeError: no attribute 'starts'."),
+        (ConfigError("a value"), "CUDA graphs cannot be recorded: ConfigError: a value."),
+        (torch.OutOfMemoryError("CUDA out of memory"), "the GPU is out of memory: to check CUDA graphs, their pass and"),
+    ],
+)
+def test_whatever_fails_as_graphs_are_tried_ends_no_run(
+    error: Exception,
+    said: str,
+    on_card: None,
+    tiny_llama_folder: Path,
+    data: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """Where nobody asked for them; who did gets the error itself."""
+    freed: list[str] = []
+    monkeypatch.setattr(model_graphs, "release_device_memory", lambda: freed.append("device"))
+
+    def failing(_: Tape, passes: Any) -> Any:
+        raise error
+
+    monkeypatch.setattr(Tape, "record", failing)
+    setup, task, screen = tried(tiny_llama_folder, data, tmp_path / "run", Tape())
+    assert task.replayed is None and f"Not used: {said}" in screen and freed == ["device"]
+    assert not setup.text.model.training and all(each.grad is None for each in task.parameters().values())
+    with pytest.raises(type(error) if not isinstance(error, RuntimeError) else EnvironmentProblem):
+        record_graphs(setup.text, text_task(assembled(tiny_llama_folder, data, tmp_path / "x", RECORDED)), quiet(), Tape())
+
+
+@pytest.mark.parametrize(
+    ("values", "refused"),
+    [
+        ({"num_experts": [4, 4]}, True),  # HunYuan-MoE: for each layer
+        ({"num_experts": [1, 1]}, False),
+        ({"ffn_config": {"moe_num_experts": 16}}, True),  # DBRX
+        ({"ffn_config": SimpleNamespace(moe_num_experts=16, to_dict=dict)}, True),
+        ({"num_experts": None}, False),
+        ({"n_routed_experts": 8}, True),
+    ],
+)
+def test_numbers_of_experts_are_found_in_lists_and_nested_settings(
+    values: dict[str, Any], refused: bool, on_card: None, tiny_llama_folder: Path, data: Path, tmp_path: Path
+) -> None:
+    setup = assembled(tiny_llama_folder, data, tmp_path / "run", NARROW)
+    task = text_task(setup)
+    vars(setup.text.model.config.get_text_config()).update(values)
+    why = try_graphs(setup.text, task, quiet(), Tape())
+    assert ("the model chooses experts by values" in why) == refused == (task.replayed is None)

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any, cast
 
 import pytest
 import torch
@@ -10,7 +12,7 @@ import torch
 from lorakeet.kernels.cuda_graphs import LARGEST
 from lorakeet.train.processes import Processes
 from lorakeet.workflows.planning.forecast_text_run import Workload
-from lorakeet.workflows.planning.graphs import settings_in_the_way, why_not_by_itself
+from lorakeet.workflows.planning.graphs import COPIES, graph_bytes, settings_in_the_way, why_not_by_itself
 from lorakeet.workflows.planning.unbound_text_run import UnboundTextRun
 from tiny.runs import settings
 
@@ -49,3 +51,13 @@ def test_a_search_and_several_processes_do_not(tmp_path: Path, tiny_llama_folder
     run = UnboundTextRun(config, Workload(), print)
     run.processes = Processes().count + 1
     assert run.why_no_graphs() == "2 processes train together"
+
+
+def test_a_proof_in_mid_training_holds_four_tensors_as_large_as_the_adapter() -> None:
+    """The adapter before noise; gradients of the step so far, by the model and by the graphs."""
+
+    def size(parameters: int) -> int:
+        forecast = SimpleNamespace(phase=lambda _: SimpleNamespace(kinds={}))
+        return graph_bytes(cast(Any, SimpleNamespace(forecast=forecast, plan=SimpleNamespace(parameters=parameters))), 0)
+
+    assert COPIES == 4 and size(1 << 20) - size(0) == 4 * 4 * (1 << 20) * 9 / 8

@@ -16,9 +16,10 @@ cover neither streams nor memory pools.
 
 from __future__ import annotations
 
+import gc
 import logging
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from typing import Any, Protocol, TypeVar
 
@@ -35,6 +36,8 @@ from lorakeet.data.pack import Batch
 from lorakeet.errors import EnvironmentProblem
 from lorakeet.kernels.flash_varlen import RowOffsets
 from lorakeet.kernels.host_copies import to_device
+from lorakeet.kernels.nf4_maxima import LAST
+from lorakeet.memory.cuda import release_device_memory
 from lorakeet.models.text.model import COUNTS, MULTIPLE, TextModel, padded_count
 
 SETTING = "train.cuda_graphs"
@@ -51,11 +54,13 @@ ResultT = TypeVar("ResultT")
 
 
 class NotRecorded(EnvironmentProblem):
-    """Passes cannot be recorded, or compute something else. The message is for a run that asked; `reason` is a part of it."""
+    """Passes cannot be recorded, or compute something else. The message is for a run that asked; `reason` is a part of it.
+    `to_report`: whether it may be a mistake of Lorakeet; too little memory is none.
+    """
 
     def __init__(self, reason: str, remedy: str = REMEDY) -> None:
         super().__init__(f"{SETTING} is true, but {reason}. {remedy}")
-        self.reason = reason
+        self.reason, self.to_report = reason, remedy == REMEDY
 
 
 @dataclass(frozen=True)
@@ -124,10 +129,28 @@ class CudaGraphs:
 
     def record(self, passes: Callable[[], ResultT]) -> tuple[Callable[[], None], ResultT]:
         with torch.cuda.device(self.device):
-            graph = torch.cuda.CUDAGraph()
-            with torch.cuda.graph(graph, pool=self.pool, stream=self.stream):
-                result = passes()
+            graph, before = torch.cuda.CUDAGraph(), torch.cuda.current_stream(self.device)
+            try:
+                with torch.cuda.graph(graph, pool=self.pool, stream=self.stream):
+                    result = passes()
+            except BaseException:
+                self._abandon(graph)
+                raise
+            finally:  # torch.cuda.graph leaves its stream the current one if the capture cannot be ended
+                torch.cuda.set_stream(before)
         return graph.replay, result
+
+    def _abandon(self, graph: torch.cuda.CUDAGraph) -> None:
+        """Frees what a failed capture keeps.
+
+        If its end raised, the allocator still asks the graph which allocations belong to it, so this ends before the graph does
+        (ATen/cuda/CUDAGraph.cpp, capture_end and reset).
+        """
+        number = torch.cuda.current_device()
+        with suppress(RuntimeError):  # raises where the end of the capture has done so
+            torch._C._cuda_endAllocateToPool(number, self.pool)
+            torch._C._cuda_releasePool(number, self.pool)
+        graph.reset()
 
 
 @dataclass(frozen=True)
@@ -144,9 +167,10 @@ class GraphedModel:
     """A TextModel for train/text/loss whose decoder runs as CUDA graphs; they add to the gradients of `parameters`.
 
     `capacity` is a shape that fits every micro-batch. `record_first` records before training starts. A later shape that cannot
-    be recorded ends the run if graphs are `required`; else the model computes it, as it does beyond MOST_SHAPES, and where a
-    recording differs from the model. The caller frees the loss of a micro-batch before the next one
-    (train/task.gradients_by_batch): a live autograd graph would bring its stream into a recording.
+    be recorded ends the run if graphs are `required`; else no more is recorded, and the model computes all further shapes, as
+    it does beyond MOST_SHAPES. It computes a shape whose recording differs from it too. The caller frees the loss of a
+    micro-batch before the next one (train/task.gradients_by_batch): a live autograd graph would bring its stream into a
+    recording.
     """
 
     def __init__(
@@ -158,7 +182,8 @@ class GraphedModel:
         *,
         required: bool = True,
     ) -> None:
-        self.text, self.recorder, self.capacity, self.required = text, recorder, capacity, required
+        self.text, self.capacity, self.required = text, capacity, required
+        self.recorder: Recorder | None = recorder  # None after one has failed
         self.names, self.parameters = list(parameters), list(parameters.values())
         self.graphs: dict[BatchShape, RecordedGraphs | None] = {}  # None: the model computes micro-batches of this shape
         self.ids, self.positions = (torch.zeros(capacity.tokens, dtype=torch.int64, device=text.device) for _ in range(2))
@@ -182,7 +207,7 @@ class GraphedModel:
         They are valid until the next micro-batch, which must follow their backward pass.
         """
         shape = BatchShape.of(batch.lengths, self.capacity.longest)
-        if shape not in self.graphs and len(self.graphs) < MOST_SHAPES:
+        if shape not in self.graphs and len(self.graphs) < MOST_SHAPES and self.recorder is not None:
             self.graphs[shape] = self._verified(shape, batch)
         graphs = self.graphs.get(shape)
         return self.text.hidden(batch) if graphs is None else self._replayed(graphs, shape, batch)
@@ -205,32 +230,35 @@ class GraphedModel:
         if graphs is None:
             self.record_first(batch)
             return
-        with recording_errors(), _without_gradients(self.parameters):
+        with recording_errors(self.required), _without_gradients(self.parameters):
             difference = self._difference(shape, graphs, batch)
         if difference:
             raise NotRecorded(difference)
 
     def _verified(self, shape: BatchShape, batch: Batch) -> RecordedGraphs | None:
-        """Returns the graphs of a new shape; None, with a warning, if they fail the check."""
-        graphs: RecordedGraphs | None = None
+        """Returns the graphs of a new shape; None, with a warning, if they fail the check, or if it cannot be recorded and
+        graphs are not required: then no more is recorded."""
+        of_which, ask = "of this shape are", " Please report it."
         try:
             graphs, difference = self._recorded_and_compared(shape, batch)
         except NotRecorded as error:
             if self.required:
                 raise
-            difference = error.reason
-        if difference:
-            logging.getLogger("lorakeet").warning(
-                "%s: %s. Micro-batches of this shape are computed without CUDA graphs. Please report it.", SETTING, difference
-            )
-            return None
-        return graphs
+            difference, self.recorder = error.reason, None
+            of_which, ask = "of this and any other new shape are", ask if error.to_report else ""
+        if not difference:
+            return graphs
+        if self.recorder is None:
+            free_failed_recording()
+        message = "%s: %s. Micro-batches %s computed without CUDA graphs.%s"
+        logging.getLogger("lorakeet").warning(message, SETTING, difference, of_which, ask)
+        return None
 
     def _recorded_and_compared(self, shape: BatchShape, batch: Batch) -> tuple[RecordedGraphs, str]:
         """Returns the graphs, and in words how they differ from the model. NotRecorded if they cannot be recorded."""
-        if shape.tokens > self.capacity.tokens or shape.rows > self.capacity.rows:
-            raise ValueError(f"the buffers are made for {self.capacity}, and {shape} is larger")
-        with recording_errors(), _without_gradients(self.parameters):
+        with recording_errors(self.required), _without_gradients(self.parameters):
+            if shape.tokens > self.capacity.tokens or shape.rows > self.capacity.rows:
+                raise ValueError(f"the buffers are made for {self.capacity}, and {shape} is larger")
             graphs = self._record(shape, batch.lengths)
             return graphs, self._difference(shape, graphs, batch)
 
@@ -240,10 +268,16 @@ class GraphedModel:
         self.positions.zero_()
         offsets = RowOffsets(self.starts[: shape.rows + 1], min(shape.longest, shape.tokens))
         self.text.train()
-        with torch.enable_grad(), fresh_copies():
-            return self._warmed_and_recorded(self.ids[: shape.tokens], self.positions[: shape.tokens], offsets)
+        assert self.recorder is not None
+        LAST.clear()  # nothing of a pass before the recording, nor of its memory after it
+        try:
+            with torch.enable_grad(), fresh_copies():
+                inputs = self.ids[: shape.tokens], self.positions[: shape.tokens], offsets
+                return self._warmed_and_recorded(self.recorder, *inputs)
+        finally:
+            LAST.clear()
 
-    def _warmed_and_recorded(self, *inputs: Any) -> RecordedGraphs:
+    def _warmed_and_recorded(self, recorder: Recorder, *inputs: Any) -> RecordedGraphs:
         """Records both passes over the buffers of tokens, positions and row offsets."""
         decoded, parameters, tokens = self.text.states_at, self.parameters, len(inputs[0])
 
@@ -255,7 +289,7 @@ class GraphedModel:
             return out.detach(), [grad is not None for grad in found]
 
         for _ in range(WARM_UPS):
-            out, used = self.recorder.warm(both)
+            out, used = recorder.warm(both)
         if not self.sums:
             self.states, self.upstream = (out.new_zeros(self.capacity.tokens, out.shape[1]) for _ in range(2))
             self.sums = [torch.zeros_like(each) if trains else None for each, trains in zip(parameters, used, strict=True)]
@@ -266,14 +300,14 @@ class GraphedModel:
             states.copy_(out.detach())
             return out
 
-        replay_forward, out = self.recorder.record(forward)
+        replay_forward, out = recorder.record(forward)
 
         def backward() -> None:
             found = torch.autograd.grad(out, parameters, upstream, allow_unused=True)
             pairs = [(total, grad) for total, grad in zip(sums, found, strict=True) if total is not None and grad is not None]
             torch._foreach_add_([total for total, _ in pairs], [grad for _, grad in pairs])
 
-        replay_backward, _ = self.recorder.record(backward)
+        replay_backward, _ = recorder.record(backward)
         return RecordedGraphs(tokens, replay_forward, replay_backward, SCRATCH.lent())
 
     def _fill(self, rows: Sequence[int], ids: Tensor) -> None:
@@ -386,12 +420,22 @@ def _noise(like: Tensor, *, seed: int) -> Tensor:
     return torch.randn(like.shape, generator=torch.Generator().manual_seed(seed)).to(like.device, like.dtype)
 
 
+def free_failed_recording() -> None:
+    """Returns the memory of passes that could not be recorded to the device; the caller has dropped the recorder."""
+    gc.collect()  # an error and the frames that it came through hold each other, and their tensors
+    release_device_memory()
+
+
 @contextmanager
-def recording_errors() -> Iterator[None]:
-    """A context that turns torch's errors on recording, or on too little memory, into NotRecorded with a remedy."""
+def recording_errors(required: bool = True) -> Iterator[None]:
+    """A context that turns torch's errors on recording, or on too little memory, into NotRecorded with a remedy; any other error
+    too, with its type, where graphs are not `required`."""
+    caught: type[Exception] = RuntimeError if required else Exception
     try:
         yield
-    except RuntimeError as error:
+    except NotRecorded:
+        raise
+    except caught as error:
         causes: list[BaseException] = [error]  # when a recording fails, ending it fails too, with a vaguer message
         while (link := causes[-1].__context__) is not None:
             causes.append(link)
@@ -403,8 +447,9 @@ def recording_errors() -> Iterator[None]:
                 "the GPU is out of memory: to check CUDA graphs, their pass and the model's own are in memory at once",
                 f"Lower train.micro_tokens. Or: {TURN_OFF}.",
             ) from error
-        first = [cause for cause in causes if isinstance(cause, RuntimeError)][-1]
-        reason = " ".join(str(first).split())[:ERROR_LENGTH].rstrip(".")
+        first = [cause for cause in causes if isinstance(cause, RuntimeError)][-1] if isinstance(error, RuntimeError) else error
+        kind = "" if isinstance(first, RuntimeError) else f"{type(first).__name__}: "
+        reason = kind + " ".join(str(first).split())[:ERROR_LENGTH].rstrip(".")
         raise NotRecorded(f"CUDA graphs cannot be recorded: {reason}") from error
 
 

@@ -167,11 +167,19 @@ class TextTask:
     def halve(self) -> str:
         shortest = min((len(row.ids) for row in self.train), default=0)
         tokens = self.spec.micro_tokens // 2
+        without = self._without_graphs()
         if tokens < shortest:  # every row is a micro-batch of its own already
-            return ""
+            return without
         self.spill.clear()  # of inputs of blocks that no backward pass has taken
         self.spec = replace(self.spec, micro_tokens=tokens)
-        return f"train.micro_tokens {tokens}"
+        return f"train.micro_tokens {tokens}" + (f" and {without}" if without else "")
+
+    def _without_graphs(self) -> str:
+        """Drops CUDA graphs, which hold the memory of their largest micro-batch; says so, if there are any."""
+        if self.replayed is None:
+            return ""
+        self.replayed, self.graphs = None, "none any more: the device ran out of memory, and they hold some"
+        return "no CUDA graphs"
 
     def adapter(self) -> Adapter:
         """The adapter's current value."""

@@ -32,6 +32,7 @@ from lorakeet.models.text.cuda_graphs import (
     GraphedModel,
     NotRecorded,
     Recorder,
+    free_failed_recording,
     recording_errors,
 )
 from lorakeet.models.text.model import TextModel
@@ -99,19 +100,19 @@ def use_graphs(setup: TextAssembly, task: TextTask, console: Console, recorder: 
 
 def try_graphs(text: TextModel, task: TextTask, console: Console, recorder: Recorder | None = None) -> str:
     """Records passes and proves them on the first micro-batches of `task`. Returns why they are not used; empty if they are."""
-    if why := next(_why_not(text), "") or _why_not_shared(text, task):
-        return why
     try:
-        with recording_errors():
-            recorder = recorder or CudaGraphs(text.device)
-        task.replayed = _recorded(text, task, console, recorder, required=False)
-        for batch in task.batches(0)[:FIRST]:
-            task.replayed.prove_on(batch)
-    except EnvironmentProblem as error:
-        task.replayed, why = None, error.reason if isinstance(error, NotRecorded) else str(error).rstrip(".")
+        with recording_errors(required=False):
+            if why := next(_why_not(text), "") or _why_not_shared(text, task):
+                return why
+            task.replayed = _recorded(text, task, console, recorder or CudaGraphs(text.device), required=False)
+            for batch in task.batches(0)[:FIRST]:
+                task.replayed.prove_on(batch)
+    except NotRecorded as error:
+        task.replayed, why = None, error.reason
     finally:
         text.model.eval()
     if why:
+        free_failed_recording()
         release_free_memory()
     return why
 
@@ -174,7 +175,7 @@ def _why_not(text: TextModel) -> Iterator[str]:
     if text.attention != "varlen":
         yield f"model.attention is {text.attention}, and only varlen takes the row boundaries as tensors"
     config = text.model.config.get_text_config()
-    if any((getattr(config, name, 0) or 0) > 1 for name in EXPERTS):
+    if _most_experts(config) > 1:
         yield "the model chooses experts by values that the host must read"
     if any(isinstance(module, nn.Dropout) and module.p > 0 for module in text.model.modules()):
         yield f"the model has dropout: {DRAWN}"
@@ -184,6 +185,15 @@ def _why_not(text: TextModel) -> Iterator[str]:
     for rope in ROPES:
         if rope in _rope_types(getattr(config, "rope_parameters", None)):
             yield f"rope_type is {rope} in the model's config.json, whose angles depend on the lengths of the rows"
+
+
+def _most_experts(settings: Any) -> int:
+    """The largest number of experts in a model's settings: a number, or one for each layer (HunYuan), or nested (DBRX)."""
+    found = [settings.get(name) if isinstance(settings, Mapping) else getattr(settings, name, None) for name in EXPERTS]
+    counts = [count for each in found for count in (each if isinstance(each, list | tuple) else [each])]
+    values = (settings if isinstance(settings, Mapping) else vars(settings)).values()
+    within = [_most_experts(value) for value in values if isinstance(value, Mapping) or hasattr(value, "to_dict")]
+    return max([0, *within, *(count for count in counts if isinstance(count, int))])
 
 
 def _rope_types(settings: Any) -> set[str]:

@@ -1,7 +1,7 @@
 """CUDA graphs of a run: the settings that rule them out, whether a run tries them by itself, and the memory that they take.
 
     pool       what both passes of the largest micro-batch hold at their peak, for as long as the run trains
-    proof      the model's own passes beside it, copies of the adapter and of its gradients
+    proof      the model's own passes beside it, and COPIES tensors as large as the adapter
     buffers    last hidden states and their gradients
     driver     DRIVER_BYTES for each shape of micro-batch, of which there are at most MOST_SHAPES
 
@@ -26,6 +26,7 @@ from lorakeet.workflows.planning.rehearse_text import CHECKPOINT, EVALUATE, STEP
 from lorakeet.workflows.runs.residency import with_more
 
 KIND = "CUDA graphs"  # of bytes
+COPIES = 4  # the adapter before noise; gradients of the step so far, of the model, and of the graphs
 DRIVER_BYTES = 8 << 20  # of the two graphs of a shape, some thousand operations
 BESIDE = ("runtime", "allocator")  # kinds of bytes that are no tensors
 DRAWN = "random numbers differ in each pass, so a graph cannot be compared with the model"
@@ -66,7 +67,7 @@ def graph_bytes(plan: TextRunPlan, state_bytes: int) -> int:
     """
     kinds = plan.forecast.phase(STEP).kinds
     passing = sum(size for kind, size in kinds.items() if kind not in PERSISTENT and kind not in BESIDE)
-    temporary = passing + 2 * VALUE * plan.plan.parameters + 2 * state_bytes
+    temporary = passing + COPIES * VALUE * plan.plan.parameters + 2 * state_bytes
     return int((1 + TEMPORARY_SHARE) * temporary) + MOST_SHAPES * DRIVER_BYTES
 
 
