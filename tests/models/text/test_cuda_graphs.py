@@ -545,11 +545,13 @@ def test_after_a_failed_capture_the_stream_is_the_one_before_and_nothing_is_kept
         "device": lambda *_: nullcontext(), "current_stream": lambda *_: current[-1], "set_stream": current.append,
         "synchronize": lambda: None, "empty_cache": lambda: None, "current_device": lambda: 0, "_get_device_index": lambda *_: 0,
     }  # fmt: skip
-    for name, value in values.items():
-        monkeypatch.setattr(torch.cuda, name, value)
-    for name, value in (("_cuda_endAllocateToPool", end), ("_cuda_releasePool", lambda *given: did.append(("release", *given)))):
-        monkeypatch.setattr(torch._C, name, value, raising=False)
-    monkeypatch.setattr(torch._C, "_host_emptyCache", lambda: None, raising=False)
+    built, of_allocator = torch._C, {
+        "_cuda_endAllocateToPool": end, "_cuda_releasePool": lambda *given: did.append(("release", *given)),
+        "_host_emptyCache": lambda: None,
+    }  # fmt: skip
+    for module, functions in ((torch.cuda, values), (built, of_allocator)):
+        for name, value in functions.items():
+            monkeypatch.setattr(module, name, value, raising=module is torch.cuda)
     graphs = CudaGraphs(torch.device("cuda", 0))
 
     def passes() -> None:
