@@ -36,8 +36,8 @@ def copies_are_fresh(device: torch.device) -> bool:
     """Whether nothing may be taken from an earlier pass: within `fresh_copies`, and while a stream of `device` is captured."""
     if _FRESH:
         return True
-    begun = device.type == "cuda" and torch.cuda.is_initialized()  # type: ignore[no-untyped-call]
-    return begun and torch.cuda.is_current_stream_capturing()
+    initialised = device.type == "cuda" and torch.cuda.is_initialized()  # type: ignore[no-untyped-call]
+    return initialised and torch.cuda.is_current_stream_capturing()
 
 
 def announces_changes(parameters: Iterable[Tensor]) -> None:
