@@ -85,8 +85,8 @@ def test_what_is_no_budget_is_a_problem_in_words(budget: str) -> None:
     assert budget in problem and "such as 2GiB" in problem
 
 
-def test_blocks_come_from_disk_unless_the_host_is_to_keep_them() -> None:
-    assert MemorySpec().keep == "disk" and MemorySpec("2GiB", keep="host").validate() == []
+def test_the_host_keeps_blocks_where_enough_is_free_unless_the_disk_is_named() -> None:
+    assert MemorySpec().keep == "auto" and all(not MemorySpec("2GiB", keep=keep).validate() for keep in ("host", "disk"))
 
 
 @pytest.mark.parametrize(("limit", "expected"), [("max", 4096 * 1024), (str(3 * 1024**2), 2 * 1024**2)])
