@@ -10,13 +10,13 @@ from __future__ import annotations
 
 import argparse
 import json
+import re
 import sys
 from collections.abc import Sequence
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
 
-import yaml
 from harness.machine import REPOSITORY, RESULTS, origin, warn_if_busy, write_result
 from harness.processes import rotated, run, summary
 
@@ -60,10 +60,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 def evaluated(folder: Path, way: str, work: Path, number: int) -> tuple[float, dict[str, float]]:
     """The seconds of one evaluation, and the accuracy or loss of every system."""
-    settings = yaml.safe_load((folder / "config.yaml").read_text(encoding="utf-8"))
-    settings["evaluate"]["reuse"] = WAYS[way]
+    given = re.sub(r"(?m)^  reuse: .*\n", "", (folder / "config.yaml").read_text(encoding="utf-8"))
     config, out = work / f"{WAYS[way]}.yaml", work / f"report-{WAYS[way]}-{number}"
-    config.write_text(yaml.safe_dump(settings), encoding="utf-8")
+    config.write_text(re.sub(r"(?m)^evaluate:$", f"evaluate:\n  reuse: {str(WAYS[way]).lower()}", given), encoding="utf-8")
     command = ["-m", "lorakeet", "evaluate", str(folder), "--config", str(config), "--out", str(out)]
     took = run([sys.executable, *command], log=work / "evaluation.log")
     systems = json.loads((out / "report.json").read_text(encoding="utf-8"))["systems"]
