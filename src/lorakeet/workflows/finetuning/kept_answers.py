@@ -10,7 +10,6 @@ import hashlib
 from collections.abc import Callable, Iterable, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field, replace
-from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 
 import numpy as np
@@ -24,6 +23,7 @@ from lorakeet.formats.files.safetensors_file import open_safetensors, save_tenso
 from lorakeet.models.files.fingerprint import fingerprint
 from lorakeet.models.generate.sample import end_ids
 from lorakeet.models.text.model import TextModel
+from lorakeet.workflows.finetuning.report import PACKAGES, versions
 
 AGAIN = 16  # rows of each use that are computed again
 FEWEST = 2 * AGAIN  # rows from which on it is worth it
@@ -31,7 +31,7 @@ MOST = 200  # files that are kept, the newest
 MOST_BYTES = 256 << 20  # of all of them
 ANSWERS = ".answers"  # their folder, beside the run folders
 APART, APART_ROUNDED = 1e-4, 0.03  # nats by which they may differ: in fp32, and in other formats, where batches round otherwise
-_PACKAGES = ("lorakeet", "torch", "transformers", "bitsandbytes", "liger-kernel", "flash-attn")  # which compute
+_KERNELS = ("bitsandbytes", "liger-kernel", "flash-attn")  # packages that compute on a GPU, where they are installed
 _BOUND, _VALUES, _LENGTHS = "bound_to", "values", "lengths"
 
 
@@ -149,19 +149,11 @@ def kept_answers(config: RunConfig, text: TextModel, run: Path | None) -> KeptAn
     lora = config.lora
     if run is None or not config.evaluate.reuse or lora.on_top_of is not None or lora.new_tokens:
         return None
-    versions = [f"{name} {_version(name)}" for name in _PACKAGES]
     settings = replace(config.model, device=_device_name(text)).identity()
-    beside = [str(sorted(end_ids(text))), str(len(text.tokenizer)), *versions]
+    beside = [str(sorted(end_ids(text))), str(len(text.tokenizer)), versions((*PACKAGES, *_KERNELS))]
     model = "\n".join([fingerprint(text.source), str(settings), *beside])
     apart = APART if config.model.dtype == "float32" else APART_ROUNDED
     return KeptAnswers(run.parent / ANSWERS, model, apart)
-
-
-def _version(package: str) -> str:
-    try:
-        return version(package)
-    except PackageNotFoundError:
-        return ""
 
 
 def _device_name(text: TextModel) -> str:

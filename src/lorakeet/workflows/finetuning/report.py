@@ -197,10 +197,10 @@ def _speed(metrics: Sequence[dict[str, Any]], outcome: Outcome, computed: str, t
 PACKAGES = ("torch", "transformers", "diffusers", "safetensors", "numpy", "scipy")
 
 
-def versions() -> str:
-    """lorakeet's own version, Python's and those of the packages that decide numbers."""
+def versions(packages: Sequence[str] = PACKAGES) -> str:
+    """lorakeet's own version, Python's and those of the installed `packages`, by default of those that decide numbers."""
     found = [f"lorakeet {__version__}", f"Python {platform.python_version()}"]
-    for name in PACKAGES:
+    for name in packages:
         try:
             found.append(f"{name} {version(name)}")
         except PackageNotFoundError:
