@@ -12,7 +12,7 @@ from collections.abc import Callable
 import pytest
 
 from lorakeet.memory import beside
-from lorakeet.memory.beside import computed_beside, forks_allowed
+from lorakeet.memory.beside import computed_beside, forks_allowed, shares_cores
 
 
 @pytest.fixture
@@ -34,8 +34,15 @@ def test_another_process_computes_where_that_is_allowed(two_cores: None) -> None
     assert found_by() == os.getpid()
 
 
+def test_cores_are_shared_where_processes_may_be_made() -> None:
+    assert not shares_cores()
+    with forks_allowed():
+        assert shares_cores()
+    assert not shares_cores()
+
+
 @pytest.mark.parametrize(("name", "value"), [("cores_here", 1), ("threads_here", 2), ("threads_here", None)])
-def test_one_core_or_severalthreads_here_compute_here(
+def test_one_core_or_several_threads_compute_here(
     name: str, value: int | None, two_cores: None, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(beside, name, lambda: value)
@@ -43,7 +50,7 @@ def test_one_core_or_severalthreads_here_compute_here(
         assert found_by() == os.getpid()
 
 
-def testthreads_here_of_this_process_are_counted() -> None:
+def test_threads_of_this_process_are_counted() -> None:
     before, ended = beside.threads_here(), threading.Event()
     if before is None:
         pytest.skip("this system does not say how many threads a process has")

@@ -131,3 +131,15 @@ def test_sums_in_place_are_products_too() -> None:
         with ledger.phase("sum"):
             y.addmm_(left, right, alpha=2.0)
     assert ledger.work["sum"].flops == 2 * 8 * 16 * 4
+
+
+def test_a_product_has_the_shape_of_a_product_and_what_does_not_fit_is_refused() -> None:
+    with Ledger() as ledger:
+        left, right = torch.zeros(3, 4, dtype=torch.bfloat16), torch.zeros(6, 4, dtype=torch.bfloat16)
+        before = ledger.bytes
+        found = torch.mm(left, right.t())
+        assert (found.shape, found.stride(), found.dtype) == ((3, 6), (6, 1), torch.bfloat16)
+        assert ledger.bytes - before == 2 * 3 * 6
+        for wrong in (right, right.t()[0]):
+            with pytest.raises(RuntimeError):
+                torch.mm(left, wrong)

@@ -10,8 +10,10 @@ import pytest
 import torch
 from torch import Tensor, nn
 
+from lorakeet.memory.forecast import extrapolate_peaks
 from lorakeet.memory.ledger import Ledger
 from lorakeet.memory.repeated import as_before, repeats_known
+from lorakeet.memory.usage import Usage, UsageSegment
 
 SIZE = 64
 
@@ -53,10 +55,14 @@ def recorded(call: Calls, known: bool, watched: bool) -> tuple[Any, ...]:
                 kept += [found] if start % 128 else []
         with ledger.phase("after"):
             torch.zeros(3)
-        told = [(one.phase, one.event, one.moments) for one in ledger.segments]
+        told = [(one.phase, one.event, one.moments[:1], highest(one.moments), one.moments[-1:]) for one in ledger.segments]
         shapes = [(one.shape, one.stride(), one.dtype, one.untyped_storage().nbytes())
                   for each in kept for one in (each if isinstance(each, tuple) else (each,)) if one is not None]  # fmt: skip
         return ledger.bytes, dict(ledger.in_use), ledger.heap, dict(ledger.peaks), dict(ledger.work), told, shapes
+
+
+def highest(moments: list[Usage]) -> Usage:
+    return max(moments, key=lambda moment: moment.bytes, default=Usage())
 
 
 @pytest.mark.parametrize("watched", [True, False])
@@ -66,6 +72,50 @@ def test_a_repeated_call_takes_what_it_took(call: Callable[..., Any], watched: b
     expected = recorded(plain, known=False, watched=watched)
     assert recorded(repeated, known=True, watched=watched) == expected
     assert plain.count == 8 and repeated.count == 1
+
+
+class Block(nn.Module):
+    """Keeps its product for the backward pass, and computes in repeated calls before that."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.zeros(SIZE, SIZE))
+
+    def forward(self, x: Tensor) -> Tensor:
+        with torch.no_grad():
+            for start in range(0, len(x), SIZE):
+                as_before(both, x[start : start + SIZE], self.weight)
+        return (x @ self.weight).sigmoid()
+
+
+def peaks_of(blocks: int) -> tuple[list[UsageSegment], Usage]:
+    """Of a step whose loss, and one number for each block, are computed in equal calls too."""
+    with Ledger(SIZE) as ledger:
+        model = nn.Sequential(*[Block() for _ in range(blocks)])
+        ledger.name("base", model.parameters())
+        ledger.watch_blocks(list(model))
+        with ledger.phase("step"):
+            states = model(torch.zeros(4 * SIZE, SIZE, requires_grad=True))
+            with torch.no_grad():
+                for block in model:
+                    as_before(in_place, torch.zeros(SIZE, SIZE), block.weight)
+            states.sum().backward()
+        return ledger.segments, ledger.peaks["step"]
+
+
+@pytest.mark.parametrize("blocks", [5, 12, 80])
+def test_the_peak_of_many_blocks_follows_from_the_moments_that_are_left(blocks: int) -> None:
+    """Two runs, of which the second knows the calls of the first, as in one process; alone each of them records its own."""
+    _, expected = peaks_of(blocks)
+    with repeats_known():
+        more, fewer = peaks_of(4)[0], peaks_of(3)[0]
+    assert extrapolate_peaks(fewer, more, 3, wanted=blocks)["step"] == expected
+    alone = []
+    for count in (3, 4):
+        with repeats_known():
+            alone.append(peaks_of(count)[0])
+    assert extrapolate_peaks(alone[0], alone[1], 3, wanted=blocks)["step"] == expected
+    assert sum(len(segment.moments) for segment in more) < 0.8 * sum(len(segment.moments) for segment in peaks_of(4)[0])
 
 
 def test_results_die_as_others_do() -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +18,8 @@ from lorakeet.core.fused.attention import RotaryAttention
 from lorakeet.core.layers.linear import Replacement
 from lorakeet.core.spec import LoraSpec
 from lorakeet.kernels.device import standing_for
+from lorakeet.kernels.threads import compute_with
+from lorakeet.memory.beside import forks_allowed
 from lorakeet.memory.ledger import Ledger
 from lorakeet.memory.remembered import remembering
 from lorakeet.models import fuse, inject
@@ -191,6 +194,23 @@ def test_what_one_process_compared_another_one_knows(monkeypatch: pytest.MonkeyP
     first, known = fused_in_a_new_process(), len(values)
     assert first == (9, 3) and known == 3 + 2, "an MLP, a norm, a table, and attention at each place"
     assert fused_in_a_new_process() == (9, 0) and len(values) == known
+
+
+@pytest.mark.parametrize("beside", [False, True])
+def test_a_small_copy_takes_one_core_beside_other_processes(beside: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    threads: list[int] = []
+    small = fuse.small_copy
+    monkeypatch.setattr(fuse, "small_copy", lambda module: threads.append(torch.get_num_threads()) or small(module))
+    fuse._FOUND.clear()
+    before = torch.get_num_threads()
+    compute_with(2)
+    try:
+        with forks_allowed() if beside else nullcontext(), Ledger():
+            dtype = torch.float32
+            fuse.fuse(model_from_config(config_from_settings(SMALL), name="small", dtype=dtype, products=dtype).model)
+        assert set(threads) == ({1} if beside else {2}) and torch.get_num_threads() == 2
+    finally:
+        compute_with(before)
 
 
 def test_a_norm_that_rounds_elsewhere_has_no_attention_fused(tmp_path: Path) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import pickle
+import sys
 from collections import defaultdict
 from collections.abc import Mapping
 from pathlib import Path
@@ -20,7 +21,7 @@ from lorakeet.memory.forecast import KINDS, Phase
 from lorakeet.memory.remembered import remembering
 from lorakeet.studio import fitting
 from lorakeet.studio.fitting import ON_GPU, WORDS, bar_values, changed_settings, fit, time_words
-from lorakeet.studio.workbench import prepare_for
+from lorakeet.studio.workbench import PREPARED, prepare_for
 from lorakeet.workflows.planning import encoded_rows, forecast_text_run, text_run
 from lorakeet.workflows.planning.rehearsal_key import NO_SHAPES
 from lorakeet.workflows.planning.rehearse_text import RowShape
@@ -43,6 +44,21 @@ def parts_of(settings: Mapping[str, str]) -> list[dict[str, Any]]:
     sent: list[dict[str, Any]] = []
     fit(settings, lambda values: sent.append(values["part"]))
     return sent
+
+
+def test_the_workbench_begins_with_the_code_that_plans_need(monkeypatch: pytest.MonkeyPatch) -> None:
+    wanted: list[str] = []
+    monkeypatch.setattr(fitting, "import_module", wanted.append)
+    for missing, expected in (("", ["bitsandbytes"]), ("bitsandbytes is not installed.", [])):
+        wanted.clear()
+        monkeypatch.setattr(fitting, "missing_package", lambda name, versions, missing=missing: missing)
+        for function in fitting.AT_START:
+            function()
+        assert wanted == expected
+    assert "lorakeet.studio.fitting" in PREPARED and set(fitting.AT_START) == {
+        fitting.import_packages, fitting.import_published_code,
+    }  # fmt: skip
+    assert {f"transformers.models.{name}.modeling_{name}" for name in ("llama", "qwen2")} <= set(sys.modules)
 
 
 def test_what_fits_needs_no_other_way(model: dict[str, str]) -> None:

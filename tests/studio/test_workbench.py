@@ -48,6 +48,17 @@ def prepare(settings):
         raise ValueError("said by the work itself")
 
 BEFORE = (prepare,)
+STARTED = []
+def begin():
+    STARTED.append(os.getpid())
+def fail():
+    raise ImportError("a package that is broken")
+
+AT_START = (fail, begin)
+
+def started(settings, send):
+    import gc
+    send({"started": len(STARTED), "elsewhere": os.getpid() not in STARTED, "collects": gc.get_threshold()})
 
 def prepared(settings, send):
     send({"times": len(PREPARED), "elsewhere": os.getpid() not in PREPARED})
@@ -93,6 +104,12 @@ def test_what_fails_says_why_and_the_next_work_goes_on(bench: Workbench) -> None
 def test_what_was_prepared_stays_for_later_work(bench: Workbench) -> None:
     found = [all_of(bench, "small_work:prepared", {"fail": fail})[0] for fail in (False, True, False)]
     assert found == [{"times": times, "elsewhere": True} for times in (1, 2, 3)]
+
+
+def test_what_begins_with_the_workbench_is_done_once_and_may_fail(bench: Workbench) -> None:
+    for _ in range(2):
+        found = all_of(bench, "small_work:started")[0]
+        assert found == {"started": 1, "elsewhere": True, "collects": list(module.RARELY)}
 
 
 def test_what_one_process_has_found_later_ones_know(bench: Workbench) -> None:

@@ -36,6 +36,11 @@ def forks_allowed() -> Iterator[None]:
         _allowed.reset(before)
 
 
+def shares_cores() -> bool:
+    """Whether values may be computed by processes beside this one: teams of threads of several processes wait for each other."""
+    return _allowed.get()
+
+
 @contextmanager
 def computed_beside(compute: Callable[[], Value]) -> Iterator[Callable[[], Value]]:
     """A context in which `compute` is under way, where that is allowed; gives what waits for its value, which pickle must take.

@@ -385,6 +385,14 @@ def _grouped_product(left: Tensor, right: Tensor, *_: Any, **__: Any) -> Tensor:
     return left.new_empty(left.shape[0], right.shape[-1])
 
 
+def _product(left: Tensor, right: Tensor) -> Tensor:
+    """The result shape of left (n, k) times right (k, m); torch's own rule refuses what does not fit together."""
+    fake = isinstance(left, FakeTensor) and isinstance(right, FakeTensor) and left.fake_device == right.fake_device
+    if not fake or left.dtype != right.dtype or left.dim() != 2 or right.dim() != 2 or left.shape[1] != right.shape[0]:
+        return cast(Tensor, torch.ops.aten.mm.default(left, right))
+    return left.new_empty(left.shape[0], right.shape[1])
+
+
 def _one_run(values: Tensor, return_inverse: bool = False, return_counts: bool = False, dim: int | None = None) -> Any:
     """The only value of `values`, since every number is one. With indices, counts or `dim`, torch's own rule answers."""
     if return_inverse or return_counts or dim is not None:
@@ -425,6 +433,7 @@ _ANSWERS: Mapping[Any, Callable[..., Any]] = {
     torch.ops.aten.cholesky_inverse.out: _in_place,
     torch.ops.aten.nonzero.default: _everywhere,
     torch.ops.aten.unique_consecutive.default: _one_run,
+    torch.ops.aten.mm.default: _product,
     torch.ops.aten._grouped_mm.default: _grouped_product,
     torch.ops.aten.equal.default: _equal,
     torch.ops.aten.promote_types.default: _promoted,

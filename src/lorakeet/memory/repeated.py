@@ -2,13 +2,14 @@
 running it.
 
 A step computes its loss in dozens of equal chunks, and 8-bit moments in thousands of equal pieces. On shapes each takes what the
-first one took (memory/ledger), to the byte: every moment of it, its peak and its work. That holds for a call that uses no tensor
+first one took (memory/ledger), to the byte: its work, and of its moments the highest and the last one. The others bound nothing:
+with more blocks of a model (memory/forecast) all moments of a call grow by the same. That holds for a call that uses no tensor
 but its arguments and what it makes, and keeps nothing but its results; the first call shows whether it is one.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Hashable, Iterator
+from collections.abc import Callable, Hashable, Iterator, Sequence
 from contextlib import contextmanager
 from contextvars import ContextVar
 from typing import Any, NamedTuple, TypeVar
@@ -74,6 +75,7 @@ def as_before(function: Callable[..., Value], *arguments: Any, also: Any = None)
 def _recorded(ledger: Ledger, tensors: list[FakeTensor], run: Callable[[], Value]) -> tuple[Value, _Taken | None]:
     """Runs a call; its result, and what it took, where that follows from its arguments alone."""
     start, before, work = ledger.now, ledger.entries, ledger.work_now
+    moments_before = len(ledger.segments[-1].moments) if ledger.segments else 0
     recording = ledger.recording = Recording({tensor.untyped_storage()._cdata for tensor in tensors})
     try:
         result = run()
@@ -87,7 +89,10 @@ def _recorded(ledger: Ledger, tensors: list[FakeTensor], run: Callable[[], Value
     if cached is None or changed or after.keys() - before.keys() != set(keys):
         return result, None
     flops, written = (now - then for now, then in zip(ledger.work_now, work, strict=True))
-    moments = tuple(_less(moment, start) for moment in recording.moments)
+    kept = _highest_and_last(recording.moments)
+    if ledger.segments:  # the same of each of the equal calls
+        ledger.segments[-1].moments[moments_before:] = kept
+    moments = tuple(_less(moment, start) for moment in kept)
     top = Usage() if recording.top is None else _less(recording.top, start)
     return result, _Taken(top, moments, flops, written, cached, tuple(after[key][1] for key in keys))
 
@@ -98,6 +103,14 @@ def _entered(ledger: Ledger, taken: _Taken) -> Any:
     moments = [_more(start, moment) for moment in taken.moments]
     result = ledger.enter_again(_more(start, taken.top), moments, taken.flops, taken.written, taken.result, taken.kinds)
     return result
+
+
+def _highest_and_last(moments: Sequence[Usage]) -> list[Usage]:
+    """The first of the moments with the most bytes, and the last one."""
+    if not moments:
+        return []
+    top = max(range(len(moments)), key=lambda place: moments[place].bytes)
+    return [moments[place] for place in sorted({top, len(moments) - 1})]
 
 
 def _less(moment: Usage, start: Usage) -> Usage:

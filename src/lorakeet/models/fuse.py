@@ -5,7 +5,8 @@ from __future__ import annotations
 import copy
 import inspect
 from collections import OrderedDict
-from collections.abc import Hashable
+from collections.abc import Hashable, Iterator
+from contextlib import contextmanager
 from types import BuiltinFunctionType, FunctionType
 from typing import Any, cast
 
@@ -22,6 +23,7 @@ from lorakeet.core.plan import PlanEntry
 from lorakeet.errors import EnvironmentProblem
 from lorakeet.kernels.cpu import operators as native
 from lorakeet.kernels.device import REHEARSED
+from lorakeet.memory.beside import shares_cores
 from lorakeet.memory.remembered import remembered
 from lorakeet.models import modules
 from lorakeet.models.attention import VARLEN
@@ -160,11 +162,25 @@ def _fused(module: nn.Module) -> Replacement | None:
 
 def _of_small_copy(module: nn.Module) -> str | None:
     """The activation with which a small copy computes the same as a fused one, or _NORM."""
-    with unset_fake_temporarily():
+    with _with_numbers():
         found = _fused(small_copy(module))
     if isinstance(found, GatedMlp):
         return next(name for name, activation in ACTIVATIONS.items() if activation is found.activation)
     return None if found is None else _NORM
+
+
+@contextmanager
+def _with_numbers() -> Iterator[None]:
+    """A context in which a small copy computes within a rehearsal; by one thread where processes compute beside this one."""
+    threads = torch.get_num_threads()
+    try:
+        if shares_cores():
+            torch.set_num_threads(1)
+        with unset_fake_temporarily():
+            yield
+    finally:
+        if shares_cores():
+            torch.set_num_threads(threads)
 
 
 def _by_name(makings: Any) -> Any:
@@ -208,7 +224,7 @@ def _attention(module: nn.Module) -> RotaryAttention | None:
 def _attention_of_small_copy(module: nn.Module, head: int) -> bool:
     """Whether a small copy of an attention with such heads computes the same as a fused one."""
     generator, count = torch.Generator().manual_seed(1), sum(_PROBE_LENGTHS)
-    with unset_fake_temporarily(), torch.no_grad():
+    with _with_numbers(), torch.no_grad():
         small = _small_attention(module)
         x = torch.randn(1, count, _WIDTH, generator=generator)
         turn = torch.rand(1, count, head // 2, generator=generator).mul_(6).repeat(1, 1, 2)

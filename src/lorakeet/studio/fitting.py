@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import io
 from collections.abc import Mapping
+from importlib import import_module
 from typing import Any
 
 from rich.console import Console
@@ -14,6 +15,8 @@ from rich.console import Console
 from lorakeet.config import RunConfig, read_run
 from lorakeet.data.spec import NO_ROWS
 from lorakeet.evaluate.wording import bytes_text, duration_text
+from lorakeet.kernels import bitsandbytes_nf4
+from lorakeet.kernels.proof import missing_package
 from lorakeet.memory.budget import Budget
 from lorakeet.memory.forecast import Forecast, Phase
 from lorakeet.memory.ledger import know_operators, known_operators
@@ -50,6 +53,19 @@ OPERATORS = "operators on shapes"
 _WIDTH = 110
 
 
+def import_packages() -> None:
+    """Imports the package that unpacks NF4 on a GPU, where it is installed: each plan of an NF4 model would else import it."""
+    if not missing_package(bitsandbytes_nf4.PACKAGE, bitsandbytes_nf4.VERSIONS):
+        with quiet_transformers():
+            import_module(bitsandbytes_nf4.PACKAGE)
+
+
+def import_published_code() -> None:
+    """Imports transformers' code of the models whose configurations are shipped, which most others share."""
+    for path in published_configs():
+        import_code({"model.path": path})
+
+
 def keep_configuration(settings: Mapping[str, str]) -> None:
     """Reads the configuration of a .gguf model, which takes seconds and is kept, so that each later plan begins with it."""
     local = local_files(settings.get("model.path", ""))
@@ -79,6 +95,7 @@ _PHASES = {
     FINAL: "while the result is measured",
     CERTIFY: "while the result is proved",
 }  # as a page says it
+AT_START = (import_packages, import_published_code)  # called by the workbench once, when this module is imported
 BEFORE = (keep_configuration, import_code)  # called by the workbench before it forks
 
 

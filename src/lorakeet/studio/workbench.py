@@ -37,6 +37,7 @@ IDLE = 600.0  # seconds; the modules take some 400 MB
 AT_ONCE = 2  # processes
 PREPARED = ("lorakeet.studio.fitting", "lorakeet.studio.shown_rows", "lorakeet.studio.sizing")  # imported before the first fork
 MOST_LEARNED = 400  # values, of some kilobytes each
+RARELY = 200_000, 50, 50  # thresholds of Python's collector in a forked process, which ends before it could hold much
 _LARGEST = 1 << 24  # bytes of a line
 _SIZE = 8  # bytes before each value, which say its size
 
@@ -190,7 +191,7 @@ def work_on(number: int) -> None:
     with socket.socket(fileno=number) as waiting:
         with without_triton():
             for name in PREPARED:
-                import_module(name)
+                import_prepared(name)
         gc.collect()
         gc.freeze()  # what is imported is never searched again, in no forked process
         while True:
@@ -217,6 +218,13 @@ def work_on(number: int) -> None:
             os.close(passing)
 
 
+def import_prepared(name: str) -> None:
+    """Imports the module and calls its functions `AT_START`. What these fail with is left to the work that needs it."""
+    for function in getattr(import_module(name), "AT_START", ()):
+        with suppress(Exception):
+            function()
+
+
 def _alive(pids: Sequence[int]) -> list[int]:
     """Those of the forked processes that run; the others are taken note of, so that their numbers become free."""
     return [pid for pid in pids if os.waitpid(pid, os.WNOHANG)[0] == 0]
@@ -236,6 +244,7 @@ def _carry_out(waiting: socket.socket, wanted: Mapping[str, Any], answered: int,
     try:
         waiting.close()
         os.nice(5)  # a run that trains comes first
+        gc.set_threshold(*RARELY)
         with os.fdopen(answered, "w", encoding="utf-8") as out:
 
             def send(values: Mapping[str, Any]) -> None:

@@ -160,11 +160,7 @@ def _write(text: TextModel, prompts: list[Ids], max_tokens: int, drawing: Drawin
     if shared:
         _decoded(text, torch.as_tensor(prompts[0][:shared], device=text.device)[None], None, cache)
         cache.batch_repeat_interleave(len(prompts))
-    own = [torch.as_tensor(prompt[shared:]) for prompt in prompts]
-    longest = max(len(ids) for ids in own)
-    ids = torch.stack([torch.cat([each.new_zeros(longest - len(each)), each]) for each in own]).to(text.device)
-    seen = torch.stack([torch.arange(longest) >= longest - len(each) for each in own]).long()
-    mask = torch.cat([seen.new_ones(len(own), shared), seen], dim=1).to(text.device)
+    ids, mask = (torch.as_tensor(laid).to(text.device) for laid in _laid_out(prompts, shared))
     rows, droppable = list(range(len(prompts))), _selectable(cache, (DynamicLayer, DynamicSlidingWindowLayer))
     open_rows = set(rows)
     for _ in range(max_tokens):
@@ -184,6 +180,19 @@ def _write(text: TextModel, prompts: list[Ids], max_tokens: int, drawing: Drawin
             cache.batch_select_indices(kept)
             ids, mask, rows = ids[kept], mask[kept], [row for row in rows if row in open_rows]
     return written
+
+
+def _laid_out(prompts: Sequence[Ids], shared: int) -> tuple[np.ndarray, np.ndarray]:
+    """Ids (rows, longest - shared) behind the `shared` tokens, padded on the left, and which of all (rows, longest) are no
+    padding, as 0 and 1.
+    """
+    longest = max(len(prompt) for prompt in prompts)
+    ids, seen = np.zeros((len(prompts), longest), np.int64), np.ones((len(prompts), longest), np.int64)
+    for row, prompt in enumerate(prompts):
+        padding = longest - len(prompt)
+        ids[row, shared + padding :] = prompt[shared:]
+        seen[row, shared : shared + padding] = 0
+    return ids[:, shared:], seen
 
 
 def _decoded(text: TextModel, ids: Tensor, mask: Tensor | None, cache: Any) -> Tensor:
