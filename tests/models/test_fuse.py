@@ -231,3 +231,12 @@ def test_a_norm_that_rounds_elsewhere_has_no_attention_fused(tmp_path: Path) -> 
         layer.self_attn.q_norm = Late(layer.self_attn.q_norm)
     initialise_adapter(text, plan_for(text.model, LoraSpec(rank=2), text.family), seed=0)
     assert not any(isinstance(module, RotaryAttention) for module in text.model.modules())
+
+
+def test_a_router_with_weights_of_its_own_within_is_no_norm(tiny_model: Callable[..., Any]) -> None:
+    """ERNIE's: a small copy of it still has weights without numbers, and was copied again for ever."""
+    whole = tiny_model("ernie_moe")
+    with torch.device("meta"):
+        model = type(whole)(whole.config)
+    assert fuse.fuse(model) == fuse.fuse(whole) > 0
+    assert not any("gate" in path and "moe" in path for path, module in model.named_modules() if isinstance(module, Replacement))

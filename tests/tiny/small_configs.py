@@ -74,6 +74,7 @@ CHANGES: dict[str, dict[str, Any]] = {
     "lfm2": CONVOLUTIONS,
     "lfm2_moe": CONVOLUTIONS,
     "lfm2_vl": {"text_config": CONVOLUTIONS},
+    "longcat_flash": {"zero_expert_num": 2},  # of 256, few tokens would choose an expert with weights
     "mamba2": {"num_heads": 4, "head_dim": 32, "expand": 2},
     "ministral": {"head_dim": 16},
     "nemotron": {"num_key_value_heads": 2},

@@ -43,6 +43,20 @@ class FrozenBase(Protocol):
         """Replaces W by `weight` (out, in), rounded as this base stores it."""
 
 
+class FrozenStack(Protocol):
+    """Frozen matrices (count, out, in) that are no tensor: those of experts, packed."""
+
+    @property
+    def shape(self) -> tuple[int, int, int]:
+        """(count, out, in)."""
+
+    def __len__(self) -> int:
+        """How many matrices there are."""
+
+    def matrix(self, index: int) -> FrozenBase:
+        """The matrix of this number."""
+
+
 class QuantisedRows(NamedTuple):
     """Rows quantised to int8 (tokens, width), the step of each row (tokens, 1), and the dtype that they had.
 

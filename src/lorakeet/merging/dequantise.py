@@ -3,22 +3,25 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from lorakeet.core.layers.experts import stored_transposed
 from lorakeet.core.tiled_product import RowSource
 from lorakeet.errors import ConfigError, DataError
 from lorakeet.formats.files.json_object import read_object
 from lorakeet.formats.files.safetensors_file import SafeFile, TensorEntry
 from lorakeet.merging.checkpoint import CONFIG, Checkpoint
 from lorakeet.models import modules
+from lorakeet.models.files.checkpoint_pieces import Piece, pieces_of
 from lorakeet.models.files.float_scales import Dequantised
-from lorakeet.models.files.quantized import ignored_names, joined_names, owners, packable, skeleton
+from lorakeet.models.files.quantized import ignored_names, joined_names, owners, packable, packable_stacks, skeleton
 from lorakeet.models.files.stored_tensors import READERS, StoredModel, stored_quantisation, tensor_files
 from lorakeet.models.text.load import read_config
 from lorakeet.quant.construct import quantise_weight
@@ -32,12 +35,55 @@ def rounding_steps(source: Path, spec: QuantSpec) -> dict[str, Callable[[Tensor]
 
     It takes the stored numbers, as quantisation at load does, and returns fp32.
     """
-    config = read_config(source)
+    config, files = read_config(source), tensor_files(source)
     plain = skeleton(config)
     chosen = packable(plain, head=spec.head == "quantize")
-    places = owners(plain, tensor_files(source))
+    places = owners(plain, files)
     found = {name: chosen[path] for name, path in places.items() if path in chosen}
-    return {name: _rounding(modules.kind_of(module) == "conv1d", spec) for name, module in found.items()}
+    linear = {name: _rounding(modules.kind_of(module) == "conv1d", spec) for name, module in found.items()}
+    return {**linear, **_rounded_stacks(plain, files, spec)}
+
+
+def _rounded_stacks(plain: Any, files: Mapping[str, SafeFile], spec: QuantSpec) -> dict[str, Callable[[Tensor], Tensor]]:
+    """The same for stacks of experts: a matrix is rounded whole, of which the files may have several parts."""
+    pieces = pieces_of(plain, {name: file.tensors[name].shape for name, file in files.items()})
+    steps: dict[str, Callable[[Tensor], Tensor]] = {}
+    for path, module in packable_stacks(plain).items():
+        own = pieces.get(path, ())
+        across = bool(own) and own[0].across != stored_transposed(module)
+        if len(own) == 1 and own[0].expert is None and own[0].rows is None:
+            steps[own[0].name] = partial(_rounded_whole, _rounding(across, spec))
+        elif own and not across and all(piece.expert is not None and piece.rows is None for piece in own):
+            steps |= _rounded_parts(own, files, spec)
+        else:
+            raise ConfigError(
+                f"The base's {path} is quantised at load, and cannot be rounded so in its files, which have it in another way. "
+                "Merge into the original weights: --into original."
+            )
+    return steps
+
+
+def _rounded_whole(rounded: Callable[[Tensor], Tensor], weight: Tensor) -> Tensor:
+    return torch.stack([rounded(matrix) for matrix in weight])
+
+
+def _rounded_parts(
+    pieces: Sequence[Piece], files: Mapping[str, SafeFile], spec: QuantSpec
+) -> dict[str, Callable[[Tensor], Tensor]]:
+    """For each part of an expert's matrix, its rows of the rounded matrix."""
+    matrices: dict[int, list[Piece]] = {}
+    for piece in pieces:
+        matrices.setdefault(int(piece.expert or 0), []).append(piece)
+
+    def step(piece: Piece, beside: Sequence[Piece]) -> Callable[[Tensor], Tensor]:
+        def rounded(weight: Tensor) -> Tensor:
+            parts = [weight if other is piece else files[other.name].read(other.name) for other in beside]
+            whole = _rounding(False, spec)(torch.cat([part.to(weight.dtype) for part in parts]))
+            return whole if piece.own is None else whole[piece.own]
+
+        return rounded
+
+    return {piece.name: step(piece, beside) for beside in matrices.values() for piece in beside}
 
 
 def _rounding(transposed: bool, spec: QuantSpec) -> Callable[[Tensor], Tensor]:

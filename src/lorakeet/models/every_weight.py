@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
+from typing import Any
 
 from torch import nn
 
 from lorakeet.core.plan import ModelWeight
 from lorakeet.models import modules
 from lorakeet.models.module_kinds import VECTORS, kind_in_words
+from lorakeet.quant.stack import PackedStack
 
 
 def every_weight(model: nn.Module, left_out: Mapping[str, str]) -> tuple[ModelWeight, ...]:
@@ -24,7 +26,8 @@ def every_weight(model: nn.Module, left_out: Mapping[str, str]) -> tuple[ModelWe
 def _of_module(
     model: nn.Module, by_path: Mapping[str, nn.Module], path: str, module: nn.Module, left_out: Mapping[str, str]
 ) -> Iterator[ModelWeight]:
-    own = dict(module.named_parameters(recurse=False))
+    own: dict[str, Any] = dict(module.named_parameters(recurse=False))
+    own |= {name: child for name, child in module.named_children() if isinstance(child, PackedStack)}
     stacks, adaptable = modules.expert_stacks(module), modules.kind_of(module) is not None
     if not own and not adaptable:
         return

@@ -142,8 +142,7 @@ def _fused(module: nn.Module) -> Replacement | None:
     """
     if _has_attention_names(module):
         return _attention(module)
-    no_numbers = any(parameter.is_meta or isinstance(parameter, FakeTensor) for parameter in module.parameters())
-    if not no_numbers and not modules.is_packed(module):
+    if not _without_numbers(module) and not modules.is_packed(module):
         return _mlp(module) or _norm(module)
     if not _has_mlp_names(module) and set(module._parameters) != {"weight"}:
         return None
@@ -163,7 +162,8 @@ def _fused(module: nn.Module) -> Replacement | None:
 def _of_small_copy(module: nn.Module) -> str | None:
     """The activation with which a small copy computes the same as a fused one, or _NORM."""
     with _with_numbers():
-        found = _fused(small_copy(module))
+        small = small_copy(module)
+        found = None if _without_numbers(small) else _fused(small)  # a module within it has weights too, as ERNIE's router
     if isinstance(found, GatedMlp):
         return next(name for name, activation in ACTIVATIONS.items() if activation is found.activation)
     return None if found is None else _NORM
@@ -181,6 +181,10 @@ def _with_numbers() -> Iterator[None]:
     finally:
         if shares_cores():
             torch.set_num_threads(threads)
+
+
+def _without_numbers(module: nn.Module) -> bool:
+    return any(parameter.is_meta or isinstance(parameter, FakeTensor) for parameter in module.parameters())
 
 
 def _by_name(makings: Any) -> Any:

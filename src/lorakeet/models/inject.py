@@ -16,7 +16,16 @@ from torch import Tensor, nn
 
 from lorakeet.core.adapter import Adapter, Pair, TokenRows
 from lorakeet.core.dora import DoraPair
-from lorakeet.core.layers.experts import ExpertPairs, LoraExperts, first_stack, stack_shape
+from lorakeet.core.layers.experts import (
+    ExpertPairs,
+    LoraExperts,
+    first_stack,
+    input_width,
+    placed_as,
+    stack_of,
+    stack_shape,
+    unsaid_transposed,
+)
 from lorakeet.core.layers.extras import TokenRowsEmbedding, TokenRowsHead, TokenRowsLayer, TrainedModule, TrainedRows
 from lorakeet.core.layers.linear import AdaptedLayer, LoraConv2d, LoraEmbedding, LoraLinear, new_pair
 from lorakeet.core.lowrank import LoraPair
@@ -304,7 +313,7 @@ def _put_pair(model: nn.Module, entry: PlanEntry, name: str, pair: LoraPair) -> 
     else:
         kind = _layer_class(entry)
         if kind is LoraExperts:
-            layer = experts_layer(module, path)
+            layer = experts_layer(module, path, choices_at(model, path))
         else:
             layer = LoraLinear(module, base_of(module, entry.kind)) if kind is LoraLinear else cast(Any, kind)(module)
         modules.replace(model, path, layer)
@@ -317,35 +326,47 @@ def _put_pair(model: nn.Module, entry: PlanEntry, name: str, pair: LoraPair) -> 
     layer.train(modules.unwrapped(module).training)
 
 
-def experts_layer(module: nn.Module, path: str) -> LoraExperts:
-    """Returns the block of experts at `path`, wrapped for pairs.
+def experts_layer(module: nn.Module, path: str, choices: int | None = None) -> LoraExperts:
+    """Returns the block of experts at `path`, wrapped for pairs. A token chooses at most `choices` of them; None: unknown.
 
     Raises ConfigError unless Lorakeet's computation of the experts equals the block's own, also on large activations.
     """
     layer = LoraExperts(module)
-    first = first_stack(layer.original)
-    stacked, (_, _, width) = cast(Tensor, getattr(layer.original, first)), stack_shape(layer.original, first)
-    x = torch.randn(4, width, generator=torch.Generator().manual_seed(0)).to(stacked.device, stacked.dtype)
-    for size in modules.probe_sizes(lambda x: x @ stacked[0].reshape(width, -1), x):  # of about the size of the product's numbers
+    layer.choices = choices
+    x = torch.randn(4, input_width(module), generator=torch.Generator().manual_seed(0)).to(*placed_as(module))
+    base = layer.base(first_stack(module), 0)
+    for size in modules.probe_sizes(base.matmul, x):  # of about the size of the product's numbers
         _check_experts_on(layer, path, x * size)
     return layer
 
 
 def _check_experts_on(layer: LoraExperts, path: str, x: Tensor) -> None:
-    stacked = cast(Tensor, layer.original.down_proj)
-    index = torch.arange(8, device=x.device).view(4, 2) % stacked.shape[0]
+    every = len(stack_of(layer.original, first_stack(layer.original)))  # with those that pass their tokens through
+    index = torch.arange(8, device=x.device).view(4, 2) % every
+    index[-1, -1] = every - 1
     weights = torch.tensor([[0.7, 0.3]], device=x.device, dtype=x.dtype).expand(4, 2)
+    given: tuple[Tensor, ...] = x, index, weights
+    if unsaid_transposed(layer.original):  # each row for the one expert that it chose
+        chosen = torch.nn.functional.one_hot(index[:, 0], layer.count).t()[..., None]
+        given = ((x * chosen).to(x.dtype).flatten(0, 1),)
     with torch.no_grad():
-        theirs = layer(x, index, weights)
+        theirs = layer(*given)
         layer.attach("check", ExpertPairs())
         layer.active = "check"
-        ours = layer(x, index, weights)
+        ours = layer(*given)
         layer.detach("check")
     if not (ours - theirs).abs().max() <= 8 * torch.finfo(x.dtype).eps * theirs.abs().max():
         raise ConfigError(
             f"'{path}' cannot be adapted: its {type(layer.original).__name__} does not compute "
             "down(act(gate)·up); leave it out with lora.exclude_modules."
         )
+
+
+def choices_at(model: nn.Module, path: str) -> int | None:
+    """How many experts of the block at `path` a token chooses, as the module around it says; None where it does not."""
+    parent = modules.find(model, path.rpartition(".")[0])
+    found = getattr(modules.unwrapped(parent), "top_k", None) if parent is not None else None
+    return found if isinstance(found, int) and found > 0 else None
 
 
 def _filled_pair(model: nn.Module, entry: PlanEntry, value: Pair) -> LoraPair:

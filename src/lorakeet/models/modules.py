@@ -16,6 +16,7 @@ from lorakeet.core.math import Kind
 from lorakeet.core.reordered import ReorderedLinear
 from lorakeet.models.families import OUTSIDE_TEXT, Family
 from lorakeet.quant.packed import PackedBase, PackedLinear
+from lorakeet.quant.stack import PackedStack
 
 EXPERTS = {"experts", "shared_expert", "shared_experts"}  # one of them stands beside a router
 EXPERT_PARAMETERS = ("gate_up_proj", "up_proj", "down_proj")
@@ -111,6 +112,9 @@ def frozen_rows(module: nn.Module, kind: Kind, leaf: str = "weight") -> tuple[Ca
         return module.base.dense, module.base.device
     if isinstance(module, ReorderedLinear):
         return module.base.dense, torch.device("cpu")
+    stacked = module._modules.get(leaf)
+    if isinstance(stacked, PackedStack):
+        return stacked.dense, stacked.device
     weight = module.get_parameter(leaf).detach()
     if kind == "experts" and stored_transposed(module):
         return (lambda: weight.transpose(1, 2)), weight.device
@@ -129,13 +133,25 @@ def probe_sizes(product: Callable[[Tensor], Tensor], x: Tensor) -> list[float]:
 
 def is_packed(module: nn.Module) -> bool:
     """True if `module` or a module in it has a packed weight."""
-    return any(isinstance(each, PackedBase) for each in module.modules())
+    return any(isinstance(each, (PackedBase, PackedStack)) for each in module.modules())
 
 
 def expert_stacks(module: nn.Module) -> list[str]:
-    """Returns the names of the 3-D parameters of `module` that stack experts, adaptable or not."""
+    """Returns the names of the 3-D parameters of `module` that stack experts, adaptable or not, packed or not."""
     own = dict(module.named_parameters(recurse=False))
-    return [name for name in EXPERT_PARAMETERS if name in own and own[name].dim() == 3]
+    packed = [name for name, child in module._modules.items() if isinstance(child, PackedStack)]
+    return [name for name in EXPERT_PARAMETERS if name in packed or (name in own and own[name].dim() == 3)]
+
+
+def put_stack(model: nn.Module, path: str, stack: PackedStack) -> None:
+    """Replaces the 3-D parameter at `path` by packed matrices, and lets transformers compute its experts one by one."""
+    owner, _, name = path.rpartition(".")
+    module = model.get_submodule(owner)
+    stack.stand_for(module.get_parameter(name), transposed=stored_transposed(module))
+    delattr(module, name)
+    module.add_module(name, stack)
+    if hasattr(module, "is_concatenated"):  # one of those for which transformers has several implementations
+        cast(Any, module).config._experts_implementation = "eager"
 
 
 def why_no_pair(module: nn.Module) -> str:

@@ -19,6 +19,7 @@ from lorakeet.models import modules
 from lorakeet.models.every_weight import every_weight
 from lorakeet.models.families import CHOOSING, READ_DIRECTLY, Family, in_group
 from lorakeet.quant.construct import weights_in
+from lorakeet.quant.stack import PackedStack
 
 KEYWORDS = ("all-linear", "attention", "mlp", "experts", "conv")
 _WORDS = {"attention": ("attn", "attention"), "mlp": ("mlp", "feed_forward", "ffn", "feedforward", "moe")}
@@ -69,7 +70,7 @@ def _sites(model: nn.Module) -> Iterable[Site]:
     """Yields every module below the model (experts by parameter), in model order."""
     outside = modules.outside_text(model)
     for path, module in modules.original_modules(model):
-        if not path:
+        if not path or isinstance(module, PackedStack):  # named as a parameter of its block
             continue
         if stacks := modules.expert_stacks(module):
             refusal = why_not_experts(module)

@@ -12,7 +12,7 @@ NF4_BLOCK_SIZES = (32, 64, 128, 256, 512, 1024)
 
 @dataclass(frozen=True)
 class QuantSpec:
-    """Quantisation of a model's frozen linear layers at loading; embeddings, norms and experts are not quantised.
+    """Quantisation of a model's frozen linear layers and stacked experts at loading; embeddings and norms are not quantised.
 
     A model folder that is quantised already (NF4 of bitsandbytes, GPTQ, FP8, MXFP4) is recognised: leave `method` at none.
     """

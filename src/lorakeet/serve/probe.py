@@ -24,6 +24,7 @@ from lorakeet.models.generate.kv_cache import CacheRow, KeyValues, step
 from lorakeet.models.inject import selection_of
 from lorakeet.models.text.model import TextModel
 from lorakeet.quant.packed import PackedBase
+from lorakeet.quant.stack import PackedStack
 
 FACT = "probe"  # the fact of a certificate that holds the record
 CERTIFICATE = "certificate.json"
@@ -151,7 +152,7 @@ def _base(text: TextModel) -> str:
     kinds = {
         " ".join(f"{value}" if key == "method" else f"{key}={value}" for key, value in module.settings.items() if key != "shape")
         for module in text.model.modules()
-        if isinstance(module, PackedBase)
+        if isinstance(module, (PackedBase, PackedStack))
     }
     return ", ".join([name, *sorted(kinds)])
 

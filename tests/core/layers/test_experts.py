@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from transformers.models.deepseek_v4 import modeling_deepseek_v4
 from transformers.models.gpt_oss import modeling_gpt_oss
 from transformers.models.llama4 import modeling_llama4
+from transformers.models.longcat_flash import modeling_longcat_flash
 from transformers.models.nemotron_h import modeling_nemotron_h
 
 from lorakeet.core.layers.experts import ExpertPairs, LoraExperts, first_stack, stack_shape, why_not_experts
@@ -132,12 +133,98 @@ def test_transposed_biased_interleaved_and_gateless_experts_are_folded_parameter
         torch.testing.assert_close(layer(size * x, index, weights), folded(size * x, index, weights), rtol=1e-4, atol=1e-4)
 
 
+def llama4_moe(choices: int = 2) -> Any:
+    config = transformers.Llama4TextConfig(
+        hidden_size=32, intermediate_size=24, num_local_experts=4, num_experts_per_tok=choices, num_hidden_layers=1
+    )
+    block = modeling_llama4.Llama4TextMoe(config).requires_grad_(False)
+    for number, parameter in enumerate(block.parameters()):
+        nn.init.normal_(parameter, 0, 0.3, generator=torch.Generator().manual_seed(number))
+    return block
+
+
+@pytest.mark.parametrize("choices", [1, 2])
+@pytest.mark.parametrize("known", [True, False])
+def test_pairs_on_llama_4_are_what_peft_adds_to_its_parameters(choices: int, known: bool) -> None:
+    """The parameters are (experts, in, out), which PEFT takes for (experts, out, in); the router's gradient passes too."""
+    moe, x = llama4_moe(choices), 2 * routed()[0][None]
+    folded = copy.deepcopy(moe)
+    assert why_not_experts(moe.experts) == ""
+    layer = with_pairs(moe.experts, "gate_up_proj", "down_proj")
+    layer.choices = choices if known else None
+    pairs = cast(ExpertPairs, layer.adapters["a"])
+    leaves = [factor for name in pairs for factor in (pairs[name].A, pairs[name].B)]
+    changes = {name: 3 * torch.einsum("eor,eri->eoi", pairs[name].B, pairs[name].A) for name in pairs}
+    assert changes["gate_up_proj"].shape == folded.experts.gate_up_proj.shape
+    moe.experts = layer
+    entry = x.clone().requires_grad_()
+    ours, _ = moe(entry)
+    theirs = torch.func.functional_call(
+        folded, {f"experts.{name}": getattr(folded.experts, name) + change for name, change in changes.items()}, (entry,)
+    )[0]
+    torch.testing.assert_close(ours, theirs, rtol=1e-4, atol=1e-4)
+    upstream = torch.randn(ours.shape, generator=torch.Generator().manual_seed(5))
+    for mine, other in zip(*(torch.autograd.grad(y, [entry, *leaves], upstream) for y in (ours, theirs)), strict=True):
+        torch.testing.assert_close(mine, other, rtol=1e-4, atol=1e-4)
+    layer.active = None
+    assert torch.equal(moe(x)[0], folded(x)[0])
+
+
+def test_tokens_of_llama_4_with_different_adapters() -> None:
+    """Each share of a batch is what its adapter computes alone."""
+    moe, x = llama4_moe(1), routed()[0][None]
+    layer = with_pairs(moe.experts, "gate_up_proj", "down_proj")
+    other = ExpertPairs({name: copy.deepcopy(pair) for name, pair in layer.adapters["a"].items()})
+    for pair in other.values():
+        nn.init.normal_(cast(LoraPair, pair).A, 0, 0.2)
+    layer.attach("b", other)
+    moe.experts = layer
+    alone = {}
+    for name in ("a", "b", None):
+        layer.active = name
+        alone[name] = moe(x)[0].detach().view(7, -1)
+    layer.selection.divide([Share(0, 3, "a"), Share(5, 7, "b")], units=7)
+    mixed = moe(x)[0].detach().view(7, -1)
+    torch.testing.assert_close(mixed, torch.cat([alone["a"][:3], alone[None][3:5], alone["b"][5:]]), rtol=1e-4, atol=1e-5)
+
+
+def test_tokens_of_experts_without_weights_pass_through() -> None:
+    """LongCat-Flash's last experts."""
+    config = transformers.LongcatFlashConfig(
+        hidden_size=32, expert_ffn_hidden_size=24, n_routed_experts=4, zero_expert_num=3, num_layers=1
+    )
+    block = modeling_longcat_flash.LongcatFlashExperts(config).requires_grad_(False)
+    for number, parameter in enumerate(block.parameters()):
+        nn.init.normal_(parameter, 0, 0.3, generator=torch.Generator().manual_seed(number))
+    assert why_not_experts(block) == "" and len(block.gate_up_proj) == 7 and len(block.down_proj) == 4
+    layer, folded = with_pairs(block, "gate_up_proj", "down_proj"), copy.deepcopy(block)
+    for name in ("gate_up_proj", "down_proj"):
+        pair = cast(LoraPair, layer.adapters["a"][name])
+        getattr(folded, name).data += 3 * torch.einsum("eor,eri->eoi", pair.B, pair.A).detach()
+    x, index, weights = routed()
+    index[0], index[1, 1], index[2] = torch.tensor([4, 6]), 5, torch.tensor([0, 6])
+    torch.testing.assert_close(layer(x, index, weights), folded(x, index, weights), rtol=1e-4, atol=1e-4)
+    assert layer.train().tokens.total() == 0
+    layer(x, index, weights)
+    assert layer.tokens.total() == int((index < 4).sum())
+
+
 def test_what_cannot_be_adapted_is_said(block: Any) -> None:
     assert why_not_experts(block) == ""
     block.has_post_expert_norm = True
     assert "norm" in why_not_experts(block)
-    config = transformers.Llama4TextConfig(hidden_size=32, intermediate_size=24, num_local_experts=4)
-    assert "not called with the experts" in why_not_experts(modeling_llama4.Llama4TextExperts(config))
+    block = copy.copy(block)
+    block.has_post_expert_norm = False
+    block.gate_up_proj = nn.Parameter(torch.cat([block.gate_up_proj, block.gate_up_proj]), requires_grad=False)
+    assert "no down_proj" in why_not_experts(block)
+
+    class Alone(type(block)):  # type: ignore[misc]
+        def forward(self, hidden_states: Tensor) -> Tensor:
+            return hidden_states
+
+    other = tiny_model("mixtral").model.layers[0].mlp.experts
+    other.__class__ = Alone
+    assert "not called with the experts" in why_not_experts(other)
 
 
 def test_other_modules_are_no_experts(block: Any) -> None:

@@ -15,7 +15,7 @@ from lorakeet.models.text.load import read_config
 from tiny.family_columns import saved
 
 # renamed; experts in one tensor, or matrix by matrix; matrices that files join; those that files keep apart
-FAMILIES = ("granitemoe", "lfm3", "nemotron_h", "qwen3_moe", "hrm_text", "kimi_linear", "mistral3")
+FAMILIES = ("granitemoe", "lfm3", "nemotron_h", "qwen3_moe", "hrm_text", "kimi_linear", "mistral3", "lara_mini")
 
 
 def put(into: Tensor, piece: Piece, stored: Tensor) -> None:

@@ -28,6 +28,7 @@ from lorakeet.quant.int8 import Int8Base
 from lorakeet.quant.pack_quantized import PackQuantizedBase
 from lorakeet.quant.packed import PackedBase
 from lorakeet.quant.spec import QuantSpec
+from lorakeet.quant.stack import PackedStack
 from tiny import family_columns
 from tiny.float_folders import by_hand, fp8_folder, int8_folder, mxfp4_folder, words_folder
 from tiny.models import save_tiny_llama
@@ -209,8 +210,10 @@ def test_experts_in_mxfp4_are_the_published_numbers(tmp_path: Path) -> None:
     stored = load_file(folder / "model.safetensors")
     name = "model.layers.0.mlp.experts.down_proj"
     wanted = by_hand(stored[f"{name}_blocks"], stored[f"{name}_scales"]).transpose(1, 2)
-    assert torch.equal(text.model.model.layers[0].mlp.experts.down_proj, wanted)
-    assert "The weights were mxfp4 and are now float32." in said
+    stack = text.model.model.layers[0].mlp.experts.down_proj
+    assert isinstance(stack, PackedStack) and stack.bytes == wanted.numel() // 2 + wanted.numel() // 32
+    assert all(torch.equal(stack[number], matrix) for number, matrix in enumerate(wanted))
+    assert any(line.startswith("8 stacks of experts are mxfp4: ") for line in said), said
     torch.testing.assert_close(live(text), logits(in_transformers(folder)), atol=1e-5, rtol=1e-5)
 
 

@@ -16,6 +16,7 @@ from transformers.core_model_loading import (
     Chunk,
     Concatenate,
     MergeModulelist,
+    Split,
     Transpose,
     WeightConverter,
     WeightRenaming,
@@ -72,7 +73,7 @@ def _converted(
     """The pieces of what `converter` makes of these tensors; nothing where it does more than move rows."""
     steps = [(type(step), getattr(step, "dim", None)) for step in converter.operations]
     names = [name for _, name in sources]
-    if steps == [(Chunk, 0)] and len(names) == 1:
+    if steps in ([(Chunk, 0)], [(Split, 0)]) and len(names) == 1:
         targets = [target.replace(converter.target_patterns[0], pattern) for pattern in converter.target_patterns]
         parts = _in_order([known.get(each, (0,))[0] for each in targets])
         return {each: (Piece(names[0], rows=part),) for each, part in zip(targets, parts, strict=True) if each in known}

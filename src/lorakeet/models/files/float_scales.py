@@ -4,10 +4,11 @@
     fp8                  x.weight (float8), x.weight_scale_inv              Fp8Base; one scale, or one for each block
     compressed-tensors   x.weight (float8 or int8), x.weight_scale          Fp8Base or Int8Base; one scale, one a row, or blocks
     compressed-tensors   x.weight_packed (int4, int8), x.weight_scale, …    PackQuantizedBase (quant/pack_quantized)
-    mxfp4                x_blocks, x_scales (experts of gpt-oss)            dense bf16, which loses nothing
+    mxfp4                x_blocks, x_scales (experts of gpt-oss)            a stack of Mxfp4Base (quant/stack)
 
-Matrices of single experts, which transformers joins, and stacks of them are dequantised as they are read. The scales of
-activations that such folders may have are not used: activations are not quantised here.
+A model keeps stacks of experts packed (models/files/quantized.with_packed_stacks); elsewhere they are dequantised as they are
+read, as are matrices of single experts, which transformers joins. The scales of activations that such folders may have are not
+used: activations are not quantised here.
 """
 
 from __future__ import annotations
@@ -26,8 +27,9 @@ from lorakeet.formats.files.safetensors_file import SafeFile
 from lorakeet.quant import pack_quantized
 from lorakeet.quant.fp8 import Block, Fp8Base, scale_shape
 from lorakeet.quant.int8 import Int8Base
-from lorakeet.quant.mxfp4 import unpack_mxfp4, unpacked_shape
+from lorakeet.quant.mxfp4 import Mxfp4Base, unpack_mxfp4, unpacked_shape
 from lorakeet.quant.packed import PackedBase
+from lorakeet.quant.stack import PackedStack
 
 FP8, COMPRESSED, MXFP4 = "fp8", "compressed-tensors", "mxfp4"
 SCALE = {FP8: "_scale_inv", COMPRESSED: "_scale"}  # after the name of the weight
@@ -44,10 +46,14 @@ Read = Callable[[SafeFile, str], Tensor]
 
 @dataclass(frozen=True)
 class Dequantised:
-    """A tensor that is dequantised when it is called for; its shape is known before."""
+    """A tensor that is dequantised when it is called for; its shape is known before.
+
+    A stack of matrices can also be had packed: `packed` reads it, of (count, out, in) whatever the tensor's shape.
+    """
 
     shape: tuple[int, ...]
     make: Callable[[], Tensor]
+    packed: Callable[[], PackedStack] | None = None
 
     def __call__(self) -> Tensor:
         return self.make()
@@ -163,7 +169,7 @@ def scaled_tensors(
             if len(header.shape) == 2:
                 packed[name] = partial(make, None)
             else:
-                dense[name] = Dequantised(header.shape, _stack_reader(make, header.shape[0]))
+                dense[name] = Dequantised(header.shape, *_stack_readers(make, header.shape[0]))
         else:
             given = files[scale].tensors[scale].shape
             problems.add(f"{files[scale].path}: '{scale}' is {given} for a weight of {header.shape}.")
@@ -221,7 +227,7 @@ def mxfp4_tensors(files: Mapping[str, SafeFile], read: Read) -> dict[str, Callab
             if f"{base}_scales" not in files:
                 raise DataError(f"{file.path}: '{base}_scales' is missing. {_REMEDY}")
             *stack, out, width = unpacked_shape(file.tensors[name].shape)
-            found[base] = Dequantised((*stack, width, out), _mxfp4_reader(read, files, base))
+            found[base] = Dequantised((*stack, width, out), *_mxfp4_readers(read, files, base))
     return found
 
 
@@ -264,10 +270,45 @@ def _base_reader(
     return make
 
 
-def _stack_reader(make: Callable[[int | None], PackedBase], count: int) -> Callable[[], Tensor]:
-    return lambda: torch.stack([make(number).dense() for number in range(count)])
+def stack_settings(files: Mapping[str, SafeFile], stored: Mapping[str, Any]) -> dict[str, dict[str, Any]]:
+    """By the names of stacks of matrices that can be had packed, the arguments of quant/construct.empty_stack."""
+    if stored.get("quant_method") == MXFP4:
+        names = [name.removesuffix("_blocks") for name in files if name.endswith("_blocks")]
+        shapes = {name: unpacked_shape(files[f"{name}_blocks"].tensors[f"{name}_blocks"].shape) for name in names}
+        return {name: {"method": MXFP4, "shape": shape} for name, shape in shapes.items() if len(shape) == 3}
+    mark = SCALE[str(stored["quant_method"])]
+    found: dict[str, dict[str, Any]] = {}
+    for name, file in files.items():
+        header = file.tensors[name]
+        if name + mark in files and len(header.shape) == 3 and header.dtype in (torch.float8_e4m3fn, torch.int8):
+            scales = files[name + mark].tensors[name + mark].shape
+            block = scaled_block(header.shape[1:], scales, stored) or _USUAL
+            own = {"method": "int8"} if header.dtype == torch.int8 else {"method": FP8, "block": list(block)}
+            found[name] = {**own, "shape": header.shape}
+    return found
 
 
-def _mxfp4_reader(read: Read, files: Mapping[str, SafeFile], base: str) -> Callable[[], Tensor]:
+def _stack_readers(
+    make: Callable[[int | None], PackedBase], count: int
+) -> tuple[Callable[[], Tensor], Callable[[], PackedStack]]:
+    return (
+        lambda: torch.stack([make(number).dense() for number in range(count)]),
+        lambda: PackedStack.of(make(number) for number in range(count)),
+    )
+
+
+def _mxfp4_readers(
+    read: Read, files: Mapping[str, SafeFile], base: str
+) -> tuple[Callable[[], Tensor], Callable[[], PackedStack] | None]:
     blocks, scales = f"{base}_blocks", f"{base}_scales"
-    return lambda: unpack_mxfp4(read(files[blocks], blocks), read(files[scales], scales)).transpose(-1, -2).contiguous()
+
+    def dense() -> Tensor:
+        return unpack_mxfp4(read(files[blocks], blocks), read(files[scales], scales)).transpose(-1, -2).contiguous()
+
+    def packed() -> PackedStack:
+        codes = read(files[blocks], blocks).flatten(-2)  # (count, out, in / 2)
+        found = PackedStack(Mxfp4Base((codes.shape[1], 2 * codes.shape[2])), len(codes))
+        found.packed, found.scale = codes, read(files[scales], scales)
+        return found
+
+    return dense, packed if len(files[blocks].tensors[blocks].shape) == 4 else None

@@ -8,17 +8,19 @@ from typing import Any, cast
 
 from torch import nn
 
+from lorakeet.core.layers.experts import stack_shape
 from lorakeet.errors import ConfigError
 from lorakeet.formats.files.safetensors_file import SafeFile
 from lorakeet.models import modules
 from lorakeet.models.files import float_scales
 from lorakeet.models.files.gguf_packed import packed_types
-from lorakeet.models.files.quantized import owners, packable
+from lorakeet.models.files.quantized import owners, packable, packable_stacks, targets_of
 from lorakeet.models.files.stored_tensors import method_of, stored_quantisation, tensor_files
 from lorakeet.quant import gptq_config, safetensors_layout
 from lorakeet.quant.spec import QuantSpec
 
-Packing = Mapping[str, Mapping[str, Any]]  # layer path → arguments of quant/construct.empty_base, such as method and shape
+# Path of a layer, or of a stack of experts → arguments of quant/construct.empty_base or empty_stack, such as method and shape.
+Packing = Mapping[str, Mapping[str, Any]]
 
 
 def packing_of(model: nn.Module, config: Any, spec: QuantSpec, files: Path | None = None) -> Packing:
@@ -31,9 +33,11 @@ def packing_of(model: nn.Module, config: Any, spec: QuantSpec, files: Path | Non
     if spec.method == "gguf" and not stored:
         return _gguf_file(model, files)
     method = method_of(stored) if stored else spec.method
-    if method in ("none", float_scales.MXFP4):  # whose experts are unpacked as they are read
+    if method == "none":
         return {}
     there = tensor_files(files) if stored and files is not None and any(files.glob("*.safetensors")) else {}
+    if method == float_scales.MXFP4 and stored:
+        return _stacks_in(model, there, stored)
     chosen = _packed_in(model, there) if there else packable(model, head=not stored and spec.head == "quantize")
     found: dict[str, Mapping[str, Any]] = {}
     where = str(files / "config.json") if files is not None and files.is_dir() else "config.json"
@@ -56,6 +60,12 @@ def packing_of(model: nn.Module, config: Any, spec: QuantSpec, files: Path | Non
             double = bool(stored.get("bnb_4bit_use_double_quant", False)) if stored else spec.double_quant
             settings = {"block_size": spec.block_size, "double_quant": double}
         found[path] = {"method": method, **settings, "shape": shape}
+    if stored and method in float_scales.SCALE:
+        found |= _stacks_in(model, there, stored)
+    elif not stored:
+        how = {"method": method, "block_size": spec.block_size, "double_quant": spec.double_quant}
+        for path, module in packable_stacks(model).items():
+            found[path] = {**how, "shape": stack_shape(module, path.rpartition(".")[2])}
     return found
 
 
@@ -75,6 +85,17 @@ def _packed_in(model: nn.Module, files: Mapping[str, SafeFile]) -> dict[str, nn.
     )  # fmt: skip
     names = {f"{name.removesuffix(end)}.weight": None for name in files for end in ends if name.endswith(end)}
     return {path: model.get_submodule(path) for path in owners(model, names).values()}
+
+
+def _stacks_in(model: nn.Module, files: Mapping[str, SafeFile], stored: Mapping[str, Any]) -> dict[str, Mapping[str, Any]]:
+    """Returns the stacks of experts that stay packed; without files all of a model in MXFP4."""
+    stacks = {path: stack_shape(module, path.rpartition(".")[2]) for path, module in packable_stacks(model).items()}
+    if not files:
+        whole = method_of(stored) == float_scales.MXFP4
+        return {path: {"method": float_scales.MXFP4, "shape": shape} for path, shape in stacks.items() if whole}
+    settings = float_scales.stack_settings(files, stored)
+    places = targets_of(model, settings)
+    return {places[name]: own for name, own in settings.items() if stacks.get(places.get(name, "")) == tuple(own["shape"])}
 
 
 def _types_in(files: Mapping[str, SafeFile], path: str) -> str:

@@ -7,11 +7,13 @@ are read when it needs them; a packed weight becomes a PackedLinear.
 from __future__ import annotations
 
 import copy
+import math
 import re
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from contextvars import ContextVar
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import Any, cast
 
@@ -24,6 +26,7 @@ from transformers.quantizers.auto import AUTO_QUANTIZER_MAPPING, register_quanti
 from transformers.quantizers.base import HfQuantizer
 from transformers.utils.quantization_config import QuantizationConfigMixin
 
+from lorakeet.core.layers.experts import pass_through, stack_shape, stored_transposed, why_not_experts
 from lorakeet.data.batches import distribute_rows
 from lorakeet.errors import ConfigError, DataError, nearest
 from lorakeet.evaluate.wording import bytes_text
@@ -35,10 +38,11 @@ from lorakeet.models.files.quiet import quiet_transformers
 from lorakeet.models.files.stored_tensors import READERS, StoredModel, dense_model, method_of, stored_quantisation, tensor_files
 from lorakeet.models.files.validate import auto_class_of, loading, misfits_in, require_whole
 from lorakeet.quant import safetensors_layout
-from lorakeet.quant.construct import empty_of, quantise_weight
+from lorakeet.quant.construct import empty_of, quantise_stack, quantise_weight
 from lorakeet.quant.nf4 import Nf4Base, bitsandbytes_advice
 from lorakeet.quant.packed import PackedBase, PackedLinear
 from lorakeet.quant.spec import QuantSpec
+from lorakeet.quant.stack import PackedStack
 
 
 @dataclass(frozen=True)
@@ -90,9 +94,13 @@ def load_quantised(source: Path, config: Any, dtype: torch.dtype, spec: QuantSpe
         _exchange(model, spec, divided)
     name = method_of(stored) if stored else spec.method
     bases = [module for module in model.modules() if isinstance(module, PackedBase)]
-    packed, dense = sum(base.bytes for base in bases), sum(base.shape[0] * base.shape[1] for base in bases) * dtype.itemsize
-    if bases:
-        say(f"{len(bases)} linear layers are {name}: {bytes_text(packed)} in place of {bytes_text(dense)}.")
+    stacks = [module for module in model.modules() if isinstance(module, PackedStack)]
+    packed = sum(base.bytes for base in bases) + sum(stack.bytes for stack in stacks)
+    dense = sum(math.prod(each.shape) for held in (bases, stacks) for each in held) * dtype.itemsize
+    if packed:
+        experts = f"{len(stacks)} stacks of experts" if stacks else ""
+        what = " and ".join(filter(None, (f"{len(bases)} linear layers" if bases else "", experts)))
+        say(f"{what} are {name}: {bytes_text(packed)} in place of {bytes_text(dense)}.")
     else:
         say(f"The weights were {name} and are now {str(dtype).removeprefix('torch.')}.")
     for line in limits_of_packing(model):
@@ -128,7 +136,7 @@ def stored_model_of(source: Path, config: Any, spec: QuantSpec, divided: Divided
     stored_model = READERS[method](files, stored) if stored else dense_model(files)
     plain = skeleton(config)
     known = plain.state_dict()
-    stored_model = with_joined_dense(plain, stored_model)
+    stored_model = with_packed_stacks(plain, with_joined_dense(plain, stored_model))
     shapes = {target: shape_of(files, stored_model, name) for name, target in targets_of(plain, stored_model.dense).items()}
     misfits = {target: (found, tuple(known[target].shape)) for target, found in shapes.items() if found != known[target].shape}
     require_whole(source, config.model_type, misfits=misfits, missing=())
@@ -159,12 +167,28 @@ def with_joined_dense(model: Any, stored_model: StoredModel) -> StoredModel:
     return replace(stored_model, dense={**stored_model.dense, **{name: dense(name) for name in joined}}, packed=packed)
 
 
+def with_packed_stacks(model: Any, stored_model: StoredModel) -> StoredModel:
+    """Returns the stored model with stacks of experts as packed ones, where the files have them so and the model keeps them."""
+    places = targets_of(model, stored_model.dense)
+    known = packable_stacks(model)
+    packed: dict[str, Callable[[], Any]] = {}
+    for name, read in stored_model.dense.items():
+        module = known.get(places.get(name, ""))
+        if module is None or not isinstance(read, Dequantised) or read.packed is None:
+            continue
+        if read.shape == tuple(module.get_parameter(places[name].rpartition(".")[2]).shape):
+            packed[name] = read.packed
+    dense = {name: read for name, read in stored_model.dense.items() if name not in packed}
+    return replace(stored_model, dense=dense, packed={**stored_model.packed, **packed})
+
+
 def kept_experts(model: nn.Module) -> str:
-    """Returns a sentence on the stacked experts of a model, which are not packed; empty if it has none."""
-    size = sum(module.get_parameter(name).nbytes for module in model.modules() for name in modules.expert_stacks(module))
+    """Returns a sentence on the stacked experts of a model that are not packed; empty if there are none."""
+    stacks = [getattr(module, name) for module in model.modules() for name in modules.expert_stacks(module)]
+    size = sum(stack.nbytes for stack in stacks if isinstance(stack, Tensor))
     if not size:
         return ""
-    return f"The experts of this model are no linear layers to transformers and stay as they are: {bytes_text(size)}."
+    return f"Experts of this model stay as they are, since its code needs them whole: {bytes_text(size)}."
 
 
 def _exchange(model: nn.Module, spec: QuantSpec, divided: DividedPacking) -> None:
@@ -199,8 +223,48 @@ def quantised_model(
 
         return make
 
-    dense = {name: read for name, read in stored_model.dense.items() if name not in targets}
-    return replace(stored_model, dense=dense, packed={name: packed(name, path) for name, path in targets.items()})
+    packs = {path: partial(_packed_stack, spec, stored_transposed(module)) for path, module in packable_stacks(plain).items()}
+    places = _places(plain, stored_model.dense)
+    dense = {
+        name: partial(_AsStored.read_by, read) if places.get(name, ("",))[0] in packs else read
+        for name, read in stored_model.dense.items()
+        if name not in targets
+    }
+    return replace(stored_model, dense=dense, packed={name: packed(name, path) for name, path in targets.items()}, pack=packs)
+
+
+class _AsStored:
+    """A tensor that transformers is not to cast before it is packed: it calls `to` of what it has read."""
+
+    def __init__(self, tensor: Tensor) -> None:
+        self._tensor = tensor
+
+    @classmethod
+    def read_by(cls, read: Callable[[], Tensor]) -> Any:
+        """What `read` reads, not to be cast."""
+        return cls(read())
+
+    def to(self, *_: Any, **__: Any) -> Tensor:
+        """The tensor as it is."""
+        return self._tensor
+
+
+def _packed_stack(spec: QuantSpec, transposed: bool, weight: Tensor) -> PackedStack:
+    """A stack of experts as the model has it, of which `transposed` ones are (count, in, out), packed matrix by matrix."""
+    return quantise_stack(weight.transpose(1, 2) if transposed else weight, spec)
+
+
+def packable_stacks(model: nn.Module) -> dict[str, nn.Module]:
+    """Returns the blocks of experts whose 3-D parameters are packed, by the path of the parameter.
+
+    Left out are those whose code in transformers multiplies by a whole parameter, and those that can have no pairs.
+    """
+    found: dict[str, nn.Module] = {}
+    for path, module in modules.original_modules(model):
+        one_by_one = hasattr(module, "is_concatenated") or pass_through(module)
+        if (stacks := modules.expert_stacks(module)) and one_by_one and not why_not_experts(module):
+            found |= {f"{path}.{name}": module for name in stacks}
+    return found
 
 
 def skeleton(config: Any) -> Any:
@@ -305,14 +369,16 @@ def load_packed(stored_model: StoredModel, config: Any, dtype: torch.dtype, sour
     Dense tensors are cast to `dtype`; packed ones stay unchanged.
     """
     empty = skeleton(config)
-    paths = owners(empty, stored_model.packed)
-    unknown = sorted(set(stored_model.packed) - set(paths))
+    targets, paths = targets_of(empty, stored_model.packed), owners(empty, stored_model.packed)
+    packed_stacks = {target for target in targets.values() if empty.get_parameter(target).dim() == 3}
+    unknown = sorted(name for name in stored_model.packed if name not in paths and targets.get(name) not in packed_stacks)
     if unknown:
         raise DataError(
             f"{source} has {len(unknown)} packed weights that no layer of a '{config.model_type}' model takes, such as "
             f"{unknown[0]}. Fetch it again."
         )
-    weights, slot = {f"{path}.weight" for path in paths.values()}, _LinearSlot()
+    weights = {f"{path}.weight" for path in paths.values()} | stored_model.pack.keys() | packed_stacks
+    slot = _PackedSlot(stored_model.pack)
     with loading(source, config.model_type, tensor_files(source)):  # misfits are refused below, with names and shapes
         model, report = read_into(
             empty,
@@ -363,16 +429,30 @@ class _HookQuantizer(HfQuantizer):  # type: ignore[misc]
         return model
 
 
-class _LinearSlot(ConversionOps):  # type: ignore[misc]
-    """Replaces a linear layer of the empty model by a PackedLinear."""
+class _PackedSlot(ConversionOps):  # type: ignore[misc]
+    """Replaces a linear layer of the empty model by a PackedLinear, and a stack of experts by a packed one.
 
-    def __init__(self) -> None:
+    `pack` are by name what makes a packed stack of a dense one.
+    """
+
+    def __init__(self, pack: Mapping[str, Callable[[Tensor], PackedStack]]) -> None:
+        self.pack = pack
         self.misfits: dict[str, tuple[tuple[int, ...], tuple[int, ...]]] = {}  # by name: found and expected shape
 
     def convert(self, input_dict: dict[str, Any], **context: Any) -> dict[str, Any]:
-        name, model = context["full_layer_name"], context["model"]
-        (base,) = input_dict.values()
-        base = base[0] if isinstance(base, list) else base
+        known = set(input_dict) & self.pack.keys()  # a conversion may make several parameters
+        names = {name: name if name in known else context["full_layer_name"] for name in input_dict}
+        for name, value in input_dict.items():
+            self._put(names[name], value[0] if isinstance(value, list) else value, context)
+        return {}
+
+    def _put(self, name: str, base: Any, context: dict[str, Any]) -> None:
+        model = context["model"]
+        if isinstance(base, Tensor):
+            base = self.pack[name](base)
+        if isinstance(base, PackedStack):
+            self._put_stack(name, base, context)
+            return
         path = name.removesuffix(".weight")
         module = model.get_submodule(path)
         transposed = isinstance(module, Conv1D)
@@ -380,9 +460,18 @@ class _LinearSlot(ConversionOps):  # type: ignore[misc]
         context["missing_keys"].discard(name)
         if base.shape != expected:
             self.misfits[name] = (tuple(base.shape), expected)
-            return {}
+            return
         model.set_submodule(path, PackedLinear(base, module.bias, transposed=transposed))
-        return {}
+
+    def _put_stack(self, name: str, stack: PackedStack, context: dict[str, Any]) -> None:
+        model = context["model"]
+        owner, _, leaf = name.rpartition(".")
+        expected = stack_shape(model.get_submodule(owner), leaf)
+        context["missing_keys"].discard(name)
+        if stack.shape != expected:
+            self.misfits[name] = (tuple(stack.shape), expected)
+        else:
+            modules.put_stack(model, name, stack)
 
 
 def with_quantisation(config: Any, settings: Mapping[str, Any]) -> Any:

@@ -6,7 +6,7 @@ Only headers are read here; a tensor or a packed weight is read when its functio
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +19,7 @@ from lorakeet.models.files import float_scales
 from lorakeet.models.files.validate import require_finite
 from lorakeet.quant import gptq, gptq_config, safetensors_layout
 from lorakeet.quant.packed import PackedBase
+from lorakeet.quant.stack import PackedStack
 
 INDEX = "model.safetensors.index.json"
 SINGLE = "model.safetensors"
@@ -30,7 +31,8 @@ class StoredModel:
     """The lazy tensors of a model folder, by the names in its files."""
 
     dense: Mapping[str, Callable[[], Tensor]]
-    packed: Mapping[str, Callable[[], PackedBase]]  # by the name of the dense weight, such as "….q_proj.weight"
+    packed: Mapping[str, Callable[[], PackedBase | PackedStack]]  # by the dense weight's name, such as "….q_proj.weight"
+    pack: Mapping[str, Callable[[Tensor], PackedStack]] = field(default_factory=dict)  # what a model's stack of experts becomes
 
     @property
     def reads(self) -> dict[str, Callable[[], Any]]:

@@ -18,6 +18,7 @@ from torch._subclasses.fake_tensor import FakeTensor  # torch offers no public n
 from torch.utils._python_dispatch import _disable_current_modes  # nor for this
 from transformers.core_model_loading import ConversionOps
 
+from lorakeet.core.layers.experts import stack_shape
 from lorakeet.errors import DataError
 from lorakeet.memory.store import CPU, StoreWriter, WeightStore, new_store
 from lorakeet.memory.stream import RecordStream, StreamedRows
@@ -32,10 +33,12 @@ from lorakeet.models.files.quiet import quiet_transformers
 from lorakeet.models.files.stored_tensors import StoredModel, stored_quantisation, tensor_files
 from lorakeet.models.files.validate import auto_class_of, loading, require_whole
 from lorakeet.models.streaming.model import NotStreamed, StreamedBlocks, StreamedEmbedding, StreamedHead
-from lorakeet.quant.construct import empty_base
+from lorakeet.quant.construct import empty_base, empty_stack
 from lorakeet.quant.packed import PackedBase, PackedLinear
 from lorakeet.quant.spec import QuantSpec
+from lorakeet.quant.stack import PackedStack
 
+Packs = Mapping[str, Callable[[Tensor], PackedStack]]  # by the name of a stack of experts in the model
 Changes = Mapping[str, Callable[[Tensor], Tensor]]  # by the parameter's name in the model
 
 
@@ -87,7 +90,7 @@ def streamed_model(
 
 def identity(source: Path, dtype: torch.dtype, quantize: QuantSpec) -> dict[str, str]:
     """Returns the identity of a store: its model, dtype and packing."""
-    packing = f"{quantize.method} {quantize.block_size} {quantize.double_quant} {quantize.head}"
+    packing = f"{quantize.method} {quantize.block_size} {quantize.double_quant} {quantize.head}, with experts"
     return {"model": fingerprint(source), "dtype": str(dtype).removeprefix("torch."), "packing": packing}
 
 
@@ -109,7 +112,7 @@ def write_store(
     size = sum(tensor.nbytes for tensor in empty.state_dict().values())  # of the dense model: an upper bound
     more: dict[str, str] = {}
     with new_store(path, identity=more, tensors=8 * len(empty.state_dict()), size=0 if stored_model.packed else size) as writer:
-        collected = _Collector(writer, empty, records, changes or {})
+        collected = _Collector(writer, empty, records, changes or {}, stored_model.pack)
         missing = _read_all(stored_model, config, dtype, collected, source)
         require_whole(source, config.model_type, misfits=collected.misfits, missing=missing | collected.waiting)
         more.update(same, packed=json.dumps(collected.packed))
@@ -130,7 +133,7 @@ def open_streamed(
     """
     model = empty_model(config, dtype)
     for path, settings in json.loads(store.identity["packed"]).items():
-        _put_packed(model, path, base_of(settings))
+        _put_packed(model, path, settings, base_of)
     model.requires_grad_(False).eval()
     prefix, count = modules.block_prefix(model, family)
     names = [f"{prefix}.{index}" for index in range(count)]
@@ -161,7 +164,7 @@ def empty_packed(config: Any, dtype: torch.dtype, quantize: QuantSpec, files: Pa
     """Returns the model on the meta device with packed linear layers, as `quantize` says or as its `files` are."""
     model = empty_model(config, dtype)
     for path, settings in packing_of(model, config, quantize, files).items():
-        _put_packed(model, path, EMPTY_ON_META(settings))
+        _put_packed(model, path, settings, EMPTY_ON_META)
     return model
 
 
@@ -193,22 +196,36 @@ def bytes_of_storing(model: Any, family: Family, block_bytes: int, number_bytes:
 class _Collector:
     """Collects tensors until a block is complete, and writes it to the store."""
 
-    def __init__(self, writer: StoreWriter, skeleton: Any, records: Mapping[str, set[str]], changes: Changes) -> None:
-        self.writer, self.changes = writer, changes
+    def __init__(
+        self, writer: StoreWriter, skeleton: Any, records: Mapping[str, set[str]], changes: Changes, pack: Packs
+    ) -> None:
+        self.writer, self.changes, self.pack = writer, changes, pack
         self.packed: dict[str, Any] = {}
         self.misfits: dict[str, tuple[tuple[int, ...], tuple[int, ...]]] = {}  # by name: found and expected shape
         self.refused: OSError | None = None  # the disk's error
         self.shapes = {name: (tuple(tensor.shape), tensor.dtype) for name, tensor in skeleton.state_dict().items()}
         self.transposed = {name for name, module in skeleton.named_modules() if modules.kind_of(module) == "conv1d"}
+        self.stacks = {
+            f"{path}.{name}": stack_shape(module, name)
+            for path, module in skeleton.named_modules()
+            for name in modules.expert_stacks(module)
+        }
         self._record_of = {name: record for record, names in records.items() for name in names}
         self._waiting = {record: set(names) for record, names in records.items()}
         self._collected: dict[str, dict[str, Tensor]] = {record: {} for record in records}
         self.seen: set[str] = set()
 
-    def take(self, name: str, value: Tensor | PackedBase) -> None:
+    def take(self, name: str, value: Tensor | PackedBase | PackedStack) -> None:
         """Takes a tensor by its name in the model, or a packed weight by the name of the dense one."""
         shape, dtype = self.shapes[name]
-        if isinstance(value, PackedBase):
+        if isinstance(value, Tensor) and name in self.pack:
+            value = self.pack[name](value)
+        if isinstance(value, PackedStack):
+            parts = {f"{name}.{leaf}": tensor for leaf, tensor in value.state_dict().items()}
+            self.packed[name] = value.settings
+            if value.shape != self.stacks[name]:
+                self.misfits[name] = (tuple(value.shape), self.stacks[name])
+        elif isinstance(value, PackedBase):
             path = name.removesuffix(".weight")
             expected = shape[::-1] if path in self.transposed else shape
             parts = {f"{path}.base.{leaf}": tensor for leaf, tensor in value.state_dict().items()}
@@ -269,10 +286,16 @@ def _read_all(stored_model: StoredModel, config: Any, dtype: torch.dtype, collec
     return set(report["missing_keys"])
 
 
-def _put_packed(model: Any, path: str, base: PackedBase) -> None:
-    """Replaces the linear layer at `path` by a packed one with `base`."""
+def _put_packed(
+    model: Any, path: str, settings: Mapping[str, Any], base_of: Callable[[Mapping[str, Any]], PackedBase]
+) -> None:
+    """Replaces the linear layer at `path`, or the stack of experts, by a packed one on the meta device."""
+    if len(settings["shape"]) == 3:
+        one = base_of({**settings, "shape": settings["shape"][1:]})
+        modules.put_stack(model, path, empty_stack(settings, device="meta").outline(one))
+        return
     module = model.get_submodule(path)
-    model.set_submodule(path, PackedLinear(base, module.bias, transposed=not isinstance(module, nn.Linear)))
+    model.set_submodule(path, PackedLinear(base_of(settings), module.bias, transposed=not isinstance(module, nn.Linear)))
 
 
 def _compute_buffers(model: Any, device: torch.device) -> None:

@@ -25,6 +25,7 @@ from lorakeet.models.fuse import unfuse
 from lorakeet.models.modules import adapted_layers, find, kind_of, original_modules, replace, unwrapped, weights_loaded
 from lorakeet.models.streaming.model import StreamedEmbedding, StreamedHead
 from lorakeet.quant.packed import PackedLinear
+from lorakeet.quant.stack import PackedStack
 
 
 def frozen_weights(model: nn.Module, store: WeightStore | None = None) -> Iterator[tuple[str, RowsOf]]:
@@ -39,6 +40,9 @@ def frozen_weights(model: nn.Module, store: WeightStore | None = None) -> Iterat
                 yield f"{path}.weight", module.weight
         if isinstance(module, ReorderedLinear):
             yield f"{path}.weight", module.weight
+        if isinstance(module, PackedStack):
+            with weights_loaded(model, path), torch.no_grad():
+                yield path, _PackedMatrices(module)
         current = find(model, path)
         for leaf, parameter in module.named_parameters(recurse=False):
             full = f"{path}.{leaf}" if path else leaf
@@ -113,6 +117,26 @@ def _expected(frozen: RowsOf, part: nn.Module, leaf: str, *, across: bool) -> Ro
 
 def _rows(tensor: Tensor) -> Tensor:
     return tensor if tensor.dim() else tensor.view(1)
+
+
+@dataclass(frozen=True)
+class _PackedMatrices:
+    """A packed stack as its parameter was, in fp32; those matrices are dequantised that are read."""
+
+    stack: PackedStack
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        count, *matrix = self.stack.shape
+        return (count, *(matrix[::-1] if self.stack.transposed else matrix))
+
+    @property
+    def dtype(self) -> torch.dtype:
+        return torch.float32
+
+    def __getitem__(self, part: slice) -> Tensor:
+        found = torch.stack([self.stack.matrix(number).dense() for number in range(len(self.stack))[part]])
+        return found.transpose(1, 2) if self.stack.transposed else found
 
 
 @dataclass(frozen=True)

@@ -36,17 +36,18 @@ from lorakeet.models.files.quantized import plain_config
 from lorakeet.models.files.quiet import quiet_transformers
 from lorakeet.models.files.validate import auto_class_of, require_sizes, require_text_model
 from lorakeet.models.kernels import shared_maxima_bytes
-from lorakeet.models.modules import block_of
+from lorakeet.models.modules import block_of, put_stack
 from lorakeet.models.spec import ModelSpec
 from lorakeet.models.streaming.load import EMPTY_ON_META, ON_CPU, Residence, empty_packed, open_streamed, records_of
 from lorakeet.models.streaming.model import StreamedBlocks
 from lorakeet.models.text.load import set_attention
 from lorakeet.models.text.model import PassOptions, TextModel
-from lorakeet.quant.construct import empty_base
+from lorakeet.quant.construct import empty_base, empty_stack
 from lorakeet.quant.gptq import WORD
 from lorakeet.quant.int8 import enable_int8_products
 from lorakeet.quant.packed import TILE, PackedBase, PackedLinear
 from lorakeet.quant.spec import QuantSpec
+from lorakeet.quant.stack import PackedStack
 
 
 @cache
@@ -165,6 +166,13 @@ def streamed_model_from_config(
 def put_packed(model: nn.Module, packing: Packing, device: torch.device, *, in_int8: bool = False) -> None:
     """Replaces the layers of `packing` by packed layers of zeros; `in_int8` as in quant/int8."""
     for path, settings in packing.items():
+        if len(settings["shape"]) == 3:
+            on_shapes = isinstance(model.get_parameter(path), FakeTensor) and not in_int8
+            stack = empty_stack(settings, device=device)
+            if on_shapes:
+                stack = stack.outline(ShapeBase(empty_base({**settings, "shape": settings["shape"][1:]}, device=device)))
+            put_stack(model, path, stack)
+            continue
         module = model.get_submodule(path)
         weight: Any = module.weight
         bias: Any = module.bias
@@ -186,7 +194,7 @@ class ShapeBase(PackedBase):
         self._stands_for = (
             None if stored is None else StoredWeight(stored.kind, *stored[1:3], codes=0, size=stored.size, groups=stored.groups)
         )
-        for name, buffer in base.named_buffers():
+        for name, buffer in base._buffers.items():
             self.register_buffer(name, buffer)
 
     @property
@@ -248,4 +256,5 @@ def shape_store(model: Any, family: Family) -> ShapeStore:
             path, _, leaf = name.rpartition(".")
             records.setdefault(path, {})[leaf] = tensor
     packed = {path: module.base.settings for path, module in model.named_modules() if isinstance(module, PackedLinear)}
+    packed |= {path: module.settings for path, module in model.named_modules() if isinstance(module, PackedStack)}
     return ShapeStore(records, {"packed": json.dumps(packed)})

@@ -43,6 +43,7 @@ from lorakeet.quant.gptq_config import METHOD, OLD_CONFIG
 from lorakeet.quant.int8 import enable_int8_products
 from lorakeet.quant.packed import PackedBase
 from lorakeet.quant.spec import QuantSpec
+from lorakeet.quant.stack import PackedStack
 
 CHECK_ROWS = (5, 3)  # tokens of the two rows of the check
 _MOST_IDS = 1 << 31
@@ -232,6 +233,10 @@ def _numbers_in(module: nn.Module, prefix: str) -> Iterator[tuple[str, Tensor]]:
         if isinstance(part, PackedBase):
             if part.device.type != "meta":
                 yield f"{prefix}{path.removesuffix('.base')}.weight", part.dense()
+            continue
+        if isinstance(part, PackedStack):
+            if part.device.type != "meta":
+                yield from ((f"{prefix}{path}.{number}", part.matrix(number).dense()) for number in range(len(part)))
             continue
         for leaf, weight in part.named_parameters(recurse=False):
             if weight.is_floating_point() and not weight.is_meta:

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from typing import cast
 
 from lorakeet.errors import ConfigError
 from lorakeet.models.files.gguf_packed import packed_copy
@@ -44,7 +45,8 @@ def read_layout(path: str, say: Callable[[str], None]) -> PackedLayout:
         )
     stored_model = READERS[str(stored["quant_method"])](tensor_files(folder), stored)
     paths = owners(skeleton(config), stored_model.packed)
-    layers = {layer: stored_model.packed[name] for name, layer in paths.items()}
+    packed = cast("Mapping[str, Callable[[], PackedBase]]", stored_model.packed)  # of these methods no stack
+    layers = {layer: packed[name] for name, layer in paths.items()}
     if not layers:
         raise ConfigError(f"{path} has no packed layers, so there is nothing to merge into.")
     return PackedLayout(method, folder, file, layers, {layer: name for name, layer in paths.items()})

@@ -20,6 +20,7 @@ from lorakeet.models import modules
 from lorakeet.models.families import Family
 from lorakeet.models.text.model import TextModel
 from lorakeet.quant.packed import PackedBase
+from lorakeet.quant.stack import PackedStack
 
 NUMBER = "layer_idx"  # the attribute in which transformers' modules keep the number of their block
 
@@ -104,7 +105,7 @@ def _settings(module: nn.Module) -> Iterator[Any]:
     for name, value in vars(module).items():
         if isinstance(value, (bool, int, float, str, tuple)) and name != NUMBER:
             yield name, value
-    if isinstance(module, PackedBase):
+    if isinstance(module, (PackedBase, PackedStack)):
         yield json.dumps(module.settings, sort_keys=True, default=str)
     for name, tensor in (*module.named_parameters(recurse=False), *module.named_buffers(recurse=False)):
         yield name, tuple(tensor.shape), tensor.dtype

@@ -29,7 +29,7 @@ from lorakeet.memory.allocator import release_free_memory
 from lorakeet.models import modules
 from lorakeet.models.fits import checked_entry
 from lorakeet.models.fuse import fuse, fuse_blocks
-from lorakeet.models.inject import experts_layer, selection_of, use_products
+from lorakeet.models.inject import choices_at, experts_layer, selection_of, use_products
 from lorakeet.models.kernels import use_kernels
 from lorakeet.models.text.model import TextModel
 from lorakeet.quant.construct import base_of
@@ -125,7 +125,7 @@ class ServingModel:
         layer = current if isinstance(current, LoraExperts) else None
         if layer is None and not reason:
             try:
-                layer = experts_layer(module, path)
+                layer = experts_layer(module, path, choices_at(self.text.model, path))
             except ConfigError as error:
                 reason = str(error)
             else:

@@ -25,6 +25,7 @@ from lorakeet.errors import ConfigError, EnvironmentProblem
 from lorakeet.models import modules
 from lorakeet.models.text.model import TextModel
 from lorakeet.quant.packed import PackedBase
+from lorakeet.quant.stack import PackedStack
 
 
 def shard_blocks(text: TextModel, count: int, device: torch.device) -> TextModel:
@@ -43,8 +44,9 @@ def shard_blocks(text: TextModel, count: int, device: torch.device) -> TextModel
         # the original, whose hooks a TrainedBlock calls
         block = modules.unwrapped(cast(nn.Module, modules.find(text.model, f"{prefix}.{number}")))
         for base in block.modules():
-            if isinstance(base, PackedBase):  # FSDP2 shards only parameters, so its buffers become frozen ones
-                for name, buffer in [(name, buffer) for name, buffer in base.named_buffers(recurse=False) if buffer.dim() > 0]:
+            if isinstance(base, (PackedBase, PackedStack)):  # FSDP2 shards only parameters: its buffers become frozen ones
+                buffers = [(name, buffer) for name, buffer in base.named_buffers(recurse=False) if buffer.dim() and len(buffer)]
+                for name, buffer in buffers:
                     delattr(base, name)
                     base.register_parameter(name, nn.Parameter(buffer, requires_grad=False))
         with _packed_weights_refused():

@@ -27,7 +27,7 @@ from lorakeet.memory.measure import resident_bytes
 from lorakeet.memory.remembered import remembered
 from lorakeet.memory.store import CPU
 from lorakeet.memory.usage import Usage, add_usage, larger_usage
-from lorakeet.models.files.stored_tensors import stored_dtype
+from lorakeet.models.files.stored_tensors import stored_dtype, stored_quantisation
 from lorakeet.models.recomputed import recompute_blocks
 from lorakeet.models.spec import ModelSpec
 from lorakeet.models.targets import plan_for
@@ -425,14 +425,14 @@ def certified_beside(found: Rehearsal, kept: Usage, adapter: int, *, load: Usage
 
 
 def load_peak(model_config: Any, found: Rehearsal, precision: Precision) -> Usage:
-    """The base, and while it is read: some tensors as stored where the dtype changes (models/files/dense), a matrix as stored
-    where it is packed or goes into a store, there with its cast."""
+    """The base, and while it is read: tensors as stored where the dtype changes (models/files/dense), or what is being packed."""
     if precision.on_gpu:  # where only what is whole arrives
         return add_usage(Usage(), base=found.base)
     stored = stored_dtype(model_config)
     if found.packed or found.blocks:
         cast = precision.dtype.itemsize if found.blocks and stored != precision.dtype else 0
-        return add_usage(Usage(), base=found.base, scratch=found.largest * (stored.itemsize + cast))
+        at_load = not stored_quantisation(model_config)
+        return add_usage(Usage(), base=found.base, scratch=found.being_packed(stored.itemsize, cast, at_load=at_load))
     return add_usage(Usage(), base=found.base, scratch=found.being_cast(stored, precision.dtype))
 
 

@@ -14,7 +14,7 @@ from contextvars import ContextVar
 from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeGuard
 
 import numpy as np
 import torch
@@ -51,6 +51,7 @@ from lorakeet.models.text.model import TextModel, token_logprobs
 from lorakeet.models.text.repeated_blocks import blocks_of, count_repeated_blocks, first_blocks_of_plan
 from lorakeet.quant.construct import weights_in
 from lorakeet.quant.packed import PackedBase
+from lorakeet.quant.stack import PackedStack
 from lorakeet.train.log import MetricsLog, Record
 from lorakeet.train.loop import Training
 from lorakeet.train.progress import Reporter
@@ -65,6 +66,7 @@ FEW = 3  # blocks that stand for all, with one more: the first, the last, and on
 Build = Callable[..., TextModel]
 Weigh = Callable[[TextModel], object]
 SECONDS, SECONDS_BESIDE = 600.0, 40.0  # of the processor, for a rehearsal; for one that a run does not wait for
+JOINED = 2  # times the numbers of a stack of experts, while transformers makes it of the matrices of the files
 MICRO_BATCHES = 2  # rehearsed in each step: from the second one on gradients are there to be added to
 _given_time: ContextVar[float] = ContextVar("_given_time", default=SECONDS)
 
@@ -111,6 +113,7 @@ class Rehearsal:
     parameters: int  # numbers in the frozen model, packed ones counted one by one
     largest: int  # numbers in its largest matrix
     packed: int = 0  # numbers in its largest packed matrix, if there is one
+    stacked: int = 0  # numbers in its largest packed stack of experts, if there is one
     work: Work = field(default_factory=Work)
     best_in_memory: bool = True  # whether the peaks hold the best values so far (train/checkpoint)
     blocks: int = 0  # that are streamed
@@ -121,6 +124,13 @@ class Rehearsal:
     def being_cast(self, stored: torch.dtype, kept: torch.dtype) -> int:
         """Bytes beside the base while a file of dense weights is read: tensors as `stored`, where they become `kept`."""
         return self.cast_at_once * stored.itemsize if stored != kept else 0
+
+    def being_packed(self, stored: int, cast: int, *, at_load: bool) -> int:
+        """Bytes beside the base while a matrix of numbers of `stored` bytes is packed, or goes into a store with its `cast`.
+
+        A stack of experts that is packed `at_load` has been joined out of as many numbers before.
+        """
+        return max(self.largest * (stored + cast), JOINED * self.stacked * stored * at_load)
 
 
 class NotPlanned(ConfigError):
@@ -306,14 +316,17 @@ class _Rehearsing:
             _evaluate(text, evaluation, self.blocks)
         ledger.close()
         parameters = weights_in(text.model) - self.plan.parameters
-        packed = max((math.prod(module.shape) for module in text.model.modules() if isinstance(module, PackedBase)), default=0)
+        packed = max((math.prod(module.shape[-2:]) for module in text.model.modules() if _is_packed(module)), default=0)
+        stacks = (module for module in text.model.modules() if isinstance(module, PackedStack))
+        stacked = max((math.prod(stack.shape) for stack in stacks), default=0)
         base, matrices = ledger.in_use["base"], matrix_sizes(text.model)
         largest = matrices[0]
         at_once = largest + sum(matrices[:AT_ONCE])  # a head that is the embedding table may lie in the file by itself
         stream = None if text.streamed is None else text.streamed.stream
         blocks, size = (0, 0) if stream is None else (len(stream.records), stream.slot_bytes)
         return Rehearsal(
-            self.plan, base, ledger.peaks, parameters, largest, packed, blocks=blocks, block_bytes=size, cast_at_once=at_once
+            self.plan, base, ledger.peaks, parameters, largest, packed, stacked, blocks=blocks, block_bytes=size,
+            cast_at_once=at_once,
         )
 
 
@@ -360,8 +373,12 @@ def _evaluate(text: TextModel, evaluation: EvaluationSize, blocks: int | None) -
 def matrix_sizes(model: nn.Module) -> list[int]:
     """How many numbers the frozen matrices of `model` stand for, the largest first."""
     dense: list[int] = [parameter.numel() for parameter in model.parameters() if not parameter.requires_grad]
-    packed: list[int] = [math.prod(module.shape) for module in model.modules() if isinstance(module, PackedBase)]
+    packed: list[int] = [math.prod(module.shape) for module in model.modules() if _is_packed(module)]
     return sorted([*dense, *packed], reverse=True)
+
+
+def _is_packed(module: nn.Module) -> TypeGuard[PackedBase | PackedStack]:
+    return isinstance(module, (PackedBase, PackedStack))
 
 
 def copy_for_checkpoint(training: Training[Any]) -> None:

@@ -1,0 +1,108 @@
+"""Experts that are packed at loading train, are planned, streamed and merged as a dense model of the same numbers is."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from lorakeet.core.adapter import Adapter
+from lorakeet.data.pack import pack_examples
+from lorakeet.formats.peft import peft
+from lorakeet.merging.dequantise import rounding_steps
+from lorakeet.merging.merged_folder import merge_into
+from lorakeet.models.files.packing import packing_of
+from lorakeet.models.files.quantized import kept_experts, skeleton
+from lorakeet.models.inject import adapter_of, trained_parameters
+from lorakeet.models.spec import ModelSpec
+from lorakeet.models.text.load import load_text_model, read_config
+from lorakeet.models.text.model import TextModel
+from lorakeet.quant.packed import PackedLinear
+from lorakeet.quant.spec import QuantSpec
+from lorakeet.quant.stack import PackedStack
+from lorakeet.train.text.loss import head_losses
+from tiny.family_columns import in_transformers, loaded, rows, saved, with_pairs
+
+KINDS = ("mixtral", "qwen3_moe", "gpt_oss", "qwen3_5_moe_text", "granitemoehybrid", "longcat_flash")
+CLOSE = 1e-5
+NF4 = QuantSpec("nf4")
+
+
+def stacks_of(text: TextModel) -> dict[str, PackedStack]:
+    return {path: module for path, module in text.model.named_modules() if isinstance(module, PackedStack)}
+
+
+def computed(text: TextModel) -> tuple[Tensor, dict[str, Tensor]]:
+    """Logits and gradients on packed rows."""
+    batch, trained = pack_examples(rows()), trained_parameters(text.model)
+    losses = head_losses(text, text.hidden(batch), batch.target_ids)
+    found = torch.autograd.grad(losses.sum(), list(trained.values()))
+    with torch.no_grad():
+        logits = text.head(text.hidden(batch))
+    return logits, dict(zip(trained, found, strict=True))
+
+
+def assert_same(found: Tensor, wanted: Tensor, name: str) -> None:
+    assert float((found - wanted).norm()) <= CLOSE * max(float(wanted.norm()), 1e-3), name
+
+
+@pytest.mark.parametrize(("kind", "method"), [*((kind, "nf4") for kind in KINDS), ("mixtral", "int8")])
+def test_they_train_and_merge_as_a_dense_model_of_their_numbers(kind: str, method: Any, tmp_path: Path) -> None:
+    spec = QuantSpec(method)
+    source = saved(kind, tmp_path)
+    packed = with_pairs(loaded(tmp_path, quantize=spec), tmp_path)
+    assert stacks_of(packed) and kept_experts(packed.model) == ""
+    before: Any = rounding_steps(source, spec)
+    (tmp_path / "other").mkdir()
+    merge_into(source, Adapter({}), tmp_path / "other" / "model", tokenizer=source, before=before)
+    dense = with_pairs(loaded(tmp_path / "other"), tmp_path)
+    (logits, gradients), (wanted, own) = computed(packed), computed(dense)
+    assert gradients.keys() == own.keys() and any(".experts." in name for name in own)
+    assert_same(logits, wanted, "logits")
+    for name, gradient in own.items():
+        assert_same(gradients[name], gradient, name)
+
+    adapter = adapter_of(packed.model, base=str(source))
+    peft.write(adapter, tmp_path / "adapter")
+    merge_into(source, peft.read(tmp_path / "adapter"), tmp_path / "merged", tokenizer=source, before=before)
+    with torch.no_grad():
+        model = in_transformers(tmp_path / "merged")
+        merged = torch.cat([model(input_ids=torch.from_numpy(row.ids)[None], use_cache=False).logits[0, :-1] for row in rows()])
+    assert_same(logits, merged, "merged")
+
+
+@pytest.mark.parametrize("kind", ["mixtral", "gpt_oss"])
+def test_they_are_planned_as_they_are_loaded_and_streamed(kind: str, tmp_path: Path) -> None:
+    source = saved(kind, tmp_path)
+    text = loaded(tmp_path, quantize=NF4)
+    packed = {path: module.base.settings for path, module in text.model.named_modules() if isinstance(module, PackedLinear)}
+    packed |= {path: stack.settings for path, stack in stacks_of(text).items()}
+    config = read_config(source)
+    planned = packing_of(skeleton(config), config, NF4)
+    assert {path: {**own, "shape": list(own["shape"])} for path, own in planned.items()} == packed
+    spec = ModelSpec(path=str(source), dtype="float32", device="cpu", quantize=NF4)
+    streamed = load_text_model(spec, say=lambda line: None, store=tmp_path / "store")
+    batch = pack_examples(rows())
+    with torch.no_grad():
+        assert torch.equal(text.hidden(batch), streamed.hidden(batch))
+
+
+def test_they_are_packed_from_their_stored_numbers(tmp_path: Path) -> None:
+    """A model in bf16 has the codes of one in fp32: what its files have is not rounded first."""
+    saved("qwen3_moe", tmp_path)
+    wide, narrow = (stacks_of(loaded(tmp_path, dtype, quantize=NF4)) for dtype in ("float32", "bfloat16"))
+    assert wide.keys() == narrow.keys() and wide
+    assert all(torch.equal(narrow[path].packed, stack.packed) for path, stack in wide.items())
+    assert all(stack.dtype == torch.bfloat16 for stack in narrow.values())
+
+
+def test_code_that_multiplies_by_a_whole_stack_keeps_it(tmp_path: Path) -> None:
+    """Llama 4's, with a word on it."""
+    saved("llama4_text", tmp_path)
+    said: list[str] = []
+    spec = ModelSpec(path=str(tmp_path / "model"), dtype="float32", device="cpu", attention="sdpa", quantize=NF4)
+    text = load_text_model(spec, say=said.append)
+    assert not stacks_of(text) and any(line.startswith("Experts of this model stay as they are") for line in said)
