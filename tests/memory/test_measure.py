@@ -59,7 +59,8 @@ def test_one_within_another_begins_anew_and_the_other_has_all() -> None:
 
 def test_what_cuda_forgets_is_kept_too(monkeypatch: pytest.MonkeyPatch) -> None:
     peak = [0]
-    monkeypatch.setattr(measure.torch.cuda, "is_available", lambda: True)
+    for name in ("is_available", "is_initialized"):
+        monkeypatch.setattr(measure.torch.cuda, name, lambda: True)
     monkeypatch.setattr(measure.torch.cuda, "device_count", lambda: 1)
     monkeypatch.setattr(measure.torch.cuda, "max_memory_allocated", lambda _: peak[0])
     monkeypatch.setattr(measure.torch.cuda, "reset_peak_memory_stats", lambda _: peak.__setitem__(0, 0))
@@ -68,6 +69,22 @@ def test_what_cuda_forgets_is_kept_too(monkeypatch: pytest.MonkeyPatch) -> None:
         with PeakMemory() as inner:
             peak[0] = 20
     assert (outer.cuda_bytes, inner.cuda_bytes) == (500, 20)
+
+
+def test_before_a_process_uses_cuda_there_is_nothing_to_reset(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Every run begins to measure before its model is loaded, and torch raises until CUDA is initialised."""
+
+    def refuse(index: int) -> None:
+        raise RuntimeError(f"Invalid device argument {index}: did you call init?")  # c10/cuda/CUDACachingAllocator.cpp
+
+    monkeypatch.setattr(measure.torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(measure.torch.cuda, "is_initialized", lambda: False)
+    monkeypatch.setattr(measure.torch.cuda, "device_count", lambda: 1)
+    monkeypatch.setattr(measure.torch.cuda, "max_memory_allocated", lambda _: 0)
+    monkeypatch.setattr(measure.torch.cuda, "reset_peak_memory_stats", refuse)
+    with PeakMemory() as memory:
+        pass
+    assert memory.cuda_bytes == 0
 
 
 def test_without_permission_it_samples(monkeypatch: pytest.MonkeyPatch) -> None:

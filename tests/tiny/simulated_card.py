@@ -4,6 +4,7 @@
         finetune(…)  # model.device cuda
     card.waits      every time that the host waited for the device, with its kind and its line in the package
     card.launches   operations that launch kernels, by name; card.copies: bytes that went over, by their way
+    card.largest    bytes of the largest tensor that was made
 
 Operations on tensors of several devices raise as torch does. A backward pass computes in a thread of its own, as on a CUDA
 device, so that no context variable of the caller is seen there. Attention is torch's kernel by its definition (tiny/flash).
@@ -28,7 +29,7 @@ from torch.utils._pytree import tree_leaves, tree_map
 
 from lorakeet.core.layers import grouped_experts
 from lorakeet.core.scratch import SCRATCH
-from lorakeet.kernels import choose, efficient_varlen, flash_varlen
+from lorakeet.kernels import blockwise_rows, choose, efficient_varlen, flash_varlen, row_sinks
 from lorakeet.quant import nf4
 from lorakeet.train import optimizer
 from tiny.flash import Flash
@@ -48,8 +49,14 @@ QUIET = frozenset((  # operations that launch nothing
     "narrow", "view_as_real", "is_pinned", "_pin_memory",
 ))  # fmt: skip
 INDEXED = ("index", "index_put", "index_put_", "_index_put_impl_")
+INITIALISING = (  # what torch.cuda answers only once CUDA is initialised, which it then does
+    "current_device", "get_device_capability", "get_device_name", "get_device_properties", "mem_get_info", "get_rng_state",
+    "get_rng_state_all", "set_rng_state", "current_stream", "default_stream", "synchronize", "init",
+    "set_per_process_memory_fraction",
+)  # fmt: skip
 BUILT = ("_cuda_getCurrentRawStream",)  # which only torch for CUDA has, and bitsandbytes takes where a device is there
 READ = ("numpy", "__array__", "tolist", "untyped_storage", "data_ptr", "storage", "get_device")
+OWN = (flash_varlen, efficient_varlen, blockwise_rows)  # modules whose operators are for every device
 OVER = ("_to_copy", "copy_", "lift_fresh", "set_")  # operations that take tensors of two devices
 FLASH = {
     "_flash_attention_forward": "forward", "_flash_attention_backward": "backward",
@@ -105,16 +112,18 @@ class Card:
         self.waits: list[Wait] = []
         self.launches: Counter[str] = Counter()
         self.copies: Counter[str] = Counter()
+        self.largest = 0  # bytes of the largest tensor that was made
         self.flash = Flash()
         self.flash.exact = False
         self.pinned: set[int] = set()  # addresses of pinned memory
         self.held: list[Tensor] = []  # so that no other tensor comes to lie there
         self.random = torch.Generator()
+        self.initialised = False  # whether something has used CUDA: before, torch has no counters of memory
         self.asked = threading.local()  # whether torch's function that runs was given the card as its device
 
     def reset(self) -> None:
         """Forgets what was counted."""
-        self.waits, self.launches, self.copies = [], Counter(), Counter()
+        self.waits, self.launches, self.copies, self.largest = [], Counter(), Counter(), 0
 
     @contextmanager
     def modes(self) -> Iterator[None]:
@@ -135,6 +144,7 @@ class Card:
     def computed(self, func: Any, args: Any, kwargs: dict[str, Any]) -> Any:
         """The result of an operation at least one of whose tensors, or whose result, is on the card."""
         space, _, name = func._schema.name.rpartition("::")
+        self.initialised = True
         given = [each for each in tree_leaves((args, kwargs)) if isinstance(each, Tensor)]
         here = [each for each in given if isinstance(each, CardTensor)]
         if space not in ("aten", "prims", "bitsandbytes"):
@@ -161,7 +171,7 @@ class Card:
     def _own(self, func: Any, args: Any, kwargs: dict[str, Any]) -> Any:
         """An operator of the package: one for every device is what its function does with the card's tensors."""
         name = func._schema.name.rpartition("::")[2]
-        function = next((getattr(module, name) for module in (flash_varlen, efficient_varlen) if hasattr(module, name)), None)
+        function = next((getattr(module, name) for module in OWN if hasattr(module, name)), None)
         if function is None:
             raise NotImplementedError(f"Could not run '{func._schema.name}' with arguments from the 'CUDA' backend.")
         with self.modes():
@@ -219,6 +229,7 @@ class Card:
     def _wrapped(self, made: Any) -> Any:
         if not isinstance(made, Tensor) or isinstance(made, CardTensor):
             return made
+        self.largest = max(self.largest, made.untyped_storage().nbytes())
         return CardTensor(made, self)
 
 
@@ -420,6 +431,21 @@ class Properties(NamedTuple):
     uuid: str = "simulated"
 
 
+def _initialising(card: Card, made: Any) -> Any:
+    """A function of torch.cuda that initialises CUDA."""
+
+    def called(*args: Any) -> Any:
+        card.initialised = True
+        return made(*args)
+
+    return called
+
+
+def _reset_peaks(card: Card) -> None:
+    if not card.initialised:
+        raise RuntimeError("Invalid device argument 0: did you call init?")
+
+
 def _patched(card: Card, patch: pytest.MonkeyPatch, capability: tuple[int, int]) -> None:
     """torch.cuda as it is with one device."""
     values: dict[str, Any] = {
@@ -427,16 +453,19 @@ def _patched(card: Card, patch: pytest.MonkeyPatch, capability: tuple[int, int])
         "get_device_capability": lambda *_: capability, "get_device_name": lambda *_: Properties().name,
         "get_device_properties": lambda *_: Properties(), "mem_get_info": lambda *_: (TOTAL - (600 << 20), TOTAL),
         "memory_reserved": lambda *_: 0, "memory_allocated": lambda *_: 0, "max_memory_reserved": lambda *_: 64 << 20,
-        "max_memory_allocated": lambda *_: 32 << 20, "reset_peak_memory_stats": lambda *_: None, "empty_cache": lambda: None,
+        "max_memory_allocated": lambda *_: 32 << 20, "empty_cache": lambda: None,
+        "reset_peak_memory_stats": lambda *_: _reset_peaks(card),
         "set_per_process_memory_fraction": lambda *_: None, "is_bf16_supported": lambda *_, **__: True,
         "get_rng_state": lambda *_: card.random.get_state(), "set_rng_state": lambda state, *_: card.random.set_state(state),
         "get_rng_state_all": lambda: [card.random.get_state()], "synchronize": lambda *_: card.wait("the host waits for all"),
         "Stream": Stream, "Event": Event, "current_stream": lambda *_: Stream(), "default_stream": lambda *_: Stream(),
-        "stream": lambda *_: nullcontext(), "device": lambda *_: nullcontext(), "is_initialized": lambda: True,
+        "stream": lambda *_: nullcontext(), "device": lambda *_: nullcontext(), "is_initialized": lambda: card.initialised,
         "is_current_stream_capturing": lambda: False,
         "manual_seed_all": lambda seed: card.random.manual_seed(seed) and None, "_is_in_bad_fork": lambda: False,
         "memory_stats": lambda *_: {}, "init": lambda: None,
     }  # fmt: skip
+    for name in INITIALISING:
+        values[name] = _initialising(card, values[name])
     for name, value in values.items():
         patch.setattr(torch.cuda, name, value)
     built = torch._C
@@ -459,7 +488,8 @@ def _patched(card: Card, patch: pytest.MonkeyPatch, capability: tuple[int, int])
 def _forget() -> None:
     """Drops what the package keeps of a device from one run to the next."""
     kernels = flash_varlen._has_kernel, efficient_varlen._has_kernel
-    of_attention = flash_varlen.sequences, flash_varlen.proved, flash_varlen.newer_is_proved, *kernels
+    laid = flash_varlen.sequences, efficient_varlen._places_of_logs, blockwise_rows.keys_seen
+    of_attention = flash_varlen.proved, flash_varlen.newer_is_proved, row_sinks.sinks_proved, *laid, *kernels
     for kept in (grouped_experts.grouped_product_proved, *of_attention):
         kept.cache_clear()
     choose.CANDIDATES.clear()

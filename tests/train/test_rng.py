@@ -10,6 +10,7 @@ import torch
 from safetensors.torch import load, save
 
 from lorakeet.train import rng
+from lorakeet.train.task import gradients_by_batch
 
 CARD = torch.device("cuda", 0)
 
@@ -50,3 +51,20 @@ def test_the_states_of_the_cpu_and_a_device_go_together(second_generator: torch.
         assert all(torch.equal(*pair) for pair in zip(again, expected, strict=True))
     assert torch.equal(rng.seeded(7, torch.device("cpu"))[0], torch.Generator().manual_seed(7).get_state())
     assert rng.cuda_devices(torch.device("cpu")) == [] and rng.cuda_devices(CARD) == [CARD]
+
+
+def test_a_process_that_does_not_use_a_gpu_asks_for_nothing_of_one(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A run on the CPU of a machine with a GPU: what asks for the state of its generator would take memory there."""
+
+    def refuse(*_: object) -> None:
+        raise AssertionError("CUDA is initialised")
+
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+    for name in ("current_device", "get_rng_state", "get_rng_state_all", "set_rng_state"):
+        monkeypatch.setattr(torch.cuda, name, refuse)
+    kept = rng.states()
+    assert not any(name.startswith("cuda") for name in kept) and rng.current_cuda_devices() == []
+    rng.restore({**kept, "cuda.0": kept["torch"]})  # of a run that was on a GPU
+    weight = torch.ones(1, requires_grad=True)
+    assert gradients_by_batch(lambda batch: (batch * weight).sum(), [torch.ones(1)], 1.0).item() == 1.0

@@ -62,8 +62,9 @@ class PeakMemory:
         for outer in self._around:  # before the counters of the system and of CUDA are reset
             outer.now()
             outer.cuda_bytes = max(outer.cuda_bytes, cuda_peak_bytes())
-        for index in range(torch.cuda.device_count()):
-            torch.cuda.reset_peak_memory_stats(index)
+        if torch.cuda.is_initialized():  # type: ignore[no-untyped-call]
+            for index in range(torch.cuda.device_count()):  # before, there are no counters, and torch raises
+                torch.cuda.reset_peak_memory_stats(index)
         self.bytes = resident_bytes()
         self._around.append(self)
         if not (self._may_reset and reset_peak()):

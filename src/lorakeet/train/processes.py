@@ -25,6 +25,7 @@ from torch.nn import Parameter
 
 from lorakeet.errors import LorakeetError, Problems, RunStopped, visible
 from lorakeet.train.launch import Launch
+from lorakeet.train.rng import current_cuda_devices
 
 Made = TypeVar("Made")
 PATIENCE = timedelta(hours=2)  # timeout of an exchange; a dead process is noticed at once
@@ -153,8 +154,7 @@ class Processes:
             yield
             return
         seed = int(torch.randint(2**62, (1,)))
-        devices = [torch.cuda.current_device()] if torch.cuda.is_available() else []
-        with torch.random.fork_rng(devices=devices):
+        with torch.random.fork_rng(devices=current_cuda_devices()):
             torch.manual_seed(seed + self.rank)
             yield
 

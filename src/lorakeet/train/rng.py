@@ -29,7 +29,7 @@ def states() -> dict[str, Tensor]:
         "numpy.gauss": torch.tensor([cached], dtype=torch.float64),
         "torch": torch.get_rng_state(),
     }
-    if torch.cuda.is_available():
+    if torch.cuda.is_initialized():  # type: ignore[no-untyped-call]  # a run on the CPU leaves a GPU alone
         found |= {f"cuda.{index}": state for index, state in enumerate(torch.cuda.get_rng_state_all())}
     return found
 
@@ -57,6 +57,11 @@ def cuda_devices(device: torch.device) -> list[torch.device]:
     return [device] if device.type == "cuda" else []
 
 
+def current_cuda_devices() -> list[int]:
+    """The current CUDA device if this process uses CUDA; else []. Asking for its generator would take memory of a GPU."""
+    return [torch.cuda.current_device()] if torch.cuda.is_initialized() else []  # type: ignore[no-untyped-call]
+
+
 def restore(found: Mapping[str, Tensor]) -> None:
     """Sets every generator to the result of `states`; missing CUDA devices are ignored."""
     version, *words = found["python.words"].tolist()
@@ -66,6 +71,6 @@ def restore(found: Mapping[str, Tensor]) -> None:
     key = found["numpy.key"].numpy().astype(np.uint32)
     np.random.set_state(("MT19937", key, position, has_gauss, found["numpy.gauss"].item()))
     torch.set_rng_state(found["torch"])
-    for index in range(torch.cuda.device_count()):
+    for index in range(torch.cuda.device_count() if torch.cuda.is_initialized() else 0):  # type: ignore[no-untyped-call]
         if f"cuda.{index}" in found:
             torch.cuda.set_rng_state(found[f"cuda.{index}"], index)

@@ -19,6 +19,7 @@ from lorakeet.evaluate.intervals import Estimate
 from lorakeet.evaluate.spec import EvaluateSpec
 from lorakeet.train.processes import Processes
 from lorakeet.train.pruning import Pruning
+from lorakeet.train.rng import current_cuda_devices
 
 RESAMPLES = 1000  # for intervals of held-out losses during training; the report uses more
 BatchT = TypeVar("BatchT")
@@ -55,9 +56,8 @@ def gradients_by_batch(loss: Callable[[BatchT], Tensor], batches: Sequence[Batch
     computation.
     """
     total: Tensor | None = None
-    devices = [torch.cuda.current_device()] if torch.cuda.is_available() else []
     for batch, seed in zip(batches, batch_seeds(len(batches)), strict=True):
-        with torch.random.fork_rng(devices=devices):
+        with torch.random.fork_rng(devices=current_cuda_devices()):
             torch.manual_seed(seed)
             found = loss(batch)
             (found / targets).backward()  # type: ignore[no-untyped-call]

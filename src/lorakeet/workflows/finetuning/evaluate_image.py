@@ -26,7 +26,7 @@ from lorakeet.models.image.latent_cache import Captions, EncodedImage
 from lorakeet.models.image.model import ImageModel
 from lorakeet.models.image.sample import draw_latents
 from lorakeet.models.inject import activate, adapter_of, attach, eject
-from lorakeet.train import durable
+from lorakeet.train import durable, rng
 from lorakeet.train.image.task import denoising_errors
 from lorakeet.train.progress import counted
 from lorakeet.workflows.finetuning.assemble_image import sampler_of
@@ -95,7 +95,7 @@ class ImageEvaluator:
     def draw_progress(self, folder: Path) -> None:
         """Draws every prompt with the adapter as it is into `folder`, all or none; uses no random numbers of the run."""
         prompts, seeds = [prompt for prompt, _ in self.requests], [seed for _, seed in self.requests]
-        with torch.random.fork_rng():
+        with torch.random.fork_rng(devices=rng.cuda_devices(self.model.device)):
             latents = draw_latents(self.model, prompts, seeds, sampler_of(self.config))
         self._write(folder, [Drawn(ADAPTER, latents)], [self.model.decode(latents).numpy()])
 
