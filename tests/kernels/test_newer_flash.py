@@ -12,7 +12,7 @@ from torch.nn import attention
 from torch.nn.attention import _fa3, _fa4
 
 from lorakeet.kernels import flash_varlen, newer_flash
-from lorakeet.kernels.newer_flash import leave_newer_flash
+from lorakeet.kernels.newer_flash import implementation, leave_newer_flash, newer_flash_in_words
 from lorakeet.kernels.newer_flash import newer_flash as turned_on
 from tiny.flash import CARD, Flash
 
@@ -150,3 +150,29 @@ def test_one_that_computes_otherwise_is_left_and_what_was_proved_with_it_is_prov
 def test_what_was_turned_off_is_not_restored_twice(registry: Registry) -> None:
     leave_newer_flash("FA3", "is slow")
     assert registry.calls == []
+
+
+def test_it_is_said_which_one_a_gpu_uses_and_why_not_the_other(registry: Registry, monkeypatch: pytest.MonkeyPatch) -> None:
+    def words(major: int, minor: int) -> str:
+        newer_flash._installed.cache_clear()
+        return newer_flash_in_words((major, minor))
+
+    third, fourth = words(9, 0).split("; ")
+    assert third.startswith("FlashAttention 3 (json) is used: in place of torch's own flash kernel, once it has proved right")
+    assert fourth == "FlashAttention 4 (json.decoder) is not used: FlashAttention 3 (json) comes first"
+    third, fourth = words(10, 0).split("; ")
+    wrong = "FlashAttention 3 (json) is not used: it is for GPUs of compute capability 9.x, and this one has 10.0"
+    assert third == wrong and " is used: " in fourth
+    assert words(8, 6).count(" is not used: it is for GPUs of compute capability 9.x and 10.x, and this one has 8.6") == 1
+    monkeypatch.setattr(attention, "list_flash_attention_impls", list)
+    assert f"FlashAttention 3 (json) is not used: torch {torch.__version__} does not know it" in words(9, 0)
+    monkeypatch.setattr(newer_flash, "PACKAGES", {"FA3": "no_such", "FA4": "no_such.thing"})
+    assert words(9, 0) == "" and registry.calls == []
+
+
+def test_the_one_that_is_turned_on_has_a_name(registry: Registry, monkeypatch: pytest.MonkeyPatch) -> None:
+    assert implementation() == ""
+    registry.on = "FA3"
+    assert implementation() == "FA3"
+    monkeypatch.delattr(attention, "current_flash_attention_impl")
+    assert implementation() == "", "an older torch"

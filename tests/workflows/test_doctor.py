@@ -140,3 +140,18 @@ def test_a_gpu_is_named_with_its_driver_and_one_that_torch_does_not_use_with_the
     used = module._accelerator(torch, torch.device("cuda", 0), nvidia, "")
     assert used.good and "RTX 3060 with 12 GiB, compute capability 8.6; driver 535.104.05, torch built for CUDA" in used.found
     assert not module._accelerator(torch, torch.device("cpu"), nvidia, "").good, "which is too old"
+
+
+def test_flash_attention_3_and_4_are_named_where_they_are_installed(monkeypatch: pytest.MonkeyPatch) -> None:
+    from lorakeet.kernels import newer_flash
+
+    hopper = torch.device("cuda", 0)
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda *_: (9, 0))
+    newer_flash._installed.cache_clear()
+    assert module._newer_attention(hopper) == [], "neither is here"
+    monkeypatch.setattr(newer_flash, "PACKAGES", {"FA3": "json", "FA4": "no_such"})
+    newer_flash._installed.cache_clear()
+    (found,) = module._newer_attention(hopper)
+    newer_flash._installed.cache_clear()
+    assert found.good and "FlashAttention 3 (json) is used" in found.found
+    assert module._newer_attention(torch.device("cpu")) == []

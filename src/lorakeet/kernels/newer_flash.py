@@ -37,15 +37,41 @@ def newer_flash(device: torch.device) -> str:
     return name
 
 
+def implementation() -> str:
+    """The name of the implementation that is turned on; empty for torch's own."""
+    current = getattr(attention, "current_flash_attention_impl", None)
+    return (current() if current is not None else None) or ""
+
+
+def newer_flash_in_words(capability: tuple[int, int]) -> str:
+    """Says of FlashAttention 3 and 4, where installed, whether a GPU of that compute capability uses them; empty for neither."""
+    here = [name for name, package in PACKAGES.items() if _is_here(package)]
+    used = _installed(capability[0])
+    uses = {name: "is used" if name == used else "is not used" for name in here}
+    return "; ".join(f"{_title(name)} {words}: {_why(name, used, capability)}" for name, words in uses.items())
+
+
+def _why(name: str, used: str, capability: tuple[int, int]) -> str:
+    if name == used:
+        return "in place of torch's own flash kernel, once it has proved right as a model is loaded"
+    if name not in FIRST.get(capability[0], ()):
+        for_them = " and ".join(f"{major}.x" for major, names in FIRST.items() if name in names)
+        return f"it is for GPUs of compute capability {for_them}, and this one has {capability[0]}.{capability[1]}"
+    return f"{_title(used)} comes first" if used else f"torch {torch.__version__} does not know it"
+
+
+def _title(name: str) -> str:
+    return f"FlashAttention {name.removeprefix('FA')} ({PACKAGES[name]})"
+
+
 def leave_newer_flash(name: str, why: str) -> None:
     """Turns an implementation off for good, and says why."""
     if attention.current_flash_attention_impl() == name:
         attention.restore_flash_attention_impl()
     _LEFT.add(name)
     logging.getLogger("lorakeet").warning(
-        "FlashAttention %s (%s) %s. Torch's own flash kernel computes attention. Please report it.",
-        name.removeprefix("FA"), PACKAGES[name], why,
-    )  # fmt: skip
+        "%s %s. Torch's own flash kernel computes attention. Please report it.", _title(name), why
+    )
 
 
 @functools.cache

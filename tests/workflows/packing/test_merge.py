@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import errno
+import io
 import json
 import shlex
 from pathlib import Path
@@ -10,6 +11,7 @@ from typing import Any
 
 import pytest
 import torch
+from rich.console import Console
 
 from lorakeet.cli.main import main
 from lorakeet.config import dump_yaml, read_run
@@ -20,6 +22,7 @@ from lorakeet.formats.peft import peft
 from lorakeet.models.text.packed_layout import read_layout
 from lorakeet.workflows.merge import merge
 from lorakeet.workflows.options import MergeOptions, QuantizeOptions
+from lorakeet.workflows.packing import merge as packing
 from lorakeet.workflows.packing.merge import FEEDBACK, FINISHED, NEAREST, WRITTEN
 from lorakeet.workflows.quantize import quantize
 from lorakeet.workflows.runs.open_adapter import open_adapter
@@ -185,6 +188,19 @@ def test_what_cannot_be_merged_so_is_said_before_anything_is_written(
             MergeOptions((str(on_gptq / "adapter"),), out=out, into="packed", base=str(on_gptq.parent / "gptq")), console=quiet()
         )
     assert not out.exists()
+
+
+@pytest.mark.parametrize(("steps", "said"), [(3, True), (0, False)])
+def test_a_finish_says_that_a_gpu_is_not_used(
+    steps: int, said: bool, on_gptq: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It trains; to pack alone needs no GPU."""
+    monkeypatch.setattr(packing, "why_not_cuda", lambda _: "Training runs on the CPU. Install another torch.")
+    console = Console(record=True, file=io.StringIO())
+    options = MergeOptions((str(on_gptq),), out=tmp_path / "out", into="packed", finish_steps=steps, calibration_rows=0)
+    with pytest.raises(ConfigError, match="--calibration-rows is at least 1"):
+        merge(options, console=console)
+    assert ("Training runs on the CPU. Install another torch." in console.export_text()) == said
 
 
 def test_a_pair_on_a_layer_that_is_not_packed_is_named(

@@ -32,6 +32,7 @@ from lorakeet.models.generate.score import row_losses
 from lorakeet.models.inject import use_products
 from lorakeet.models.modules import block_prefix, find, original_modules
 from lorakeet.models.modules import replace as put
+from lorakeet.models.placement import why_not_cuda
 from lorakeet.models.spec import ModelSpec
 from lorakeet.models.streaming.model import StreamedBlocks
 from lorakeet.models.text.folded_weights import fold_layers
@@ -77,6 +78,8 @@ def merge_packed(
     layout = read_layout(like, console.print)
     if dataset is None:
         raise ConfigError("--into packed needs a run: its training rows calibrate, its held-out rows measure. Name one.")
+    if options.finish_steps and (why := why_not_cuda(opened.config.model.device)):  # a finish trains
+        console.print(why, markup=False, soft_wrap=True)
     _check(opened, layout, options)
     job = PackedMergeJob(opened, dataset, layout, options.calibration_rows, options.finish_steps > 0, MICRO_TOKENS)
     plain = skeleton(read_config(layout.folder))
