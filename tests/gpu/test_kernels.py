@@ -8,10 +8,13 @@ import torch
 from lorakeet.core.base import DenseBase
 from lorakeet.core.lowrank import low_rank_linear
 from lorakeet.kernels import liger
+from lorakeet.kernels.blockwise_rows import BlockwiseRows
 from lorakeet.kernels.choose import TABLE, passed_over
 from lorakeet.kernels.efficient_varlen import EfficientVarlen
-from lorakeet.kernels.flash_varlen import FlashVarlen, proved
+from lorakeet.kernels.flash_varlen import FlashVarlen, by_definition, proved
+from lorakeet.kernels.newer_flash import implementation
 from lorakeet.kernels.protocol import Situation
+from lorakeet.kernels.row_sinks import sinks_proved
 from lorakeet.kernels.tiled_weight import TritonRequest
 from lorakeet.kernels.triton.support import why_not_on
 from lorakeet.models.kernels import check_kernels
@@ -43,6 +46,27 @@ def test_flash_attention_of_packed_rows(real_gpu: torch.device, width: int, grou
 def test_memory_efficient_attention_of_packed_rows(real_gpu: torch.device, width: int) -> None:
     for dtype in (torch.float32, torch.float16):
         assert proved(EfficientVarlen, "memory-efficient", real_gpu, dtype, (8, 2, width))
+
+
+@pytest.mark.parametrize("kernel", [FlashVarlen, EfficientVarlen])
+def test_sinks_beside_a_kernel(real_gpu: torch.device, kernel: type[FlashVarlen]) -> None:
+    """Its log-sums are natural ones, and its backward pass reads them and the result."""
+    if torch.cuda.get_device_capability() < (8, 0):
+        pytest.skip("torch's flash kernel needs compute capability 8.0")
+    dtypes = (torch.bfloat16, torch.float16) if kernel is FlashVarlen else (torch.float32, torch.bfloat16)
+    for dtype in dtypes:
+        assert sinks_proved(kernel, implementation(), real_gpu, dtype, (8, 2, 64))
+
+
+@pytest.mark.parametrize("window", [None, 150])
+def test_blocks_of_queries_of_packed_rows(gpu: torch.device, window: int | None) -> None:
+    rows, prefix = (5, 300, 70, 1), 140
+    q, k, v, grad = (numbers(1, heads, 516, 64, seed=heads).to(gpu) for heads in (8, 2, 2, 8))
+    kernel = BlockwiseRows(rows, 64**-0.5, prefix, window)
+    out, kept = kernel.forward(q, k, v)
+    found = out, *kernel.backward(grad.transpose(1, 2), q, k, v, *kept)
+    for mine, theirs in zip(found, by_definition((q, k, v), grad, kernel.laid[:4]), strict=True):
+        torch.testing.assert_close(mine, theirs, rtol=1e-2, atol=1e-2)
 
 
 def test_every_task_has_a_kernel_and_reasons(gpu: torch.device, narrow: torch.dtype) -> None:

@@ -71,7 +71,7 @@ def test_heads_that_flash_does_not_take_are_taken(flash: Flash) -> None:
     ("capability", "dtype", "expected"),
     [((7, 5), torch.float16, "torch: memory-efficient varlen"), ((7, 5), torch.float32, "torch: memory-efficient varlen"),
      ((8, 6), torch.float32, "torch: memory-efficient varlen"), ((8, 6), torch.bfloat16, "torch: flash varlen"),
-     ((7, 5), torch.bfloat16, "torch: row by row"), ((7, 0), torch.float16, "torch: row by row")],
+     ((7, 5), torch.bfloat16, "torch: blocks of queries"), ((7, 0), torch.float16, "torch: blocks of queries")],
 )  # fmt: skip
 def test_the_table_chooses_by_the_card_and_the_dtype(
     capability: tuple[int, int], dtype: torch.dtype, expected: str, monkeypatch: pytest.MonkeyPatch

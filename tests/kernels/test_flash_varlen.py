@@ -153,13 +153,27 @@ def test_a_prefix_gets_the_gradient_of_every_row_summed_in_fp32(flash: Flash) ->
     assert torch.equal(of_v[0, :, 1:], torch.full((KV, 256, WIDTH), half).bfloat16())
 
 
-def test_states_that_the_kernel_does_not_take_go_row_by_row(flash: Flash) -> None:
+@pytest.mark.parametrize("widths", [(4, 4), (8, 4), (4, 8), (12, 5)])
+def test_heads_of_other_widths_are_padded(flash: Flash, widths: tuple[int, int]) -> None:
+    """Of queries and keys, and of values: DeepSeek's are narrower."""
+    draw = torch.Generator().manual_seed(0)
+    sizes = (HEADS, widths[0]), (KV, widths[0]), (KV, widths[1])
+    made = [torch.randn(1, heads, 18, width, generator=draw) for heads, width in sizes]
+    found = []
+    for dtype, calls in ((torch.bfloat16, 1), (torch.float64, 1)):  # which no kernel takes
+        leaves = [each.to(dtype).requires_grad_() for each in made]
+        out, _ = packed_attention(nn.Module(), *leaves, row_lengths=(10, 8))
+        assert flash.calls == calls and flash.efficient_calls == 0 and out.shape == (1, 18, HEADS, widths[1])
+        found.append([out.detach(), *torch.autograd.grad(out.square().sum(), leaves)])
+    for mine, theirs in zip(*found, strict=True):
+        torch.testing.assert_close(mine.double(), theirs, rtol=5e-2, atol=5e-2)
+
+
+def test_states_that_the_kernel_does_not_take_go_another_way(flash: Flash) -> None:
     q, k, v, _ = states(18)
     for settings in ({"softcap": 2.0}, {"dropout": 0.5}):
         packed_attention(nn.Module(), q, k, v, row_lengths=(18,), **settings)
-    packed_attention(nn.Module(), q[..., :4], k[..., :4], v[..., :4], row_lengths=(18,))  # heads of 4
-    packed_attention(nn.Module(), q, k, v[..., :4], row_lengths=(18,))
-    assert flash.calls == 0
+    assert flash.calls == flash.efficient_calls == 0
     wide = [torch.zeros(1, 1, 2, 224, dtype=torch.bfloat16)] * 3  # without a backward pass on some GPUs
     packed_attention(nn.Module(), *wide, row_lengths=(2,))
     assert flash.calls == 0 and flash_varlen.takes(q, HEADS, KV, WIDTH)

@@ -18,11 +18,11 @@ Part = tuple[list[Tensor], Tensor, Tensor, Tensor]
 
 class Flash:
     """The kernel by its definition; `aligned` False: queries are counted from a sequence's begin, as they are not; `exact` False:
-    the longest sequence may be shorter than is said."""
+    the longest sequence may be shorter than is said; `unit` ln 2: log-sums are of base 2, as they are not."""
 
     def __init__(self) -> None:
         self.aligned, self.refuses, self.exact, self.calls = True, False, True, 0
-        self.efficient_calls = 0
+        self.efficient_calls, self.unit = 0, 1.0
 
     def scores_seen(self, queries: int, keys: int, causal: bool, left: int, right: int) -> Tensor:
         own = torch.arange(queries)[:, None] + (keys - queries if self.aligned else 0)
@@ -57,7 +57,7 @@ class Flash:
         for (own_q,), keys, values, seen in self.parts((q, k, v), given, window):
             scores = (own_q @ keys.transpose(1, 2) * scale).masked_fill(~seen, float("-inf"))
             outs.append((scores.softmax(-1) @ values).transpose(0, 1))
-            logs.append(scores.logsumexp(-1))
+            logs.append(scores.logsumexp(-1) / self.unit)
         nothing = torch.empty(0)
         return torch.cat(outs).to(q.dtype), torch.cat(logs, 1), torch.zeros(2, dtype=torch.uint64), nothing, nothing
 

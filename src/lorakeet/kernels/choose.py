@@ -14,7 +14,7 @@ from typing import Any, TypeVar
 import torch
 from torch import Tensor
 
-from lorakeet.kernels import bitsandbytes_nf4, cuda_graphs, efficient_varlen, flash_varlen, liger, onednn
+from lorakeet.kernels import bitsandbytes_nf4, blockwise_rows, cuda_graphs, efficient_varlen, flash_varlen, liger, onednn
 from lorakeet.kernels.cpu import attention, block, dense, head, int8_rows, operators, panels, stored, trained_pairs
 from lorakeet.kernels.cpu import inference_pairs as pairs
 from lorakeet.kernels.cpu import trained_block as whole_block
@@ -76,7 +76,10 @@ def _if_parts_in_c(why_not: Callable[[Situation], str], *parts: str) -> Callable
 TORCH = Kernel("torch", _always)
 BATCHED_ROWS = Kernel("torch: batched products", _products_not_narrow)
 CPU_FLASH_ROWS = Kernel("torch: CPU flash attention in float32", _not_on_the_cpu)
+BLOCKWISE = Kernel("torch: blocks of queries", blockwise_rows.why_not, blockwise_rows.takes, blockwise_rows.NEEDS,
+                   "lorakeet.kernels.blockwise_rows:BlockwiseRows")
 ROW_BY_ROW = Kernel("torch: row by row", _always)
+CAPPING = (BLOCKWISE, ROW_BY_ROW)  # which cap scores, and drop shares
 C_ROWS = Kernel("C: attention.c", operators.why_not, attention.takes, attention.NEEDS, _C + "attention:RowAttention")
 C_PANELS = Kernel("C: panels.c", operators.why_not, panels.takes, panels.NEEDS, _C + "panels:Panels")
 
@@ -107,6 +110,7 @@ TABLE: dict[str, tuple[Kernel, ...]] = {
                "lorakeet.kernels.efficient_varlen:EfficientVarlen"),
         BATCHED_ROWS,
         CPU_FLASH_ROWS,
+        BLOCKWISE,
         ROW_BY_ROW,
     ),
     "elementwise ops": (
@@ -296,6 +300,11 @@ def packed_rows(  # noqa: PLR0917 - the states' dtype and shape, and the rows
 ) -> Kernel:
     """The kernel for causal attention of packed rows, with states like `like`, in `heads` heads of d numbers, `kv` of keys."""
     return first_of(candidates("attention", like.device, like.dtype, products), like, heads, kv, d, rows, prefix)
+
+
+def capped_rows(like: Tensor, products: torch.dtype) -> Kernel:
+    """The kernel for attention whose scores are capped or whose shares are dropped, with states like `like`."""
+    return next(kernel for kernel in candidates("attention", like.device, like.dtype, products) if kernel in CAPPING)
 
 
 def attends_in_c(dtype: torch.dtype, products: torch.dtype, d: int, device: torch.device) -> bool:

@@ -12,6 +12,7 @@ from __future__ import annotations
 import functools
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -27,6 +28,7 @@ from lorakeet.kernels.flash_varlen import (
     sequences,
     summed,
 )
+from lorakeet.kernels.host_copies import together_on
 from lorakeet.kernels.protocol import Situation
 
 DTYPES = (torch.float32, torch.float16, torch.bfloat16)
@@ -76,6 +78,24 @@ class EfficientVarlen(FlashVarlen):
     @property
     def operators(self) -> tuple[Any, Any]:
         return EFFICIENT_ROWS, EFFICIENT_ROWS_BACKWARD
+
+    def log_sums(self, logs: Tensor, tokens: int) -> Tensor:
+        rows, prefix, *_ = self.laid
+        fake = hasattr(logs, "fake_mode")  # of a step on shapes, whose tensors are not kept
+        places = _places_of_logs.__wrapped__ if fake else _places_of_logs
+        return logs.transpose(1, 2).flatten(0, 1).index_select(0, places(tuple(rows), prefix, tokens, logs.device)).t()
+
+
+@functools.lru_cache(maxsize=64)
+def _places_of_logs(rows: tuple[int, ...], prefix: int, tokens: int, device: torch.device) -> Tensor:
+    """Where each token's log-sum lies among those of all sequences, which are padded to the longest."""
+    queries, _ = sequence_lengths(rows, prefix, tokens)
+    places = [np.arange(count) + number * _padded(queries) for number, count in enumerate(queries)]
+    return together_on([np.concatenate(places).astype(np.int32)], device)[0]
+
+
+def _padded(queries: list[int]) -> int:
+    return -(-max(queries) // ALIGNED) * ALIGNED
 
 
 FORWARD = "aten::_efficient_attention_forward"
@@ -132,8 +152,7 @@ def _seen_in(window: int) -> int | None:
 def _shapes(q: Tensor, k: Tensor, v: Tensor, *given: Any) -> tuple[Tensor, Tensor]:
     rows, prefix, *_ = given
     queries, _ = sequence_lengths(rows, prefix, len(q))
-    longest = -(-max(queries) // ALIGNED) * ALIGNED
-    return torch.empty_like(q), q.new_empty(len(queries), q.shape[1], longest, dtype=torch.float32)
+    return torch.empty_like(q), q.new_empty(len(queries), q.shape[1], _padded(queries), dtype=torch.float32)
 
 
 def _copies(q: Tensor, k: Tensor, v: Tensor, rows: list[int], prefix: int, *_: Any) -> int:

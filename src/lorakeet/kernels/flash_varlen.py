@@ -6,8 +6,8 @@ a call its keys and values are copied before each row's own, so that the row's q
 whole. Padding tokens after the last row form one more sequence.
 
 A kernel that reads the offsets differently would give numbers that look right. So before the first rows in heads of a shape,
-made-up rows are computed by the kernel and by the definition; if these differ, a warning says so, and rows are computed one by
-one.
+made-up rows are computed by the kernel and by the definition; if these differ, a warning says so, and the table's next kernel
+computes.
 
 CUDA graphs (models/text/cuda_graphs) need offsets in a tensor at a fixed address: `FlashVarlenAtOffsets`. The number of rows and
 their longest length are fixed when the graph is recorded; unused offsets are empty rows. Such rows share no prefix.
@@ -85,6 +85,10 @@ class FlashVarlen(RowAttention):
     @property
     def operators(self) -> tuple[Any, Any]:
         return FLASH_ROWS, FLASH_ROWS_BACKWARD
+
+    def log_sums(self, logs: Tensor, tokens: int) -> Tensor:
+        """The logs of the sums (heads, tokens) of what `forward` keeps."""
+        return logs
 
     @staticmethod
     def token_by_token(states: Tensor) -> Tensor:
@@ -263,7 +267,7 @@ def proved(kernel: type[FlashVarlen], name: str, device: torch.device, dtype: to
     """The same for any `kernel` of torch, by its `name`; `sizes` are heads, heads of keys, and a head's width."""
     if said := difference_found(lambda: _any_difference(kernel, device, dtype, sizes)):
         logging.getLogger("lorakeet").warning(
-            "Torch's %s kernel %s. Attention is computed row by row, which is slower, and "
+            "Torch's %s kernel %s. Attention is computed by another kernel, which is slower, and "
             "may hold more memory than was planned. Please report it.",
             name,
             said,
@@ -305,8 +309,13 @@ def _difference(
     return ""
 
 
-def by_definition(states: tuple[Tensor, ...], grad: Tensor, laid: tuple[list[int], int, float, int]) -> tuple[Tensor, ...]:
-    """O (1, tokens, heads, d), ∂Q, ∂K and ∂V by softmax(s·Q·Kᵀ + mask)·V in fp32; `grad` is (1, heads, tokens, d)."""
+def by_definition(
+    states: tuple[Tensor, ...], grad: Tensor, laid: tuple[list[int], int, float, int], sinks: Tensor | None = None
+) -> tuple[Tensor, ...]:
+    """O (1, tokens, heads, d), ∂Q, ∂K and ∂V by softmax(s·Q·Kᵀ + mask)·V in fp32; `grad` is (1, heads, tokens, d).
+
+    With `sinks` (heads,), each head's softmax has this score more, which gives nothing.
+    """
     rows, prefix, scale, window = laid
     tokens, device = grad.shape[2], grad.device
     filler = tokens - prefix - sum(rows)
@@ -319,8 +328,10 @@ def by_definition(states: tuple[Tensor, ...], grad: Tensor, laid: tuple[list[int
     with torch.enable_grad():
         q, k, v = (each.detach().float().requires_grad_() for each in states)
         groups = q.shape[1] // k.shape[1]
-        scores = q @ k.repeat_interleave(groups, 1).transpose(-1, -2) * scale
-        out = scores.masked_fill(~seen, float("-inf")).softmax(-1) @ v.repeat_interleave(groups, 1)
+        scores = (q @ k.repeat_interleave(groups, 1).transpose(-1, -2) * scale).masked_fill(~seen, float("-inf"))
+        if sinks is not None:
+            scores = torch.cat([scores, sinks.float().view(1, -1, 1, 1).expand(*scores.shape[:3], 1)], -1)
+        out = scores.softmax(-1)[..., :tokens] @ v.repeat_interleave(groups, 1)
         return out.detach().transpose(1, 2), *torch.autograd.grad(out, (q, k, v), grad.float())
 
 

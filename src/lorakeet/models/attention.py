@@ -3,9 +3,11 @@
 The model runs on one sequence (1, tokens) with the keyword argument `row_lengths=(n₁, n₂, …)` and position ids that start again
 at each row. Each row attends only to itself, so the cost is Σn² and not (Σn)²; tokens after the last row are padding.
 
-On a CPU, core/fused/packed_attention computes the rows (torch's own bf16 backward is several times slower); on a GPU in half
-precision, torch's flash kernel computes all at once (kernels/flash_varlen), else its memory-efficient one
-(kernels/efficient_varlen). Otherwise rows are computed one by one.
+On a CPU, core/fused/packed_attention computes the rows (torch's own bf16 backward is several times slower), or, with capped
+scores, sinks or dropout, each row is written out. On a GPU in half precision, torch's flash kernel computes all rows at once
+(kernels/flash_varlen), else its memory-efficient one (kernels/efficient_varlen); sinks only rescale what these give
+(kernels/row_sinks). With capped scores or dropout, blocks of queries are computed (kernels/blockwise_rows). So no probabilities
+of a whole row are kept there.
 """
 
 from __future__ import annotations
@@ -17,12 +19,14 @@ import torch
 from torch import Tensor, nn
 from transformers import AttentionInterface, AttentionMaskInterface
 
-from lorakeet.core.fused.packed_attention import AttentionRule, CausalRows, causal_rows, kernel_of
+from lorakeet.core.fused.packed_attention import AttentionRule, CausalRows, causal_rows
 from lorakeet.errors import EnvironmentProblem
-from lorakeet.kernels.choose import packed_rows
+from lorakeet.kernels.blockwise_rows import BlockwiseRows
+from lorakeet.kernels.choose import BLOCKWISE, capped_rows, packed_rows
 from lorakeet.kernels.device import is_cpu
-from lorakeet.kernels.efficient_varlen import EfficientVarlen
-from lorakeet.kernels.flash_varlen import FlashVarlen, flash_kernel
+from lorakeet.kernels.efficient_varlen import DTYPES, EfficientVarlen
+from lorakeet.kernels.flash_varlen import STEP, FlashVarlen, flash_kernel
+from lorakeet.kernels.row_sinks import SinkRows, takes_sinks
 
 VARLEN = "lorakeet_varlen"
 
@@ -53,20 +57,16 @@ def packed_attention(
     if (cache := settings.get("row_cache")) is not None:  # generation: models/generate/kv_cache
         q, k, v = (states[0].transpose(0, 1) for states in (query, key, value))
         return cast(Tensor, cache.attend(module.layer_idx, q, k, v, AttentionRule(scale, window, softcap, sinks)))[None], None
-    plain = softcap is None and sinks is None and dropout == 0.0
-    alike = plain and query.dtype == key.dtype == value.dtype and query.shape[-1] == value.shape[-1]
-    products = settings.get("row_products") or torch.float32
-    shape = query.shape[1], key.shape[1], query.shape[-1]
-    own = kernel_of(packed_rows(query, products, *shape, rows, prefix)) if alike else None
-    if own is FlashVarlen:
-        kernel = flash_kernel(settings.get("row_offsets"), rows, scale, prefix, window)
-        return cast(Tensor, CausalRows.apply(query, key, value, kernel)), None  # type: ignore[no-untyped-call]
-    if own is EfficientVarlen and settings.get("row_offsets") is None:
-        return cast(Tensor, CausalRows.apply(query, key, value, own(rows, scale, prefix, window))), None  # type: ignore[no-untyped-call]
-    if settings.get("row_offsets") is not None:
+    rule, laid = AttentionRule(scale, window, softcap, sinks), (rows, prefix)
+    products, offsets = settings.get("row_products") or torch.float32, settings.get("row_offsets")
+    if not is_cpu(query.device) and query.dtype == key.dtype == value.dtype and query.dtype in DTYPES:
+        found = _on_a_gpu((query, key, value), laid, rule, dropout, products, offsets)
+        if found is not None:
+            return found, None
+    if offsets is not None:
         raise EnvironmentProblem(f"{type(module).__name__} attends in a way that torch's flash kernel does not have.")
-    plain = plain and (window is None or prefix + max(rows) <= window)
-    if plain and (own is not None or is_cpu(query.device)) and query.shape[-1] == value.shape[-1]:
+    plain = softcap is None and sinks is None and dropout == 0.0 and (window is None or prefix + max(rows) <= window)
+    if plain and is_cpu(query.device) and query.shape[-1] == value.shape[-1]:
         return causal_rows(query, key, value, rows, scale, products, prefix), None
     outputs = []
     parts = [prefix, *rows, query.shape[2] - prefix - sum(rows)]  # padding is a row of its own
@@ -74,7 +74,7 @@ def packed_attention(
     for number, own in enumerate(others):
         q, k, v = (torch.cat(pair, dim=2) if prefix else pair[1] for pair in zip(first, own, strict=True))
         if softcap is not None or sinks is not None:
-            out = _written_out(q, k, v, AttentionRule(scale, window, softcap, sinks), dropout)
+            out = _written_out(q, k, v, rule, dropout)
         else:
             mask = _band(q.shape[2], window, q.device) if window is not None and q.shape[2] > window else None
             out = nn.functional.scaled_dot_product_attention(
@@ -82,6 +82,44 @@ def packed_attention(
             )
         outputs.append(out[:, :, prefix if number else 0 :].transpose(1, 2))  # the prefix's own outputs: once
     return torch.cat(outputs, dim=1), None
+
+
+def _on_a_gpu(
+    states: tuple[Tensor, Tensor, Tensor],
+    laid: tuple[tuple[int, ...], int],
+    rule: AttentionRule,
+    dropout: float,
+    products: torch.dtype,
+    offsets: Any,
+) -> Tensor | None:
+    """Attention by a kernel that keeps no probabilities; None if there is none, or none for rows at `offsets`.
+
+    Heads are padded with zeros to one width in multiples of 8, which changes no score: DeepSeek's values are narrower than its
+    keys.
+    """
+    (rows, prefix), (scale, window, cap, sinks) = laid, rule
+    width, of_values = max(each.shape[-1] for each in states), states[2].shape[-1]
+    query, key, value = (_widened(each, width + -width % STEP) for each in states)
+    shape, capped = (query.shape[1], key.shape[1], query.shape[-1]), cap is not None or dropout > 0
+    own = (capped_rows(query, products) if capped else packed_rows(query, products, *shape, rows, prefix)).offers
+    if sinks is not None and own in (FlashVarlen, EfficientVarlen) and not takes_sinks(own, query, *shape):
+        own = BLOCKWISE.offers
+    if own is None or (offsets is not None and own is not FlashVarlen):
+        return None
+    if own is BlockwiseRows:
+        seed = BlockwiseRows.drawn_seed() if dropout else 0
+        kernel: Any = BlockwiseRows(rows, scale, prefix, window, cap, dropout, seed)
+    else:
+        kernel = own(rows, scale, prefix, window) if offsets is None else flash_kernel(offsets, rows, scale, prefix, window)
+    given = query, key, value, *([] if sinks is None else [sinks]), kernel
+    function = CausalRows if sinks is None else SinkRows
+    out = cast(Tensor, function.apply(*given))  # type: ignore[no-untyped-call]
+    return out if of_values == value.shape[-1] else out[..., :of_values]
+
+
+def _widened(states: Tensor, width: int) -> Tensor:
+    """The states with zeros behind the numbers of each head."""
+    return states if states.shape[-1] == width else nn.functional.pad(states, (0, width - states.shape[-1]))
 
 
 def _refuse_unknown(module: nn.Module, query: Tensor, lengths: Any, mask: Tensor | None, settings: dict[str, Any]) -> None:

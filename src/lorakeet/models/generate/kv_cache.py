@@ -184,6 +184,9 @@ def _of_prompt(
     plain = window is None and cap is None and sinks is None
     if row.start == 0 and plain and alike:  # torch's own kernel is up to four times as fast here
         query, key, value = (states.transpose(0, 1)[None] for states in (q, *new))
+        groups = query.shape[1] // key.shape[1]
+        if groups > 1 and not is_cpu(q.device):  # torch's kernel for float32 and older GPUs takes no groups of heads
+            key, value = (each.repeat_interleave(groups, dim=1) for each in (key, value))
         found = nn.functional.scaled_dot_product_attention(query, key, value, is_causal=True, scale=scale, enable_gqa=True)
         return found[0].transpose(0, 1)
     keys, values = (states[row.slot, None] for states in cached)
