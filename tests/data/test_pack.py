@@ -23,7 +23,8 @@ def examples(draw):
 def targets(batch):
     """(row key, position in the row of the predicting token, target id) of every target, by the batch's own account."""
     keys = [batch.keys[row] for row in batch.target_rows.tolist()]
-    return list(zip(keys, batch.positions[batch.target_positions].tolist(), batch.target_ids.tolist(), strict=True))
+    positions = np.concatenate([np.arange(length) for length in batch.lengths])
+    return list(zip(keys, positions[batch.target_positions.numpy()].tolist(), batch.target_ids.tolist(), strict=True))
 
 
 def expected(rows):
@@ -42,6 +43,18 @@ def test_pack_keeps_every_token_and_target(rows):
     # The predicting token is the one before the target, in the same row.
     assert batch.ids[batch.target_positions + 1].tolist() == batch.target_ids.tolist()
     assert torch.equal(batch.rows_of_tokens[batch.target_positions], batch.rows_of_tokens[batch.target_positions + 1])
+
+
+@settings(max_examples=60, deadline=None)
+@given(examples())
+def test_padded_rows_have_every_token_at_its_place(rows):
+    batch = pack_examples(rows)
+    places, of_targets = batch.padded_places()
+    padded = np.full(len(rows) * max(batch.lengths), -1)
+    padded[places] = batch.ids
+    for row, tokens in zip(rows, padded.reshape(len(rows), -1), strict=True):
+        assert tokens.tolist() == [*row.ids.tolist(), *[-1] * (max(batch.lengths) - len(row.ids))]
+    assert padded[of_targets].tolist() == batch.ids[batch.target_positions].tolist()
 
 
 @settings(max_examples=60, deadline=None)
@@ -77,7 +90,7 @@ def test_micro_batches_are_few_and_alike():
 
 def test_types_and_device():
     batch = pack_examples([Example(np.arange(4), np.array([False, True, False, True]), "k", 0, False)]).to("cpu")
-    assert {batch.ids.dtype, batch.target_ids.dtype, batch.target_positions.dtype, batch.positions.dtype} == {torch.int64}
+    assert {batch.ids.dtype, batch.target_ids.dtype, batch.target_positions.dtype} == {torch.int64}
     assert batch.target_positions.tolist() == [0, 2] and batch.target_ids.tolist() == [1, 3]
 
 

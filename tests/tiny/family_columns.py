@@ -77,9 +77,11 @@ class Outcome:
     detail: str = ""
 
 
-def saved(kind: str, folder: Path) -> Path:
-    """Writes a small random model of this type with a tokenizer to folder/model."""
+def saved(kind: str, folder: Path, **changes: Any) -> Path:
+    """Writes a small random model of this type with a tokenizer to folder/model; `changes` are to its configuration."""
     config = small_config(kind)
+    for name, value in changes.items():
+        setattr(config, name, value)
     model = auto_class_of(config).from_config(config)
     generator = torch.Generator().manual_seed(0)
     with torch.no_grad():

@@ -33,10 +33,12 @@ class Batch:
         """Number of target tokens."""
         return len(self.target_ids)
 
-    @property
-    def positions(self) -> torch.Tensor:
-        """Position of each token in its row, (tokens,) int64, for rotary embeddings."""
-        return torch.cat([torch.arange(length, device=self.ids.device) for length in self.lengths])
+    def padded_places(self) -> tuple[Ids, Ids]:
+        """Where tokens lie among the rows padded on the right to the longest, end to end, on the host: each token (tokens,), and
+        those that predict a target (targets,)."""
+        longest = max(self.lengths)
+        places = np.concatenate([np.arange(length) + number * longest for number, length in enumerate(self.lengths)])
+        return places, places[self.on_host()[1]]
 
     @property
     def rows_of_tokens(self) -> torch.Tensor:

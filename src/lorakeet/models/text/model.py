@@ -31,7 +31,7 @@ from lorakeet.errors import EnvironmentProblem
 from lorakeet.kernels.choose import attends_in_c
 from lorakeet.kernels.cpu.attention import TILED
 from lorakeet.kernels.flash_varlen import RowOffsets
-from lorakeet.kernels.host_copies import to_device
+from lorakeet.kernels.host_copies import to_device, together_on
 from lorakeet.kernels.tiled_weight import TritonRequest
 from lorakeet.memory.store import WeightStore
 from lorakeet.models import modules
@@ -151,10 +151,10 @@ class TextModel:
                 )
             return states[0].index_select(0, layout.target_positions)
         longest = max(batch.lengths)
-        positions = batch.rows_of_tokens * longest + batch.positions  # of each token among the rows, padded on the right
+        places, of_targets = together_on(batch.padded_places(), self.device)
         blank = torch.full((len(batch.lengths) * longest,), self._pad, dtype=torch.int64, device=batch.ids.device)
-        states = self._decode(blank.index_copy(0, positions, batch.ids).view(-1, longest))
-        return states.flatten(0, 1).index_select(0, positions[batch.target_positions])
+        states = self._decode(blank.index_copy(0, places, batch.ids).view(-1, longest))
+        return states.flatten(0, 1).index_select(0, of_targets)
 
     def states_at(self, ids: Tensor, positions: Tensor, offsets: RowOffsets) -> Tensor:
         """Returns the decoder's last hidden states of every token, (tokens, hidden); `ids` and `positions` are (tokens,).
