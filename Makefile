@@ -39,7 +39,7 @@ fuzz: install
 	LORAKEET_FUZZ=1 OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -n auto --maxprocesses 8 -m fuzz --hypothesis-show-statistics
 
 families: install
-	LORAKEET_FAMILIES=1 OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -n auto --maxprocesses 8 -m families tests/families
+	LORAKEET_FAMILIES=1 OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -n auto --maxprocesses 8 -m families tests/families tests/laws/test_simulated_runs.py
 
 check: install
 	$(BIN)/ruff check .

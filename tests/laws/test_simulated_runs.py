@@ -15,28 +15,36 @@ import pytest
 from lorakeet.train.loop import Training
 from lorakeet.workflows.finetune import FinetuneResult
 from tiny.family_columns import saved
+from tiny.gptq_folder import save_mixed_gptq
 from tiny.models import FAMILIES, save_tiny_llama
 from tiny.runs import chats, run, write_rows
 from tiny.simulated_card import Card, Wait, simulated_card
 
 MOST = 3  # waits of an optimizer step (test_host_waits)
 FIRST = 2  # steps in which gradients are checked tensor by tensor
-OFTEN = ("qwen3", "gemma2", "gemma3", "phi3", "gpt_oss", "qwen3_moe", "qwen3_next")
-LATER = ("mistral", "qwen2", "granite", "smollm3", "qwen3_5_text", "mixtral", "gpt2", "deepseek_v3")
+OFTEN = ("qwen3", "gemma2", "gpt_oss", "qwen3_next")
+LATER = (
+    "gemma3", "phi3", "mistral", "qwen2", "qwen3_moe", "qwen3_5_text", "granite", "smollm3", "mixtral", "gpt2", "deepseek_v3",
+)  # fmt: skip
 ALSO = {  # places of further waits in a micro-batch
     "core/layers/experts.py": "numbers of tokens are read, unless products are grouped",
     "models/text/model.py": "transformers reads whether a mask of padded rows hides something",
 }
 VARIANTS: dict[str, dict[str, Any]] = {
     "dora": {"lora.variant": "dora"},
-    "rslora": {"lora.scale_rule": "alpha/sqrt(rank)"},
-    "olora": {"lora.start": "olora"},
-    "pissa": {"lora.start": "pissa"},
-    "trained tokens": {"lora.new_tokens": "<note>"},
-    "embedding and head": {"lora.target_modules": "embed_tokens,lm_head,q_proj"},
-    "nf4": {"model.quantize": "nf4"},
-    "8 bits": {"train.moments": "8bit", "model.quantize": "int8"},
+    "olora, rslora": {"lora.start": "olora", "lora.scale_rule": "alpha/sqrt(rank)"},
+    "nf4, trained tokens": {"model.quantize": "nf4", "lora.new_tokens": "<note>"},
+    "int8, moments of 8 bits": {"train.moments": "8bit", "model.quantize": "int8"},
 }
+VARIANTS_LATER: dict[str, dict[str, Any]] = {
+    "pissa": {"lora.start": "pissa"},
+    "embedding and head": {"lora.target_modules": "embed_tokens,lm_head,q_proj"},
+    "nf4, dora": {"model.quantize": "nf4", "lora.variant": "dora"},
+    "gptq": {},
+    "own tokens and norms": {"lora.new_tokens": "<note>", "lora.extra_modules": "norm"},
+    "graded starts": {"lora.start": "gradient"},
+}
+ALL = os.environ.get("LORAKEET_FAMILIES", "") not in ("", "0")
 HYBRID = {"num_hidden_layers": 2, "layer_types": ["linear_attention", "full_attention"]}
 QUICK = {
     "train.steps": 4, "train.batch_size": 4, "evaluate.answers": 1, "evaluate.drift_texts": 2, "evaluate.resamples": 100,
@@ -108,7 +116,7 @@ def test_a_family_s_run_is_that_of_the_cpu(family: str, rows: Path, tmp_path: Pa
 
 
 @pytest.mark.families
-@pytest.mark.parametrize("family", LATER if os.environ.get("LORAKEET_FAMILIES", "") not in ("", "0") else ())
+@pytest.mark.parametrize("family", LATER if ALL else ())
 def test_a_further_family_s_run_is_that_of_the_cpu(
     family: str, rows: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -121,3 +129,15 @@ def test_a_kind_of_adapter_s_run_is_that_of_the_cpu(
     variant: str, tiny_llama_folder: Path, rows: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     require_the_same(tiny_llama_folder, rows, tmp_path, VARIANTS[variant], monkeypatch)
+
+
+@pytest.mark.families
+@pytest.mark.parametrize("variant", VARIANTS_LATER if ALL else ())
+def test_a_further_kind_of_adapter_s_run_is_that_of_the_cpu(
+    variant: str, tiny_llama_folder: Path, rows: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model = tiny_llama_folder
+    if variant == "gptq":
+        model = tmp_path / "model"
+        save_mixed_gptq(model, "gptq")
+    require_the_same(model, rows, tmp_path, VARIANTS_LATER[variant], monkeypatch)
