@@ -470,6 +470,8 @@ def _read(live: InTorch, prompt: list[int], written: Written) -> _TextReading:
     It ends where a piece of a character is reported by its text alone, and the live model is not sure which one: then what
     follows cannot be compared either.
     """
+    if not written.text and not written.steps:
+        return _ended_at_once(live, prompt)
     reading = _TextReading(Reported(list(prompt), {}))
     ids, tokenizer = reading.reported.ids, live.text.tokenizer
     vocabulary = range(live.text.model.config.get_text_config().vocab_size)
@@ -502,6 +504,19 @@ def _read(live: InTorch, prompt: list[int], written: Written) -> _TextReading:
         ids.append(theirs)
         rest = rest[len(text) :]
         reading.tokens += 1
+    return reading
+
+
+def _ended_at_once(live: InTorch, prompt: list[int]) -> _TextReading:
+    """The reading of a text without a token: the live model is to end there too, by its likeliest token that shows no text."""
+    reading = _TextReading(Reported(list(prompt), {}))
+    tokenizer, after = live.text.tokenizer, live.logits(prompt, 1)[0]
+    ends = [number for number in {*end_ids(live.text), *tokenizer.all_special_ids} if 0 <= number < len(after)]
+    if ends:
+        ours, theirs = int(after.argmax()), max(ends, key=lambda number: float(after[number]))
+        reading.steps.append(_WrittenStep(float(after[ours] - after[theirs]), tokenizer.decode([ours]), "the end of the text"))
+        reading.reported.ids.append(theirs)
+        reading.tokens = 1
     return reading
 
 
