@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import math
 import shutil
 from collections.abc import Sequence
 from datetime import datetime, timezone
@@ -12,8 +11,6 @@ from types import SimpleNamespace
 from typing import Any
 
 import pytest
-import torch
-from torch import Tensor
 
 from lorakeet.core.adapter import Pair
 from lorakeet.data.prepare import load_dataset
@@ -22,7 +19,6 @@ from lorakeet.evaluate.certificate import Check, read_certificate
 from lorakeet.evaluate.spec import EvaluateSpec
 from lorakeet.exporting.tolerances import F16
 from lorakeet.formats.gguf import permute, unpermute
-from lorakeet.models.generate.sample import end_ids
 from lorakeet.models.spec import ModelSpec
 from lorakeet.models.text.load import load_text_model, load_tokenizer
 from lorakeet.models.text.serving import ServingModel
@@ -330,50 +326,6 @@ def test_a_failed_check_wins_over_an_early_end(
     monkeypatch.setattr(servers, "Fake", type("Leaving", (Leaving,), {"left": 10, "status": 500}))
     with serving(file, tokenizer, "llama.cpp") as url, pytest.raises(VerificationFailed, match="BOS is doubled"):
         verify(VerifyOptions(str(run), against=(url,), rows=1, modules=False), console=quiet())
-
-
-def test_a_text_is_read_up_to_a_piece_of_a_character_that_is_reported_with_the_next_token(loud: Path) -> None:
-    """llama.cpp drops the entry of the piece, so that what follows has other ids than were written."""
-    live = live_side(open_adapter(loud), quiet())
-    decode = live.text.tokenizer.decode
-    piece = next(number for number in range(320) if decode([number]) == "\ufffd")
-    plain = [number for number in range(320) if decode([number]).isascii() and decode([number]).isalpha()][:3]
-    whole = [Step(Token(decode([number]), number, -0.5)) for number in plain]
-    joined = Step(Token(f"\ufffd{decode([plain[2]])}", plain[2], -0.5))
-    for steps, tokens in ((whole, 3), ([*whole[:2], joined, *whole], 2), ([whole[0], Step(Token("\ufffd", piece, -0.5))], 2)):
-        reading = server._read(live, [5, 9], Written("".join(step.token.text for step in steps), tuple(steps)))
-        assert reading.tokens == tokens
-    by_id = Step(Token(f"token_id:{piece}", piece, -0.5))
-    assert server._read(live, [5, 9], Written("x", (by_id, *whole))).tokens == 4
-
-
-@pytest.mark.parametrize("chance", [0.9, 0.4, 0.02])
-def test_a_text_that_ends_at_once_is_right_where_the_live_adapter_ends_too(
-    chance: float, loud: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """As of a server that reports no end token: an adapter of labels may end a conversation without a word."""
-    opened = open_adapter(loud)
-    live = live_side(opened, quiet())
-    end, wide = min(end_ids(live.text)), len(live.logits([5], 1)[0])
-
-    def logits(ids: Sequence[int], last: int | None = None) -> Tensor:
-        found = torch.full((1, wide), -20.0)
-        found[0, end], found[0, 7] = math.log(chance), math.log(1 - chance)
-        return found
-
-    monkeypatch.setattr(live, "logits", logits)
-    there: Any = SimpleNamespace(
-        api=SimpleNamespace(takes_ids=True, write=lambda prompt, tokens: Written("")), allowed=F16, name="there"
-    )
-    probes = probes_of(opened, opened.dataset, live, 4)
-    compared = server._Comparison(live, there, probes, EvaluateSpec())
-    compared.check_writing([reading.up_to(F16.gap) for reading in compared.read_writing()])
-    (check,) = compared.checks
-    assert check.n == len(probes.prompts) > 0
-    assert check.passed == (chance == 0.9) and check.measured["gap"] == pytest.approx(
-        max(0.0, math.log((1 - chance) / chance)), abs=1e-5
-    )
-    assert check.passed or "'the end of the text' there" in check.detail
 
 
 def test_another_answer_counts_unless_the_live_model_is_undecided(loud: Path) -> None:
