@@ -185,3 +185,37 @@ def test_results_are_known_in_another_process_by_the_names_of_operators(asked: l
     asked.clear()
     steps()
     assert len(asked) == workspaces
+
+
+def test_code_that_walks_over_tokens_asks_once_for_what_is_no_view(asked: list[Any]) -> None:
+    with Ledger():
+        x = torch.zeros(8, 4)
+        state = torch.zeros(4)
+        for token in range(8):
+            state = state * 0.5 + x[token]
+        sums = [func for func in asked if func in (torch.ops.aten.add.Tensor, torch.ops.aten.mul.Tensor)]
+    assert len(sums) == 2, "once for each operator, though each row begins elsewhere"
+
+
+VIEWS: dict[str, Callable[[Tensor], Tensor]] = {
+    "select": lambda x: x[1],
+    "turned": lambda x: x.t(),
+    "as given": lambda x: torch.as_strided(x, (2,), (1,), 5),
+    "as it is": lambda x: torch.as_strided(x, (2,), (1,)),
+    "other bits": lambda x: x.view(torch.int16),
+    "unsafe": lambda x: torch.ops.aten._unsafe_view(x.contiguous(), (8,)),
+    "detached": lambda x: x.detach(),
+    "in place": lambda x: x.mul_(2),
+}
+
+
+@pytest.mark.parametrize("view", VIEWS.values(), ids=VIEWS.keys())
+def test_a_view_begins_where_torchs_own_does(view: Callable[[Tensor], Tensor], asked: list[Any]) -> None:
+    """Of arguments of one shape that begin in different places."""
+    whole = torch.zeros(6, 4)
+    wanted = [view(whole[first : first + 2]).storage_offset() for first in (0, 2, 3, 2)]
+    with Ledger():
+        other = torch.zeros(6, 4)
+        found = [view(other[first : first + 2]) for first in (0, 2, 3, 2)]
+        assert [each.storage_offset() for each in found] == wanted
+        assert all(each.untyped_storage()._cdata == other.untyped_storage()._cdata for each in found)

@@ -36,6 +36,7 @@ from lorakeet.formats.peft import peft
 from lorakeet.merging.checkpoint import open_checkpoint
 from lorakeet.merging.edits import edits_for
 from lorakeet.merging.merged_folder import merge_into
+from lorakeet.models.files.quantized import kept_experts
 from lorakeet.models.files.validate import auto_class_of
 from lorakeet.models.generate.kv_cache import CacheRow, KeyValues, check_cached, step
 from lorakeet.models.inject import adapter_of, trained_parameters
@@ -272,14 +273,14 @@ def planned(folder: Path) -> str:
 
 
 def nf4(folder: Path) -> str:
-    """A base in NF4 trains: finite gradients, of every pair."""
+    """A base in NF4 trains: finite gradients, of every pair; says where experts stay dense."""
     text = with_pairs(loaded(folder, quantize=QuantSpec(method="nf4")), folder)
     batch, trained = pack_examples(rows()), trained_parameters(text.model)
     losses = head_losses(text, text.hidden(batch), batch.target_ids)
     found = torch.autograd.grad(losses.sum(), list(trained.values()), allow_unused=True)
     there = [gradient for gradient in found if gradient is not None]
     assert all(bool(gradient.isfinite().all()) for gradient in there) and any(bool(gradient.any()) for gradient in there)
-    return ""
+    return kept_experts(text.model)
 
 
 def served(folder: Path) -> str:

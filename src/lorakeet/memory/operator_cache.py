@@ -3,11 +3,13 @@
 A rehearsal makes a hundred thousand calls with a few thousand different operators and shapes, and torch's shape rules take most
 of the time of a call. The cache keeps which tensors of a result are new, with their shapes, which are views of an argument and
 which are the argument itself. A call whose result may depend on more than shapes and given numbers is not cached.
+Where a tensor begins in its storage counts for operators that make views alone: code that walks over tokens would be new at each.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
+from functools import cache
 from typing import Any, NamedTuple
 
 import torch
@@ -101,6 +103,10 @@ class _One(NamedTuple):
     dtype: torch.dtype
     device: torch.device
 
+    @property
+    def is_view(self) -> bool:
+        return self.argument is not None and not self.itself
+
     def made(self, mode: ShapeMode, tensors: Sequence[FakeTensor]) -> FakeTensor:
         if self.itself:
             return tensors[self.argument or 0]
@@ -119,9 +125,10 @@ def call_of(func: Any, args: Sequence[Any], kwargs: Mapping[str, Any]) -> Operat
     A call without tensors has, while torch's fake mode is unset (`unset_fake_temporarily`).
     """
     tensors: list[FakeTensor] = []
+    shape = _shape_of if makes_views(func) else _shape_within
     try:
-        positional = tuple([_key_of(value, tensors) for value in args])
-        named = tuple([(name, _key_of(value, tensors)) for name, value in kwargs.items()]) if kwargs else ()
+        positional = tuple([_key_of(value, tensors, shape) for value in args])
+        named = tuple([(name, _key_of(value, tensors, shape)) for name, value in kwargs.items()]) if kwargs else ()
     except _NotCacheable:
         return None
     if not tensors and torch._C._get_dispatch_mode(torch._C._TorchDispatchModeKey.FAKE) is None:
@@ -136,12 +143,20 @@ def _places(tensors: Sequence[FakeTensor]) -> tuple[int, ...] | None:
     return None if len(set(ids)) == len(ids) else tuple([ids.index(one) for one in ids])
 
 
-def _key_of(value: Any, tensors: list[FakeTensor]) -> Any:
-    """Returns the part of a key for an argument; appends its tensors to `tensors`."""
+@cache
+def makes_views(func: Any) -> bool:
+    """True if a result of the operator may be a view of an argument, or if it may move an argument within a storage."""
+    returned = [each.alias_info for each in func._schema.returns]
+    shared = any(alias is not None and not alias.is_write for alias in returned)
+    return shared or func._overloadpacket.__name__ in ("_unsafe_view", "set_")
+
+
+def _key_of(value: Any, tensors: list[FakeTensor], shape: Callable[[FakeTensor], tuple[Any, ...]]) -> Any:
+    """Returns the part of a key for an argument; appends its tensors, which `shape` describes, to `tensors`."""
     kind = value.__class__
     if kind is FakeTensor:
         tensors.append(value)
-        return _shape_of(value)
+        return shape(value)
     if kind in NUMBERS:
         return kind, value
     if kind in PLAIN:
@@ -150,13 +165,20 @@ def _key_of(value: Any, tensors: list[FakeTensor]) -> Any:
         return kind, value.device
     if not isinstance(value, (list, tuple)):
         raise _NotCacheable
-    return tuple([_key_of(item, tensors) for item in value])
+    return tuple([_key_of(item, tensors, shape) for item in value])
 
 
 def _shape_of(tensor: FakeTensor) -> tuple[Any, ...]:
     if tensor.constant is not None or tensor.layout is not torch.strided or tensor.is_neg() or tensor.is_conj():
         raise _NotCacheable
     return tensor.shape, tensor.stride(), tensor.storage_offset(), tensor.dtype, tensor.fake_device, tensor.requires_grad
+
+
+def _shape_within(tensor: FakeTensor) -> tuple[Any, ...]:
+    """The same, wherever it begins."""
+    if tensor.constant is not None or tensor.layout is not torch.strided or tensor.is_neg() or tensor.is_conj():
+        raise _NotCacheable
+    return tensor.shape, tensor.stride(), tensor.dtype, tensor.fake_device, tensor.requires_grad
 
 
 def cacheable_result(
@@ -170,6 +192,8 @@ def cacheable_result(
     found = result if kind else [result]
     try:
         results = tuple([_one(item, call.tensors) for item in found])
+        if not makes_views(call.key[0]) and any(one is not None and one.is_view for one in results):
+            return None  # whose place may be another next time
     except _NotCacheable:
         return None
     new = [item for item, one in zip(found, results, strict=True) if one is not None and one.argument is None]
@@ -192,10 +216,9 @@ def new_result(result: Any) -> CachedResult | None:
 def shape_anywhere(tensor: FakeTensor) -> tuple[Any, ...] | None:
     """Returns what is to be known of a tensor wherever it begins in its storage; None where it is not a plain one."""
     try:
-        shape, stride, _, *rest = _shape_of(tensor)
+        return _shape_within(tensor)
     except _NotCacheable:
         return None
-    return (shape, stride, *rest)
 
 
 def _one(result: Any, tensors: Sequence[FakeTensor]) -> _One | None:
