@@ -21,6 +21,7 @@ from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_N
 from lorakeet.errors import DataError
 from lorakeet.models.files.validate import require_text_model
 from tiny.family_columns import COLUMNS, Outcome, tried
+from tiny.small_configs import VARIANTS, type_of
 
 RESULTS = Path(__file__).with_name("results.json")
 ALL = os.environ.get("LORAKEET_FAMILIES", "") not in ("", "0")
@@ -49,10 +50,10 @@ def test_a_family_passes_every_column_that_it_is_not_refused(kind: str, tmp_path
 
 
 @pytest.mark.families
-@pytest.mark.parametrize("kind", KNOWN if ALL else ())
+@pytest.mark.parametrize("kind", (*KNOWN, *VARIANTS) if ALL else ())
 def test_every_family_ends_in_right_numbers_or_a_refusal(kind: str, tmp_path: Path) -> None:
     try:
-        require_text_model("config.json", CONFIG_MAPPING[kind]())
+        require_text_model("config.json", CONFIG_MAPPING[type_of(kind)]())
         found = tried(kind, tmp_path)
     except DataError as error:
         found = {"train": Outcome("refused", str(error))}

@@ -97,10 +97,24 @@ CHANGES: dict[str, dict[str, Any]] = {
 }  # fmt: skip
 
 
+# Kinds of models of one type that differ by their configuration: the type, and what is changed beside.
+VARIANTS: dict[str, tuple[str, dict[str, Any]]] = {
+    "gemma4_text (experts)": (
+        "gemma4_text", {"enable_moe_block": True, "num_experts": 4, "top_k_experts": 2, "moe_intermediate_size": 32},
+    ),
+}  # fmt: skip
+
+
+def type_of(kind: str) -> str:
+    """The model type of a kind, which is one or a variant of one."""
+    return VARIANTS[kind][0] if kind in VARIANTS else kind
+
+
 def small_config(kind: str) -> Any:
-    """The configuration of a small model of this type, as transformers makes it."""
-    owner = CONFIG_MAPPING[kind]
-    usual, changes = owner(), copy.deepcopy(CHANGES.get(kind, {}))
+    """The configuration of a small model of this type or variant, as transformers makes it."""
+    owner = CONFIG_MAPPING[type_of(kind)]
+    more = VARIANTS[kind][1] if kind in VARIANTS else {}
+    usual, changes = owner(), copy.deepcopy({**CHANGES.get(type_of(kind), {}), **more})
     found = _small(usual)
     for name in owner.sub_configs or {}:
         part = getattr(usual, name, None)
