@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from safetensors.torch import load_file
 from torch import Tensor
 
 from lorakeet.core.adapter import Adapter
@@ -24,7 +26,12 @@ from lorakeet.quant.packed import PackedLinear
 from lorakeet.quant.spec import QuantSpec
 from lorakeet.quant.stack import PackedStack
 from lorakeet.train.text.loss import head_losses
+from lorakeet.workflows.merge import merge
+from lorakeet.workflows.options import MergeOptions
 from tiny.family_columns import in_transformers, loaded, rows, saved, with_pairs
+from tiny.float_folders import mxfp4_folder
+from tiny.models import save_tiny_llama
+from tiny.runs import quiet, reviews, run, write_rows
 
 KINDS = ("mixtral", "qwen3_moe", "gpt_oss", "qwen3_5_moe_text", "granitemoehybrid", "longcat_flash")
 CLOSE = 1e-5
@@ -106,3 +113,29 @@ def test_code_that_multiplies_by_a_whole_stack_keeps_it(tmp_path: Path) -> None:
     spec = ModelSpec(path=str(tmp_path / "model"), dtype="float32", device="cpu", attention="sdpa", quantize=NF4)
     text = load_text_model(spec, say=said.append)
     assert not stacks_of(text) and any(line.startswith("Experts of this model stay as they are") for line in said)
+
+
+def passed(folder: Path) -> bool:
+    return bool(json.loads((folder / "certificate.json").read_text())["passed"])
+
+
+def test_a_run_on_experts_in_nf4_is_certified_and_merged(tmp_path: Path) -> None:
+    source = save_tiny_llama(tmp_path / "base", family="mixtral")
+    data = write_rows(tmp_path / "rows.jsonl", reviews(40))
+    run(source, data, tmp_path / "run", {"model.quantize": "nf4", "train.steps": "2"})
+    assert passed(tmp_path / "run")
+    tensors = load_file(tmp_path / "run" / "adapter" / "adapter_model.safetensors")
+    assert sum(".experts." in name for name in tensors) == 8 and all(bool(tensor.any()) for tensor in tensors.values())
+    merged = merge(MergeOptions((str(tmp_path / "run"),), out=tmp_path / "merged", into="dequantised"), console=quiet())
+    assert merged.certificate.passed
+
+
+def test_a_run_on_a_published_mxfp4_folder_is_certified_and_merged(tmp_path: Path) -> None:
+    source = save_tiny_llama(tmp_path / "dense", family="gpt_oss", hidden_size=64, intermediate_size=64, head_dim=16)
+    folder = mxfp4_folder(source, tmp_path / "mxfp4")
+    data = write_rows(tmp_path / "rows.jsonl", reviews(40))
+    run(folder, data, tmp_path / "run", {"train.steps": "2"})
+    assert passed(tmp_path / "run")
+    merged = merge(MergeOptions((str(tmp_path / "run"),), out=tmp_path / "merged", into="dequantised"), console=quiet())
+    assert merged.certificate.passed
+    assert "quantization_config" not in json.loads((tmp_path / "merged" / "config.json").read_text())
