@@ -59,7 +59,8 @@ def test_the_page_of_families_says_what_the_results_say() -> None:
 
 
 def test_the_readme_says_how_many_families_train() -> None:
-    found = json.loads(text_of("tests/families/results.json"))["families"]
+    every = json.loads(text_of("tests/families/results.json"))["families"]
+    found = {name: one for name, one in every.items() if "(" not in name}  # without variants of a type
     trained = {name: one for name, one in found.items() if one.get("train", {}).get("outcome") == "passed"}
     served = sum(one["serve"]["outcome"] == "passed" for one in trained.values())
     readme = " ".join(text_of("README.md").split())
@@ -68,9 +69,8 @@ def test_the_readme_says_how_many_families_train() -> None:
     assert f"{served} of them can be served, and {exported} exported to GGUF" in readme
     said = "llama mistral mixtral qwen2 qwen3_5 gemma gemma4 phi3 gpt_oss deepseek_v3 glm4 mamba2"
     assert set(said.split(" ")) <= set(trained)
-    assert all(one[column]["outcome"] == "passed" for one in trained.values() for column in ("gradients", "PEFT"))
-    unmerged = {name: one["merge"]["outcome"] for name, one in trained.items() if one["merge"]["outcome"] != "passed"}
-    assert set(unmerged.values()) <= {"refused"} and f"merging (but {', '.join(unmerged)}) are right" in readme
+    assert all(one[column]["outcome"] == "passed" for one in trained.values() for column in ("gradients", "PEFT", "merge"))
+    assert "gradients, loading in PEFT and merging are right" in readme
 
 
 def drawn_speed(monkeypatch: pytest.MonkeyPatch) -> dict[str, Any]:
