@@ -16,6 +16,7 @@ from lorakeet.kernels.protocol import Situation
 from lorakeet.memory.ledger import Ledger
 from lorakeet.models.attention import packed_attention
 from tiny.flash import CARD
+from tiny.simulated_card import simulated_card
 
 CPU = torch.device("cpu")
 HEADS, KV, WIDTH = 6, 2, 8
@@ -113,6 +114,19 @@ def test_narrow_states_give_narrow_results_that_are_as_near_as_rounding_allows()
         torch.testing.assert_close(mine.double(), theirs, rtol=3e-2, atol=3e-2)
 
 
+def test_products_that_float16_cannot_hold_do_not_overflow() -> None:
+    """Queries and keys of 100 give scores of 80,000 before they are scaled, beyond the largest number of float16."""
+    with simulated_card() as card:
+        q, k = (torch.full((1, heads, 9, WIDTH), 100.0, dtype=torch.float16).to("cuda") for heads in (HEADS, KV))
+        v = states(9, torch.float16)[2].to("cuda")
+        leaves = [each.requires_grad_() for each in (q, k, v)]
+        out, _ = packed_attention(nn.Module(), *leaves, row_lengths=(9,), softcap=40000.0)
+        found = out, *torch.autograd.grad(out.sum(), leaves)
+        assert all(each.cpu().isfinite().all() for each in found) and card.flash.calls == 0
+        sums = v[0].cpu().float().cumsum(1) / torch.arange(1, 10)[:, None]  # all scores are equal
+    assert torch.allclose(out.cpu()[0].float(), sums.repeat_interleave(HEADS // KV, 0).transpose(0, 1), atol=1e-2)
+
+
 def test_a_model_s_attention_takes_it_on_a_card_and_its_gradients_are_those_of_the_cpu() -> None:
     for settings in ({"softcap": 2.0}, {"softcap": 2.0, "sliding_window": 3}, {"softcap": 2.0, "s_aux": torch.arange(6.0)}):
         found = []
@@ -153,7 +167,7 @@ def test_every_key_that_a_query_sees_is_in_its_block_and_none_is_there_for_nothi
 def test_its_workspace_is_what_is_planned(
     rule: str, dtype: torch.dtype, prefix: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Never less, and at most half as much again: a plan holds for any rows of at most that length."""
+    """Never less, and at most 0.6 more: a plan holds for any rows of at most that length."""
     monkeypatch.setattr(blockwise_rows, "MOST", 64)
     monkeypatch.setattr(blockwise_rows, "LEAST", 16)
     monkeypatch.setattr(blockwise_rows, "SCORES", 64 * HEADS * 400)
@@ -170,10 +184,10 @@ def test_its_workspace_is_what_is_planned(
         results = sum(each.nbytes for each in found)
     taken = ledger.peaks["forward"].bytes - before - kept_bytes
     planned = WORKSPACES[blockwise_rows.BLOCKWISE_ROWS](q, k, v, *kernel.laid)
-    assert taken <= planned <= 1.5 * taken
+    assert taken <= planned <= 1.6 * taken
     taken = ledger.peaks["backward"].bytes - before - kept_bytes - results
     planned = WORKSPACES[blockwise_rows.BLOCKWISE_ROWS_BACKWARD](grad, q, k, v, out, logs, *kernel.laid)
-    assert taken <= planned <= 1.5 * taken
+    assert taken <= planned <= 1.6 * taken
 
 
 def test_many_short_rows_behind_a_long_prefix_are_no_large_block() -> None:

@@ -14,6 +14,7 @@ from lorakeet.core.spec import LoraSpec
 from lorakeet.memory.spill import HostSpill
 from lorakeet.memory.transfer import CudaTransfer
 from lorakeet.models.inject import trained_parameters
+from lorakeet.models.recomputed import recompute_blocks
 from lorakeet.models.spec import ModelSpec
 from lorakeet.models.targets import plan_for
 from lorakeet.models.text import tiled_loss
@@ -21,8 +22,8 @@ from lorakeet.models.text.adapters import initialise_adapter
 from lorakeet.models.text.load import load_text_model
 from lorakeet.quant.spec import QuantSpec
 from lorakeet.train.text.task import TextTask
-from tiny.card_steps import LORA, SPEC, rows_behind
-from tiny.models import save_tiny_llama
+from tiny.card_steps import LORA, SPEC, rows_behind, training_on_card
+from tiny.models import LAYERS, save_tiny_llama
 from tiny.simulated_card import simulated_card
 
 FAMILIES = ("mistral", "qwen2", "qwen3", "gemma2", "gemma3", "phi3", "gpt2", "mixtral")
@@ -89,3 +90,21 @@ def test_blocks_head_and_inputs_that_come_and_go_give_the_gradients_of_the_cpu(
     monkeypatch.setattr(tiled_loss, "TILE", 48)
     folder = save_tiny_llama(tmp_path / "model", num_hidden_layers=3, tie_word_embeddings=False)
     require_equal(folder, lora, method, store=tmp_path / "store", slots=2, ends=ends)
+
+
+def test_what_attention_drops_is_dropped_again_where_a_block_is_computed_again(tmp_path: Path) -> None:
+    """Blocks of queries draw from the host's generator, whose state a block that may drop keeps (models/recomputed)."""
+    folder = save_tiny_llama(tmp_path / "model", attention_dropout=0.3)
+    found = []
+    for again in (False, True):
+        with simulated_card():
+            training = training_on_card(folder, rows_behind(6, 6), dtype="float32")
+            text = training.task.text
+            if again:
+                assert recompute_blocks(text.model, text.family, keep=0) == LAYERS
+            torch.manual_seed(5)
+            loss = training.task.gradients(training.task.batches(0), 10.0).item()
+            found.append((loss, {name: each.grad.cpu() for name, each in training.parameters.items() if each.grad is not None}))
+    (loss, grads), (loss_again, grads_again) = found
+    assert loss == loss_again and len(grads) > 10
+    assert all(torch.equal(grad, grads_again[name]) for name, grad in grads.items())

@@ -243,8 +243,8 @@ def _by_cpu(func: Any, *args: Any, **kwargs: Any) -> Any:
         return func(args[0].double(), *args[1:], **kwargs).to(args[0].dtype)
     if func._schema.name == "aten::_int_mm" and args[1].stride(0) != 1:  # pytorch/pytorch issue 169956
         raise RuntimeError("CUDA error: CUBLAS_STATUS_NOT_SUPPORTED when calling `cublasLtMatmul`")
-    if func._schema.name == "aten::mm" and func._overloadname == "dtype":
-        return torch.mm(args[0].to(args[2]), args[1].to(args[2]))
+    if func._schema.name in ("aten::mm", "aten::bmm") and func._overloadname == "dtype":
+        return torch.matmul(args[0].to(args[2]), args[1].to(args[2]))
     return func(*args, **kwargs)
 
 

@@ -161,9 +161,9 @@ def blockwise_rows_backward(
         own_q, own_grad, own_out = (_by_key_head(each[block.queries], kv) for each in (q, grad, out))
         kept = _kept(shares, given, number) if given[5] else None
         dropped = (shares if kept is None else shares * kept).to(v.dtype)
-        of_v[block.keys].transpose(0, 1).add_(torch.bmm(dropped.transpose(1, 2), own_grad))
+        of_v[block.keys].transpose(0, 1).add_(_wide_bmm(dropped.transpose(1, 2), own_grad))
         del dropped
-        of_scores = torch.bmm(own_grad, _of_keys(values, block).transpose(1, 2)).float()
+        of_scores = _wide_bmm(own_grad, _of_keys(values, block).transpose(1, 2))
         if kept is not None:
             of_scores.mul_(kept)
         of_scores.sub_((own_grad.float() * own_out).sum(-1, keepdim=True)).mul_(shares).mul_(scale)
@@ -173,7 +173,7 @@ def blockwise_rows_backward(
         narrow = of_scores.to(q.dtype)
         del of_scores
         of_q[block.queries] = _by_query(torch.bmm(narrow, _of_keys(keys, block)), block, q.shape[1])
-        of_k[block.keys].transpose(0, 1).add_(torch.bmm(narrow.transpose(1, 2), own_q))
+        of_k[block.keys].transpose(0, 1).add_(_wide_bmm(narrow.transpose(1, 2), own_q))
         del narrow
     of_k, of_v = (summed(laid, prefix, each).to(k.dtype) for each in (of_k, of_v))
     return of_q, of_k, of_v
@@ -187,7 +187,7 @@ def _scores(q: Tensor, keys: Tensor, block: QueryBlock, given: tuple[Any, ...]) 
     """A block's scores (kv, G·queries, keys) in fp32, −∞ where a key is not seen; and tanh(s·Q·Kᵀ / c) where they are capped."""
     rows, prefix, scale, window, cap = given[:5]
     own, kv, turned = _by_key_head(q[block.queries], keys.shape[1]), keys.shape[1], None
-    scores = torch.bmm(own, _of_keys(keys, block).transpose(1, 2)).float()
+    scores = _wide_bmm(own, _of_keys(keys, block).transpose(1, 2))
     if cap:
         turned = scores.mul_(scale / cap).tanh_()
         scores = turned * cap
@@ -198,6 +198,13 @@ def _scores(q: Tensor, keys: Tensor, block: QueryBlock, given: tuple[Any, ...]) 
     hidden = (places < first).logical_or_(places > last)
     scores.view(kv, -1, *hidden.shape).masked_fill_(hidden, float("-inf"))
     return scores, turned
+
+
+def _wide_bmm(left: Tensor, right: Tensor) -> Tensor:
+    """left·right in fp32: on a GPU not rounded to a narrow dtype before, in which scores of float16 may overflow."""
+    if left.dtype != torch.float32 and left.device.type == "cuda":
+        return torch.bmm(left, right, out_dtype=torch.float32)
+    return torch.bmm(left, right).float()
 
 
 def _kept(like: Tensor, given: tuple[Any, ...], number: int) -> Tensor:
@@ -262,7 +269,7 @@ def _backward_workspace(grad: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tens
     wide = 8 + sizes.narrow + 4 * bool(given[4]) + 4 * bool(given[5])
     states = sizes.states * (3 * q.itemsize + 8)
     sums = 8 * sizes.keys if sizes.narrow or given[1] else 0  # else they are what is returned
-    block = sizes.scores * wide + sizes.hidden + states + sizes.part * k.itemsize
+    block = sizes.scores * wide + sizes.hidden + states + 4 * sizes.part
     return behind + sums + max(block, 8 * sizes.keys if given[1] else 0)
 
 
