@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import json
+import shutil
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from lorakeet.core.adapter import Adapter
@@ -18,10 +19,12 @@ from lorakeet.merging.dequantise import rounding_steps
 from lorakeet.merging.merged_folder import merge_into
 from lorakeet.models.files.packing import packing_of
 from lorakeet.models.files.quantized import kept_experts, skeleton
-from lorakeet.models.inject import adapter_of, trained_parameters
+from lorakeet.models.generate.kv_cache import CacheRow, KeyValues, step
+from lorakeet.models.inject import activate, adapter_of, trained_parameters
 from lorakeet.models.spec import ModelSpec
 from lorakeet.models.text.load import load_text_model, read_config
 from lorakeet.models.text.model import TextModel
+from lorakeet.models.text.serving import ServingModel
 from lorakeet.quant.packed import PackedLinear
 from lorakeet.quant.spec import QuantSpec
 from lorakeet.quant.stack import PackedStack
@@ -29,7 +32,7 @@ from lorakeet.train.text.loss import head_losses
 from lorakeet.workflows.merge import merge
 from lorakeet.workflows.options import MergeOptions
 from tiny.family_columns import in_transformers, loaded, rows, saved, with_pairs
-from tiny.float_folders import mxfp4_folder
+from tiny.float_folders import mxfp4_folder, written
 from tiny.models import save_tiny_llama
 from tiny.runs import quiet, reviews, run, write_rows
 
@@ -139,3 +142,70 @@ def test_a_run_on_a_published_mxfp4_folder_is_certified_and_merged(tmp_path: Pat
     merged = merge(MergeOptions((str(tmp_path / "run"),), out=tmp_path / "merged", into="dequantised"), console=quiet())
     assert merged.certificate.passed
     assert "quantization_config" not in json.loads((tmp_path / "merged" / "config.json").read_text())
+
+
+@pytest.mark.parametrize("files", ["named", "unseen"])
+def test_published_mxfp4_is_planned_and_streamed_as_it_is_loaded(files: str, tmp_path: Path) -> None:
+    source = save_tiny_llama(tmp_path / "dense", family="gpt_oss", hidden_size=64, intermediate_size=64, head_dim=16)
+    folder = mxfp4_folder(source, tmp_path / "mxfp4")
+    spec = ModelSpec(path=str(folder), dtype="float32", device="cpu")
+    text = load_text_model(spec, say=lambda line: None)
+    config = read_config(folder)
+    planned = packing_of(skeleton(config), config, QuantSpec(), folder if files == "named" else None)
+    found = {path: stack.settings for path, stack in stacks_of(text).items()}
+    assert {path: {**own, "shape": list(own["shape"])} for path, own in planned.items()} == found and len(found) == 4
+    streamed = load_text_model(spec, say=lambda line: None, store=tmp_path / "store")
+    batch = pack_examples(rows())
+    with torch.no_grad():
+        assert torch.equal(text.hidden(batch), streamed.hidden(batch))
+
+
+@pytest.mark.parametrize("number", [torch.float8_e4m3fn, torch.int8])
+def test_stacks_in_a_byte_a_number_stay_packed(number: torch.dtype, tmp_path: Path) -> None:
+    """A published folder with whole stacks of experts in FP8 or int8, a scale a row: the numbers are those of the dense model."""
+    source = saved("gemma4_text (experts)", tmp_path)
+    tensors, dense = {}, {}
+    for name, weight in load_file(source / "model.safetensors").items():
+        if weight.dim() != 3 or ".experts." not in name:
+            tensors[name] = dense[name] = weight
+            continue
+        scale = weight.abs().amax(-1, keepdim=True) / (127 if number == torch.int8 else 448)
+        codes = (weight / scale).round() if number == torch.int8 else weight / scale
+        tensors |= {name: codes.to(number), f"{name}_scale": scale}
+        dense[name] = tensors[name].float() * scale
+    assert len(tensors) > len(dense)
+    settings = {"quant_method": "compressed-tensors", "format": "float-quantized" if number != torch.int8 else "int-quantized"}
+    weights = {"num_bits": 8, "type": "int" if number == torch.int8 else "float", "strategy": "channel"}
+    folder = written(source, tmp_path / "packed", tensors, {**settings, "config_groups": {"group_0": {"weights": weights}}})
+    (tmp_path / "other").mkdir()
+    shutil.copytree(source, tmp_path / "other" / "model")
+    save_file(dense, tmp_path / "other" / "model" / "model.safetensors", metadata={"format": "pt"})
+    text = load_text_model(ModelSpec(path=str(folder), dtype="float32", device="cpu"), say=lambda line: None)
+    assert len(stacks_of(text)) == len(tensors) - len(dense)
+    config = read_config(folder)
+    planned = packing_of(skeleton(config), config, QuantSpec(), folder)
+    assert {path: list(own["shape"]) for path, own in planned.items()} == {
+        path: list(stack.shape) for path, stack in stacks_of(text).items()
+    }
+    batch = pack_examples(rows())
+    with torch.no_grad():
+        assert_same(text.hidden(batch), loaded(tmp_path / "other").hidden(batch), "hidden")
+
+
+@pytest.mark.parametrize("kind", ["qwen3_moe", "gpt_oss"])
+def test_adapters_on_packed_experts_are_served(kind: str, tmp_path: Path) -> None:
+    """The logits after a text are those of the live model, with the adapter and without."""
+    saved(kind, tmp_path)
+    live = with_pairs(loaded(tmp_path, quantize=NF4), tmp_path)
+    text = loaded(tmp_path, quantize=NF4)
+    served = ServingModel(text)
+    served.attach("a", adapter_of(live.model))
+    row = rows()[1]
+    ids, batch = tuple(int(number) for number in row.ids), pack_examples([row])
+    for name, mix in (("default", {"a": 1.0}), (None, {})):
+        activate(live.model, name)
+        with torch.no_grad():
+            wanted = live.head(live.hidden(batch))[-1]
+        cache = KeyValues(slots=1, capacity=len(ids))
+        found = step(text, cache, [CacheRow(0, 0, ids[:-1], mix)], served.selection)
+        assert_same(found[0], wanted, str(name))

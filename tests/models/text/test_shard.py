@@ -116,6 +116,14 @@ def test_so_it_does_in_bf16_for_which_a_whole_model_has_kernels(forked: Together
         assert (found["in C"][0] > 0) == operators.in_use() and found["in C"][1] == 0, found
 
 
+@pytest.mark.parametrize("method", ["none", "nf4"])
+def test_so_it_does_with_stacked_experts_packed_or_not(forked: Together, tmp_path: Path, method: str) -> None:
+    folder = save_tiny_llama(tmp_path / "model", family="mixtral")
+    for found in forked.call("models.text.test_shard:in_this_process", str(folder), method, "all"):
+        assert found["loss"] and found["gradients"] and found["texts"] and found["digests"], found
+        assert 0.45 <= found["kept"] <= 0.55 and (found["codes"] > 0) == (method != "none"), found
+
+
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 def test_so_it_does_over_a_gptq_folder(forked: Together, tmp_path: Path, dtype: str) -> None:
     """Of every number of bits and every group size, with columns in their order and out of it."""
