@@ -188,7 +188,7 @@ def test_matrices_of_experts_are_dequantised_as_transformers_joins_them(tmp_path
     found = dequantised(folder)
     mlp = text.model.model.layers[0].mlp
     gate = found["model.layers.0.mlp.experts.1.gate_proj.weight"]
-    assert torch.equal(mlp.experts.gate_up_proj[1, : len(gate)], gate)
+    assert torch.equal(mlp.experts.gate_up_proj[1][: len(gate)], gate)
 
 
 def test_what_predicts_several_tokens_is_ignored_as_transformers_does(tmp_path: Path) -> None:

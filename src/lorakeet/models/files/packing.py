@@ -14,6 +14,7 @@ from lorakeet.formats.files.safetensors_file import SafeFile
 from lorakeet.models import modules
 from lorakeet.models.files import float_scales
 from lorakeet.models.files.gguf_packed import packed_types
+from lorakeet.models.files.joined_experts import joined_stacks
 from lorakeet.models.files.quantized import owners, packable, packable_stacks, targets_of
 from lorakeet.models.files.stored_tensors import method_of, stored_quantisation, tensor_files
 from lorakeet.quant import gptq_config, safetensors_layout
@@ -95,7 +96,11 @@ def _stacks_in(model: nn.Module, files: Mapping[str, SafeFile], stored: Mapping[
         return {path: {"method": float_scales.MXFP4, "shape": shape} for path, shape in stacks.items() if whole}
     settings = float_scales.stack_settings(files, stored)
     places = targets_of(model, settings)
-    return {places[name]: own for name, own in settings.items() if stacks.get(places.get(name, "")) == tuple(own["shape"])}
+    joined = joined_stacks(model, packable_stacks(model), files, stored)
+    own_names = targets_of(model, joined)
+    of_parts = {path: stack.settings for path, stack in joined.items() if own_names.get(path) == path}
+    found = {places[name]: own for name, own in settings.items() if stacks.get(places.get(name, "")) == tuple(own["shape"])}
+    return {**found, **of_parts}
 
 
 def _types_in(files: Mapping[str, SafeFile], path: str) -> str:

@@ -34,6 +34,7 @@ from lorakeet.formats.files.safetensors_file import SafeFile
 from lorakeet.models import modules
 from lorakeet.models.files.float_scales import Dequantised
 from lorakeet.models.files.foreign_code import build_native
+from lorakeet.models.files.joined_experts import JoinedStack, joined_stacks, rows_joined
 from lorakeet.models.files.quiet import quiet_transformers
 from lorakeet.models.files.stored_tensors import READERS, StoredModel, dense_model, method_of, stored_quantisation, tensor_files
 from lorakeet.models.files.validate import auto_class_of, loading, misfits_in, require_whole
@@ -136,6 +137,8 @@ def stored_model_of(source: Path, config: Any, spec: QuantSpec, divided: Divided
     stored_model = READERS[method](files, stored) if stored else dense_model(files)
     plain = skeleton(config)
     known = plain.state_dict()
+    if stored:
+        stored_model = with_joined_stacks(plain, stored_model, files, stored)
     stored_model = with_packed_stacks(plain, with_joined_dense(plain, stored_model))
     shapes = {target: shape_of(files, stored_model, name) for name, target in targets_of(plain, stored_model.dense).items()}
     misfits = {target: (found, tuple(known[target].shape)) for target, found in shapes.items() if found != known[target].shape}
@@ -165,6 +168,25 @@ def with_joined_dense(model: Any, stored_model: StoredModel) -> StoredModel:
 
     packed = {name: read for name, read in stored_model.packed.items() if name not in joined | ignored}
     return replace(stored_model, dense={**stored_model.dense, **{name: dense(name) for name in joined}}, packed=packed)
+
+
+def with_joined_stacks(
+    model: Any, stored_model: StoredModel, files: Mapping[str, SafeFile], stored: Mapping[str, Any]
+) -> StoredModel:
+    """Returns the stored model with packed matrices of single experts, which transformers would join, as packed stacks."""
+    found = joined_stacks(model, packable_stacks(model), files, stored)
+    own = targets_of(model, found)
+    packed: dict[str, Callable[[], PackedBase | PackedStack]] = dict(stored_model.packed)
+    for path, stack in found.items():
+        if own.get(path) != path or not all(name in packed for parts in stack.parts for name in parts):
+            continue
+        reads = [[packed.pop(name) for name in parts] for parts in stack.parts]
+        packed[path] = partial(_read_joined, stack, reads)
+    return replace(stored_model, packed=packed)
+
+
+def _read_joined(stack: JoinedStack, reads: list[list[Callable[[], Any]]]) -> PackedStack:
+    return PackedStack.of(rows_joined([read() for read in parts], stack.settings) for parts in reads)
 
 
 def with_packed_stacks(model: Any, stored_model: StoredModel) -> StoredModel:

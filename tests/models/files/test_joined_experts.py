@@ -1,0 +1,67 @@
+"""Experts that published folders have in FP8 or int8, matrix by matrix, stay packed as stacks: their numbers are the files'."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from lorakeet.data.pack import pack_examples
+from lorakeet.merging.dequantise import open_dequantised
+from lorakeet.models.files.joined_experts import joined_stacks
+from lorakeet.models.files.packing import packing_of
+from lorakeet.models.files.quantized import packable_stacks, skeleton
+from lorakeet.models.files.stored_tensors import stored_quantisation, tensor_files
+from lorakeet.models.spec import ModelSpec
+from lorakeet.models.text.load import load_text_model, read_config
+from lorakeet.models.text.model import TextModel
+from lorakeet.quant.fp8 import Block
+from lorakeet.quant.packed import PackedLinear
+from lorakeet.quant.spec import QuantSpec
+from lorakeet.quant.stack import PackedStack
+from tiny.family_columns import rows, saved
+from tiny.float_folders import fp8_folder, int8_folder
+
+
+def loaded(folder: Path, store: Path | None = None) -> TextModel:
+    return load_text_model(ModelSpec(path=str(folder), dtype="float32", device="cpu"), say=lambda line: None, store=store)
+
+
+@pytest.mark.parametrize("how", [(16, 32), None, "int8"], ids=["blocks", "a scale a matrix", "int8"])
+def test_they_stay_packed_with_the_numbers_of_the_files(how: Block | str | None, tmp_path: Path) -> None:
+    source = saved("qwen3_moe", tmp_path)
+    folder = int8_folder(source, tmp_path / "packed") if how == "int8" else fp8_folder(source, tmp_path / "packed", block=how)  # type: ignore[arg-type]
+    text = loaded(folder)
+    stacks = {path: module for path, module in text.model.named_modules() if isinstance(module, PackedStack)}
+    assert len(stacks) == 2 * len(text.model.model.layers)
+    files = open_dequantised(folder)
+    for path, stack in stacks.items():
+        block, _, name = path.rpartition(".")
+        for number in range(len(stack)):
+            parts = ("gate_proj", "up_proj") if name == "gate_up_proj" else ("down_proj",)
+            wanted = torch.cat([files.read(f"{block}.{number}.{part}.weight").float() for part in parts])
+            assert torch.equal(stack.matrix(number).dense(), wanted), (path, number)
+    packed = {path: module.base.settings for path, module in text.model.named_modules() if isinstance(module, PackedLinear)}
+    packed |= {path: stack.settings for path, stack in stacks.items()}
+    config = read_config(folder)
+    planned = packing_of(skeleton(config), config, QuantSpec(), folder)
+    assert {path: {**own, "shape": list(own["shape"])} for path, own in planned.items()} == packed
+    batch = pack_examples(rows())
+    with torch.no_grad():
+        assert torch.equal(loaded(folder, tmp_path / "store").hidden(batch), text.hidden(batch))
+
+
+def test_parts_that_end_within_a_block_are_joined_dense(tmp_path: Path) -> None:
+    """Of 96 rows in blocks of 40 the last ends within its third block, so the rows of the next cannot go on there."""
+    folder = fp8_folder(saved("qwen3_moe", tmp_path), tmp_path / "packed", block=(40, 32))
+    config = read_config(folder)
+    model, stored = skeleton(config), stored_quantisation(config)
+    assert stored is not None and joined_stacks(model, packable_stacks(model), tensor_files(folder), stored) == {}
+    text = loaded(folder)
+    assert not any(isinstance(module, PackedStack) for module in text.model.modules())
+    name = "model.layers.0.mlp.experts.1.down_proj.weight"
+    assert name in load_file(folder / "model.safetensors")
+    wanted = open_dequantised(folder).read(name).float()
+    assert torch.equal(text.model.model.layers[0].mlp.experts.down_proj[1], wanted)
