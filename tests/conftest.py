@@ -124,11 +124,20 @@ def second_generator(monkeypatch: pytest.MonkeyPatch) -> Any:
 
 
 @pytest.fixture(scope="session")
-def forked() -> Iterator[Any]:
+def forked(prepared: Any) -> Iterator[Any]:
     """A process that forks several, as torchrun starts them (tiny/together.Together)."""
     from tiny.together import together
 
-    with together() as found:
+    with together(prepared) as found:
+        yield found
+
+
+@pytest.fixture(scope="session")
+def prepared() -> Iterator[Any]:
+    """Starts processes that find their libraries imported (tiny/prepared.Prepared)."""
+    from tiny.prepared import prepared as forking
+
+    with forking() as found:
         yield found
 
 

@@ -23,11 +23,12 @@ from lorakeet.evaluate.certificate import read_certificate
 from lorakeet.formats.peft import peft
 from lorakeet.train import checkpoint
 from lorakeet.train.log import read_metrics
-from tiny.forked import Workers, forking
+from tiny.forked import Workers, forked_again
 from tiny.full_disk import files_up_to
+from tiny.prepared import Prepared
 from tiny.runs import QUICK, adapter_bytes, reviews, write_rows
 
-STEPS = 120
+STEPS = 48
 PATIENCE = 90.0  # seconds until a process counts as hung
 
 
@@ -186,19 +187,19 @@ def test_a_disk_that_is_full_for_one_file_of_the_report_keeps_the_one_before(
 
 
 @pytest.fixture(scope="module")
-def workers() -> Iterator[Workers]:
-    with forking(Path(__file__).parent / "command_worker.py") as found:
+def workers(prepared: Prepared) -> Iterator[Workers]:
+    with forked_again(prepared, Path(__file__).parent / "command_worker.py") as found:
         yield found
 
 
-LONG = {"train__steps": STEPS, "train__evaluate_every": 20, "train__patience": 0}
+LONG = {"train__steps": STEPS, "train__evaluate_every": 8, "train__patience": 0}
 
 
 @pytest.fixture(scope="module")
 def undisturbed(tiny_llama_folder: Path, rows: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, bytes]:
     """The adapter of a long run that nothing stops."""
     whole = tmp_path_factory.mktemp("undisturbed") / "run"
-    assert main(command(tiny_llama_folder, rows, whole, **LONG, train__checkpoint_every=50)) == 0
+    assert main(command(tiny_llama_folder, rows, whole, **LONG, train__checkpoint_every=20)) == 0
     return adapter_bytes(whole)
 
 
@@ -206,7 +207,7 @@ def test_ctrl_c_finishes_the_step_and_the_run_goes_on_to_the_same_bytes(
     workers: Workers, undisturbed: dict[str, bytes], tiny_llama_folder: Path, rows: Path, tmp_path: Path, capsys: Any
 ) -> None:
     run = tmp_path / "run"
-    pid = workers.start(words=command(tiny_llama_folder, rows, run, **LONG, train__checkpoint_every=50))
+    pid = workers.start(words=command(tiny_llama_folder, rows, run, **LONG, train__checkpoint_every=20))
     deadline = time.monotonic() + PATIENCE
     while steps_done(run) < 3:
         assert time.monotonic() < deadline
@@ -234,7 +235,7 @@ def test_killed_again_and_again_the_run_goes_on_to_the_same_bytes(
 ) -> None:
     """`kill -9` of `lorakeet finetune` itself: while it starts, and three times at a random moment of the training."""
     run = tmp_path / "run"
-    arguments = command(tiny_llama_folder, rows, run, **LONG, train__checkpoint_every=10)
+    arguments = command(tiny_llama_folder, rows, run, **LONG, train__checkpoint_every=4)
     environment = {**os.environ, "OMP_NUM_THREADS": "1"}
     chance = random.Random(20)
     process = subprocess.Popen(
@@ -247,7 +248,7 @@ def test_killed_again_and_again_the_run_goes_on_to_the_same_bytes(
         if (run / "config.yaml").is_file():
             arguments = ["finetune", "--resume", str(run)]
         pid = workers.start(words=arguments)
-        until, deadline = steps_done(run) + chance.randint(1, 30), time.monotonic() + PATIENCE
+        until, deadline = steps_done(run) + chance.randint(1, 12), time.monotonic() + PATIENCE
         while steps_done(run) < until:
             assert time.monotonic() < deadline
             time.sleep(0.001)

@@ -5,8 +5,6 @@ from __future__ import annotations
 import os
 import random
 import signal
-import subprocess
-import sys
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -17,17 +15,19 @@ import pytest
 from lorakeet.train import checkpoint
 from lorakeet.train.log import read_metrics
 from lorakeet.train.run import RunFolder
-from tiny.forked import Workers, forking
+from tiny.forked import Workers, forked_again
+from tiny.prepared import Prepared
 from train.kill_worker import SPEC
 
 WORKER = Path(__file__).parent.parent / "train" / "kill_worker.py"
+SECOND = "import sys\nfrom pathlib import Path\nfrom train.kill_worker import work\nsys.exit(work(Path(sys.argv[1])))"
 TIMES = {"tokens_per_second", "seconds", "memory_bytes"}
 PATIENCE = 60.0  # seconds until a worker counts as hung
 
 
 @pytest.fixture(scope="module")
-def workers() -> Iterator[Workers]:
-    with forking(WORKER) as found:
+def workers(prepared: Prepared) -> Iterator[Workers]:
+    with forked_again(prepared, WORKER) as found:
         yield found
 
 
@@ -84,8 +84,8 @@ def test_ten_kills_at_random_moments(workers: Workers, whole: Path, tmp_path: Pa
         time.sleep(chance.random() * step_time)
         os.kill(pid, signal.SIGKILL)
         assert workers.end()["code"] == -signal.SIGKILL
-    finished = subprocess.run([sys.executable, str(WORKER), str(run)], check=False, env={**os.environ, "OMP_NUM_THREADS": "1"})
-    assert finished.returncode == 0
+    workers.start(run=str(run))
+    assert workers.end() == {"code": 0, "said": ""}
     assert_equal(run, whole)
 
 
@@ -106,21 +106,22 @@ def test_ctrl_c_finishes_the_step_and_says_how_to_resume(workers: Workers, whole
     assert_equal(run, whole)
 
 
-def test_a_process_that_is_stopped_and_goes_on_and_a_second_one_meanwhile(workers: Workers, whole: Path, tmp_path: Path) -> None:
+def test_a_process_that_is_stopped_and_goes_on_and_a_second_one_meanwhile(
+    workers: Workers, prepared: Prepared, whole: Path, tmp_path: Path
+) -> None:
     """SIGSTOP and SIGCONT, as a laptop's lid does; while it stands still, another process is refused the run."""
     run = tmp_path / "run"
     pid = workers.start(run=str(run))
-    second = None
     for step in (2, 9, 17):
         wait_for_step(run, step)
         os.kill(pid, signal.SIGSTOP)
         try:
             if step == 9:
-                second = subprocess.run([sys.executable, str(WORKER), str(run)], check=False, capture_output=True, text=True)
+                with prepared.python(SECOND, run) as second:
+                    assert second.wait(PATIENCE) and f"Another process is training {run}" in second.stderr.read()
         finally:
             os.kill(pid, signal.SIGCONT)
     assert workers.end() == {"code": 0, "said": ""}
-    assert second is not None and second.returncode and f"Another process is training {run}" in second.stderr
     assert_equal(run, whole)
 
 

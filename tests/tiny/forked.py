@@ -17,6 +17,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from tiny.prepared import Forked, Prepared
+
 
 def serve(work: Callable[[dict[str, Any]], int]) -> None:
     """Reads orders as JSON lines and forks a process for each, which ends with the code that `work(order)` gives: prints its pid,
@@ -50,7 +52,7 @@ def serve(work: Callable[[dict[str, Any]], int]) -> None:
 class Workers:
     """The forking server; `start` gives the pid of a new process, `end` waits for it."""
 
-    process: subprocess.Popen[str]
+    process: subprocess.Popen[str] | Forked
 
     def start(self, **order: Any) -> int:
         assert self.process.stdin is not None and self.process.stdout is not None
@@ -62,6 +64,13 @@ class Workers:
         assert self.process.stdout is not None
         result: dict[str, Any] = json.loads(self.process.stdout.readline())
         return result
+
+
+@contextmanager
+def forked_again(prepared: Prepared, script: Path) -> Iterator[Workers]:
+    """The same as `forking`, of a script that finds its libraries imported."""
+    with prepared.script(script) as process:
+        yield Workers(process)
 
 
 @contextmanager

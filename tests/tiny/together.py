@@ -1,6 +1,6 @@
 """Several processes as torchrun starts them, forked from one that has imported everything already, so that a test takes seconds.
 
-python together.py      reads JSON lines {"count": 2, "run": [arguments of lorakeet]} or {"count": 2, "call": "module:function",
+Run by tiny/prepared    reads JSON lines {"count": 2, "run": [arguments of lorakeet]} or {"count": 2, "call": "module:function",
                         "with": [values]} and forks so many processes: prints their pids, then how each ended, what it said
                         (stderr) and what it answered (stdout), as one JSON line each
 """
@@ -11,7 +11,6 @@ import importlib
 import json
 import os
 import signal
-import subprocess
 import sys
 import tempfile
 import time
@@ -20,7 +19,10 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from tiny.prepared import Forked, Prepared
 
 PATIENCE = 60.0  # seconds until a process counts as hung
 
@@ -37,7 +39,7 @@ class Ended:
 class Together:
     """The forking process; `start` begins an order and gives the pids, `end` waits for all of it."""
 
-    def __init__(self, process: subprocess.Popen[str]) -> None:
+    def __init__(self, process: Forked) -> None:
         self.process = process
 
     def run(self, arguments: Sequence[Any], *, count: int = 2) -> list[Ended]:
@@ -53,7 +55,6 @@ class Together:
         return [json.loads(one.answered) for one in ended]
 
     def start(self, order: dict[str, Any]) -> list[int]:
-        assert self.process.stdin is not None
         self.process.stdin.write(json.dumps(order) + "\n")
         self.process.stdin.flush()
         pids: list[int] = self._line()
@@ -63,18 +64,14 @@ class Together:
         return [Ended(**ended) for ended in self._line()]
 
     def _line(self) -> Any:
-        assert self.process.stdout is not None
         return json.loads(self.process.stdout.readline())
 
 
 @contextmanager
-def together() -> Iterator[Together]:
+def together(prepared: Prepared) -> Iterator[Together]:
     """A context with the forking process."""
-    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
-    command = [sys.executable, str(Path(__file__))]
-    with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, env=environment) as process:
+    with prepared.script(Path(__file__)) as process:
         yield Together(process)
-        process.kill()
 
 
 def _work(order: dict[str, Any]) -> int:
@@ -122,13 +119,8 @@ def _code(pid: int) -> int:
 
 
 def _serve() -> None:
-    import torch
     import torch.distributed as dist
 
-    import lorakeet.workflows.finetune  # noqa: F401  (imported once for all processes)
-
-    torch.set_num_threads(1)
-    torch.optim.AdamW([torch.zeros(1)])  # brings in what torch loads late
     for line in sys.stdin:
         order = json.loads(line)
         if "call" in order:
@@ -151,7 +143,4 @@ def _serve() -> None:
 
 
 if __name__ == "__main__":
-    os.environ.setdefault("HF_HUB_OFFLINE", "1")
-    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
-    sys.path[0] = str(Path(__file__).parent.parent)  # not this folder, whose models.py is not tests/models
     _serve()

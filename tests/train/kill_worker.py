@@ -1,7 +1,6 @@
 """Trains the tiny task in processes of their own, so that tests can kill them.
 
-python kill_worker.py RUN        begins or goes on with RUN, once, and ends with the exit code of the error
-python kill_worker.py            forks a process for each JSON line {"run": …, "file_limit": bytes or null, "clock": …}
+python kill_worker.py    forks a process for each JSON line {"run": …, "file_limit": bytes or null, "clock": …}
 """
 
 from __future__ import annotations
@@ -50,7 +49,5 @@ def work(path: Path, *, jumping: bool = False) -> int:
 
 if __name__ == "__main__":
     torch.set_num_threads(1)
-    if len(sys.argv) > 1:
-        sys.exit(work(Path(sys.argv[1])))
     torch.optim.AdamW([torch.zeros(1)])  # brings in what torch loads late, once for all processes
     serve(lambda order: work(Path(order["run"]), jumping="clock" in order))

@@ -10,8 +10,6 @@ import shlex
 import shutil
 import signal
 import socket
-import subprocess
-import sys
 import time
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
@@ -36,6 +34,7 @@ from lorakeet.workflows.verify import verify
 from tiny.adapters import random_adapter
 from tiny.family_columns import saved
 from tiny.models import tiny_model
+from tiny.prepared import Forked, Prepared
 from tiny.runs import quiet
 
 BODY = {"model": "a", "prompt": "This drug", "temperature": 0, "max_tokens": 8}
@@ -50,25 +49,19 @@ def adapters(tmp_path: Path) -> Path:
 
 
 @contextmanager
-def server(*arguments: object) -> Iterator[tuple[subprocess.Popen[str], str]]:
+def server(prepared: Prepared, *arguments: object) -> Iterator[tuple[Forked, str]]:
     """The verb in a process of its own, and where it answers."""
-    command = [sys.executable, "-m", "lorakeet", "serve", "--dtype", "float32", "--port", "0", *map(str, arguments)]
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONUNBUFFERED": "1", "COLUMNS": "300"}
-    process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, env=environment)
-    assert process.stdout is not None
-    said = []
-    for line in process.stdout:
-        said.append(line)
-        if line.startswith("Serving "):
-            break
-    else:
-        raise AssertionError("".join(said))
-    try:
+    command = ["serve", "--dtype", "float32", "--port", "0", *arguments]
+    with prepared.lorakeet(*command, env=environment, merged=True) as process:
+        said = []
+        for line in process.stdout:
+            said.append(line)
+            if line.startswith("Serving "):
+                break
+        else:
+            raise AssertionError("".join(said))
         yield process, said[-1].split(" at ")[1].strip().removesuffix("/v1")
-    finally:
-        process.kill()
-        process.wait()
-        process.stdout.close()
 
 
 @contextmanager
@@ -92,9 +85,9 @@ def text(url: str, model: str) -> str:
     return found
 
 
-def test_killed_and_started_again(tiny_llama_folder: Path, adapters: Path, tmp_path: Path) -> None:
+def test_killed_and_started_again(prepared: Prepared, tiny_llama_folder: Path, adapters: Path, tmp_path: Path) -> None:
     arguments = ("--model", tiny_llama_folder, "--adapters-dir", tmp_path / "kept")
-    with server(*arguments, "--adapter", f"a={adapters / 'a'}") as (process, url):
+    with server(prepared, *arguments, "--adapter", f"a={adapters / 'a'}") as (process, url):
         for file in ("adapter_config.json", peft.MODEL_NAME):
             httpx.put(f"{url}/v1/adapters/sent/{file}", content=(adapters / "b" / file).read_bytes())
         assert httpx.post(f"{url}/v1/adapters/sent", json={}).status_code == 200
@@ -110,20 +103,22 @@ def test_killed_and_started_again(tiny_llama_folder: Path, adapters: Path, tmp_p
         assert "lorakeet_running_texts 0" in page and "lorakeet_waiting_texts 0" in page
         process.send_signal(signal.SIGKILL)
         process.wait()
-    with server(*arguments) as (process, url):
+    with server(prepared, *arguments) as (process, url):
         assert httpx.get(f"{url}/v1/adapters/sent").json()["loaded"], "what is pinned is in memory, also after a restart"
         assert {name: text(url, name) for name in texts} == texts
         process.send_signal(signal.SIGTERM)
         assert process.wait(timeout=60) in (0, -signal.SIGTERM)
 
 
-def test_a_run_is_served_as_it_was_trained_and_its_certificate_says_so(finished: Any, tmp_path: Path) -> None:
+def test_a_run_is_served_as_it_was_trained_and_its_certificate_says_so(
+    prepared: Prepared, finished: Any, tmp_path: Path
+) -> None:
     run = shutil.copytree(finished.path, tmp_path / "run")
     wrong = shutil.copytree(finished.path, tmp_path / "wrong")
     config = wrong / "adapter" / "adapter_config.json"
     config.write_text(json.dumps({**json.loads(config.read_text()), "lora_alpha": 4}))
     given = [f"--adapter={name}={folder / 'adapter'}" for name, folder in (("run", run), ("wrong", wrong))]
-    with server("--model", finished.model, *given) as (_, url):
+    with server(prepared, "--model", finished.model, *given) as (_, url):
         assert text(url, "run") != text(url, finished.model.name)
         answer = httpx.post(f"{url}/v1/completions", json={**BODY, "model": "wrong"}, timeout=60)
         assert answer.status_code == 422 and "does not compute what" in answer.json()["error"]["message"]

@@ -6,8 +6,6 @@ import contextlib
 import json
 import signal
 import socket
-import subprocess
-import sys
 import threading
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
@@ -21,6 +19,7 @@ from lorakeet.serve.routes.connections import MOST, RESERVE, ConnectionLimits, C
 from lorakeet.serve.routes.reply import HttpReply
 from lorakeet.serve.service import RequestLimits
 from serve.routes.test_http import BODY, idle, post, until
+from tiny.prepared import Prepared
 
 HALF = b"POST /v1/completions HTTP/1.1\r\nHost: localhost\r\nX-Half: "
 
@@ -245,18 +244,14 @@ http.run_server(service, host="127.0.0.1", port=0, ready=lambda port: print(port
 
 
 @pytest.mark.parametrize(("sent", "codes"), [(signal.SIGTERM, (-15, 128 + 15)), (signal.SIGINT, (128 + 2,))])
-def test_a_thread_that_never_ends_does_not_keep_the_server(sent: int, codes: tuple[int, ...]) -> None:
-    with subprocess.Popen([sys.executable, "-c", STUCK], stdout=subprocess.PIPE, text=True) as process:
-        assert process.stdout is not None
-        try:
-            port = int(process.stdout.readline())
-            with socket.create_connection(("127.0.0.1", port), timeout=30) as opened:
-                opened.sendall(b"GET / HTTP/1.1\r\nHost: x\r\n\r\nGET")
-                assert process.stdout.readline() == "in a thread\n"
-                process.send_signal(sent)
-                assert process.wait(timeout=60) in codes
-        finally:
-            process.kill()
+def test_a_thread_that_never_ends_does_not_keep_the_server(sent: int, codes: tuple[int, ...], prepared: Prepared) -> None:
+    with prepared.python(STUCK) as process:
+        port = int(process.stdout.readline())
+        with socket.create_connection(("127.0.0.1", port), timeout=30) as opened:
+            opened.sendall(b"GET / HTTP/1.1\r\nHost: x\r\n\r\nGET")
+            assert process.stdout.readline() == "in a thread\n"
+            process.send_signal(sent)
+            assert process.wait(timeout=60) in codes
 
 
 FEW_FILES = """
@@ -278,26 +273,20 @@ http.run_server(service, host="127.0.0.1", port=0, ready=lambda port: print(port
 """
 
 
-def test_an_idle_server_ends_at_once_whatever_time_streams_would_have() -> None:
+def test_an_idle_server_ends_at_once_whatever_time_streams_would_have(prepared: Prepared) -> None:
     """Ctrl-C beside an open connection that asks for nothing: the hour that running texts would have is not waited for."""
     idle = FEW_FILES.replace("stop=1.0", "stop=3600.0")
-    with subprocess.Popen([sys.executable, "-c", idle], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as process:
-        assert process.stdout is not None and process.stderr is not None
-        try:
-            with httpx.Client(base_url=f"http://127.0.0.1:{int(process.stdout.readline())}", timeout=30) as client:
-                assert client.get("/").text == "ok"
-                process.send_signal(signal.SIGINT)
-                process.wait(timeout=60)
-            assert "stopped at once" not in process.stderr.read()
-        finally:
-            process.kill()
+    with prepared.python(idle) as process:
+        with httpx.Client(base_url=f"http://127.0.0.1:{int(process.stdout.readline())}", timeout=30) as client:
+            assert client.get("/").text == "ok"
+            process.send_signal(signal.SIGINT)
+            process.wait(timeout=60)
+        assert "stopped at once" not in process.stderr.read()
 
 
-def test_more_connections_than_open_files_leave_others_their_answers() -> None:
+def test_more_connections_than_open_files_leave_others_their_answers(prepared: Prepared) -> None:
     """They come faster than the places of the first ones are free: a round of accepting takes only a few."""
-    command = [sys.executable, "-c", FEW_FILES]
-    with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as process:
-        assert process.stdout is not None and process.stderr is not None
+    with prepared.python(FEW_FILES) as process:
         opened: list[socket.socket] = []
         try:
             port = int(process.stdout.readline())
@@ -311,6 +300,5 @@ def test_more_connections_than_open_files_leave_others_their_answers() -> None:
             process.wait(timeout=60)
             assert "Too many open files" not in process.stderr.read()
         finally:
-            process.kill()
             for half in opened:
                 half.close()

@@ -6,7 +6,6 @@ import json
 import os
 import shutil
 import signal
-import subprocess
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -26,6 +25,7 @@ from lorakeet.workflows.serving.vllm_process import VARIABLE
 from lorakeet.workflows.serving.with_vllm import serve_with_vllm, vllm_command
 from tiny.exports import loud_run, write_model
 from tiny.fake_vllm import TESTS, fake_python
+from tiny.prepared import Prepared
 from tiny.runs import quiet
 from workflows.serving.test_vllm_process import free_port
 
@@ -105,15 +105,15 @@ def test_the_key_goes_to_the_verification_and_ctrl_c_in_it_is_no_success(
     assert given == {"loading": loading, "key": "sesame-sesame", "ended": True}
 
 
-def test_it_says_that_it_serves_once_verified_and_ends_with_sigterm(finished: Any, loud: Path, tmp_path: Path) -> None:
+def test_it_says_that_it_serves_once_verified_and_ends_with_sigterm(
+    finished: Any, loud: Path, tmp_path: Path, prepared: Prepared
+) -> None:
     run = shutil.copytree(loud, tmp_path / "run")
     right = write_model(finished.model, open_adapter(run).adapter, tmp_path / "r.gguf", tokenizer=load_tokenizer(finished.model))
     program = fake_python(tmp_path, "serves", right, finished.model)
-    command = [sys.executable, "-m", "lorakeet", "serve", "--engine", "vllm", "--model", str(finished.model)]
-    command += ["--adapter", f"tiny={run}", "--port", str(free_port())]
+    command = ["serve", "--engine", "vllm", "--model", finished.model, "--adapter", f"tiny={run}", "--port", free_port()]
     environment = {**os.environ, VARIABLE: str(program), "PYTHONPATH": str(TESTS.parent / "src"), "OMP_NUM_THREADS": "1"}
-    with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True, env=environment) as process:
-        assert process.stdout is not None
+    with prepared.lorakeet(*command, env=environment, merged=True) as process:
         lines: list[str] = []
         for line in process.stdout:
             lines.append(line)
