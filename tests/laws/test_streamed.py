@@ -17,15 +17,18 @@ from tiny.gptq_folder import BITS, SIZES, save_mixed_gptq
 from tiny.models import save_tiny_llama
 from tiny.streams import loaded, trained
 
-STEPS = 20  # of a run in fp32 and one in bf16; the others take FEW, of which the later ones have changed pairs and moments
-FEW = 5
+STEPS = 20  # of a run in fp32 and one in bf16; the others take FEW: the last one has changed A, B and moments
+FEW = 3
 GGUF_TYPES = (*BLOCK_TYPES, "F16", "BF16")
 
 
-def both(folder: Path, tmp_path: Path, *, steps: int, base: dict[str, Any], lora: dict[str, Any], **streaming: Any) -> None:
-    """Trains resident and streamed, and compares."""
+def both(
+    folder: Path, tmp_path: Path, *, steps: int, base: dict[str, Any], lora: dict[str, Any], resident: Any = None,
+    **streaming: Any,
+) -> None:  # fmt: skip
+    """Trains resident, unless that was done before, and streamed, and compares."""
     spec = LoraSpec(**{"rank": 4, "alpha": 12.0, **lora})
-    resident = trained(loaded(folder, **base), tmp_path / "resident", steps=steps, lora=spec)
+    resident = resident or trained(loaded(folder, **base), tmp_path / "resident", steps=steps, lora=spec)
     text = loaded(folder, tmp_path / "store", **base)
     assert text.streamed is not None and all(p.is_meta for p in text.streamed.blocks[0].original.parameters())
     streamed = trained(text, tmp_path / "streamed", steps=steps, lora=spec, **streaming)
@@ -63,14 +66,27 @@ def test_products_in_int8(tmp_path: Path) -> None:
     both(folder, tmp_path, steps=FEW, base={"method": "int8", "int8_products": True, "dtype": "bfloat16"}, lora={}, together=2)
 
 
+IN_PARTS = ("lorakeet.quant.packed.PART_BYTES", 256 * 64 * 4)  # half of the rows of gate and up of five_blocks
+
+
+@pytest.fixture(scope="module")
+def five_blocks(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Any]:
+    """A model, and its resident run."""
+    place = tmp_path_factory.mktemp("five")
+    folder = save_tiny_llama(place / "model", num_hidden_layers=5, hidden_size=64, intermediate_size=512)
+    spec = LoraSpec(rank=4, alpha=12.0)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(*IN_PARTS)
+        return folder, trained(loaded(folder, method="nf4"), place / "resident", steps=FEW, lora=spec)
+
+
 @pytest.mark.parametrize("slots", [2, 3, 4, 5])
 def test_however_many_blocks_stay_and_however_much_is_unpacked_at_once(
-    slots: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    slots: int, five_blocks: tuple[Path, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    folder = save_tiny_llama(tmp_path / "model", num_hidden_layers=5, hidden_size=64, intermediate_size=512)
-    base = {"method": "nf4", "slots": slots}
-    monkeypatch.setattr("lorakeet.quant.packed.PART_BYTES", 256 * 64 * 4)  # half of the rows of gate and up
-    both(folder, tmp_path, steps=FEW, base=base, lora={}, together=2)
+    folder, resident = five_blocks
+    monkeypatch.setattr(*IN_PARTS)
+    both(folder, tmp_path, steps=FEW, base={"method": "nf4", "slots": slots}, lora={}, resident=resident, together=2)
 
 
 def test_nf4_without_bitsandbytes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -95,7 +111,7 @@ def test_gguf_blocks_of_every_type(dtype: str, variant: str, tmp_path: Path, mon
 def test_other_families(family: str, tmp_path: Path) -> None:
     changes = {"attn_pdrop": 0.1, "tie_word_embeddings": True} if family == "gpt2" else {}
     folder = save_tiny_llama(tmp_path / "model", family=family, **changes)
-    both(folder, tmp_path, steps=4, base={}, lora={}, together=3)
+    both(folder, tmp_path, steps=FEW, base={}, lora={}, together=3)
 
 
 @pytest.mark.parametrize(
@@ -116,7 +132,7 @@ def test_whatever_is_trained(lora: dict[str, Any], tied: bool, tmp_path: Path) -
     if tied and "lm_head" in lora.get("extra_modules", ()):
         lora = {**lora, "extra_modules": ("input_layernorm",)}
     folder = save_tiny_llama(tmp_path / "model", tie_word_embeddings=tied, num_hidden_layers=3)
-    both(folder, tmp_path, steps=4, base={}, lora=lora, together=2)
+    both(folder, tmp_path, steps=FEW, base={}, lora=lora, together=2)
 
 
 @pytest.mark.parametrize(

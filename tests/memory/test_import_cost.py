@@ -26,6 +26,12 @@ def answer(code: str, **environment: str) -> str:
     return run.stdout.strip()
 
 
+def answers(codes: list[str]) -> list[str]:
+    """What each code prints after BEGIN, in processes forked from one that has run it."""
+    fork = "if os.fork() == 0:\n    exec({!r})\n    sys.stdout.flush()\n    os._exit(0)\nassert not os.wait()[1]\n"
+    return answer("import os\n" + BEGIN + "".join(map(fork.format, codes))).splitlines()
+
+
 @needs_triton
 @pytest.mark.skipif(torch.accelerator.is_available(), reason="Triton has something to compile for here")
 def test_a_command_holds_no_triton_which_can_be_imported_by_itself() -> None:
@@ -47,9 +53,9 @@ def test_a_command_holds_no_triton_which_can_be_imported_by_itself() -> None:
 def test_triton_stays_where_a_gpu_or_its_interpreter_is_there() -> None:
     card = "torch.accelerator.is_available = lambda: True\n"
     inside = "with without_triton(): print(sys.modules.get('triton', 'absent'))"
-    assert answer(f"{BEGIN}{card}{inside}") == "absent"
-    assert answer(f"{BEGIN}{inside}", TRITON_INTERPRET="1") == "absent"
-    assert answer(f"{BEGIN}import triton\n{inside}").startswith("<module 'triton'")
+    cases = [card, "os.environ['TRITON_INTERPRET'] = '1'\n", "import triton\n"]
+    with_card, interpreted, imported = answers([f"{case}{inside}" for case in cases])
+    assert (with_card, interpreted) == ("absent", "absent") and imported.startswith("<module 'triton'")
 
 
 @needs_triton
