@@ -7,8 +7,8 @@
     mxfp4                x_blocks, x_scales (experts of gpt-oss)            a stack of Mxfp4Base (quant/stack)
 
 A model keeps stacks of experts packed (models/files/quantized.with_packed_stacks), also those that are joined out of matrices of
-single experts (models/files/joined_experts); elsewhere both are dequantised as they are read. The scales of activations that such folders may have are not
-used: activations are not quantised here.
+single experts (models/files/joined_experts); elsewhere both are dequantised as they are read. The scales of activations that such
+folders may have are not used: activations are not quantised here.
 """
 
 from __future__ import annotations
