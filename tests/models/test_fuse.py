@@ -13,10 +13,13 @@ import transformers
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 from transformers.models.deepseek_v4 import modeling_deepseek_v4
+from transformers.models.llama import modeling_llama
 
 from lorakeet.core.fused.attention import RotaryAttention
+from lorakeet.core.fused.mlp_and_norm import FrozenRmsNorm
 from lorakeet.core.layers.linear import Replacement
 from lorakeet.core.spec import LoraSpec
+from lorakeet.kernels.choose import elementwise_ops
 from lorakeet.kernels.device import standing_for
 from lorakeet.kernels.threads import compute_with
 from lorakeet.memory.beside import forks_allowed
@@ -67,6 +70,25 @@ def test_logits_and_gradients_stay(tiny_model: Callable[..., Any], family: str) 
     torch.testing.assert_close(fused_logits, logits, rtol=1e-5, atol=1e-5)
     for found, expected in zip(fused_gradients, gradients, strict=True):
         torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-5)
+
+
+def test_norms_are_fused_whatever_a_gpus_kernel_rounds(
+    liger: Any, monkeypatch: pytest.MonkeyPatch, tiny_model: Callable[..., Any]
+) -> None:
+    """On a GPU norms are liger-kernel's, whose sums are in another order. Fusing compares what torch's own operations compute."""
+
+    def norm(x: Tensor, weight: Tensor, epsilon: float) -> tuple[Tensor, Tensor]:
+        rho = torch.rsqrt(x.pow(2).mean(-1, keepdim=True) + epsilon)
+        return torch.nextafter(weight * (x * rho), torch.tensor(torch.inf)), rho
+
+    monkeypatch.setattr(liger, "computes_the_same", lambda *_: True)
+    monkeypatch.setattr(liger, "norm", norm)
+    x = torch.ones(2, 32)
+    assert elementwise_ops(x, x[0], by_rows=True) is liger
+    model = tiny_model("llama")
+    norms = {path for path, module in model.named_modules() if isinstance(module, modeling_llama.LlamaRMSNorm)}
+    fuse.fuse(model)
+    assert len(norms) > 2 and {path for path, kind in stand_ins(model).items() if kind is FrozenRmsNorm} == norms
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])

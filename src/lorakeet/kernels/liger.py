@@ -46,6 +46,8 @@ def why_not(situation: Situation) -> str:
         return "it is a kernel for CUDA GPUs"
     if situation.dtype not in DTYPES:
         return f"takes float32, bfloat16 and float16; states are {str(situation.dtype).removeprefix('torch.')}"
+    if not situation.c:
+        return "torch's own operations alone compute in this thread"
     if not has_triton():
         return "Triton is not installed: torch for CUDA on Linux brings it"
     return missing_package(PACKAGE, VERSIONS) or _why_not_gpu(situation.device, situation.dtype)
