@@ -34,6 +34,15 @@ def test_another_process_computes_where_that_is_allowed(two_cores: None) -> None
     assert found_by() == os.getpid()
 
 
+def test_a_process_that_uses_cuda_computes_here(two_cores: None, monkeypatch: pytest.MonkeyPatch) -> None:
+    """CUDA cannot be used in a process that is forked from it."""
+    import torch
+
+    monkeypatch.setattr(torch.cuda, "is_initialized", lambda: True)
+    with forks_allowed():
+        assert found_by() == os.getpid()
+
+
 def test_cores_are_shared_where_processes_may_be_made() -> None:
     assert not shares_cores()
     with forks_allowed():

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import os
+import subprocess
 import sys
 import time
 import types
@@ -39,6 +40,8 @@ def find(settings, send):
     if settings.get("then") == "sleep":
         send({"kept": True})
         time.sleep(60)
+def environment(settings, send):
+    send({"value": os.environ.get(settings["name"])})
 def die(settings, send):
     os._exit(9)
 PREPARED = []
@@ -166,6 +169,38 @@ def test_a_fault_of_the_program_is_said_as_one(monkeypatch: pytest.MonkeyPatch) 
     assert "No space left on device. Free some space" in said and "fault" not in said, "what the system refuses is no fault"
     assert "KeyError: 'x'. This is a fault of Lorakeet" in answer_of("made_up:broken", {}, print)["error"]
     assert answer_of("made_up:refused", {}, print) == {"error": "wrong", "remedies": []}
+
+
+WITH_A_GPU = """
+import os, sys, traceback
+import torch
+from lorakeet.studio import workbench
+
+def starts_cuda(*_):
+    traceback.print_stack()
+    os._exit(3)
+
+def is_available():  # as torch says of it
+    return True if os.getenv("PYTORCH_NVML_BASED_CUDA_CHECK") == "1" else starts_cuda()
+
+torch.cuda.is_available, torch.cuda._lazy_init = is_available, starts_cuda
+torch._C._accelerator_getAccelerator = lambda: torch.device("cuda")
+workbench.import_all()
+assert torch.accelerator.is_available() and "bitsandbytes" not in sys.modules
+print("no CUDA")
+"""
+
+
+@pytest.mark.slow
+def test_it_leaves_cuda_to_the_processes_that_are_forked_from_it() -> None:
+    """Where a process has asked CUDA for anything, its forks cannot use a GPU."""
+    ended = subprocess.run([sys.executable, "-c", WITH_A_GPU], capture_output=True, text=True, check=False)
+    assert (ended.returncode, ended.stdout.strip()) == (0, "no CUDA"), ended.stderr[-2000:]
+
+
+def test_its_processes_ask_cuda(bench: Workbench) -> None:
+    """Which knows more of a GPU than NVIDIA's library does: whether its driver is new enough."""
+    assert all_of(bench, "small_work:environment", {"name": module.ASK_DRIVER})[0] == {"value": None}
 
 
 def test_a_part_that_is_too_long_is_an_error_in_words(bench: Workbench) -> None:

@@ -8,7 +8,9 @@
 
 Operations on tensors of several devices raise as torch does. A backward pass computes in a thread of its own, as on a CUDA
 device, so that no context variable of the caller is seen there. Attention is torch's kernel by its definition (tiny/flash).
-Operators without a kernel for a device are refused. Time, streams and the order of what they do are not simulated (tiny/cards).
+Operators without a kernel for a device are refused, and what torch's code for CUDA takes otherwise than that for the CPU: whole
+numbers in products, generators and numbers of the host, gradients laid out otherwise than parameters. Time, streams and the order
+of what they do are not simulated (tiny/cards).
 """
 
 from __future__ import annotations
@@ -58,6 +60,10 @@ BUILT = ("_cuda_getCurrentRawStream",)  # which only torch for CUDA has, and bit
 READ = ("numpy", "__array__", "tolist", "untyped_storage", "data_ptr", "storage", "get_device")
 OWN = (flash_varlen, efficient_varlen, blockwise_rows)  # modules whose operators are for every device
 OVER = ("_to_copy", "copy_", "lift_fresh", "set_")  # operations that take tensors of two devices
+WHOLE = ("stack", "cat", "searchsorted", "bucketize", "index_select", "gather", "scatter", "scatter_", "scatter_add",
+         "scatter_add_", "index_add", "index_add_", "index_copy", "index_copy_")  # which take no number from the host either
+PRODUCTS = ("mm", "bmm", "addmm", "addmm_", "baddbmm", "mv", "dot")
+IN_C = "/lorakeet/kernels/cpu/"  # code that passes addresses on to C
 FLASH = {
     "_flash_attention_forward": "forward", "_flash_attention_backward": "backward",
     "_efficient_attention_forward": "efficient_forward", "_efficient_attention_backward": "efficient_backward",
@@ -152,6 +158,7 @@ class Card:
         if name in ("_to_copy", "copy_"):
             return self._copied(func, name, args, kwargs)
         self._require_here(name, given, here)
+        _require_supported(name, given, args)
         self._count(name, func, args, kwargs)
         if name in FLASH:
             self.launches[name] += 1
@@ -210,10 +217,12 @@ class Card:
         return self._wrapped(made) if to_card else made
 
     def _require_here(self, name: str, given: list[Tensor], here: list[CardTensor]) -> None:
-        """Raises as torch does where tensors are on several devices; a number alone may be on the CPU."""
+        """Raises as torch does where tensors are on several devices; a number alone may be on the CPU, if it is only read."""
         if not here or name in OVER:
             return
-        others = [each for each in given if not isinstance(each, CardTensor) and each.dim()]
+        written = name.endswith("_") and not isinstance(given[0], CardTensor)
+        strict = written or name in WHOLE or name.startswith("_foreach")
+        others = [each for each in given if not isinstance(each, CardTensor) and (each.dim() or strict)]
         if others and name in INDEXED:
             self.wait("a copy of indices from the host")
         elif others:
@@ -235,6 +244,25 @@ class Card:
             return made
         self.largest = max(self.largest, made.untyped_storage().nbytes())
         return CardTensor(made, self)
+
+
+def _require_supported(name: str, given: list[Tensor], args: Any) -> None:
+    """Raises as torch's code for CUDA does where that for the CPU does not: whole numbers, sizes and layouts."""
+    if name in PRODUCTS and not given[0].is_floating_point():
+        raise RuntimeError(f'"addmm_cuda" not implemented for {given[0].dtype}, at {_place()}')
+    if name == "_int_mm" and (len(args[0]) <= 16 or args[0].shape[1] % 8 or args[1].shape[1] % 8):
+        raise RuntimeError(f"_int_mm takes more than 16 rows, and sizes in whole 8; given: {[each.shape for each in args]}")
+    if name in ("_fused_adamw_", "_fused_adam_"):
+        for parameter, *others in zip(*args[:4], strict=True):
+            if any(each.stride() != parameter.stride() for each in others):
+                raise RuntimeError("params, grads, exp_avgs, and exp_avg_sqs must have same dtype, device, and layout")
+
+
+def _require_generator(device: str, generator: torch.Generator) -> None:
+    """Raises as torch does for the generator of another device. torch's own operations see a generator of the CPU."""
+    if generator.device.type != device:
+        found = generator.device.type
+        raise RuntimeError(f"Expected a '{device}' device type for generator but found '{found}', at {_place()}")
 
 
 def _by_cpu(func: Any, *args: Any, **kwargs: Any) -> Any:
@@ -323,6 +351,8 @@ class _Functions(TorchFunctionMode):
             return func(*args, **kwargs)
         if name in ("tensor", "as_tensor", "new_tensor") and (name == "new_tensor" or kwargs.get("device") is not None):
             return self._made(name, args, kwargs)
+        if name == "pin_memory" and isinstance(args[0], CardTensor):
+            raise RuntimeError("cannot pin 'torch.cuda.FloatTensor' only dense CPU tensors can be pinned")
         if name in ("is_pinned", "pin_memory"):
             pinned = self.card.is_pinned(args[0])
             return pinned if name == "is_pinned" else args[0] if pinned else self.card.pin(args[0].clone())
@@ -334,6 +364,8 @@ class _Functions(TorchFunctionMode):
         """What the host gets of a tensor without an operation of torch."""
         if name in ("numpy", "__array__"):
             raise TypeError("can't convert cuda:0 device type tensor to numpy. Use Tensor.cpu() first.")
+        if name == "data_ptr" and IN_C in sys._getframe(2).f_code.co_filename:
+            raise RuntimeError("C on the host cannot read the memory of a card")
         if name == "tolist":
             self.card.wait("numbers are read")
         return 0 if name == "get_device" else getattr(tensor.value, name)()
@@ -344,6 +376,8 @@ class _Functions(TorchFunctionMode):
         touched = not meta and _touches((args, kwargs))  # numbers become its own
         args, found = _here(args)
         kwargs, also = _here(kwargs)
+        if kwargs.get("generator") is not None:
+            _require_generator("cuda" if found or also or touched else "cpu", kwargs["generator"])
         if not (found or also or touched):
             return func(*args, **kwargs)
         before, self.card.asked.here = getattr(self.card.asked, "here", False), True
@@ -407,13 +441,20 @@ def _in_its_thread(card: Card, work: Any) -> Any:
 
 
 class _Generator(torch.Generator):
-    """A generator of the CPU, for the card too."""
+    """A generator that draws the CPU's numbers, for the card too; it says which of the two it is for."""
+
+    device: torch.device
 
     def __new__(cls, device: Any = "cpu") -> torch.Generator:
-        return super().__new__(cls, "cpu")
+        made = super().__new__(cls, "cpu")
+        made.place = CUDA if str(device).partition(":")[0] == "cuda" else torch.device("cpu")
+        return made
 
     def __init__(self, device: Any = "cpu") -> None:
         super().__init__()
+
+
+_Generator.device = property(lambda self: self.place)  # type: ignore[assignment]
 
 
 class Event:
@@ -469,6 +510,15 @@ def _initialising(card: Card, made: Any) -> Any:
     return called
 
 
+def _limit_memory(fraction: float, device: Any = CUDA) -> None:
+    if not isinstance(fraction, float):
+        raise TypeError("Invalid type for fraction argument, must be `float`")
+    if not 0 <= fraction <= 1:
+        raise ValueError(f"Invalid fraction value: {fraction}. Allowed range: 0~1")
+    if torch.device(device).index is None:
+        raise ValueError(f"Expected a torch.device with a specified index or an integer, but got:{device}")
+
+
 def _reset_peaks(card: Card) -> None:
     if not card.initialised:
         raise RuntimeError("Invalid device argument 0: did you call init?")
@@ -483,7 +533,7 @@ def _patched(card: Card, patch: pytest.MonkeyPatch, capability: tuple[int, int])
         "memory_reserved": lambda *_: 0, "memory_allocated": lambda *_: 0, "max_memory_reserved": lambda *_: 64 << 20,
         "max_memory_allocated": lambda *_: 32 << 20, "empty_cache": lambda: None,
         "reset_peak_memory_stats": lambda *_: _reset_peaks(card),
-        "set_per_process_memory_fraction": lambda *_: None, "is_bf16_supported": lambda *_, **__: True,
+        "set_per_process_memory_fraction": _limit_memory, "is_bf16_supported": lambda *_, **__: True,
         "get_rng_state": lambda *_: card.random.get_state(), "set_rng_state": lambda state, *_: card.random.set_state(state),
         "get_rng_state_all": lambda: [card.random.get_state()], "synchronize": lambda *_: card.wait("the host waits for all"),
         "Stream": Stream, "Event": Event, "current_stream": lambda *_: Stream(), "default_stream": lambda *_: Stream(),

@@ -10,8 +10,9 @@ import pytest
 import torch
 from torch import Tensor
 
+from lorakeet.kernels.cpu import operators
 from tiny.runs import chats, run, write_rows
-from tiny.simulated_card import Card, simulated_card
+from tiny.simulated_card import CUDA, Card, simulated_card
 
 SEEN = ContextVar("seen", default="nothing")
 
@@ -106,6 +107,55 @@ def test_a_kernel_for_cpus_is_refused(card: Card) -> None:
 
     with pytest.raises(NotImplementedError, match="'CUDA' backend"):
         elementwise.gated(torch.ones(2, 16, device="cuda"), torch.ones(2, 16, device="cuda"))
+
+
+def on_card(*shape: int, dtype: torch.dtype = torch.float32) -> Tensor:
+    return torch.ones(shape, dtype=dtype, device="cuda")
+
+
+def stepped_with_another_layout() -> None:
+    parameter = torch.nn.Parameter(on_card(2, 3))
+    parameter.grad = on_card(3, 2).t()
+    torch.optim.AdamW([parameter], fused=True).step()
+
+
+REFUSED: dict[str, tuple[Callable[[], object], str]] = {
+    "a generator of the host": (
+        lambda: on_card(3).normal_(generator=torch.Generator()), "Expected a 'cuda' device type for generator but found 'cpu'",
+    ),
+    "made with a generator of the host": (
+        lambda: torch.randn(3, generator=torch.Generator(), device="cuda"), "found 'cpu'",
+    ),
+    "a generator of the card": (lambda: torch.randn(3, generator=torch.Generator("cuda")), "found 'cuda'"),
+    "a number written on the host": (lambda: torch.zeros(()).add_(on_card(3).sum()), "two devices"),
+    "numbers side by side": (lambda: torch.stack([on_card(1)[0], torch.tensor(1.0)]), "two devices"),
+    "a list and a number": (lambda: torch._foreach_mul_([on_card(3)], torch.tensor(2.0)), "two devices"),
+    "a search for a number": (lambda: torch.searchsorted(on_card(3), torch.tensor(2.0)), "two devices"),
+    "whole numbers multiplied": (lambda: on_card(2, 2, dtype=torch.int64) @ on_card(2, 2, dtype=torch.int64), "addmm_cuda"),
+    "few rows in int8": (
+        lambda: torch._int_mm(on_card(8, 8, dtype=torch.int8), on_card(8, 8, dtype=torch.int8).t()), "more than 16 rows",
+    ),
+    "another layout": (stepped_with_another_layout, "same dtype, device, and layout"),
+    "pinned": (lambda: on_card(3).pin_memory(), "only dense CPU tensors can be pinned"),
+    "an address for C": (lambda: operators.pointers(on_card(3, dtype=torch.bfloat16)), "cannot read the memory of a card"),
+    "a limit that is no share": (lambda: torch.cuda.set_per_process_memory_fraction(1, CUDA), "must be `float`"),
+    "a limit of no card": (lambda: torch.cuda.set_per_process_memory_fraction(0.5, torch.device("cuda")), "specified index"),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", REFUSED)
+def test_what_torch_refuses_of_a_card_alone(name: str, card: Card) -> None:
+    work, said = REFUSED[name]
+    with pytest.raises((RuntimeError, TypeError, ValueError), match=said):
+        work()
+
+
+def test_what_it_takes_of_the_host(card: Card) -> None:
+    """Numbers that are only read, and generators of its own."""
+    x = on_card(3).mul_(torch.tensor(2.0)).masked_fill_(on_card(3) > 2, torch.tensor(1.0))
+    drawn = torch.empty_like(x).bernoulli_(0.5, generator=torch.Generator("cuda").manual_seed(3))
+    torch.randn(3, generator=torch.Generator().manual_seed(3))
+    assert x.tolist() == [2.0, 2.0, 2.0] and drawn.is_cuda
 
 
 @pytest.mark.slow

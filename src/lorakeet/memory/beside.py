@@ -1,6 +1,7 @@
 """Computes a value in a forked process beside this one, where that is allowed.
 
-It takes two cores, and a process with one thread: a fork of one with more may never end.
+It takes two cores, and a process with one thread that has not begun to use CUDA: a fork of one with more threads may never end,
+and in a fork of one with CUDA no GPU can be asked for anything.
 
     fork ──> the value, through a pipe
      │
@@ -14,11 +15,12 @@ from __future__ import annotations
 import os
 import pickle
 import signal
+import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from contextvars import ContextVar
 from pathlib import Path
-from typing import TypeVar
+from typing import Any, TypeVar
 
 from lorakeet.memory.remembered import passing_nothing_on
 
@@ -47,7 +49,7 @@ def computed_beside(compute: Callable[[], Value]) -> Iterator[Callable[[], Value
 
     What `compute` raises is raised by the waiting, which then computes here. Leaving the context ends the other process.
     """
-    if not _allowed.get() or cores_here() < 2 or threads_here() != 1:
+    if not _allowed.get() or cores_here() < 2 or threads_here() != 1 or _uses_cuda():
         yield compute
         return
     reading, writing = os.pipe()
@@ -89,6 +91,12 @@ def _compute_there(compute: Callable[[], Value], writing: int) -> None:
             pipe.write(data)
     finally:
         os._exit(0)
+
+
+def _uses_cuda() -> bool:
+    """Whether torch has begun to use CUDA in this process. Imports no torch."""
+    torch: Any = sys.modules.get("torch")
+    return torch is not None and bool(torch.cuda.is_initialized())
 
 
 def cores_here() -> int:

@@ -10,6 +10,7 @@ from collections.abc import Mapping
 from importlib import import_module
 from typing import Any
 
+import torch
 from rich.console import Console
 
 from lorakeet.config import RunConfig, read_run
@@ -54,8 +55,11 @@ _WIDTH = 110
 
 
 def import_packages() -> None:
-    """Imports the package that unpacks NF4 on a GPU, where it is installed: each plan of an NF4 model would else import it."""
-    if not missing_package(bitsandbytes_nf4.PACKAGE, bitsandbytes_nf4.VERSIONS):
+    """Imports the package that unpacks NF4 on a GPU, where it is installed: each plan of an NF4 model would else import it.
+
+    Not beside a GPU: it asks that for its compute capability, which starts CUDA, and no process forked later could use it.
+    """
+    if not torch.cuda.is_available() and not missing_package(bitsandbytes_nf4.PACKAGE, bitsandbytes_nf4.VERSIONS):
         with quiet_transformers():
             import_module(bitsandbytes_nf4.PACKAGE)
 

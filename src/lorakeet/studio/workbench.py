@@ -2,8 +2,8 @@
 
     studio ── a byte and two pipes ──> workbench ── fork ──> process: reads the settings, writes lines of JSON, ends
 
-The workbench imports and reads configurations, and computes nothing: it has one thread, so a fork of it is safe. A page that goes
-away, or sends new settings, ends its process. What a process finds that later ones need too (memory/remembered) it passes to the
+The workbench imports and reads configurations, and computes nothing: it has one thread, so a fork of it is safe. It also never
+starts CUDA, even to ask whether there is a GPU: no process that is forked after that could use one. A page that goes away, or sends new settings, ends its process. What a process finds that later ones need too (memory/remembered) it passes to the
 workbench as soon as it has it. The workbench ends with the studio, or after IDLE seconds without work.
 """
 
@@ -38,6 +38,7 @@ AT_ONCE = 2  # processes
 PREPARED = ("lorakeet.studio.fitting", "lorakeet.studio.shown_rows", "lorakeet.studio.sizing")  # imported before the first fork
 MOST_LEARNED = 400  # values, of some kilobytes each
 RARELY = 200_000, 50, 50  # thresholds of Python's collector in a forked process, which ends before it could hold much
+ASK_DRIVER = "PYTORCH_NVML_BASED_CUDA_CHECK"  # of torch: whether there is a GPU it asks NVIDIA's library, and not CUDA
 _LARGEST = 1 << 24  # bytes of a line
 _SIZE = 8  # bytes before each value, which say its size
 
@@ -189,9 +190,7 @@ def work_on(number: int) -> None:
     running: list[int] = []
     learned = Learned()
     with socket.socket(fileno=number) as waiting:
-        with without_triton():
-            for name in PREPARED:
-                import_prepared(name)
+        import_all()
         gc.collect()
         gc.freeze()  # what is imported is never searched again, in no forked process
         while True:
@@ -216,6 +215,14 @@ def work_on(number: int) -> None:
             running.append(pid)
             os.close(pipes[1])
             os.close(passing)
+
+
+def import_all() -> None:
+    """Imports what all work needs, without CUDA."""
+    os.environ[ASK_DRIVER] = "1"
+    with without_triton():
+        for name in PREPARED:
+            import_prepared(name)
 
 
 def import_prepared(name: str) -> None:
@@ -243,6 +250,7 @@ def _carry_out(waiting: socket.socket, wanted: Mapping[str, Any], answered: int,
     code = 1
     try:
         waiting.close()
+        os.environ.pop(ASK_DRIVER, None)  # CUDA also knows whether the driver is new enough
         os.nice(5)  # a run that trains comes first
         gc.set_threshold(*RARELY)
         with os.fdopen(answered, "w", encoding="utf-8") as out:
