@@ -183,7 +183,7 @@ def starts_cuda(*_):
 def is_available():  # as torch says of it
     return True if os.getenv("PYTORCH_NVML_BASED_CUDA_CHECK") == "1" else starts_cuda()
 
-torch.cuda.is_available, torch.cuda._lazy_init = is_available, starts_cuda
+torch.cuda.is_available, torch.cuda._lazy_init, torch.cuda.device_count = is_available, starts_cuda, lambda: 1
 torch._C._accelerator_getAccelerator = lambda: torch.device("cuda")
 workbench.import_all()
 assert torch.accelerator.is_available() and "bitsandbytes" not in sys.modules
