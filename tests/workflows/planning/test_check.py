@@ -9,6 +9,7 @@ from typing import Any
 
 import pytest
 import torch
+from rich.console import Console
 
 from lorakeet.config import RunConfig, read_run
 from lorakeet.core.plan import ExtraEntry, Plan, PlanEntry
@@ -119,6 +120,28 @@ def test_more_budget_keeps_more_blocks_up_to_all(opened: Opened, tmp_path: Path)
         assert residency.store == tmp_path / ".out.blocks"
         slots.append(residency.way.slots)
     assert 2 <= slots[0] < slots[1] <= 8
+    assert fit_check(opened, SIZE, tmp_path / "out", quiet()) is opened
+
+
+def test_the_cpu_computes_what_is_too_large_for_the_gpu(
+    opened: Opened, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Two models in fp32 take four times what one took in bf16."""
+    asked: list[tuple[int, str]] = []
+    monkeypatch.setattr(check_planning, "device_for", lambda name: torch.device("cuda", 0))
+
+    def full(size: int, device: torch.device) -> bool:
+        asked.append((size, str(device)))
+        return False
+
+    monkeypatch.setattr(check_planning, "fits_now", full)
+    console = Console(record=True, width=200)
+    there = fit_check(opened, SIZE, tmp_path / "out", console)
+    assert there.config.model.device == "cpu" and there.config.model.path == opened.config.model.path
+    assert asked[0][1] == "cuda:0" and 2 * FP32 * BASE < asked[0][0] < 3 * FP32 * BASE
+    said = console.export_text()
+    assert "The CPU computes a check" in said and "more than is free on cuda:0" in said
+    monkeypatch.setattr(check_planning, "fits_now", lambda size, device: True)
     assert fit_check(opened, SIZE, tmp_path / "out", quiet()) is opened
 
 

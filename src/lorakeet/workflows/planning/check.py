@@ -29,10 +29,12 @@ from lorakeet.data.prepare import Dataset
 from lorakeet.data.rows import Row
 from lorakeet.errors import DataError
 from lorakeet.evaluate.parity import CELLS
+from lorakeet.evaluate.wording import bytes_text
 from lorakeet.exporting.llama_cpp import PASS, context_bytes
 from lorakeet.exporting.merged_tensors import PART_BYTES
 from lorakeet.memory.budget import Budget
 from lorakeet.memory.forecast import Forecast, Phase, phases_of
+from lorakeet.memory.free import fits_now
 from lorakeet.memory.usage import Usage, add_usage
 from lorakeet.merging.merged_folder import FP32_COPIES
 from lorakeet.models.families import family_of_model
@@ -42,6 +44,7 @@ from lorakeet.models.files.stored_tensors import stored_dtype
 from lorakeet.models.fits import plan_of
 from lorakeet.models.generate.sample import spilled_bytes
 from lorakeet.models.generate.score import distinguishing
+from lorakeet.models.placement import device_for
 from lorakeet.models.streaming.load import bytes_of_storing, empty_model
 from lorakeet.models.text.load import load_tokenizer, read_config
 from lorakeet.quant.spec import QuantSpec
@@ -71,6 +74,7 @@ MERGE_TOKENS = 2048  # of a micro-batch in the check of a merged model
 GREEDY_TOKENS = 64  # of a greedy continuation
 SAMPLED_TEXTS, SAMPLED_TOKENS = 16, 64  # that the base writes, where there are no held-out rows
 FEWEST_TOKENS = 128  # of a row: a check of fewer says little
+STATES = 0.125  # of the weights: the states of a pass, and what torch's allocator keeps on a GPU
 MARGIN = 16  # positions of llama.cpp's context beyond the longest row and its continuation
 SERVERS = ("http://", "https://")
 
@@ -198,20 +202,41 @@ def logits_bytes(row: int, vocabulary: int) -> int:
 
 
 def fit_check(opened: Opened, size_of: CheckSize | CheckSizes, out: Path, console: Console) -> Opened:
-    """`opened` with how its models keep its budget in a check; as it was without a budget. Raises as `fit_budget`.
+    """`opened` with how its models keep its budget in a check; without a budget on the CPU where a GPU has no room for them.
+    Raises as `fit_budget`.
 
     With a function, which gives the size of the check of each row's first tokens, rows are cut if longer ones do not fit: keys
     and values of 2,048 tokens of Llama-2-7B take 2 GiB in fp32, in llama.cpp at once. The folder of the stores is beside `out`
     unless memory.store names one (runs/residency.temporary_stores).
     """
     budget = opened.config.memory.limit
-    if not budget:
-        return opened
-    opened = opened.over(replace(opened.config.model, device="cpu", kernels="torch"))  # the budget bounds the process
     sizes = (lambda _: size_of) if isinstance(size_of, CheckSize) else size_of
-    cut = opened.run is not None and not isinstance(size_of, CheckSize)
     say = partial(console.print, markup=False, soft_wrap=True)
+    on_cpu = opened.over(replace(opened.config.model, device="cpu", kernels="torch"))
+    if not budget:
+        why = _why_not_on_its_gpu(opened, ModelCheck(sizes, opened, out, say))
+        if why:
+            say(why)
+        return on_cpu if why else opened
+    opened = on_cpu  # the budget bounds the process
+    cut = opened.run is not None and not isinstance(size_of, CheckSize)
     return replace(opened, residency=fit_budget(ModelCheck(sizes, opened, out, say, cut=cut), budget, say))
+
+
+def _why_not_on_its_gpu(opened: Opened, work: ModelCheck) -> str:
+    """Why a check without a budget does not compute on the GPU that its models would be on; empty if it does, or has none."""
+    device, size = device_for(opened.config.model.device), work.sizes(None)
+    if device.type != "cuda":
+        return ""
+    weights = FP32 * size.models * sum(parameter.numel() for parameter in work.empty.parameters())
+    vocabulary = int(work.model[0].get_text_config().vocab_size)
+    needed = int(weights * (1 + STATES)) + logits_bytes(size.row or ROWS_TOGETHER, vocabulary)
+    if fits_now(needed, device):
+        return ""
+    return (
+        f"The CPU computes {work.what}: it takes about {bytes_text(needed)} with its weights in fp32, more than is free on "
+        f"{device}. --memory bounds what it takes."
+    )
 
 
 class ModelCheck(BudgetedWork[MemoryPlan]):
