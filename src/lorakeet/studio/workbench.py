@@ -3,8 +3,9 @@
     studio ── a byte and two pipes ──> workbench ── fork ──> process: reads the settings, writes lines of JSON, ends
 
 The workbench imports and reads configurations, and computes nothing: it has one thread, so a fork of it is safe. It also never
-starts CUDA, even to ask whether there is a GPU: no process that is forked after that could use one. A page that goes away, or sends new settings, ends its process. What a process finds that later ones need too (memory/remembered) it passes to the
-workbench as soon as it has it. The workbench ends with the studio, or after IDLE seconds without work.
+starts CUDA, even to ask whether there is a GPU: no process that is forked after that could use one. A page that goes away, or
+sends new settings, ends its process. What a process finds that later ones need too (memory/remembered) it passes to the workbench
+as soon as it has it. The workbench ends with the studio, or after IDLE seconds without work.
 """
 
 from __future__ import annotations
