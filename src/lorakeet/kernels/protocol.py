@@ -29,7 +29,7 @@ class Situation(NamedTuple):
     dtype: torch.dtype  # of the states
     products: torch.dtype  # of the matrix products (core/precision)
     triton: bool = False  # whether Triton kernels are requested (model.kernels)
-    c: bool = True  # whether kernels that round otherwise than torch are enabled in this thread (kernels/cpu/operators.torch_only)
+    c: bool = True  # whether kernels in C, and liger-kernel's, are enabled in this thread (kernels/cpu/operators.torch_only)
     rehearsed: bool = False  # whether tensors on the CPU stand for those of another device (kernels/device)
 
 

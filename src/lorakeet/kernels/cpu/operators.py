@@ -35,8 +35,8 @@ NEEDS = f"contiguous bfloat16, widths in multiples of {LANES}"
 
 @contextmanager
 def torch_only() -> Iterator[None]:
-    """A context in which torch's own operations compute, also norms, gates and losses on a GPU, except with weights and pairs that were already copied into the
-    library's layout for inference."""
+    """A context in which torch's own operations compute, also norms, gates and losses on a GPU; except with weights and pairs
+    that were already copied into the library's layout for inference."""
     before = ENABLED.set(False)
     try:
         yield
