@@ -1,7 +1,7 @@
 """Computes a value in a forked process beside this one, where that is allowed.
 
-It takes two cores, and a process with one thread that has not begun to use CUDA: a fork of one with more threads may never end,
-and in a fork of one with CUDA no GPU can be asked for anything.
+It takes two cores, and a process with one thread that has not started CUDA: a fork of one with more threads may never end, and a
+fork of one with CUDA cannot use a GPU.
 
     fork ──> the value, through a pipe
      │
@@ -94,7 +94,7 @@ def _compute_there(compute: Callable[[], Value], writing: int) -> None:
 
 
 def _uses_cuda() -> bool:
-    """Whether torch has begun to use CUDA in this process. Imports no torch."""
+    """Whether torch has started CUDA in this process. Imports no torch."""
     torch: Any = sys.modules.get("torch")
     return torch is not None and bool(torch.cuda.is_initialized())
 

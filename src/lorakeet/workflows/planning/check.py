@@ -202,7 +202,7 @@ def logits_bytes(row: int, vocabulary: int) -> int:
 
 
 def fit_check(opened: Opened, size_of: CheckSize | CheckSizes, out: Path, console: Console) -> Opened:
-    """`opened` with how its models keep its budget in a check; without a budget on the CPU where a GPU has no room for them.
+    """`opened` with how its models keep its budget in a check; without a budget on the CPU where a GPU has too little memory for them.
     Raises as `fit_budget`.
 
     With a function, which gives the size of the check of each row's first tokens, rows are cut if longer ones do not fit: keys
