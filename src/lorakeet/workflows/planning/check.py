@@ -202,8 +202,8 @@ def logits_bytes(row: int, vocabulary: int) -> int:
 
 
 def fit_check(opened: Opened, size_of: CheckSize | CheckSizes, out: Path, console: Console) -> Opened:
-    """`opened` with how its models keep its budget in a check; without a budget on the CPU where a GPU has too little memory for them.
-    Raises as `fit_budget`.
+    """`opened` with how its models keep its budget in a check; without a budget on the CPU where a GPU has too little
+    memory for them. Raises as `fit_budget`.
 
     With a function, which gives the size of the check of each row's first tokens, rows are cut if longer ones do not fit: keys
     and values of 2,048 tokens of Llama-2-7B take 2 GiB in fp32, in llama.cpp at once. The folder of the stores is beside `out`
