@@ -22,6 +22,7 @@ from tiny.simulated_card import Card, Wait, simulated_card
 
 MOST = 3  # waits of an optimizer step (test_host_waits)
 FIRST = 2  # steps in which gradients are checked tensor by tensor
+LATER_NORMS = 2e-3  # of gradients after them: AdamW makes of a rounding, 3e-7, up to 5e-4 in four steps, by the processor
 OFTEN = ("qwen3", "gemma2", "gpt_oss", "qwen3_next")
 LATER = (
     "gemma3", "phi3", "mistral", "qwen2", "qwen3_moe", "qwen3_5_text", "granite", "smollm3", "mixtral", "gpt2", "deepseek_v3",
@@ -88,7 +89,8 @@ def require_the_same(model: Path, rows: Path, out: Path, changes: dict[str, Any]
     for one, other in zip(records(out / "card"), records(out / "cpu"), strict=True):
         assert one.keys() == other.keys()
         for name in one.keys() & {"loss", "grad_norm", "held_out_loss"}:
-            assert one.get(name) == pytest.approx(other.get(name), rel=2e-4, abs=1e-6), (one["step"], name)
+            close = LATER_NORMS if name == "grad_norm" and one["step"] > FIRST else 2e-4
+            assert one.get(name) == pytest.approx(other.get(name), rel=close, abs=1e-6), (one["step"], name)
     mine, theirs = found.report, expected.report
     assert mine is not None and theirs is not None and mine.certificate is not None and mine.certificate.passed
     assert [each.name for each in mine.certificate.checks] == [each.name for each in theirs.certificate.checks]  # type: ignore[union-attr]
