@@ -146,3 +146,12 @@ def test_on_disk_it_takes_no_memory(on_disk: bool, expected: int, tmp_path: Path
     before = storages()
     best.keep(trained)
     assert sum(size for place, size in storages().items() if place not in before) == expected
+
+
+def test_a_run_on_the_cpu_asks_no_gpu_for_its_name(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Which would start CUDA, and name a device that computed nothing."""
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda: "a card")
+    assert checkpoint.environment()["device"] == "cpu"
+    monkeypatch.setattr(torch.cuda, "is_initialized", lambda: True)
+    assert checkpoint.environment()["device"] == "a card"

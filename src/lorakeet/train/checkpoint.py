@@ -193,7 +193,8 @@ def run_identity(
 
 def environment(processes: int = 1) -> dict[str, Any]:
     """The environment, which may change on resume but then changes the last bits of results."""
-    device = torch.cuda.get_device_name() if torch.cuda.is_available() else "cpu"
+    on_gpu = torch.cuda.is_initialized()  # type: ignore[no-untyped-call]  # a run on the CPU leaves a GPU alone
+    device = torch.cuda.get_device_name() if on_gpu else "cpu"
     found = {"torch": torch.__version__, "threads": torch.get_num_threads(), "device": device}
     if device == "cpu" and not why_not():
         found["kernels"] = "native"
