@@ -71,6 +71,7 @@ CHECK_WORDS = {
     "loss": "loss difference, nats a token",
     "latent": "largest latent difference / largest latent",
     "effect": "KL as a share of the adapter's effect",
+    "nearer_base": "times nearer to the base than to the adapter",
 }
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import math
 import shutil
 from collections.abc import Sequence
 from datetime import datetime, timezone
@@ -11,11 +12,13 @@ from types import SimpleNamespace
 from typing import Any
 
 import pytest
+import torch
 
 from lorakeet.core.adapter import Pair
 from lorakeet.data.prepare import load_dataset
 from lorakeet.errors import EnvironmentProblem, VerificationFailed
 from lorakeet.evaluate.certificate import Check, read_certificate
+from lorakeet.evaluate.parity import Tolerance
 from lorakeet.evaluate.spec import EvaluateSpec
 from lorakeet.exporting.tolerances import F16
 from lorakeet.formats.gguf import permute, unpermute
@@ -31,6 +34,7 @@ from lorakeet.workflows.runs.open_adapter import open_adapter
 from lorakeet.workflows.runs.server_answer import CallRefused
 from lorakeet.workflows.verification import server, server_apis
 from lorakeet.workflows.verification.artefact import InTorch, live_side
+from lorakeet.workflows.verification.rounding import Reported
 from lorakeet.workflows.verification.server import Server, _label, check_server
 from lorakeet.workflows.verification.server_apis import Api, Step, Token, Written
 from lorakeet.workflows.verify import probes_of, verify
@@ -326,6 +330,34 @@ def test_a_failed_check_wins_over_an_early_end(
     monkeypatch.setattr(servers, "Fake", type("Leaving", (Leaving,), {"left": 10, "status": 500}))
     with serving(file, tokenizer, "llama.cpp") as url, pytest.raises(VerificationFailed, match="BOS is doubled"):
         verify(VerifyOptions(str(run), against=(url,), rows=1, modules=False), console=quiet())
+
+
+@pytest.mark.parametrize(
+    ("served", "noise", "right"), [("base", 0.0, False), ("base", 0.3, False), ("own", 0.0, True), ("own", 1.5, True)]
+)
+def test_the_base_is_seen_where_rounding_could_explain_all_that_the_adapter_changes(
+    served: str, noise: float, right: bool, loud: Path
+) -> None:
+    """Limits of few bits are wider than a small adapter's effect; but rounding leads no server to the base."""
+    opened = open_adapter(loud)
+    live = live_side(opened, quiet())
+    probes = probes_of(opened, opened.dataset, live, 8)
+    base, generator, reported = dataclasses.replace(live, adapter=None), torch.Generator().manual_seed(0), []
+    for ids in probes.rows:
+        table = (live if served == "own" else base).logits(ids.tolist())
+        moved = (live.logits(ids.tolist()) - base.logits(ids.tolist())).std()
+        table = (table + noise * moved * torch.randn(table.shape, generator=generator)).log_softmax(-1)
+        top = table.topk(10).indices.tolist()
+        known = {place: dict(zip(top[place], table[place][top[place]].tolist(), strict=True)) for place in range(len(ids) - 1)}
+        reported.append(Reported(ids.tolist(), known))
+    wide = Tolerance(logit=math.inf, mean_kl=math.inf, top1_agreement=0.0, loss=math.inf, effect=math.inf)
+    allowed = dataclasses.replace(F16, parity=wide, gap=math.inf, difference=math.inf)
+    there: Any = SimpleNamespace(api=SimpleNamespace(takes_ids=True), allowed=allowed, name="there", said="")
+    compared = server._Comparison(live, there, probes, EvaluateSpec())
+    compared.check_reported(reported)
+    (check,) = compared.checks
+    assert check.passed == right and (check.measured["nearer_base"] <= server.NEARER) == right
+    assert right or "the adapter is not applied" in check.detail
 
 
 def test_another_answer_counts_unless_the_live_model_is_undecided(loud: Path) -> None:

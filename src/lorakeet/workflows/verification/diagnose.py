@@ -23,6 +23,7 @@ from lorakeet.models.modules import adapted_layers
 from lorakeet.workflows.verification.artefact import InTorch
 
 _NEAR = 0.05  # shares that differ by less are one scale
+LIKELY_CAUSE = "Likely cause"  # how a sentence on a found mistake begins
 _EXPLAINED = 0.1  # a mistake explains the difference when it leaves at most this much of it
 _Q_K = ("q_proj", "k_proj", "attn_q", "attn_k")
 
@@ -94,7 +95,7 @@ def _likeliest(live: InTorch, ids: Sequence[int], distance: Callable[[Tensor], f
     words = min(tried, key=lambda one: tried[one], default="")
     if not words or not tried[words] <= _EXPLAINED * now:
         return "None of the usual mistakes (scale, missing layer, permutation, begin token, no adapter) explains it."
-    return f"Likely cause: {words}; it leaves {tried[words]:.2g} of {now:.2g} nats of KL."
+    return f"{LIKELY_CAUSE}: {words}; it leaves {tried[words]:.2g} of {now:.2g} nats of KL."
 
 
 def _mistakes(live: InTorch, ids: Sequence[int]) -> Iterator[tuple[str, Tensor]]:

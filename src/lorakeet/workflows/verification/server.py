@@ -14,6 +14,7 @@ from functools import partial
 from typing import TypeAlias
 
 import numpy as np
+import torch
 from torch import Tensor
 
 from lorakeet.core.lowrank import LoraPair
@@ -30,7 +31,7 @@ from lorakeet.workflows.planning.check import GREEDY_TOKENS
 from lorakeet.workflows.runs.server_answer import CallRefused
 from lorakeet.workflows.verification.artefact import InTorch
 from lorakeet.workflows.verification.checks import Probes, answers_of_rows, check_ids, compare_labels, named_check
-from lorakeet.workflows.verification.diagnose import cause_from_reported, changed_pairs
+from lorakeet.workflows.verification.diagnose import LIKELY_CAUSE, cause_from_reported, changed_pairs
 from lorakeet.workflows.verification.modules import check_modules
 from lorakeet.workflows.verification.rounding import LIKELY, Reading, Reported, replicas, replicas_of_few_bits, seen_by
 from lorakeet.workflows.verification.server_apis import TOP, Token, Written, find_api
@@ -38,6 +39,7 @@ from lorakeet.workflows.verification.written_text import TextPosition, TextReadi
 
 PLACES = 8  # of a held-out row, if a server answers one position at a time
 _LONGEST_TOKEN = 1000  # characters; a server may write more than was requested
+NEARER = 2.0  # times nearer to the base than to the adapter: rounding leads away from both alike
 _EXPLAINED = 4.0  # times the mean KL of one computation, which its format may explain
 
 
@@ -226,6 +228,7 @@ class _Comparison:
             return
         live, allowed = self.live, self.server.allowed
         kl, effect, agrees, texts = list[float](), list[float](), list[bool](), list[int]()
+        bare = list[_BareBase]()
         worst, detail = 0.0, ""
         rows = [one.ids for one in reported]
         bases, lives = (side.logits_of_rows(rows) for side in (replace(live, adapter=None, name="base"), live))
@@ -235,6 +238,7 @@ class _Comparison:
                 kl.append(kl_lower_bound(ours[place], known))
                 before = dict(zip(known, base[place][list(known)].tolist(), strict=True))
                 effect.append(kl_lower_bound(ours[place], before))
+                bare.append(_BareBase(tuple(one.ids[: place + 1]), before, kl_lower_bound(base[place], known)))
                 agrees.append(known.get(int(ours[place].argmax()), -math.inf) >= max(known.values()))
                 texts.append(number)
                 for token, value in known.items():
@@ -254,6 +258,9 @@ class _Comparison:
         share_allowed = allowed.parity.mean_kl / moved if self.measured and moved > 0 else allowed.parity.effect
         if math.isfinite(share_allowed) and moved > 0:
             measured["effect"], limits["effect"] = divergence.value / moved, share_allowed
+        if moved > 0:
+            limits["nearer_base"] = NEARER * max([1.0, *(_times_nearer(one, bare) for one in self.computed)])
+            measured["nearer_base"] = _ratio(divergence.value, float(np.mean([one.kl for one in bare])))
         parts = (f"Of up to {TOP} likeliest tokens a place, all others as one.", detail, self.server.said, self.measured)
         detail = " ".join(part for part in parts if part)
         check = named_check(
@@ -262,7 +269,10 @@ class _Comparison:
         check = replace(check, estimates={"mean_kl": divergence, "top1_agreement": agreement})
         if not check.passed:
             most = max(reported, key=lambda one: len(one.places))
-            check = replace(check, detail=f"{check.detail} {cause_from_reported(live, most.ids, most.places)}".strip())
+            why = cause_from_reported(live, most.ids, most.places)
+            if not why.startswith(LIKELY_CAUSE) and measured.get("nearer_base", 0.0) > limits.get("nearer_base", math.inf):
+                why = f"{LIKELY_CAUSE}: the adapter is not applied, or hardly: what the server says is nearer to the base."
+            check = replace(check, detail=f"{check.detail} {why}".strip())
         self.checks.append(check)
 
     def along(self, ids: list[int]) -> dict[int, dict[int, float]]:
@@ -349,6 +359,31 @@ class _Comparison:
             measured["gap"], detail = math.inf, detail or "The server wrote nothing."
         limits = {name: allowed.gap if name == "gap" else allowed.logprob for name in measured}
         self.checks.append(named_check("greedy text", self.names, measured, limits, n=tokens, detail=detail))
+
+
+@dataclass(frozen=True)
+class _BareBase:
+    """What the base without the adapter says of one place: `before` are the ids up to it, `kl` is that of the server from it."""
+
+    before: tuple[int, ...]
+    known: dict[int, float]
+    kl: float
+
+
+def _times_nearer(computed: Replica, bare: Sequence[_BareBase]) -> float:
+    """How many times nearer, in KL, a computation of the live adapter is to the base than to the adapter."""
+    seen = [(one, computed.by_place[one.before]) for one in bare if one.before in computed.by_place]
+    if not seen:
+        return 0.0
+    from_base = [
+        kl_lower_bound(torch.tensor(list(one.known.values())), {at: theirs[token] for at, token in enumerate(one.known)})
+        for one, theirs in seen
+    ]
+    return _ratio(float(computed.kl.mean()), float(np.mean(from_base)))
+
+
+def _ratio(of_adapter: float, of_base: float) -> float:
+    return of_adapter / of_base if of_base > 0 else math.inf if of_adapter > 0 else 0.0
 
 
 @dataclass(frozen=True)
