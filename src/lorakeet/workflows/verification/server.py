@@ -372,7 +372,8 @@ class _BareBase:
 
 def _times_nearer(computed: Replica, bare: Sequence[_BareBase]) -> float:
     """How many times nearer, in KL, a computation of the live adapter is to the base than to the adapter."""
-    seen = [(one, computed.by_place[one.before]) for one in bare if one.before in computed.by_place]
+    seen = [(one, computed.by_place.get(one.before, {})) for one in bare]
+    seen = [(one, theirs) for one, theirs in seen if one.known.keys() <= theirs.keys()]
     if not seen:
         return 0.0
     from_base = [
