@@ -5,8 +5,9 @@ from __future__ import annotations
 import pytest
 import torch
 from torch import nn
-from torch._subclasses.fake_tensor import DynamicOutputShapeException  # torch offers no public name
+from torch._subclasses.fake_tensor import DynamicOutputShapeException, unset_fake_temporarily  # torch offers no public name
 
+from lorakeet.memory import ledger as module
 from lorakeet.memory.ledger import Ledger
 
 MB = 1 << 20
@@ -143,3 +144,19 @@ def test_a_product_has_the_shape_of_a_product_and_what_does_not_fit_is_refused()
         for wrong in (right, right.t()[0]):
             with pytest.raises(RuntimeError):
                 torch.mm(left, wrong)
+
+
+def test_what_is_computed_with_numbers_within_a_rehearsal_takes_nothing_of_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Small copies of modules are compared so; with their workspaces a plan's peak lay in the first process that compared."""
+    monkeypatch.setattr(module, "WORKSPACES", {torch.ops.aten.mm.default: lambda *_: 100 * MB})
+    module._KNOWN.clear()
+    try:
+        with Ledger() as ledger:
+            with unset_fake_temporarily():
+                numbers = torch.ones(3, 3)
+                assert torch.equal(torch.mm(numbers, numbers), 3 * numbers)
+            assert ledger.peaks.get("") is None or ledger.peaks[""].bytes < MB
+            torch.mm(torch.zeros(3, 3), torch.zeros(3, 3))
+            assert ledger.peaks[""].bytes > 100 * MB
+    finally:
+        module._KNOWN.clear()
