@@ -333,7 +333,7 @@ class Ledger(TorchDispatchMode):  # type: ignore[no-untyped-call]
 
 
 def _without_numbers() -> bool:
-    """Whether calls are of tensors without numbers: small copies of modules are compared with numbers, and take nothing of a run."""
+    """Whether calls are of tensors without numbers; small copies of modules are compared with numbers, and take nothing."""
     return torch._C._get_dispatch_mode(torch._C._TorchDispatchModeKey.FAKE) is not None
 
 
