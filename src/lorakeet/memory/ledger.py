@@ -40,6 +40,7 @@ from lorakeet.memory.operator_cache import (
     call_of,
     packed_results,
     unpacked_results,
+    without_numbers,
 )
 from lorakeet.memory.usage import NO_BLOCK, PERSISTENT, Usage, UsageSegment
 
@@ -205,7 +206,7 @@ class Ledger(TorchDispatchMode):  # type: ignore[no-untyped-call]
         work = self.work[self._phase]
         work.flops += cost.flops
         work.written += made
-        if cost.workspace is not None and _without_numbers():
+        if cost.workspace is not None and without_numbers():
             self._add_temporarily(cost.workspace(*args, **kwargs))
         if made:
             self._keep_moment()
@@ -330,11 +331,6 @@ class Ledger(TorchDispatchMode):  # type: ignore[no-untyped-call]
         if self._moment is None:
             self._moment = Usage(self.bytes, {kind: size for kind, size in self.in_use.items() if size}, self.heap)
         return self._moment
-
-
-def _without_numbers() -> bool:
-    """Whether calls are of tensors without numbers; small copies of modules are compared with numbers, and take nothing."""
-    return torch._C._get_dispatch_mode(torch._C._TorchDispatchModeKey.FAKE) is not None
 
 
 def known_operators() -> dict[tuple[Any, ...], CachedResult]:

@@ -131,10 +131,15 @@ def call_of(func: Any, args: Sequence[Any], kwargs: Mapping[str, Any]) -> Operat
         named = tuple([(name, _key_of(value, tensors, shape)) for name, value in kwargs.items()]) if kwargs else ()
     except _NotCacheable:
         return None
-    if not tensors and torch._C._get_dispatch_mode(torch._C._TorchDispatchModeKey.FAKE) is None:
+    if not tensors and not without_numbers():
         return None
     same = _places(tensors) if len(tensors) > 1 else None
     return OperatorCall((func, torch.get_default_dtype(), positional, named, same), tensors)
+
+
+def without_numbers() -> bool:
+    """Whether new tensors are without numbers; small copies of modules are compared with numbers within a rehearsal."""
+    return torch._C._get_dispatch_mode(torch._C._TorchDispatchModeKey.FAKE) is not None
 
 
 def _places(tensors: Sequence[FakeTensor]) -> tuple[int, ...] | None:

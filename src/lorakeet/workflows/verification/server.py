@@ -14,7 +14,6 @@ from functools import partial
 from typing import TypeAlias
 
 import numpy as np
-import torch
 from torch import Tensor
 
 from lorakeet.core.lowrank import LoraPair
@@ -33,7 +32,7 @@ from lorakeet.workflows.verification.artefact import InTorch
 from lorakeet.workflows.verification.checks import Probes, answers_of_rows, check_ids, compare_labels, named_check
 from lorakeet.workflows.verification.diagnose import LIKELY_CAUSE, cause_from_reported, changed_pairs
 from lorakeet.workflows.verification.modules import check_modules
-from lorakeet.workflows.verification.rounding import LIKELY, Reading, Reported, replicas, replicas_of_few_bits, seen_by
+from lorakeet.workflows.verification.rounding import LIKELY, Place, Reading, Reported, replicas, replicas_of_few_bits, seen_by
 from lorakeet.workflows.verification.server_apis import TOP, Token, Written, find_api
 from lorakeet.workflows.verification.written_text import TextPosition, TextReading, read_text
 
@@ -228,7 +227,7 @@ class _Comparison:
             return
         live, allowed = self.live, self.server.allowed
         kl, effect, agrees, texts = list[float](), list[float](), list[bool](), list[int]()
-        bare = list[_BareBase]()
+        bare, from_base = list[Place](), list[float]()
         worst, detail = 0.0, ""
         rows = [one.ids for one in reported]
         bases, lives = (side.logits_of_rows(rows) for side in (replace(live, adapter=None, name="base"), live))
@@ -238,7 +237,8 @@ class _Comparison:
                 kl.append(kl_lower_bound(ours[place], known))
                 before = dict(zip(known, base[place][list(known)].tolist(), strict=True))
                 effect.append(kl_lower_bound(ours[place], before))
-                bare.append(_BareBase(tuple(one.ids[: place + 1]), before, kl_lower_bound(base[place], known)))
+                bare.append(Place(tuple(one.ids[: place + 1]), before, int(base[place].argmax())))
+                from_base.append(kl_lower_bound(base[place], known))
                 agrees.append(known.get(int(ours[place].argmax()), -math.inf) >= max(known.values()))
                 texts.append(number)
                 for token, value in known.items():
@@ -260,7 +260,7 @@ class _Comparison:
             measured["effect"], limits["effect"] = divergence.value / moved, share_allowed
         if moved > 0:
             limits["nearer_base"] = NEARER * max([1.0, *(_times_nearer(one, bare) for one in self.computed)])
-            measured["nearer_base"] = _ratio(divergence.value, float(np.mean([one.kl for one in bare])))
+            measured["nearer_base"] = _ratio(divergence.value, float(np.mean(from_base)))
         parts = (f"Of up to {TOP} likeliest tokens a place, all others as one.", detail, self.server.said, self.measured)
         detail = " ".join(part for part in parts if part)
         check = named_check(
@@ -361,26 +361,11 @@ class _Comparison:
         self.checks.append(named_check("greedy text", self.names, measured, limits, n=tokens, detail=detail))
 
 
-@dataclass(frozen=True)
-class _BareBase:
-    """What the base without the adapter says of one place: `before` are the ids up to it, `kl` is that of the server from it."""
-
-    before: tuple[int, ...]
-    known: dict[int, float]
-    kl: float
-
-
-def _times_nearer(computed: Replica, bare: Sequence[_BareBase]) -> float:
-    """How many times nearer, in KL, a computation of the live adapter is to the base than to the adapter."""
+def _times_nearer(computed: Replica, bare: Sequence[Place]) -> float:
+    """How many times nearer, in KL, a computation of the live adapter is to the base (`bare`) than to the adapter."""
     seen = [(one, computed.by_place.get(one.before, {})) for one in bare]
-    seen = [(one, theirs) for one, theirs in seen if one.known.keys() <= theirs.keys()]
-    if not seen:
-        return 0.0
-    from_base = [
-        kl_lower_bound(torch.tensor(list(one.known.values())), {at: theirs[token] for at, token in enumerate(one.known)})
-        for one, theirs in seen
-    ]
-    return _ratio(float(computed.kl.mean()), float(np.mean(from_base)))
+    from_base = [one.against(theirs)[0] for one, theirs in seen if one.ours.keys() <= theirs.keys()]
+    return _ratio(float(computed.kl.mean()), float(np.mean(from_base))) if from_base else 0.0
 
 
 def _ratio(of_adapter: float, of_base: float) -> float:
