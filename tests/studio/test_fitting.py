@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import json
+import os
 import pickle
+import subprocess
 import sys
 from collections import defaultdict
 from collections.abc import Mapping
@@ -122,6 +124,38 @@ def test_a_moved_setting_plans_anew_only_what_depends_on_it(
     number, after = answer()
     assert number == 0 and after == before, "what is remembered is what is computed"
     assert answer(lora__rank="32")[1]["bar"]["bytes"] > before["bar"]["bytes"]
+
+
+MOVED_IN_A_WORKBENCH = """
+from lorakeet.memory.beside import forks_allowed
+from lorakeet.memory.remembered import remembering
+from lorakeet.studio.fitting import fit
+from lorakeet.studio.workbench import import_all
+from lorakeet.workflows.planning import forecast_text_run
+
+import_all()
+rehearse, alike = forecast_text_run.rehearse, []
+
+def counted(*given, **more):
+    found = rehearse(*given, **more)
+    alike.append(found.alike)
+    return found
+
+forecast_text_run.rehearse = counted
+settings, values = {"model.path": "meta-llama/Llama-3.1-8B", "machine": "gpu-24"}, {}
+for moved in ({}, {"model.quantize.method": "nf4"}):
+    with forks_allowed(), remembering(values, values.__setitem__):
+        fit(settings | moved, lambda part: None)
+print(alike)
+"""
+
+
+def test_a_few_blocks_stand_for_all_of_a_shipped_model() -> None:
+    """Something that only one of two processes meets would make each answer a rehearsal of all 32 blocks: seconds more."""
+    command = [sys.executable, "-c", MOVED_IN_A_WORKBENCH]
+    ended = subprocess.run(command, capture_output=True, text=True, check=True, env={**os.environ, "OMP_NUM_THREADS": "1"})
+    alike = json.loads(ended.stdout.splitlines()[-1])
+    assert len(alike) >= 3 and set(alike) == {32}
 
 
 def test_settings_that_change_no_shape_change_no_rehearsal(model: dict[str, str]) -> None:

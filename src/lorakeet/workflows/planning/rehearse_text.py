@@ -9,7 +9,7 @@ from __future__ import annotations
 import math
 import warnings
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from contextvars import ContextVar
 from dataclasses import dataclass, field, replace
 from functools import partial
@@ -237,23 +237,20 @@ def _rehearsed(
             found = run(_Rehearsing(ledger, text, first_blocks_of_plan(plan, text.model, text.family), ids, blocks))
             return found, ledger.segments
 
-    with computed_beside(partial(with_few, FEW)) as fewer:
-        other, more_moments = with_few(FEW + 1)
-        one, moments = fewer()
-
     def of_all(left: int, right: int) -> int:
         return extrapolate_bytes(left, right, blocks - FEW)
 
-    try:
+    with suppress(UnevenRuns), computed_beside(partial(with_few, FEW)) as fewer:
+        other, more_moments = with_few(FEW + 1)
+        one, moments = fewer()
         return replace(
             other, plan=plan, base=of_all(one.base, other.base), blocks=blocks if other.blocks else 0, alike=blocks,
             peaks=extrapolate_peaks(moments, more_moments, FEW, wanted=blocks),
             work=Work(of_all(one.work.flops, other.work.flops), of_all(one.work.written, other.work.written)),
             parameters=of_all(one.parameters, other.parameters),
         )  # fmt: skip
-    except UnevenRuns:
-        with on_shapes() as ledger:
-            return run(_Rehearsing(ledger, build(), plan, ids))
+    with on_shapes() as ledger:
+        return run(_Rehearsing(ledger, build(), plan, ids))
 
 
 @contextmanager
