@@ -49,6 +49,13 @@ async def answered(bench: Workbench, settings: Mapping[str, str]) -> tuple[float
     return first, last
 
 
+def pace() -> float:
+    """Seconds of a loop that is always the same: a shared machine that does nothing else may still be slow."""
+    start = time.perf_counter()
+    sum(number for number in range(10_000_000))
+    return time.perf_counter() - start
+
+
 async def moved(model: str, machine: str) -> dict[str, tuple[float, float]]:
     """The seconds of the first plan, and of each move after it, in a new workbench."""
     bench, settings, found = Workbench(), {"model.path": model, "machine": machine}, {}
@@ -74,7 +81,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
     given = parser.parse_args(arguments)
     about = origin()
     print(warn_if_busy(about) or "The machine is idle.", file=sys.stderr)
-    rounds = [asyncio.run(moved(given.model, given.machine)) for _ in range(given.rounds)]
+    rounds, paces = [], []
+    for _ in range(given.rounds):
+        paces.append(pace())
+        rounds.append(asyncio.run(moved(given.model, given.machine)))
     found = {
         name: {part: summary([one[name][place] for one in rounds]) for place, part in enumerate(("first", "last"))}
         for name in rounds[0]
@@ -82,10 +92,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
     print(f"\n{given.model} on {given.machine}: seconds to the first and to the last answer, of {given.rounds} rounds (min-max)")
     for name, parts in found.items():
         print(f"{name:34} {parts['first'].show(2):24} {parts['last'].show(2)}")
+    print(f"{'a fixed loop, before each round':34} {summary(paces).show(2)}")
     late = [name for name, parts in found.items() if parts["first"].median > WITHIN]
     print(f"\nFirst answer within {WITHIN:g} s: {'yes' if not late else 'NO: ' + ', '.join(late)}")
     seconds = {name: {part: one.to_mapping() for part, one in parts.items()} for name, parts in found.items()}
-    content = {"model": given.model, "machine": given.machine, "seconds": seconds, "late": late}
+    content = {"model": given.model, "machine": given.machine, "seconds": seconds, "fixed_loop": summary(paces).to_mapping(), "late": late}
     print(f"Written: {write_result('studio_fit', content, seed=0, about=about, folder=given.results)}")
     return 0 if not late else 1
 

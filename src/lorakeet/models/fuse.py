@@ -12,7 +12,8 @@ from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
-from torch._subclasses.fake_tensor import FakeTensor, unset_fake_temporarily  # torch offers no public name
+from torch._subclasses.fake_tensor import FakeTensor  # torch offers no public name
+from torch.utils._python_dispatch import _disable_current_modes  # nor for this
 
 from lorakeet.core.fused.attention import HEAD_NORMS, INPUTS, RotaryAttention
 from lorakeet.core.fused.decode_block import DecodeBlock
@@ -176,7 +177,7 @@ def _with_numbers() -> Iterator[None]:
     try:
         if shares_cores():
             torch.set_num_threads(1)
-        with unset_fake_temporarily():
+        with _disable_current_modes():
             yield
     finally:
         if shares_cores():
