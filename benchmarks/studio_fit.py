@@ -96,7 +96,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     late = [name for name, parts in found.items() if parts["first"].median > WITHIN]
     print(f"\nFirst answer within {WITHIN:g} s: {'yes' if not late else 'NO: ' + ', '.join(late)}")
     seconds = {name: {part: one.to_mapping() for part, one in parts.items()} for name, parts in found.items()}
-    content = {"model": given.model, "machine": given.machine, "seconds": seconds, "fixed_loop": summary(paces).to_mapping(), "late": late}
+    about_rounds = {"seconds": seconds, "fixed_loop": summary(paces).to_mapping()}
+    content = {"model": given.model, "machine": given.machine, **about_rounds, "late": late}
     print(f"Written: {write_result('studio_fit', content, seed=0, about=about, folder=given.results)}")
     return 0 if not late else 1
 
