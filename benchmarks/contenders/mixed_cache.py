@@ -26,6 +26,9 @@ class MixedCacheApi(Api):
     def about(self) -> str:
         return "a prefix cache of another adapter"
 
+    def number_format(self) -> str:
+        return "float32"  # as lorakeet serve says of this base
+
     def tokenise(self, text: str) -> list[int] | None:
         return None
 

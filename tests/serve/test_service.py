@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 
 from lorakeet.errors import ConfigError
 from lorakeet.models.text.serving import ServingModel
@@ -109,3 +111,13 @@ def test_a_prompt_that_cannot_fit_is_not_tokenised(service: Service, monkeypatch
             asyncio.run(call("x" * (most + 1)))  # type: ignore[operator]
         assert asked == []
     assert len(asyncio.run(service.prompt_ids("x" * most))) >= service.engine.context and len(asked) == 1
+
+
+def test_the_number_format_is_the_coarser_of_weights_and_products_where_weights_are_dense(
+    service: Service, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    assert service.number_format == "float32"
+    monkeypatch.setattr(service, "text", replace(service.text, products=torch.bfloat16))
+    assert service.number_format == "bfloat16"
+    monkeypatch.setattr("lorakeet.serve.service.is_packed", lambda model: True)
+    assert service.number_format == ""

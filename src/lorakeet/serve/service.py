@@ -11,10 +11,12 @@ from collections.abc import AsyncIterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
+import torch
 from jinja2 import TemplateError
 
 from lorakeet.data.tool_calls import unwritten
 from lorakeet.errors import ConfigError
+from lorakeet.models.modules import is_packed
 from lorakeet.models.text.model import TextModel
 from lorakeet.serve.access import Access, Caller
 from lorakeet.serve.adapter_store import AdapterStore
@@ -132,6 +134,14 @@ class Service:
     def base(self) -> str:
         """The name of the base model."""
         return self.registry.base
+
+    @property
+    def number_format(self) -> str:
+        """The coarser of the number formats of weights and products; "" where weights are packed, which says too little."""
+        text = self.text
+        if is_packed(text.model):
+            return ""
+        return str(max((text.dtype, text.products), key=lambda dtype: torch.finfo(dtype).eps)).removeprefix("torch.")
 
     async def prompt_ids(self, prompt: str) -> tuple[int, ...]:
         """The tokens of a raw prompt, with the tokenizer's special tokens; ConfigError if it must be too long."""

@@ -177,7 +177,7 @@ def test_two_keys_each_seeing_only_its_own(site: Callable[..., Any], caplog: pyt
     hidden, absent = (post(served, json={**BODY, "model": m}, headers=one).json()["error"]["message"] for m in ("b", "c"))
     assert hidden.replace("'b'", "'c'") == absent, "what a key may not see does not exist for it"
     listed = httpx.get(f"{served.url}/v1/models", headers=two).json()["data"]
-    assert [model["id"] for model in listed] == ["tiny", "b"]
+    assert [(model["id"], model["dtype"]) for model in listed] == [("tiny", "float32"), ("b", "float32")]
     assert [t["name"] for t in httpx.get(f"{served.url}/api/tags", headers=one).json()["models"]] == ["tiny", "a"]
     assert [entry["task_name"] for entry in httpx.get(f"{served.url}/lora-adapters", headers=two).json()] == ["b"]
     for path in ("/v1/load_lora_adapter", "/v1/unload_lora_adapter", "/v1/adapters/a/pin"):

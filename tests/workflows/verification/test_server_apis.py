@@ -82,7 +82,7 @@ def test_a_server_with_several_models_gets_the_name(
     file = write_model(tiny_llama_folder, None, tmp_path / "model.gguf")
 
     def several(self: Any) -> None:
-        listed = {"data": [{"id": "one", "owned_by": "lorakeet"}, {"id": "two", "owned_by": "lorakeet"}]}
+        listed = {"data": [{"id": "one", "owned_by": "lorakeet"}, {"id": "two", "owned_by": "lorakeet", "dtype": "bfloat16"}]}
         self._say(listed if self.path == "/v1/models" else None)
 
     monkeypatch.setattr(Fake, "do_GET", several)
@@ -90,6 +90,7 @@ def test_a_server_with_several_models_gets_the_name(
         with pytest.raises(ConfigError, match=r"serves one, two; say which of them is meant: --against .*#NAME"):
             find_api(url, "")
         assert find_api(url, "two").model == "two"
+        assert [find_api(url, name).number_format() for name in ("one", "two")] == ["", "bfloat16"]
         with pytest.raises(CallRefused, match=r"/nowhere refuses \(404"):
             ask(url, "/nowhere")
 

@@ -329,12 +329,13 @@ def _sse(data: dict[str, Any]) -> str:
 
 
 async def models(service: Service, caller: Caller) -> HttpReply:
-    """GET /v1/models: the base, and the adapters that the caller may use, each with `parent` and `root`."""
-    listed = [{"id": service.base, "object": "model", "created": service.began, "owned_by": "lorakeet", "parent": None}]
+    """GET /v1/models: the base, and the adapters that the caller may use, each with `parent`, `root` and `dtype`."""
+    same = {"object": "model", "created": service.began, "owned_by": "lorakeet", "dtype": service.number_format}
+    listed = [{"id": service.base, **same, "parent": None}]
     for version in service.registry.versions:
         if caller.sees(version.name):
             about = {"parent": service.base, "root": str(version.source.path), "loaded": version.loaded, "pinned": version.pinned}
-            listed.append({"id": version.name, "object": "model", "created": service.began, "owned_by": "lorakeet", **about})
+            listed.append({"id": version.name, **same, **about})
     return as_json({"object": "list", "data": listed})
 
 

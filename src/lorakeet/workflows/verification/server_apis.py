@@ -158,7 +158,8 @@ class Api:
     @understood
     def number_format(self) -> str:
         """The number format that the server says it computes in, as it says it; "" if it does not."""
-        return ""
+        listed = self._ask("/v1/models").get("data") or ()
+        return next((str(one.get("dtype") or "") for one in listed if one.get("id") == self.model), "")
 
     @understood
     def tokenise(self, text: str) -> list[int] | None:
