@@ -67,10 +67,13 @@ FORMS = (
     "ours float32", "ours bfloat16", "llama.cpp f16", "llama.cpp f16 + LoRA", "llama.cpp bf16", "llama.cpp q8_0",
     "llama.cpp q4_k_m", *VLLM,
 )  # fmt: skip
-PRECISION = {"llama.cpp q8_0": "8-bit", "llama.cpp q4_k_m": "4-bit"}
+FEWEST_BITS = "llama.cpp q4_k_m"
+PRECISION = {"llama.cpp q8_0": "8-bit", FEWEST_BITS: "4-bit"}
+ROUNDED_AWAY = "folded into 4 bits, in 4 bits again"
 FAULTS = (
     "adapter of the checkpoint before", "scale off by 2 %", "one pair missing", "another adapter of the task",
     "prefix cache of another adapter", "another chat template", "BOS doubled", "a base in q4_k_m",
+    ROUNDED_AWAY,
 )  # fmt: skip
 IN_VLLM = FAULTS[:4]  # those of adapters
 CONTEXT = 1024
@@ -101,6 +104,11 @@ class Subject:
         """The live adapter, and the rows and prompts that are compared."""
         live = live_side(self.opened, Console(quiet=True))
         return live, probes_of(self.opened, self.opened.dataset, live, self.rows)
+
+    @property
+    def few_bits(self) -> bool:
+        """Whether the base is a GGUF file: a small change of its weights is rounded away in as few bits. vLLM reads none."""
+        return Path(self.source).suffix == ".gguf"
 
     def before(self) -> Adapter | None:
         """The adapter of the earliest checkpoint that is kept; None where there is one at most."""
@@ -229,6 +237,9 @@ def served(subject: Subject, form: str, fault: str, folder: Path) -> Iterator[Se
             "another chat template": lambda text, _: text.replace("user", "human").replace("\\n", " "),
             "BOS doubled": lambda text, bos: bos + bos + text,
         }
+        if fault in templates and load_tokenizer(subject.opened.tokenizer or subject.source).chat_template is None:
+            yield None  # its rows go through no template
+            return
         base = "q4_k_m" if fault == "a base in q4_k_m" else "f16"
         with in_llama_cpp(subject, adapter, form, folder, template=templates.get(fault), base=base) as url:
             yield Server(url, allowed)
@@ -237,7 +248,7 @@ def served(subject: Subject, form: str, fault: str, folder: Path) -> Iterator[Se
 def form_of(fault: str) -> str:
     """The server in which a fault is planted."""
     elsewhere = {"a base in q4_k_m": "llama.cpp f16 + LoRA", "prefix cache of another adapter": "ours float32"}
-    return elsewhere.get(fault, "llama.cpp f16")
+    return {**elsewhere, ROUNDED_AWAY: FEWEST_BITS}.get(fault, "llama.cpp f16")
 
 
 def save_family(folder: Path, family: str) -> None:
@@ -291,9 +302,9 @@ def prove_in_vllm(group: Sequence[Subject], form: str, faults: Sequence[str], li
     planted = [fault for fault in IN_VLLM if fault in faults]
     every = [(subject, fault) for number, subject in enumerate(group) for fault in ("", *(() if number else planted))]
     wanted = [(subject, fault) for subject, fault in every if not lines.has(subject.name, form, fault)]
-    if lines.late or not wanted:
-        return
     first = group[0]
+    if lines.late or not wanted or first.few_bits:
+        return
     with TemporaryDirectory() as folder, vllm_of(first.source, form.split()[1], first.context, python) as url:
         for number, (subject, fault) in enumerate(wanted):
             adapter = subject.faulty(fault) if fault else subject.opened.adapter
@@ -345,8 +356,9 @@ class Lines:
 
 def prove(subject: Subject, lines: Lines, forms: Sequence[str], faults: Sequence[str]) -> None:
     """All servings of one subject, but vLLM's, that are not in `lines` yet."""
-    here = [form for form in forms if form not in VLLM]
-    for form, fault in [*((form, "") for form in here), *((form_of(fault), fault) for fault in faults)]:
+    here = [form for form in forms if form not in VLLM and not (subject.few_bits and form == FEWEST_BITS)]
+    planted = [fault for fault in faults if subject.few_bits or fault != ROUNDED_AWAY]
+    for form, fault in [*((form, "") for form in here), *((form_of(fault), fault) for fault in planted)]:
         if lines.late or lines.has(subject.name, form, fault):
             continue
         with TemporaryDirectory() as name, served(subject, form, fault, Path(name)) as server:
