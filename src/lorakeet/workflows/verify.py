@@ -268,7 +268,7 @@ def _checks(
     cannot = [] if weak is None else [weak]
     if all(check.passed for check in found[1:]):
         return found, cannot
-    cause = cause_from_weights(stored, live)
+    cause = cause_from_weights(stored, live, few_bits=artefact.allowed.rounding >= Q8.rounding)
     if not cause:  # from the first tokens of a row: enough to find it, and few enough to be in memory several times
         row = probes.rows[0].tolist()
         theirs = next(iter(artefact.logit_parts(row)))[:CAUSE_TOKENS]

@@ -88,3 +88,15 @@ def test_a_matrix_moved_without_any_of_the_change_is_no_missing_one(live: InTorc
     stored = shares(attn_v=0.0, ffn_up=0.0)
     stored = {name: dataclasses.replace(found, moved=1.2) for name, found in stored.items()}
     assert "another adapter" in cause_from_weights(stored, live)
+
+
+@pytest.mark.parametrize(
+    ("moved", "few_bits", "words"),
+    [(0.3, True, "the change is rounded away"), (0.3, False, "another adapter"), (4.0, True, "another adapter")],
+)
+def test_a_change_of_less_than_a_step_of_few_bits_is_rounded_away(
+    live: InTorch, moved: float, few_bits: bool, words: str
+) -> None:
+    """Of a base with many bits, rounding to few moves a matrix by more than the change; of a base on their grid, by less."""
+    stored = {name: StoredTensor(share, 0.0, 0.1, moved) for name, share in {"attn_q": 0.01, "ffn_up": 0.2}.items()}
+    assert words in cause_from_weights(stored, live, few_bits=few_bits)

@@ -23,13 +23,17 @@ from lorakeet.models.modules import adapted_layers
 from lorakeet.workflows.verification.artefact import InTorch
 
 _NEAR = 0.05  # shares that differ by less are one scale
+_MOSTLY = 0.5  # of a change
 LIKELY_CAUSE = "Likely cause"  # how a sentence on a found mistake begins
 _EXPLAINED = 0.1  # a mistake explains the difference when it leaves at most this much of it
 _Q_K = ("q_proj", "k_proj", "attn_q", "attn_k")
 
 
-def cause_from_weights(stored: Mapping[str, StoredTensor], live: InTorch) -> str:
-    """A sentence with the likely cause, or nothing where the changed matrices all hold their change."""
+def cause_from_weights(stored: Mapping[str, StoredTensor], live: InTorch, *, few_bits: bool = False) -> str:
+    """A sentence with the likely cause, or nothing where the changed matrices all hold their change.
+
+    `few_bits`: the matrices are stored in so few that a change may be less than a step of them.
+    """
     changed = {name: found for name, found in stored.items() if not math.isnan(found.share) and found.moved >= 0}
     shares = np.array([found.share for found in changed.values()])
     if not len(shares) or not np.isfinite(shares).all():
@@ -38,6 +42,11 @@ def cause_from_weights(stored: Mapping[str, StoredTensor], live: InTorch) -> str
     if not off:
         return ""
     middle = float(np.median(shares))
+    if few_bits and max(middle, float(np.median([found.moved for found in changed.values()]))) < _MOSTLY:
+        return (
+            f"Likely cause: the change is rounded away; of it, the matrices hold {middle:.2g}. The base's weights already have "
+            "few bits, and a change of less than a step of them ends where it began. Next step: export it with --quant f16."
+        )
     absent = [name for name, found in off.items() if abs(found.share) <= _NEAR and found.moved <= _NEAR]
     if len(absent) == len(changed):
         return "Likely cause: the adapter is not in it at all; these are the base's weights."
