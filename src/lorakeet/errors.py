@@ -16,6 +16,7 @@ from __future__ import annotations
 import difflib
 import functools
 import itertools
+import re
 import shlex
 import traceback
 from collections.abc import Callable, Iterable, Iterator
@@ -50,6 +51,19 @@ def _escapes(form: str) -> dict[int, str]:
 def visible(text: str, form: str = "\\x{:02x}") -> str:
     """The text with every control character but tab and line end as an escape of that form: a terminal obeys none of them."""
     return text if text.isprintable() else text.translate(_escapes(form))
+
+
+_OUT_OF_MEMORY = re.compile(
+    r"\b(CUDA|HIP)( driver)? error: out of memory|Triton Error \[\w+\]: out of memory|STATUS_ALLOC_FAILED|MPS backend out of mem"
+)
+
+
+def is_out_of_memory(error: BaseException) -> bool:
+    """Whether a device had too little memory. torch has an error for its tensors: contexts, kernels that are loaded, segments
+    that grow and handles of libraries raise a RuntimeError that only says so."""
+    if type(error).__name__ == "OutOfMemoryError":  # torch's, which is not imported for this
+        return True
+    return isinstance(error, RuntimeError) and _OUT_OF_MEMORY.search(str(error)) is not None
 
 
 @dataclass(frozen=True)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import gc
 import json
+import re
 import weakref
 from collections.abc import Callable
 from pathlib import Path
@@ -18,18 +19,28 @@ from lorakeet.cli import main as command
 from lorakeet.core.spec import LoraSpec
 from lorakeet.data.pack import Batch
 from lorakeet.errors import EnvironmentProblem, RunStopped
+from lorakeet.evaluate.certificate import Unchecked
+from lorakeet.kernels.proof import difference_found
+from lorakeet.memory.budget import Budget
+from lorakeet.memory.cuda import enforcing_gpu_budget
 from lorakeet.memory.spill import HostSpill, Spill
 from lorakeet.memory.transfer import CudaTransfer
+from lorakeet.models import kernels
+from lorakeet.models.generate import kv_cache
 from lorakeet.models.targets import plan_for
+from lorakeet.models.text import load
 from lorakeet.models.text.adapters import initialise_adapter
+from lorakeet.models.text.cuda_graphs import NotRecorded, recording_errors
 from lorakeet.train.loop import train
 from lorakeet.train.processes import Processes
 from lorakeet.train.progress import Reporter
 from lorakeet.train.run import RunFolder
 from lorakeet.train.spec import TrainSpec
 from lorakeet.train.task import HeldOut
+from lorakeet.train.text import own_code
 from lorakeet.train.text.task import TextTask
 from lorakeet.workflows import finetune as workflow
+from lorakeet.workflows.finetuning import certify_pairs
 from tiny.cards import Device, computing_first, pinned
 from tiny.runs import reviews, run, write_rows
 from tiny.streams import loaded, rows
@@ -37,10 +48,62 @@ from train.tiny_task import TinyTask
 
 SPEC = TrainSpec(steps=6, batch_size=8, micro_tokens=48, learning_rate=0.02, evaluate_every=3, checkpoint_every=1, patience=0)
 SAID = "CUDA out of memory. Tried to allocate 2.00 GiB.\nGPU 0 has a total capacity of 8 GiB"
+OTHERS = (  # RuntimeErrors of what lies beside torch's tensors
+    "CUDA error: out of memory\nCUDA kernel errors might be asynchronously reported",  # the context, pinned memory
+    "CUDA driver error: out of memory",  # segments that grow (memory/expandable)
+    "CUDA error: CUBLAS_STATUS_ALLOC_FAILED when calling `cublasCreate(handle)`",
+    "Triton Error [CUDA]: out of memory",  # a kernel that is loaded
+)
+
+
+@pytest.mark.parametrize("said", OTHERS)
+def test_what_is_beside_the_tensors_lacks_memory_too(said: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    error = RuntimeError(said)
+
+    def full(*_: Any, **__: Any) -> Any:
+        raise error
+
+    with pytest.raises(RunStopped, match=r"done and .*, but not evaluated"), workflow._evaluating(RunFolder(tmp_path)):
+        full()
+    with pytest.raises(EnvironmentProblem, match="The device ran out of memory"), enforcing_gpu_budget(Budget(), ""):
+        full()
+    with pytest.raises(NotRecorded, match="the GPU is out of memory"), recording_errors():
+        full()
+    with pytest.raises(RuntimeError) as raised:
+        difference_found(full, of_any_kind=True)  # which says nothing of a kernel
+    assert raised.value is error
+    monkeypatch.setattr(certify_pairs, "why_not_by_peft", lambda _: "")
+    monkeypatch.setattr(certify_pairs, "compare_with_peft", full)
+    unchecked = certify_pairs.check_by_peft(cast(Any, None), "default", tmp_path, [])
+    assert isinstance(unchecked, Unchecked) and "could not be used here" in unchecked.why
+
+
+@pytest.mark.parametrize("said", OTHERS)
+def test_a_model_is_not_said_to_be_at_fault(said: str, tiny_llama_folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    text = loaded(tiny_llama_folder)
+
+    def full(*_: Any, **__: Any) -> Any:
+        raise RuntimeError(said)
+
+    (row,) = rows(1)
+    for places, used in (
+        ((load, "set_attention"), lambda: load._try_attention(text, "sdpa", torch.ones(1))),
+        ((text.model, "forward"), lambda: load._own_logits(text)),
+        ((own_code, "head_losses"), lambda: own_code.compare_with_own_code(text, {}, [row])),
+        ((kv_cache, "step"), lambda: kv_cache.check_cached(text)),
+    ):
+        with monkeypatch.context() as patch, pytest.raises(RuntimeError, match=re.escape(said)):
+            patch.setattr(*places, full)
+            used()
+    with pytest.raises(RuntimeError, match=re.escape(said)), kernels._refused("a weight", torch.device("cpu")):
+        full()
 
 
 class Short(TinyTask):
     """A task on a device that has too little memory at some of its passes, counted from 1."""
+
+    error: type[RuntimeError] = torch.OutOfMemoryError
+    said = SAID
 
     def __init__(self, *fails: int, held_out: tuple[int, ...] = ()) -> None:
         super().__init__(SPEC, dropout=0.0)
@@ -52,7 +115,7 @@ class Short(TinyTask):
         found = super().loss(batch)
         if self.passes in self.fails:
             self.held.append(weakref.ref(found))
-            raise torch.OutOfMemoryError(SAID)
+            raise self.error(self.said)
         return found
 
     def held_out(self) -> HeldOut | None:
@@ -83,6 +146,17 @@ def test_a_step_is_done_again_once_with_half_the_tokens_and_counts_once(tmp_path
         torch.testing.assert_close(short.parameters()[name], parameter, rtol=1e-4, atol=1e-6)
     gc.collect()
     assert short.held[0]() is None, "the error, which holds what was in memory, is gone before the step is done again"
+
+
+@pytest.mark.parametrize("said", OTHERS)
+def test_a_library_that_gets_no_memory_is_no_other_case(said: str, tmp_path: Path) -> None:
+    task = Short(5)
+    task.error, task.said = RuntimeError, said
+    assert "goes on, with train.micro_tokens 24" in trained(task, tmp_path / "run")[0]
+    task = Short(5)
+    task.error, task.said = RuntimeError, "CUDA error: an illegal memory access was encountered"
+    with pytest.raises(RuntimeError, match="illegal memory access"):
+        trained(task, tmp_path / "other")
 
 
 def test_the_second_time_it_is_refused_with_the_remedy_and_resumes_from_what_is_kept(tmp_path: Path) -> None:
@@ -145,6 +219,18 @@ def test_after_training_the_adapter_is_named_and_how_to_go_on(
     with pytest.raises(EnvironmentProblem, match="The device ran out of memory: CUDA out of memory"):
         run(tiny_llama_folder, data, tmp_path / "other", {"train.steps": "1"})
     assert not (tmp_path / "other").exists()
+
+
+@pytest.mark.parametrize("said", OTHERS)
+def test_every_verb_says_it_of_libraries_too(
+    said: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def no_memory(**_: Any) -> None:
+        raise RuntimeError(said)
+
+    monkeypatch.setattr(command, "lorakeet", type("Fails", (), {"main": staticmethod(no_memory)}))
+    assert command.main(["generate"]) == 2
+    assert "The device ran out of memory: " + said.partition("\n")[0][:20] in capsys.readouterr().err
 
 
 def test_every_verb_says_it_in_one_message(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:

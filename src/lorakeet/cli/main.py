@@ -20,7 +20,7 @@ import click
 
 from lorakeet import __version__
 from lorakeet.disk import FULL
-from lorakeet.errors import ConfigError, LorakeetError, nearest, visible
+from lorakeet.errors import ConfigError, LorakeetError, is_out_of_memory, nearest, visible
 from lorakeet.train.interrupt import terminable
 from lorakeet.train.launch import launched
 from lorakeet.workflows.options import VERBS, Verb
@@ -55,7 +55,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         code = {"SIGTERM": 143, "SIGHUP": 129}.get(by, 130)
         return _report(error, f"Stopped by {by} before it finished.", exit_code=code, as_json=as_json, debug=False)
     except RuntimeError as error:
-        if type(error).__name__ != "OutOfMemoryError":  # torch's, which most verbs never import
+        if not is_out_of_memory(error):
             raise
         from lorakeet.memory.cuda import out_of_memory_text
 

@@ -9,6 +9,8 @@ from importlib import metadata
 import torch
 from packaging.specifiers import SpecifierSet
 
+from lorakeet.errors import is_out_of_memory
+
 SAID = 160  # characters of an error in a warning
 
 
@@ -32,9 +34,9 @@ def difference_found(compare: Callable[[], str], *, of_any_kind: bool = False) -
     try:
         with torch.inference_mode(False), torch.no_grad():
             return compare()
-    except torch.OutOfMemoryError:
-        raise
     except Exception as error:
+        if is_out_of_memory(error):
+            raise
         if not of_any_kind and not isinstance(error, RuntimeError):
             raise
         kind = f"{type(error).__name__} " if of_any_kind else ""

@@ -15,7 +15,7 @@ from contextlib import contextmanager
 import torch
 from torch import Tensor
 
-from lorakeet.errors import EnvironmentProblem
+from lorakeet.errors import EnvironmentProblem, is_out_of_memory
 from lorakeet.evaluate.wording import bytes_text
 from lorakeet.memory.budget import Budget
 from lorakeet.memory.forecast import Phase, phase_at
@@ -110,7 +110,9 @@ def enforcing_gpu_budget(budget: Budget, remedy: str) -> Iterator[None]:
     """A context that turns running out of a GPU's memory into EnvironmentProblem, with `remedy` if there is a budget."""
     try:
         yield
-    except torch.OutOfMemoryError as error:
+    except RuntimeError as error:
+        if not is_out_of_memory(error):
+            raise
         if not budget or budget.free:
             raise EnvironmentProblem(out_of_memory_text(error)) from error
         raise EnvironmentProblem(

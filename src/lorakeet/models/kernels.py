@@ -20,7 +20,7 @@ from torch import Tensor, nn
 from lorakeet.core.base import DenseBase
 from lorakeet.core.layers.linear import LoraLinear
 from lorakeet.core.math import add_low_rank, shrink_grad
-from lorakeet.errors import EnvironmentProblem
+from lorakeet.errors import EnvironmentProblem, is_out_of_memory
 from lorakeet.kernels import bitsandbytes_nf4, liger
 from lorakeet.kernels.choose import fused_pair
 from lorakeet.kernels.nf4_maxima import decoded_bytes
@@ -151,9 +151,9 @@ def _refused(about: str, device: torch.device) -> Iterator[None]:
         yield
         if device.type == "cuda":
             torch.cuda.synchronize(device)  # raises the error of a kernel that failed after its launch
-    except torch.OutOfMemoryError:
-        raise
     except Exception as error:  # of many types: TritonError is only an Exception
+        if is_out_of_memory(error):
+            raise
         reason = " ".join(str(error).split())[:ERROR_LENGTH] or "no message"
         raise EnvironmentProblem(
             f"Lorakeet's Triton kernels do not run on this device, for {about} ({type(error).__name__}: {reason.rstrip('.')}). "

@@ -24,7 +24,7 @@ import torch
 from safetensors import SafetensorError
 from torch import Tensor
 
-from lorakeet.errors import DataError, EnvironmentProblem, RunStopped
+from lorakeet.errors import DataError, EnvironmentProblem, RunStopped, is_out_of_memory
 from lorakeet.memory.allocator import keep_freed_memory, release_free_memory
 from lorakeet.memory.cuda import cuda_device_of, gpu_peak_bytes, release_device_memory
 from lorakeet.memory.measure import PeakMemory
@@ -235,7 +235,9 @@ class Training(Generic[BatchT]):
         random = rng.drawn(device)
         try:
             return work()
-        except torch.OutOfMemoryError as error:
+        except RuntimeError as error:
+            if not is_out_of_memory(error):
+                raise
             said = str(error).strip().splitlines()[0]  # the error holds what was in memory, and is dropped here
         self.optimizer.adamw.zero_grad(set_to_none=True)
         smaller = "" if self.halved or self.processes.count > 1 else self.task.halve()

@@ -15,11 +15,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, ClassVar
 
-import torch
 from rich.console import Console
 
 from lorakeet.config import RunConfig
-from lorakeet.errors import ConfigError, Problems, RunStopped
+from lorakeet.errors import ConfigError, Problems, RunStopped, is_out_of_memory
 from lorakeet.evaluate.report.rank_values import Search
 from lorakeet.evaluate.report.report import Report, write_report
 from lorakeet.evaluate.values import encode
@@ -205,7 +204,9 @@ def _evaluating(run: RunFolder) -> Iterator[None]:
             f"{str(stopped) or 'Ctrl-C'}: the training is done and {run.adapter} is whole, but its evaluation was interrupted. "
             f"Evaluate it with: {run.resume_command}"
         ) from None
-    except torch.OutOfMemoryError as error:
+    except RuntimeError as error:
+        if not is_out_of_memory(error):
+            raise
         said = f"The training is done and {run.adapter} is whole, but not evaluated. {out_of_memory_text(error)}"
         raise RunStopped(f"{said} Then evaluate it with: {run.resume_command}") from error
 

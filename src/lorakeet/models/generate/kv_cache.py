@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from lorakeet.core.fused.packed_attention import QUERIES, AttentionRule
 from lorakeet.core.selection import Selection, Share
 from lorakeet.data.pack import Batch
-from lorakeet.errors import ConfigError
+from lorakeet.errors import ConfigError, is_out_of_memory
 from lorakeet.kernels.cpu.block import NewTokens
 from lorakeet.kernels.device import is_cpu
 from lorakeet.models.files.validate import first_line
@@ -263,6 +263,8 @@ def check_cached(text: TextModel) -> None:
         parts = [step(text, cache, [CacheRow(1, 0, ids[:-1], {})]), step(text, cache, [CacheRow(1, CHECKED, ids[-1:], {})])]
         found = torch.cat(parts)
     except Exception as error:  # whatever the model's code raises where the cache is not its own
+        if is_out_of_memory(error):
+            raise
         raise ConfigError(f"{_not_served(text)}: its code does not run over a cache ({first_line(error)}).") from error
     places = torch.arange(len(ids), device=text.device)
     whole = Batch(torch.tensor(ids, device=text.device), (len(ids),), places[-2:], places[-2:], ("check",))

@@ -33,7 +33,7 @@ from lorakeet.core.gpu_pairs import fresh_copies
 from lorakeet.core.scratch import SCRATCH
 from lorakeet.core.tiled_product import RowSource
 from lorakeet.data.pack import Batch
-from lorakeet.errors import EnvironmentProblem
+from lorakeet.errors import EnvironmentProblem, is_out_of_memory
 from lorakeet.kernels.flash_varlen import RowOffsets
 from lorakeet.kernels.host_copies import to_device
 from lorakeet.kernels.nf4_maxima import LAST
@@ -442,7 +442,7 @@ def recording_errors(required: bool = True) -> Iterator[None]:
         for cause in causes:
             if not isinstance(cause, Exception):  # Ctrl-C, whose recording could not be ended in order either
                 raise cause from None
-        if any(isinstance(cause, torch.OutOfMemoryError) for cause in causes):
+        if any(map(is_out_of_memory, causes)):
             raise NotRecorded(
                 "the GPU is out of memory: to check CUDA graphs, their pass and the model's own are in memory at once",
                 f"Lower train.micro_tokens. Or: {TURN_OFF}.",

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from transformers import AutoConfig, AutoTokenizer
 
 from lorakeet.data.pack import Batch
-from lorakeet.errors import ConfigError, DataError, EnvironmentProblem, LorakeetError, one_message
+from lorakeet.errors import ConfigError, DataError, EnvironmentProblem, LorakeetError, is_out_of_memory, one_message
 from lorakeet.formats.files.json_object import read_object
 from lorakeet.kernels.cpu import compile as native
 from lorakeet.kernels.tiled_weight import TritonRequest
@@ -190,9 +190,11 @@ def _own_logits(text: TextModel) -> Tensor:
     rows = _check_batch(text).ids.split(list(CHECK_ROWS))  # type: ignore[no-untyped-call]
     try:
         return torch.cat([text.model(input_ids=row[None], use_cache=False).logits[0] for row in rows])
-    except (LorakeetError, torch.OutOfMemoryError):
+    except LorakeetError:
         raise
     except Exception as error:
+        if is_out_of_memory(error):
+            raise
         raise EnvironmentProblem(
             f"'{text.model.config.model_type}' models cannot be used: the code of transformers {transformers.__version__} for "
             f"them fails on a row of {CHECK_ROWS[0]} tokens ({first_line(error)})."
@@ -318,11 +320,11 @@ def _try_attention(text: TextModel, attention: str, reference: Tensor) -> str | 
         if text.attention != attention:
             return f"'{kind}' models cannot exchange their attention for {attention}"
         logits = text.head(text.hidden(_check_batch(text)))
-    except torch.OutOfMemoryError:
-        raise
     except EnvironmentProblem as error:
         return str(error).rstrip(".")
     except Exception as error:  # whatever the model's code raises where it does not know this attention
+        if is_out_of_memory(error):
+            raise
         return f"'{kind}' models do not run with {attention} ({first_line(error)})"
     # The median over a row's tokens: rounding may send a single token of a mixture to another expert. The worst row counts:
     # nothing can leak into the first one.
