@@ -358,6 +358,8 @@ class _Functions(TorchFunctionMode):
             return pinned if name == "is_pinned" else args[0] if pinned else self.card.pin(args[0].clone())
         if name in READ and isinstance(args[0], CardTensor):
             return self._read(name, args[0])
+        if name in ("__getitem__", "__setitem__"):
+            args = (args[0], _of_places(args[1]), *args[2:])
         return self._on_card(torch.Tensor.to, (args[0], CUDA), kwargs) if name == "cuda" else self._on_card(func, args, kwargs)
 
     def _read(self, name: str, tensor: CardTensor) -> Any:
@@ -409,6 +411,13 @@ def _here(given: Any) -> tuple[Any, bool]:
     if isinstance(given, dict):
         return {key: other(each) for key, each in given.items()}, found
     return tuple(other(each) for each in given), found
+
+
+def _of_places(index: Any) -> Any:
+    """An index whose lists of places are tensors: of lists torch would make those where the card is for it, without numbers."""
+    if isinstance(index, list) and not _touches([index]):
+        return torch.tensor(index)
+    return tuple(map(_of_places, index)) if isinstance(index, tuple) else index
 
 
 def _through_thread(card: Card, engine: Any) -> Any:

@@ -158,6 +158,15 @@ def test_what_it_takes_of_the_host(card: Card) -> None:
     assert x.tolist() == [2.0, 2.0, 2.0] and drawn.is_cuda
 
 
+def test_places_in_a_list(card: Card) -> None:
+    """torch makes a tensor of them where the card is, without numbers if that is not there."""
+    x = torch.arange(6).to("cuda").view(2, 3)
+    assert x[0][[2, 0]].tolist() == [2, 0] and x[[1], [1]].tolist() == [4]
+    card.reset()
+    x[0, [1, 2]] = 7
+    assert [wait.kind for wait in card.waits] == ["a copy of indices from the host"] and x[0].tolist() == [0, 7, 7]
+
+
 @pytest.mark.slow
 def test_a_whole_run_gives_the_losses_of_the_cpu(tiny_llama_folder: Path, tmp_path: Path) -> None:
     """Plan, training, evaluation, replies and certificate: the same run, on the card and on the CPU."""

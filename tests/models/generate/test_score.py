@@ -19,6 +19,7 @@ from lorakeet.models.spec import ModelSpec
 from lorakeet.models.text.load import load_text_model
 from lorakeet.models.text.model import TextModel
 from tiny.runs import reviews, write_rows
+from tiny.simulated_card import simulated_card
 
 
 @pytest.fixture(scope="module", params=["varlen", "sdpa"])
@@ -197,3 +198,16 @@ def test_examples_before_many_rows_pass_once_a_batch_for_labels_of_several_token
     assert computed == [50 + 12 * (12 + 11)], "two branches a row: the third label's, which holds the first one's, and another"
     expected = [[log_prob(plain, row.prompt, end[:-1]) for end in ends] for row in rows]
     np.testing.assert_allclose(scores, expected, atol=1e-4)
+
+
+def test_labels_of_many_rows_come_from_a_gpu_in_one_copy_a_batch(tiny_llama_folder: Path) -> None:
+    rows = candidates([9, 14, 5, 20, 7, 11], SEVERAL)
+    with simulated_card() as card:
+        spec = ModelSpec(str(tiny_llama_folder), dtype="float32", products="float32", device="cuda")
+        on_card = load_text_model(spec)
+        label_scores(on_card, rows, micro_tokens=1000)  # the first use of a kernel is compared
+        card.reset()
+        found = label_scores(on_card, rows, micro_tokens=1000)
+        assert [wait.kind for wait in card.waits] == ["a copy to the host"], card.waits
+    here = load_text_model(ModelSpec(str(tiny_llama_folder), dtype="float32", products="float32", device="cpu"))
+    np.testing.assert_allclose(found, label_scores(here, rows, micro_tokens=1000), atol=1e-4)

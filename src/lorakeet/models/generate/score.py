@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from functools import lru_cache
+from itertools import islice
 
 import numpy as np
 import torch
@@ -13,6 +14,7 @@ from numpy.typing import NDArray
 from lorakeet.data.chat import Candidates, Example, Ids
 from lorakeet.data.pack import Batch
 from lorakeet.kernels.cpu.workspace import WORKSPACES
+from lorakeet.kernels.host_copies import together_on
 from lorakeet.models.text.model import TextModel, token_logprobs
 
 Floats = NDArray[np.float64]
@@ -87,13 +89,27 @@ def label_scores(
             reads = [(index, read) for index, branch in own for read in branch.reads.values()]
             numbers = iter(reads)
             for log_probs in log_probs_at_targets(text, _without_last(batch), chunk):
-                for row, (index, (labels, tokens)) in zip(log_probs, numbers, strict=False):
-                    scores[index, labels] += row[tokens].double().cpu().numpy()
+                _add_read(log_probs, list(islice(numbers, len(log_probs))), scores)
             for index, _ in own:
                 left[index] -= 1
                 if progress is not None and not left[index]:
                     progress(1)
     return scores
+
+
+def _add_read(log_probs: torch.Tensor, reads: Sequence[tuple[int, tuple[list[int], list[int]]]], scores: Floats) -> None:
+    """Adds what is read from `log_probs` (n, vocabulary) to `scores` (rows, labels): for each of n a row, labels, and tokens.
+    One copy comes from a GPU."""
+    owners, labels, places, tokens = np.array(
+        [
+            (owner, label, place, token)
+            for place, (owner, each) in enumerate(reads)
+            for label, token in zip(*each, strict=True)
+        ],
+        np.int64,
+    ).T
+    found = log_probs[tuple(together_on((places, tokens), log_probs.device))]
+    np.add.at(scores, (owners, labels), found.double().cpu().numpy())
 
 
 @dataclass(frozen=True)
