@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from lorakeet.kernels import nf4_maxima
+from lorakeet.kernels import blockwise_rows, nf4_maxima
 from lorakeet.kernels.nf4_maxima import SharedMaxima
 from lorakeet.quant.nf4 import Nf4Base, decode_maxima_together
 
@@ -56,6 +56,18 @@ def test_a_product_is_one_launch() -> None:
     """Seven weights, both ways; h, u, ∂A and ∂B; x·W and ∂x of layers with the same input are added where they are computed."""
     _, later = of_block("fused")
     assert later["mm"] + later["addmm_"] == 2 * 7 + 4 + 7 + 7 + 4 + 7 + 4
+
+
+def test_attention_of_a_block_launches_at_most_so_many_kernels() -> None:
+    """Sinks add five to a kernel's eight. Blocks of queries launch for each 256 tokens, whatever their rows. Of places, which
+    are shapes here, nothing is kept for a pass over numbers."""
+    attention_of, flash, sinks, blocks = counter()["attention_of"], *counter()["ATTENTION"]
+    assert attention_of(flash, TOKENS, 512).launches == 8 and attention_of(sinks, TOKENS, 512).launches == 13
+    few, more = (attention_of(blocks, tokens, 512) for tokens in (TOKENS // 2, TOKENS))
+    each = (more.launches - few.launches) / (TOKENS // 2 / blockwise_rows.MOST)
+    assert more.torch["bmm"] == 7 * TOKENS // blockwise_rows.MOST, "two products forward, five back, and no other of them hides"
+    assert each <= 56 and "blockwise_rows" not in more.torch and more.seconds > 10 * attention_of(flash, TOKENS, 512).seconds
+    assert blockwise_rows.keys_seen.cache_info().currsize == 0
 
 
 def test_block_maxima_are_decoded_once_a_pass() -> None:
