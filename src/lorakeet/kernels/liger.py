@@ -22,7 +22,7 @@ from torch import Tensor
 
 from lorakeet.kernels.proof import difference_found, missing_package
 from lorakeet.kernels.protocol import Situation
-from lorakeet.kernels.triton.support import are_numbers, has_triton
+from lorakeet.kernels.triton.support import are_numbers, has_triton, why_no_launcher
 
 PACKAGE, VERSIONS = "liger-kernel", SpecifierSet(">=0.8.5,<0.9")
 DEVICES = ("cuda",)
@@ -62,7 +62,9 @@ def _why_not_gpu(device: torch.device, dtype: torch.dtype) -> str:
         return f"this torch is for AMD GPUs (ROCm {torch.version.hip})"
     least = BFLOAT16 if dtype == torch.bfloat16 else CAPABILITY
     found = torch.cuda.get_device_capability(device)
-    return "" if found >= least else f"needs compute capability {least[0]}.{least[1]}; this GPU has {found[0]}.{found[1]}"
+    if found < least:
+        return f"needs compute capability {least[0]}.{least[1]}; this GPU has {found[0]}.{found[1]}"
+    return why_no_launcher()
 
 
 def takes(states: Sequence[Tensor], _: int, by_rows: bool) -> bool:

@@ -26,7 +26,7 @@ from lorakeet.kernels.choose import fused_pair
 from lorakeet.kernels.nf4_maxima import decoded_bytes
 from lorakeet.kernels.proof import missing_package
 from lorakeet.kernels.tiled_weight import TritonRequest
-from lorakeet.kernels.triton.support import RANK, why_not_on
+from lorakeet.kernels.triton.support import RANK, has_triton, why_no_launcher, why_not_on
 from lorakeet.models import modules
 from lorakeet.models.families import Family
 from lorakeet.models.placement import device_for
@@ -58,7 +58,7 @@ def missing_libraries(device: torch.device, quantize: QuantSpec) -> Iterator[str
     """
     if device.type != "cuda":
         return
-    if why := missing_package(liger.PACKAGE, liger.VERSIONS):
+    if why := missing_package(liger.PACKAGE, liger.VERSIONS) or (why_no_launcher() if has_triton() else ""):
         yield f"{why}. Until then norms, gates, rotary positions and the loss run by torch's operations, which is slower."
     nf4 = quantize.method == "nf4" and not bitsandbytes_advice()
     if nf4 and (why := missing_package(bitsandbytes_nf4.PACKAGE, bitsandbytes_nf4.VERSIONS)):

@@ -8,7 +8,11 @@ from __future__ import annotations
 
 import functools
 import importlib.util
+import os
+import shutil
 import sys
+import sysconfig
+from pathlib import Path
 
 import torch
 from torch import Tensor, nn
@@ -18,6 +22,7 @@ from lorakeet.kernels.protocol import QuantisedWeight, Situation
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 CAPABILITY = (8, 0)  # of a GPU, at least: bf16 on tensor cores, and what the kernels were compiled for
 RANK = 64  # the highest that runs within a product: tiles of A and B must fit into shared memory beside those of x and W
+_LAUNCHER = "Triton compiles what launches its kernels, and there is"
 NUMBERS = (Tensor, nn.Parameter)  # not the tensors of a trace, nor sharded ones
 
 
@@ -71,7 +76,8 @@ def _why_not_gpu(device: torch.device) -> str:
     else:
         capability = _capability(torch.cuda.current_device() if device.index is None else device.index)
         if capability >= CAPABILITY:
-            return ""
+            lacking = why_no_launcher()
+            return f"{lacking}, or set model.kernels to torch." if lacking else ""
         found = f"this GPU has {capability[0]}.{capability[1]}"
     least = ".".join(map(str, CAPABILITY))
     return f"Triton kernels need an NVIDIA GPU of compute capability {least} or higher; {found}. Set model.kernels to torch."
@@ -87,6 +93,24 @@ def _capability(index: int) -> tuple[int, int]:
 def has_triton() -> bool:
     """True if the package is installed; it is not imported."""
     return importlib.util.find_spec("triton") is not None
+
+
+@functools.cache
+def why_no_launcher() -> str:
+    """Why Triton cannot compile what launches its kernels, with the remedy and no full stop; empty if it can.
+
+    It takes CC, else gcc or clang, and Python's headers (triton/runtime/build.py, _find_compiler and _build). Images that only
+    run programs often have neither.
+    """
+    named = os.environ.get("CC")
+    if not any(map(shutil.which, ("gcc", "clang") if named is None else (named,))):
+        found = "no C compiler" if named is None else f"CC, which is '{named}', and no such program"
+        return f"{_LAUNCHER} {found}. Install gcc (on Debian: apt install gcc), or set CC to it"
+    scheme = sysconfig.get_default_scheme()
+    folder = sysconfig.get_paths("posix_prefix" if scheme == "posix_local" else scheme)["include"]
+    if not (Path(folder) / "Python.h").is_file():
+        return f"{_LAUNCHER} no Python.h in {folder}. Install it (on Debian: apt install python3-dev)"
+    return ""
 
 
 def _interpreted() -> bool:
