@@ -10,10 +10,18 @@ from typing import Any
 import pytest
 
 from lorakeet.memory.spill import HostSpill
+from lorakeet.models.inject import inject
+from lorakeet.models.spec import ModelSpec
+from lorakeet.models.targets import plan_for
+from lorakeet.models.text.adapters import initialise_adapter
+from lorakeet.models.text.load import load_text_model
 from lorakeet.train import optimizer
+from lorakeet.train.preference_spec import OBJECTIVES, SFT
+from lorakeet.train.text.multi_adapter import Member, MultiAdapterTraining
 from tiny.card_steps import BEGINNING, LORA, SPEC, rows_behind, stepped, training_on_card
 from tiny.models import LAYERS, save_tiny_llama
-from tiny.simulated_card import Card, simulated_card
+from tiny.simulated_card import Card, Wait, simulated_card
+from train.text.test_preference_task import task_on, with_reference
 
 MOST = 3  # waits of an optimizer step: the loss, whether the gradient is finite, and its norm
 CASES: dict[str, dict[str, Any]] = {
@@ -42,6 +50,46 @@ def test_a_micro_batch_waits_for_nothing(case: str, card: Card, tiny_llama_folde
     assert within == []
     assert len(all_of_step) <= MOST, all_of_step
     assert card.flash.calls + card.flash.efficient_calls > 0, "rows in one call of attention"
+
+
+@pytest.mark.parametrize("objective", [objective for objective in OBJECTIVES if objective != SFT])
+def test_a_micro_batch_of_pairs_waits_for_nothing(objective: str, card: Card, tiny_llama_folder: Path) -> None:
+    """Tokens and references of answers go over together. KTO reads its estimate of the KL before a step's first micro-batch."""
+    text = load_text_model(ModelSpec(path=str(tiny_llama_folder), dtype="bfloat16", device="cuda"))
+    task = task_on(initialise_adapter(text, plan_for(text.model, LORA, text.family), seed=0), objective)
+    with_reference(task)
+    for step in range(2):
+        batches = task.batches(step)
+        task.begin_step(batches)
+        task.loss(batches[0]).backward()
+    card.reset()
+    task.loss(task.batches(1)[0]).backward()
+    assert card.waits == []
+
+
+def test_adapters_in_one_pass_are_waited_for_once_a_step_each(card: Card, tiny_llama_folder: Path) -> None:
+    """The losses of its micro-batches, and what is asked of its gradient."""
+    text = load_text_model(ModelSpec(path=str(tiny_llama_folder), dtype="bfloat16", device="cuda"))
+    members = []
+    for number, name in enumerate("abc"):
+        inject(text.model, plan_for(text.model, LORA, text.family), name, seed=number)
+        members.append(Member(name, replace(SPEC, batch_size=6, micro_tokens=60), rows_behind(BEGINNING, 24), ()))
+    training = MultiAdapterTraining(text, members)
+    passes: list[list[Wait]] = []
+    computed = training._gradients
+
+    def watched(*given: Any) -> None:
+        before = len(card.waits)
+        computed(*given)
+        passes.append(card.waits[before:])
+
+    training._gradients = watched  # type: ignore[method-assign]
+    for _ in range(4):
+        card.reset()
+        passes.clear()
+        training.round()
+    assert passes and all(not waits for waits in passes), passes
+    assert 0 < len(card.waits) <= MOST * len(members), card.waits
 
 
 @pytest.mark.parametrize("family", ["qwen3_moe", "gpt_oss"])

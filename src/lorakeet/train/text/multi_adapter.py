@@ -206,7 +206,7 @@ class MultiAdapterTraining:
             for (index, part), own in zip(parts, torch.split(losses, [batch.targets for _, batch in parts]), strict=True):
                 summed = active[index].task.loss_of(part, own)
                 means.append(summed / active[index].targets)
-                active[index].summed += summed.item()
+                active[index].summed.append(summed.detach())
             return torch.stack(means).sum(), losses.detach().sum()
 
         if self.text.streamed is not None:
@@ -254,7 +254,7 @@ class _Learner:
         self.at = Progress(member, spec.total_steps(self.task.steps_per_epoch), rate)
         self.warmup = schedule.warmup_steps(self.at.total, spec.warmup_fraction)
         self.every = spec.evaluation_interval(self.task.steps_per_epoch)
-        self.targets, self.summed = 0, 0.0  # of this step: supervised tokens or pairs, and their losses
+        self.targets, self.summed = 0, list[Tensor]()  # of this step: supervised tokens or pairs; the losses of its batches
         self._best: Spill | None = None
         self._folder = folder
 
@@ -264,7 +264,7 @@ class _Learner:
         small = sum(len(row.ids) for row in self.rows) <= SMALL  # joins others' rows if it is one batch
         found = self.task.joinable(step) if small else self.task.batches(step)
         self.task.begin_step(found)
-        self.targets, self.summed = sum(self.task.size(batch).targets for batch in found), 0.0
+        self.targets, self.summed = sum(self.task.size(batch).targets for batch in found), []
         return found
 
     @property
@@ -276,7 +276,8 @@ class _Learner:
         """Takes the step, unless the loss or the gradients are not finite."""
         at, spec = self.at, self.at.member.spec
         norm = gradients.gradient_norm(self.parameters)
-        mean = self.summed / max(self.targets, 1)
+        losses = torch.stack(self.summed).tolist() if self.summed else []  # read once, behind all passes
+        mean = sum(losses) / max(self.targets, 1)
         if not (math.isfinite(mean) and bool(torch.isfinite(norm))):
             self.optimizer.adamw.zero_grad(set_to_none=True)
             at.done, at.diverged = f"step {at.step + 1}: the loss is {mean:.4g}, the gradient's norm {norm.item():.4g}", True

@@ -24,6 +24,7 @@ from lorakeet.data.pack import Batch, micro_batches
 from lorakeet.data.pairs import pair_batches
 from lorakeet.data.prefix import BatchLimits
 from lorakeet.errors import VerificationFailed
+from lorakeet.kernels.host_copies import to_device, together_on
 from lorakeet.models.generate.score import row_losses
 from lorakeet.models.text.model import TextModel
 from lorakeet.train.preference_spec import KTO, PreferenceSpec
@@ -169,15 +170,16 @@ class PreferenceTask(TextTask):
         return self.loss_of(batch, head_losses(self.text, self.text.hidden(here), here.target_ids, chunk=self.spec.head_chunk))
 
     def loss_of(self, batch: Batch, losses: Tensor) -> Tensor:
-        counts = np.bincount(batch.target_rows.cpu().numpy(), minlength=len(batch.lengths)).tolist()
-        sums = -torch.stack([part.double().sum() for part in losses.split(counts)])  # type: ignore[no-untyped-call]
-        tokens = torch.tensor(counts, dtype=torch.float64, device=sums.device)
+        counts = np.bincount(batch.target_rows.cpu().numpy(), minlength=len(batch.lengths))
+        sums = -torch.stack([part.double().sum() for part in losses.split(counts.tolist())])  # type: ignore[no-untyped-call]
         numbers = np.array([int(key) for key in batch.keys])
-        known = None if self.reference is None else torch.from_numpy(self.reference.train[numbers]).to(sums.device)
+        read = [] if self.reference is None else [self.reference.train[numbers]]
+        tokens, *others = together_on([counts.astype(np.float64), *read], sums.device)
+        known = others[0] if others else None
         if known is not None and self.start_within is not None and self._step == 0:
             require_start(float(((sums.detach() - known).abs() / tokens).mean()), self.start_within)
         if self.objective == KTO and known is not None:
-            wanted = torch.from_numpy(self.desirable[0][numbers // 2]).to(sums.device)
+            wanted = to_device(torch.from_numpy(self.desirable[0][numbers // 2]), sums.device)
             return kto_losses(self.preference, sums, known, wanted, self._kl).sum()
         return preference_losses(
             self.objective, self.preference, pair_scores(sums, tokens), None if known is None else pair_scores(known, tokens)
