@@ -179,12 +179,11 @@ def test_what_the_package_offers_can_be_imported_from_it() -> None:
         _ = lorakeet.finetnue
 
 
-@pytest.mark.parametrize("path", source_files(), ids=named)
-def test_public_names_are_sorted_and_exist(path: Any) -> None:
-    tree = parsed(path)
-    lists = [node.value for node in tree.body if isinstance(node, ast.Assign) and ast.unparse(node.targets[0]) == "__all__"]
-    for listed in lists:
+def test_public_names_are_sorted_and_exist() -> None:
+    assigned = [(path, node) for path in source_files() for node in parsed(path).body if isinstance(node, ast.Assign)]
+    lists = [(path, node.value) for path, node in assigned if ast.unparse(node.targets[0]) == "__all__"]
+    for path, listed in lists:
         names = ast.literal_eval(listed)
-        assert names == sorted(set(names), key=lambda name: (not name.isupper(), not name[0].isupper(), name))
+        assert names == sorted(set(names), key=lambda name: (not name.isupper(), not name[0].isupper(), name)), named(path)
         module = importlib.import_module(module_name(path))
-        assert [name for name in names if not hasattr(module, name)] == []
+        assert [name for name in names if not hasattr(module, name)] == [], named(path)

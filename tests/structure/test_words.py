@@ -116,35 +116,38 @@ def parts_of(name: str) -> set[str]:
     return {part.lower() for part in re.findall(r"[A-Z]+(?![a-z])|[A-Z]?[a-z]+", name)}
 
 
-@pytest.mark.parametrize("path", source_files(), ids=named)
-def test_texts_use_the_fields_words(path: Path) -> None:
-    found = [f"{named(path)}:{line}: {phrase}" for line, text in words_of(path) for phrase in private_phrases(text)]
-    assert not found, "\n".join(found)
-
-
-@pytest.mark.parametrize("path", pages(), ids=named)
-def test_pages_use_the_fields_words(path: Path) -> None:
-    """Except in code and the targets of links, where files and settings keep their names."""
-    lines = CODE.sub("", path.read_text(encoding="utf-8")).splitlines()
-    found = [f"{named(path)}: {phrase} in: {line}" for line in lines for phrase in private_phrases(line)]
-    assert not found, "\n".join(found)
-
-
-@pytest.mark.parametrize("path", scripts(), ids=named)
-def test_texts_beside_the_package_use_the_fields_words(path: Path) -> None:
-    python = path.suffix == ".py"
-    lines = list(words_of(path) if python else enumerate(path.read_text(encoding="utf-8").splitlines(), 1))
+def test_texts_use_the_fields_words() -> None:
     found = [
-        f"{named(path)}:{number}: {phrase}" for number, line in lines if line not in KEYS for phrase in private_phrases(line)
+        f"{named(path)}:{line}: {phrase}"
+        for path in source_files() for line, text in words_of(path) for phrase in private_phrases(text)
+    ]  # fmt: skip
+    assert not found, "\n".join(found)
+
+
+def test_pages_use_the_fields_words() -> None:
+    """Except in code and the targets of links, where files and settings keep their names."""
+    lines = [(path, line) for path in pages() for line in CODE.sub("", path.read_text(encoding="utf-8")).splitlines()]
+    found = [f"{named(path)}: {phrase} in: {line}" for path, line in lines for phrase in private_phrases(line)]
+    assert not found, "\n".join(found)
+
+
+def test_texts_beside_the_package_use_the_fields_words() -> None:
+    found = [
+        f"{named(path)}:{number}: {phrase}"
+        for path in scripts()
+        for number, line in (words_of(path) if path.suffix == ".py" else enumerate(path.read_text("utf-8").splitlines(), 1))
+        if line not in KEYS
+        for phrase in private_phrases(line)
     ]
     assert not found, "\n".join(found)
 
 
-@pytest.mark.parametrize("path", source_files(), ids=named)
-def test_names_use_the_fields_words(path: Path) -> None:
-    private = PRIVATE_NAMES - ({"card", "cards"} if named(path) in MODEL_CARD else set())
-    names = ((line, name) for line, name in names_of(path) if name not in STATE_KEYS)
-    found = {f"{named(path)}:{line}: {name}" for line, name in names if parts_of(name) & private}
+def test_names_use_the_fields_words() -> None:
+    found = set()
+    for path in source_files():
+        private = PRIVATE_NAMES - ({"card", "cards"} if named(path) in MODEL_CARD else set())
+        names = ((line, name) for line, name in names_of(path) if name not in STATE_KEYS)
+        found |= {f"{named(path)}:{line}: {name}" for line, name in names if parts_of(name) & private}
     assert not found, "\n".join(sorted(found))
 
 
