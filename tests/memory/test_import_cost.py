@@ -10,6 +10,8 @@ import sys
 import pytest
 import torch
 
+from tiny.one_import import answers
+
 needs_triton = pytest.mark.skipif(importlib.util.find_spec("triton") is None, reason="Triton is there for Linux alone")
 
 BEGIN = """
@@ -19,17 +21,14 @@ from lorakeet.memory.import_cost import without_triton
 """
 
 
-def answer(code: str, **environment: str) -> str:
-    there = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
-    run = subprocess.run([sys.executable, "-c", code], env={**there, **environment}, capture_output=True, text=True, check=False)
+def without_interpreter() -> dict[str, str]:
+    return {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
+
+
+def answer(code: str) -> str:
+    run = subprocess.run([sys.executable, "-c", code], env=without_interpreter(), capture_output=True, text=True, check=False)
     assert run.returncode == 0, run.stderr
     return run.stdout.strip()
-
-
-def answers(codes: list[str]) -> list[str]:
-    """What each code prints after BEGIN, in processes forked from one that has run it."""
-    fork = "if os.fork() == 0:\n    exec({!r})\n    sys.stdout.flush()\n    os._exit(0)\nassert not os.wait()[1]\n"
-    return answer("import os\n" + BEGIN + "".join(map(fork.format, codes))).splitlines()
 
 
 @needs_triton
@@ -54,7 +53,7 @@ def test_triton_stays_where_a_gpu_or_its_interpreter_is_there() -> None:
     card = "torch.accelerator.is_available = lambda: True\n"
     inside = "with without_triton(): print(sys.modules.get('triton', 'absent'))"
     cases = [card, "os.environ['TRITON_INTERPRET'] = '1'\n", "import triton\n"]
-    with_card, interpreted, imported = answers([f"{case}{inside}" for case in cases])
+    with_card, interpreted, imported = answers(BEGIN, [f"{case}{inside}" for case in cases], without_interpreter())
     assert (with_card, interpreted) == ("absent", "absent") and imported.startswith("<module 'triton'")
 
 

@@ -3,13 +3,12 @@
 from __future__ import annotations
 
 import os
-import subprocess
-import sys
 
 import pytest
 import torch
 
 from lorakeet.memory.onednn_code import TRAINING, limit_code_cache
+from tiny.one_import import answers
 
 
 def test_what_the_environment_says_stays() -> None:
@@ -24,11 +23,13 @@ def test_what_the_environment_says_stays() -> None:
         assert environment == {name: "7"}
 
 
-PROGRAM = """
+IMPORTS = """
 import torch
 from lorakeet.memory.measure import resident_bytes
 from lorakeet.models.placement import products_for
 from lorakeet.models.spec import ModelSpec
+"""
+PROGRAM = """
 {order}
 weight = torch.ones(64, 64, dtype=torch.bfloat16)
 torch.ones(8, 64, dtype=torch.bfloat16) @ weight
@@ -42,13 +43,7 @@ print(resident_bytes() - before)
 @pytest.mark.skipif(not torch.cpu.get_capabilities().get("avx512_bf16"), reason="oneDNN makes little code without bf16 products")
 def test_products_of_many_shapes_leave_a_process_smaller() -> None:
     environment = {name: value for name, value in os.environ.items() if "PRIMITIVE_CACHE" not in name}
-    usual, little = (
-        int(
-            subprocess.run(
-                [sys.executable, "-c", PROGRAM.format(order=order)], capture_output=True, text=True, check=True, env=environment
-            ).stdout
-        )
-        for order in ("", "products_for(ModelSpec(), torch.bfloat16, torch.device('cpu'))")
-    )
+    orders = ("", "products_for(ModelSpec(), torch.bfloat16, torch.device('cpu'))")
+    usual, little = map(int, answers(IMPORTS, [PROGRAM.format(order=order) for order in orders], environment))
     assert usual > 100 << 20, "if oneDNN no longer keeps hundreds of MiB, it need not be told"
     assert little < 0.8 * usual
