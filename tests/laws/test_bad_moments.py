@@ -6,6 +6,7 @@ import errno
 import json
 import os
 import random
+import shutil
 import signal
 import subprocess
 import sys
@@ -28,7 +29,7 @@ from tiny.full_disk import files_up_to
 from tiny.prepared import Prepared
 from tiny.runs import QUICK, adapter_bytes, reviews, write_rows
 
-STEPS = 48
+STEPS = 32
 PATIENCE = 90.0  # seconds until a process counts as hung
 
 
@@ -41,6 +42,31 @@ def command(model: Path, data: Path, out: Path, **changes: object) -> list[str]:
 @pytest.fixture(scope="module")
 def rows(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return write_rows(tmp_path_factory.mktemp("rows") / "rows.jsonl", reviews(40))
+
+
+@pytest.fixture(scope="module")
+def done(tiny_llama_folder: Path, rows: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A finished run. Do not write into it."""
+    run = tmp_path_factory.mktemp("done") / "run"
+    assert main(command(tiny_llama_folder, rows, run)) == 0
+    return run
+
+
+@pytest.fixture
+def run(done: Path, tmp_path: Path) -> Path:
+    """A finished run of the test's own."""
+    return shutil.copytree(done, tmp_path / "run")
+
+
+NEW_TOKENS = {"lora__new_tokens": "<plant>", "train__evaluate_every": 1}
+
+
+@pytest.fixture(scope="module")
+def with_new_tokens(tiny_llama_folder: Path, rows: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, bytes]:
+    """The adapter of a run that trains a new token."""
+    whole = tmp_path_factory.mktemp("tokens") / "run"
+    assert main(command(tiny_llama_folder, rows, whole, **NEW_TOKENS)) == 0
+    return adapter_bytes(whole)
 
 
 def steps_done(run: Path) -> int:
@@ -69,10 +95,8 @@ def test_a_loss_that_is_no_number_stops_the_run_and_keeps_what_was_good(
 
 
 def test_metrics_that_cannot_be_written_are_a_message(
-    tiny_llama_folder: Path, rows: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    run: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    run = tmp_path / "run"
-    assert main(command(tiny_llama_folder, rows, run)) == 0
     victim = tmp_path / "victim"
     victim.write_bytes((run / "metrics.jsonl").read_bytes())
     (run / "metrics.jsonl").unlink()
@@ -95,11 +119,10 @@ def test_a_disk_that_is_full_from_the_start_leaves_nothing(
 
 
 def test_a_full_disk_leaves_the_checkpoint_before_and_the_run_goes_on(
-    tiny_llama_folder: Path, rows: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    done: Path, run: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    whole, run = tmp_path / "whole", tmp_path / "run"
-    assert main(command(tiny_llama_folder, rows, whole)) == 0
-    assert main(command(tiny_llama_folder, rows, run)) == 0
+    for name in adapter_bytes(run):
+        (run / "adapter" / name).unlink()  # those of the run that goes on are written anew
     newest = checkpoint.found(run / "checkpoints")[-1]
     for path in sorted(newest.iterdir()):
         path.unlink()
@@ -117,14 +140,12 @@ def test_a_full_disk_leaves_the_checkpoint_before_and_the_run_goes_on(
     assert checkpoint.load_checkpoint(run / "checkpoints" / "step-000005").position.step == 5
     assert list((run / "checkpoints").glob(".*")) == []
     assert main(["finetune", "--resume", str(run)]) == 0
-    assert adapter_bytes(run) == adapter_bytes(whole)
+    assert adapter_bytes(run) == adapter_bytes(done)
 
 
 def test_a_disk_that_is_full_for_the_report_says_that_the_adapter_is_whole(
-    tiny_llama_folder: Path, rows: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    run: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    run = tmp_path / "run"
-    assert main(command(tiny_llama_folder, rows, run)) == 0
     capsys.readouterr()
     adapter = adapter_bytes(run)
     assert (run / "report.html").stat().st_size > 30_000
@@ -137,7 +158,8 @@ def test_a_disk_that_is_full_for_the_report_says_that_the_adapter_is_whole(
 
 @pytest.mark.parametrize("refused", [OSError(errno.ENOSPC, "No space left on device"), Exception("disk full (os error 28)")])
 def test_a_disk_that_is_full_for_the_tokenizer_keeps_the_adapter_before(
-    tiny_llama_folder: Path, rows: Path, tmp_path: Path, monkeypatch: Any, capsys: Any, refused: Exception
+    with_new_tokens: dict[str, bytes], tiny_llama_folder: Path, rows: Path, tmp_path: Path, monkeypatch: Any, capsys: Any,
+    refused: Exception,
 ) -> None:
     """New tokens bring their tokenizer into adapter/; the library that writes it reports a full disk in a way of its own."""
     run, real, saves = tmp_path / "run", transformers.PreTrainedTokenizerBase.save_pretrained, []
@@ -150,8 +172,7 @@ def test_a_disk_that_is_full_for_the_tokenizer_keeps_the_adapter_before(
         return real(self, folder, **options)
 
     monkeypatch.setattr(transformers.PreTrainedTokenizerBase, "save_pretrained", save)
-    arguments = command(tiny_llama_folder, rows, run, lora__new_tokens="<plant>", train__evaluate_every=1)
-    assert main(arguments) == 2
+    assert main(command(tiny_llama_folder, rows, run, **NEW_TOKENS)) == 2
     said = " ".join(capsys.readouterr().err.split())
     assert said.count("Error:") == 1 and "Traceback" not in said
     assert f"The adapter could not be written in {run}: the disk (or the quota) is full" in said
@@ -160,16 +181,13 @@ def test_a_disk_that_is_full_for_the_tokenizer_keeps_the_adapter_before(
     assert len(transformers.AutoTokenizer.from_pretrained(run / "adapter")) == 321 and list(run.glob(".adapter*")) == []
     monkeypatch.undo()
     assert main(["finetune", "--resume", str(run)]) == 0
-    assert main(command(tiny_llama_folder, rows, tmp_path / "whole", lora__new_tokens="<plant>", train__evaluate_every=1)) == 0
-    assert adapter_bytes(run) == adapter_bytes(tmp_path / "whole")
+    assert adapter_bytes(run) == with_new_tokens
 
 
 @pytest.mark.parametrize("name", ["certificate.json", "report.json", "report.html"])
 def test_a_disk_that_is_full_for_one_file_of_the_report_keeps_the_one_before(
-    tiny_llama_folder: Path, rows: Path, tmp_path: Path, monkeypatch: Any, capsys: Any, name: str
+    run: Path, monkeypatch: Any, capsys: Any, name: str
 ) -> None:
-    run = tmp_path / "run"
-    assert main(command(tiny_llama_folder, rows, run)) == 0
     before, real = (run / name).read_bytes(), disk.write_new
 
     def write(path: Path, data: bytes) -> None:
@@ -248,7 +266,7 @@ def test_killed_again_and_again_the_run_goes_on_to_the_same_bytes(
         if (run / "config.yaml").is_file():
             arguments = ["finetune", "--resume", str(run)]
         pid = workers.start(words=arguments)
-        until, deadline = steps_done(run) + chance.randint(1, 12), time.monotonic() + PATIENCE
+        until, deadline = steps_done(run) + chance.randint(1, 8), time.monotonic() + PATIENCE
         while steps_done(run) < until:
             assert time.monotonic() < deadline
             time.sleep(0.001)
