@@ -24,7 +24,7 @@ from lorakeet.train import loop
 from lorakeet.train.preference_spec import OBJECTIVES, SFT
 from lorakeet.train.text.preference_task import PreferenceTask
 from lorakeet.workflows.evaluate import evaluate
-from lorakeet.workflows.finetune import finetune
+from lorakeet.workflows.finetune import FinetuneResult, finetune
 from lorakeet.workflows.options import EvaluateOptions, FinetuneOptions
 from tiny.models import save_tiny_llama
 from tiny.runs import WORDS, adapter_bytes, quiet, run, sentence, settings, write_rows
@@ -61,9 +61,20 @@ def data_for(objective: str, rows: Path) -> Path:
     return rows / ("rated.jsonl" if objective == "kto" else "pairs.jsonl")
 
 
+@pytest.fixture(scope="module")
+def dpo(rows: Path, tiny_llama_folder: Path, tmp_path_factory: pytest.TempPathFactory) -> FinetuneResult:
+    """A finished run on pairs. Do not write into it."""
+    return run(tiny_llama_folder, rows / "pairs.jsonl", tmp_path_factory.mktemp("dpo") / "run", {"train.objective": "dpo"})
+
+
 @pytest.mark.parametrize("objective", PREFERENCES)
-def test_every_objective_ends_in_proof(objective: str, rows: Path, tiny_llama_folder: Path, tmp_path: Path) -> None:
-    found = run(tiny_llama_folder, data_for(objective, rows), tmp_path / "run", {"train.objective": objective})
+def test_every_objective_ends_in_proof(
+    objective: str, dpo: FinetuneResult, rows: Path, tiny_llama_folder: Path, tmp_path: Path
+) -> None:
+    if objective == "dpo":
+        found = dpo
+    else:
+        found = run(tiny_llama_folder, data_for(objective, rows), tmp_path / "run", {"train.objective": objective})
     report = found.report
     assert report is not None and report.task == "preference" and report.certificate is not None and report.certificate.passed
     checks = {check.name: check for check in report.certificate.checks}
@@ -75,20 +86,20 @@ def test_every_objective_ends_in_proof(objective: str, rows: Path, tiny_llama_fo
     assert report.comparisons[0].metric == "preferred" and report.comparisons[0].right == "base" and report.verdict is not None
     assert report.facts["Objective"].startswith(f"{objective} (beta ")
     assert all("reply_words" in system.metrics for system in report.systems[:2]), "whether answers grew longer"
-    first = json.loads((tmp_path / "run" / "metrics.jsonl").read_text().splitlines()[0])
+    first = json.loads((found.run.path / "metrics.jsonl").read_text().splitlines()[0])
     expected = {"dpo": math.log(2), "cdpo": math.log(2), "ipo": 25.0, "kto": 0.5}.get(objective)
     assert expected is None or first["held_out_loss"] == pytest.approx(expected, rel=1e-4)
 
 
-def test_simple_baselines_are_beside_the_adapter(rows: Path, tiny_llama_folder: Path, tmp_path: Path) -> None:
-    report = run(tiny_llama_folder, rows / "pairs.jsonl", tmp_path / "run", {"train.objective": "dpo"}).report
+def test_simple_baselines_are_beside_the_adapter(dpo: FinetuneResult) -> None:
+    report = dpo.report
     assert report is not None
     assert [system.name for system in report.systems][:2] == ["adapter", "base"]
     assert {"longer answer", "TF-IDF of the answers"} <= {system.name for system in report.systems}
     assert report.curves is not None and [point.step for point in report.curves.preferred] == [
         point.step for point in report.curves.held_out
     ]  # fmt: skip
-    assert "whose chosen answer is preferred; the line is a half" in (tmp_path / "run" / "report.html").read_text()
+    assert "whose chosen answer is preferred; the line is a half" in (dpo.run.path / "report.html").read_text()
 
 
 @pytest.mark.parametrize("objective", ["dpo", "ipo", "kto"])
@@ -215,11 +226,9 @@ def test_rows_of_another_shape_are_refused_by_evaluate(rows: Path, tiny_llama_fo
 
 
 def test_a_killed_run_goes_on_to_the_same_bytes(
-    rows: Path, tiny_llama_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    dpo: FinetuneResult, rows: Path, tiny_llama_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     changes = {"train.objective": "dpo", "train.checkpoint_every": 2}
-    run(tiny_llama_folder, rows / "pairs.jsonl", tmp_path / "whole", changes)
-
     original, stopped = loop.Training.evaluate, list[bool]()
 
     def evaluate_once(self: Any) -> None:
@@ -233,15 +242,14 @@ def test_a_killed_run_goes_on_to_the_same_bytes(
         run(tiny_llama_folder, rows / "pairs.jsonl", tmp_path / "broken", changes)
     resumed = settings(tiny_llama_folder, rows / "pairs.jsonl", tmp_path / "broken", changes)
     finetune(resumed, FinetuneOptions(resume=tmp_path / "broken"), console=quiet())
-    assert adapter_bytes(tmp_path / "broken") == adapter_bytes(tmp_path / "whole")
+    assert adapter_bytes(tmp_path / "broken") == adapter_bytes(dpo.run.path)
 
 
-def test_the_reference_of_another_run_is_refused(rows: Path, tiny_llama_folder: Path, tmp_path: Path) -> None:
+def test_the_reference_of_another_run_is_refused(dpo: FinetuneResult, tiny_llama_folder: Path, tmp_path: Path) -> None:
     changes = {"train.objective": "dpo", "train.steps": 2}
-    run(tiny_llama_folder, rows / "pairs.jsonl", tmp_path / "one", changes)
     other = write_rows(tmp_path / "other.jsonl", preferences(60, seed=5))
     run(tiny_llama_folder, other, tmp_path / "two", changes)
-    shutil.copy(tmp_path / "one" / "reference.safetensors", tmp_path / "two" / "reference.safetensors")
+    shutil.copy(dpo.run.path / "reference.safetensors", tmp_path / "two" / "reference.safetensors")
     resumed = settings(tiny_llama_folder, other, tmp_path / "two", changes)
     with pytest.raises(DataError, match="another reference model or of other rows"):
         finetune(resumed, FinetuneOptions(resume=tmp_path / "two"), console=quiet())
@@ -365,9 +373,9 @@ def test_a_reference_beside_the_start_is_said_and_used(taught: Path, rows: Path,
 
 
 def test_a_run_is_evaluated_again_and_merged(
-    rows: Path, tiny_llama_folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    dpo: FinetuneResult, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    run(tiny_llama_folder, rows / "pairs.jsonl", tmp_path / "run", {"train.objective": "dpo"})
+    shutil.copytree(dpo.run.path, tmp_path / "run")
     other = write_rows(tmp_path / "other.jsonl", preferences(30, seed=8))
     ask = EvaluateOptions(str(tmp_path / "run"), data=str(other), judge="http://127.0.0.1:9#none")
     found = evaluate(ask, console=quiet())
