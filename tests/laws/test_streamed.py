@@ -11,6 +11,7 @@ import pytest
 from lorakeet.core.spec import LoraSpec
 from lorakeet.memory.spill import Spill
 from lorakeet.quant.gguf import BLOCK_TYPES, GgufBase
+from tiny.families import usual
 from tiny.float_folders import fp8_folder
 from tiny.gguf_file import write_tiny_gguf
 from tiny.gptq_folder import BITS, SIZES, save_mixed_gptq
@@ -36,9 +37,14 @@ def both(
     assert streamed == resident
 
 
-@pytest.mark.parametrize("variant", ["lora", "dora"])
-@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
-@pytest.mark.parametrize("method", ["none", "nf4", "int8"])
+DTYPES, ADAPTERS = ("float32", "bfloat16"), ("lora", "dora")
+PAIRS = [  # each base with each dtype and each adapter, and each dtype with each adapter
+    ("none", "float32", "lora"), ("none", "bfloat16", "dora"), ("nf4", "float32", "dora"), ("nf4", "bfloat16", "lora"),
+    ("int8", "float32", "lora"), ("int8", "bfloat16", "dora"),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize(("method", "dtype", "variant"), usual(PAIRS, product(("none", "nf4", "int8"), DTYPES, ADAPTERS)))
 def test_every_base_and_variant_and_dtype(method: str, dtype: str, variant: str, tmp_path: Path) -> None:
     folder = save_tiny_llama(tmp_path / "model", num_hidden_layers=3)
     steps = STEPS if variant == "lora" and (method, dtype) in (("none", "float32"), ("nf4", "bfloat16")) else FEW
@@ -46,8 +52,12 @@ def test_every_base_and_variant_and_dtype(method: str, dtype: str, variant: str,
     both(folder, tmp_path, steps=steps, base={"method": method, "dtype": dtype}, lora={"variant": variant}, **streaming)
 
 
-@pytest.mark.parametrize("family", ["llama", "gemma2"])
-@pytest.mark.parametrize("targets", [("q_proj", "v_proj"), ("down_proj",)])
+ATTENTION, DOWN = ("q_proj", "v_proj"), ("down_proj",)
+
+
+@pytest.mark.parametrize(
+    ("targets", "family"), usual([(ATTENTION, "llama"), (DOWN, "gemma2")], product((ATTENTION, DOWN), ("llama", "gemma2")))
+)
 def test_blocks_whose_mlp_carries_no_pairs(targets: tuple[str, ...], family: str, tmp_path: Path) -> None:
     """In bf16 and of widths that the native code takes: a streamed forward pass has no gradients, and goes the same way."""
     shape = {"hidden_size": 128, "intermediate_size": 96, "num_attention_heads": 2, "num_key_value_heads": 1, "head_dim": 64}
@@ -95,8 +105,9 @@ def test_nf4_without_bitsandbytes(tmp_path: Path, monkeypatch: pytest.MonkeyPatc
     both(folder, tmp_path, steps=FEW, base={"method": "nf4"}, lora={}, together=2)
 
 
-@pytest.mark.parametrize("variant", ["lora", "dora"])
-@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+@pytest.mark.parametrize(
+    ("dtype", "variant"), usual([("float32", "dora"), ("bfloat16", "lora")], product(DTYPES, ADAPTERS))
+)
 def test_gguf_blocks_of_every_type(dtype: str, variant: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """One file in which each matrix is of another type: what is streamed is laid out block by block, whatever stands in it."""
     monkeypatch.setenv("LORAKEET_CACHE", str(tmp_path / "cache"))
@@ -114,20 +125,23 @@ def test_other_families(family: str, tmp_path: Path) -> None:
     both(folder, tmp_path, steps=FEW, base={}, lora={}, together=3)
 
 
+WITHIN_BLOCKS: list[dict[str, Any]] = [{"dropout": 0.2}, {"start": "pissa"}, {"layers": "top:1"}]
+AT_THE_ENDS: list[dict[str, Any]] = [
+    {"target_modules": ("q_proj", "lm_head", "embed_tokens")},
+    {"target_modules": ("lm_head",)},
+    {"extra_modules": ("lm_head", "input_layernorm")},
+    {"new_tokens": ("<new>",)},
+]
+
+
 @pytest.mark.parametrize(
-    "lora",
-    [
-        {"dropout": 0.2},
-        {"start": "pissa"},
-        {"layers": "top:1"},
-        {"target_modules": ("q_proj", "lm_head", "embed_tokens")},
-        {"target_modules": ("lm_head",)},
-        {"extra_modules": ("lm_head", "input_layernorm")},
-        {"new_tokens": ("<new>",)},
-    ],
+    ("tied", "lora"),
+    usual(
+        [*((False, lora) for lora in [*WITHIN_BLOCKS, *AT_THE_ENDS]), *((True, lora) for lora in AT_THE_ENDS)],
+        product((False, True), [*WITHIN_BLOCKS, *AT_THE_ENDS]),
+    ),
     ids=str,
 )
-@pytest.mark.parametrize("tied", [False, True])
 def test_whatever_is_trained(lora: dict[str, Any], tied: bool, tmp_path: Path) -> None:
     if tied and "lm_head" in lora.get("extra_modules", ()):
         lora = {**lora, "extra_modules": ("input_layernorm",)}
@@ -137,7 +151,7 @@ def test_whatever_is_trained(lora: dict[str, Any], tied: bool, tmp_path: Path) -
 
 @pytest.mark.parametrize(
     ("zero_format", "dtype", "variant"),
-    [("gptq", "float32", "lora"), ("gptq_v2", "bfloat16", "lora"), ("gptq_v2", "float32", "dora"), ("gptq", "bfloat16", "dora")],
+    usual([("gptq", "float32", "lora"), ("gptq_v2", "bfloat16", "dora")], product(("gptq", "gptq_v2"), DTYPES, ADAPTERS)),
 )
 def test_gptq_of_every_size_in_one_model(zero_format: Any, dtype: str, variant: str, tmp_path: Path) -> None:
     settings = save_mixed_gptq(tmp_path / "gptq", zero_format)

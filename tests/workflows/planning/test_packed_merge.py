@@ -187,12 +187,19 @@ def held(monkeypatch: pytest.MonkeyPatch) -> Iterator[HeldBytes]:
 
 
 @pytest.mark.usefixtures("no_runtime")
-@pytest.mark.parametrize("way", WAYS, ids=NAMES)
-@pytest.mark.parametrize("base", ["on_nf4", "on_dense"])
+@pytest.mark.parametrize(
+    ("way", "base"),
+    [
+        pytest.param(way, base, id=f"{base}-{name}")
+        for way, name in zip(WAYS, NAMES, strict=True) for base in ("on_nf4", "on_dense")
+        if (way, base) != (STREAMED, "on_nf4")
+    ],
+)  # fmt: skip
 def test_memory_in_use_is_what_is_planned(
     way: Way, base: str, wide: Path, going: Any, held: HeldBytes, tmp_path: Path
 ) -> None:
-    """Not more, but for a matrix that Python may not have let go yet, and not half as much again."""
+    """Not more, but for a matrix that Python may not have let go yet, and not half as much again. A spilled merge streams too,
+    so on NF4 it stands for both."""
     planned = going(way)
     words: dict[str, Any] = {"into": "packed", "keep": 1e-6, "like": str(wide / "nf4")}
     with suppress(VerificationFailed):  # how much survives of such an adapter is chance
