@@ -86,7 +86,7 @@ def _adapters(folder: Path) -> dict[str, dict[str, bytes]]:
     return {path.name: files_in(path) for path in sorted(folder.iterdir()) if path.is_dir()}
 
 
-@fuzzed(quick=2000, many=50_000)
+@fuzzed(quick=500, many=50_000)
 @given(files=st.deferred(lambda: st.sampled_from(sorted(adapters())).flatmap(lambda name: other_folder(adapters()[name]))))
 def test_adapters(files: dict[str, bytes]) -> None:
     with case_folder() as place:
@@ -121,7 +121,7 @@ def outlines() -> dict[str, dict[str, bytes]]:
     return {kind: {name: data for name, data in files.items() if "safetensors" not in name} for kind, files in models().items()}
 
 
-@fuzzed(quick=2000, many=50_000)
+@fuzzed(quick=500, many=50_000)
 @given(
     files=st.deferred(lambda: st.sampled_from(["dense", "gptq"]).flatmap(lambda kind: other_folder(outlines()[kind]))),
     read=st.sampled_from([config_of, lambda spec, say: load_tokenizer(Path(spec.path))]),
@@ -141,7 +141,7 @@ def tokenizer() -> Any:
 TOKENIZER = ("tokenizer.json", "tokenizer_config.json", "chat_template.jinja", "special_tokens_map.json")
 
 
-@fuzzed(quick=250, many=8_000)
+@fuzzed(quick=60, many=8_000)
 @given(files=st.sampled_from([*["dense"] * 4, "sharded", "gptq"]).flatmap(lambda name: other_folder(models()[name], TOKENIZER)))
 def test_model_folders(files: dict[str, bytes]) -> None:
     """Whole loads, but for the tokenizer, which the test before reads."""
@@ -164,7 +164,7 @@ def own_cache(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
         yield
 
 
-@fuzzed(quick=2000, many=50_000)
+@fuzzed(quick=500, many=50_000)
 @given(
     damaged=st.sampled_from([None, "Q8_0"]).flatmap(lambda kind: other_bytes(gguf_model(kind), 9000)),
     copy=st.sampled_from([packed_copy, dense_copy]),
@@ -186,7 +186,7 @@ def certificate() -> bytes:
         return (Path(name) / "c.json").read_bytes()
 
 
-@fuzzed(quick=2000, many=50_000)
+@fuzzed(quick=500, many=50_000)
 @given(damaged=st.deferred(lambda: other_file("certificate.json", certificate())))
 def test_certificates(damaged: bytes) -> None:
     with case_folder() as folder:

@@ -161,7 +161,7 @@ def make_odd(tensors: dict[str, np.ndarray], case: dict[str, Any], draw: Any) ->
         tensors |= {"blk.9.attn_v.weight.lora_a": a, "blk.9.attn_v.weight.lora_b": b}
 
 
-@fuzzed(quick=500, many=10_000)
+@fuzzed(quick=150, many=10_000)
 @given(case=files())
 def test_llama_cpp_computes_the_same_or_the_file_is_refused(llama: OpenModel, case: dict[str, Any]) -> None:
     with case_folder() as place:
@@ -194,7 +194,7 @@ def folders(draw: Any) -> dict[str, Any]:
     }  # fmt: skip
 
 
-@fuzzed(quick=60, many=5_000)
+@fuzzed(quick=20, many=5_000)
 @given(case=folders())
 def test_what_is_written_from_pefts_folder_computes_there_what_peft_computes(llama: OpenModel, case: dict[str, Any]) -> None:
     torch.manual_seed(case["seed"])

@@ -150,7 +150,7 @@ def here(folder: Path, tied: bool) -> torch.Tensor | str:
     return logits(model)
 
 
-@fuzzed(quick=500, many=20_000)
+@fuzzed(quick=150, many=20_000)
 @given(case=peft_cases(), tied=st.booleans())
 def test_peft_computes_the_same_or_the_folder_is_refused(case: dict[str, Any], tied: bool) -> None:
     with case_folder() as folder:
@@ -232,7 +232,7 @@ def write_diffusers(case: dict[str, Any], file: Path) -> None:
     save_file(tensors, file, metadata={"format": "pt", **note})
 
 
-@fuzzed(quick=500, many=5_000)
+@fuzzed(quick=150, many=5_000)
 @given(case=diffusers_cases())
 def test_diffusers_computes_the_same_or_the_file_is_refused(case: dict[str, Any]) -> None:
     with case_folder() as folder:
@@ -324,7 +324,7 @@ def mlx_base() -> Any:
     return mlx_llama()
 
 
-@fuzzed(quick=500, many=5_000)
+@fuzzed(quick=150, many=5_000)
 @given(case=mlx_cases())
 def test_mlx_lm_computes_the_same_or_the_folder_is_refused(case: dict[str, Any]) -> None:
     pytest.importorskip("mlx_lm")

@@ -79,7 +79,7 @@ def shown(browser: TestClient, page: str) -> str:
     return answer.text
 
 
-@fuzzed(quick=200, many=10_000)
+@fuzzed(quick=60, many=10_000)
 @given(files=st.deferred(lambda: other_folder(run_files())), page=st.sampled_from(PAGES))
 def test_pages_of_any_run_folder(browser: TestClient, files: dict[str, bytes], page: str) -> None:
     folder = browser.studio.places.runs / "x"  # type: ignore[attr-defined]
@@ -94,7 +94,7 @@ def test_pages_of_any_run_folder(browser: TestClient, files: dict[str, bytes], p
 JOB_PAGES = ["/", "/runs", "/run", "/run/x", "/try", "/try/state"]  # events of a job that waits do not end
 
 
-@fuzzed(quick=200, many=10_000)
+@fuzzed(quick=60, many=10_000)
 @given(files=other_folder(JOB_FILES), page=st.sampled_from(JOB_PAGES))
 def test_pages_with_any_job(browser: TestClient, files: dict[str, bytes], page: str) -> None:
     queue = browser.studio.queue  # type: ignore[attr-defined]

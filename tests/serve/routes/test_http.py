@@ -439,7 +439,7 @@ def requests(draw: Any) -> tuple[str, str, dict[str, str], bytes]:
     return method, path, draw(st.sampled_from(HEADERS)), sent
 
 
-@fuzzed(quick=400, many=10_000)
+@fuzzed(quick=120, many=10_000)
 @given(request=requests())
 def test_no_request_is_a_failure_of_the_server(strange: httpx.Client, request: tuple[str, str, dict[str, str], bytes]) -> None:
     method, path, headers, body = request

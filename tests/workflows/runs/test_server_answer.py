@@ -143,7 +143,7 @@ def hostile() -> Iterator[tuple[str, list[bytes]]]:
         yield url, pieces
 
 
-@fuzzed(quick=300, many=20_000)
+@fuzzed(quick=100, many=20_000)
 @hypothesis.given(
     answer=st.one_of(other_json(ANSWER).map(lambda body: HEAD + body), other_bytes(HEAD + json.dumps(ANSWER).encode()),
                      other_json(ANSWER).map(lambda body: HEAD + b"data: " + body + b"\n\n")),
