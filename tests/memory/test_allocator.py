@@ -65,7 +65,7 @@ def printed() -> list[list[int]]:
 
 def test_freed_tensors_leave_the_process_at_once(printed: list[list[int]]) -> None:
     before, most, after = printed[0]
-    assert most - before > 30 << 20, "ten tensors of 4 MiB are alive"
+    assert 30 << 20 < most - before < 60 << 20, "ten tensors of 4 MiB are alive; glibc by itself keeps the freed ones too"
     assert after - before < 8 << 20
 
 

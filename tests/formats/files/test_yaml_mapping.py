@@ -148,7 +148,7 @@ def mutated(seed: int) -> str:
     return text
 
 
-@fuzzed(500, 50_000)
+@fuzzed(2000, 50_000)
 @given(seed=st.integers(0, 2**48))
 def test_any_text_is_a_value_or_one_message(seed: int) -> None:
     try:
