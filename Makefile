@@ -35,7 +35,7 @@ test: install
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -n auto --maxprocesses 8 --dist worksteal
 
 # 3,300 s of a processor for 470,000 cases (2026-11, by the cost of 40 to 800 cases of each test; 50,000 adapters were drawn whole, in
-# 312 s). `make test` draws 4,900 of them.
+# 312 s). `make test` draws 6,400 of them.
 fuzz: install
 	LORAKEET_FUZZ=1 OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -n auto --maxprocesses 8 -m fuzz --hypothesis-show-statistics
 
