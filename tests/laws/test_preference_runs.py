@@ -63,8 +63,9 @@ def data_for(objective: str, rows: Path) -> Path:
 
 @pytest.fixture(scope="module")
 def dpo(rows: Path, tiny_llama_folder: Path, tmp_path_factory: pytest.TempPathFactory) -> FinetuneResult:
-    """A finished run on pairs. Do not write into it."""
-    return run(tiny_llama_folder, rows / "pairs.jsonl", tmp_path_factory.mktemp("dpo") / "run", {"train.objective": "dpo"})
+    """A finished run on pairs, evaluated after every other step. Do not write into it."""
+    out = tmp_path_factory.mktemp("dpo") / "run"
+    return run(tiny_llama_folder, rows / "pairs.jsonl", out, {"train.objective": "dpo", "train.evaluate_every": 2})
 
 
 @pytest.mark.parametrize("objective", PREFERENCES)
@@ -228,7 +229,7 @@ def test_rows_of_another_shape_are_refused_by_evaluate(rows: Path, tiny_llama_fo
 def test_a_killed_run_goes_on_to_the_same_bytes(
     dpo: FinetuneResult, rows: Path, tiny_llama_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    changes = {"train.objective": "dpo", "train.checkpoint_every": 2}
+    changes = {"train.objective": "dpo", "train.evaluate_every": 2, "train.checkpoint_every": 2}
     original, stopped = loop.Training.evaluate, list[bool]()
 
     def evaluate_once(self: Any) -> None:
@@ -240,9 +241,12 @@ def test_a_killed_run_goes_on_to_the_same_bytes(
     monkeypatch.setattr(loop.Training, "evaluate", evaluate_once)
     with pytest.raises(RunStopped):
         run(tiny_llama_folder, rows / "pairs.jsonl", tmp_path / "broken", changes)
+    assert max(path.name for path in (tmp_path / "broken" / "checkpoints").iterdir()) < "step-000006", "steps are left to train"
     resumed = settings(tiny_llama_folder, rows / "pairs.jsonl", tmp_path / "broken", changes)
     finetune(resumed, FinetuneOptions(resume=tmp_path / "broken"), console=quiet())
     assert adapter_bytes(tmp_path / "broken") == adapter_bytes(dpo.run.path)
+    last = "checkpoints/step-000006/trained.safetensors"  # the adapter may be of an earlier step
+    assert (tmp_path / "broken" / last).read_bytes() == (dpo.run.path / last).read_bytes()
 
 
 def test_the_reference_of_another_run_is_refused(dpo: FinetuneResult, tiny_llama_folder: Path, tmp_path: Path) -> None:
