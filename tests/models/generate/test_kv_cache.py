@@ -9,8 +9,9 @@ import pytest
 import torch
 from torch import Tensor
 
+from lorakeet.core.fused.packed_attention import AttentionRule
 from lorakeet.errors import ConfigError
-from lorakeet.models.generate.kv_cache import CacheRow, KeyValues, check_cached, shares_of, step
+from lorakeet.models.generate.kv_cache import CacheRow, CacheStep, KeyValues, check_cached, shares_of, step
 from lorakeet.models.inject import selection_of
 from lorakeet.models.spec import ModelSpec
 from lorakeet.models.text.adapters import add_adapter
@@ -151,3 +152,19 @@ def test_a_short_row_beside_a_long_one_meets_zeros_past_its_end_whatever_memory_
     logits = step(text, cache, [CacheRow(0, len(long) - 1, long[-1:], {}), CacheRow(1, len(short) - 1, short[-1:], {})])
     close(logits[1], whole(text, short))
     assert all(bool(states[1, :, len(short) :].eq(0).all()) for layer in cache._layers.values() for states in layer)
+
+
+@pytest.mark.parametrize("cap", [None, 50.0])
+def test_scores_that_float16_holds_only_once_they_are_scaled(cap: float | None) -> None:
+    """200·200·32 is above 65504; with its scale it is 10,000."""
+    rule, states = AttentionRule(1 / 128, None, cap, None), torch.full((2, 1, 32), 200.0, dtype=torch.float16)
+    values = torch.stack([torch.ones(1, 32), 3 * torch.ones(1, 32)]).half()
+    cache = KeyValues(slots=1, capacity=16)
+    for number, row in enumerate((CacheRow(0, 0, (5,), {}), CacheRow(0, 1, (6,), {}))):
+        part = slice(number, number + 1)
+        found = CacheStep(cache, [row], torch.device("cpu")).attend(0, states[part], states[part], values[part], rule)
+        close(found, torch.full((1, 1, 32), 1.0 + number).half())
+    again = KeyValues(slots=1, capacity=16)
+    CacheStep(again, [CacheRow(0, 0, (5,), {})], torch.device("cpu")).attend(0, states[:1], states[:1], values[:1], rule)
+    both = CacheStep(again, [CacheRow(0, 1, (6, 7), {})], torch.device("cpu")).attend(0, states, states, values, rule)
+    assert both.isfinite().all() and both[0, 0, 0] == 1.0

@@ -13,7 +13,7 @@ from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
-from typing import Any
+from typing import Any, cast
 
 import pytest
 import torch
@@ -322,3 +322,15 @@ def test_a_budget_on_a_cuda_device_that_streaming_keeps_says_what_the_host_holds
 def test_tokens_of_experts_are_those_of_all_processes() -> None:
     processes: Any = SimpleNamespace(summed=lambda counts: counts + 10)
     assert text_runs._summed(processes, {"a": [1, 2], "b": [0]}) == {"a": [11, 12], "b": [10]}
+
+
+@pytest.mark.parametrize(("native", "advised"), [(True, "bfloat16"), (False, "float16")])
+def test_on_a_gpu_the_narrow_numbers_that_it_multiplies_are_advised(
+    native: bool, advised: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A T4 multiplies no bfloat16."""
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda **_: native)
+    wide = Precision(torch.float32, torch.float32, QuantSpec(), torch.device("cuda", 0))
+    change, _, narrow = next(text_runs._changes(RunConfig(), wide, cast(Any, None)))
+    assert change == f"--model.dtype {advised}" and narrow.dtype == getattr(torch, advised)

@@ -144,6 +144,7 @@ class _Singles:
             flat = added.reshape(-1, states.shape[3]).to(states.dtype)
             states.view(-1, states.shape[3]).index_copy_(0, self._at_ends(states), flat)
         seen_keys, seen_values = (states[self._index, :, : self._longest].flatten(0, 1) for states in cached)
+        q, scale = _scaled(q, scale)
         queries = q.reshape(len(seen_keys), -1, q.shape[2])  # (rows·kv, G, d)
         scores = torch.bmm(seen_keys, queries.transpose(1, 2)).transpose(1, 2).contiguous()
         grouped = scores.view(len(q), -1, queries.shape[1], self._longest)
@@ -221,9 +222,15 @@ def _allowed(start: int, count: int, seen: int, window: int | None, device: torc
     return (allowed if window is None else allowed & (distance < window))[None, None, None]
 
 
+def _scaled(q: Tensor, scale: float) -> tuple[Tensor, float]:
+    """Queries, and the scale of their scores. In float16 it is in the queries: without it their products may be above 65504."""
+    return (q * scale, 1.0) if q.dtype == torch.float16 else (q, scale)
+
+
 def _attention(q: Tensor, k: Tensor, v: Tensor, allowed: Tensor, rule: AttentionRule) -> Tensor:
     """Returns softmax(scale·q·kᵀ)·v over the allowed keys, softmax in fp32; q (rows, kv, G·n, d), k and v (rows, kv, m, d)."""
-    scores = torch.matmul(q, k.transpose(-1, -2)).float() * rule.scale
+    q, scale = _scaled(q, rule.scale)
+    scores = torch.matmul(q, k.transpose(-1, -2)).float() * scale
     if rule.cap is not None:
         scores = torch.tanh(scores / rule.cap) * rule.cap
     grouped = scores.view(*scores.shape[:2], -1, *allowed.shape[-2:])  # (1, 1, 1, n, m) for each of the G queries of a group

@@ -39,6 +39,7 @@ from lorakeet.models.files.fingerprint import fingerprint
 from lorakeet.models.files.origin import packed_folder
 from lorakeet.models.files.source import bytes_to_unpack
 from lorakeet.models.inject import tokens_of_experts
+from lorakeet.models.placement import DTYPES, narrow_for
 from lorakeet.models.text.cached_states import cached_states, frozen_depth
 from lorakeet.models.text.digests import frozen_digests
 from lorakeet.models.text.from_config import config_of, local_files
@@ -303,7 +304,8 @@ def text_advice(
 def _changes(config: RunConfig, precision: Precision, planned: TextRunPlan) -> Iterator[tuple[str, RunConfig, Precision]]:
     """Changes that take less memory: the flag, the settings and the precision with it."""
     if precision.dtype == torch.float32:
-        yield "--model.dtype bfloat16", config, dataclasses.replace(precision, dtype=torch.bfloat16)
+        narrow = narrow_for(precision.device)
+        yield f"--model.dtype {narrow}", config, dataclasses.replace(precision, dtype=DTYPES[narrow])
     if precision.quantize.method == "none":
         packed = dataclasses.replace(precision.quantize, method="nf4")
         yield "--model.quantize nf4", config, dataclasses.replace(precision, quantize=packed)
