@@ -105,6 +105,11 @@ def test_a_window_that_only_the_mask_knows_is_refused() -> None:
     with pytest.raises(EnvironmentProblem, match="window of 8 tokens that only its mask has, for a row of 9"):
         packed_attention(module, q, k, v, row_lengths=ROWS)
     packed_attention(module, q, k, v, row_lengths=ROWS, sliding_window=None)  # this layer says that it has none
+    module.config.layer_types, module.layer_idx = ["full_attention", "sliding_attention"], 0
+    packed_attention(module, q, k, v, row_lengths=ROWS)  # nor has the mask of this one a window
+    module.layer_idx = 1
+    with pytest.raises(EnvironmentProblem, match="window of 8 tokens that only its mask has"):
+        packed_attention(module, q, k, v, row_lengths=ROWS)
 
 
 def test_values_may_be_narrower_than_keys() -> None:

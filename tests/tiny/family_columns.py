@@ -110,10 +110,14 @@ def rows() -> list[Example]:
     return found
 
 
-def loaded(folder: Path, dtype: str = "float32", **more: Any) -> TextModel:
+def chunked(folder: Path) -> bool:
+    """Whether the model attends within chunks that only its mask has: packed attention refuses rows longer than a chunk."""
     config = json.loads((folder / "model" / "config.json").read_text())
-    chunked = "attention_chunk_size" in {**config, **config.get("text_config", {})}  # refused on rows longer than a chunk
-    attention = "sdpa" if chunked else "auto"
+    return "attention_chunk_size" in {**config, **config.get("text_config", {})}
+
+
+def loaded(folder: Path, dtype: str = "float32", attention: str = "", **more: Any) -> TextModel:
+    attention = attention or ("sdpa" if chunked(folder) else "auto")
     spec = ModelSpec(path=str(folder / "model"), dtype=dtype, device="cpu", attention=attention, **more)
     return load_text_model(spec, say=lambda line: None)
 
@@ -285,11 +289,12 @@ def nf4(folder: Path) -> str:
 
 def served(folder: Path) -> str:
     """What is served greedily is what transformers' generate writes with the merged model or PEFT."""
-    text = loaded(folder)
+    text = loaded(folder, attention="auto")
     live, adapter = ServingModel(text), peft.read(folder / "adapter")
-    check_cached(text)
+    within = chunked(folder)
+    prompt = [int(number) for number in rows()[1].ids][: WINDOW - TOKENS if within else None]
+    check_cached(text, len(prompt) + TOKENS)
     live.attach("a", adapter)
-    prompt = [int(number) for number in rows()[1].ids]
     cache = KeyValues(slots=1, capacity=len(prompt) + TOKENS)
     ids, new = list(prompt), tuple(prompt)
     for _ in range(TOKENS):
@@ -303,7 +308,7 @@ def served(folder: Path) -> str:
             eos_token_id=None,
         )  # fmt: skip
     assert ids == wanted[0].tolist(), f"{ids[len(prompt) :]} for {wanted[0, len(prompt) :].tolist()}"
-    return ""
+    return "texts of up to a chunk of its attention" if within else ""
 
 
 def wrapped(folder: Path) -> str:

@@ -5,7 +5,6 @@ from __future__ import annotations
 import gc
 import json
 import os
-import re
 import shlex
 import shutil
 import signal
@@ -28,6 +27,8 @@ from lorakeet.formats.detect import read_adapter
 from lorakeet.formats.limits import misread_by_vllm
 from lorakeet.formats.peft import peft
 from lorakeet.kernels.threads import compute_with
+from lorakeet.models.servable import REMEDY
+from lorakeet.workflows import serve as serve_module
 from lorakeet.workflows.options import VerifyOptions
 from lorakeet.workflows.serve import _cores, cores_for_the_engine, existing_objects_frozen
 from lorakeet.workflows.verify import verify
@@ -200,17 +201,39 @@ def test_refusals(
 @pytest.mark.parametrize(
     ("kind", "reason"),
     [
-        ("lfm2", r"its Lfm2ShortConv carry a state from token to token, .* runs with sdpa, as varlen gives other logits than"),
-        ("stablelm", r"texts share a batch by model.attention varlen only, and this 'stablelm' model runs with sdpa, as "),
-        ("diffllama", r"as it is a 'diffllama' model: over a cache its logits are"),
+        ("lfm2", "its Lfm2ShortConv carries a state from token to token"),
+        ("deepseek_v32", "its indexer chooses by a mask which tokens are attended to"),
+        ("stablelm", "its code does not tell its attention where a text of the batch begins"),
+        ("diffllama", "its blocks attend twice"),
     ],
 )
-def test_a_model_that_cannot_be_served_is_refused_at_the_start_with_the_reason(
-    kind: str, reason: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+def test_a_model_that_cannot_be_served_is_refused_before_it_is_loaded(
+    kind: str, reason: str, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    assert main(["serve", "--model", str(saved(kind, tmp_path)), "--dtype", "float32"]) == 2
+    """vLLM's command is printed for it all the same: vLLM may have what is missing here."""
+    monkeypatch.setattr(serve_module, "load_text_model", lambda *_, **__: pytest.fail("its weights were read"))
+    folder = str(saved(kind, tmp_path))
+    assert main(["serve", "--model", folder, "--dtype", "float32"]) == 2
     captured = capsys.readouterr()
-    assert re.search(rf"cannot be served[:,] {reason}", " ".join(captured.err.split())) and "Serving " not in captured.out
+    said = " ".join(captured.err.split())
+    assert f"'{kind}' model, which cannot be served here: {reason}" in said and "Serving " not in captured.out
+    assert " ".join(REMEDY.split()) in said
+    peft.write(random_adapter(tiny_model("llama", vocab_size=320)), tmp_path / "a")
+    command = ["serve", "--engine", "vllm", "--command-only", "--model", folder, "--adapter", f"a={tmp_path / 'a'}"]
+    assert main([*command, "--json"]) == 0
+    assert shlex.split(json.loads(capsys.readouterr().out)["command"])[:3] == ["vllm", "serve", folder]
+
+
+def test_texts_longer_than_a_chunk_are_refused_at_the_start(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Llama 4 attends within chunks of 8 tokens here, and the cache has no chunks: a longer text would be wrong."""
+    monkeypatch.setattr("lorakeet.serve.routes.http.run_server", lambda *_, **__: pytest.fail("it listens"))
+    command = ["serve", "--model", str(saved("llama4_text", tmp_path)), "--dtype", "float32"]
+    assert main(command) == 2
+    captured = capsys.readouterr()
+    assert "a text may have 256 tokens. Limit them: --context 8" in " ".join(captured.err.split())
+    assert "Serving " not in captured.out
 
 
 def test_the_command_for_vllm(adapters: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

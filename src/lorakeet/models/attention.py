@@ -20,7 +20,7 @@ from torch import Tensor, nn
 from transformers import AttentionInterface, AttentionMaskInterface
 
 from lorakeet.core.fused.packed_attention import AttentionRule, CausalRows, causal_rows
-from lorakeet.errors import EnvironmentProblem
+from lorakeet.errors import ConfigError, EnvironmentProblem
 from lorakeet.kernels.blockwise_rows import BlockwiseRows
 from lorakeet.kernels.choose import BLOCKWISE, capped_rows, packed_rows
 from lorakeet.kernels.device import is_cpu
@@ -127,6 +127,8 @@ def _refuse_unknown(module: nn.Module, query: Tensor, lengths: Any, mask: Tensor
     if lengths is None:
         raise EnvironmentProblem(f"{kind} did not pass row_lengths to its attention; load this model with attention: sdpa.")
     total, longest = (settings.get("row_prefix", 0) + of_rows for of_rows in (sum(lengths), max(lengths)))
+    if (cache := settings.get("row_cache")) is not None:
+        _refuse_long_text(module, cache.longest, settings)  # earlier tokens are attended to as well
     if query.shape[0] != 1 or query.shape[2] < total:
         raise EnvironmentProblem(
             f"{kind} gave its attention queries of shape {tuple(query.shape)} for rows of {total} tokens in all; "
@@ -139,8 +141,7 @@ def _refuse_unknown(module: nn.Module, query: Tensor, lengths: Any, mask: Tensor
         unknown.append("attention_mask")
     if (limit := _limit_in_mask(module, settings)) is not None and longest > limit:
         unknown.append(f"a window of {limit} tokens that only its mask has, for a row of {longest} tokens")
-    constant = getattr(module, "floor_scale", None) if getattr(module, "attn_temperature_tuning", False) else None
-    if constant is not None and not getattr(module, "use_rope", True) and query.shape[2] >= constant:
+    if (constant := _constant_up_to(module)) is not None and query.shape[2] >= constant:
         unknown.append(
             f"a temperature by position, constant up to {constant:g}, for {query.shape[2]} tokens (train.micro_tokens)"
         )
@@ -148,11 +149,33 @@ def _refuse_unknown(module: nn.Module, query: Tensor, lengths: Any, mask: Tensor
         raise EnvironmentProblem(f"{kind} uses {', '.join(unknown)}, which row attention does not have; use attention: sdpa.")
 
 
+def _refuse_long_text(module: nn.Module, longest: int, settings: dict[str, Any]) -> None:
+    """Raises ConfigError where a text of `longest` tokens over a cache would need a mask or a temperature by position."""
+    limit, constant = _limit_in_mask(module, settings), _constant_up_to(module)
+    most = min((number for number in (limit, constant and int(constant) - 1) if number is not None), default=None)
+    if most is not None and longest > most:
+        raise ConfigError(
+            f"{type(module).__name__} attends otherwise beyond {most} tokens, by a mask or a temperature that row attention does "
+            f"not have, and a text may have {longest} tokens. Limit them: --context {most} for lorakeet serve."
+        )
+
+
+def _constant_up_to(module: nn.Module) -> float | None:
+    """Returns the position below which a temperature by position (Llama 4's layers without rotation) is constant, or None."""
+    if not getattr(module, "attn_temperature_tuning", False) or getattr(module, "use_rope", True):
+        return None
+    found: float | None = getattr(module, "floor_scale", None)
+    return found
+
+
 def _limit_in_mask(module: nn.Module, settings: dict[str, Any]) -> int | None:
     """Returns the window or chunk of a model that does not pass it to its attention (Qwen2-MoE, Llama 4), or None."""
     if "sliding_window" in settings:
         return None
     config = getattr(module, "config", None)
+    kinds, layer = getattr(config, "layer_types", None), getattr(module, "layer_idx", None)
+    if kinds and layer is not None and kinds[layer] == "full_attention":
+        return None
     limits = [getattr(config, name, None) for name in ("sliding_window", "attention_chunk_size")]
     return min((limit for limit in limits if isinstance(limit, int) and limit > 0), default=None)
 

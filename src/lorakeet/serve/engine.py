@@ -116,10 +116,10 @@ class Engine:
         """`slots` texts of at most `context` tokens, prompts included, run at once; `waiting` more may queue.
 
         `cores` returns the number of cores for the next step or call; by default torch's number of threads. ConfigError for a
-        model whose texts cannot share a batch, or be written over a cache.
+        model whose texts cannot share a batch, be written over a cache, or be as long as `context`.
         """
         selection.use(None)  # the adapters of an earlier engine's last step
-        check_cached(text)
+        check_cached(text, context)
         self.text, self.selection, self.context, self.chunk = text, selection, context, chunk
         self.cache = KeyValues(slots=slots, capacity=context)
         self.slots = CacheSlots(self.cache)

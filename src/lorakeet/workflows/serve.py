@@ -21,6 +21,7 @@ from lorakeet.evaluate.wording import bytes_text
 from lorakeet.kernels.threads import can_compute_alone, compute_alone, compute_with
 from lorakeet.memory.budget import larger_than_machine, parse_size
 from lorakeet.memory.onednn_code import SERVING, limit_code_cache
+from lorakeet.models.servable import require_served
 from lorakeet.models.spec import ModelSpec
 from lorakeet.models.text.load import load_text_model
 from lorakeet.models.text.serving import ServingModel
@@ -71,6 +72,7 @@ def serve(options: ServeOptions, *, console: Console) -> Served:
     access = None if options.keys is None else read_keys(options.keys)
     quantize = QuantSpec(method=options.quantize)
     spec = ModelSpec(path=options.model, dtype=options.dtype, quantize=quantize, kernels=options.kernels)
+    require_served(spec, console.print)
     limit_code_cache(SERVING)
     live = ServingModel(text := load_text_model(spec, say=console.print))
     most, context = text.context, options.context

@@ -18,7 +18,7 @@ from lorakeet.models.text.adapters import add_adapter
 from lorakeet.models.text.load import load_text_model
 from lorakeet.models.text.model import TextModel
 from tiny.adapters import random_adapter
-from tiny.family_columns import saved
+from tiny.family_columns import in_transformers, saved
 from tiny.models import save_tiny_llama, tiny_model
 
 SEQUENCES = ((3, 5, 7, 9, 11, 2, 4), (8, 6, 1), (9, 9, 4, 4, 13))
@@ -120,7 +120,7 @@ def test_what_does_not_fit_is_refused(text: TextModel) -> None:
 def test_other_attention_is_refused(tmp_path: Path) -> None:
     path = str(save_tiny_llama(tmp_path / "m"))
     text = load_text_model(ModelSpec(path=path, dtype="float32", attention="sdpa"))
-    with pytest.raises(ConfigError, match=r"model\.attention varlen only, and this 'llama' model runs with sdpa"):
+    with pytest.raises(ConfigError, match=r"'llama' model, which cannot .* model\.attention varlen only, and it runs with sdpa"):
         step(text, KeyValues(slots=1, capacity=4), [CacheRow(0, 0, (1,), {})])
 
 
@@ -130,15 +130,32 @@ def test_a_model_that_a_cache_does_not_hold_is_refused(tmp_path: Path) -> None:
     saved("diffllama", tmp_path)
     text = load_text_model(ModelSpec(path=str(tmp_path / "model"), dtype="float32"), say=lambda line: None)
     assert text.attention == "varlen"
-    with pytest.raises(ConfigError, match=r"cannot be served, as it is a 'diffllama' model: over a cache its logits are"):
+    with pytest.raises(ConfigError, match=r"its blocks attend twice, .* \(over a cache its logits are .* off\)"):
         check_cached(text)
 
 
 def test_a_model_whose_layers_carry_a_state_is_refused_with_their_names(tmp_path: Path) -> None:
     saved("lfm2", tmp_path)
     text = load_text_model(ModelSpec(path=str(tmp_path / "model"), dtype="float32"), say=lambda line: None)
-    with pytest.raises(ConfigError, match=r"its Lfm2ShortConv carry a state from token to token, .* 'lfm2' model runs with sdpa"):
+    with pytest.raises(ConfigError, match=r"'lfm2' model, .*: its Lfm2ShortConv carries a state from token to token"):
         check_cached(text)
+
+
+def test_texts_beyond_a_chunk_that_only_a_mask_has_are_refused_and_shorter_ones_are_right(tmp_path: Path) -> None:
+    """Token by token and in parts too, where no step has more new tokens than a chunk."""
+    saved("llama4_text", tmp_path, attention_chunk_size=16)
+    text = load_text_model(ModelSpec(path=str(tmp_path / "model"), dtype="float32"), say=lambda line: None)
+    ids = tuple((number * 7919 + 11) % 320 for number in range(17))
+    check_cached(text, 16)
+    with pytest.raises(ConfigError, match=r"beyond 16 tokens, .* a text may have 17 tokens\. Limit them: --context 16"):
+        check_cached(text, 17)
+    cache, found = KeyValues(slots=1, capacity=32), torch.empty(0)
+    for start, stop in ((0, 7), (7, 15), (15, 16)):
+        found = step(text, cache, [CacheRow(0, start, ids[start:stop], {})])
+    own = in_transformers(tmp_path / "model")
+    close(found[0], own(input_ids=torch.tensor([ids[:16]]), use_cache=False).logits[0, -1].detach())
+    with pytest.raises(ConfigError, match=r"a text may have 17 tokens"):
+        step(text, cache, [CacheRow(0, 16, ids[16:], {})])
 
 
 def test_a_short_row_beside_a_long_one_meets_zeros_past_its_end_whatever_memory_held(text: TextModel) -> None:

@@ -19,12 +19,12 @@ from torch import Tensor, nn
 from lorakeet.core.fused.packed_attention import QUERIES, AttentionRule
 from lorakeet.core.selection import Selection, Share
 from lorakeet.data.pack import Batch
-from lorakeet.errors import ConfigError, is_out_of_memory
+from lorakeet.errors import ConfigError, LorakeetError, is_out_of_memory
 from lorakeet.kernels.cpu.block import NewTokens
 from lorakeet.kernels.device import is_cpu
 from lorakeet.models.files.validate import first_line
-from lorakeet.models.module_kinds import stateful_parts
 from lorakeet.models.modules import decoder_of
+from lorakeet.models.servable import refusal_to_serve, why_not_served
 from lorakeet.models.text.model import TextModel
 
 CHECKED = 5  # tokens before the last one, in the check
@@ -86,6 +86,7 @@ class CacheStep:
             offsets.append(offset)
             offset += len(row.ids)
         self._rows, self._offsets, self._device = rows, offsets, device
+        self.longest = max(row.start + len(row.ids) for row in rows)  # tokens of a text, earlier ones too
 
     @cached_property
     def new_tokens(self) -> NewTokens:
@@ -246,43 +247,46 @@ def require_batched(text: TextModel) -> None:
     """Raises ConfigError for a model whose rows cannot share a batch, each with its own part of the cache, with the reason."""
     if text.attention == "varlen":
         return
-    reason = "texts share a batch by model.attention varlen only"
-    if parts := stateful_parts(text.model):
-        reason = f"its {' and '.join(parts)} carry a state from token to token, and a server keeps only keys and values of a text"
-    raise ConfigError(
-        f"{text.name} cannot be served: {reason}, and this '{text.model.config.model_type}' model runs with {text.attention}"
-        f"{f', as {text.why_not_varlen}' if text.why_not_varlen else ''}. "
-        "Merge its adapter (lorakeet merge), and serve the merged model elsewhere."
-    )
+    if not (reason := why_not_served(text.model)):
+        why = f", as {text.why_not_varlen}" if text.why_not_varlen else ""
+        reason = f"texts share a batch by model.attention varlen only, and it runs with {text.attention}{why}"
+    raise _not_served(text, reason)
 
 
 @torch.no_grad()
-def check_cached(text: TextModel) -> None:
-    """Raises ConfigError unless a text that is written over the cache has the logits of the text as a whole.
+def check_cached(text: TextModel, context: int = CHECKED + 1) -> None:
+    """Raises ConfigError unless a text that is written over the cache has the logits of the text as a whole, and texts of
+    `context` tokens can be.
 
-    Blocks that attend twice, or keep more than keys and values, would be wrong.
+    Blocks that attend twice, or keep more than keys and values, would be wrong. So would texts that are longer than a chunk of
+    the model's attention which only its mask has.
     """
     require_batched(text)
     size = int(text.model.get_input_embeddings().weight.shape[0])
     ids = tuple((number * 7919 + 11) % size for number in range(CHECKED + 1))
-    cache = KeyValues(slots=2, capacity=KEY_MULTIPLE)
+    cache = KeyValues(slots=2, capacity=max(context, KEY_MULTIPLE))
     try:
         parts = [step(text, cache, [CacheRow(1, 0, ids[:-1], {})]), step(text, cache, [CacheRow(1, CHECKED, ids[-1:], {})])]
         found = torch.cat(parts)
+        step(text, cache, [CacheRow(0, context - 1, ids[:1], {})])
+    except LorakeetError:
+        raise
     except Exception as error:  # whatever the model's code raises where the cache is not its own
         if is_out_of_memory(error):
             raise
-        raise ConfigError(f"{_not_served(text)}: its code does not run over a cache ({first_line(error)}).") from error
+        raise _not_served(text, f"its code does not run over a cache ({first_line(error)})") from error
     places = torch.arange(len(ids), device=text.device)
     whole = Batch(torch.tensor(ids, device=text.device), (len(ids),), places[-2:], places[-2:], ("check",))
     wanted = text.head(text.hidden(whole)).float()
     off = float((found - wanted).abs().max()) / float(wanted.abs().max())
     if not off <= CACHE_TOLERANCE[text.dtype]:
-        raise ConfigError(f"{_not_served(text)}: over a cache its logits are {off:.2g} of their size off.")
+        measured = f"over a cache its logits are {off:.2g} of their size off"
+        reason = why_not_served(text.model)
+        raise _not_served(text, f"{reason} ({measured})" if reason else measured)
 
 
-def _not_served(text: TextModel) -> str:
-    return f"{text.name} cannot be served, as it is a '{text.model.config.model_type}' model"
+def _not_served(text: TextModel, reason: str) -> ConfigError:
+    return ConfigError(refusal_to_serve(text.name, text.model.config.model_type, reason))
 
 
 def step(text: TextModel, cache: KeyValues, rows: Sequence[CacheRow], selection: Selection | None = None) -> Tensor:

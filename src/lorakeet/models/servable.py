@@ -1,0 +1,75 @@
+"""Which models the server cannot write texts of, and why: a table, read before any weight is.
+
+What the table does not know is tried on the loaded model, before the server listens (models/generate/kv_cache).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import nn
+from transformers.initialization import no_init_weights
+
+from lorakeet.data.locate import locate_model
+from lorakeet.errors import ConfigError
+from lorakeet.models.families import CHOOSING
+from lorakeet.models.files.foreign_code import build_native
+from lorakeet.models.files.quantized import plain_config
+from lorakeet.models.files.quiet import quiet_transformers
+from lorakeet.models.files.source import find_source
+from lorakeet.models.files.validate import auto_class_of
+from lorakeet.models.module_kinds import stateful_parts
+from lorakeet.models.spec import ModelSpec
+from lorakeet.models.text.from_config import config_of
+from lorakeet.models.text.load import read_config
+
+REMEDY = (
+    "Merge its adapter (lorakeet merge) and serve the merged model with another server; with llama.cpp, where lorakeet export "
+    "writes a GGUF file of it. Or try --engine vllm: each adapter is verified in vLLM before it is served."
+)
+_OWN_MASK = "its attention adds a mask of its own, and texts that share a batch have none"
+_OWN_ATTENTION = "its attention cannot be exchanged for one over the texts of a batch"
+_SEVERAL_PASSES = "its blocks run several times for a token, and the server keeps keys and values of one pass"
+# Why, by model_type. Layers with a state and indexers are found by their modules, of any type.
+NOT_SERVED = {
+    "diffllama": "its blocks attend twice, and the server keeps keys and values of one attention",
+    **dict.fromkeys(("dory", "hrm_text"), _SEVERAL_PASSES),
+    "stablelm": "its code does not tell its attention where a text of the batch begins",
+    **dict.fromkeys(("doge", "git"), _OWN_MASK),
+    **dict.fromkeys(
+        ("bloom", "falcon", "got_ocr2", "gpt_neo", "gpt_neox_japanese", "granite_speech", "granite_speech_plus"), _OWN_ATTENTION
+    ),
+}
+
+
+def why_not_served(model: nn.Module) -> str:
+    """Why the server cannot write texts of this model, which may have no weights; empty where the table knows no reason."""
+    if parts := stateful_parts(model):
+        carry = "carries" if len(parts) == 1 else "carry"
+        named = f"its {' and '.join(parts)} {carry} a state from token to token"
+        return f"{named}, and the server keeps only keys and values of a text"
+    if any(path.rpartition(".")[2] in CHOOSING for path, _ in model.named_modules()):
+        return "its indexer chooses by a mask which tokens are attended to, and texts that share a batch have no mask"
+    return NOT_SERVED.get(str(getattr(model.config, "model_type", "")), "")
+
+
+def require_served(spec: ModelSpec, say: Callable[[str], None]) -> None:
+    """Raises ConfigError, with reason and remedy, for a model that the server cannot write texts of; reads no weights.
+
+    Of a hub id only config.json is fetched. DataError where the configuration cannot be read.
+    """
+    path = locate_model(spec.path)
+    folder = path is not None and path.is_dir()
+    config: Any = read_config(find_source(spec, say)) if folder else config_of(spec, say)
+    own = plain_config(config)
+    with quiet_transformers(), torch.device("meta"), no_init_weights():
+        model = build_native(auto_class_of(own), own, attn_implementation="eager")
+    if reason := why_not_served(model):
+        raise ConfigError(refusal_to_serve(spec.path, str(model.config.model_type), reason))
+
+
+def refusal_to_serve(name: str, kind: str, reason: str) -> str:
+    """The message for a model of this name and model_type that cannot be served."""
+    return f"{name} is a '{kind}' model, which cannot be served here: {reason}. {REMEDY}"
