@@ -1,12 +1,14 @@
-"""Experts that published folders have in FP8 or int8, matrix by matrix, stay packed as stacks: their numbers are the files'."""
+"""Experts that published folders have in FP8, int8 or int4, one by one, stay packed as stacks: their numbers are the files'."""
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 
 import pytest
 import torch
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 
 from lorakeet.data.pack import pack_examples
 from lorakeet.merging.dequantise import open_dequantised
@@ -17,22 +19,30 @@ from lorakeet.models.files.stored_tensors import stored_quantisation, tensor_fil
 from lorakeet.models.spec import ModelSpec
 from lorakeet.models.text.load import load_text_model, read_config
 from lorakeet.models.text.model import TextModel
-from lorakeet.quant.fp8 import Block
 from lorakeet.quant.packed import PackedLinear
 from lorakeet.quant.spec import QuantSpec
 from lorakeet.quant.stack import PackedStack
 from tiny.family_columns import rows, saved
-from tiny.float_folders import fp8_folder, int8_folder
+from tiny.float_folders import fp8_folder, int8_folder, words_folder
 
 
 def loaded(folder: Path, store: Path | None = None) -> TextModel:
     return load_text_model(ModelSpec(path=str(folder), dtype="float32", device="cpu"), say=lambda line: None, store=store)
 
 
-@pytest.mark.parametrize("how", [(16, 32), None, "int8"], ids=["blocks", "a scale a matrix", "int8"])
-def test_they_stay_packed_with_the_numbers_of_the_files(how: Block | str | None, tmp_path: Path) -> None:
+FOLDERS: dict[str, Callable[[Path, Path], Path]] = {
+    "blocks": partial(fp8_folder, block=(16, 32)),
+    "a scale a matrix": partial(fp8_folder, block=None),
+    "int8": int8_folder,
+    "int4": words_folder,
+    "int4 with zero points": partial(words_folder, symmetric=False),
+}
+
+
+@pytest.mark.parametrize("how", FOLDERS)
+def test_they_stay_packed_with_the_numbers_of_the_files(how: str, tmp_path: Path) -> None:
     source = saved("qwen3_moe", tmp_path)
-    folder = int8_folder(source, tmp_path / "packed") if how == "int8" else fp8_folder(source, tmp_path / "packed", block=how)  # type: ignore[arg-type]
+    folder = FOLDERS[how](source, tmp_path / "packed")
     text = loaded(folder)
     stacks = {path: module for path, module in text.model.named_modules() if isinstance(module, PackedStack)}
     assert len(stacks) == 2 * len(text.model.model.layers)
@@ -50,7 +60,11 @@ def test_they_stay_packed_with_the_numbers_of_the_files(how: Block | str | None,
     assert {path: {**own, "shape": list(own["shape"])} for path, own in planned.items()} == packed
     batch = pack_examples(rows())
     with torch.no_grad():
-        assert torch.equal(loaded(folder, tmp_path / "store").hidden(batch), text.hidden(batch))
+        found = text.hidden(batch)
+        assert torch.equal(loaded(folder, tmp_path / "store").hidden(batch), found)
+        dense = {name: files.read(name).float().contiguous() for name in load_file(source / "model.safetensors")}
+        save_file(dense, source / "model.safetensors", metadata={"format": "pt"})
+        torch.testing.assert_close(found, loaded(source).hidden(batch), rtol=1e-4, atol=1e-5)
 
 
 def test_parts_that_end_within_a_block_are_joined_dense(tmp_path: Path) -> None:
@@ -65,3 +79,22 @@ def test_parts_that_end_within_a_block_are_joined_dense(tmp_path: Path) -> None:
     assert name in load_file(folder / "model.safetensors")
     wanted = open_dequantised(folder).read(name).float()
     assert torch.equal(text.model.model.layers[0].mlp.experts.down_proj[1], wanted)
+
+
+def test_words_whose_columns_are_not_in_order_are_joined_dense(tmp_path: Path) -> None:
+    """Each matrix has an order of its own then, and rows below one another share one."""
+    folder = words_folder(saved("qwen3_moe", tmp_path), tmp_path / "packed")
+    tensors, path = load_file(folder / "model.safetensors"), "model.layers.0.mlp.experts.1.up_proj.weight"
+    for name in [name.removesuffix("_packed") for name in tensors if "layers.0.mlp.experts" in name and "_packed" in name]:
+        if "down_proj" not in name:
+            order = torch.arange(64) // 16
+            tensors[f"{name}_g_idx"] = (order.flip(0) if "up_proj" in name else order).int()
+    save_file(tensors, folder / "model.safetensors")
+    config = read_config(folder)
+    model, stored = skeleton(config), stored_quantisation(config)
+    assert stored is not None
+    found = set(joined_stacks(model, packable_stacks(model), tensor_files(folder), stored))
+    stack = "model.layers.0.mlp.experts.gate_up_proj"
+    assert stack not in found and "model.layers.0.mlp.experts.down_proj" in found
+    wanted = open_dequantised(folder).read(path).float()
+    assert torch.equal(loaded(folder).model.get_parameter(stack)[1][-len(wanted) :], wanted)
