@@ -30,7 +30,7 @@ cannot have pairs, all columns are of a run without them.
 | merge | transformers reads the merged model, and computes these logits; other tensors keep their bytes |
 | plan | `lorakeet plan` answers |
 | NF4 | a base in NF4 trains, its stacked experts packed too; the last table says where they stay dense |
-| serve | greedy texts are those that transformers' generate writes |
+| serve | greedy texts are those that transformers' generate writes; the last table says where their length is limited |
 | GGUF | llama.cpp computes these logits from the exported file |
 
 Where the model's own code rounds more than 1e-5, as its gradients in fp32 beside those in fp64 show, three times that is allowed.
@@ -65,7 +65,7 @@ def rows(found: dict[str, dict[str, dict[str, str]]]) -> dict[str, list[str]]:
         trained.append(f"| {kind} | {' | '.join(cell(columns.get(column)) for column in COLUMNS)} |")
         for column in COLUMNS[1:]:
             one = columns.get(column, {"outcome": "passed", "detail": ""})
-            more = (column == "gradients" and "," in one["detail"]) or (column == "NF4" and one["detail"])
+            more = (column == "gradients" and "," in one["detail"]) or (column in ("NF4", "serve") and one["detail"])
             if one["outcome"] != "passed" or more:
                 said.append(f"| {kind} | {column} | {SIGNS[one['outcome']]} | {first_sentence(one['detail'])} |")
     return {"trained": trained, "refused": refused, "said": said}

@@ -113,13 +113,14 @@ def test_words_of_four_bits_are_read_packed_planned_and_dequantised(llama: Path,
             assert {**base.settings, "shape": base.shape} == packing[path.removesuffix(".base")]
 
 
-def test_experts_in_words_are_dequantised_as_transformers_joins_them(tmp_path: Path) -> None:
+def test_experts_in_words_stay_packed_as_transformers_joins_them(tmp_path: Path) -> None:
     family_columns.saved("qwen3_moe", tmp_path)
     folder = words_folder(tmp_path / "model", tmp_path / "int4")
     text = loaded(folder)
     assert sum(isinstance(module, PackQuantizedBase) for module in text.model.modules()) == 16  # q, k, v, o of four blocks
     up = dequantised(folder)["model.layers.0.mlp.experts.1.up_proj.weight"]
-    assert torch.equal(text.model.model.layers[0].mlp.experts.gate_up_proj[1, len(up) :], up)
+    joined = text.model.model.layers[0].mlp.experts.gate_up_proj
+    assert isinstance(joined, PackedStack) and torch.equal(joined[1][len(up) :], up)
 
 
 def test_words_that_are_not_whole_are_named(llama: Path, tmp_path: Path) -> None:

@@ -11,6 +11,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from lorakeet.data.pack import pack_examples
+from lorakeet.errors import DataError
 from lorakeet.merging.dequantise import open_dequantised
 from lorakeet.models.files.joined_experts import joined_stacks
 from lorakeet.models.files.packing import packing_of
@@ -98,3 +99,11 @@ def test_words_whose_columns_are_not_in_order_are_joined_dense(tmp_path: Path) -
     assert stack not in found and "model.layers.0.mlp.experts.down_proj" in found
     wanted = open_dequantised(folder).read(path).float()
     assert torch.equal(loaded(folder).model.get_parameter(stack)[1][-len(wanted) :], wanted)
+
+
+def test_an_expert_of_other_columns_than_the_model_s_is_named(tmp_path: Path) -> None:
+    folder = words_folder(saved("qwen3_moe", tmp_path), tmp_path / "packed")
+    tensors, path = load_file(folder / "model.safetensors"), "model.layers.0.mlp.experts.1.up_proj.weight"
+    save_file({**tensors, f"{path}_shape": torch.tensor([96, 63])}, folder / "model.safetensors")  # as many words
+    with pytest.raises(DataError, match="A matrix of an expert is 96×63; expected 64 columns"):
+        loaded(folder)

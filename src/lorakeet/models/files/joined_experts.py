@@ -15,6 +15,7 @@ from typing import Any
 import torch
 
 from lorakeet.core.layers.experts import stack_shape, stored_transposed
+from lorakeet.errors import DataError
 from lorakeet.formats.files.safetensors_file import SafeFile
 from lorakeet.models.files import float_scales
 from lorakeet.models.files.checkpoint_pieces import Piece, pieces_of
@@ -56,8 +57,14 @@ def joined_stacks(
 
 
 def rows_joined(bases: list[PackedBase], settings: Mapping[str, Any]) -> PackedBase:
-    """The matrix whose rows are those of `bases`, one below the other, as `settings` of its stack say it is packed."""
+    """The matrix whose rows are those of `bases`, one below the other, as `settings` of its stack say it is packed.
+
+    DataError for a matrix of other columns than the model's.
+    """
     found = empty_base({**settings, "shape": settings["shape"][1:]})
+    if odd := [base.shape for base in bases if base.shape[1] != found.shape[1]]:
+        size, wanted = "×".join(map(str, odd[0])), found.shape[1]
+        raise DataError(f"A matrix of an expert is {size}; expected {wanted} columns by config.json. Fetch the model again.")
     for name, buffer in found.named_buffers():
         parts = [getattr(base, name) for base in bases]
         if sum(map(len, parts)) == len(buffer):
