@@ -40,7 +40,7 @@ fuzz: install
 	LORAKEET_FUZZ=1 OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -n auto --maxprocesses 8 -m fuzz --hypothesis-show-statistics
 
 families: install
-	LORAKEET_FAMILIES=1 OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -n auto --maxprocesses 8 -m families tests/families tests/laws/test_simulated_runs.py tests/laws/test_streamed.py
+	LORAKEET_FAMILIES=1 OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -n auto --maxprocesses 8 -m families tests/families tests/laws/test_simulated_runs.py tests/laws/test_streamed.py tests/models/test_servable.py
 
 check: install
 	$(BIN)/ruff check .

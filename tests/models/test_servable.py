@@ -35,6 +35,7 @@ REASONS = {
     "llama4_text": "",
     "deepseek_v3": "",
     "gemma3": "",
+    "phi4_multimodal": "",  # whose audio tower, within its decoder, has convolutions
     "gpt_oss": "",
 }
 

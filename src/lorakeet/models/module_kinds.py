@@ -11,6 +11,7 @@ from dataclasses import dataclass
 from torch import nn
 
 from lorakeet.models import modules
+from lorakeet.models.families import OUTSIDE_TEXT
 
 EXPERT, SHARED, ROUTER, HEAD, VECTORS = "experts", "shared experts", "router", "head", "norms, biases, other vectors"
 
@@ -79,10 +80,12 @@ def kind_in_words(model: nn.Module, by_path: Mapping[str, nn.Module], path: str)
 
 def stateful_parts(model: nn.Module) -> list[str]:
     """The classes of the layers of a text model that carry a state from token to token beside keys and values, in model order."""
+    outside = set(OUTSIDE_TEXT.get(str(getattr(getattr(model, "config", None), "model_type", "")), ()))
     found = (
         type(module).__name__
-        for _, module in modules.original_modules(modules.unwrapped(modules.decoder_of(model)))
-        if any(type(child) is nn.Conv1d for child in module.children()) or type(module).__name__.endswith(STATEFUL)
+        for path, module in modules.original_modules(modules.unwrapped(modules.decoder_of(model)))
+        if not outside & set(path.split("."))
+        and (any(type(child) is nn.Conv1d for child in module.children()) or type(module).__name__.endswith(STATEFUL))
     )
     return list(dict.fromkeys(found))
 
