@@ -99,6 +99,18 @@ def test_pairs_that_are_too_long_are_left_out_by_name(tokenizer: Any) -> None:
         encode_pairs(rows[1:], encoder(tokenizer, max_tokens=48, too_long="drop"))
 
 
+@pytest.mark.parametrize("side", ["chosen", "rejected"])
+def test_the_side_whose_answers_are_all_too_long_is_named(side: str, tokenizer: Any) -> None:
+    rows = [row(f"way {n}", **{"chosen": "left", "rejected": "right", side: "right " * 40}, number=n) for n in range(3)]
+    with pytest.raises(DataError, match=f"All 3 rows are longer than data.max_tokens .48. with their {side} answers"):
+        encode_pairs(rows, encoder(tokenizer, max_tokens=48, too_long="drop"))
+    mixed = [*rows, row("way", "left " * 40, "right " * 40)]
+    with pytest.raises(DataError, match=f"with their {side} answers"):
+        encode_pairs(mixed, encoder(tokenizer, max_tokens=48, too_long="drop"))
+    with pytest.raises(DataError, match="with one of their answers"):
+        encode_pairs(mixed[3:], encoder(tokenizer, max_tokens=48, too_long="drop"))
+
+
 def test_a_row_with_one_answer_is_refused(tokenizer: Any) -> None:
     with pytest.raises(DataError, match="has one answer only"):
         encode_pair(Row(row("p", "a", "b").turns, None, None, "rows:1"), encoder(tokenizer))

@@ -158,6 +158,29 @@ def test_rated_answers_are_told_from_labelled_texts(tmp_path: Path) -> None:
     assert chat.desirable is False and chat.turns[-1].supervised
 
 
+@pytest.mark.parametrize(
+    "record",
+    [
+        {"conversations": [{"from": "human", "value": "p"}, {"from": "gpt", "value": "a"}], "label": False},
+        {"prompt": "p", "response": "a", "label": False},
+    ],
+)
+def test_verdicts_are_read_beside_other_names_of_an_answer(record: dict[str, Any], tmp_path: Path) -> None:
+    (row,) = read(tmp_path, record)
+    assert row.desirable is False and [turn.text for turn in row.turns] == ["p", "a"]
+
+
+def test_sft_says_that_it_reads_no_verdict(tmp_path: Path) -> None:
+    rated = [{"prompt": f"{n}?", "completion": "a", "label": n % 2 == 0} for n in range(40)]
+    found = load_dataset(DataSpec(train=str(write_rows(tmp_path / "r.jsonl", rated))), "sft")
+    (note,) = [note for note in found.notes if "train.objective kto" in note]
+    assert "a column 'label' of true and false, which sft does not read: answers of false are trained too" in note
+    stars = [{**record, "label": n % 5} for n, record in enumerate(rated)]
+    other = load_dataset(DataSpec(train=str(write_rows(tmp_path / "s.jsonl", stars))), "sft")
+    wanted = load_dataset(DataSpec(train=str(tmp_path / "r.jsonl")), "kto")
+    assert not any("train.objective kto" in note for note in (*other.notes, *wanted.notes))
+
+
 @pytest.mark.parametrize(("value", "wanted"), [(True, True), (0, False), ("Good", True), ("false", False)])
 def test_verdicts(value: object, wanted: bool) -> None:
     assert verdict(value) is wanted
@@ -184,7 +207,8 @@ def test_mismatched_answers_come_from_the_row_before(tmp_path: Path) -> None:
         ("dpo", [{"prompt": "p", "completion": "a"}], "no two answers, but train.objective is dpo"),
         ("dpo", [{"prompt": "p", "completion": "a", "label": True}], "take kto"),
         ("kto", [SHAPES["texts"]], "no verdict on its answer"),
-        ("kto", [{"prompt": str(n), "completion": "a", "label": True} for n in range(3)], "All 3 training rows have the label"),
+        ("kto", [{"prompt": str(n), "completion": "a", "label": True} for n in range(3)], "or take sft."),
+        ("kto", [{"prompt": str(n), "completion": "a", "label": False} for n in range(3)], "add rows of the label true."),
     ],
 )
 def test_rows_of_another_objective_are_refused(

@@ -83,6 +83,7 @@ def test_every_objective_ends_in_proof(
     if "reference" in checks:
         assert checks["reference"].measured == {"difference": 0.0}
         assert checks["reference is the base"].measured["mean_difference"] < 1e-5
+        assert checks["reference of training rows"].measured["mean_difference"] < 1e-5
     assert {"preferred", "lead"} <= report.systems[0].metrics.keys()
     assert report.comparisons[0].metric == "preferred" and report.comparisons[0].right == "base" and report.verdict is not None
     assert report.facts["Objective"].startswith(f"{objective} (beta ")
@@ -158,6 +159,25 @@ def test_a_reference_of_other_rows_is_found_in_the_first_step(
     rows: Path, tiny_llama_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """The margins of the first step are 0: nothing is trained yet."""
+    roll_reference(monkeypatch)
+    for reference in ("start", "base"):
+        changes = {"train.objective": "dpo", "train.steps": 1, "train.reference": reference}
+        with pytest.raises(VerificationFailed, match="In the first step the answers' log-probabilities differ from the refer"):
+            run(tiny_llama_folder, rows / "pairs.jsonl", tmp_path / reference, changes)
+
+
+def test_a_named_reference_of_other_rows_is_found_by_the_certificate(
+    taught: Path, rows: Path, tiny_llama_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Where margins need not be 0 at the start."""
+    roll_reference(monkeypatch)
+    changes = {"train.objective": "dpo", "train.steps": 1, "train.reference": taught}
+    with pytest.raises(VerificationFailed, match="reference of training rows"):
+        run(tiny_llama_folder, rows / "pairs.jsonl", tmp_path / "run", changes)
+
+
+def roll_reference(monkeypatch: pytest.MonkeyPatch) -> None:
+    """From now on training rows have the reference of the pair before."""
     computed = PreferenceTask.log_probs
 
     def rolled(self: PreferenceTask, given: Any) -> Any:
@@ -165,8 +185,6 @@ def test_a_reference_of_other_rows_is_found_in_the_first_step(
         return (np.roll(sums, 2) if given is self.train else sums), tokens
 
     monkeypatch.setattr(PreferenceTask, "log_probs", rolled)
-    with pytest.raises(VerificationFailed, match="In the first step the answers' log-probabilities differ from the reference"):
-        run(tiny_llama_folder, rows / "pairs.jsonl", tmp_path / "run", {"train.objective": "dpo", "train.steps": 1})
 
 
 def test_an_adapter_of_another_base_is_refused(

@@ -178,6 +178,9 @@ def test_the_base_s_loss_is_announced_before_it_is_computed(tmp_path: Path) -> N
     assert events[:2] == ["12 rows", "computed"] and events.count("12 rows") == 1
     go(tmp_path / "none", SPEC, TinyTask(SPEC, held_out=0), report=Hearing())
     assert events.count("0 rows") == 0
+    pairs = dataclasses.replace(SPEC, objective="dpo")
+    go(tmp_path / "pairs", pairs, TinyTask(pairs), report=Hearing())
+    assert events.count("6 rows") == 1, "two answers are one row"
 
 
 def test_ctrl_c_in_the_evaluation_of_the_base_stops_before_the_first_step(tmp_path: Path) -> None:

@@ -84,8 +84,8 @@ def encode_pairs(rows: Iterable[Row], encoder: Encoder) -> Encoded:
     """
     examples: list[Example] = []
     dropped: list[str] = []
-    truncated = 0
-    for row in rows:
+    truncated, given = 0, list(rows)
+    for row in given:
         found = encode_pair(row, encoder)
         if found is None:
             dropped.append(row.source)
@@ -94,10 +94,18 @@ def encode_pairs(rows: Iterable[Row], encoder: Encoder) -> Encoded:
             truncated += any(example.truncated for example in found)
     if dropped and not examples:
         raise DataError(
-            f"All {len(dropped)} rows are longer than data.max_tokens ({encoder.spec.max_tokens}) with one of their answers, and "
-            "were dropped; raise --data.max_tokens or set --data.too_long truncate."
+            f"All {len(dropped)} rows are longer than data.max_tokens ({encoder.spec.max_tokens}) with "
+            f"{_too_long(given, encoder)}, and were dropped; raise --data.max_tokens, or shorten them: --data.too_long truncate cuts prompts alone."
         )
     return Encoded(tuple(examples), truncated, tuple(dropped))
+
+
+def _too_long(rows: Sequence[Row], encoder: Encoder) -> str:
+    """With which answers all of `rows` are too long, in words."""
+    chosen, rejected = ([encoder.shortened(each) is None for each in some] for some in (rows, [row.other or row for row in rows]))
+    if rows[0].desirable is not None or all(chosen) == all(rejected):  # kto's second answer is that of another row
+        return "one of their answers"
+    return f"their {'chosen' if all(chosen) else 'rejected'} answers"
 
 
 def pair_batches(examples: Sequence[Example], limits: BatchLimits, *, shares: bool, padded: bool = False) -> list[Batch]:

@@ -15,7 +15,7 @@ import hashlib
 import json
 import re
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import replace
 from itertools import takewhile
 from typing import Any
@@ -25,6 +25,7 @@ from lorakeet.data.tables import UnusableRow
 from lorakeet.errors import DataError
 
 CHOSEN, REJECTED, VERDICT = "chosen", "rejected", "label"
+RATED = (("messages",), ("conversations",), ("prompt", "completion"), ("prompt", "response"))  # columns of one answer
 PROMPTS = ("prompt", "question", "instruction")
 _SPEAKERS = re.compile(r"\n\n(Human|Assistant):")
 _ROLES = {"Human": "user", "Assistant": "assistant"}
@@ -38,7 +39,7 @@ def is_preference(columns: Mapping[str, object]) -> bool:
 
 def is_rated(columns: Mapping[str, object], *, of_any_value: bool = False) -> bool:
     """Whether a record has one answer with a verdict: a label that is true or false, or one `of_any_value`."""
-    answered = ("prompt" in columns and "completion" in columns) or "messages" in columns
+    answered = any(all(column in columns for column in some) for some in RATED)
     return answered and (VERDICT in columns if of_any_value else isinstance(columns.get(VERDICT), bool))
 
 
@@ -165,7 +166,10 @@ def rows_for(rows: Sequence[Row], objective: str | None, part: str, *, trained: 
             "label (true or false), or take dpo for rows with chosen and rejected."
         )
     if trained and (only := _only_verdict(rows)):
-        raise DataError(f"All {len(rows)} {part} rows have the label {only}; kto needs answers that are wanted and others.")
+        advice = "add rows of the label false, or take sft" if only == "true" else "add rows of the label true"
+        raise DataError(
+            f"All {len(rows)} {part} rows have the label {only}; kto needs answers that are wanted and others: {advice}."
+        )
     return with_mismatches(rows)
 
 
@@ -205,6 +209,16 @@ def verdict_notes(parts: Mapping[str, Sequence[Row]]) -> list[str]:
         f"these rows alone; add some with the label {'false' if only == 'true' else 'true'}."
         for part, only in found.items() if only
     ]  # fmt: skip
+
+
+def unread_verdict_note(name: str, records: Iterable[Mapping[str, object]]) -> str:
+    """A sentence if records that sft reads have a verdict on their answers, which it does not read; else empty."""
+    if not any(is_rated(columns) for columns in records):
+        return ""
+    return (
+        f"{name} has a column '{VERDICT}' of true and false, which sft does not read: answers of false are trained too. If it "
+        "says which answers are wanted, set --train.objective kto, or leave rows of false out."
+    )
 
 
 def _only_verdict(rows: Sequence[Row]) -> str:

@@ -13,6 +13,7 @@ from typing import Any
 from lorakeet.data.preferences import (
     CHOSEN,
     PROMPTS,
+    RATED,
     REJECTED,
     VERDICT,
     answers_of,
@@ -166,7 +167,7 @@ def _require_columns(
         needed |= dict.fromkeys((CHOSEN, REJECTED), "rename the columns of the two answers")
     if shape == "rated":
         needed |= {VERDICT: "rename the column that says whether an answer is wanted"}
-        if not any(column in columns for column in _CHAT_COLUMNS):
+        if not any(all(column in columns for column in some) for some in RATED):
             needed |= dict.fromkeys(_COMPLETION_COLUMNS[0], "rename the column")
     if shape == "text":
         needed[spec.text_column] = "name it with --data.text_column"

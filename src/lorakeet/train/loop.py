@@ -165,7 +165,7 @@ class Training(Generic[BatchT]):
     def go(self, stop: Interrupt) -> None:
         """Runs all steps, or until the run ends early."""
         if self.at.step == 0:
-            if count := len(self.task.held_out_rows):
+            if count := len(self.task.held_out_rows) // self.spec.answers:
                 self.report.base_loss(count)
             self.evaluate()
             if self.processes.any(bool(stop.requested)):  # no step was taken that a checkpoint would keep

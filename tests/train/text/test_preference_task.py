@@ -240,6 +240,16 @@ def test_held_out_pairs_say_what_is_preferred() -> None:
     assert found is not None and found.share == 0.5 and found.lead == pytest.approx(1.0) and found.chosen == pytest.approx(0.0)
 
 
+def test_a_model_that_is_its_reference_prefers_neither_answer() -> None:
+    """Rounding is no preference, whichever sign it has."""
+    spec, reference = PreferenceSpec().resolved("dpo"), np.array([-2.0, -2.0, -3.0, -2.0])
+    for noise in (0.0, 1e-6, -1e-6):
+        _, found = pair_losses("dpo", spec, reference + noise * np.array([1, 0, 1, 0]), reference, np.ones(4))
+        assert found is not None and found.share == 0.5
+    _, likelier = pair_losses("simpo", PreferenceSpec().resolved("simpo"), reference, None, np.ones(4))
+    assert likelier is not None and likelier.share == 0.25
+
+
 def test_what_is_not_preferred_is_counted_whatever_beta_is() -> None:
     """The second pair gains nothing; for kto the first answer of each pair is rated, the second estimates the KL."""
     spec, tokens = PreferenceSpec().resolved("dpo"), np.ones(6)

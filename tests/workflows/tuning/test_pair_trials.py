@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -54,6 +55,18 @@ def test_the_reference_is_computed_once_for_each_choice_of_pairs(
     everything = len(found.setup.train.examples) + len(found.setup.held_out.examples)
     assert seen.count(everything) == passes
     assert all(trial.losses is not None and len(trial.losses.losses) == 5 for trial in found.all)
+
+
+def test_rows_of_one_key_have_references_of_their_own(tiny_llama_folder: Path, tmp_path: Path) -> None:
+    """Such as rows that differ in their system prompts alone, which their keys leave out."""
+    found = trials(tiny_llama_folder, tmp_path)
+    one, other, *rest = [found.rows.search[at : at + 2] for at in range(0, len(found.rows.search), 2)]
+    same = [*one, *(replace(row, key=one[0].key) for row in other), *(row for pair in rest for row in pair)]
+    found.rows = replace(found.rows, search=same)
+    member = found.member("it", Trial(START, SearchPoint(1.0, 2)), same)
+    reference = member.preferences.reference if member.preferences is not None else None
+    assert reference is not None
+    np.testing.assert_allclose(reference.held_out, found._log_probs(same)[0], rtol=0, atol=1e-4)
 
 
 def test_a_reference_of_another_base_is_refused(tiny_llama_folder: Path, tmp_path: Path) -> None:

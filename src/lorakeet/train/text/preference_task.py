@@ -24,6 +24,7 @@ from lorakeet.data.pack import Batch, micro_batches
 from lorakeet.data.pairs import pair_batches
 from lorakeet.data.prefix import BatchLimits
 from lorakeet.errors import VerificationFailed
+from lorakeet.evaluate.preferences import TIE
 from lorakeet.kernels.host_copies import to_device, together_on
 from lorakeet.models.generate.score import row_losses
 from lorakeet.models.text.model import TextModel
@@ -57,7 +58,9 @@ class Reference:
 
 @dataclass(frozen=True)
 class Preferred:
-    """What the held-out pairs say: the share whose chosen answer gained more than the rejected one, and the mean lead in nats."""
+    """What the held-out pairs say: the share whose chosen answer gained more than the rejected one, where pairs within TIE of
+    each other count half as in a report, and the mean lead in nats.
+    """
 
     share: float
     lead: float
@@ -264,10 +267,10 @@ def pair_losses(
     losses = preference_losses(objective, spec, own, fixed).numpy()
     if fixed is None:
         mine, other = own.means()
-        return losses, Preferred(float((mine > other).double().mean()), float((mine - other).mean()), float(mine.mean()))
+        return losses, Preferred(_share_of_pairs(mine - other), float((mine - other).mean()), float(mine.mean()))
     gap = log_ratio_gap(own, fixed, normalised=bool(spec.length_normalised))
     change = ((own.chosen - fixed.chosen) / own.chosen_tokens).mean()
-    return losses, Preferred(float((gap > 0).double().mean()), float(gap.mean()), float(change))
+    return losses, Preferred(_share_of_pairs(gap, TIE), float(gap.mean()), float(change))
 
 
 def not_preferred(
@@ -295,6 +298,11 @@ def not_preferred(
     else:
         gap = log_ratio_gap(pair_scores(policy, counts), pair_scores(known, counts), normalised=bool(spec.length_normalised))
     return np.asarray((1 - gap.sign().numpy()) / 2, np.float64)
+
+
+def _share_of_pairs(gaps: Tensor, tie: float = 0.0) -> float:
+    """The share of gaps (n,) above 0; those within `tie` of it count half."""
+    return float(torch.where(gaps.abs() <= tie, 0.5, (gaps > 0).double()).mean())
 
 
 def pair_scores(sums: Tensor, tokens: Tensor) -> PairScores:

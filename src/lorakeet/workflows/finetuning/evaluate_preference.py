@@ -59,6 +59,11 @@ def reference_adapter(config: RunConfig) -> Adapter | None:
     return None if path is None else read_adapter(path)
 
 
+def begins_at_reference(config: RunConfig) -> bool:
+    """Whether the model that training starts with computes what the reference does."""
+    return config.train.reference == START or (config.train.reference == BASE and config.lora.earlier is None)
+
+
 @contextmanager
 def as_reference(text: TextModel, adapter: Adapter | None, name: str | None) -> Iterator[None]:
     """A context in which `text` computes the reference: with the adapter off, or with `adapter` in place of the active `name`."""

@@ -38,6 +38,7 @@ from lorakeet.workflows.finetuning.continued import require_same_base
 from lorakeet.workflows.finetuning.evaluate_preference import (
     PreferenceEvaluator,
     as_reference,
+    begins_at_reference,
     reference_adapter,
     reference_path,
 )
@@ -48,6 +49,7 @@ from lorakeet.workflows.runs.run_folder import hashes_of_parts
 
 APART = {"float32": 1e-3}  # nats a token by which pairs that add nothing may change the base's log-probabilities, by dtype
 APART_ROUNDED = 0.1  # the same for narrower weights; SmolLM2 in bf16 has 0.02
+SAMPLED = 32  # training answers of which the certificate computes the reference again
 
 
 class PreferenceRunKind(TextRunKind):
@@ -91,7 +93,7 @@ class PreferenceRunKind(TextRunKind):
         """Computes the reference before the first step, or reads that of a run that is resumed."""
         if isinstance(task, PreferenceTask) and needs_reference(task.objective):  # before states are cached: another path rounds
             task.reference = self._reference(setup, task, run, console)
-            if setup.config.train.reference == START and not setup.config.lora.dropout:
+            if begins_at_reference(setup.config) and not setup.config.lora.dropout:
                 task.start_within = largest_difference(setup)
         with super().training(setup, task, run, console):
             yield
@@ -139,7 +141,7 @@ class PreferenceRunKind(TextRunKind):
         certificate, reference = super().certify(setup, run, before), setup.reference
         if reference is None:
             return certificate
-        checks = [_unchanged(setup, reference)]
+        checks = [_unchanged(setup, reference), _of_training_rows(setup, reference)]
         if reference.from_base is not None:
             sides = "the reference, by the pairs as they started", "the base with the adapter off"
             measured, most = {"mean_difference": reference.from_base}, {"mean_difference": largest_difference(setup)}
@@ -219,4 +221,23 @@ def _unchanged(setup: TextAssembly, reference: Reference) -> Check:
     return tolerance_check(
         "reference", {"difference": most}, tolerance={"difference": 0.0 if reference.fresh else largest_difference(setup)},
         between=("log-probabilities of the reference after training", "those that it was trained with"), n=len(now),
+    )  # fmt: skip
+
+
+def _of_training_rows(setup: TextAssembly, reference: Reference) -> Check:
+    """The check that what training compared with is the reference of its own rows, on SAMPLED of them.
+
+    Within rounding, since they were cut into other micro-batches then.
+    """
+    rows = len(setup.train.examples)
+    some = np.unique(np.linspace(0, rows - 1, min(rows, SAMPLED), dtype=np.int64))
+    with as_reference(setup.text, reference.adapter, "default"):
+        losses, tokens = row_losses(
+            setup.text, [setup.train.examples[number] for number in some], micro_tokens=reference.micro_tokens,
+            chunk=setup.config.train.head_chunk,
+        )  # fmt: skip
+    return tolerance_check(
+        "reference of training rows", {"mean_difference": float(np.abs((-losses - reference.train[some]) / tokens).mean())},
+        tolerance={"mean_difference": largest_difference(setup)},
+        between=("log-probabilities of the reference after training", "those of the rows that it was trained with"), n=len(some),
     )  # fmt: skip

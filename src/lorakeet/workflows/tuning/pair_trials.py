@@ -17,7 +17,12 @@ from lorakeet.train.preference_spec import KTO, START, needs_reference
 from lorakeet.train.text.multi_adapter import Member
 from lorakeet.train.text.preference_task import Floats, Preferences, Reference, not_preferred, pair_losses
 from lorakeet.workflows.finetuning.continued import require_same_base
-from lorakeet.workflows.finetuning.evaluate_preference import as_reference, reference_adapter, reference_path
+from lorakeet.workflows.finetuning.evaluate_preference import (
+    as_reference,
+    begins_at_reference,
+    reference_adapter,
+    reference_path,
+)
 from lorakeet.workflows.finetuning.preference import largest_difference
 from lorakeet.workflows.runs.search_space import SearchPoint
 from lorakeet.workflows.tuning.trials import Trial, Trials
@@ -43,7 +48,7 @@ class PairTrials(Trials):
         self._held, path = reference_adapter(self.setup.config), reference_path(self.setup.config)
         if self._held is not None and path is not None:
             require_same_base(path, self._held, self.setup.text)
-        self._known: dict[SearchPoint | None, tuple[Floats, dict[str, Floats]]] = {}
+        self._known: dict[SearchPoint | None, tuple[Floats, dict[bytes, Floats]]] = {}
         rows = (*self.setup.dataset.train, *self.setup.dataset.held_out, *self.setup.dataset.test)
         self._wanted = {row.key: bool(row.desirable) for row in rows}
 
@@ -70,7 +75,7 @@ class PairTrials(Trials):
                 reference = sums  # the base is its own
             else:
                 known = self._reference(point or SearchPoint(), name)[1]
-                reference = np.concatenate([known[row.key] for row in rows[::2]])
+                reference = np.concatenate([known[key] for key in _keys(rows)])
         if self.by_share:
             found = not_preferred(objective, spec, sums, reference, tokens, desirable=self._desirable(rows))
         else:
@@ -84,9 +89,9 @@ class PairTrials(Trials):
         reference = None
         if needs_reference(config.train.objective):
             train, known = self._reference(trial.point, name)
-            there = [known[row.key] for row in held_out[::2]]
+            there = [known[key] for key in _keys(held_out)]
             reference = Reference(train, np.concatenate(there) if there else np.zeros(0), plain.spec.micro_tokens)
-        own = config.train.reference == START and not config.lora.dropout
+        own = begins_at_reference(config) and not config.lora.dropout
         spec = config.preference.resolved(config.train.objective)
         about = Preferences(
             spec, reference, (self._desirable(self.setup.train.examples), self._desirable(held_out)),
@@ -94,8 +99,8 @@ class PairTrials(Trials):
         )  # fmt: skip
         return replace(plain, preferences=about)
 
-    def _reference(self, point: SearchPoint, name: str | None) -> tuple[Floats, dict[str, Floats]]:
-        """log p of the training answers, and of the two answers of each other pair by its key, by the reference.
+    def _reference(self, point: SearchPoint, name: str | None) -> tuple[Floats, dict[bytes, Floats]]:
+        """log p of the training answers, and of the two answers of each other pair by its tokens, by the reference.
 
         A model that is its own reference computes it with its pairs as they start, for each choice of pairs once: their B is 0,
         whatever their seed and rate.
@@ -110,7 +115,7 @@ class PairTrials(Trials):
             with nullcontext() if own else as_reference(self.setup.text, self._held, name):
                 sums, _ = self._log_probs([*train, *others])
             pairs = sums[len(train) :].reshape(-1, 2)
-            self._known[key] = sums[: len(train)], {row.key: both for row, both in zip(others[::2], pairs, strict=True)}
+            self._known[key] = sums[: len(train)], dict(zip(_keys(others), pairs, strict=True))
         return self._known[key]
 
     def _log_probs(self, rows: Sequence[Example]) -> tuple[Floats, Floats]:
@@ -120,3 +125,9 @@ class PairTrials(Trials):
 
     def _desirable(self, rows: Sequence[Example]) -> list[bool]:
         return [self._wanted[row.key] for row in rows[::2]] if self.setup.config.train.objective == KTO else []
+
+
+def _keys(rows: Sequence[Example]) -> list[bytes]:
+    """The tokens and targets of each pair: rows of one key may have another system prompt, or for kto another second answer."""
+    both = zip(rows[::2], rows[1::2], strict=True)
+    return [b"".join(each.tobytes() for row in pair for each in (row.ids, row.supervised)) for pair in both]
