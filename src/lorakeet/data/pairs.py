@@ -95,7 +95,8 @@ def encode_pairs(rows: Iterable[Row], encoder: Encoder) -> Encoded:
     if dropped and not examples:
         raise DataError(
             f"All {len(dropped)} rows are longer than data.max_tokens ({encoder.spec.max_tokens}) with "
-            f"{_too_long(given, encoder)}, and were dropped; raise --data.max_tokens, or shorten them: --data.too_long truncate cuts prompts alone."
+            f"{_too_long(given, encoder)}, and were dropped; raise --data.max_tokens, or shorten them: --data.too_long truncate "
+            "cuts prompts alone."
         )
     return Encoded(tuple(examples), truncated, tuple(dropped))
 
