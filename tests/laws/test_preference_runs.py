@@ -176,6 +176,17 @@ def test_a_named_reference_of_other_rows_is_found_by_the_certificate(
         run(tiny_llama_folder, rows / "pairs.jsonl", tmp_path / "run", changes)
 
 
+def test_a_reference_that_is_not_finite_is_named(
+    rows: Path, tiny_llama_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Before the first step, and before it is kept."""
+    computed = PreferenceTask.log_probs
+    monkeypatch.setattr(PreferenceTask, "log_probs", lambda self, given: (computed(self, given)[0] * np.nan, None))
+    with pytest.raises(VerificationFailed, match="log-probabilities of 108 of 120 answers are NaN"):
+        run(tiny_llama_folder, rows / "pairs.jsonl", tmp_path / "run", {"train.objective": "dpo"})
+    assert not (tmp_path / "run" / "reference.safetensors").exists()
+
+
 def roll_reference(monkeypatch: pytest.MonkeyPatch) -> None:
     """From now on training rows have the reference of the pair before."""
     computed = PreferenceTask.log_probs

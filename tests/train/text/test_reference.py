@@ -7,11 +7,13 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 
 from lorakeet.data.chat import Example
 from lorakeet.errors import DataError
+from lorakeet.formats.files.safetensors_file import open_safetensors, save_tensors
 from lorakeet.train.text.preference_task import Reference
-from lorakeet.train.text.reference import digest_of, read_reference, save_reference
+from lorakeet.train.text.reference import VALUES, digest_of, read_reference, save_reference
 
 FOUND = Reference(np.array([-1.25, -3.1]), np.array([-0.1, -7.0]), 2048, 1e-5)
 
@@ -39,6 +41,22 @@ def test_a_reference_of_something_else_is_refused(tmp_path: Path) -> None:
     path.write_bytes(path.read_bytes()[:40])
     with pytest.raises(DataError):
         read_reference(path, "digest")
+
+
+def test_numbers_that_changed_on_disk_are_refused(tmp_path: Path) -> None:
+    path = tmp_path / "reference.safetensors"
+    save_reference(path, FOUND, "digest")
+    whole = path.read_bytes()
+    for changed in (np.array([-1.25, -3.2]), FOUND.train[::-1].copy()):
+        at = whole.index(FOUND.train.tobytes())
+        path.write_bytes(whole[:at] + changed.tobytes() + whole[at + changed.nbytes :])
+        with pytest.raises(DataError, match="it is damaged"):
+            read_reference(path, "digest")
+    damaged = open_safetensors(path)
+    tensors = {"train": torch.from_numpy(FOUND.train), "held_out": torch.from_numpy(FOUND.held_out)}
+    earlier = {key: value for key, value in damaged.metadata.items() if key != VALUES}
+    save_tensors(path, tensors, metadata=earlier)  # as an earlier version wrote it
+    assert np.array_equal(read_reference(path, "digest").train, FOUND.train)
 
 
 def test_the_digest_depends_on_tokens_targets_parts_and_names() -> None:

@@ -18,7 +18,7 @@ from lorakeet.errors import DataError
 from lorakeet.formats.files.safetensors_file import open_safetensors, save_tensors
 from lorakeet.train.text.preference_task import Reference
 
-BOUND_TO, MICRO_TOKENS, FROM_BASE = "bound_to", "micro_tokens", "from_base"  # keys of the file's metadata
+BOUND_TO, MICRO_TOKENS, FROM_BASE, VALUES = "bound_to", "micro_tokens", "from_base", "values"  # keys of the file's metadata
 
 
 def digest_of(rows: Sequence[Sequence[Example]], *names: str) -> str:
@@ -51,7 +51,8 @@ def save_reference(path: Path, reference: Reference, digest: str) -> None:
     """Writes the log-probabilities (answers,) in fp64, whole or not at all. OSError if the system refuses."""
     tensors = {"train": torch.from_numpy(reference.train), "held_out": torch.from_numpy(reference.held_out)}
     apart = "" if reference.from_base is None else repr(reference.from_base)
-    save_tensors(path, tensors, metadata={BOUND_TO: digest, MICRO_TOKENS: str(reference.micro_tokens), FROM_BASE: apart})
+    about = {BOUND_TO: digest, MICRO_TOKENS: str(reference.micro_tokens), FROM_BASE: apart, VALUES: _values_digest(reference)}
+    save_tensors(path, tensors, metadata=about)
 
 
 def read_reference(path: Path, digest: str) -> Reference:
@@ -69,4 +70,13 @@ def read_reference(path: Path, digest: str) -> Reference:
         found = int(tokens), float(apart) if apart else None
     except ValueError:
         raise DataError(f"{path} does not say how it was computed. Restore the file of this run, or start a new one.") from None
-    return Reference(file.read("train").numpy(), file.read("held_out").numpy(), *found)
+    reference = Reference(file.read("train").numpy(), file.read("held_out").numpy(), *found)
+    if file.metadata.get(VALUES, _values_digest(reference)) != _values_digest(reference):  # files of earlier versions have none
+        raise DataError(f"{path} has other numbers than this run wrote: it is damaged. Restore the file, or start a new run.")
+    return reference
+
+
+def _values_digest(reference: Reference) -> str:
+    """The SHA-256 of all log-probabilities."""
+    both = (np.ascontiguousarray(part, np.float64).tobytes() for part in (reference.train, reference.held_out))
+    return hashlib.sha256(b"held out".join(both)).hexdigest()

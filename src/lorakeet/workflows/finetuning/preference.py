@@ -114,6 +114,7 @@ class PreferenceRunKind(TextRunKind):
         with nullcontext() if own else as_reference(task.text, held, task.name):
             train = task.log_probs(task.train)[0]
             held_out, tokens = first(lambda: _held_out_log_probs(setup, task.spec.micro_tokens))
+        _require_finite(train, held_out)
         apart = None
         if own and held is None:
             with as_reference(task.text, None, task.name):
@@ -170,6 +171,15 @@ def _name(config: RunConfig) -> str:
         return f"none: {config.train.objective} has no reference"
     path = reference_path(config)
     return "the base with the adapter off" if path is None else f"the adapter {path}"
+
+
+def _require_finite(*parts: Floats) -> None:
+    """Raises VerificationFailed if a log-probability of the reference is none: every loss would be NaN."""
+    if wrong := sum(int((~np.isfinite(part)).sum()) for part in parts):
+        raise VerificationFailed(
+            f"The reference's log-probabilities of {wrong} of {sum(map(len, parts))} answers are NaN or infinite, so nothing can "
+            "be compared with them. Take model.dtype float32, and look at the model's weights."
+        )
 
 
 def largest_difference(setup: TextAssembly) -> float:
