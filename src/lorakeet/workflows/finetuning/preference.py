@@ -178,7 +178,7 @@ def _require_finite(*parts: Floats) -> None:
     if wrong := sum(int((~np.isfinite(part)).sum()) for part in parts):
         raise VerificationFailed(
             f"The reference's log-probabilities of {wrong} of {sum(map(len, parts))} answers are NaN or infinite, so nothing can "
-            "be compared with them. Take model.dtype float32, and look at the model's weights."
+            "be compared with them. Take model.dtype float32, or another model."
         )
 
 
