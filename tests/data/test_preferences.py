@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 
-from lorakeet.data.preferences import dialogue, rows_for, verdict, with_mismatches, with_prompt_groups
+from lorakeet.data.preferences import dialogue, rows_for, split_texts, verdict, with_mismatches, with_prompt_groups
 from lorakeet.data.prepare import load_dataset
 from lorakeet.data.read import read_rows
 from lorakeet.data.rows import Row
@@ -142,6 +142,8 @@ def test_the_rejected_answer_is_part_of_a_rows_content(tmp_path: Path) -> None:
         ({"prompt": "p", "chosen": "", "rejected": "b"}, "column 'chosen' is empty"),
         ({"chosen": [USER, GOOD], "rejected": [{"role": "user", "content": "Other?"}, BAD]}, "expected the same prompt in both"),
         ({"chosen": "Left.", "rejected": "Right."}, "there is no column 'prompt'"),
+        ({"chosen": "Go left", "rejected": "Go left now"}, "there is no column 'prompt'"),
+        ({"chosen": "Go left", "rejected": "Go left"}, "chosen and rejected are equal"),
         ({"chosen": [USER, GOOD, USER], "rejected": [USER, BAD]}, "chosen does not end in an answer of the assistant"),
     ],
 )
@@ -289,3 +291,30 @@ def test_a_group_of_one_row_turns_no_others_off(tmp_path: Path) -> None:
     first, *others = [replace(row, group=None) for row in read(tmp_path, *pairs)]
     groups = [row.group for row in with_prompt_groups([replace(first, group="x"), *others])]
     assert groups[:2] == ["x", "x"] and groups[2] == groups[3] is not None and groups[4] is None
+
+
+@pytest.mark.parametrize(
+    ("chosen", "rejected", "parts"),
+    [
+        ("The sky is blue.", "The sky is green.", ("The sky is", " blue.", " green.")),
+        ("The sky is blue.", "The sky is black.", ("The sky is", " blue.", " black.")),
+        ("Which way?\nLeft", "Which way?\nRight", ("Which way?", "\nLeft", "\nRight")),
+        ("It rains", "It", ("It", " rains", "")),
+        ("Left", "Right", ("", "Left", "Right")),
+    ],
+)
+def test_the_common_words_of_two_texts_are_their_prompt(chosen: str, rejected: str, parts: tuple[str, str, str]) -> None:
+    assert split_texts(chosen, rejected) == parts
+
+
+def test_a_prompt_that_is_guessed_is_said(tmp_path: Path) -> None:
+    """TRL's implicit prompt of plain texts."""
+    notes: list[str] = []
+    path = write_rows(tmp_path / "rows.jsonl", [{"chosen": "The sky is blue.", "rejected": "The sky is green."}])
+    (row,) = read_rows(str(path), DataSpec(train="x"), notes=notes)
+    assert [(turn.role, turn.text) for turn in row.turns] == [("user", "The sky is"), ("assistant", " blue.")]
+    assert len(notes) == 1 and "first 'The sky is'" in notes[0] and "add the column" in notes[0]
+    for shape in SHAPES.values():
+        notes.clear()
+        read_rows(str(write_rows(tmp_path / "other.jsonl", [shape])), DataSpec(train="x"), notes=notes)
+        assert notes == []

@@ -4,6 +4,7 @@
 | --- | --- |
 | prompt, chosen, rejected | texts, or lists of messages |
 | chosen, rejected | lists of messages that begin alike, or dialogues "Human: … Assistant: …" |
+| chosen, rejected | texts that begin with the same words, which are the prompt |
 | instruction, input, chosen, rejected | Alpaca |
 | prompt, completion, label | label true or false (KTO) |
 | messages, label | the same |
@@ -58,6 +59,19 @@ def answers_of(values: Mapping[str, Any]) -> tuple[list[Any], list[Any]] | None:
     if all(isinstance(each, list) and each for each in lists):
         return list(lists[0] or []), list(lists[1] or [])
     return None
+
+
+def split_texts(chosen: str, rejected: str) -> tuple[str, str, str]:
+    """The words that both texts begin with, and what follows in each, with the space before it: TRL's implicit prompt.
+
+    TRL cuts at the first letter that differs; here no word is cut. The prompt is empty where the first words differ.
+    """
+    common = sum(1 for _ in takewhile(lambda both: both[0] == both[1], zip(chosen, rejected, strict=False)))
+    ends = {text[common : common + 1] for text in (chosen, rejected)}
+    if not all(end == "" or end.isspace() for end in ends):
+        common = next((place for place in range(common, 0, -1) if chosen[place - 1].isspace()), 0)
+    common = len(chosen[:common].rstrip())
+    return chosen[:common], chosen[common:], rejected[common:]
 
 
 def with_prompt(prompt: Sequence[Turn], answer: Sequence[Turn]) -> tuple[Turn, ...]:
@@ -218,6 +232,19 @@ def unread_verdict_note(name: str, records: Iterable[Mapping[str, object]]) -> s
     return (
         f"{name} has a column '{VERDICT}' of true and false, which sft does not read: answers of false are trained too. If it "
         "says which answers are wanted, set --train.objective kto, or leave rows of false out."
+    )
+
+
+def common_words_note(name: str, record: Mapping[str, object]) -> str:
+    """A sentence where the prompt of a record is what its two texts begin with, which is a guess; else empty."""
+    texts = record.get(CHOSEN), record.get(REJECTED)
+    if any(record.get(column) for column in PROMPTS) or answers_of(record) is not None:
+        return ""
+    if not (isinstance(texts[0], str) and isinstance(texts[1], str)):
+        return ""
+    return (
+        f"{name} has no column 'prompt': the words that chosen and rejected begin with are taken for it, first "
+        f"{split_texts(texts[0], texts[1])[0][-60:]!r}. Answers that begin alike lose those words; add the column if they do."
     )
 
 

@@ -7,6 +7,7 @@ from collections import Counter
 from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 
+from lorakeet.data.copies.answer_copies import answer_copy_notes
 from lorakeet.data.copies.prompt_leaks import prompt_leak_notes
 from lorakeet.data.leaks import LeakReport, check_leaks
 from lorakeet.data.preferences import rows_for, verdict_notes
@@ -71,6 +72,7 @@ def load_dataset(spec: DataSpec, objective: str | None = "sft") -> Dataset:
     check_labels({"held-out": clean.held_out, "test": clean.test}, labels)
     parts = {"training": clean.train, "held-out": clean.held_out, "test": clean.test}
     notes += prompt_leak_notes(parts, spec.on_leak)
+    notes += answer_copy_notes(parts)
     every = [row for rows in parts.values() for row in rows]
     notes += label_notes(label_counts(every, labels))
     notes += broken_json_notes(every)

@@ -12,7 +12,7 @@ from typing import Any
 
 from lorakeet.data.locate import PACKAGE, locate_data
 from lorakeet.data.parquet import parquet_records
-from lorakeet.data.preferences import unread_verdict_note, with_prompt_groups
+from lorakeet.data.preferences import common_words_note, unread_verdict_note, with_prompt_groups
 from lorakeet.data.proposals.columns import SAMPLED, doubtful_label_note, overlooked_label, overlooked_label_note
 from lorakeet.data.proposals.reading_on import every_problem
 from lorakeet.data.rows import Row
@@ -36,8 +36,8 @@ def read_rows(
     Preferences on one prompt are a group.
 
     Raises one DataError that lists all problems of single rows, and of the file (`every_problem`). With data.bad_rows "drop" such
-    rows are left out; a sentence about them is added to `notes`. So is one about a column of labels or verdicts that is not read;
-    the setting of labels is added to `proposed`.
+    rows are left out; a sentence about them is added to `notes`. So is one about a column of labels or verdicts that is not read,
+    and about a prompt that is guessed; the setting of labels is added to `proposed`.
     """
     first: list[FileRecord] = []
     with all_problems(name, spec, objective):
@@ -45,6 +45,8 @@ def read_rows(
     unread = "" if objective != "sft" or rows[0].label is not None else unread_verdict_note(name, [each.values for each in first])
     if unread and notes is not None:
         notes.append(unread)
+    if rows[0].rejected and notes is not None and (guessed := common_words_note(name, first[0].values)):
+        notes.append(guessed)
     plain = not rows[0].turns[0].role and spec.label_column is None and spec.format == "auto"
     if plain and notes is not None:
         used = {spec.text_column, spec.group_column or ""}

@@ -20,6 +20,7 @@ from lorakeet.data.preferences import (
     is_preference,
     is_rated,
     preferred,
+    split_texts,
     verdict,
     with_prompt,
 )
@@ -261,7 +262,15 @@ def _preference(values: dict[str, object], spec: DataSpec) -> tuple[tuple[Turn, 
     elif column is not None:
         chosen, rejected = ((Turn("assistant", _text(values, name, spec), supervised=True),) for name in (CHOSEN, REJECTED))
     else:
-        raise UnusableRow("chosen and rejected are texts, and there is no column 'prompt'; add one, or give lists of messages.")
+        texts = [_text(values, name, spec) for name in (CHOSEN, REJECTED)]
+        beginning, *ends = split_texts(*texts)
+        if texts[0] != texts[1] and not all(part.strip() for part in (beginning, *ends)):
+            raise UnusableRow(
+                "chosen and rejected are texts without common first words and different ends, and there is no column 'prompt'; "
+                "add one, or give lists of messages."
+            )
+        prompt = (*prompt, Turn("user", beginning, supervised=False))
+        chosen, rejected = ((Turn("assistant", end, supervised=True),) for end in ends)
     return preferred(with_prompt(prompt, chosen), with_prompt(prompt, rejected))
 
 
