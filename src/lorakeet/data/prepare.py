@@ -14,12 +14,11 @@ from lorakeet.data.preferences import rows_for, verdict_notes
 from lorakeet.data.proposals.answers import broken_json_notes
 from lorakeet.data.proposals.labels import doubtful_labels, label_notes
 from lorakeet.data.read import read_rows
-from lorakeet.data.rows import Row
+from lorakeet.data.rows import Row, some_sources
 from lorakeet.data.spec import DataSpec
 from lorakeet.data.split import Split, by_content, split_record, split_rows
 from lorakeet.errors import DataError, Problems, Remedy, nearest
 
-_SHOWN = 5
 _SAMPLED = 16  # rows, whose prompts are of one template
 _LONGEST = 1000  # characters of all labels in a proposed template
 
@@ -165,17 +164,14 @@ def check_labels(parts: dict[str, Sequence[Row]], labels: Sequence[str]) -> None
         unseen: dict[str, list[str]] = {}
         bare = [row.source for row in rows if labels and row.label is None]
         if bare:
-            problems.add(f"{len(bare)} {part} rows ({_some(bare)}) have no label, but the training rows do; label them too.")
+            named = some_sources(bare)
+            problems.add(f"{len(bare)} {part} rows ({named}) have no label, but the training rows do; label them too.")
         for row in rows:
             if row.label is not None and row.label not in labels:
                 unseen.setdefault(row.label, []).append(row.source)
         for label, sources in unseen.items():
             problems.add(
-                f"The label {label!r} of {len(sources)} {part} rows ({_some(sources)}) is unseen in training, which has "
+                f"The label {label!r} of {len(sources)} {part} rows ({some_sources(sources)}) is unseen in training, which has "
                 f"{', '.join(map(repr, labels)) or 'no labels'}; remove the rows or add some to training.{nearest(label, labels)}"
             )
     problems.raise_if_any()
-
-
-def _some(sources: Sequence[str]) -> str:
-    return ", ".join(sources[:_SHOWN]) + (f" and {len(sources) - _SHOWN} more" if len(sources) > _SHOWN else "")

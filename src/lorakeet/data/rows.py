@@ -10,6 +10,7 @@ from functools import cached_property
 from typing import Any
 
 PROMPT_GROUP = "prompt "  # what the groups of rows with one prompt begin with
+SHOWN = 5  # places of rows that a message names
 
 
 @dataclass(frozen=True)
@@ -85,6 +86,11 @@ class Row:
 
     def _is_label(self, turn: Turn) -> bool:
         return turn.supervised and self.label is not None
+
+
+def some_sources(sources: Sequence[str]) -> str:
+    """The first SHOWN places of rows, and how many more there are, in words."""
+    return ", ".join(sources[:SHOWN]) + (f" and {len(sources) - SHOWN} more" if len(sources) > SHOWN else "")
 
 
 def row_groups(rows: Sequence[Row]) -> tuple[str, ...] | None:

@@ -70,8 +70,8 @@ def serve(options: ServeOptions, *, console: Console) -> Served:
     limits = RequestLimits(timeout=options.timeout, upload=parse_size(options.upload_limit), stop=options.stop)
     connections = ConnectionLimits(options.connections, options.connections_per_address)
     access = None if options.keys is None else read_keys(options.keys)
-    quant = QuantSpec(method=options.quantize)
-    require_served(spec := ModelSpec(options.model, dtype=options.dtype, quantize=quant, kernels=options.kernels), console.print)
+    spec = ModelSpec(options.model, dtype=options.dtype, quantize=QuantSpec(method=options.quantize), kernels=options.kernels)
+    require_served(spec, console.print)
     limit_code_cache(SERVING)
     live = ServingModel(text := load_text_model(spec, say=console.print))
     most, context = text.context, options.context

@@ -7,11 +7,10 @@ from collections.abc import Mapping, Sequence
 
 from lorakeet.data.copies.words import letters, normal_words
 from lorakeet.data.preferences import common_turns
-from lorakeet.data.rows import Row
+from lorakeet.data.rows import Row, some_sources
 
 FEWEST = 6  # words of an answer that two people do not write by chance
 OFTEN = 3  # rows; an answer of more is a set phrase, such as an excuse
-_SHOWN = 5
 
 
 def answer_copy_notes(parts: Mapping[str, Sequence[Row]]) -> list[str]:
@@ -27,8 +26,7 @@ def answer_copy_notes(parts: Mapping[str, Sequence[Row]]) -> list[str]:
         found = [] if part == "training" else [row for row, own in zip(rows, answers[part], strict=True) if own & trained]
         if not found:
             continue
-        more = f" and {len(found) - _SHOWN} more" if len(found) > _SHOWN else ""
-        named = ", ".join(row.source for row in found[:_SHOWN]) + more
+        named = some_sources([row.source for row in found])
         have = "rows have" if len(found) > 1 else "row has"
         notes.append(
             f"{len(found)} {part} {have} an answer that a training row has too, under another prompt ({named}). Which answer is "

@@ -6,11 +6,10 @@ from collections import defaultdict
 from collections.abc import Iterable, Mapping, Sequence
 
 from lorakeet.data.copies.words import CHARACTER_LENGTH, is_character, normal_words
-from lorakeet.data.rows import Row
+from lorakeet.data.rows import Row, some_sources
 from lorakeet.errors import DataError
 
 LEAST = 4  # words of a text that stands nowhere by chance
-_SHOWN = 5
 
 
 def rows_in_prompts(evaluated: Sequence[Row], prompts: Iterable[Row]) -> tuple[Row, ...]:
@@ -41,8 +40,7 @@ def prompt_leak_notes(parts: Mapping[str, Sequence[Row]], on_leak: str) -> list[
         found = () if part == "training" else rows_in_prompts(rows, every)
         if not found:
             continue
-        more = f" and {len(found) - _SHOWN} more" if len(found) > _SHOWN else ""
-        named = ", ".join(row.source for row in found[:_SHOWN]) + more
+        named = some_sources([row.source for row in found])
         stand = "rows stand" if len(found) > 1 else "row stands"
         notes.append(
             f"{len(found)} {part} {stand} in the prompt template or a system prompt ({named}), so numbers on such rows prove "

@@ -44,20 +44,22 @@ def cause_from_weights(stored: Mapping[str, StoredTensor], live: InTorch, *, few
     middle = float(np.median(shares))
     if few_bits and max(middle, float(np.median([found.moved for found in changed.values()]))) < _MOSTLY:
         return (
-            f"Likely cause: the change is rounded away; of it, the matrices hold {middle:.2g}. The base's weights already have "
+            f"{LIKELY_CAUSE}: the change is rounded away; of it, the matrices hold {middle:.2g}. The base's weights already have "
             "few bits, and a change of less than a step of them ends where it began. Next step: export it with --quant f16."
         )
     absent = [name for name, found in off.items() if abs(found.share) <= _NEAR and found.moved <= _NEAR]
     if len(absent) == len(changed):
-        return "Likely cause: the adapter is not in it at all; these are the base's weights."
+        return f"{LIKELY_CAUSE}: the adapter is not in it at all; these are the base's weights."
     if absent and len(absent) == len(off):
-        return f"Likely cause: {len(absent)} matrices were not found and are the base's, such as {absent[0]}."
+        return f"{LIKELY_CAUSE}: {len(absent)} matrices were not found and are the base's, such as {absent[0]}."
     together = float(np.abs(shares - middle).max()) <= _NEAR * max(1.0, abs(middle))
     if len(off) == len(changed) and together and abs(middle) > _NEAR:
-        return f"Likely cause: the scale; every matrix holds {middle:.4g} times the change.{_scale_words(middle, live)}"
+        return f"{LIKELY_CAUSE}: the scale; every matrix holds {middle:.4g} times the change.{_scale_words(middle, live)}"
     if all(any(part in name for part in _Q_K) for name in off):
-        return "Likely cause: the permutation of q and k; only their matrices are wrong (rows of B must be permuted, A must not)."
-    return "Likely cause: another adapter, or an earlier state of this one; what is in the matrices is not this adapter's change."
+        cause = "the permutation of q and k; only their matrices are wrong (rows of B must be permuted, A must not)."
+    else:
+        cause = "another adapter, or an earlier state of this one; what is in the matrices is not this adapter's change."
+    return f"{LIKELY_CAUSE}: {cause}"
 
 
 def _scale_words(found: float, live: InTorch) -> str:
