@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import os
 import select
 import signal
@@ -10,9 +11,10 @@ import time
 from collections.abc import Callable
 
 import pytest
+import torch
 
 from lorakeet.memory import beside
-from lorakeet.memory.beside import computed_beside, forks_allowed, shares_cores
+from lorakeet.memory.beside import computed_beside, forks_allowed, gpu_beside, shares_cores
 
 
 @pytest.fixture
@@ -36,11 +38,36 @@ def test_another_process_computes_where_that_is_allowed(two_cores: None) -> None
 
 def test_a_process_that_uses_cuda_computes_here(two_cores: None, monkeypatch: pytest.MonkeyPatch) -> None:
     """CUDA cannot be used in a process that is forked from it."""
-    import torch
-
     monkeypatch.setattr(torch.cuda, "is_initialized", lambda: True)
     with forks_allowed():
         assert found_by() == os.getpid()
+
+
+@pytest.mark.parametrize("there", [True, False])
+def test_whether_there_is_a_gpu_another_process_asks_once(there: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    here, asked = os.getpid(), os.pipe()
+
+    def is_available() -> bool:
+        os.write(asked[1], b"x")
+        return there if os.getpid() != here else not there
+
+    monkeypatch.setattr(torch.accelerator, "is_available", is_available)
+    monkeypatch.setattr(torch.accelerator, "current_accelerator", lambda: torch.device("cuda"))
+    monkeypatch.setattr(beside, "gpu_beside", functools.cache(gpu_beside.__wrapped__))
+    assert [beside.gpu_beside(), beside.gpu_beside()] == [there, there] and os.read(asked[0], 9) == b"x"
+
+
+def test_no_process_asks_where_torch_has_no_cuda(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.accelerator, "current_accelerator", lambda: None)
+    monkeypatch.setattr(os, "fork", lambda: pytest.fail("a fork that knows nothing more"))
+    assert not gpu_beside.__wrapped__()
+
+
+def test_a_process_that_is_killed_while_it_asks_has_a_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
+    """So CUDA is there and is left alone: the page's own processes then say what is wrong with it."""
+    monkeypatch.setattr(torch.accelerator, "is_available", lambda: os.kill(os.getpid(), signal.SIGKILL))
+    monkeypatch.setattr(torch.accelerator, "current_accelerator", lambda: torch.device("cuda"))
+    assert gpu_beside.__wrapped__()
 
 
 def test_cores_are_shared_where_processes_may_be_made() -> None:

@@ -176,17 +176,18 @@ import os, sys, traceback
 import torch
 from lorakeet.studio import workbench
 
-def starts_cuda(*_):
+WORKBENCH = os.getpid()
+
+def starts_cuda(*_):  # as torch does where NVIDIA's library (NVML) is missing, or the device is a part of a GPU (MIG)
+    if os.getpid() != WORKBENCH:
+        return os.getenv("PYTORCH_NVML_BASED_CUDA_CHECK") is None
     traceback.print_stack()
     os._exit(3)
 
-def is_available():  # as torch says of it
-    return True if os.getenv("PYTORCH_NVML_BASED_CUDA_CHECK") == "1" else starts_cuda()
-
-torch.cuda.is_available, torch.cuda._lazy_init, torch.cuda.device_count = is_available, starts_cuda, lambda: 1
+torch.cuda.is_available = torch.cuda._lazy_init = torch.cuda.device_count = starts_cuda
 torch._C._accelerator_getAccelerator = lambda: torch.device("cuda")
 workbench.import_all()
-assert torch.accelerator.is_available() and "bitsandbytes" not in sys.modules
+assert workbench.gpu_beside() and "bitsandbytes" not in sys.modules and "lorakeet.studio.fitting" in sys.modules
 print("no CUDA")
 """
 

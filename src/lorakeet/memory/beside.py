@@ -7,11 +7,13 @@ fork of one with CUDA cannot use a GPU.
      │
      └─ goes on with what is to be computed beside it, then waits
 
-Where it is not allowed, or the other process fails, the value is computed here: the same value, later.
+Where it is not allowed, or the other process fails, the value is computed here: the same value, later. Whether there is a GPU is
+asked in such a process too, where this one shall have forks that can use it.
 """
 
 from __future__ import annotations
 
+import functools
 import os
 import pickle
 import signal
@@ -91,6 +93,27 @@ def _compute_there(compute: Callable[[], Value], writing: int) -> None:
             pipe.write(data)
     finally:
         os._exit(0)
+
+
+@functools.cache
+def gpu_beside() -> bool:
+    """Whether torch sees a GPU, as a forked process says: the forks of one that has asked CUDA itself cannot use a GPU.
+
+    torch can ask NVIDIA's library instead (NVML), but asks CUDA where that is missing, or the device is a part of a GPU (MIG).
+    """
+    import torch
+
+    if torch.accelerator.current_accelerator() is None:  # this torch was built for CPUs
+        return False
+    pid = os.fork()
+    if pid == 0:
+        found = True
+        os.environ.pop("PYTORCH_NVML_BASED_CUDA_CHECK", None)  # CUDA also knows whether the driver is new enough
+        try:
+            found = torch.accelerator.is_available()
+        finally:
+            os._exit(0 if found else 1)
+    return os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]) != 1  # one that was killed while it asked has something to ask
 
 
 def _uses_cuda() -> bool:

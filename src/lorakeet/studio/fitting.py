@@ -18,6 +18,7 @@ from lorakeet.data.spec import NO_ROWS
 from lorakeet.evaluate.wording import bytes_text, duration_text
 from lorakeet.kernels import bitsandbytes_nf4
 from lorakeet.kernels.proof import missing_package
+from lorakeet.memory.beside import gpu_beside
 from lorakeet.memory.budget import Budget
 from lorakeet.memory.forecast import Forecast, Phase
 from lorakeet.memory.ledger import know_operators, known_operators
@@ -59,7 +60,7 @@ def import_packages() -> None:
 
     Not beside a GPU: it asks that for its compute capability, which starts CUDA, and no process forked later could use it.
     """
-    if not torch.cuda.is_available() and not missing_package(bitsandbytes_nf4.PACKAGE, bitsandbytes_nf4.VERSIONS):
+    if not gpu_beside() and not missing_package(bitsandbytes_nf4.PACKAGE, bitsandbytes_nf4.VERSIONS):
         with quiet_transformers():
             import_module(bitsandbytes_nf4.PACKAGE)
 

@@ -23,13 +23,13 @@ import sys
 import threading
 import time
 from collections.abc import AsyncIterator, Callable, Mapping, Sequence
-from contextlib import suppress
+from contextlib import nullcontext, suppress
 from dataclasses import asdict
 from importlib import import_module
 from typing import Any
 
 from lorakeet.errors import LorakeetError
-from lorakeet.memory.beside import forks_allowed
+from lorakeet.memory.beside import forks_allowed, gpu_beside
 from lorakeet.memory.import_cost import without_triton
 from lorakeet.memory.remembered import Values, remembering
 
@@ -39,7 +39,7 @@ AT_ONCE = 2  # processes
 PREPARED = ("lorakeet.studio.fitting", "lorakeet.studio.shown_rows", "lorakeet.studio.sizing")  # imported before the first fork
 MOST_LEARNED = 400  # values, of some kilobytes each
 RARELY = 200_000, 50, 50  # thresholds of Python's collector in a forked process, which ends before it could hold much
-ASK_DRIVER = "PYTORCH_NVML_BASED_CUDA_CHECK"  # of torch: whether there is a GPU it asks NVIDIA's library, and not CUDA
+ASK_DRIVER = "PYTORCH_NVML_BASED_CUDA_CHECK"  # of torch: code that is imported and asks for a GPU asks NVIDIA's library first
 _LARGEST = 1 << 24  # bytes of a line
 _SIZE = 8  # bytes before each value, which say its size
 
@@ -221,7 +221,7 @@ def work_on(number: int) -> None:
 def import_all() -> None:
     """Imports what all work needs, without CUDA."""
     os.environ[ASK_DRIVER] = "1"
-    with without_triton():
+    with nullcontext() if gpu_beside() else without_triton():
         for name in PREPARED:
             import_prepared(name)
 
