@@ -66,6 +66,27 @@ def is_out_of_memory(error: BaseException) -> bool:
     return isinstance(error, RuntimeError) and _OUT_OF_MEMORY.search(str(error)) is not None
 
 
+_DEVICE_FAULT = re.compile(  # those after which CUDA fails every call of the process (CUDA Runtime API, cudaError_t)
+    r"(\b(CUDA|HIP)( driver)? error|Triton Error \[\w+\]): ("
+    r"an illegal memory access|an illegal instruction|misaligned address|invalid program counter|hardware stack error|"
+    r"operation not supported on global/shared address space|device-side assert triggered|tensor memory not completely freed|"
+    r"unspecified launch failure|the launch timed out|uncorrectable (ECC|NVLink) error|Invalid access of peer GPU memory|"
+    r"the MPS client has been terminated|an async error has occured|context is destroyed|unknown error|"
+    r"CUBLAS_STATUS_EXECUTION_FAILED)"
+)
+
+
+def is_device_fault(error: BaseException) -> bool:
+    """Whether a GPU failed so that this process can no longer use it: every later call gives the same error. What raises it may
+    not be its cause, as the host goes on while a GPU computes."""
+    return isinstance(error, RuntimeError) and _DEVICE_FAULT.search(str(error)) is not None
+
+
+def is_of_the_device(error: BaseException) -> bool:
+    """Whether an error says only something of the device, its memory or a fault, and nothing of what was computed on it."""
+    return is_out_of_memory(error) or is_device_fault(error)
+
+
 @dataclass(frozen=True)
 class Remedy:
     """One setting that would mend what an error names.

@@ -240,3 +240,28 @@ def test_an_unforeseen_error_is_reported_to_all(asking: Callable[..., Any], load
     assert not server.engine.ready and "has failed" in server.engine.failure
     with pytest.raises(Draining, match="has failed"):
         server.begin((30, 51))
+
+
+def test_a_gpu_that_failed_ends_the_engine_with_one_message(
+    asking: Callable[..., Any], loaded: ServingModel, caplog: pytest.LogCaptureFixture
+) -> None:
+    """No later step could use it, so none is tried."""
+    server = asking(slots=1)
+
+    def fail(*_: Any) -> None:
+        raise RuntimeError("CUDA error: an illegal memory access was encountered\nCUDA kernel errors might be reported later")
+
+    gate = threading.Event()
+    server.engine.call(gate.wait)
+    begun = [server.begin((30, 51)) for _ in range(2)]
+    hook = loaded.text.model.get_decoder().layers[0].register_forward_pre_hook(fail)
+    gate.set()
+    answers = [server.end(job) for job in begun]
+    hook.remove()
+    assert [answer.reason for answer in answers] == ["error", "error"]
+    said = "The GPU failed: CUDA error: an illegal memory access was encountered. "
+    assert all(answer.events[-1].error.startswith(said) for answer in answers)
+    assert not server.engine.ready and server.engine.failure.startswith(said)
+    assert [record.getMessage() for record in caplog.records] == [server.engine.failure]
+    with pytest.raises(Draining, match="The GPU failed"):
+        server.begin((30, 51))

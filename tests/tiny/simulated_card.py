@@ -125,6 +125,7 @@ class Card:
         self.held: list[Tensor] = []  # so that no other tensor comes to lie there
         self.random = torch.Generator()
         self.initialised = False  # whether something has used CUDA: before, torch has no counters of memory
+        self.fault = ""  # what every operation raises once the card has failed
         self.asked = threading.local()  # whether torch's function that runs was given the card as its device
 
     def reset(self) -> None:
@@ -151,6 +152,8 @@ class Card:
         """The result of an operation at least one of whose tensors, or whose result, is on the card."""
         space, _, name = func._schema.name.rpartition("::")
         self.initialised = True
+        if self.fault:
+            raise RuntimeError(self.fault)
         given = _tensors((args, kwargs), [])
         here = [each for each in given if isinstance(each, CardTensor)]
         if space not in ("aten", "prims", "bitsandbytes"):
@@ -423,7 +426,6 @@ def _of_places(index: Any) -> Any:
 def _through_thread(card: Card, engine: Any) -> Any:
     """torch.autograd.backward or grad, in a thread of its own where the card has the tensors: no context variable is there."""
 
-
     def computed(*args: Any, **kwargs: Any) -> Any:
         return _in_its_thread(card, lambda: engine(*args, **kwargs)) if _touches(args) else engine(*args, **kwargs)
 
@@ -473,7 +475,6 @@ class Event:
         pass
 
     def record(self, *_: Any) -> None: ...
-
     def wait(self, *_: Any) -> None: ...
 
     def query(self) -> bool:
@@ -492,7 +493,6 @@ class Stream:
         return event or Event()
 
     def wait_event(self, event: Event) -> None: ...
-
     def wait_stream(self, stream: Stream) -> None: ...
 
     def synchronize(self) -> None: ...

@@ -20,7 +20,7 @@ import click
 
 from lorakeet import __version__
 from lorakeet.disk import FULL
-from lorakeet.errors import ConfigError, LorakeetError, is_out_of_memory, nearest, visible
+from lorakeet.errors import ConfigError, LorakeetError, is_device_fault, is_of_the_device, nearest, visible
 from lorakeet.train.interrupt import terminable
 from lorakeet.train.launch import launched
 from lorakeet.workflows.options import VERBS, Verb
@@ -55,11 +55,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
         code = {"SIGTERM": 143, "SIGHUP": 129}.get(by, 130)
         return _report(error, f"Stopped by {by} before it finished.", exit_code=code, as_json=as_json, debug=False)
     except RuntimeError as error:
-        if not is_out_of_memory(error):
+        if not is_of_the_device(error):
             raise
-        from lorakeet.memory.cuda import out_of_memory_text
+        from lorakeet.memory.cuda import device_fault_text, out_of_memory_text
 
-        said = out_of_memory_text(error)
+        said = device_fault_text(error) if is_device_fault(error) else out_of_memory_text(error)
         return _report(error, said, exit_code=LorakeetError.exit_code, as_json=as_json, debug="--debug" in arguments)
     return code if isinstance(code, int) else 0
 

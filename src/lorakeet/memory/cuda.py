@@ -15,7 +15,7 @@ from contextlib import contextmanager
 import torch
 from torch import Tensor
 
-from lorakeet.errors import EnvironmentProblem, is_out_of_memory
+from lorakeet.errors import EnvironmentProblem, is_device_fault, is_out_of_memory
 from lorakeet.evaluate.wording import bytes_text
 from lorakeet.memory.budget import Budget
 from lorakeet.memory.forecast import Phase, phase_at
@@ -105,12 +105,26 @@ def out_of_memory_text(error: BaseException) -> str:
     )
 
 
+def device_fault_text(error: BaseException, command: str = "") -> str:
+    """What to say where a GPU has failed, with torch's own words, and the command to try again if it is known."""
+    said = (str(error).strip().splitlines() or [""])[0].rstrip(".")
+    again = f"Try again with: {command}" if command else "Run the command again"
+    return (
+        f"The GPU failed: {said}. This process can no longer use it, and the operation that reports it may not be its cause. "
+        f"{again}. If it fails again, set CUDA_LAUNCH_BLOCKING=1 in the environment, by which the traceback of --debug shows the "
+        "operation, and report it. Whether the card itself is at fault, nvidia-smi and the system's log (Xid) say."
+    )
+
+
 @contextmanager
 def enforcing_gpu_budget(budget: Budget, remedy: str) -> Iterator[None]:
-    """A context that turns running out of a GPU's memory into EnvironmentProblem, with `remedy` if there is a budget."""
+    """A context that turns running out of a GPU's memory into EnvironmentProblem, with `remedy` if there is a budget. So it does
+    with a GPU that failed."""
     try:
         yield
     except RuntimeError as error:
+        if is_device_fault(error):
+            raise EnvironmentProblem(device_fault_text(error)) from error
         if not is_out_of_memory(error):
             raise
         if not budget or budget.free:

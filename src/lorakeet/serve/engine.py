@@ -8,6 +8,7 @@ by no more than a chunk.
 
 from __future__ import annotations
 
+import logging
 import queue
 import threading
 import time
@@ -20,10 +21,11 @@ from typing import Literal, TypeVar
 from torch import Tensor
 
 from lorakeet.core.selection import Selection
-from lorakeet.errors import ConfigError, LorakeetError
+from lorakeet.errors import ConfigError, LorakeetError, is_device_fault
 from lorakeet.formats.files.loaded_file import free_spare_memory
 from lorakeet.kernels.threads import compute_with
 from lorakeet.memory.allocator import release_free_memory
+from lorakeet.memory.cuda import device_fault_text
 from lorakeet.models.generate.kv_cache import CacheRow, KeyValues, check_cached, step
 from lorakeet.models.generate.sample import end_ids
 from lorakeet.models.text.model import TextModel
@@ -36,6 +38,7 @@ NOT_FINITE = "The logits are not finite with these adapters and weights; use sma
 KEEP_COPIES = 10.0  # seconds without a text until the layers' copies of adapters are freed
 Reason = Literal["stop", "length", "timeout", "cancelled", "error"]
 T = TypeVar("T")
+log = logging.getLogger("lorakeet.serve")
 
 
 class QueueFull(LorakeetError):
@@ -222,6 +225,12 @@ class Engine:
     def _run(self) -> None:
         try:
             self._loop()
+        except RuntimeError as error:
+            if not is_device_fault(error):
+                raise
+            with self._wake:
+                self._state, self.failure = "stopped", device_fault_text(error)
+            log.error(self.failure)
         finally:
             with self._wake:
                 if self._state != "stopped":  # an unexpected error: reported to all requests, and raised
@@ -283,11 +292,14 @@ class Engine:
             self._running.append(job)
 
     def _guarded_step(self) -> None:
-        """One step. An error of the model (a bug, memory) ends the texts of this step, and the engine continues."""
+        """One step. An error of the model (a bug, memory) ends the texts of this step, and the engine continues; not one of a GPU
+        that failed, which every later step would meet."""
         jobs, rows = self._rows()
         try:
             logits = step(self.text, self.cache, rows, self.selection)
         except (RuntimeError, ValueError, MemoryError) as error:
+            if is_device_fault(error):
+                raise
             for job in jobs:
                 self._finish(job, "error", f"{type(error).__name__}: {error}")
             return

@@ -10,7 +10,6 @@ from collections.abc import Mapping
 from importlib import import_module
 from typing import Any
 
-import torch
 from rich.console import Console
 
 from lorakeet.config import RunConfig, read_run

@@ -18,12 +18,12 @@ from typing import Any, ClassVar
 from rich.console import Console
 
 from lorakeet.config import RunConfig
-from lorakeet.errors import ConfigError, Problems, RunStopped, is_out_of_memory
+from lorakeet.errors import ConfigError, Problems, RunStopped, is_device_fault, is_out_of_memory
 from lorakeet.evaluate.report.rank_values import Search
 from lorakeet.evaluate.report.report import Report, write_report
 from lorakeet.evaluate.values import encode
 from lorakeet.memory.allocator import release_free_memory
-from lorakeet.memory.cuda import enforcing_gpu_budget, out_of_memory_text
+from lorakeet.memory.cuda import device_fault_text, enforcing_gpu_budget, out_of_memory_text
 from lorakeet.memory.measure import PeakMemory
 from lorakeet.train.checkpoint import found as checkpoints
 from lorakeet.train.launch import launched
@@ -183,7 +183,8 @@ def _reported(
 
 @contextmanager
 def _stoppable(run: RunFolder) -> Iterator[None]:
-    """A context that turns a second Ctrl-C in training, which stops at once, into RunStopped with what is kept."""
+    """A context that turns a second Ctrl-C in training, which stops at once, or a GPU that failed into RunStopped with what is
+    kept."""
     try:
         yield
     except KeyboardInterrupt as stopped:
@@ -191,6 +192,12 @@ def _stoppable(run: RunFolder) -> Iterator[None]:
         kept = f"the newest checkpoint is {newest}" if newest else "no checkpoint was written yet"
         by = str(stopped) or "Ctrl-C"
         raise RunStopped(f"{by}: stopped at once, and {kept}. Resume with: {run.resume_command}") from None
+    except RuntimeError as error:
+        if not is_device_fault(error):
+            raise
+        newest = next(reversed(checkpoints(run.checkpoints)), None)
+        kept = f"The newest checkpoint, {newest}, is whole" if newest else "No checkpoint was written yet"
+        raise RunStopped(f"{device_fault_text(error, run.resume_command)} {kept}.") from error
 
 
 @contextmanager
@@ -205,6 +212,9 @@ def _evaluating(run: RunFolder) -> Iterator[None]:
             f"Evaluate it with: {run.resume_command}"
         ) from None
     except RuntimeError as error:
+        if is_device_fault(error):
+            said = f"The training is done and {run.adapter} is whole, but not evaluated."
+            raise RunStopped(f"{said} {device_fault_text(error, run.resume_command)}") from error
         if not is_out_of_memory(error):
             raise
         said = f"The training is done and {run.adapter} is whole, but not evaluated. {out_of_memory_text(error)}"

@@ -329,6 +329,67 @@ def test_a_member_whose_gradients_are_lost_in_a_jump_has_diverged(
         train_many(text, [dataclasses.replace(members[0], held_out=())])
 
 
+def of_one_round(folder: Path, monkeypatch: pytest.MonkeyPatch, dtype: str) -> list[dict[str, Tensor]]:
+    """The gradients of two members' first step, which has as many targets as would make those of activations 0 in float16."""
+    text = load_text_model(ModelSpec(path=str(folder), dtype=dtype, products="float32", device="cpu"))  # type: ignore[arg-type]
+    members, found = [], list[dict[str, Tensor]]()
+    for number, name in enumerate("ab"):
+        lora, spec, seed = WANTED[name]
+        inject.inject(text.model, plan_for(text.model, lora, text.family), name, seed=spec.seed)
+        with torch.no_grad():
+            for place, parameter in enumerate(inject.trained_parameters(text.model, name).values()):
+                parameter.add_(0.1 * torch.randn(parameter.shape, generator=torch.Generator().manual_seed(10 * number + place)))
+        members.append(Member(name, spec, rows(14, seed), ()))
+    usual, norm = multi_adapter._Learner.start_step, gradients.gradient_norm
+
+    def of_many(learner: Any) -> Any:
+        batches = usual(learner)
+        learner.targets *= 100_000
+        return batches
+
+    def seen(parameters: Any) -> Tensor:
+        found.append({name: parameter.grad.clone() for name, parameter in parameters.items()})
+        return norm(parameters)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(multi_adapter._Learner, "start_step", of_many)
+        patch.setattr(gradients, "gradient_norm", seen)
+        MultiAdapterTraining(text, members).round()
+    return found
+
+
+def test_in_float16_each_has_a_loss_scale(
+    tiny_llama_folder: Path, shared: list[int], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    exact = of_one_round(tiny_llama_folder, monkeypatch, "float32")
+    narrow = of_one_round(tiny_llama_folder, monkeypatch, "float16")
+    assert shared == [2, 2] and len(narrow) == 2
+    for mine, theirs in zip(narrow, exact, strict=True):
+        off = sum(float((mine[name] - theirs[name]).square().sum()) for name in theirs)
+        assert (off / sum(float(each.square().sum()) for each in theirs.values())) ** 0.5 < 0.02
+
+
+def test_in_float16_a_step_that_overflows_is_left_out_until_the_scale_is_of_no_use(
+    tiny_llama_folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    text = load_text_model(ModelSpec(path=str(tiny_llama_folder), dtype="float16", products="float32", device="cpu"))
+    members = []
+    for name in "ab":
+        lora, spec, seed = WANTED[name]
+        inject.inject(text.model, plan_for(text.model, lora, text.family), name, seed=spec.seed)
+        members.append(Member(name, dataclasses.replace(spec, steps=24, evaluate_every=24), rows(14, seed), rows(6, 2)))
+    many = MultiAdapterTraining(text, members)
+    whole, broken = many._members
+    whole.scale.value = 2.0**24
+    monkeypatch.setattr(broken.task, "loss_of", lambda _, own: own.sum() * float("inf"))
+    while any(not at.done for at in many.progress):
+        many.round()
+    good, lost = many.progress
+    assert good.step == 24 and not good.diverged and 0 < whole.scale.skipped == 24 - len(good.losses) < 20
+    assert whole.scale.value == 2.0 ** (24 - whole.scale.skipped) and good.losses[-1] < good.losses[0]
+    assert lost.diverged and lost.losses == [] and broken.scale.skipped == 17 and "the loss is inf" in lost.done
+
+
 def test_what_cannot_share_a_batch_is_named(tiny_llama_folder: Path) -> None:
     text = load(tiny_llama_folder)
     lora = LoraSpec(rank=4, alpha=12.0, target_modules=("q_proj", "lm_head"))

@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from lorakeet.core.fused.packed_attention import QUERIES, AttentionRule
 from lorakeet.core.selection import Selection, Share
 from lorakeet.data.pack import Batch
-from lorakeet.errors import ConfigError, LorakeetError, is_out_of_memory
+from lorakeet.errors import ConfigError, LorakeetError, is_of_the_device
 from lorakeet.kernels.cpu.block import NewTokens
 from lorakeet.kernels.device import is_cpu
 from lorakeet.models.files.validate import first_line
@@ -272,7 +272,7 @@ def check_cached(text: TextModel, context: int = CHECKED + 1) -> None:
     except LorakeetError:
         raise
     except Exception as error:  # whatever the model's code raises where the cache is not its own
-        if is_out_of_memory(error):
+        if is_of_the_device(error):
             raise
         raise _not_served(text, f"its code does not run over a cache ({first_line(error)})") from error
     places = torch.arange(len(ids), device=text.device)

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from transformers import AutoConfig, AutoTokenizer
 
 from lorakeet.data.pack import Batch
-from lorakeet.errors import ConfigError, DataError, EnvironmentProblem, LorakeetError, is_out_of_memory, one_message
+from lorakeet.errors import ConfigError, DataError, EnvironmentProblem, LorakeetError, is_of_the_device, one_message
 from lorakeet.formats.files.json_object import read_object
 from lorakeet.kernels.cpu import compile as native
 from lorakeet.kernels.tiled_weight import TritonRequest
@@ -193,7 +193,7 @@ def _own_logits(text: TextModel) -> Tensor:
     except LorakeetError:
         raise
     except Exception as error:
-        if is_out_of_memory(error):
+        if is_of_the_device(error):
             raise
         raise EnvironmentProblem(
             f"'{text.model.config.model_type}' models cannot be used: the code of transformers {transformers.__version__} for "
@@ -323,7 +323,7 @@ def _try_attention(text: TextModel, attention: str, reference: Tensor) -> str | 
     except EnvironmentProblem as error:
         return str(error).rstrip(".")
     except Exception as error:  # whatever the model's code raises where it does not know this attention
-        if is_out_of_memory(error):
+        if is_of_the_device(error):
             raise
         return f"'{kind}' models do not run with {attention} ({first_line(error)})"
     # The median over a row's tokens: rounding may send a single token of a mixture to another expert. The worst row counts:

@@ -2,7 +2,7 @@
 
     each round    every active member takes one step of its own: a small one packed with those of others, so that the base's
                   weights are read once for all; any other alone, in the micro-batches of a single run → forward and backward →
-                  gradients of each member → its own checks, clipping, learning rate and AdamW
+                  gradients of each member → its own loss scale, checks, clipping, learning rate and AdamW
     at intervals  its held-out loss → its best values; a member that is done, or diverges, leaves
 
 The base is in memory once, and for small steps its weights are read once for all members' tokens. Rows attend only to
@@ -37,6 +37,7 @@ from lorakeet.models.modules import adapted_layers, find, output_layer
 from lorakeet.models.text.cached_states import cache_states
 from lorakeet.models.text.model import TextModel
 from lorakeet.train import gradients, rng, schedule
+from lorakeet.train.loss_scale import LossScale
 from lorakeet.train.optimizer import Optimizer
 from lorakeet.train.spec import TrainSpec
 from lorakeet.train.stopping import EarlyStopping
@@ -45,8 +46,6 @@ from lorakeet.train.text.loss import head_losses
 from lorakeet.train.text.preference_task import Preferences, PreferenceTask
 from lorakeet.train.text.streamed_gradients import loss_gradients_by_block
 from lorakeet.train.text.task import TextTask
-
-UNSCALED = "several adapters at once are trained without the loss scale that float16 needs"
 
 
 @dataclass(frozen=True)
@@ -81,7 +80,7 @@ class Progress:
     total: int
     learning_rate: float
     step: int = 0
-    losses: list[float] = field(default_factory=list)  # of each step, per target: nats of a token, or the loss of a pair
+    losses: list[float] = field(default_factory=list)  # of each step taken, per target: nats of a token, or the loss of a pair
     held_out: list[tuple[int, Estimate]] = field(default_factory=list)  # (step, loss)
     watch: EarlyStopping = field(default_factory=EarlyStopping)
     done: str = ""  # the reason it stopped; empty while active
@@ -126,8 +125,6 @@ class MultiAdapterTraining:
             raise ConfigError(f"Adapters that are trained together need different names, at least one; given: {names}.")
         if text.attention != "varlen":
             raise ConfigError("Training several adapters at once needs model.attention varlen.")
-        if text.dtype == torch.float16:
-            raise ConfigError(f"model.dtype is float16, but {UNSCALED}. Take model.dtype float32 or bfloat16.")
         self.text, self.spill, self.together = text, spill or Spill(), together
         _require_sharable(text, names)
         self._divided = text.with_every_token(cached=True, pad=True)  # for batches whose tokens have different adapters
@@ -198,14 +195,14 @@ class MultiAdapterTraining:
             return text
 
         def loss(number: int) -> tuple[Tensor, Tensor]:
-            """Σ of the members' mean losses, to differentiate, and Σ over all targets."""
+            """Σ of the members' mean losses, each times its loss scale, to differentiate, and Σ over all targets."""
             hidden, parts = texts[number].hidden(batches[number]), joint[number].parts
             chunk = min(active[index].at.member.spec.head_chunk for index, _ in parts)
             losses = head_losses(self.text, hidden, batches[number].target_ids, chunk=chunk)
             means = []
             for (index, part), own in zip(parts, torch.split(losses, [batch.targets for _, batch in parts]), strict=True):
                 summed = active[index].task.loss_of(part, own)
-                means.append(summed / active[index].targets)
+                means.append(summed / (active[index].targets / active[index].scale.value))
                 active[index].summed.append(summed.detach())
             return torch.stack(means).sum(), losses.detach().sum()
 
@@ -254,6 +251,7 @@ class _Learner:
         self.at = Progress(member, spec.total_steps(self.task.steps_per_epoch), rate)
         self.warmup = schedule.warmup_steps(self.at.total, spec.warmup_fraction)
         self.every = spec.evaluation_interval(self.task.steps_per_epoch)
+        self.scale = LossScale.of(text.dtype)
         self.targets, self.summed = 0, list[Tensor]()  # of this step: supervised tokens or pairs; the losses of its batches
         self._best: Spill | None = None
         self._folder = folder
@@ -273,34 +271,43 @@ class _Learner:
         return self.task.step_rows(self.at.step)
 
     def step(self) -> None:
-        """Takes the step, unless the loss or the gradients are not finite."""
+        """Takes the step, unless the loss or the gradients are not finite: in float16 it is left out then, as in a single run."""
         at, spec = self.at, self.at.member.spec
+        self.scale.unscale(self.parameters)
         norm = gradients.gradient_norm(self.parameters)
         losses = torch.stack(self.summed).tolist() if self.summed else []  # read once, behind all passes
         mean = sum(losses) / max(self.targets, 1)
         if not (math.isfinite(mean) and bool(torch.isfinite(norm))):
             self.optimizer.adamw.zero_grad(set_to_none=True)
+            if self.scale.dynamic and self.scale.overflowed():
+                self._count()
+                return
             at.done, at.diverged = f"step {at.step + 1}: the loss is {mean:.4g}, the gradient's norm {norm.item():.4g}", True
             return
         if at.beyond_recovery(mean):
             self.optimizer.adamw.zero_grad(set_to_none=True)
             at.done, at.diverged = f"step {at.step + 1}: the loss is {mean:.4g}{at.unit}", True
             return
-        if at.step < 2 and not self._check_gradients(mean):
+        if at.step - self.scale.skipped < 2 and not self._check_gradients(mean):
             return
         gradients.clip(self.parameters, spec.clip_norm, norm=norm)
-        at.tokens += sum(len(row.ids) for row in self.rows)
-        at.step += 1
+        self._count()
         at.losses.append(mean)
+        self.scale.record_step()
         self.optimizer.step(at.learning_rate * schedule.factor(at.step, at.total, warmup=self.warmup, shape=spec.schedule))
+
+    def _count(self) -> None:
+        """Counts a step and its tokens."""
+        self.at.tokens += sum(len(row.ids) for row in self.rows)
+        self.at.step += 1
 
     def _check_gradients(self, mean: float) -> bool:
         """True if the gradient reached every trained tensor. If the first step lost it, this member has diverged."""
         at = self.at
         try:
-            gradients.require_gradients(self.parameters, at.step + 1)
+            gradients.require_gradients(self.parameters, len(at.losses) + 1)
         except VerificationFailed:
-            if at.step == 0 or mean <= at.losses[0]:
+            if not at.losses or mean <= at.losses[0]:
                 raise
             self.optimizer.adamw.zero_grad(set_to_none=True)
             at.done = f"step {at.step + 1}: the loss is {mean:.4g}{at.unit}, with zero gradients"
@@ -348,8 +355,6 @@ def why_not_together(text: TextModel, plan: Plan) -> str:
     """The reason why adapters of this plan cannot be trained together on this model; empty if they can."""
     if text.attention != "varlen":
         return "several adapters at once need model.attention varlen"
-    if text.dtype == torch.float16:
-        return UNSCALED
     head = output_layer(text.model)
     kinds = ("experts", "conv2d")
     wrong = [entry.path for entry in plan.entries if entry.kind in kinds or find(text.model, entry.path) is head]

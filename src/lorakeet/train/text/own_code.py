@@ -19,7 +19,7 @@ from torch.nn import Parameter
 
 from lorakeet.data.chat import Example
 from lorakeet.data.pack import pack_examples
-from lorakeet.errors import EnvironmentProblem, is_out_of_memory
+from lorakeet.errors import EnvironmentProblem, is_of_the_device
 from lorakeet.models import modules
 from lorakeet.models.files.validate import first_line
 from lorakeet.models.text.adapters import own_modules
@@ -87,7 +87,7 @@ def compare_with_own_code(text: TextModel, parameters: Mapping[str, Parameter], 
                         again = torch.cat([_own_losses(text, example) for example in examples])
                         noise = _relative(_gradients(scale * again, parameters), own_gradients)
     except (RuntimeError, TypeError, KeyError, IndexError, AttributeError) as error:  # of the model's own code
-        if is_out_of_memory(error):
+        if is_of_the_device(error):
             raise
         raise EnvironmentProblem(
             f"'{text.model.config.model_type}' models cannot be trained in {text.dtype}: their code fails with pairs "

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from lorakeet.data.chat import Example
-from lorakeet.errors import is_out_of_memory
+from lorakeet.errors import is_of_the_device
 from lorakeet.evaluate.certificate import Check, Unchecked, tolerance_check
 from lorakeet.models.compare_saved import SavedDifference
 from lorakeet.models.files.validate import first_line
@@ -59,7 +59,7 @@ def check_by_peft(fresh: TextModel, name: str, adapter: Path, rows: Sequence[Exa
     try:
         found = compare_with_peft(fresh, name, adapter, rows)
     except Exception as error:  # of any kind that PEFT raises
-        if isinstance(error, ImportError | MemoryError) or is_out_of_memory(error):  # of this machine, not of the adapter
+        if isinstance(error, ImportError | MemoryError) or is_of_the_device(error):  # of this machine, not of the adapter
             return unchecked_in_peft(adapter, f"PEFT could not be used here ({first_line(error)})")
         said = f"PEFT cannot load it: {type(error).__name__}: {' '.join(str(error).split())[:300]}"
         return tolerance_check(title, {"not_loaded": 1.0}, tolerance={"not_loaded": 0.0}, between=between, detail=said)
