@@ -224,6 +224,24 @@ def test_a_model_that_cannot_be_served_is_refused_before_it_is_loaded(
     assert shlex.split(json.loads(capsys.readouterr().out)["command"])[:3] == ["vllm", "serve", folder]
 
 
+@pytest.mark.parametrize(("places", "given", "remedy"), [
+    ("load_text_model", [], "take --quantize nf4, or give fewer --slots (16 now) or a shorter --context (2,048 now), since keys"),
+    ("Engine", ["--quantize", "nf4", "--slots", "3"], "use it, give fewer --slots (3 now) or a shorter --context (2,048 now)"),
+])  # fmt: skip
+def test_a_gpu_that_is_too_small_is_said_with_what_would_help(
+    places: str, given: list[str], remedy: str, tiny_llama_folder: Path, capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:  # fmt: skip
+    def full(*_: Any, **__: Any) -> None:
+        raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB.\nGPU 0 has a total capacity of 8 GiB")
+
+    monkeypatch.setattr(serve_module, places, full)
+    assert main(["serve", "--model", str(tiny_llama_folder), "--dtype", "float32", "--port", "0", *given]) == 2
+    said = " ".join(capsys.readouterr().err.split())
+    assert f"{tiny_llama_folder} cannot be served. The device ran out of memory: CUDA out of memory. Tried" in said
+    assert remedy in said and "train.micro_tokens" not in said
+
+
 def test_texts_longer_than_a_chunk_are_refused_at_the_start(
     tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:

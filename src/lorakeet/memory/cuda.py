@@ -96,13 +96,14 @@ def gpu_warning(device: torch.device, budget: Budget) -> str:
     )
 
 
-def out_of_memory_text(error: BaseException) -> str:
-    """What to say where a device has run out of memory, with torch's own words."""
+LESS = "set a memory.budget, or lower train.micro_tokens or data.max_tokens"  # of training
+
+
+def out_of_memory_text(error: BaseException, remedy: str = LESS) -> str:
+    """What to say where a device has run out of memory, with torch's own words and what else would help than to close others."""
     said = (str(error).strip().splitlines() or [""])[0].rstrip(".")
-    return (
-        f"The device ran out of memory: {said}. Another program may have taken some since it was planned. Close programs that "
-        "use it, set a memory.budget, or lower train.micro_tokens or data.max_tokens."
-    )
+    planned = " Another program may have taken some since it was planned." * (remedy == LESS)
+    return f"The device ran out of memory: {said}.{planned} Close programs that use it, {remedy}."
 
 
 def device_fault_text(error: BaseException, command: str = "") -> str:
@@ -112,7 +113,7 @@ def device_fault_text(error: BaseException, command: str = "") -> str:
     return (
         f"The GPU failed: {said}. This process can no longer use it, and the operation that reports it may not be its cause. "
         f"{again}. If it fails again, set CUDA_LAUNCH_BLOCKING=1 in the environment, by which the traceback of --debug shows the "
-        "operation, and report it. Whether the card itself is at fault, nvidia-smi and the system's log (Xid) say."
+        "operation, and report it. Whether the GPU itself is at fault, nvidia-smi and the system's log (Xid) say."
     )
 
 

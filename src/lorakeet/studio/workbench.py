@@ -39,7 +39,7 @@ AT_ONCE = 2  # processes
 PREPARED = ("lorakeet.studio.fitting", "lorakeet.studio.shown_rows", "lorakeet.studio.sizing")  # imported before the first fork
 MOST_LEARNED = 400  # values, of some kilobytes each
 RARELY = 200_000, 50, 50  # thresholds of Python's collector in a forked process, which ends before it could hold much
-ASK_DRIVER = "PYTORCH_NVML_BASED_CUDA_CHECK"  # of torch: code that is imported and asks for a GPU asks NVIDIA's library first
+ASK_DRIVER = "PYTORCH_NVML_BASED_CUDA_CHECK"  # of torch: imports that look for a GPU then ask NVIDIA's library first
 _LARGEST = 1 << 24  # bytes of a line
 _SIZE = 8  # bytes before each value, which say its size
 

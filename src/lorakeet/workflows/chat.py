@@ -5,6 +5,7 @@ from __future__ import annotations
 import sys
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -91,7 +92,9 @@ def _opened(options: ChatOptions, console: Console) -> tuple[Speaker, str, str |
         adapters[name] = read_adapter(path, say=console.print)
     spec = _base(options, model, adapters, settings)
     memory = MemorySpec(budget=options.memory or "")
-    source = open_texts(spec, memory, next(iter(adapters.values()), None), context=options.context, slots=SLOTS)
+    say = partial(console.print, markup=False, soft_wrap=True)
+    first_adapter = next(iter(adapters.values()), None)
+    source = open_texts(spec, memory, first_adapter, context=options.context, slots=SLOTS, say=say)
     first = next(iter(adapters), BASE)
     if sys.stdin.isatty() and (template := data.get(first, DataSpec()).template) != DataSpec.template:
         said = f"Each line is put into the template of the training rows, {template!r}; --plain leaves it as it is."

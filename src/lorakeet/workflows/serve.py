@@ -16,14 +16,16 @@ from typing import Any
 import torch
 from rich.console import Console
 
-from lorakeet.errors import ConfigError, LorakeetError, visible
+from lorakeet.errors import ConfigError, EnvironmentProblem, LorakeetError, is_out_of_memory, visible
 from lorakeet.evaluate.wording import bytes_text
 from lorakeet.kernels.threads import can_compute_alone, compute_alone, compute_with
 from lorakeet.memory.budget import larger_than_machine, parse_size
+from lorakeet.memory.cuda import out_of_memory_text
 from lorakeet.memory.onednn_code import SERVING, limit_code_cache
 from lorakeet.models.servable import require_served
 from lorakeet.models.spec import ModelSpec
 from lorakeet.models.text.load import load_text_model
+from lorakeet.models.text.model import TextModel
 from lorakeet.models.text.serving import ServingModel
 from lorakeet.quant.spec import QuantSpec
 from lorakeet.serve.access import read_keys
@@ -73,12 +75,10 @@ def serve(options: ServeOptions, *, console: Console) -> Served:
     spec = ModelSpec(options.model, dtype=options.dtype, quantize=QuantSpec(method=options.quantize), kernels=options.kernels)
     require_served(spec, console.print)
     limit_code_cache(SERVING)
-    live = ServingModel(text := load_text_model(spec, say=console.print))
-    most, context = text.context, options.context
-    if context is not None and most is not None and context > most:
-        raise ConfigError(f"--context is {context}; {text.name} takes at most {most} tokens.")
-    context = context or min(CONTEXT, most or CONTEXT)
-    runner = Engine(text, live.selection, slots=options.slots, context=context, waiting=options.queue, cores=_cores())
+    with _on_its_device(options):
+        live = ServingModel(text := load_text_model(spec, say=console.print))
+        context = _context(options, text)
+        runner = Engine(text, live.selection, slots=options.slots, context=context, waiting=options.queue, cores=_cores())
     store = None if options.adapters_dir is None else AdapterStore(options.adapters_dir, parse_size(options.uploads_total))
 
     def changed() -> None:
@@ -112,6 +112,28 @@ def serve(options: ServeOptions, *, console: Console) -> Served:
         finally:
             runner.drain(timeout=0.0)
     return Served(registry.names)
+
+
+def _context(options: ServeOptions, text: TextModel) -> int:
+    """The tokens of the longest sequence. Raises ConfigError for more than the model takes."""
+    most, context = text.context, options.context
+    if context is not None and most is not None and context > most:
+        raise ConfigError(f"--context is {context}; {text.name} takes at most {most} tokens.")
+    return context or min(CONTEXT, most or CONTEXT)
+
+
+@contextmanager
+def _on_its_device(options: ServeOptions) -> Iterator[None]:
+    """A context that turns too little memory of a GPU for the model and its cache into EnvironmentProblem with the remedy."""
+    try:
+        yield
+    except RuntimeError as error:
+        if not is_out_of_memory(error):
+            raise
+        smaller = "" if options.quantize == "nf4" else "take --quantize nf4, or "
+        cache = f"fewer --slots ({options.slots} now) or a shorter --context ({options.context or CONTEXT:,} now)"
+        remedy = f"{smaller}give {cache}, since keys and values of all slots lie there"
+        raise EnvironmentProblem(f"{options.model} cannot be served. {out_of_memory_text(error, remedy)}") from error
 
 
 def expert_capacity(registry: Registry) -> list[str]:

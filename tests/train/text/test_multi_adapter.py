@@ -340,21 +340,22 @@ def of_one_round(folder: Path, monkeypatch: pytest.MonkeyPatch, dtype: str) -> l
             for place, parameter in enumerate(inject.trained_parameters(text.model, name).values()):
                 parameter.add_(0.1 * torch.randn(parameter.shape, generator=torch.Generator().manual_seed(10 * number + place)))
         members.append(Member(name, spec, rows(14, seed), ()))
-    usual, norm = multi_adapter._Learner.start_step, gradients.gradient_norm
+    many, norm = MultiAdapterTraining(text, members), gradients.gradient_norm
+    for learner in many._members:
+        task, size = learner.task, learner.task.size
 
-    def of_many(learner: Any) -> Any:
-        batches = usual(learner)
-        learner.targets *= 100_000
-        return batches
+        def of_many(batch: Any, size: Any = size) -> Any:
+            return dataclasses.replace(size(batch), targets=100_000 * size(batch).targets)
+
+        monkeypatch.setattr(task, "size", of_many)
 
     def seen(parameters: Any) -> Tensor:
         found.append({name: parameter.grad.clone() for name, parameter in parameters.items()})
         return norm(parameters)
 
     with monkeypatch.context() as patch:
-        patch.setattr(multi_adapter._Learner, "start_step", of_many)
         patch.setattr(gradients, "gradient_norm", seen)
-        MultiAdapterTraining(text, members).round()
+        many.round()
     return found
 
 

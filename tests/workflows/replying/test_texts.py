@@ -69,8 +69,11 @@ def test_streamed_weights_give_the_same_texts(spec: ModelSpec, tmp_path: Path) -
     assert streamed.texts(prompts, mixes, GREEDY) == expected
     for source in (streamed, whole):
         assert "".join(source.pieces(prompts[1], mixes[1], GREEDY)) == expected[1]
-    with pytest.raises(ConfigError, match="takes max_tokens, temperature, seed and stop only"):
-        streamed.texts(prompts[:1], [()], Sampling(max_tokens=4, top_k=3))
+    drawn = Sampling(max_tokens=8, temperature=1.5, top_p=0.9, top_k=40, min_p=0.01, frequency_penalty=0.5, seed=3)
+    by_chance = whole.texts(prompts, mixes, drawn)
+    assert streamed.texts(prompts, mixes, drawn) == by_chance != expected
+    with pytest.raises(ConfigError, match=r"top_p is 2; it must be"):
+        streamed.texts(prompts[:1], [()], Sampling(top_p=2))
     whole.close()
     streamed.close()
 

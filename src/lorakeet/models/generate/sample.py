@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import closing, contextmanager
 from dataclasses import dataclass, fields
-from typing import Any
+from typing import Any, TypeAlias
 
 import numpy as np
 import torch
@@ -52,8 +52,34 @@ def sample(
     """
     if temperature < 0 or any(len(prompt) == 0 for prompt in prompts):
         raise ValueError(f"sample() needs a temperature of 0 or more (not {temperature}) and prompts of at least one token")
-    ends = end_ids(text)
     generators = [torch.Generator().manual_seed(seed_for(seed, f"sample/{row}")) for row in range(len(prompts))]
+
+    def draw(logits: Tensor, rows: Sequence[int]) -> list[int]:
+        return _draw(logits, temperature, [generators[row] for row in rows])
+
+    return _written(text, prompts, max_tokens, draw, done=done, blocks=blocks, spill=spill)
+
+
+def sample_by(
+    text: TextModel, prompts: Sequence[Ids | Sequence[int]], choose: Sequence[Callable[[Tensor], int]], *, max_tokens: int
+) -> list[Ids]:
+    """As `sample`, but each prompt's tokens are chosen by its own function of the logits (vocabulary,), in fp32 on the CPU."""
+
+    def draw(logits: Tensor, rows: Sequence[int]) -> list[int]:
+        return [choose[row](found) for row, found in zip(rows, logits, strict=True)]
+
+    return _written(text, prompts, max_tokens, draw)
+
+
+Draw: TypeAlias = Callable[[Tensor, Sequence[int]], list[int]]  # logits (rows, vocabulary) and the prompts' numbers → tokens
+
+
+def _written(
+    text: TextModel, prompts: Sequence[Ids | Sequence[int]], max_tokens: int, draw: Draw, *,
+    done: Callable[[list[int]], bool] | None = None, blocks: int | None = None, spill: Callable[[], Spill] | None = None,
+) -> list[Ids]:  # fmt: skip
+    """The continuations of all prompts, those of about one length together."""
+    ends = end_ids(text)
     order = sorted(range(len(prompts)), key=lambda row: len(prompts[row]))
     written: list[list[int]] = [[] for _ in prompts]
     was_training = text.model.training
@@ -66,7 +92,7 @@ def sample(
             for start in range(0, len(order), at_once):
                 rows = order[start : start + at_once]
                 chosen = [np.asarray(prompts[row], np.int64) for row in rows]
-                drawing = Drawing(ends, temperature, [generators[row] for row in rows], done)
+                drawing = Drawing(ends, draw, rows, done)
                 with _cache_of(text, length, blocks, spill) as cache:
                     drawn = _write(text, chosen, max_tokens, drawing, (cache, packed))
                 for row, ids in zip(rows, drawn, strict=True):
@@ -131,11 +157,11 @@ def end_ids(text: TextModel) -> frozenset[int]:
 
 @dataclass
 class Drawing:
-    """How tokens are chosen, each row with its own generator, and when a row has ended."""
+    """How the tokens of a batch are chosen, and when a row has ended."""
 
     ends: frozenset[int]
-    temperature: float
-    generators: list[torch.Generator]
+    draw: Draw
+    prompts: Sequence[int]  # their numbers, one for each row of the batch
     done: Callable[[list[int]], bool] | None = None
 
     def ended(self, written: list[int]) -> bool:
@@ -165,7 +191,7 @@ def _write(text: TextModel, prompts: list[Ids], max_tokens: int, drawing: Drawin
     open_rows = set(rows)
     for _ in range(max_tokens):
         logits = text.head(_decoded(text, ids, mask, cache)).float().cpu()
-        chosen = _draw(logits, drawing.temperature, [drawing.generators[row] for row in rows])
+        chosen = drawing.draw(logits, [drawing.prompts[row] for row in rows])
         for row, token in zip(rows, chosen, strict=True):
             if row in open_rows:
                 written[row].append(token)

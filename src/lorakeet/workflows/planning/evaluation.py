@@ -45,11 +45,13 @@ from lorakeet.workflows.runs.residency import ALONE, FEWEST, RESIDENT, MemoryPla
 
 
 def fit_evaluation(
-    config: RunConfig, adapter: Adapter, say: Say, workload: Workload, weigh: Weigh | None = None, copies: float = 1.0
-) -> Residency[MemoryPlan]:
+    config: RunConfig, adapter: Adapter, say: Say, workload: Workload, weigh: Weigh | None = None, copies: float = 1.0, *,
+    what: str = "",
+) -> Residency[MemoryPlan]:  # fmt: skip
     """How an evaluation of `adapter`, or a compression (`weigh`, `copies`), keeps memory.budget, or without one fits into what is
-    free on a CUDA device. Raises as `fit_budget`."""
+    free on a CUDA device. `what` names the work in messages, if it is another. Raises as `fit_budget`."""
     work = Evaluation(config, adapter, say, workload, weigh, copies)
+    work.what = what or work.what
     if not config.memory.limit and work.device.type == "cuda":
         return fit_free(work, free_memory(work.device), say)
     return fit_budget(work, config.memory.limit, say)

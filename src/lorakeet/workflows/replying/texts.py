@@ -21,12 +21,14 @@ from lorakeet.data.rows import Row, Turn
 from lorakeet.data.shapes import ROLES
 from lorakeet.data.spec import DataSpec
 from lorakeet.errors import ConfigError, LorakeetError
+from lorakeet.memory.free import fits_now
 from lorakeet.memory.spec import MemorySpec
 from lorakeet.merging.combine import CombineSpec, combination
 from lorakeet.models.families import family_of_model
 from lorakeet.models.files.source import find_source
-from lorakeet.models.generate.sample import sample
+from lorakeet.models.generate.sample import sample_by
 from lorakeet.models.inject import activate, adapter_names, eject
+from lorakeet.models.placement import device_for, text_dtype_for
 from lorakeet.models.spec import ModelSpec
 from lorakeet.models.streaming.load import empty_model
 from lorakeet.models.targets import plan_for
@@ -35,10 +37,12 @@ from lorakeet.models.text.load import load_text_model, read_config
 from lorakeet.models.text.model import TextModel
 from lorakeet.models.text.serving import ServingModel
 from lorakeet.serve.engine import Engine, Event, Request
-from lorakeet.serve.sampling import Sampling
+from lorakeet.serve.sampling import Sampling, TokenSampler
 from lorakeet.serve.text_stream import TextStream
 from lorakeet.workflows.planning.evaluation import fit_evaluation
+from lorakeet.workflows.planning.fit import Say
 from lorakeet.workflows.planning.forecast_text_run import Workload
+from lorakeet.workflows.runs.residency import MemoryPlan, Residency
 from lorakeet.workflows.runs.trained_prompt import trained_prompt
 
 Prompt: TypeAlias = "str | Sequence[dict[str, Any]]"
@@ -46,29 +50,53 @@ Mix: TypeAlias = "tuple[tuple[Adapter, float], ...]"  # adapters with weights; e
 Identity: TypeAlias = "tuple[int, int]"
 TOGETHER = 16  # texts of a batch
 ON_MODEL = 32  # adapters that stay on a model between calls
+BESIDE = 1 << 30  # bytes of a GPU, at most, beside weights and cache: a pass, the libraries' workspaces, the allocator
 _LONGEST = 1 << 30  # tokens: a prompt is never truncated without a word
 
 
-def open_texts(spec: ModelSpec, memory: MemorySpec, adapter: Adapter | None, *, context: int, slots: int = 1) -> TextSource:
-    """The model of `spec`, ready to write; with a budget that its weights exceed, streamed from disk.
+def silent(_: str) -> None:
+    """Prints nothing."""
+
+
+def open_texts(
+    spec: ModelSpec, memory: MemorySpec, adapter: Adapter | None, *, context: int, slots: int = 1,
+    say: Say = silent,
+) -> TextSource:  # fmt: skip
+    """The model of `spec`, ready to write; streamed where its weights exceed a budget, or without one the free memory of its
+    GPU, which is said.
 
     `slots` texts of `context` tokens are expected at once. Under a budget a prompt and its reply may not have more, and an
     adapter about the size of `adapter`. Raises as `load_text_model` and `fit_budget` do.
     """
-    if not memory.limit:
+    residency: Residency[MemoryPlan] = Residency()
+    if memory.limit or _may_exceed_gpu(spec, context * slots):
+        config = RunConfig(model=spec, memory=memory, data=DataSpec(max_tokens=context))
+        needed, about = adapter or _outline(spec), Workload(labelled=False)
+        residency = fit_evaluation(config, needed, silent if memory.limit else say, about, what="writing texts")
+    if residency.store is None and not memory.limit:
         return BatchedTexts(load_text_model(spec), slots=slots, length=context if slots > 1 else 512)
-    data = DataSpec(max_tokens=context)
-    config = RunConfig(model=spec, memory=memory, data=data)
-    residency = fit_evaluation(config, adapter or _outline(spec), lambda _: None, Workload(labelled=False))
     if residency.store is None:
         return BatchedTexts(load_text_model(spec), context, slots=slots)
     text = load_text_model(spec, store=residency.store, slots=residency.way.slots, pinned=residency.pinned)
     return StreamedTexts(text, context)
 
 
+def _may_exceed_gpu(spec: ModelSpec, tokens: int) -> bool:
+    """Whether the model, with keys and values of so many tokens, could take more than is free on its GPU: a quick upper bound,
+    as if no weight were quantised and each head had keys of its own. False where there is no GPU."""
+    device = device_for(spec.device)
+    if device.type != "cuda":
+        return False
+    config = read_config(find_source(spec, silent))
+    numbers = sum(parameter.numel() for parameter in empty_model(config, torch.float32).parameters())
+    words = config.get_text_config()
+    states = 2 * tokens * int(words.num_hidden_layers) * int(words.hidden_size)
+    return not fits_now(BESIDE + (numbers + numbers // 8 + states) * text_dtype_for(spec.dtype, device).itemsize, device)
+
+
 def _outline(spec: ModelSpec) -> Adapter:
     """An adapter of rank 1 on every linear layer, on the meta device: the least that a plan of an evaluation takes."""
-    config = read_config(find_source(spec, lambda _: None))
+    config = read_config(find_source(spec, silent))
     plan = plan_for(empty_model(config, torch.float32), LoraSpec(rank=1), family_of_model(config))
     with torch.device("meta"):
         pairs = {
@@ -238,16 +266,15 @@ class StreamedTexts(TextSource):
 
     def texts(self, prompts: Sequence[Sequence[int]], mixes: Sequence[Mix], sampling: Sampling) -> list[str]:
         self.require_fitting(prompts, sampling)
-        if sampling != Sampling(sampling.max_tokens, sampling.temperature, seed=sampling.seed, stop=sampling.stop):
-            raise ConfigError("Where a budget streams the weights, generate takes max_tokens, temperature, seed and stop only.")
+        sampling.check()
         written = ["" for _ in prompts]
         for mix in {_key(one): one for one in mixes}.values():
             numbers = [number for number, one in enumerate(mixes) if _key(one) == _key(mix)]
             with self.active(_summed(mix)):
-                found = sample(
-                    self.text, [prompts[number] for number in numbers], max_tokens=sampling.max_tokens, seed=sampling.seed or 0,
-                    temperature=sampling.temperature,
-                )  # fmt: skip
+                chosen = [prompts[number] for number in numbers]
+                samplers = [TokenSampler(_seeded(sampling, number), prompt=prompts[number]) for number in numbers]
+                by = [lambda logits, own=own: own.choose(logits).token for own in samplers]
+                found = sample_by(self.text, chosen, by, max_tokens=sampling.max_tokens)
             for number, ids in zip(numbers, found, strict=True):
                 written[number] = _decoded(self.text, ids.tolist(), sampling)
         return written
