@@ -67,6 +67,7 @@ def loud(finished: Any, tmp_path_factory: pytest.TempPathFactory) -> Path:
     return loud_run(finished.path, tmp_path_factory.mktemp("loud") / "run")
 
 
+@pytest.mark.slow
 def test_merge_and_verify(loud: Path, tmp_path: Path, card: Card) -> None:
     path = Path(shutil.copytree(loud, tmp_path / "run"))
     merged = merge(MergeOptions((str(path),), out=tmp_path / "merged"), console=quiet())
@@ -76,6 +77,7 @@ def test_merge_and_verify(loud: Path, tmp_path: Path, card: Card) -> None:
     assert any(check.name.endswith("greedy text") for check in read_certificate(path / "certificate.json").checks)
 
 
+@pytest.mark.slow
 def test_export(loud: Path, tmp_path: Path, card: Card) -> None:
     found = export(ExportOptions(str(loud), out=tmp_path / "model.gguf", quant="f16"), console=quiet())
     assert found.to_mapping()["passed"] is True
