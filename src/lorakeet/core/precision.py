@@ -9,6 +9,7 @@ and fp32 products lose nothing in exactness.
 from __future__ import annotations
 
 import time
+from functools import cache
 
 import torch
 
@@ -20,11 +21,17 @@ CLEARLY_FASTER = 1.15  # below this ratio the stored dtype is kept, since castin
 def fastest_products(stored: torch.dtype, device: torch.device | str = "cpu") -> torch.dtype:
     """`stored` or float32, whichever multiplies faster for weights kept as `stored`; on a GPU always `stored`.
 
-    Takes about 50 ms on a CPU: the best of seven alternated products each. The answer belongs into the run's saved settings, so
-    that a resumed run computes the same numbers.
+    Takes 50 to 100 ms on a CPU at the first call of a process: the best of seven alternated products each. The answer belongs
+    into the run's saved settings, so that a resumed run computes the same numbers.
     """
     if torch.device(device).type != "cpu" or stored == torch.float32:
         return stored
+    return _measured(stored, torch.get_num_threads())
+
+
+@cache
+def _measured(stored: torch.dtype, threads: int) -> torch.dtype:
+    """The faster of the two on this CPU with that many threads, which torch has."""
     narrow = torch.ones(PROBE_SIZE, PROBE_SIZE, dtype=stored)
     wide = narrow.float()
     seconds = {stored: float("inf"), torch.float32: float("inf")}
