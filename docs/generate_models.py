@@ -27,14 +27,14 @@ cannot have pairs, all columns are of a run without them.
 | gradients | in fp32, gradients of packed rows are those of transformers and PEFT on single rows, to 1e-5; the worst difference |
 | bf16 | the same in bf16, beside the model's own code; rounding explains the difference |
 | PEFT | the real PEFT reads the files, and computes the live model's logits to 3e-5 |
-| merge | transformers reads the merged model, and computes these logits; other tensors keep their bytes |
+| merge | transformers reads the merged model, and computes these logits to 3e-5; other tensors keep their bytes |
 | plan | `lorakeet plan` answers |
 | NF4 | a base in NF4 trains, its stacked experts packed too; the last table says where they stay dense |
 | serve | greedy texts are those that transformers' generate writes; the last table says where their length is limited |
 | GGUF | llama.cpp computes these logits from the exported file |
 
-Where the model's own code rounds more than 1e-5, as its gradients in fp32 beside those in fp64 show, three times that is allowed.
-The last table names these families.
+Where a model's gradients or its merged logits are further off, its own code is measured in fp32 beside fp64.
+Three times that difference is allowed. The last table names these families, with both numbers.
 
 """
 
@@ -65,7 +65,7 @@ def rows(found: dict[str, dict[str, dict[str, str]]]) -> dict[str, list[str]]:
         trained.append(f"| {kind} | {' | '.join(cell(columns.get(column)) for column in COLUMNS)} |")
         for column in COLUMNS[1:]:
             one = columns.get(column, {"outcome": "passed", "detail": ""})
-            more = (column == "gradients" and "," in one["detail"]) or (column in ("NF4", "serve") and one["detail"])
+            more = (column in ("gradients", "merge") and "," in one["detail"]) or (column in ("NF4", "serve") and one["detail"])
             if one["outcome"] != "passed" or more:
                 said.append(f"| {kind} | {column} | {SIGNS[one['outcome']]} | {first_sentence(one['detail'])} |")
     return {"trained": trained, "refused": refused, "said": said}

@@ -9,6 +9,7 @@ from __future__ import annotations
 import fcntl
 import json
 import os
+import shutil
 from dataclasses import asdict
 from pathlib import Path
 
@@ -20,6 +21,7 @@ from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_N
 
 from lorakeet.errors import DataError
 from lorakeet.models.files.validate import require_text_model
+from tiny import family_columns
 from tiny.family_columns import COLUMNS, Outcome, tried
 from tiny.small_configs import VARIANTS, type_of
 
@@ -47,6 +49,26 @@ def test_a_family_passes_every_column_that_it_is_not_refused(kind: str, tmp_path
     found = tried(kind, tmp_path, [column for column in COLUMNS if column not in ("bf16", "NF4")])
     assert not wrong(found), "\n".join(wrong(found))
     assert all(found[column].outcome == "passed" for column in ("train", "gradients", "PEFT", "merge", "plan")), found
+
+
+def test_a_merge_is_held_to_what_the_family_s_own_code_rounds(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Its linear attention makes 1e-5 of a rounded weight, so this family's merge is 1e-5 to 3e-5 off; so is PEFT's own merge."""
+    family_columns.saved("bailing_hybrid", tmp_path)
+    family_columns.train(tmp_path)
+    family_columns.merge(tmp_path)
+    merged = family_columns.in_transformers(tmp_path / "merged").state_dict()
+    by_peft = family_columns.in_peft(tmp_path).merge_and_unload().state_dict()
+    assert merged.keys() == by_peft.keys()
+    for name, weight in by_peft.items():
+        torch.testing.assert_close(merged[name], weight, rtol=1e-6, atol=1e-7, msg=name)
+    monkeypatch.setattr(family_columns, "EXACT", 1e-6)
+    shutil.rmtree(tmp_path / "merged")
+    assert "where the model's own code in fp32 is" in family_columns.merge(tmp_path)
+    live = torch.load(tmp_path / "logits.pt")
+    torch.save(live * (1 + 3e-4), tmp_path / "logits.pt")
+    shutil.rmtree(tmp_path / "merged")
+    with pytest.raises(AssertionError, match="0.0003 of the largest logit, own noise"):
+        family_columns.merge(tmp_path)
 
 
 @pytest.mark.families
