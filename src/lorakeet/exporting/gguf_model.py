@@ -90,7 +90,7 @@ class GgufTensors(MergedTensors):
         super().__init__(source, adapter)
         known = read_config(source)  # with the defaults and names of the family's own class, which files may leave out
         self.layout: ModelLayout = model_layout({**known.get_text_config().to_dict(), **self.edits.config}, source)
-        self._tied = self.edits.config.get("tie_word_embeddings", known.tie_word_embeddings) is True
+        self._tied = self.edits.config.get("tie_word_embeddings", getattr(known, "tie_word_embeddings", False)) is True
         self.notes = [*self.edits.notes, *self.layout.notes]
         self.home = self._named()
 

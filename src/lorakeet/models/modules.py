@@ -256,9 +256,12 @@ def block_prefix(model: nn.Module, family: Family) -> tuple[str, int]:
 
 
 def decoder_of(model: nn.Module) -> Any:
-    """The part of a causal language model that makes hidden states of tokens; transformers knows it, but not for Llama 4."""
+    """The part of a causal language model that makes hidden states of tokens; transformers knows it, but not for Llama 4.
+
+    ModernBERT calls its head so.
+    """
     found = cast(Any, model).get_decoder()
-    return getattr(model, "model", found) if found is model else found
+    return getattr(model, "model", found) if found in (model, output_layer(model)) else found
 
 
 def text_part(model: nn.Module) -> str:

@@ -76,9 +76,10 @@ def _sites(model: nn.Module) -> Iterable[Site]:
             refusal = why_not_experts(module)
             why = f"part of a {type(module).__name__} whose experts cannot be adapted: {refusal}" if refusal else ""
             yield Site(path, None, (), f"a {type(module).__name__}, which contains {', '.join(stacks)}; name these instead")
+            apart = "" if refusal else _apart_in_peft(model, path)
             for name in stacks:
                 shape = () if refusal else stack_shape(module, name)
-                yield Site(f"{path}.{name}", None if refusal else "experts", shape, why, "")
+                yield Site(f"{path}.{name}", None if refusal else "experts", shape, why, apart)
             continue
         kind = modules.kind_of(module)
         if kind is None:
@@ -102,6 +103,10 @@ def _apart(model: nn.Module, path: str, module: nn.Module, kind: Kind) -> str:
         return "a router, adapted by name only"
     if set(path.split(".")) & set(CHOOSING):
         return "it chooses tokens, and no gradient reaches it"
+    return _apart_in_peft(model, path)
+
+
+def _apart_in_peft(model: nn.Module, path: str) -> str:
     return "refused by PEFT, adapted by name only" if refused_by_peft(_kind_of(model), path) else ""
 
 

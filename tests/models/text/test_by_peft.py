@@ -14,7 +14,9 @@ import torch
 from lorakeet.core.spec import LoraSpec
 from lorakeet.data.chat import Example
 from lorakeet.formats.peft import peft
+from lorakeet.models import targets
 from lorakeet.models.families import family_of
+from lorakeet.models.files.validate import auto_class_of
 from lorakeet.models.inject import adapter_of, inject, trained_parameters
 from lorakeet.models.spec import ModelSpec
 from lorakeet.models.targets import plan_for
@@ -25,6 +27,7 @@ from lorakeet.models.text.model import TextModel
 from lorakeet.quant.spec import QuantSpec
 from tiny.models import save_tiny_llama, tiny_model
 from tiny.outlines import outline
+from tiny.small_configs import small_config
 
 ROWS = [Example(np.arange(start, end), np.ones(end - start, bool), "", None, False) for start, end in ((3, 40), (50, 60))]
 
@@ -97,6 +100,22 @@ def test_a_place_that_peft_does_not_take_and_those_that_it_adds_are_named(monkey
     found = unread_by_peft(model.config, plan, type(model))
     assert "it puts no pair on model.layers.0.mlp.down_proj" in found
     assert "it puts pairs on model.layers.1.mlp.experts.down_proj" in found
+
+
+def test_pairs_that_peft_drops_as_it_reads_them_are_named(monkeypatch: pytest.MonkeyPatch) -> None:
+    """It places them right, but renames what has the new name already: in Mistral Large 4 the experts, in Laguna the shared ones."""
+    for kind, dropped in (("mistral_large4", ("experts", "shared_experts")), ("laguna", ("shared_experts",))):
+        config = small_config(kind)
+        with torch.device("meta"):
+            model = auto_class_of(config).from_config(config)
+        assert unread_by_peft(config, planned(model)) == ""
+        taken = {entry.path for entry in planned(model).entries}
+        assert not any(part in path.split(".") for part in dropped for path in taken)
+        monkeypatch.setattr(targets, "refused_by_peft", lambda kind, path: False)
+        found = unread_by_peft(config, planned(model))
+        monkeypatch.undo()
+        assert found.startswith("it renames the tensors of ") and found.endswith(", and drops them")
+        assert f"mlp.{dropped[0]}" in found
 
 
 def test_what_peft_refuses_is_given_in_its_words() -> None:

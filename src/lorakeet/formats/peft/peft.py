@@ -334,12 +334,13 @@ def write(adapter: Adapter, folder: Path, **_unused: object) -> None:
     metadata = {"format": "pt"}
     if note := _note_for(adapter):
         metadata[_NOTE] = json.dumps(note, sort_keys=True, ensure_ascii=False)
-    save_tensors(folder / MODEL_NAME, _tensors(adapter), metadata=metadata)
+    save_tensors(folder / MODEL_NAME, peft_tensors(adapter), metadata=metadata)
     saved = sorted({path.rpartition(".")[0] for path in adapter.extras} - set(adapter.pairs))
     save_text(folder / CONFIG_NAME, config_text(adapter, modules_to_save=saved))
 
 
-def _tensors(adapter: Adapter) -> dict[str, Tensor]:
+def peft_tensors(adapter: Adapter) -> dict[str, Tensor]:
+    """The tensors of the file by name, fp32; experts' stacks have the two dimensions that PEFT gives them."""
     tensors: dict[str, Tensor] = {}
     nesting = _nesting(adapter)
     biased = any(pair.bias is not None for pair in adapter.pairs.values())

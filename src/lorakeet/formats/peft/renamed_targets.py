@@ -31,7 +31,7 @@ _TYPES = {
 # Mamba's kernels read these weights without calling their modules, so a pair would have no effect; PEFT refuses them.
 _READ_DIRECTLY = ("falcon_h1", "falcon_mamba", "mamba", "mamba2", "nemotron_h")
 # As PEFT reads a file, it renames modules as transformers does, and here it renames what has the new name already.
-_DROPPED = {"laguna": ("shared_experts",)}
+_DROPPED = {"laguna": ("shared_experts",), "mistral_large4": ("experts", "shared_experts")}
 RENAMED = {kind: _OLD_NAMES[like] for like, kinds in _TYPES.items() for kind in kinds}
 
 

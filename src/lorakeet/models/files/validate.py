@@ -65,7 +65,9 @@ def require_text_model(where: object, config: Any) -> None:
     elif getattr(config, "is_decoder", True) is False and kind not in _DECODERS:
         why = "is an encoder: each of its tokens sees the tokens after it, so it cannot continue a text"
     elif type(config) in MODEL_FOR_CAUSAL_LM_MAPPING or type(config) in MODEL_FOR_MULTIMODAL_LM_MAPPING:
-        return
+        if hasattr(text, "vocab_size"):
+            return
+        why = "has no text part that can be found: its configuration counts no tokens (vocab_size)"
     raise DataError(
         f"{where} describes a model of type '{kind}', which {why}. Name a language model, such as a llama, qwen or mistral "
         "folder."

@@ -23,6 +23,7 @@ from lorakeet.core.layers.extras import TrainedRows
 from lorakeet.core.plan import Plan, PlanEntry
 from lorakeet.data.chat import Example
 from lorakeet.evaluate.wording import bytes_text
+from lorakeet.formats.peft.peft import peft_tensors
 from lorakeet.formats.peft.peft_config import config_text
 from lorakeet.formats.peft.renamed_targets import WEIGHT, model_type_to_keep
 from lorakeet.models import modules
@@ -42,7 +43,7 @@ ROUNDING = 1e-4  # of the largest logit: fp32, summed in another order
 SHARE = 0.01  # of what the adapter changes
 _LOGITS = 6  # tensors (tokens, vocabulary) at once: three passes and their differences
 _PEFT = 64 << 20  # bytes of its modules once imported; 58 MiB were seen
-_NESTED = ".base_layer"
+_NESTED, _FACTOR, _ROOT = ".base_layer", ".lora_", "base_model.model."
 _TINY = torch.finfo(torch.float32).tiny
 
 
@@ -85,7 +86,7 @@ def bytes_with_peft(weights: int, vocabulary: int) -> dict[str, int]:
 
 
 def unread_by_peft(config: Any, plan: Plan, owner: Any = None) -> str:
-    """What the installed PEFT will not read of the adapter that `plan` trains; empty if it puts a pair where each of them is.
+    """What the installed PEFT will not read of the adapter that `plan` trains; empty if it has a pair for each and fills it.
 
     ImportError without PEFT. Builds the model of `config` without weights, of the class `owner` (default: a causal model's).
     """
@@ -94,7 +95,7 @@ def unread_by_peft(config: Any, plan: Plan, owner: Any = None) -> str:
         return ""  # new rows and whole modules alone
     adapter = Adapter(pairs, base="", metadata=model_type_to_keep(config.model_type))
     try:
-        found = _placed(config, auto_class_of(config) if owner is None else _Owner(owner), adapter)
+        found, dropped = _placed(config, auto_class_of(config) if owner is None else _Owner(owner), adapter)
     except ImportError:
         raise
     except Exception as error:  # of any kind: PEFT's refusals are ValueError, TypeError, NotImplementedError and others
@@ -102,6 +103,7 @@ def unread_by_peft(config: Any, plan: Plan, owner: Any = None) -> str:
     lacking, more = sorted(pairs.keys() - found), sorted(found - pairs.keys())
     said = [f"it puts no pair on {_listed(lacking)}"] if lacking else []
     said += [f"it puts pairs on {_listed(more)} too"] if more else []
+    said += [f"it renames the tensors of {_listed(dropped)}, and drops them"] if dropped and not said else []
     return "; ".join(said)
 
 
@@ -115,11 +117,12 @@ def _without_numbers(entry: PlanEntry) -> Pair:
     return Pair(A, B, entry.alpha, entry.kind, entry.scale_rule, magnitude)
 
 
-def _placed(config: Any, owner: Any, adapter: Adapter) -> set[str]:
-    """The paths on which PEFT puts pairs, those of experts by parameter."""
+def _placed(config: Any, owner: Any, adapter: Adapter) -> tuple[set[str], list[str]]:
+    """The paths on which PEFT puts pairs, those of experts by parameter, and the modules whose pairs it does not fill."""
     with _quiet():
         import peft
         from peft.tuners.lora import LoraLayer, ParamWrapper
+        from peft.utils.save_and_load import set_peft_model_state_dict
 
         config = plain_config(config)  # a copy, into which transformers writes
         config._attn_implementation = "eager"
@@ -133,7 +136,8 @@ def _placed(config: Any, owner: Any, adapter: Adapter) -> set[str]:
                 name = module.parameter_name if isinstance(module, ParamWrapper) else WEIGHT
                 outer = path.replace(_NESTED, "")
                 found.add(outer if name == WEIGHT else f"{outer}.{name}")
-        return found
+        lacking = [name for name in set_peft_model_state_dict(wrapped, peft_tensors(adapter)).missing_keys if _FACTOR in name]
+        return found, sorted({name.partition(_FACTOR)[0].removeprefix(_ROOT).replace(_NESTED, "") for name in lacking})
 
 
 @dataclass(frozen=True)
