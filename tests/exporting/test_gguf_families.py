@@ -39,6 +39,7 @@ CASES: list[tuple[str, dict[str, Any]]] = [
     ("ministral3", {}),  # queries scaled by position
     ("qwen3_5_moe", {}),  # DeltaNet with two heads of v for one of k
     ("qwen3_next", {}),  # the same, with q, k, v and z together
+    ("voxtral", {}),  # a wrapper whose configuration does not say whether the head is the embedding
     ("gemma4_text", {"num_kv_shared_layers": 2, "use_double_wide_mlp": True, "layer_types": KINDS}),
     ("gemma4_text", {"enable_moe_block": True, "num_experts": 4, "top_k_experts": 2, "moe_intermediate_size": 32}),
 ]

@@ -31,7 +31,7 @@ from lorakeet.models.files.gguf_packed import packed_copy
 from lorakeet.models.image.shapes import shapes_in
 from lorakeet.models.spec import ModelSpec
 from lorakeet.models.text.from_config import config_of
-from lorakeet.models.text.load import load_text_model, load_tokenizer
+from lorakeet.models.text.load import ReadBefore, load_text_model, load_tokenizer
 from tiny.adapters import random_adapter
 from tiny.damage import TEXTS, files_in, other_bytes, other_file, other_folder, put
 from tiny.fuzz import case_folder, fuzzed
@@ -147,7 +147,7 @@ def test_model_folders(files: dict[str, bytes]) -> None:
     """Whole loads, but for the tokenizer, which the test before reads."""
     with case_folder() as folder:
         spec = ModelSpec(str(put(files, folder / "m")), device="cpu", dtype="float32")
-        read_or_refuse(lambda: load_text_model(spec, say=quiet, tokenizer=tokenizer()))
+        read_or_refuse(lambda: load_text_model(spec, say=quiet, before=ReadBefore(tokenizer=tokenizer())))
 
 
 @cache

@@ -9,6 +9,7 @@ import subprocess
 import sys
 import threading
 from collections.abc import Iterator
+from contextlib import contextmanager
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from typing import Any
@@ -16,18 +17,23 @@ from urllib.parse import urlsplit
 
 import pytest
 
+from tiny.family_columns import saved
+
 COMMIT = "0123456789abcdef0123456789abcdef01234567"
 CLIENT = """
 import json, sys
 from lorakeet.errors import LorakeetError
-from lorakeet.models.text.load import load_text_model
+from lorakeet.models.servable import require_served
+from lorakeet.models.text.load import ReadBefore, load_text_model
 from lorakeet.models.spec import ModelSpec
 
 for name in sys.argv[1:]:
+    serve, _, name = name.rpartition(" ")
     path, _, revision = name.partition("@")
-    said = []
+    said, spec = [], ModelSpec(path=path, revision=revision or None, dtype="float32")
     try:
-        text = load_text_model(ModelSpec(path=path, revision=revision or None, dtype="float32"), say=said.append)
+        before = require_served(spec, said.append) if serve else ReadBefore()
+        text = load_text_model(spec, say=said.append, before=before)
         answer = {"files": sorted(file.name for file in text.source.iterdir()), "source": str(text.source)}
     except LorakeetError as error:
         answer = {"error": f"{type(error).__name__}: {error}"}
@@ -83,6 +89,17 @@ class Hub(BaseHTTPRequestHandler):
         pass
 
 
+@contextmanager
+def shelved(folder: Path) -> Iterator[tuple[str, list[str]]]:
+    """A hub that has the files of `folder`: its address, and what it is asked for."""
+    handler = type("Shelf", (Hub,), {"folder": folder, "asked": []})
+    server = ThreadingHTTPServer(("127.0.0.1", 0), handler)
+    threading.Thread(target=server.serve_forever, daemon=True).start()
+    yield f"http://127.0.0.1:{server.server_port}", handler.asked
+    server.shutdown()
+    server.server_close()
+
+
 @pytest.fixture
 def hub(tiny_llama_folder: Path, tmp_path: Path) -> Iterator[str]:
     shelf = tmp_path / "shelf"
@@ -90,12 +107,8 @@ def hub(tiny_llama_folder: Path, tmp_path: Path) -> Iterator[str]:
     for file in tiny_llama_folder.iterdir():
         (shelf / file.name).write_bytes(file.read_bytes())
     (shelf / "pytorch_model.bin").write_bytes(b"a pickle, which is never fetched")
-    handler = type("Shelf", (Hub,), {"folder": shelf, "asked": []})
-    server = ThreadingHTTPServer(("127.0.0.1", 0), handler)
-    threading.Thread(target=server.serve_forever, daemon=True).start()
-    yield f"http://127.0.0.1:{server.server_port}"
-    server.shutdown()
-    server.server_close()
+    with shelved(shelf) as (url, _):
+        yield url
 
 
 def fetched(hub: str, cache: Path, *names: str, offline: bool = False) -> list[dict[str, Any]]:
@@ -125,3 +138,23 @@ def test_what_the_hub_refuses_is_said(hub: str, tmp_path: Path) -> None:
     assert "ConfigError: model.path 'plants/tinny' is no file or folder here, and the hub has no model of" in unknown["error"]
     assert "EnvironmentProblem: The hub lets only approved users fetch 'plants/gated'; ask there, then" in gated["error"]
     assert revision["error"] == "ConfigError: The hub has no revision 'v9' of 'plants/tiny'; check model.revision."
+
+
+def test_a_server_fetches_no_weights_of_a_model_that_it_refuses(tmp_path: Path) -> None:
+    with shelved(saved("lfm2", tmp_path)) as (url, asked):
+        (refused,) = fetched(url, tmp_path / "cache", "serve plants/tiny")
+        fetched_files = {line.rpartition("/")[2] for line in asked if line.startswith("GET") and "/resolve/" in line}
+    assert refused["error"].startswith("ConfigError: plants/tiny is a 'lfm2' model, which cannot be served here: its Lfm2ShortConv")
+    assert refused["said"] == ["Fetching the config.json of plants/tiny from the model hub."]
+    assert fetched_files == {"config.json"}
+
+
+def test_a_model_whose_configuration_alone_was_fetched_is_fetched_whole(hub: str, tmp_path: Path) -> None:
+    """The check before serving and a plan leave config.json in the cache; the second start needs no network."""
+    (first,) = fetched(hub, tmp_path / "cache", "serve plants/tiny")
+    assert first["said"][:2] == [
+        "Fetching the config.json of plants/tiny from the model hub.", "Fetching plants/tiny from the model hub.",
+    ]  # fmt: skip
+    assert {"config.json", "model.safetensors", "tokenizer.json"} <= set(first["files"])
+    (again,) = fetched("http://127.0.0.1:9", tmp_path / "cache", "serve plants/tiny", offline=True)
+    assert again["files"] == first["files"] and not any("Fetching" in line for line in again["said"])

@@ -123,6 +123,13 @@ def test_the_decoder_makes_hidden_states_also_where_transformers_names_the_whole
     assert modules.decoder_of(llama) is llama.model
 
 
+def test_a_head_that_is_called_decoder_makes_no_hidden_states() -> None:
+    config = small_config("modernbert-decoder")
+    with torch.device("meta"):
+        model = transformers.AutoModelForCausalLM.from_config(config)
+    assert model.get_decoder() is model.get_output_embeddings() and modules.decoder_of(model) is model.model
+
+
 READ_OR_CHOSEN = [("deepseek_v32", ".indexer."), ("gemma3n_text", ".correction_coefs."), ("jamba", ".dt_proj.")]
 
 

@@ -34,7 +34,10 @@ DIGEST = "lorakeet.adapter_sha256"  # our key: the merged adapter; other program
 # Matrices that llama.cpp multiplies in fp32 alone: norms of groups, routers and convolutions.
 _WIDE = ("_norm.weight", "ffn_gate_inp.weight", "ffn_gate_inp_shexp.weight", "ssm_conv1d.weight", "shortconv.conv.weight")
 _BLOCK = 32  # weights in a block of Q8_0
-_TOWERS = ("vision_tower.", "multi_modal_projector.", "vision_model.", "audio_tower.", "embed_vision.", "embed_audio.", "visual.")
+_TOWERS = (
+    "vision_tower.", "multi_modal_projector.", "vision_model.", "audio_tower.", "embed_vision.", "embed_audio.", "visual.",
+    "merger.",
+)  # fmt: skip
 _PREDICTION = "the prediction of several tokens"
 _NOT_WRITTEN = {
     "the vision and audio parts": (*_TOWERS, *(f"model.{name}" for name in _TOWERS)),

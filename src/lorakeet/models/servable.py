@@ -6,25 +6,26 @@ What the table does not know is tried on the loaded model, before the server lis
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import nn
 from transformers.initialization import no_init_weights
 
 from lorakeet.data.locate import locate_model
-from lorakeet.errors import ConfigError
+from lorakeet.errors import ConfigError, DataError
 from lorakeet.models.families import CHOOSING
 from lorakeet.models.files.foreign_code import build_native
 from lorakeet.models.files.quantized import plain_config
 from lorakeet.models.files.quiet import quiet_transformers
-from lorakeet.models.files.source import find_source
+from lorakeet.models.files.source import find_source, on_this_machine
 from lorakeet.models.files.validate import auto_class_of
 from lorakeet.models.module_kinds import stateful_parts
 from lorakeet.models.spec import ModelSpec
 from lorakeet.models.text.from_config import config_of
-from lorakeet.models.text.load import read_config
+from lorakeet.models.text.load import ReadBefore, read_config
 
+BLOCKS = 8  # that are built of a model whose configuration does not list the kinds of its blocks
 REMEDY = (
     "Merge its adapter (lorakeet merge) and serve the merged model with another server; with llama.cpp, where lorakeet export "
     "writes a GGUF file of it. Or try --engine vllm: each adapter is verified in vLLM before it is served."
@@ -38,8 +39,13 @@ NOT_SERVED = {
     **dict.fromkeys(("dory", "hrm_text"), _SEVERAL_PASSES),
     "stablelm": "its code does not tell its attention where a text of the batch begins",
     **dict.fromkeys(("doge", "git"), _OWN_MASK),
+    "paligemma": "its attention sees the tokens after a token, and a text that is written has none",
     **dict.fromkeys(
-        ("bloom", "falcon", "got_ocr2", "gpt_neo", "gpt_neox_japanese", "granite_speech", "granite_speech_plus"), _OWN_ATTENTION
+        (
+            "bloom", "falcon", "got_ocr2", "gpt_neo", "gpt_neox_japanese", "granite_speech", "granite_speech_plus", "mpt",
+            "openai-gpt", "pp_chart2table", "xglm",
+        ),
+        _OWN_ATTENTION,
     ),
 }
 
@@ -55,19 +61,45 @@ def why_not_served(model: nn.Module) -> str:
     return NOT_SERVED.get(str(getattr(model.config, "model_type", "")), "")
 
 
-def require_served(spec: ModelSpec, say: Callable[[str], None]) -> None:
+def require_served(spec: ModelSpec, say: Callable[[str], None]) -> ReadBefore:
     """Raises ConfigError, with reason and remedy, for a model that the server cannot write texts of; reads no weights.
 
-    Of a hub id only config.json is fetched. DataError where the configuration cannot be read.
+    Returns what was read of a folder, so that loading the model does not read it again. Of a hub id that is not on this machine
+    only config.json is fetched, and of a .gguf file only the header is read. DataError where the configuration cannot be read.
     """
-    path = locate_model(spec.path)
-    folder = path is not None and path.is_dir()
-    config: Any = read_config(find_source(spec, say)) if folder else config_of(spec, say)
+    path = locate_model(spec.path) or on_this_machine(spec)
+    source = find_source(spec, say) if path is not None and path.is_dir() else None
+    config: Any = config_of(spec, say) if source is None else read_config(source)
+    if reason := why_not_served(few_blocks_of(config)):
+        raise ConfigError(refusal_to_serve(spec.path, str(config.model_type), reason))
+    return ReadBefore() if source is None else ReadBefore(source, config)
+
+
+def few_blocks_of(config: Any) -> nn.Module:
+    """The model of a transformers configuration on the meta device, without weights, with only the blocks that tell its kinds.
+
+    They are the first ones, until each kind of `layer_types` was there, or BLOCKS. What a later block alone would tell is found
+    on the loaded model. DataError where it cannot be built.
+    """
     own = plain_config(config)
+    text = own.get_text_config()
+    count, kinds = getattr(text, "num_hidden_layers", None), getattr(text, "layer_types", None)
+    enough = max(map(kinds.index, kinds)) + 1 if kinds else BLOCKS
+    if not isinstance(count, int) or enough >= count:
+        return _on_meta(own)
+    for key, value in list(vars(text).items()):
+        if isinstance(value, (list, tuple)) and len(value) == count:
+            setattr(text, key, value[:enough])
+    text.num_hidden_layers = enough
+    try:
+        return _on_meta(own)
+    except DataError:  # its other settings count on all blocks
+        return _on_meta(plain_config(config))
+
+
+def _on_meta(config: Any) -> nn.Module:
     with quiet_transformers(), torch.device("meta"), no_init_weights():
-        model = build_native(auto_class_of(own), own, attn_implementation="eager")
-    if reason := why_not_served(model):
-        raise ConfigError(refusal_to_serve(spec.path, str(model.config.model_type), reason))
+        return cast(nn.Module, build_native(auto_class_of(config), config, attn_implementation="eager"))
 
 
 def refusal_to_serve(name: str, kind: str, reason: str) -> str:

@@ -73,10 +73,10 @@ def serve(options: ServeOptions, *, console: Console) -> Served:
     connections = ConnectionLimits(options.connections, options.connections_per_address)
     access = None if options.keys is None else read_keys(options.keys)
     spec = ModelSpec(options.model, dtype=options.dtype, quantize=QuantSpec(method=options.quantize), kernels=options.kernels)
-    require_served(spec, console.print)
+    before = require_served(spec, console.print)
     limit_code_cache(SERVING)
     with _on_its_device(options):
-        live = ServingModel(text := load_text_model(spec, say=console.print))
+        live = ServingModel(text := load_text_model(spec, say=console.print, before=before))
         context = _context(options, text)
         runner = Engine(text, live.selection, slots=options.slots, context=context, waiting=options.queue, cores=_cores())
     store = None if options.adapters_dir is None else AdapterStore(options.adapters_dir, parse_size(options.uploads_total))

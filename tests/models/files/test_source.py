@@ -74,6 +74,23 @@ def test_a_hub_id_that_was_fetched_before(folder: Path, monkeypatch: pytest.Monk
     assert find("org/model") == folder
 
 
+@pytest.mark.parametrize("lacking", ["model.safetensors", "tokenizer*.json"])
+def test_a_hub_id_of_which_only_a_part_was_fetched(lacking: str, folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A plan fetches config.json alone. The rest is fetched then, and until that the model is not on this machine."""
+    part = Path(shutil.copytree(folder, folder.parent / "part"))
+    for file in part.glob(lacking):
+        file.unlink()
+
+    def download(*_: object, local_files_only: bool = False, **__: object) -> str:
+        return str(part if local_files_only else folder)
+
+    monkeypatch.setattr(source, "snapshot_download", download)
+    assert source.on_this_machine(ModelSpec(path="org/model")) is None
+    said: list[str] = []
+    assert find_source(ModelSpec(path="org/model"), said.append) == folder
+    assert said == ["Fetching org/model from the model hub."]
+
+
 def problem(folder: Path) -> str:
     with pytest.raises(DataError) as caught:
         check_folder(folder)

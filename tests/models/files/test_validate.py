@@ -139,6 +139,7 @@ def test_a_model_that_writes_no_text() -> None:
         ("whisper", "is an encoder-decoder"),
         ("florence2", "is an encoder-decoder"),
         ("vit", "does not write text"),
+        ("pi0", r"has no text part that can be found: its configuration counts no tokens \(vocab_size\)"),
     ],
 )
 def test_models_that_cannot_continue_a_text_are_refused_by_their_configuration(kind: str, words: str) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable
+from contextlib import suppress
 from pathlib import Path
 
 from huggingface_hub import snapshot_download
@@ -80,10 +81,17 @@ def on_this_machine(spec: ModelSpec) -> Path | None:
         local = locate_model(spec.path)
         if local is not None:
             return local
-        with quiet_transformers():
-            return Path(snapshot_download(spec.path, revision=spec.revision, allow_patterns=_WANTED, local_files_only=True))
+        return _cached(spec)
     except (DataError, EnvironmentProblem, LocalEntryNotFoundError, HFValidationError):
         return None
+
+
+def _cached(spec: ModelSpec) -> Path | None:
+    """The hub's cached folder of `spec`; None if it is not whole, as where a plan fetched its config.json alone."""
+    with quiet_transformers():
+        folder = Path(snapshot_download(spec.path, revision=spec.revision, allow_patterns=_WANTED, local_files_only=True))
+    weights = any(folder.glob("*.safetensors")) and not _missing_shards(folder, Problems("", DataError))
+    return folder if weights and any((folder / name).is_file() for name in _TOKENIZERS) else None
 
 
 def _has_gguf_blocks(folder: Path) -> bool:
@@ -99,11 +107,10 @@ def _has_gguf_blocks(folder: Path) -> bool:
 def _from_hub(spec: ModelSpec, say: Callable[[str], None]) -> Path:
     name, where = spec.path, f" at revision '{spec.revision}'" if spec.revision else ""
     unknown = f"model.path '{name}' is no file or folder here"
-    try:
-        with quiet_transformers():
-            return Path(snapshot_download(name, revision=spec.revision, allow_patterns=_WANTED, local_files_only=True))
-    except LocalEntryNotFoundError:
-        say(f"Fetching {name}{where} from the model hub.")
+    with suppress(LocalEntryNotFoundError):
+        if (here := _cached(spec)) is not None:
+            return here
+    say(f"Fetching {name}{where} from the model hub.")
     try:
         with quiet_transformers():
             return Path(snapshot_download(name, revision=spec.revision, allow_patterns=_WANTED))

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Callable, Iterator
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, cast
 
@@ -52,6 +52,15 @@ HEAD_TOLERANCE = 8  # in units of the dtype's rounding: both sides multiply the 
 ATTENTION_TOLERANCE = {torch.float32: 1e-4, torch.float16: 1e-2, torch.bfloat16: 5e-2}  # relative to the largest logit
 
 
+@dataclass(frozen=True)
+class ReadBefore:
+    """What was read of a model before its weights are: its folder, configuration and tokenizer; None what was not."""
+
+    source: Path | None = None
+    config: Any = None
+    tokenizer: Any = None
+
+
 def load_text_model(
     spec: ModelSpec,
     *,
@@ -61,9 +70,9 @@ def load_text_model(
     pinned: bool = False,
     ends: bool = False,
     changes: Changes | None = None,
-    tokenizer: Any = None,
+    before: ReadBefore = ReadBefore(),
 ) -> TextModel:
-    """Loads the model of `spec`, frozen and checked, with the `tokenizer` of its folder, where that was loaded before.
+    """Loads the model of `spec`, frozen and checked; what of it was read `before` is not read again.
 
     `say` gets messages for the user (default: the log).
 
@@ -75,14 +84,15 @@ def load_text_model(
     the check of the head or of the attention fails.
     """
     say = say or logging.getLogger("lorakeet").info
-    source, device = find_source(spec, say), device_for(spec.device)
+    source, device = before.source or find_source(spec, say), device_for(spec.device)
+    config = read_config(source) if before.config is None else before.config
     dtype, kernels = text_dtype_for(spec.dtype, device), kernels_for(spec, device)
     streamed = None
     if store is None:
-        model = _model(source, dtype, spec.quantize, say).to(device)
+        model = _model(source, config, dtype, spec.quantize, say).to(device)
     else:
         model, streamed = streamed_model(
-            source, read_config(source), dtype, quantize=spec.quantize, folder=store, changes=changes, say=say,
+            source, config, dtype, quantize=spec.quantize, folder=store, changes=changes, say=say,
             residence=Residence(slots, device, pinned, ends),
         )
         take_generation_settings(model, source)
@@ -90,7 +100,7 @@ def load_text_model(
     _multiply_in_int8(model, spec)
     text = TextModel(
         model=model,
-        tokenizer=load_tokenizer(source) if tokenizer is None else tokenizer,
+        tokenizer=load_tokenizer(source) if before.tokenizer is None else before.tokenizer,
         name=spec.path,
         source=source,
         family=family_of_model(model.config),
@@ -153,9 +163,8 @@ def load_tokenizer(folder: Path) -> Any:
         return read_native(AutoTokenizer, folder, local_files_only=True)
 
 
-def _model(source: Path, dtype: torch.dtype, quantize: QuantSpec, say: Callable[[str], None]) -> Any:
+def _model(source: Path, config: Any, dtype: torch.dtype, quantize: QuantSpec, say: Callable[[str], None]) -> Any:
     """Loads the frozen model in eval mode, with eager attention, on the CPU; weights stay mapped files where possible."""
-    config = read_config(source)
     if quantize.method != "none" or stored_quantisation(config):
         model = load_quantised(source, config, dtype, quantize, say)
         take_generation_settings(model, source)

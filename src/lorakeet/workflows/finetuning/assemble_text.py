@@ -25,7 +25,7 @@ from lorakeet.models.placement import why_not_cuda
 from lorakeet.models.recomputed import recompute_blocks
 from lorakeet.models.targets import plan_for
 from lorakeet.models.text.adapters import initialise_adapter
-from lorakeet.models.text.load import load_text_model
+from lorakeet.models.text.load import ReadBefore, load_text_model
 from lorakeet.models.text.model import TextModel
 from lorakeet.train.processes import ALONE, Processes
 from lorakeet.train.text.own_code import OwnCodeDifference
@@ -123,7 +123,7 @@ def assemble_text(
     with packing_divided(processes.rank, processes.count, processes.broadcast):
         text = load_text_model(
             model, say=console.print, store=residency.store, slots=residency.way.slots, pinned=residency.pinned,
-            ends=residency.way.ends, tokenizer=rows.tokenizer,
+            ends=residency.way.ends, before=ReadBefore(tokenizer=rows.tokenizer),
         )  # fmt: skip
     measures = measures_rows(config)
     if text.dtype == torch.float16 and measures:
