@@ -67,7 +67,7 @@ def test_a_merge_is_held_to_what_the_family_s_own_code_rounds(tmp_path: Path, mo
     live = torch.load(tmp_path / "logits.pt")
     torch.save(live * (1 + 3e-4), tmp_path / "logits.pt")
     shutil.rmtree(tmp_path / "merged")
-    with pytest.raises(AssertionError, match="0.0003 of the largest logit, own noise"):
+    with pytest.raises(AssertionError, match=r"0\.0003 of the largest logit, own noise"):
         family_columns.merge(tmp_path)
 
 

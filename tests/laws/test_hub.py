@@ -144,7 +144,7 @@ def test_a_server_fetches_no_weights_of_a_model_that_it_refuses(tmp_path: Path) 
     with shelved(saved("lfm2", tmp_path)) as (url, asked):
         (refused,) = fetched(url, tmp_path / "cache", "serve plants/tiny")
         fetched_files = {line.rpartition("/")[2] for line in asked if line.startswith("GET") and "/resolve/" in line}
-    assert refused["error"].startswith("ConfigError: plants/tiny is a 'lfm2' model, which cannot be served here: its Lfm2ShortConv")
+    assert refused["error"].startswith("ConfigError: plants/tiny is a 'lfm2' model, which cannot be served here: its Lfm2Short")
     assert refused["said"] == ["Fetching the config.json of plants/tiny from the model hub."]
     assert fetched_files == {"config.json"}
 

@@ -45,6 +45,10 @@ COMPASS = {
     "layer_types": ["sliding_attention", "full_attention"] * 2,
     "rope_parameters": {"sliding_attention": MULTIPLE, "full_attention": None},
 }
+SHARED = {
+    "num_hidden_layers": 10, "num_kv_shared_layers": 5, "activation_sparsity_pattern": [0.95] * 5 + [0.0] * 5,
+    "intermediate_size": [96] * 10,  # of 16,384, one lies on its threshold to rounding: its gradient is 0 or 1
+}
 CONVOLUTIONS = {"layer_types": ["conv", "full_attention"] * 2}
 CHANGES: dict[str, dict[str, Any]] = {
     "cohere_compass": {"text_config": COMPASS},
@@ -57,10 +61,8 @@ CHANGES: dict[str, dict[str, Any]] = {
     "dots1": {"n_routed_experts": 4, "n_shared_experts": 1, "num_experts_per_tok": 2},
     "dots3_note_text": {"num_key_value_heads": 4},
     "falcon_h1": {"mamba_d_ssm": 64, "mamba_n_heads": 4, "mamba_d_head": 16, "mamba_expand": 1, "lm_head_multiplier": 0.5},
-    "gemma3n_text": {
-        "num_hidden_layers": 10, "num_kv_shared_layers": 5, "activation_sparsity_pattern": [0.95] * 5 + [0.0] * 5,
-        "intermediate_size": [96] * 10,  # of 16,384, one lies on its threshold to rounding: its gradient is 0 or 1
-    },
+    "gemma3n": {"text_config": SHARED},
+    "gemma3n_text": SHARED,
     "gpt_neo": {"attention_types": [[["global", "local"], 2]], "num_layers": 4},
     "granite": {"logits_scaling": 4.0},
     "granitemoehybrid": {

@@ -27,7 +27,9 @@ from lorakeet.formats.detect import read_adapter
 from lorakeet.formats.limits import misread_by_vllm
 from lorakeet.formats.peft import peft
 from lorakeet.kernels.threads import compute_with
+from lorakeet.models import servable
 from lorakeet.models.servable import REMEDY
+from lorakeet.models.text import load
 from lorakeet.workflows import serve as serve_module
 from lorakeet.workflows.options import VerifyOptions
 from lorakeet.workflows.serve import _cores, cores_for_the_engine, existing_objects_frozen
@@ -240,6 +242,19 @@ def test_a_gpu_that_is_too_small_is_said_with_what_would_help(
     said = " ".join(capsys.readouterr().err.split())
     assert f"{tiny_llama_folder} cannot be served. The device ran out of memory: CUDA out of memory. Tried" in said
     assert remedy in said and "train.micro_tokens" not in said
+
+
+def test_a_start_reads_the_model_s_folder_and_configuration_once(
+    tiny_llama_folder: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """The check before loading reads both; the start ends after loading, by its --context."""
+    read: list[str] = []
+    for name in ("find_source", "read_config"):
+        does = getattr(load, name)
+        for module in (load, servable):
+            monkeypatch.setattr(module, name, lambda *given, does=does, name=name: (read.append(name), does(*given))[1])
+    assert main(["serve", "--model", str(tiny_llama_folder), "--dtype", "float32", "--context", "100000"]) == 2
+    assert "--context is 100000" in capsys.readouterr().err and sorted(read) == ["find_source", "read_config"]
 
 
 def test_texts_longer_than_a_chunk_are_refused_at_the_start(

@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 import json
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
 import pytest
-from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, dynamic_module_utils
+import torch
+from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForMultimodalLM, AutoTokenizer, dynamic_module_utils
 
-from lorakeet.errors import DataError
+from lorakeet.errors import DataError, EnvironmentProblem
 from lorakeet.models.files.foreign_code import build_native, no_foreign_code, read_native, require_native_parts
 
 
@@ -18,6 +20,22 @@ def test_what_an_installed_class_reads_is_read_by_it(tiny_llama_folder: Path) ->
     config.auto_map = {"AutoModelForCausalLM": "evil.Thing"}
     assert type(build_native(AutoModelForCausalLM, config)).__module__.startswith("transformers.")
     assert dynamic_module_utils.TIME_OUT_REMOTE_CODE == 0  # nor does transformers ask when another library calls it
+
+
+def test_a_package_that_a_model_s_code_needs_is_named() -> None:
+    """Its configuration is right, so nothing of it is to be corrected."""
+
+    class Vision:
+        @staticmethod
+        def from_config(config: Any, **_: Any) -> Any:
+            raise ImportError("TimmWrapperModel requires the timm library. Install it: pip install timm.")
+
+    config = AutoConfig.for_model("gemma3n")
+    with pytest.raises(EnvironmentProblem, match=r"^A 'gemma3n' model needs a package that is not installed: .*pip install timm"):
+        build_native(Vision, config)
+    if find_spec("timm") is None:
+        with torch.device("meta"), pytest.raises(EnvironmentProblem, match="not installed: TimmWrapperModel requires the timm"):
+            build_native(AutoModelForMultimodalLM, config)
 
 
 @pytest.mark.parametrize(

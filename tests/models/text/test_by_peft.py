@@ -103,7 +103,7 @@ def test_a_place_that_peft_does_not_take_and_those_that_it_adds_are_named(monkey
 
 
 def test_pairs_that_peft_drops_as_it_reads_them_are_named(monkeypatch: pytest.MonkeyPatch) -> None:
-    """It places them right, but renames what has the new name already: in Mistral Large 4 the experts, in Laguna the shared ones."""
+    """It places them right, but renames what has the new name already: Mistral Large 4's experts, Laguna's shared ones."""
     for kind, dropped in (("mistral_large4", ("experts", "shared_experts")), ("laguna", ("shared_experts",))):
         config = small_config(kind)
         with torch.device("meta"):

@@ -15,7 +15,7 @@ from typing import Any
 from transformers import AutoTokenizer, GenerationConfig, PreTrainedTokenizerBase, dynamic_module_utils
 from transformers.models.auto.tokenization_auto import tokenizer_class_from_name
 
-from lorakeet.errors import DataError, one_message
+from lorakeet.errors import DataError, EnvironmentProblem, one_message, shortened
 from lorakeet.formats.files.json_object import read_object
 
 # The files that may name code, in the order in which a refusal names them.
@@ -50,7 +50,8 @@ def read_native(owner: Any, source: str | Path, **settings: Any) -> Any:
 def build_native(owner: Any, config: Any, **settings: Any) -> Any:
     """Returns `owner.from_config(config, **settings)`, the model of a class of transformers.
 
-    DataError with the kind of model where its configuration is of one that cannot be built.
+    DataError with the kind of model where its configuration is of one that cannot be built, EnvironmentProblem where its code
+    needs a package that is not installed.
     """
     kind, where = getattr(config, "model_type", ""), getattr(config, "name_or_path", "")
     begin = f"{f'{where}: the' if where else 'The'} configuration of a '{kind}' model describes none that can be built"
@@ -58,7 +59,13 @@ def build_native(owner: Any, config: Any, **settings: Any) -> Any:
     if str(where).endswith(".gguf"):
         advice = "Fetch the file again, or use the model's safetensors folder."
     with no_foreign_code(where), one_message(begin, advice):
-        return owner.from_config(config, trust_remote_code=False, **settings)
+        try:
+            return owner.from_config(config, trust_remote_code=False, **settings)
+        except ImportError as error:
+            if "trust_remote_code" in str(error):
+                raise
+            needs = f"{f'{where}: a' if where else 'A'} '{kind}' model needs a package that is not installed"
+            raise EnvironmentProblem(f"{needs}: {shortened(' '.join(str(error).split()), 400)}") from error
 
 
 @contextmanager
