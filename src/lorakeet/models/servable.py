@@ -37,7 +37,7 @@ _SEVERAL_PASSES = "its blocks run several times for a token, and the server keep
 NOT_SERVED = {
     "diffllama": "its blocks attend twice, and the server keeps keys and values of one attention",
     **dict.fromkeys(("dory", "hrm_text"), _SEVERAL_PASSES),
-    "stablelm": "its code does not tell its attention where a text of the batch begins",
+    **dict.fromkeys(("nemotron", "stablelm"), "its code does not tell its attention where a text of the batch begins"),
     **dict.fromkeys(("doge", "git"), _OWN_MASK),
     "paligemma": "its attention sees the tokens after a token, and a text that is written has none",
     **dict.fromkeys(
