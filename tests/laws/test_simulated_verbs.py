@@ -15,12 +15,14 @@ import httpx
 import pytest
 import torch
 from rich.console import Console
+from safetensors.torch import load_file
 
 from lorakeet.config import RunConfig, read_run
 from lorakeet.data.spec import DataSpec
 from lorakeet.errors import ConfigError
 from lorakeet.evaluate.certificate import read_certificate
 from lorakeet.formats.detect import read_adapter
+from lorakeet.formats.peft import peft
 from lorakeet.memory.cuda import CONTEXT
 from lorakeet.memory.free import MARGIN
 from lorakeet.models.spec import ModelSpec
@@ -32,20 +34,24 @@ from lorakeet.serve.registry import Registry
 from lorakeet.serve.service import Service
 from lorakeet.workflows.chat import chat
 from lorakeet.workflows.export import export
+from lorakeet.workflows.extract import extract
 from lorakeet.workflows.merge import merge
 from lorakeet.workflows.options import (
     ChatOptions,
     ExportOptions,
+    ExtractOptions,
     MergeOptions,
+    QuantizeOptions,
     TuneOptions,
     VerifyOptions,
 )
 from lorakeet.workflows.planning.evaluation import Evaluation
 from lorakeet.workflows.planning.forecast_text_run import Workload
+from lorakeet.workflows.quantize import quantize
 from lorakeet.workflows.runs.residency import ALONE, RESIDENT, Way
 from lorakeet.workflows.tune import tune
 from lorakeet.workflows.verify import verify
-from tiny.exports import loud_run
+from tiny.exports import loud_run, write_folder
 from tiny.gguf_file import write_tiny_gguf
 from tiny.runs import quiet, reviews, run, settings, write_rows
 from tiny.simulated_card import Card, simulated_card
@@ -157,6 +163,33 @@ def test_a_model_that_its_card_cannot_hold_writes_the_same_texts_block_by_block(
         with pytest.raises(ConfigError, match=r"but writing texts takes at least .* Close other programs"):
             said_in_chat(loud, monkeypatch)
     assert card.launches["mm"] > 0
+
+
+@pytest.mark.parametrize("verb", ["extract", "quantize"])
+def test_what_its_card_cannot_hold_the_cpu_computes(
+    verb: str, tiny_llama_folder: Path, loud: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Two models in fp32, or one whole: it is said, and what is written is the same."""
+    tuned = write_folder(tiny_llama_folder, peft.read(loud / "adapter"), tmp_path / "tuned")
+    data = str(write_rows(tmp_path / "rows.jsonl", reviews(60)))
+
+    def made(out: Path) -> str:
+        console = Console(file=(said := io.StringIO()), width=300)
+        if verb == "extract":
+            extract(ExtractOptions(str(tuned), str(tiny_llama_folder), out=out, rank=8), console=console)
+        else:
+            quantize(QuantizeOptions(str(tiny_llama_folder), "gptq", out, group_size=16, calibration=data, calibration_rows=8), console=console)
+        return said.getvalue()
+
+    with simulated_card() as card:
+        assert "The CPU computes" not in made(tmp_path / "there")
+        assert card.launches["mm"] > 0
+        card.reset()
+        monkeypatch.setattr(torch.cuda, "mem_get_info", lambda *_: (MARGIN, 8 << 30))
+        said = made(tmp_path / "here")
+        assert "The CPU computes the " in said and "more than is free on cuda:0" in said and not card.launches
+    one, other = (load_file(next((tmp_path / name).glob("*.safetensors"))) for name in ("there", "here"))
+    assert one.keys() == other.keys() and all(torch.allclose(one[name].float(), other[name].float()) for name in one)
 
 
 def test_tune_by_optuna(tiny_llama_folder: Path, tmp_path: Path, card: Card) -> None:

@@ -35,7 +35,7 @@ from lorakeet.workflows.finetuning.evaluate_text import sampled_texts
 from lorakeet.workflows.finetuning.terminal import progress_line, show_certificate
 from lorakeet.workflows.merge import CERTIFICATE, CHECK_TOKENS, SAMPLED_TEXTS, SAMPLED_TOKENS, show_matrices
 from lorakeet.workflows.options import ExtractOptions
-from lorakeet.workflows.planning.check import MERGE_TOKENS
+from lorakeet.workflows.planning.check import MERGE_TOKENS, why_not_on_gpu
 from lorakeet.workflows.runs.open_adapter import NAME
 from lorakeet.workflows.runs.output_paths import require_absent, require_place, writing, writing_certificate
 
@@ -75,17 +75,19 @@ def extract(options: ExtractOptions, *, console: Console) -> ExtractedAdapter:
     require_place(out)
     rows = tuple(read_rows(data, DataSpec(train=data))) if data else ()
     folder, source = (find_source(ModelSpec(path=name), console.print) for name in (tuned, base))
+    plain = skeleton(read_config(source))
     with progress_line(console, "comparing") as step:
         found = extract_adapter(
-            open_checkpoint(folder), open_checkpoint(source), skeleton(read_config(source)), rank=options.rank,
-            whole=options.whole, on_progress=step,
-        )  # fmt: skip
+            open_checkpoint(folder), open_checkpoint(source), plain, rank=options.rank, whole=options.whole, on_progress=step
+        )
     found = replace(found, adapter=replace(found.adapter, base=base))
     _show(found, console)
     with writing(f"The adapter {out}", "Free some space, or choose another --out."), new_folder(out) as place:
         peft.write(found.adapter, place)
     console.print(f"Wrote an adapter of {found.adapter.parameters:,} parameters to {out}", soft_wrap=True)
-    certificate = _certify(base, tuned, out, (rows, data), console)
+    if why_not := why_not_on_gpu("the comparison of both models", "auto", plain, copies=2):
+        console.print(why_not, markup=False, soft_wrap=True)
+    certificate = _certify(base, tuned, out, (rows, data), console, why_not)
     show_certificate(certificate, console)
     with writing_certificate(out, "extract"):
         certificate.write(out / CERTIFICATE)
@@ -117,10 +119,16 @@ def _examples(rows: Sequence[Row], data: str, text: TextModel) -> Sequence[Examp
     return first_tokens(found, CHECK_TOKENS)
 
 
-def _certify(base: str, tuned: str, out: Path, data: tuple[Sequence[Row], str], console: Console) -> Certificate:
-    """KL(tuned ‖ base + adapter), beside KL(tuned ‖ base): an approximation has no tolerance but to be nearer than nothing."""
+def _certify(
+    base: str, tuned: str, out: Path, data: tuple[Sequence[Row], str], console: Console, why_not: str = ""
+) -> Certificate:
+    """KL(tuned ‖ base + adapter), beside KL(tuned ‖ base): an approximation has no tolerance but to be nearer than nothing.
+
+    `why_not` says why both are computed on the CPU though there is a GPU.
+    """
     spec = EvaluateSpec()
-    specs = (ModelSpec(path=name, dtype="float32", products="float32") for name in (tuned, base))
+    device = "cpu" if why_not else "auto"
+    specs = (ModelSpec(path=name, dtype="float32", products="float32", device=device) for name in (tuned, base))
     theirs, mine = (load_text_model(model, say=console.print) for model in specs)
     batches = micro_batches(_examples(*data, theirs), MERGE_TOKENS)
     before = compare_outputs((theirs, None), (mine, None), batches, spec=spec)

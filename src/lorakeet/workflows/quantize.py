@@ -46,6 +46,7 @@ from lorakeet.quant.nf4 import Nf4Base
 from lorakeet.quant.packed import TILE, PackedBase
 from lorakeet.workflows.finetuning.terminal import progress_line
 from lorakeet.workflows.options import QuantizeOptions
+from lorakeet.workflows.planning.check import why_not_on_gpu
 from lorakeet.workflows.planning.quantizing import QuantizeJob, check_written, fit_quantizing
 from lorakeet.workflows.runs.output_paths import require_absent, require_place
 from lorakeet.workflows.runs.residency import Residency, peak_said, require_planned_attention, stream_closed, temporary_stores
@@ -216,6 +217,9 @@ def write_gptq(options: QuantizeOptions, layout: GptqLayout, console: Console) -
         model, config, with_quantisation(config, _words(layout)), getattr(torch, spec.dtype), layout=layout, rows=examples,
         micro_tokens=MICRO_TOKENS,
     )  # fmt: skip
+    if why := why_not_on_gpu("the quantisation", spec.device, plain, dtype=job.dtype, beside=2 * job.state_bytes):
+        console.print(why, markup=False, soft_wrap=True)
+        spec = replace(spec, device="cpu")
     residency = fit_quantizing(budget, job, out, console)
     with temporary_stores(residency), peak_said(residency, console):
         return _quantised(job, spec, residency, layout, out, console)
@@ -254,7 +258,7 @@ def _quantised(
         if line != experts:
             console.print(line)
 
-    check_written(out, job, residency, say)
+    check_written(out, job, residency, say, spec.device)
     return written, errors
 
 

@@ -225,17 +225,28 @@ def fit_check(opened: Opened, size_of: CheckSize | CheckSizes, out: Path, consol
 
 def _why_not_on_its_gpu(opened: Opened, work: ModelCheck) -> str:
     """Why a check without a budget does not compute on the GPU that its models would be on; empty if it does, or has none."""
-    device, size = device_for(opened.config.model.device), work.sizes(None)
+    size, device = work.sizes(None), opened.config.model.device
+    vocabulary = int(work.model[0].get_text_config().vocab_size)
+    logits = logits_bytes(size.row or ROWS_TOGETHER, vocabulary)
+    why = why_not_on_gpu(work.what, device, work.empty, copies=size.models, beside=logits)
+    return f"{why} --memory bounds what it takes." if why else ""
+
+
+def why_not_on_gpu(
+    what: str, name: str, model: nn.Module, *, dtype: torch.dtype = torch.float32, copies: int = 1, beside: int = 0
+) -> str:
+    """Why `what` is computed on the CPU, though the device `name` is a GPU: `copies` of the `model`, with weights in `dtype`, and
+    `beside` bytes take more than is free on it. Empty where they fit, or where there is no GPU."""
+    device = device_for(name)
     if device.type != "cuda":
         return ""
-    weights = FP32 * size.models * sum(parameter.numel() for parameter in work.empty.parameters())
-    vocabulary = int(work.model[0].get_text_config().vocab_size)
-    needed = int(weights * (1 + STATES)) + logits_bytes(size.row or ROWS_TOGETHER, vocabulary)
+    weights = dtype.itemsize * copies * sum(parameter.numel() for parameter in model.parameters())
+    needed = int(weights * (1 + STATES)) + beside
     if fits_now(needed, device):
         return ""
+    said = "fp32" if dtype == torch.float32 else str(dtype).removeprefix("torch.")
     return (
-        f"The CPU computes {work.what}: it takes about {bytes_text(needed)} with its weights in fp32, more than is free on "
-        f"{device}. --memory bounds what it takes."
+        f"The CPU computes {what}: it takes about {bytes_text(needed)} with its weights in {said}, more than is free on {device}."
     )
 
 

@@ -85,9 +85,11 @@ def fit_quantizing(budget: Budget, job: QuantizeJob, out: Path, console: Console
     return fit_budget(Quantizing(job, out), budget, partial(console.print, markup=False, soft_wrap=True))
 
 
-def check_written(out: Path, job: QuantizeJob, residency: Residency[MemoryPlan], say: Callable[[str], None]) -> None:
-    """Loads what was written as a check: under a budget in the dtype that was planned."""
-    spec = ModelSpec(path=str(out))
+def check_written(
+    out: Path, job: QuantizeJob, residency: Residency[MemoryPlan], say: Callable[[str], None], device: str = "auto"
+) -> None:
+    """Loads what was written as a check, on `device`; under a budget on the CPU, in the dtype that was planned."""
+    spec = ModelSpec(path=str(out), device=device)
     if residency.budget:
         name = str(job.dtype).removeprefix("torch.")
         spec = ModelSpec(path=str(out), dtype=name, products=name, device="cpu")  # type: ignore[arg-type]
