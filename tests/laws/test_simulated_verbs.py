@@ -178,7 +178,8 @@ def test_what_its_card_cannot_hold_the_cpu_computes(
         if verb == "extract":
             extract(ExtractOptions(str(tuned), str(tiny_llama_folder), out=out, rank=8), console=console)
         else:
-            quantize(QuantizeOptions(str(tiny_llama_folder), "gptq", out, group_size=16, calibration=data, calibration_rows=8), console=console)
+            given = QuantizeOptions(str(tiny_llama_folder), "gptq", out, group_size=16, calibration=data, calibration_rows=8)
+            quantize(given, console=console)
         return said.getvalue()
 
     with simulated_card() as card:
