@@ -35,13 +35,13 @@ def refusal(wheels: str, *, toy: bool) -> str:
 
 def gpu_refusal(torch: Any) -> str:
     """Why the GPU cannot be measured; empty if it can."""
-    from lorakeet.models.nvidia import find_nvidia_gpus, too_old, why_unused
+    from lorakeet.models.nvidia import find_nvidia_gpus, unusable, why_unused
 
     if not torch.cuda.is_available():
         why = why_unused(find_nvidia_gpus(), str(torch.__version__), torch.version.cuda)
         return why or f"torch {torch.__version__} sees no CUDA device here. Take a machine with an NVIDIA GPU, or add --rehearse."
-    old = too_old(0)
-    return f"{old}. Take another GPU." if old else ""
+    why = unusable(0)
+    return f"{why}. Or take another GPU." if why else ""
 
 
 def needs(project: Path = PROJECT) -> list[str]:

@@ -72,7 +72,7 @@ _DEVICE_FAULT = re.compile(  # those after which CUDA fails every call of the pr
     r"operation not supported on global/shared address space|device-side assert triggered|tensor memory not completely freed|"
     r"unspecified launch failure|the launch timed out|uncorrectable (ECC|NVLink) error|Invalid access of peer GPU memory|"
     r"the MPS client has been terminated|an async error has occured|context is destroyed|unknown error|"
-    r"CUBLAS_STATUS_EXECUTION_FAILED)"
+    r"CUBLAS_STATUS_EXECUTION_FAILED|CUDA-capable device\(s\) is/are busy or unavailable)"
 )
 
 

@@ -106,6 +106,12 @@ def test_after_training_the_adapter_is_named(tmp_path: Path) -> None:
     assert "Try again with: lorakeet finetune --resume" in words
 
 
+def test_a_gpu_that_another_process_holds_alone_is_not_said_to_have_failed() -> None:
+    said = r"The GPU cannot be used: CUDA error: CUDA-capable device\(s\) is/are busy or unavailable\. Another process may"
+    with pytest.raises(EnvironmentProblem, match=said), enforcing_gpu_budget(Budget(), ""):
+        raise RuntimeError(f"CUDA error: CUDA-capable device(s) is/are busy or unavailable{LATER}")
+
+
 def test_before_training_it_is_a_problem_of_the_machine() -> None:
     said = r"The GPU failed: CUDA error: unknown error\. "
     with pytest.raises(EnvironmentProblem, match=said), enforcing_gpu_budget(Budget(), ""):

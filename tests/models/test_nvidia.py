@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from lorakeet.models import nvidia
-from lorakeet.models.nvidia import NvidiaGpus, find_nvidia_gpus, hidden, too_old, unused_gpus, why_unused
+from lorakeet.models.nvidia import NvidiaGpus, find_nvidia_gpus, hidden, too_old, unusable, unused_gpus, why_unused
 
 VERSION = "NVRM version: NVIDIA UNIX x86_64 Kernel Module  {}  Sat Aug 19 01:15:15 UTC 2023\nGCC version:  gcc 12\n"
 CARD = NvidiaGpus(("NVIDIA GeForce RTX 3060",), "580.65.06")
@@ -81,6 +81,32 @@ def test_a_torch_without_cuda_beside_a_card(monkeypatch: pytest.MonkeyPatch) -> 
     unused_gpus.cache_clear()
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "")
     assert unused_gpus() == ""
+
+
+OLD = ["sm_75", "sm_80", "sm_86", "sm_90"]  # of wheels for CUDA 12.6
+NEW = ["sm_75", "sm_80", "sm_86", "sm_90", "sm_100", "sm_120"]
+
+
+@pytest.mark.parametrize(
+    ("capability", "built", "refused"),
+    [
+        ((12, 0), OLD, True), ((10, 0), OLD, True), ((12, 0), NEW, False), ((12, 1), NEW, False), ((10, 3), NEW, False),
+        ((8, 9), OLD, False), ((9, 0), ["sm_80", "sm_90a"], False), ((11, 0), NEW, True),
+        ((11, 0), [*NEW, "compute_100f"], False),
+        ((12, 0), [], False), ((8, 0), ["compute_90"], True),
+    ],
+)  # fmt: skip
+def test_a_torch_without_code_for_the_gpu_is_said_before_its_first_kernel_fails(
+    capability: tuple[int, int], built: list[str], refused: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda _: capability)
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda _: "NVIDIA GeForce RTX 5090")
+    monkeypatch.setattr(torch.cuda, "get_arch_list", lambda: built)
+    said = unusable(0)
+    assert bool(said) == refused
+    if refused:
+        assert f"has no code for NVIDIA GeForce RTX 5090 (compute capability {capability[0]}.{capability[1]}; it has " in said
+        assert "torch --index-url https://download.pytorch.org/whl/cu130`, which needs driver 580 or later" in said
 
 
 @pytest.mark.parametrize(("capability", "refused"), [((7, 0), True), ((6, 1), True), ((7, 5), False), ((12, 0), False)])

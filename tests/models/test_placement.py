@@ -92,6 +92,16 @@ def test_a_card_that_is_too_old_is_refused_by_name_and_passed_over_with_a_word()
     assert why_not_cuda("cpu") == "", "the user has chosen"
 
 
+def test_a_gpu_that_torch_has_no_code_for_is_no_gpu_for_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
+    monkeypatch.setattr(placement, "unusable", lambda number: f"torch has no code for GPU {number}")
+    with pytest.raises(EnvironmentProblem, match=r"'cuda', but torch has no code for GPU 0\. Set model\.device to cpu"):
+        device_for("cuda")
+    assert device_for("auto").type != "cuda"
+    assert why_not_cuda("auto").startswith("Training runs on the CPU: torch has no code for GPU 0. Set model.device")
+
+
 def test_no_cuda_is_said_with_what_mends_it(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 0)

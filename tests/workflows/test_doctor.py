@@ -139,7 +139,11 @@ def test_a_gpu_is_named_with_its_driver_and_one_that_torch_does_not_use_with_the
     monkeypatch.setattr(torch.cuda, "get_device_properties", lambda _: gpu)
     used = module._accelerator(torch, torch.device("cuda", 0), nvidia, "")
     assert used.good and "RTX 3060 with 12 GiB, compute capability 8.6; driver 535.104.05, torch built for CUDA" in used.found
-    assert not module._accelerator(torch, torch.device("cpu"), nvidia, "").good, "which is too old"
+    gpu.major, gpu.minor = 7, 0
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda _: (gpu.major, gpu.minor))
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda _: gpu.name)
+    old = module._accelerator(torch, torch.device("cpu"), nvidia, "")
+    assert not old.good and "RTX 3060 has compute capability 7.0; expected 7.5 or more" in old.remedy
 
 
 def test_flash_attention_3_and_4_are_named_where_they_are_installed(monkeypatch: pytest.MonkeyPatch) -> None:

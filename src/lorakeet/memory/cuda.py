@@ -110,6 +110,11 @@ def device_fault_text(error: BaseException, command: str = "") -> str:
     """What to say where a GPU has failed, with torch's own words, and the command to try again if it is known."""
     said = (str(error).strip().splitlines() or [""])[0].rstrip(".")
     again = f"Try again with: {command}" if command else "Run the command again"
+    if "busy or unavailable" in said:
+        return (
+            f"The GPU cannot be used: {said}. Another process may hold it alone (compute mode EXCLUSIVE_PROCESS): see "
+            f"nvidia-smi. Wait for its end, or choose another GPU with CUDA_VISIBLE_DEVICES. {again}."
+        )
     return (
         f"The GPU failed: {said}. This process can no longer use it, and the operation that reports it may not be its cause. "
         f"{again}. If it fails again, set CUDA_LAUNCH_BLOCKING=1 in the environment, by which the traceback of --debug shows the "

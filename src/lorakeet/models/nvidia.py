@@ -111,8 +111,34 @@ def torch_command(wheels: str) -> str:
     return f"{sys.executable} -m pip install --force-reinstall torch --index-url {index}"
 
 
+def unusable(index: int) -> str:
+    """Why CUDA device `index` cannot be used, with the command that mends it if one does; empty if it can."""
+    return too_old(index) or no_code_for(index)
+
+
+def no_code_for(index: int) -> str:
+    """That torch has no code for CUDA device `index`, by torch's own rule (code of one major version runs on later minor ones),
+    nor code that the driver would compile (PTX): its first kernel would fail, "no kernel image is available"."""
+    built = torch.cuda.get_arch_list() if torch.version.hip is None else []
+    major, minor = torch.cuda.get_device_capability(index)
+    found = [(kind, int(digits[:-1]), int(digits[-1])) for kind, digits in map(_architecture, built)]
+    if not built or any(one == major if kind == "sm" else (one, two) <= (major, minor) for kind, one, two in found):
+        return ""
+    return (
+        f"torch {torch.__version__} has no code for {torch.cuda.get_device_name(index)} (compute capability {major}.{minor}; it "
+        f"has {', '.join(built)}). Install one that has, by `{torch_command(NEW_WHEELS)}`, which needs driver "
+        f"{max(DRIVERS.values())} or later"
+    )
+
+
+def _architecture(name: str) -> tuple[str, str]:
+    """("sm", "90") of "sm_90a"."""
+    kind, _, digits = name.partition("_")
+    return kind, digits.rstrip("af")
+
+
 def too_old(index: int) -> str:
-    """Why CUDA device `index` cannot be used; empty if it can."""
+    """Why CUDA device `index` is too old; empty if it is not."""
     major, minor = torch.cuda.get_device_capability(index)
     if (major, minor) >= LEAST_CAPABILITY:
         return ""

@@ -7,7 +7,7 @@ import torch
 from lorakeet.core.precision import fastest_products
 from lorakeet.errors import ConfigError, EnvironmentProblem
 from lorakeet.memory.onednn_code import limit_code_cache
-from lorakeet.models.nvidia import too_old, unused_gpus
+from lorakeet.models.nvidia import unusable, unused_gpus
 from lorakeet.models.spec import ModelSpec
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
@@ -17,7 +17,7 @@ _CPU_BF16 = ("avx512_bf16", "amx_bf16", "avx10_2", "bf16", "sve_bf16")  # featur
 def device_for(name: str) -> torch.device:
     """Returns the device `name`; auto is CUDA, else Apple's GPU, else the CPU. Raises if it is not here, or too old."""
     if name == "auto":
-        if torch.cuda.is_available() and not too_old(0):
+        if torch.cuda.is_available() and not unusable(0):
             return torch.device("cuda", 0)
         return torch.device("mps" if torch.backends.mps.is_available() else "cpu")
     device = _named(name)
@@ -28,8 +28,8 @@ def device_for(name: str) -> torch.device:
             if why := unused_gpus():
                 raise EnvironmentProblem(f"{found}. {why}")
             raise EnvironmentProblem(f"{found}; use model.device auto, or install a torch that is built for your GPU.")
-        if old := too_old(device.index or 0):
-            raise EnvironmentProblem(f"model.device is '{name}', but {old}. Set model.device to cpu, or take another GPU.")
+        if why := unusable(device.index or 0):
+            raise EnvironmentProblem(f"model.device is '{name}', but {why}. Set model.device to cpu, or take another GPU.")
         device = torch.device("cuda", device.index or 0)  # a memory limit needs a device with its number
     elif device.type == "mps" and not torch.backends.mps.is_available():
         raise EnvironmentProblem("model.device is 'mps', but torch sees no Apple GPU here; use model.device auto.")
@@ -43,7 +43,7 @@ def why_not_cuda(name: str) -> str:
     if name != "auto":
         return ""
     if torch.cuda.is_available():
-        return f"{old}, so training runs on the CPU. Set model.device to cpu to hide this." if (old := too_old(0)) else ""
+        return f"Training runs on the CPU: {why}. Set model.device to cpu to hide this." if (why := unusable(0)) else ""
     why = unused_gpus()
     return f"Training runs on the CPU. {why}" if why else ""
 

@@ -201,13 +201,15 @@ def _word(dtype: Any) -> str:
 
 def _accelerator(torch: Any, device: Any, nvidia: NvidiaGpus, unused: str) -> Finding:
     """The check of the GPU: each with its memory, compute capability and driver; or why torch uses none, with the remedy."""
+    from lorakeet.models.nvidia import unusable
+
     if torch.cuda.is_available():
         gpus = [torch.cuda.get_device_properties(index) for index in range(torch.cuda.device_count())]
         each = ", ".join(
             f"{gpu.name} with {gpu.total_memory / GIB:.0f} GiB, compute capability {gpu.major}.{gpu.minor}" for gpu in gpus
         )
         found = f"{each}; driver {nvidia.driver or 'unknown'}, torch built for CUDA {torch.version.cuda}"
-        remedy = "" if device.type == "cuda" else "Take another GPU, or set model.device to cpu: this one is too old."
+        remedy = "" if device.type == "cuda" else f"Take another GPU, or set model.device to cpu: {unusable(0)}."
         return Finding("GPU", not remedy, found, remedy)
     if unused:
         return Finding("GPU", False, f"{nvidia.words}; torch {torch.__version__} does not use it", unused)
