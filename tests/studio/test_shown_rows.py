@@ -150,3 +150,33 @@ def test_of_preferences_each_row_is_measured(tmp_path: Path) -> None:
     settings = {"data.train": str(tmp_path / "p.jsonl"), "data.on_leak": "keep", "train.objective": "dpo"}
     split = sent_for({**settings, "model.path": str(save_tiny_llama(tmp_path / "model"))})["split"]
     assert split["repeats"] and split["repeated"] == "they stay, and each is measured"
+
+
+def test_where_nothing_says_which_column_is_the_label_each_is_one_click(tmp_path: Path) -> None:
+    path = tmp_path / "rows.csv"
+    kinds = [f"{' '.join(WORDS[n % 9 :])} {n},{'ab'[n % 2]},{'xyz'[n % 3]}" for n in range(60)]
+    path.write_text("text,turno,cola\n" + "\n".join(kinds))
+    found = sent_for({"data.train": str(path)})
+    columns = found["columns"]
+    assert columns["shape"] == "text" and "it learns to write the texts" in columns["says"]
+    assert [one["settings"]["data.label_column"] for one in columns["remedies"]] == ["turno", "cola"]
+    (doubt,) = [note["words"] for note in found["split"]["notes"] if "nothing says which is the label" in note["words"]]
+    assert "set “label column” too" in doubt and "--data" not in doubt
+    chosen = sent_for({"data.train": str(path), **columns["remedies"][1]["settings"]})
+    assert chosen["columns"]["shape"] == "classification" and chosen["columns"]["remedies"] == []
+
+
+def test_texts_with_two_labels_come_first_and_no_dropped_row_is_said_to_be_kept(tmp_path: Path) -> None:
+    texts = [f"{' '.join(WORDS[n % 9 :])} {n}" for n in range(60)]
+    rows = [{"text": text, "label": "ab"[n % 2]} for n, text in enumerate(texts)]
+    again = [*rows[:8], {"text": texts[40], "label": "b"}]
+    write_rows(tmp_path / "rows.jsonl", [*rows, *again])
+    write_rows(tmp_path / "held_out.jsonl", [*rows[:2], {"text": "quite another text", "label": "a"}])
+    settings = {"data.train": str(tmp_path / "rows.jsonl"), "data.held_out": str(tmp_path / "held_out.jsonl")}
+    split = sent_for({**settings, "data.near_duplicates": "0"})["split"]
+    within = [pair for pair in split["pairs"] if not pair["leak"]]
+    assert split["contradicted"] == 1 and within[0]["kind"] == "same prompt, other answer"
+    assert within[0]["fate"] == "both are kept"
+    assert split["all"] == split["leaks"] + split["repeats"] == len(split["pairs"])
+    left_out = sorted(pair["fate"] for pair in within if pair["fate"] != "both are kept")
+    assert left_out == [f"rows.jsonl:{61 + n} and rows.jsonl:{1 + n} are left out for a leak" for n in range(2)]

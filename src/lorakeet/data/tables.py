@@ -18,7 +18,7 @@ from lorakeet.errors import DataError, Problems, Remedy
 
 SHOWN_PROBLEMS = 10
 DELIMITER_NAMES = {"\t": "tab"}  # as a flag names those that a shell cannot
-LEAVE_OUT = Remedy("data.bad_rows", "drop", "Leave such rows out")
+LEAVE_OUT = Remedy("data.bad_rows", "drop", "Leave out rows that cannot be used")
 _BLANKS = re.compile(r"[ \t\n\r]*")
 _LONGEST_WORD = 12  # characters of "-Infinity" or an escape, and some
 _START = 60  # characters of a broken line that are shown
@@ -301,7 +301,7 @@ def separator_remedies(text: str, delimiter: str = "") -> list[Remedy]:
     """What to set where `text` has a sign that separates columns, other than `delimiter`; else empty."""
     sign = _other_separator(text, delimiter)
     name = DELIMITER_NAMES.get(sign, sign)
-    return [Remedy("data.delimiter", name, f"Columns are separated by {name}")] if sign else []
+    return [Remedy("data.delimiter", name, f"Columns are separated by {name!r}")] if sign else []
 
 
 def separator_hint(remedies: Sequence[Remedy]) -> str:

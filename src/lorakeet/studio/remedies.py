@@ -17,6 +17,7 @@ _ADVICE = re.compile(r"\b[Ss]et (?:--)?([a-z]+(?:\.[a-z_]+)+)(?:, for instance)?
 
 # "data.test" in a sentence; not the flag "--data.test", which is part of a command.
 _PATH = re.compile(r"(?<![-\w./])[a-z]+(?:\.[a-z_]+)+(?![\w/])")
+_SET_FLAG = re.compile(r"\b([Ss]et) --([a-z]+(?:\.[a-z_]+)+)")  # of a note, which a page says without flags
 _LINE_BREAK = "↵"  # on a button, which has one line
 
 Remedies = dict[str, Any]  # {"settings": {path: value}, "words": of the button}
@@ -44,6 +45,7 @@ def page_words(message: str) -> str:
     for value in (value for one in remedies_of(message) for value in one["settings"].values()):
         message = message.replace(repr(value), f"“{value}”")
     labels = {field.path: field.label for field in run_fields()}
+    message = _SET_FLAG.sub(lambda found: f"{found[1]} {found[2]}" if found[2] in labels else found[0], message)
     return _PATH.sub(lambda found: f"“{labels[found[0]]}”" if found[0] in labels else found[0], message)
 
 

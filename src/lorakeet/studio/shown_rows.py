@@ -21,16 +21,17 @@ from lorakeet.data.images.folder import ImageRow, bucket_of, bucket_sizes, fit_r
 from lorakeet.data.images.split import ImageDataset, load_images
 from lorakeet.data.leaks import KINDS, LeakPair
 from lorakeet.data.prepare import Dataset, load_dataset
-from lorakeet.data.proposals.columns import SAMPLED, overlooked_label, propose_columns
+from lorakeet.data.proposals.columns import SAMPLED, overlooked_label, possible_labels, propose_columns
 from lorakeet.data.read import all_problems, read_records
 from lorakeet.data.rows import Row
 from lorakeet.data.shapes import columns_used
+from lorakeet.data.spec import DataSpec
 from lorakeet.data.tables import FileRecord, RowProblems
 from lorakeet.errors import DataError, EnvironmentProblem, Remedy
 from lorakeet.models.files.quiet import quiet_transformers
 from lorakeet.models.image.latent_cache import cache_in
 from lorakeet.studio.local import require_local_rows, unready_model
-from lorakeet.studio.remedies import page_words, remedies_together
+from lorakeet.studio.remedies import one_click, page_words, remedies_together
 from lorakeet.studio.workbench import Send
 from lorakeet.workflows.planning.encoded_rows import EncodedRows
 from lorakeet.workflows.runs.remarks import Remark, remarks_on
@@ -74,9 +75,7 @@ def _show_text(config: RunConfig, send: Send) -> None:
             proposal = propose_columns(records, given)
             error.remedies = error.remedies or (proposal.remedies if proposal else ())
             raise
-    other = overlooked_label(records, {*used, data.group_column or ""}) if shape == "text" else None
-    together = [Remedy("data.text_column", data.text_column, f"{data.text_column!r} is the text"), other] if other else []
-    send({"part": "columns", "shape": shape, "used": used, "remedies": remedies_together(together)[:1]})
+    send({"part": "columns", "shape": shape, "used": used, **label_values(records, used, data)})
     send({"say": "Reads all rows, and searches for copies"})
     dataset = load_dataset(data, objective)
     remarks = remarks_on(dataset, data, few_shot=config.evaluate.examples > 0)
@@ -92,6 +91,18 @@ def _show_text(config: RunConfig, send: Send) -> None:
     send({"part": "lengths", **length_values(every, encoded.encoder)})
 
 
+def label_values(records: Sequence[FileRecord], used: Mapping[str, str], data: DataSpec) -> dict[str, Any]:
+    """What one click makes the label of rows that are read as plain texts, and what to ask before it."""
+    beside = {*used, data.group_column or ""}
+    found = [] if "text" not in used.values() else possible_labels(records, beside)
+    text = Remedy("data.text_column", data.text_column, f"{data.text_column!r} is the text")
+    if other := overlooked_label(records, beside) if "text" in used.values() else None:
+        says = f"Is {other.value!r} what the model should learn to name? As it is, it learns to write the texts."
+        return {"says": says, "remedies": remedies_together([text, other])[:1]}
+    says = "What should the model learn to name? As it is, it learns to write the texts." if found else ""
+    return {"says": says, "remedies": [one_click({one.setting: one.value, text.setting: text.value}, one.words) for one in found]}
+
+
 def first_values(records: Sequence[FileRecord]) -> dict[str, Any]:
     """The first records as they are in the file."""
     columns = list(dict.fromkeys(column for record in records for column in record.values))
@@ -105,6 +116,7 @@ def split_values(dataset: Dataset, remarks: Sequence[Remark]) -> dict[str, Any]:
     """How the rows are split, their labels, every pair of copies with both rows, and `remarks` with what one click sets."""
     report = dataset.leaks
     dropped = {row.source for row in report.dropped}
+    within = sorted(report.within, key=_contradicts, reverse=True)  # what to look at comes first
     preferred = any(pair.row.rejected or pair.row.desirable is not None for pair in report.within)
     return {
         "counts": {"training": len(dataset.train), "held-out": len(dataset.held_out), "test": len(dataset.test)},
@@ -118,15 +130,26 @@ def split_values(dataset: Dataset, remarks: Sequence[Remark]) -> dict[str, Any]:
         "dropped": len(report.dropped),
         "repeats": len(report.within),
         "repeated": ALL_MEASURED if preferred else REPEATED,
-        "pairs": [pair_values(pair, dropped) for pair in (*report.across, *report.within)[:PAIRS]],
+        "contradicted": sum(map(_contradicts, report.within)),
+        "pairs": [pair_values(pair, dropped) for pair in (*report.across, *within)[:PAIRS]],
+        "all": len(report.pairs),
     }
+
+
+def _contradicts(pair: LeakPair) -> bool:
+    """True for two labelled rows of one text whose labels differ: one of them is wrong."""
+    return pair.kind == "prompt" and pair.row.label is not None
 
 
 def pair_values(pair: LeakPair, dropped: set[str]) -> dict[str, Any]:
     """Two rows that are alike: where they are, how alike, and both texts around their first difference."""
     one, other = pair.excerpts()
     leak = pair.row_part != pair.twin_part
-    fate = f"the first is left out of {pair.row_part}" if leak and pair.row.source in dropped else "both are kept"
+    if leak:
+        fate = f"the first is left out of {pair.row_part}" if pair.row.source in dropped else "both are kept"
+    else:
+        gone = [row.source for row in (pair.row, pair.twin) if row.source in dropped]
+        fate = f"{' and '.join(gone)} {'are' if gone[1:] else 'is'} left out for a leak" if gone else "both are kept"
     return {
         "kind": KINDS[pair.kind] + (f", {pair.similarity:.0%} alike" if pair.kind == "near" else ""),
         "leak": leak,

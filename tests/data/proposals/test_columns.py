@@ -2,7 +2,7 @@
 
 import pytest
 
-from lorakeet.data.proposals.columns import near_column, overlooked_label, propose_answers, propose_columns
+from lorakeet.data.proposals.columns import near_column, overlooked_label, possible_labels, propose_answers, propose_columns
 from lorakeet.data.tables import FileRecord
 from lorakeet.errors import Remedy
 
@@ -22,7 +22,7 @@ def flags(found: list[FileRecord], text: str | None = "text", label: str | None 
 @pytest.mark.parametrize(
     ("text", "label"),
     [
-        ("Text", "Kategorie"), ("TEXT", "LABEL"), ("Réclamation", "Catégorie"), ("Comentario", "Etiqueta"),
+        ("Text", "Kategorie"), ("TEXT", "LABEL"), ("Réclamation", "Catégorie"), ("Comentario", "Etiqueta"), ("Mensaje del dueño", "Urgencia (según recepción)"),
         ("review text", "class id"),
     ],
 )  # fmt: skip
@@ -86,3 +86,9 @@ def test_near_names() -> None:
     assert near_column("kategorie", ["Text", "Kategorie"]) == "Kategorie" and near_column("reveiw", ["review", "x"]) == "review"
     assert near_column("text", ["a", "b"]) is None
     assert near_column("text", ["Text", "TEXT"]) is None, "of two that are as near none is taken"
+
+
+def test_every_column_that_may_be_the_label_is_named() -> None:
+    texts = records(text=[f"mensaje {n} de la dueña" for n in range(12)], turno=["a", "b"] * 6, cola=["x", "y", "z"] * 4)
+    assert [one.value for one in possible_labels(texts, {"text"})] == ["turno", "cola"]
+    assert possible_labels(texts, {"text", "turno", "cola"}) == []

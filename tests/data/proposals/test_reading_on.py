@@ -8,7 +8,7 @@ from lorakeet.data.prepare import load_dataset
 from lorakeet.data.proposals.reading_on import every_problem, mended
 from lorakeet.data.read import check_first_record, read_rows
 from lorakeet.data.spec import DataSpec
-from lorakeet.errors import DataError, Remedy
+from lorakeet.errors import LONGEST_MESSAGE, DataError, Remedy
 
 KINDS = ("Pflege", "Küche", "Abrechnung")
 
@@ -79,3 +79,17 @@ def test_labels_beside_a_text_column_are_named_before_a_run(tmp_path: Path) -> N
     assert any("Column 'Kategorie' is not read; it has 3 values" in note for note in dataset.notes)
     labelled = load_dataset(DataSpec(train=str(path), text_column="Text", label_column="Kategorie", near_duplicates=0))
     assert not labelled.remedies and not any("not read" in note for note in labelled.notes)
+
+
+def test_a_long_problem_hides_no_other_one_that_is_mended_with_it(tmp_path: Path) -> None:
+    folder = tmp_path / ("a folder with a long name " * 6).strip() / ("and another one " * 6).strip()
+    folder.mkdir(parents=True)
+    path = folder / "mensajes.csv"
+    lines = [f"El perro número {n} está rascándose y come poco;{'Toñi Ana Luz'.split()[n % 3]};{'ab'[n % 2]}" for n in range(60)]
+    path.write_text("\n".join(["Mensaje de la dueña;Recepción;Cola", *lines, ";Ana;a"]), encoding="cp1252")
+    with pytest.raises(DataError) as raised:
+        load_dataset(DataSpec(train=str(path)))
+    assert {one.setting for one in raised.value.remedies} >= {"data.encoding", "data.delimiter", "data.bad_rows"}
+    said = str(raised.value)
+    assert "more." not in said and "is not utf-8" in said and "set --data.delimiter" in said
+    assert "match no known shape" in said and "is empty" in said and len(said) <= LONGEST_MESSAGE

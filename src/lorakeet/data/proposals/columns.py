@@ -24,7 +24,8 @@ _LABELS = (
     "label", "labels", "category", "categories", "kategorie", "kategorien", "categorie", "categoria", "kategori", "kategoria",
     "rubrik", "class", "classe", "clase", "klasse", "klass", "tag", "tags", "topic", "thema", "theme", "tema", "intent",
     "sentiment", "stimmung", "target", "ziel", "etikett", "etiquette", "etiqueta", "etichetta", "type", "typ", "tipo", "art",
-    "rating", "标签", "ラヘル",
+    "rating", "urgency", "dringlichkeit", "urgence", "urgencia", "urgenza", "priority", "prioritat", "priorite", "prioridad",
+    "prioridade", "priorita", "标签", "ラヘル",
 )  # fmt: skip
 _PROMPTS = (
     "prompt", "question", "frage", "pregunta", "domanda", "pergunta", "vraag", "instruction", "anweisung", "query", "input",
@@ -111,8 +112,7 @@ def doubtful_label_note(records: Sequence[FileRecord], used: Collection[str]) ->
 
     None of them is likelier to be the label, so none is proposed.
     """
-    columns = list(dict.fromkeys(column for record in records for column in record.values if column not in used))
-    repeated = [column for column in columns if _repeats(records, column)]
+    repeated = [remedy.value for remedy in possible_labels(records, used)]
     if len(repeated) < 2:
         return ""
     named = " and ".join(f"{column!r} ({len(_values(records, column))} values)" for column in repeated[:_NAMED])
@@ -122,6 +122,12 @@ def doubtful_label_note(records: Sequence[FileRecord], used: Collection[str]) ->
         f"{named}{more} have values that repeat, as labels do, and {UNDECIDED}. If the texts are labelled, set {flag} too; "
         f"without it the model is trained to write the texts."
     )
+
+
+def possible_labels(records: Sequence[FileRecord], used: Collection[str]) -> list[Remedy]:
+    """The setting for each column beside those `used` whose values repeat as labels do."""
+    columns = list(dict.fromkeys(column for record in records for column in record.values if column not in used))
+    return [column_remedy("label", column) for column in columns if _repeats(records, column)]
 
 
 def column_remedy(part: Literal["text", "label"], column: str) -> Remedy:

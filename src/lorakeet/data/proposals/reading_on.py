@@ -9,9 +9,10 @@ from typing import Any
 from lorakeet.data.proposals.columns import UNDECIDED
 from lorakeet.data.spec import DataSpec
 from lorakeet.data.tables import LEAVE_OUT
-from lorakeet.errors import DataError, Problems, Remedy
+from lorakeet.errors import LONGEST_MESSAGE, DataError, Problems, Remedy, shortened
 
 _PREFIX = "data."
+_LIST = 150  # characters of a list's own, beside its heading, its messages and the last sentence
 
 
 def mended(spec: DataSpec, remedies: Sequence[Remedy]) -> DataSpec:
@@ -46,10 +47,22 @@ def every_problem(first: DataError, name: str, spec: DataSpec, read: Callable[[D
     if any(UNDECIDED in message for message in messages):
         together += " and, if the texts are labelled, --data.label_column"
     problems = Problems(f"{name} cannot be read as it is", DataError, remedy=together, remedies=remedies)
-    for message in dict.fromkeys(messages):
-        problems.add(message.replace("\n", "\n  "))
+    each = list(dict.fromkeys(message.replace("\n", "\n  ") for message in messages))
+    for message in _fitted(each, LONGEST_MESSAGE - len(problems.heading) - len(together) - _LIST):
+        problems.add(message)
     try:
         problems.raise_if_any()
     except DataError as combined:
         return combined
     return first
+
+
+def _fitted(messages: Sequence[str], most: int) -> list[str]:
+    """The messages with the longest ones shortened, so that all have at most `most` characters together: none hides another."""
+    left, longest = most, most
+    for place, length in enumerate(sorted(map(len, messages))):
+        longest = left // (len(messages) - place)
+        if length > longest:
+            break
+        left -= length
+    return [shortened(message, longest) if len(message) > longest else message for message in messages]

@@ -52,13 +52,13 @@ function actions(remedies) {
 }
 
 function guess(remedies, says) {
-  by("guess").replaceChildren(...(remedies.length ? [make("p", {}, says), ...actions(remedies)] : []));
+  by("guess").replaceChildren(...(remedies.length ? [make("div", { class: "warning" }, make("p", {}, says), ...actions(remedies))] : []));
 }
 
 /** Few of many, and a button that shows the others. */
 function few(place, elements, most, word) {
   const hidden = elements.slice(most);
-  const button = make("button", { type: "button" }, `Show all ${elements.length} ${word}`);
+  const button = make("button", { type: "button" }, `Show ${word.startsWith("of ") ? "" : "all "}${elements.length} ${word}`);
   button.addEventListener("click", () => { button.replaceWith(...hidden); });
   by(place).replaceChildren(...elements.slice(0, most), ...(hidden.length ? [button] : []));
 }
@@ -69,7 +69,7 @@ const draw = {
     head.used = part.used;
     records();
     by("shape").textContent = `Read as ${SHAPES[part.shape] || `${part.shape} rows`}.`;
-    guess(part.remedies, "Another column has few different values. Is it what the model should learn to name?");
+    guess(part.remedies, part.says);
   },
   split(part) {
     const { training, test } = part.counts;
@@ -84,8 +84,9 @@ const draw = {
     const fate = part.dropped ? `${short(part.dropped)} of these rows are left out.` : "None is left out.";
     by("leaks-says").textContent = part.leaks ? `${short(part.leaks)} pairs of rows stand on both sides of the split, so the measure would repeat what was trained. ${fate}` : "No held-out row is among the training rows.";
     if (part.repeats) by("leaks-says").append(` ${short(part.repeats)} ${part.repeats === 1 ? "row repeats another" : "rows repeat others"} on the same side; ${part.repeated}.`);
+    if (part.contradicted) by("leaks-says").append(" ", make("b", {}, `${short(part.contradicted)} ${part.contradicted === 1 ? "text has" : "texts have"} different labels in two rows: see which is right.`));
     by("method").textContent = part.method;
-    few("pairs", part.pairs.map(pair), 3, "pairs");
+    few("pairs", part.pairs.map(pair), 3, part.all > part.pairs.length ? `of ${short(part.all)} pairs` : "pairs");
   },
   tokens(part) {
     by("seen").hidden = false;
