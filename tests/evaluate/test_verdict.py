@@ -36,7 +36,8 @@ def comparison(right: str, verdict: Verdict, value: float, *, metric: str = "acc
             "none",
         ),
         (("worse", -0.1), ("worse", -0.2), "The adapter is worse than its base: −0.100 accuracy", "worse"),
-        (("no difference shown", 0.01), ("better", 0.2), "; but beats X by +0.200", "mixed"),
+        (("no difference shown", 0.01), ("better", 0.2), "; but it beats X by +0.200", "mixed"),
+        (("no difference shown", 0.01), ("worse", -0.2), "; and it is worse than X: −0.200", "mixed"),
     ],
 )
 def test_sentences(first: tuple[Verdict, float], second: tuple[Verdict, float], sentence: str, tone: str) -> None:

@@ -104,7 +104,7 @@ def read_split_record(path: Path) -> dict[str, object]:
     """Reads a split.json. Raises DataError if it is missing or invalid."""
     try:
         record = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, RecursionError) as error:
         raise DataError(f"{path} cannot be read ({error}); the split of this run cannot be checked without it.") from error
     if not isinstance(record, dict) or record.get("format") != SPLIT_FORMAT or not isinstance(record.get("held_out"), list):
         raise DataError(f"{path} is not a split record of format {SPLIT_FORMAT}; restore it from the original run.")

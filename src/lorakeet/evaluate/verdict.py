@@ -127,13 +127,14 @@ def _first(comparison: Comparison) -> Phrase:
 def _later(comparison: Comparison, before: Comparison) -> Phrase:
     word = "and" if comparison.verdict == before.verdict else "but"
     right = _named(comparison.right)
+    anew = before.verdict == "no difference shown"  # whose clause has another subject
+    link, subject = ("; ", " it") if anew else (", ", "")
     if comparison.verdict == "better":
-        link = "," if before.verdict != "no difference shown" else ";"
         verb = "beats " if before.verdict != "better" else ""
-        text = f"{link} {word} {verb}{right}{_size(comparison, unit=False)}"
+        text = f"{link}{word}{subject} {verb}{right}{_size(comparison, unit=False)}"
     elif comparison.verdict == "worse":
         verb = "" if before.verdict == "worse" else "is worse than "
-        text = f", {word} {verb}{right}{_size(comparison, unit=False)}"
+        text = f"{link}{'and' if anew else word}{subject} {verb}{right}{_size(comparison, unit=False)}"
     else:
         text = f"; {word} no difference from {right} is shown: {signed(comparison.difference.value)}"
     return Phrase(text, _interval(comparison, first=False))

@@ -4,12 +4,15 @@ from __future__ import annotations
 
 import base64
 import hashlib
+import json
 import re
 from dataclasses import replace
+from html import unescape
 
 import pytest
 from starlette.testclient import TestClient
 
+from lorakeet.data.split import SPLIT_FORMAT
 from lorakeet.evaluate.baselines import MAJORITY, TFIDF
 from lorakeet.evaluate.certificate import Certificate, Unchecked, tolerance_check
 from lorakeet.evaluate.intervals import Estimate
@@ -94,7 +97,7 @@ def test_accuracies_are_said_in_rows_and_a_simple_method_that_is_as_good_is_name
     systems = tuple(SystemResult(name, role, {"accuracy": estimate(value)}) for name, role, value in names)  # type: ignore[arg-type]
     first, second = plain_sentences(replace(REPORT, rows_of=16, systems=systems))
     assert first == "The trained model has 15 of 16 rows right; before training it had 5 of 16."
-    assert second.startswith(f"{TFIDF}, which needs no such model, has 16 of 16 right.")
+    assert second == f"{TFIDF} has 16 of 16 right, and needs no such model. For this task it may be all that you need."
     assert plain_sentences(REPORT) == []
 
 
@@ -103,7 +106,44 @@ def test_what_needs_the_model_is_never_all_that_is_needed(name: str) -> None:
     names = (("base", "base", 0.3125), ("adapter", "adapter", 0.9375), (name, "floor", 1.0))
     systems = tuple(SystemResult(one, role, {"accuracy": estimate(value)}) for one, role, value in names)  # type: ignore[arg-type]
     said = plain_sentences(replace(REPORT, rows_of=16, systems=systems))
-    assert said[1:] == [f"{name} has 16 of 16 right, with the same model."]
+    assert said[1:] == [f"The {name} has 16 of 16 right, with the same model."]
+
+
+def answered(truth: str, reply: str) -> SideBySide:
+    return SideBySide(f"a row of {truth}", truth, ScoredAnswer("b", right=truth == "b"), ScoredAnswer(reply, right=truth == reply))
+
+
+def test_one_answer_to_every_row_is_never_said_to_be_all_that_is_needed() -> None:
+    """A newcomer's case: after ten steps the model called every message normal, and the page praised the majority class."""
+    systems = tuple(
+        SystemResult(one, role, {"accuracy": estimate(value)}, note)  # type: ignore[arg-type]
+        for one, role, value, note in (
+            ("base", "base", 0.25, ""), ("adapter", "adapter", 0.75, ""), (MAJORITY, "floor", 0.75, "always answers 'a'"),
+        )
+    )  # fmt: skip
+    rows = tuple(answered(truth, "a") for truth in "aaab")
+    _, same, majority = plain_sentences(replace(REPORT, rows_of=4, rows=rows, systems=systems))
+    assert same == "It gave the same answer to every row: 'a'."
+    assert majority.startswith("The majority class has 3 of 4 right (it always answers 'a'): nothing shows yet that the model")
+    some = plain_sentences(replace(REPORT, rows_of=4, rows=(*rows[:3], answered("b", "b")), systems=systems))
+    assert not any("same answer" in sentence for sentence in some)
+
+
+def test_labels_that_hardly_any_measured_row_has_are_not_proved(browser: TestClient, studio: Studio) -> None:
+    rows = tuple(answered(truth, "a") for truth in "aaaaaab")
+    report = replace(REPORT, rows_of=7, rows=rows)
+    said = "How it does on labels that few of the 7 measured rows have: 'c' (none), 'b' (1). More such rows would show it."
+    assert unproved(report, ("a", "b", "c"))[0] == said
+    assert not any("few of the" in line for line in (*unproved(report, ("a",)), *unproved(replace(report, rows_of=9), ("b",))))
+    folder = studio.places.runs / "rare"
+    folder.mkdir()
+    (folder / "config.yaml").write_text("model: m\ndata: r\n")
+    write_report(report, folder)
+    known = json.dumps({"format": SPLIT_FORMAT, "held_out": [], "labels": ["a", "b", "c"]})
+    for text, expected in ((known, True), ("[" * 99_999, False)):  # the second one of a stranger
+        (folder / "split.json").write_text(text)
+        answer = browser.get("/result/rare")
+        assert answer.status_code == 200 and (said in unescape(answer.text)) == expected
 
 
 def test_a_warning_that_advises_a_setting_leads_to_a_run_with_it(browser: TestClient, studio: Studio) -> None:

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import base64
 import hashlib
+from collections import Counter
+from collections.abc import Sequence
 from functools import cache
 from importlib.resources import files
 from pathlib import Path
@@ -12,9 +14,11 @@ from starlette.requests import Request
 from starlette.responses import HTMLResponse, Response
 from starlette.routing import Route
 
-from lorakeet.errors import LorakeetError
+from lorakeet.data.spec import DataSpec
+from lorakeet.errors import LorakeetError, shortened
+from lorakeet.evaluate.baselines import CONSTANT, MAJORITY
 from lorakeet.evaluate.report.report import OUTCOMES, Report, read_report, render_html
-from lorakeet.evaluate.verdict import WITHOUT_MODEL
+from lorakeet.evaluate.verdict import NAMED, WITHOUT_MODEL
 from lorakeet.evaluate.wording import check_words, compact, metric_words
 from lorakeet.studio.forms import settings_of
 from lorakeet.studio.pages import Screen, moved, page, page_address, studio_of
@@ -22,8 +26,12 @@ from lorakeet.studio.pairing import measuring
 from lorakeet.studio.places import NotHere, Places, regular_within
 from lorakeet.studio.remedies import page_words, remedies_of
 from lorakeet.train.run import RunFolder
+from lorakeet.workflows.runs.trained_prompt import trained_labels
 
 _FIRST = 12  # rows shown at once
+_LONGEST_REPLY = 200  # characters of one in a sentence
+_FEW = 5  # measured rows of a label, below which its share of right answers says little
+_NAMED = 4  # labels that a sentence names
 
 
 def report_of(places: Places, name: str) -> Report | None:
@@ -48,10 +56,19 @@ def _result(request: Request) -> Response:
     counts = {outcome: sum(row.outcome == outcome for row in report.rows) for outcome in OUTCOMES}
     return page(
         request, "result.html", name=name, report=report, others=others[:50], metrics={key: metric_words(key) for key in names},
-        outcomes=OUTCOMES, counts=counts, unproved=unproved(report), check_words=check_words, compact=compact, first=_FIRST,
+        outcomes=OUTCOMES, counts=counts, unproved=unproved(report, labels_of(folder)), check_words=check_words, compact=compact, first=_FIRST,
         folder=str(folder), measure=_shown(studio.places, name), plain=plain_sentences(report),
         warnings=[(page_words(text), _again(folder, text)) for text in report.warnings],
     )  # fmt: skip
+
+
+def labels_of(folder: Path) -> tuple[str, ...]:
+    """The labels of a run; empty without any, and where its files do not tell."""
+    run = RunFolder(folder)
+    try:
+        return trained_labels(run, DataSpec()) if regular_within(folder, run.split) else ()
+    except LorakeetError:
+        return ()
 
 
 def _shown(places: Places, name: str) -> tuple[list[str], str] | None:
@@ -72,16 +89,21 @@ def plain_sentences(report: Report) -> list[str]:
         return []
     mine, of = right[by_role["adapter"]], report.rows_of
     found = [f"The trained model has {mine} of {of} rows right; before training it had {right[by_role['base']]} of {of}."]
+    replies = [row.adapter.text for row in report.rows]
+    if len(replies) == of > 1 and len(set(replies)) == 1:
+        found.append(f"It gave the same answer to every row: '{shortened(str(replies[0]), _LONGEST_REPLY)}'.")
     for one in report.systems:
         if one.role != "floor" or right.get(one.name, -1) < mine:
             continue
-        if one.name in WITHOUT_MODEL:
-            found.append(
-                f"{one.name}, which needs no such model, has {right[one.name]} of {of} right. For this task it may be all that "
-                "you need."
-            )
+        named = NAMED.get(one.name, one.name)
+        said = f"{named[:1].upper()}{named[1:]} has {right[one.name]} of {of} right"
+        if one.name in (MAJORITY, CONSTANT):
+            always = f" (it {one.note})" if one.note.startswith("always ") else ""
+            found.append(f"{said}{always}: nothing shows yet that the model does more than give one answer to every row.")
+        elif one.name in WITHOUT_MODEL:
+            found.append(f"{said}, and needs no such model. For this task it may be all that you need.")
         else:
-            found.append(f"{one.name} has {right[one.name]} of {of} right, with the same model.")
+            found.append(f"{said}, with the same model.")
     return found
 
 
@@ -91,14 +113,29 @@ def _again(folder: Path, warning: str) -> list[tuple[str, dict[str, str]]]:
     return [(one["words"], {**settings, **one["settings"]}) for one in remedies_of(warning)]
 
 
-def unproved(report: Report) -> list[str]:
-    """What neither verdict nor certificate says, in plain words."""
+def rare_labels(report: Report, labels: Sequence[str]) -> str:
+    """A sentence on the trained labels that few of the measured rows have; empty where there is none, or not all rows are known."""
+    if not labels or len(report.rows) != report.rows_of:
+        return ""
+    counts = Counter(row.truth for row in report.rows)
+    rare = sorted((counts[label], label) for label in labels if counts[label] < _FEW)
+    if not rare:
+        return ""
+    said = ", ".join(f"'{shortened(label, _LONGEST_REPLY)}' ({count or 'none'})" for count, label in rare[:_NAMED])
+    more = f" and {len(rare) - _NAMED} more" if len(rare) > _NAMED else ""
+    return f"How it does on labels that few of the {report.rows_of} measured rows have: {said}{more}. More such rows would show it."
+
+
+def unproved(report: Report, labels: Sequence[str] = ()) -> list[str]:
+    """What neither verdict nor certificate says, in plain words; `labels` are those of the training."""
     count = report.rows_of
     found = [
         f"How it does on other kinds of text. The verdict is about {count} {report.part} rows, which resemble the training rows.",
         "That every answer is right, or safe to act on. Read some of the answers on this page.",
         "Who made these files. A certificate compares what they compute; it is no signature.",
     ]
+    if rare := rare_labels(report, labels):
+        found.insert(0, rare)
     if report.verdict is not None and report.verdict.tone == "none":
         found.insert(0, "That there is no difference. With more rows, one might be shown.")
     if report.certificate is not None:

@@ -7,13 +7,16 @@ const shown = document.getElementById("shown-rows");
 let outcome = "";
 let most = filters ? Number(filters.dataset.first) : 0;
 
+/** Without case and accents: "critica" finds "Crítica". */
+const plain = (text) => text.normalize("NFD").replace(/\p{M}/gu, "").toLowerCase();
+
 function apply() {
-  const words = search.value.toLowerCase().split(/\s+/).filter(Boolean);
-  const fitting = rows.filter((row) => (!outcome || row.dataset.outcome === outcome) && words.every((word) => row.textContent.toLowerCase().includes(word)));
+  const words = plain(search.value).split(/\s+/).filter(Boolean);
+  const fitting = rows.filter((row) => (!outcome || row.dataset.outcome === outcome) && words.every((word) => plain(row.textContent).includes(word)));
   const visible = new Set(fitting.slice(0, most));
   for (const row of rows) row.hidden = !visible.has(row);
   more.hidden = fitting.length <= most;
-  shown.textContent = `${visible.size} of ${fitting.length} rows`;
+  shown.textContent = fitting.length ? `${visible.size} of ${fitting.length} rows` : words.length ? "No row has these words." : "No such row.";
 }
 
 if (filters) {
