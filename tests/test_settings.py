@@ -73,6 +73,8 @@ def test_nothing_given_keeps_every_default() -> None:
         ({"wing": {"rank": None}}, "wing.rank in drug.yaml is empty; expected a whole number."),
         ({"wing": {"rank": [8]}}, "wing.rank in drug.yaml is [8] (a list); expected a whole number."),
         ({"wing": {"alpha": float("nan")}}, "wing.alpha in drug.yaml is nan (a number); expected a number."),
+        ({"wing": {"alpha": "0,5"}}, "wing.alpha in drug.yaml is '0,5' (text); expected a number. Write 0.5, with a point."),
+        ({"wing": {"rank": "0,5"}}, "wing.rank in drug.yaml is '0,5' (text); expected a whole number."),
         ({"wing": {"alpha": "inf"}}, "wing.alpha in drug.yaml is 'inf' (text); expected a number."),
         ({"wing": {"packing": 1}}, "wing.packing in drug.yaml is 1 (a whole number); expected true or false."),
         ({"wing": {"targets": 5}}, "wing.targets in drug.yaml is 5 (a whole number); expected a list (text each)."),

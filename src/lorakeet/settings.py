@@ -13,6 +13,7 @@ from __future__ import annotations
 import dataclasses
 import difflib
 import math
+import re
 import types
 import typing
 from collections.abc import Iterator, Mapping
@@ -34,6 +35,7 @@ _MOST_SHOWN = 40  # problems of a file, of which the others are counted
 _PLAIN = {bool: "true or false", int: "a whole number", float: "a number", str: "text", Path: "a path"}
 _TRUTH: dict[str | bool, bool] = {True: True, "true": True, "yes": True, "on": True}
 _TRUTH |= {False: False, "false": False, "no": False, "off": False}
+_COMMA = re.compile(r"[+-]?\d+,\d+")  # a number as many languages write it
 _SEEN = {**_PLAIN, list: "a list", tuple: "a list", dict: "a mapping"}
 
 
@@ -203,6 +205,8 @@ class _Reader:
     def misfit(self, path: str, given: Any, expected: str, known: tuple[str, ...] = ()) -> None:
         seen = "empty" if given is None else f"{_shown(given)} ({_SEEN.get(type(given), type(given).__name__)})"
         hint = nearest(given, known) if isinstance(given, str) else ""
+        if expected.startswith("a number") and isinstance(given, str) and _COMMA.fullmatch(given.strip()):
+            hint = f" Write {given.strip().replace(',', '.')}, with a point."
         self.problems.add(f"{path} {self.source(path)} is {seen}; expected {expected}.{hint}")
 
     def unknown(self, key: str, names: tuple[str, ...], prefix: str) -> None:

@@ -207,3 +207,23 @@ def test_a_thinned_curve_ends_with_the_last_step() -> None:
     records: list[dict[str, object]] = [{"step": step, "loss": 1.0} for step in range(1, 101)]
     kept = thinned(records, 7)
     assert kept[-1]["step"] == 100 and len(kept) <= 9
+
+
+def test_a_run_that_left_no_folder_is_begun_again_by_a_button_that_is_there(
+    studio: Studio, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    job = studio.queue.add(["finetune"], title="x", run="young")
+    monkeypatch.setattr(type(job), "state", "stopped")
+    live = live_run(studio.places, studio.queue, "young")
+    assert not live.can_resume and "Resume" not in live.message
+    assert live.message.endswith("To begin again, prepare another with these settings.")
+
+
+def test_the_time_so_far_is_that_of_the_job_while_it_runs(studio: Studio, run: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    job = studio.queue.add(["finetune"], title="x", run="mine")
+    assert live_run(studio.places, studio.queue, "mine").since is None, "it waits"
+    (job.folder / "alive").touch()
+    os.utime(job.folder / "alive", (100.0, 100.0))
+    for state, since in (("running", 100.0), ("stopped", None)):
+        monkeypatch.setattr(type(job), "state", state)
+        assert live_run(studio.places, studio.queue, "mine").since == since

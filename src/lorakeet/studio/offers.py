@@ -47,6 +47,17 @@ class Offers:
 
     models: tuple[str, ...]
     rows: tuple[str, ...]
+    accepted: str = ",".join((*ROWS, *WORKBOOKS))  # endings that a browser offers; a workbook is answered with what to do
+
+    def short(self, name: str) -> str:
+        """The end of a path that tells it from all others that are offered; any other name as it is."""
+        if not name.startswith("/"):
+            return name
+        parts, others = Path(name).parts, [Path(one).parts for one in (*self.models, *self.rows) if one != name]
+        for count in range(1, len(parts)):
+            if all(one[-count:] != parts[-count:] for one in others):
+                return "/".join(parts[-count:])
+        return name
 
 
 def offers(places: Places) -> Offers:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import fcntl
+import shlex
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -45,7 +46,7 @@ class RunFolder:
 
     @property
     def resume_command(self) -> str:
-        return f"{self.command} finetune --resume {self.path}"
+        return f"{self.command} finetune --resume {shlex.quote(str(self.path))}"
 
     @classmethod
     def at(cls, path: Path) -> RunFolder | None:

@@ -40,6 +40,7 @@ def test_the_form_becomes_the_run_file_of_a_job(browser: TestClient, studio: Stu
     config = read_run(job.folder / "run.yaml")
     assert config.out == str(studio.places.runs / "my-rows-1") and config.lora.rank == 4
     assert browser.post("/run", data=filled).headers["location"] == "/run/my-rows-2"
+    assert module.free_name(studio, {"data.train": "Mensajes clínica 2026 (copia).csv"}) == "mensajes-clínica-2026-copia-1"
     assert "waits or runs already" in browser.post("/run-check", data={**filled, "out": "my-rows-1"}).json()["problems"][0]
 
 
@@ -209,3 +210,18 @@ def test_a_tick_looks_its_job_up_once(studio: Studio, monkeypatch: pytest.Monkey
 def test_the_run_file_behind_a_shown_command_is_shown(browser: TestClient, studio: Studio, filled: dict[str, str]) -> None:
     text = browser.get(browser.post("/run", data=filled).headers["location"]).text
     assert "<code>lorakeet finetune run.yaml</code>" in text and "rank: 4" in text
+
+
+def test_a_problem_of_the_rows_leads_to_them_and_another_one_does_not(
+    browser: TestClient, studio: Studio, filled: dict[str, str]
+) -> None:
+    found = browser.post("/run-check", data={**filled, "data.text_column": "message", "data.format": "text"}).json()
+    assert found["problems"] and found["of_rows"] is True
+    for wrong in ({"train.epochs": "0,5"}, {"out": "../run"}):
+        found = browser.post("/run-check", data={**filled, **wrong}).json()
+        assert found["problems"] and found["of_rows"] is False
+    folder = studio.places.runs / "clinic rows"
+    folder.mkdir()
+    (folder / "config.yaml").write_text("model: m\ndata: r\n")
+    found = browser.post("/run-check", data={**filled, "out": "clinic rows"}).json()
+    assert found["problems"] == ["There is a run 'clinic rows' already; nothing in it was touched. Choose another name."]

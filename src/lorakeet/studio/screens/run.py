@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import time
 from collections.abc import AsyncIterator
 from contextlib import suppress
 from dataclasses import dataclass
@@ -15,7 +16,7 @@ from starlette.routing import Route
 
 from lorakeet.config import RunConfig
 from lorakeet.disk import open_regular
-from lorakeet.errors import ConfigError, LorakeetError
+from lorakeet.errors import ConfigError, DataError, LorakeetError
 from lorakeet.studio.forms import (
     command_line,
     first_fields,
@@ -70,6 +71,8 @@ def prepared(studio: Studio, given: dict[str, str]) -> RunConfig:
     settings = {name: text for name, text in given.items() if name != "out"}
     out = studio.places.new_run(given.get("out") or free_name(studio, given))
     studio.places.require(settings)
+    if RunFolder.at(out) is not None:
+        raise ConfigError(f"There is a run '{out.name}' already; nothing in it was touched. Choose another name.")
     config = run_config(settings, out)
     check_early("finetune", FinetuneOptions(), config)
     if any(job.run == out.name and job.state in ("waiting", "running") for job in studio.queue.jobs()):
@@ -79,8 +82,8 @@ def prepared(studio: Studio, given: dict[str, str]) -> RunConfig:
 
 def free_name(studio: Studio, given: dict[str, str]) -> str:
     """A name for a run that is not taken, after its rows."""
-    stem = "".join(letter if letter.isalnum() else "-" for letter in Path(given.get("data.train", "")).name.partition(".")[0])
-    name, number = stem.strip("-").lower() or "run", 1
+    stem = "".join(letter if letter.isalnum() else " " for letter in Path(given.get("data.train", "")).name.partition(".")[0])
+    name, number = "-".join(stem.lower().split()) or "run", 1
     taken = {job.run for job in studio.queue.jobs()}
     while (found := f"{name}-{number}") in taken or (studio.places.runs / found).exists():
         number += 1
@@ -103,7 +106,8 @@ def _check(request: Request) -> Response:
     try:
         config = prepared(studio, given)
     except LorakeetError as error:
-        return json_answer(refused_values(error))
+        of_rows = isinstance(error, DataError)  # which the screen Data shows, and mends
+        return json_answer({**refused_values(error), "of_rows": of_rows})
     return json_answer({"problems": [], "command": command_line(run_words(config)), "file": run_file(config), "out": config.out})
 
 
@@ -244,6 +248,7 @@ async def _stream(studio: Studio, name: str) -> AsyncIterator[str]:
         if records or restarted or seen != before:
             log = seen.log if before is None or seen.log != before.log else None
             values = {"run": plain_values(seen.live), "records": thinned(records), "restarted": restarted, "log": log}
+            values["now"] = time.time()  # a browser elsewhere may have another clock
             yield event({**values, "pictures": seen.pictures}, name="run")
         if seen.live.state not in GOING and end == offset:
             yield event({}, name="over")

@@ -42,6 +42,7 @@ from lorakeet.studio.taking import (
     ways_of,
     why_not,
 )  # fmt: skip
+from lorakeet.workflows.options import PredictOptions
 
 WORK = "lorakeet.studio.sizing:sizes_of_run"
 CHOSEN = "f16"  # the precision that is nearest to what was trained, and half of the memory of f32
@@ -70,6 +71,7 @@ def _take(request: Request) -> Response:
     return page(
         request, "take.html", name=name, ways=ways, runs=taken_runs(studio), quants=QUANTS, chosen=CHOSEN,
         names={way.key: default_name(name, way, CHOSEN) for way in ways}, offers=offers(studio.places),
+        review=round(100 * PredictOptions.review),
         answers=answer_fields(studio.places.run(name)) if any("text" in way.kinds and way.quant for way in ways) else [],
     )  # fmt: skip
 

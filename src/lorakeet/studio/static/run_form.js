@@ -24,7 +24,13 @@ async function check() {
   start.disabled = !good;
   start.textContent = good ? "Start the run" : fields["model.path"] ? (fields["data.train"] ? "Not ready yet" : "Choose rows first") : "Choose a model first";
   missing.textContent = good || !fields["model.path"] || !fields["data.train"] ? "" : found.problems.join(" ");
-  document.getElementById("columns").hidden = good || !fields["data.train"];
+  document.getElementById("columns").hidden = !found.of_rows || !fields["data.train"];
+  for (const field of form.querySelectorAll("[name]")) {
+    const wrong = found.problems.some((problem) => problem.startsWith(`${field.name} `));
+    if (wrong) field.setAttribute("aria-invalid", "true"); else field.removeAttribute("aria-invalid");
+    field.closest(".field")?.classList.toggle("wrong", wrong);
+    for (let part = wrong ? field.closest("details") : null; part; part = part.parentElement.closest("details")) part.open = true;
+  }
   document.getElementById("remedies").replaceChildren(...remedyButtons(form, found.remedies, check));
   same.hidden = !good;
   if (good) showSame(found);

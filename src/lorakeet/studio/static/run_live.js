@@ -6,10 +6,13 @@ const live = document.getElementById("live");
 const by = (id) => document.getElementById(id);
 let records = [];
 let seen = "";
+let latest = null;
+let began = null; // on this browser's own clock
 
 function numbers(run) {
   const shown = [
     ["Step", run.total ? `${run.step} of ${run.total}` : run.step || "–"],
+    ...(began === null ? [] : [["Time so far", duration((performance.now() - began) / 1000)]]),
     ["Training time left", run.state === "training" ? run.seconds_left === null ? "known after some steps" : `about ${duration(run.seconds_left)}` : "–"],
     ["Tokens per second", short(run.tokens_per_second)],
     ["Held-out loss of the base", short(run.base)],
@@ -21,7 +24,7 @@ function numbers(run) {
 function curve(run) {
   const train = records.filter((r) => r.loss !== undefined).map((r) => ({ x: r.step, y: r.loss ?? NaN }));
   const held = records.filter((r) => r.held_out_loss !== undefined).map((r) => ({ x: r.step, y: r.held_out_loss ?? NaN, low: r.low, high: r.high }));
-  if (!train.length && !held.length) { by("curve").replaceChildren(make("p", { class: "soft" }, "The first numbers come when the model is loaded.")); return; }
+  if (!train.length && !held.length) { by("curve").replaceChildren(make("p", { class: "soft" }, run.can_stop ? "The first numbers come when the model is loaded." : "There are none.")); return; }
   const says = `${train.length} steps, the last loss ${short(train.at(-1)?.y)}; held-out loss ${short(held.at(-1)?.y)}, of the base ${short(run.base)}.`;
   const open = by("curve").querySelector("details")?.open;
   const lines = run.base === null ? [] : [{ y: run.base, name: "base", kind: "base" }];
@@ -33,7 +36,7 @@ function curve(run) {
 }
 
 function memory(run) {
-  const text = run.memory === null ? "Not known before the first step." : run.budget ? `${bytes(run.memory)} at most, of a budget of ${bytes(run.budget)}.` : `${bytes(run.memory)} at most. No budget was set.`;
+  const text = run.memory === null ? run.can_stop ? "Not known before the first step." : "Not known." : run.budget ? `${bytes(run.memory)} at most, of a budget of ${bytes(run.budget)}.` : `${bytes(run.memory)} at most. No budget was set.`;
   by("memory").replaceChildren(run.memory === null || !run.budget ? make("p", { class: "soft" }, text) : meter({ name: "Memory", value: run.memory, limit: run.budget, text }));
 }
 
@@ -47,7 +50,8 @@ function show(run) {
   by("doing").textContent = run.doing;
   by("another").hidden = run.can_stop;
   by("progress").max = run.total || 1;
-  by("progress").value = run.step;
+  if (run.state === "starting" || run.state === "measuring") by("progress").removeAttribute("value"); // how long it takes is not known
+  else by("progress").value = run.step;
   by("stop").hidden = !run.can_stop;
   by("stop").elements.at_once.value = run.state === "stopping";
   by("stop").querySelector("button").textContent = run.stop;
@@ -72,6 +76,8 @@ function samples(files) {
 function take(event) {
   const found = JSON.parse(event.data);
   if (found.restarted) records = [];
+  began = found.run.since === null ? null : performance.now() - 1000 * Math.max(0, found.now - found.run.since);
+  latest = found.run;
   for (const record of found.records) {
     while (records.length && records.at(-1).step > record.step) records.pop(); // it was resumed from an earlier step
     records.push(record);
@@ -83,6 +89,8 @@ function take(event) {
   seen = now;
   if (found.log !== null) by("log").textContent = found.log;
 }
+
+setInterval(() => { if (latest && began !== null) numbers(latest); }, 1000);
 
 let source = null;
 let gone = false;
