@@ -422,6 +422,43 @@ def test_the_keyboard_alone_gets_to_a_comparison(browser: Any, studio: Studio, a
     page.wait_for_selector("h1:has-text('accuracy (95 % interval')")
 
 
+STOPS = """() => {
+  for (const part of document.querySelectorAll("details")) part.open = true; // a summary is a stop of its own
+  const stops = "a[href], button, input, select, textarea, summary, [tabindex='0']";
+  const visible = (one) => one.checkVisibility() && !one.disabled && one.type !== "hidden";
+  window.stops = [...document.querySelectorAll(stops)].filter(visible);
+  window.seen = new Map();
+  document.addEventListener("focusin", ({ target }) => {
+    const drawn = getComputedStyle(target.matches("input.hidden") ? target.labels[0] : target);
+    window.seen.set(target, (drawn.outlineStyle !== "none" && parseFloat(drawn.outlineWidth) > 0) || drawn.boxShadow !== "none");
+  });
+  return window.stops.length;
+}"""
+NOT_REACHED = """() => {
+  const named = (one) => `${one.tagName} ${one.name || one.getAttribute("aria-label") || one.textContent.trim().slice(0, 40)}`;
+  const there = window.stops.filter((one) => one.checkVisibility() && !one.disabled);
+  return [there.filter((one) => !window.seen.has(one)).map(named), there.filter((one) => window.seen.get(one) === false).map(named)];
+}"""
+
+
+def test_the_keyboard_alone_reaches_all_of_every_screen_and_shows_where_it_is(browser: Any, studio: Studio, address: str) -> None:
+    made_run(studio, "a")
+    made_run(studio, "b", right=2)
+    more = ["/result/a", "/run/a", "/runs/overlay?name=a&name=b", "/runs/compare?name=a&name=b"]
+    page = opened(browser, address)
+    for path in [*(screen.path for screen in SCREENS), *more]:
+        page.goto(address.partition("/?")[0] + path)
+        page.wait_for_selector("#curve svg, #curves svg, h1")
+        assert page.evaluate(STOPS) > 10
+        for _ in range(20):  # stretches of stops; those in a report's frame are its own
+            for _ in range(25):
+                page.keyboard.press("Tab")
+            if page.evaluate("window.stops.every((one) => window.seen.has(one) || !one.checkVisibility() || one.disabled)"):
+                break
+        assert page.evaluate(NOT_REACHED) == [[], []], f"{path}: without a stop, and without a sign of focus"
+    assert page.said == []
+
+
 @pytest.mark.parametrize("scheme", ["light", "dark"])
 def test_each_screen_fits_and_can_be_read_by_all(browser: Any, studio: Studio, address: str, scheme: str) -> None:
     """No screen is wider than a phone or a display of 4K; axe-core finds nothing serious."""
