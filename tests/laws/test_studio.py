@@ -459,6 +459,25 @@ def test_the_keyboard_alone_reaches_all_of_every_screen_and_shows_where_it_is(br
     assert page.said == []
 
 
+def test_what_is_drawn_anew_while_it_works_keeps_the_keyboards_place(browser: Any, studio: Studio, address: str) -> None:
+    run = made_run(studio, "a")
+    page = opened(browser, address)
+    job = studio.queue.add(["predict", str(run)], title="Rows answered: b.csv")
+    (job.folder / "log").write_text("Error: one.\n")
+    (job.folder / "alive").touch()
+    (job.folder / "code").write_text("2")
+    page.goto(address.partition("/?")[0] + "/take/a")
+    page.focus("#jobs summary")
+    page.keyboard.press("Enter")
+    for line in ("two", "three"):
+        with (job.folder / "log").open("a") as log:
+            log.write(f"Error: {line}.\n")
+        page.wait_for_selector(f"#jobs .warning:has-text('{line}')")
+        assert page.evaluate("document.activeElement.textContent") == "The command, and what it printed"
+        assert page.evaluate("document.activeElement.parentElement.open")
+    assert page.said == []
+
+
 @pytest.mark.parametrize("scheme", ["light", "dark"])
 def test_each_screen_fits_and_can_be_read_by_all(browser: Any, studio: Studio, address: str, scheme: str) -> None:
     """No screen is wider than a phone or a display of 4K; axe-core finds nothing serious."""

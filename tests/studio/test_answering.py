@@ -65,8 +65,12 @@ def test_the_words_are_the_commands_and_mean_its_options(studio: Studio, run: Pa
 
 
 @pytest.mark.parametrize(
-    ("name", "out"), [("a.b.jsonl", "a-answered.jsonl"), ("a.tsv", "a-answered.tsv"), ("a.zip", "a-answered.csv")]
-)
+    ("name", "out"),
+    [
+        ("a.b.jsonl", "a.b-answered.jsonl"), ("a.tsv", "a-answered.tsv"), ("a.zip", "a-answered.csv"),
+        ("Registro 12.03.2026.csv", "Registro 12.03.2026-answered.csv"),
+    ],
+)  # fmt: skip
 def test_the_file_is_of_the_kind_of_the_rows_where_it_can(studio: Studio, run: Path, tmp_path: Path, name: str, out: str) -> None:
     path = tmp_path / "models" / name
     if path.suffix == ".zip":

@@ -15,7 +15,7 @@ import pytest
 from starlette.testclient import TestClient
 
 from lorakeet.studio import offers as module
-from lorakeet.studio.offers import Offers, offers
+from lorakeet.studio.offers import Offers, offers, stem_of
 from lorakeet.studio.pages import Studio
 
 
@@ -46,6 +46,8 @@ def test_rows_that_the_browser_sends_are_kept_and_offered(browser: TestClient, s
     changed = Path(browser.put("/rows/my%20rows.csv", content=b"new").json()["path"])
     assert (changed.name, changed.read_bytes()) == ("my rows-2.csv", b"new") and path.read_bytes() == b"a,b\n1,2\n"
     assert sorted(found.name for found in path.parent.iterdir()) == ["my rows-2.csv", "my rows.csv"]
+    names = [browser.put("/rows/v1.2.jsonl.gz", content=text).json()["path"].rpartition("/")[2] for text in (b"1", b"2")]
+    assert names == ["v1.2.jsonl.gz", "v1.2-2.jsonl.gz"]
 
 
 @pytest.mark.parametrize("name", ["rows.py", ".rows.csv", "%2e%2e%2frows.csv", "x" * 250 + ".csv"])
@@ -166,3 +168,8 @@ def test_files_of_one_name_are_told_apart(studio: Studio) -> None:
 def test_a_browser_shows_workbooks_so_that_it_is_said_what_to_do(browser: TestClient) -> None:
     accepted = browser.get("/data").text.partition('accept="')[2].partition('"')[0].split(",")
     assert set(accepted) == {*module.ROWS, *module.WORKBOOKS}
+
+
+def test_a_point_in_a_name_is_no_ending() -> None:
+    names = {"a.csv": "a", "12.03.2026.CSV": "12.03.2026", "v1.2.jsonl.gz": "v1.2", "x.zip!in/y.csv": "x", ".csv": ".csv", "v1.2": "v1.2"}
+    assert {name: stem_of(name) for name in names} == names

@@ -11,6 +11,7 @@ from lorakeet.config import read_run
 from lorakeet.errors import ConfigError
 from lorakeet.studio.forms import FormField, run_fields, settings_of
 from lorakeet.studio.jobs import Job, Queue
+from lorakeet.studio.offers import stem_of
 from lorakeet.studio.places import NotHere, Places, regular_within
 from lorakeet.studio.remedies import advised_value
 from lorakeet.studio.taking import jobs_of
@@ -63,7 +64,7 @@ def wanted_answers(places: Places, run: str, form: Mapping[str, str]) -> Predict
     if not rows:
         raise ConfigError("No file of rows is chosen. Choose one first.")
     places.require({ROWS: rows})
-    stem = Path(rows).name.partition(".")[0][:_LONGEST_STEM] or "rows"
+    stem = stem_of(Path(rows).name)[:_LONGEST_STEM] or "rows"
     name = f"{stem}-answered{_ENDINGS.get(Path(rows).suffix.lower(), '.csv')}"
     given: dict[str, Any] = {name: form.get(f"data.{name}", "").strip() or None for name in OWN_FLAGS}
     options = PredictOptions(str(folder), rows, Path(name), **given)

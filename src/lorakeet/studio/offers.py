@@ -7,6 +7,7 @@ import fcntl
 import hashlib
 import itertools
 import os
+import re
 import secrets
 import threading
 import time
@@ -32,6 +33,7 @@ from lorakeet.workflows.runs.quickstart_packages import QUICKSTART_PACKAGES, ins
 
 ROWS = (".jsonl", ".json", ".csv", ".tsv", ".txt", ".parquet", ".zip", ".gz")
 WORKBOOKS = (".xlsx", ".xls", ".xlsm", ".xlsb", ".ods", ".numbers")  # of offices, which save their sheets as CSV
+_ENDED = re.compile(rf"(.+?)(?:{'|'.join(map(re.escape, ROWS))})+(?:[!#].*)?", re.IGNORECASE | re.DOTALL)
 _DEPTH = 3  # folders below a chosen one
 _MOST = 200  # of each kind
 _ENTRIES = 20_000  # that are read in all
@@ -39,6 +41,12 @@ MOST_UPLOADED = 4 * LARGEST_UPLOAD  # bytes of all copies
 _UNFINISHED = 24 * 3600.0  # seconds after which an unfinished copy is a leftover
 _ADDING = threading.Lock()  # of bytes, so that uploads at once keep the limit together
 _LEFT_OUT = {"node_modules", "__pycache__", "site-packages", "checkpoints", "adapter"}
+
+
+def stem_of(name: str) -> str:
+    """The name of a file of rows without its endings, and without what is named within it: a point in it stays."""
+    found = _ENDED.fullmatch(name)
+    return found[1] if found else name
 
 
 @dataclass(frozen=True)
@@ -186,11 +194,12 @@ def _too_much(folder: Path, size: int, left: int) -> ConfigError:
 
 def _settled(coming: Path, folder: Path, digest: str) -> Path:
     """Moves a file into `folder`, under a name that is free; the file itself where it was sent before."""
-    stem, _, ending = coming.name.partition(".")
+    stem = stem_of(coming.name)
+    ending = coming.name.removeprefix(stem)
     with open_in_place(folder.parent / "rows.lock") as lock:
         fcntl.flock(lock, fcntl.LOCK_EX)  # of two tabs or studios, none takes the name that the other has found free
         for number in itertools.count(1):
-            path = folder / (coming.name if number == 1 else f"{stem}-{number}.{ending}")
+            path = folder / (coming.name if number == 1 else f"{stem}-{number}{ending}")
             if not path.exists():
                 coming.rename(path)
                 return path

@@ -41,6 +41,7 @@ def test_the_form_becomes_the_run_file_of_a_job(browser: TestClient, studio: Stu
     assert config.out == str(studio.places.runs / "my-rows-1") and config.lora.rank == 4
     assert browser.post("/run", data=filled).headers["location"] == "/run/my-rows-2"
     assert module.free_name(studio, {"data.train": "Mensajes clínica 2026 (copia).csv"}) == "mensajes-clínica-2026-copia-1"
+    assert module.free_name(studio, {"data.train": "Registro 12.03.2026.csv"}) == "registro-12-03-2026-1"
     assert "waits or runs already" in browser.post("/run-check", data={**filled, "out": "my-rows-1"}).json()["problems"][0]
 
 

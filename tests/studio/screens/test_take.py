@@ -12,7 +12,7 @@ from starlette.testclient import TestClient
 
 from lorakeet.studio.pages import Studio
 from lorakeet.studio.screens import take as module
-from lorakeet.studio.screens.take import job_shown, taken_runs
+from lorakeet.studio.screens.take import job_shown, taken_runs, without_earlier_attempts
 from studio.screens.test_fit import Made
 
 
@@ -92,3 +92,16 @@ def test_sizes_come_from_the_workbench(studio: Studio, run: Path) -> None:
     assert found[0].startswith("event: sizes") and '"1 MiB"' in found[0] and found[1].startswith("event: done")
     object.__setattr__(studio, "workbench", Made({"error": "no model"}))
     assert "no model" in asyncio.run(collect())[0]
+
+
+def test_an_attempt_that_was_mended_and_tried_again_is_not_shown(studio: Studio, run: Path) -> None:
+    jobs = [studio.queue.add(["predict", str(run)], title=title) for title in ("Rows answered: a", "Rows answered: b", "Rows answered: a")]
+    for job, code in zip(jobs, "220", strict=True):
+        (job.folder / "alive").touch()
+        (job.folder / "code").write_text(code)
+    newest_first = [jobs[2], jobs[1], jobs[0]]
+    assert without_earlier_attempts(newest_first) == [jobs[2], jobs[1]]
+    (jobs[0].folder / "code").write_text("0")
+    assert without_earlier_attempts(newest_first) == newest_first, "what it has made stays"
+    (jobs[2].folder / "code").write_text("2")
+    assert without_earlier_attempts(newest_first) == newest_first

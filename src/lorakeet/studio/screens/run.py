@@ -41,7 +41,7 @@ from lorakeet.studio.live import (
     run_state,
     thinned,
 )  # fmt: skip
-from lorakeet.studio.offers import UPLOAD, offers
+from lorakeet.studio.offers import UPLOAD, offers, stem_of
 from lorakeet.studio.pages import (
     Screen,
     Studio,
@@ -71,9 +71,9 @@ def prepared(studio: Studio, given: dict[str, str]) -> RunConfig:
     settings = {name: text for name, text in given.items() if name != "out"}
     out = studio.places.new_run(given.get("out") or free_name(studio, given))
     studio.places.require(settings)
+    config = run_config(settings, out)
     if RunFolder.at(out) is not None:
         raise ConfigError(f"There is a run '{out.name}' already; nothing in it was touched. Choose another name.")
-    config = run_config(settings, out)
     check_early("finetune", FinetuneOptions(), config)
     if any(job.run == out.name and job.state in ("waiting", "running") for job in studio.queue.jobs()):
         raise ConfigError(f"A run '{out.name}' waits or runs already. Choose another name.")
@@ -82,7 +82,7 @@ def prepared(studio: Studio, given: dict[str, str]) -> RunConfig:
 
 def free_name(studio: Studio, given: dict[str, str]) -> str:
     """A name for a run that is not taken, after its rows."""
-    stem = "".join(letter if letter.isalnum() else " " for letter in Path(given.get("data.train", "")).name.partition(".")[0])
+    stem = "".join(letter if letter.isalnum() else " " for letter in stem_of(Path(given.get("data.train", "")).name))
     name, number = "-".join(stem.lower().split()) or "run", 1
     taken = {job.run for job in studio.queue.jobs()}
     while (found := f"{name}-{number}") in taken or (studio.places.runs / found).exists():

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Sequence
 from functools import partial
 from typing import Any
 
@@ -122,10 +122,22 @@ async def _stream(studio: Studio, name: str) -> AsyncIterator[str]:
         jobs = await asyncio.to_thread(jobs_of, studio.places, studio.queue, name)
         stamp = await asyncio.to_thread(stamp_of, jobs)
         if stamp != before:
-            values = [await asyncio.to_thread(job_shown, job, log=number < MANY) for number, job in enumerate(jobs)]
+            shown = await asyncio.to_thread(without_earlier_attempts, jobs)
+            values = [await asyncio.to_thread(job_shown, job, log=number < MANY) for number, job in enumerate(shown)]
             yield event({"jobs": values}, name="jobs")
         before = stamp
         await asyncio.sleep(EVERY)
+
+
+def without_earlier_attempts(jobs: Sequence[Job]) -> list[Job]:
+    """The jobs, the newest first, without those that made nothing and were tried again, such as after a click that mended them."""
+    newer: set[str] = set()
+    found = []
+    for job in jobs:
+        if job.title not in newer or job.state in ("done", "running", "waiting"):
+            found.append(job)
+        newer.add(job.title)
+    return found
 
 
 def job_shown(job: Job, *, log: bool = True) -> dict[str, Any]:

@@ -24,6 +24,18 @@ export function make(name, attributes = {}, ...children) {
   return element;
 }
 
+const STOPS = "a[href], button, input, select, textarea, summary, [tabindex]";
+
+/** Draws what is in `place` anew by `draw`; who is in it with the keyboard stays at the stop of the same name in the same part. */
+export function keepingFocus(place, draw) {
+  const at = place.contains(document.activeElement) ? document.activeElement : null;
+  const part = at?.closest("article")?.id;
+  const named = (one) => `${one.tagName} ${one.getAttribute("aria-label") || one.textContent}`;
+  const name = at && named(at);
+  draw();
+  if (at && !at.isConnected) [...place.querySelectorAll(STOPS)].find((one) => one.closest("article")?.id === part && named(one) === name)?.focus({ preventScroll: true });
+}
+
 function copyOf(button) {
   const code = button.closest(".cmd, .file").querySelector("code");
   const done = () => { button.textContent = "Copied"; setTimeout(() => { button.textContent = "Copy"; }, 1500); };

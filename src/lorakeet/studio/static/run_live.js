@@ -1,5 +1,5 @@
 // A run as it goes on: events of the studio become numbers, a curve and a memory bar. All of it is drawn again after a reload.
-import { make } from "./page.js";
+import { keepingFocus, make } from "./page.js";
 import { bytes, duration, lineChart, meter, short } from "./svg.js";
 
 const live = document.getElementById("live");
@@ -28,11 +28,13 @@ function curve(run) {
   const says = `${train.length} steps, the last loss ${short(train.at(-1)?.y)}; held-out loss ${short(held.at(-1)?.y)}, of the base ${short(run.base)}.`;
   const open = by("curve").querySelector("details")?.open;
   const lines = run.base === null ? [] : [{ y: run.base, name: "base", kind: "base" }];
-  by("curve").replaceChildren(lineChart({
-    name: "Loss by step", says, lines,
-    series: [{ name: "training rows", kind: "train", points: train }, { name: "held-out rows, with interval", kind: "held-out", points: held, dots: true }],
-  }));
-  if (open) by("curve").querySelector("details").open = true;
+  keepingFocus(by("curve"), () => {
+    by("curve").replaceChildren(lineChart({
+      name: "Loss by step", says, lines,
+      series: [{ name: "training rows", kind: "train", points: train }, { name: "held-out rows, with interval", kind: "held-out", points: held, dots: true }],
+    }));
+    if (open) by("curve").querySelector("details").open = true;
+  });
 }
 
 function memory(run) {

@@ -1,6 +1,6 @@
 // Take away: each card checks itself as it changes; jobs and certificates come as events.
 import { offer, takeFile } from "./answers.js";
-import { csrf, make, post } from "./page.js";
+import { csrf, keepingFocus, make, post } from "./page.js";
 import { bytes } from "./svg.js";
 
 const root = document.getElementById("take");
@@ -81,8 +81,10 @@ function take(event) {
   const found = JSON.parse(event.data).jobs;
   const open = new Set([...document.querySelectorAll("#jobs details[open]")].map((one) => `${one.closest("article").id} ${one.querySelector("summary").textContent}`));
   by("jobs-part").hidden = !found.length;
-  by("jobs").replaceChildren(...found.map((one) => job(one)));
-  for (const one of document.querySelectorAll("#jobs details")) if (open.has(`${one.closest("article").id} ${one.querySelector("summary").textContent}`)) one.open = true;
+  keepingFocus(by("jobs"), () => {
+    by("jobs").replaceChildren(...found.map((one) => job(one)));
+    for (const one of document.querySelectorAll("#jobs details")) if (open.has(`${one.closest("article").id} ${one.querySelector("summary").textContent}`)) one.open = true;
+  });
   for (const form of document.querySelectorAll(".way-form")) check(form); // a name may be taken now
 }
 

@@ -150,9 +150,9 @@ async function copyAnswers() {
   await navigator.clipboard.writeText(cells.join("\n")).then(() => { by("many-said").textContent = "Copied: paste it into a table."; }, () => { by("many-said").textContent = "The browser does not allow copying; select the table and copy it."; });
 }
 
-async function ask(text) {
+async function ask(text, expected) {
   const holder = by("conversation");
-  holder.append(make("p", { class: "said" }, text));
+  holder.append(make("p", { class: "said" }, text, expected ? make("span", { class: "soft" }, ` ${expected}`) : ""));
   const places = {};
   for (const side of ["base", "adapter"]) {
     sides[side].push({ role: "user", content: text });
@@ -185,8 +185,9 @@ function send(event) {
   by("prompt").value = "";
   if (by("alone").checked) for (const side of ["base", "adapter"]) sides[side] = [];
   const row = rows.find((one) => one.text.trim() === text);
-  by("expected").textContent = row ? `Expected: ${row.truth}` : "";
-  ask(text);
+  const expected = row ? `Expected: ${row.truth}` : "";
+  by("expected").textContent = expected;
+  ask(text, expected);
 }
 
 function walk(event) {
