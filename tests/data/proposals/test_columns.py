@@ -22,7 +22,8 @@ def flags(found: list[FileRecord], text: str | None = "text", label: str | None 
 @pytest.mark.parametrize(
     ("text", "label"),
     [
-        ("Text", "Kategorie"), ("TEXT", "LABEL"), ("Réclamation", "Catégorie"), ("Comentario", "Etiqueta"), ("Mensaje del dueño", "Urgencia (según recepción)"),
+        ("Text", "Kategorie"), ("TEXT", "LABEL"), ("Réclamation", "Catégorie"), ("Comentario", "Etiqueta"),
+        ("Mensaje del dueño", "Urgencia (según recepción)"),
         ("review text", "class id"),
     ],
 )  # fmt: skip

@@ -85,7 +85,7 @@ def test_a_long_problem_hides_no_other_one_that_is_mended_with_it(tmp_path: Path
     folder = tmp_path / ("a folder with a long name " * 6).strip() / ("and another one " * 6).strip()
     folder.mkdir(parents=True)
     path = folder / "mensajes.csv"
-    lines = [f"El perro número {n} está rascándose y come poco;{'Toñi Ana Luz'.split()[n % 3]};{'ab'[n % 2]}" for n in range(60)]
+    lines = [f"El perro número {n} está rascándose y come poco;{['Toñi', 'Ana', 'Luz'][n % 3]};{'ab'[n % 2]}" for n in range(60)]
     path.write_text("\n".join(["Mensaje de la dueña;Recepción;Cola", *lines, ";Ana;a"]), encoding="cp1252")
     with pytest.raises(DataError) as raised:
         load_dataset(DataSpec(train=str(path)))

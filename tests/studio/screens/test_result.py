@@ -110,7 +110,8 @@ def test_what_needs_the_model_is_never_all_that_is_needed(name: str) -> None:
 
 
 def answered(truth: str, reply: str) -> SideBySide:
-    return SideBySide(f"a row of {truth}", truth, ScoredAnswer("b", right=truth == "b"), ScoredAnswer(reply, right=truth == reply))
+    base, adapter = (ScoredAnswer(one, right=truth == one) for one in ("b", reply))
+    return SideBySide(f"a row of {truth}", truth, base, adapter)
 
 
 def test_one_answer_to_every_row_is_never_said_to_be_all_that_is_needed() -> None:

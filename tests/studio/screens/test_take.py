@@ -95,7 +95,7 @@ def test_sizes_come_from_the_workbench(studio: Studio, run: Path) -> None:
 
 
 def test_an_attempt_that_was_mended_and_tried_again_is_not_shown(studio: Studio, run: Path) -> None:
-    jobs = [studio.queue.add(["predict", str(run)], title=title) for title in ("Rows answered: a", "Rows answered: b", "Rows answered: a")]
+    jobs = [studio.queue.add(["predict", str(run)], title=f"Rows answered: {name}") for name in "aba"]
     for job, code in zip(jobs, "220", strict=True):
         (job.folder / "alive").touch()
         (job.folder / "code").write_text(code)

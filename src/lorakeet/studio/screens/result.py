@@ -56,8 +56,8 @@ def _result(request: Request) -> Response:
     counts = {outcome: sum(row.outcome == outcome for row in report.rows) for outcome in OUTCOMES}
     return page(
         request, "result.html", name=name, report=report, others=others[:50], metrics={key: metric_words(key) for key in names},
-        outcomes=OUTCOMES, counts=counts, unproved=unproved(report, labels_of(folder)), check_words=check_words, compact=compact, first=_FIRST,
-        folder=str(folder), measure=_shown(studio.places, name), plain=plain_sentences(report),
+        outcomes=OUTCOMES, counts=counts, unproved=unproved(report, labels_of(folder)), check_words=check_words, compact=compact,
+        first=_FIRST, folder=str(folder), measure=_shown(studio.places, name), plain=plain_sentences(report),
         warnings=[(page_words(text), _again(folder, text)) for text in report.warnings],
     )  # fmt: skip
 
@@ -114,7 +114,10 @@ def _again(folder: Path, warning: str) -> list[tuple[str, dict[str, str]]]:
 
 
 def rare_labels(report: Report, labels: Sequence[str]) -> str:
-    """A sentence on the trained labels that few of the measured rows have; empty where there is none, or not all rows are known."""
+    """A sentence on the trained labels that few of the measured rows have.
+
+    Empty where there is none, or where the report has not all rows.
+    """
     if not labels or len(report.rows) != report.rows_of:
         return ""
     counts = Counter(row.truth for row in report.rows)
@@ -123,7 +126,8 @@ def rare_labels(report: Report, labels: Sequence[str]) -> str:
         return ""
     said = ", ".join(f"'{shortened(label, _LONGEST_REPLY)}' ({count or 'none'})" for count, label in rare[:_NAMED])
     more = f" and {len(rare) - _NAMED} more" if len(rare) > _NAMED else ""
-    return f"How it does on labels that few of the {report.rows_of} measured rows have: {said}{more}. More such rows would show it."
+    few = f"labels that few of the {report.rows_of} measured rows have"
+    return f"How it does on {few}: {said}{more}. More such rows would show it."
 
 
 def unproved(report: Report, labels: Sequence[str] = ()) -> list[str]:

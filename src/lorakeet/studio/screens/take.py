@@ -130,7 +130,7 @@ async def _stream(studio: Studio, name: str) -> AsyncIterator[str]:
 
 
 def without_earlier_attempts(jobs: Sequence[Job]) -> list[Job]:
-    """The jobs, the newest first, without those that made nothing and were tried again, such as after a click that mended them."""
+    """The jobs, the newest first, without those that made nothing and were tried again, as after a click that mends them."""
     newer: set[str] = set()
     found = []
     for job in jobs:
