@@ -437,7 +437,8 @@ STOPS = """() => {
 NOT_REACHED = """() => {
   const named = (one) => `${one.tagName} ${one.name || one.getAttribute("aria-label") || one.textContent.trim().slice(0, 40)}`;
   const there = window.stops.filter((one) => one.checkVisibility() && !one.disabled);
-  return [there.filter((one) => !window.seen.has(one)).map(named), there.filter((one) => window.seen.get(one) === false).map(named)];
+  const unseen = there.filter((one) => !window.seen.has(one));
+  return [unseen.map(named), there.filter((one) => window.seen.get(one) === false).map(named)];
 }"""
 
 
