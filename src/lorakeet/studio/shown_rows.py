@@ -116,7 +116,7 @@ def split_values(dataset: Dataset, remarks: Sequence[Remark]) -> dict[str, Any]:
     """How the rows are split, their labels, every pair of copies with both rows, and `remarks` with what one click sets."""
     report = dataset.leaks
     dropped = {row.source for row in report.dropped}
-    within = sorted(report.within, key=_contradicts, reverse=True)  # what to look at comes first
+    within = sorted(report.within, key=_contradicts, reverse=True)  # what needs a decision comes first
     preferred = any(pair.row.rejected or pair.row.desirable is not None for pair in report.within)
     return {
         "counts": {"training": len(dataset.train), "held-out": len(dataset.held_out), "test": len(dataset.test)},
