@@ -175,3 +175,14 @@ def test_a_file_of_answers_stays_until_its_user_deletes_it(
         forget_answers(studio.places, studio.queue, "mine", others[-1].name)
     forget_answers(studio.places, studio.queue, "mine", first.name)
     assert studio.queue.jobs() == others[-2:] and not first.folder.exists()
+
+
+def test_earlier_attempts_go_with_the_file_that_the_last_one_made(studio: Studio, run: Path, rows: Path) -> None:
+    failed, other, made = (
+        over(add_answers(studio.places, studio.queue, "mine", {ROWS: str(rows), "data.encoding": encoding}), code, "")
+        for encoding, code in (("utf-8", 2), ("cp850", 2), ("cp1252", 0))
+    )
+    Path(made.words[made.words.index("--out") + 1]).write_text("answered")
+    elsewhere = over(studio.queue.add(["predict", str(run)], title="Rows answered: another.csv"), 2, "")
+    forget_answers(studio.places, studio.queue, "mine", made.name)
+    assert studio.queue.jobs() == [elsewhere] and not any(one.folder.exists() for one in (failed, other, made))

@@ -85,11 +85,17 @@ def written_file(places: Places, queue: Queue, run: str, name: str) -> Path:
 
 
 def forget_answers(places: Places, queue: Queue, run: str, name: str) -> None:
-    """Removes the job `name` of a run, with the file of answers that it holds. NotHere for any other."""
+    """Removes the job `name` of a run, with the file of answers that it holds, and earlier attempts that made none.
+
+    NotHere for any other job.
+    """
     places.run(run)
-    for job in jobs_of(places, queue, run):
+    jobs = jobs_of(places, queue, run)
+    for place, job in enumerate(jobs):
         if job.name == name and job.kept is not None:
-            queue.forget(job)
+            attempts = [one for one in jobs[place + 1 :] if one.title == job.title and one.kept is None]
+            for one in (job, *(one for one in attempts if one.state not in ("waiting", "running"))):
+                queue.forget(one)
             return
     raise NotHere("There is no such file. It may have been deleted already.")
 

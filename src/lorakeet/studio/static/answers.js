@@ -36,8 +36,8 @@ function sent(file, onShare) {
 
 /** Copies a chosen file into the studio's folder, and takes it as the rows; then calls `changed`. */
 export function takeFile(form, changed) {
-  by("upload").addEventListener("change", async (event) => {
-    const chosen = event.target.files[0];
+  const take = async (field) => {
+    const chosen = field.files[0];
     const said = by("uploaded");
     if (!chosen) return;
     said.className = "";
@@ -51,9 +51,11 @@ export function takeFile(form, changed) {
       said.className = "problem";
       said.textContent = error.message;
     } finally {
-      event.target.value = ""; // so that the same file, mended meanwhile, can be chosen again
+      field.value = ""; // so that the same file, mended meanwhile, can be chosen again
     }
-  });
+  };
+  by("upload").addEventListener("change", (event) => take(event.target));
+  take(by("upload")); // it may have been chosen before this script was there
 }
 
 /** What is filled in and differs from its default: an address with that is short enough to be passed on. */
