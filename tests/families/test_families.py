@@ -31,6 +31,13 @@ KNOWN = sorted({*MODEL_FOR_CAUSAL_LM_MAPPING_NAMES, *MODEL_FOR_MULTIMODAL_LM_MAP
 # Those with the most that is their own: sinks and transposed experts; experts without gates; a vision tower; a hybrid whose files
 # name its experts otherwise.
 QUICK = ("gpt_oss", "nemotron_h", "gemma3", "granitemoehybrid")
+# Those that people train, where the configuration's own sizes are a whole model's.
+LARGE = (
+    "qwen3_next", "qwen3_5", "qwen3_5_moe", "gemma3", "gemma4", "gemma3n_text", "gpt_oss", "qwen3_moe", "mistral3", "mistral4",
+    "lfm2", "nemotron_h", "falcon_h1", "smollm3", "phi3", "phi4_multimodal", "glm4_moe", "glm4_moe_lite", "glm_moe_dsa",
+    "deepseek_v3", "deepseek_v32", "kimi_linear", "llama4", "ernie4_5_moe", "olmo3", "seed_oss", "exaone4", "minimax_m2",
+    "mistral_large4",
+)  # fmt: skip
 RIGHT = ("passed", "refused", "not tried")
 
 
@@ -69,6 +76,14 @@ def test_a_merge_is_held_to_what_the_family_s_own_code_rounds(tmp_path: Path, mo
     shutil.rmtree(tmp_path / "merged")
     with pytest.raises(AssertionError, match=r"0\.0003 of the largest logit, own noise"):
         family_columns.merge(tmp_path)
+
+
+@pytest.mark.families
+@pytest.mark.parametrize("kind", LARGE if ALL else ())
+def test_a_model_of_full_size_is_planned(kind: str, tmp_path: Path) -> None:
+    """Of many equal blocks few are rehearsed, which no small model shows."""
+    found = family_columns.planned_at_full_size(kind, tmp_path)
+    assert found.outcome == "passed", found
 
 
 @pytest.mark.families

@@ -65,6 +65,16 @@ def test_the_blocks_of_a_wrapper_are_those_of_its_text_part() -> None:
     assert inside == ["model.language_model.layers.1.self_attn.q_proj"]
 
 
+def test_a_tower_within_the_decoder_has_no_blocks_of_the_text() -> None:
+    """Phi 4's vision and audio parts stand within its decoder. A plan takes few blocks of the text, and theirs were more."""
+    config = small_config("phi4_multimodal")
+    config.num_hidden_layers = 2
+    assert config.vision_config.num_hidden_layers > 2
+    model = skeleton(config)
+    assert modules.block_prefix(model, GENERIC) == ("model.layers", 2)
+    assert modules.blocks_run_once(model, GENERIC)
+
+
 def test_blocks_that_run_several_times_are_known() -> None:
     for family, once in {"llama": True, "gpt2": True, "gemma4": True, "hrm_text": False}.items():
         model = tiny_model(family)

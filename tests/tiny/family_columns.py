@@ -382,6 +382,13 @@ def tried(kind: str, folder: Path, columns: Iterable[str] = COLUMNS) -> dict[str
     return found
 
 
+def planned_at_full_size(kind: str, folder: Path) -> Outcome:
+    """What becomes of a plan of this type with the sizes that its configuration has by default; its files hold no weights."""
+    transformers.CONFIG_MAPPING[kind]().save_pretrained(folder / "model")
+    tiny_tokenizer().save_pretrained(folder / "model")
+    return _in_process(lambda: planned(folder))
+
+
 def _in_process(work: Callable[[], str]) -> Outcome:
     reading, writing = os.pipe()
     child = os.fork()

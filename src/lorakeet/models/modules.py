@@ -292,9 +292,10 @@ def outside_text(model: nn.Module) -> list[str]:
 def _lists_of_decoder(model: nn.Module) -> dict[str, nn.ModuleList]:
     """The outermost lists of modules by path. A wrapper's other parts, such as a vision tower, have lists that do not count."""
     decoder = path_of(model, unwrapped(decoder_of(model))) if hasattr(model, "get_decoder") else ""
+    others = set(OUTSIDE_TEXT.get(str(getattr(getattr(model, "config", None), "model_type", "")), ()))
     found: dict[str, nn.ModuleList] = {}
     for path, module in original_modules(model):
-        inside = not decoder or path.startswith(f"{decoder}.")
+        inside = (not decoder or path.startswith(f"{decoder}.")) and not others & set(path.split("."))
         if inside and isinstance(module, nn.ModuleList) and len(module) and not any(path.startswith(f"{p}.") for p in found):
             found[path] = module
     return found

@@ -24,6 +24,7 @@ from lorakeet.models.module_kinds import stateful_parts
 from lorakeet.models.spec import ModelSpec
 from lorakeet.models.text.from_config import config_of
 from lorakeet.models.text.load import ReadBefore, read_config
+from lorakeet.models.text.repeated_blocks import first_blocks_of_config
 
 BLOCKS = 8  # that are built of a model whose configuration does not list the kinds of its blocks
 REMEDY = (
@@ -87,14 +88,10 @@ def few_blocks_of(config: Any) -> nn.Module:
     enough = max(map(kinds.index, kinds)) + 1 if kinds else BLOCKS
     if not isinstance(count, int) or enough >= count:
         return _on_meta(own)
-    for key, value in list(vars(text).items()):
-        if isinstance(value, (list, tuple)) and len(value) == count:
-            setattr(text, key, value[:enough])
-    text.num_hidden_layers = enough
     try:
-        return _on_meta(own)
+        return _on_meta(first_blocks_of_config(own, enough))
     except DataError:  # its other settings count on all blocks
-        return _on_meta(plain_config(config))
+        return _on_meta(own)
 
 
 def _on_meta(config: Any) -> nn.Module:
