@@ -19,6 +19,7 @@ from lorakeet.core.fused.attention import RotaryAttention
 from lorakeet.core.fused.mlp_and_norm import FrozenRmsNorm
 from lorakeet.core.layers.linear import Replacement
 from lorakeet.core.spec import LoraSpec
+from lorakeet.data.pack import pack_examples
 from lorakeet.kernels.choose import elementwise_ops
 from lorakeet.kernels.device import standing_for
 from lorakeet.kernels.threads import compute_with
@@ -33,6 +34,7 @@ from lorakeet.models.text.adapters import initialise_adapter
 from lorakeet.models.text.from_config import config_from_settings, model_from_config
 from lorakeet.models.text.load import load_text_model
 from tiny.configs import SMALL
+from tiny.family_columns import loaded, rows, saved
 from tiny.models import save_tiny_llama
 
 GATED = ("llama", "mistral", "qwen2", "qwen3", "gemma2", "gemma3")
@@ -102,6 +104,17 @@ def test_an_mlp_that_clamps_its_gate_is_not_fused(dtype: torch.dtype) -> None:
     assert fuse.fuse(model) == 0
     mlp.limit = 1e9
     assert fuse.fuse(model) == 1
+
+
+def test_a_norm_that_is_kept_in_another_dtype_is_not_fused(tmp_path: Path) -> None:
+    """DeepSeek-V4 keeps its norms in fp32, and they return the model's bf16: the next product would not take fp32."""
+    text = loaded(saved("deepseek_v4", tmp_path).parent, "bfloat16", "eager")
+    norms = [module for module in text.model.modules() if type(module).__name__ == "DeepseekV4RMSNorm"]
+    assert norms and {module.weight.dtype for module in norms} == {torch.float32} and text.model.dtype == torch.bfloat16
+    before = text.head(text.hidden(pack_examples(rows())))
+    fuse.fuse(text.model)
+    assert not any(isinstance(module, FrozenRmsNorm) for module in text.model.modules())
+    torch.testing.assert_close(text.head(text.hidden(pack_examples(rows()))), before)
 
 
 def test_eject_takes_the_stand_ins_out(tiny_model: Callable[..., Any]) -> None:
