@@ -1,8 +1,10 @@
-"""`make gpu` runs its whole course with small sizes on the CPU; what a stage found stays if it fails or is late."""
+"""`make gpu` runs its whole course with small sizes on the CPU, and two stages on the simulated card; what
+a stage found stays if it fails or is late."""
 
 from __future__ import annotations
 
 import json
+import math
 import os
 import signal
 import subprocess
@@ -18,6 +20,7 @@ import pytest
 import torch
 
 from structure.tree import ROOT
+from tiny import simulated_card as simulated
 
 BENCHMARKS = ROOT / "benchmarks"
 PROGRAM = BENCHMARKS / "gpu_first_hour.py"
@@ -67,6 +70,34 @@ def test_every_stage_runs_in_a_rehearsal(tmp_path: Path) -> None:
     assert "<h2>Goals</h2>" in written and "its numbers mean nothing" in written and "not measured" in written
     assert all(stage["title"] in written for stage in stages.values())
     assert sorted(path.name for path in tmp_path.iterdir()) == ["index.html", "log.txt", "report.json"]
+
+
+@pytest.fixture
+def on_card() -> Iterator[simulated.Card]:
+    with simulated.simulated_card() as card:
+        yield card
+
+
+def found_on(card: simulated.Card, module: str, folder: Path) -> dict[str, Any]:
+    """What a stage that computes in its own process finds with small sizes on the simulated card."""
+    found = import_module("first_hour.findings").Findings(folder / "found.json", folder, toy=True, ends=1e12)
+    found.device = torch.device("cuda", 0)
+    import_module(f"first_hour.{module}").run(found)
+    assert card.launches["mm"] > 0 and not any("failed" in each for each in found.values.values() if isinstance(each, dict))
+    return dict(found.values)
+
+
+def test_losses_on_the_simulated_card_are_those_of_the_cpu(on_card: simulated.Card, tmp_path: Path) -> None:
+    values = found_on(on_card, "losses", tmp_path)
+    for base in ("dense", "nf4"):
+        assert values[f"{base}, GPU, float32"] == pytest.approx(values[f"{base}, CPU, float32"], rel=2e-4)
+        assert values[f"{base}, GPU, float32: largest gap"] < 1e-3
+    assert values["fused modules"]["TrainedBlock"]
+
+
+def test_images_are_trained_on_the_simulated_card(on_card: simulated.Card, tmp_path: Path) -> None:
+    values = found_on(on_card, "images", tmp_path)
+    assert values["toy"]["seconds_a_step"] > 0 and all(map(math.isfinite, values["toy"]["losses"]))
 
 
 def test_without_a_cuda_device_it_says_so_and_an_earlier_report_stays(tmp_path: Path) -> None:
