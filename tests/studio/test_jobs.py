@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import math
 import os
+import shutil
 import signal
 import time
 from collections.abc import Callable, Iterator
@@ -315,3 +316,22 @@ def test_a_job_that_another_tab_has_forgotten_is_no_error(queue: Queue) -> None:
     for _ in range(2):
         queue.forget(job)
     assert queue.jobs() == []
+
+
+def test_a_waiting_job_that_was_copied_from_elsewhere_is_never_started(
+    queue: Queue, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """A folder of runs of someone else may hold a job: to open a studio on it carries nothing out."""
+    job = queue.add(["end", "0"], title="theirs \x1b[2J")
+    theirs = tmp_path / "unpacked"
+    shutil.copytree(queue.folder, theirs)
+    other = Queue(theirs)
+    [copied] = other.jobs()
+    assert other.start_waiting() == [] and copied.state == "cancelled" and not (copied.folder / "log").exists()
+    assert "'theirs \\x1b[2J' was copied from elsewhere, so it is not started." in capsys.readouterr().err
+    about = json.loads((job.folder / "job.json").read_text())
+    for odd in ({}, {"inode": None}, {"inode": str(about["inode"])}, {"inode": about["inode"] + 1}):
+        older = queue.add(["end", "0"], title="odd")
+        (older.folder / "job.json").write_text(json.dumps({**{k: v for k, v in about.items() if k != "inode"}, **odd}))
+    again = Queue(queue.folder)  # of a studio that was started anew: what was made here goes on
+    assert again.start_waiting() == [job] and [one.state for one in again.jobs()[1:]] == 4 * ["cancelled"]

@@ -29,12 +29,12 @@ import threading
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Literal
 
 from lorakeet.disk import erase, open_in_place, open_regular, write_new, write_whole, written_whole
-from lorakeet.errors import ConfigError
+from lorakeet.errors import ConfigError, visible
 from lorakeet.studio.places import NotHere, given_run_id
 
 State = Literal["waiting", "running", "done", "stopped", "failed", "killed", "cancelled"]
@@ -70,10 +70,19 @@ class Job:
     device: str = _AUTO
     made: float = 0.0  # seconds since 1970
     once: str = ""  # of the form that made it, so that a second click makes no second job
+    inode: int = 0  # of its folder, which a copy or an unpacked archive has not
 
     @property
     def name(self) -> str:
         return self.folder.name
+
+    @property
+    def made_here(self) -> bool:
+        """False in a folder that was copied or unpacked: its command may be a stranger's, and nobody here has asked for it."""
+        try:
+            return self.inode == self.folder.stat().st_ino
+        except OSError:
+            return False
 
     @property
     def code(self) -> int | None:
@@ -204,6 +213,7 @@ class Queue:
         job = Job(folder, whole, title, run, device, made, once)
         with written_whole(folder) as place:
             place.mkdir()
+            job = replace(job, inode=place.stat().st_ino)
             for name, text in files.items():
                 write_new(place / name, text.encode())
             about = {name: value for name, value in asdict(job).items() if name != "folder"}
@@ -263,6 +273,10 @@ class Queue:
                 _cut_log(job.folder / "log")
             busy = [job.device for job, state in jobs if state == "running"]
             for job in (job for job, state in jobs if state == "waiting"):
+                if not job.made_here:
+                    write_whole(job.folder / "cancelled", b"")
+                    print(f"'{visible(job.title)}' was copied from elsewhere, so it is not started.", file=sys.stderr)
+                    continue
                 if not any(_same_device(job.device, other) for other in busy):
                     self._start(job)
                     started.append(job)
@@ -365,12 +379,12 @@ def read_job(folder: Path) -> Job | None:
         about = json.loads(_bytes(folder / "job.json", _LARGEST_ABOUT))
         words, made = about["words"], float(about["made"])
         title, run, device = (str(about[name]) for name in ("title", "run", "device"))
-        once = str(about.get("once", ""))
+        once, inode = str(about.get("once", "")), about.get("inode")
     except (ValueError, KeyError, TypeError, OverflowError, RecursionError):
         return None
     if not isinstance(words, list) or not all(map(_is_argument, words)) or not math.isfinite(made):
         return None
-    return Job(folder, tuple(words), title, run, device, made, once)
+    return Job(folder, tuple(words), title, run, device, made, once, inode if type(inode) is int else 0)
 
 
 def _id_of_run(folder: Path) -> str:
