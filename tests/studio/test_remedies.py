@@ -32,6 +32,10 @@ def test_a_page_names_fields_and_shows_line_breaks() -> None:
     assert page_words(note) == f"{shown}“copies on both sides”."
     same = "a.data.test, lk.rows, --data.test x, C:\\new\\table, rows/data.test and e.g. this stay."
     assert page_words(same) == same
+    long = "3 rows were dropped of /a/.studio/rows/my rows.csv; first my rows.csv:2. Set --data.test x.csv."
+    assert page_words(long, "/a/.studio/rows/my rows.csv") == (
+        "3 rows were dropped of my rows.csv; first my rows.csv:2. Set “test rows” x.csv."
+    )
     (found,) = remedies_of(note)
     assert found["words"] == "Set prompt template to {text} ↵ One of: a, b"
 

@@ -155,14 +155,15 @@ def test_of_preferences_each_row_is_measured(tmp_path: Path) -> None:
 def test_where_nothing_says_which_column_is_the_label_each_is_one_click(tmp_path: Path) -> None:
     path = tmp_path / "rows.csv"
     kinds = [f"{' '.join(WORDS[n % 9 :])} {n},{'ab'[n % 2]},{'xyz'[n % 3]}" for n in range(60)]
-    path.write_text("text,turno,cola\n" + "\n".join(kinds))
-    found = sent_for({"data.train": str(path)})
+    path.write_text("text,turno,cola\n" + "\n".join([*kinds, ",a,x"]))
+    found = sent_for({"data.train": str(path), "data.bad_rows": "drop"})
+    assert found["split"]["notes"][0]["words"].startswith("1 row was dropped of the 61 of rows.csv; first rows.csv:62")
     columns = found["columns"]
     assert columns["shape"] == "text" and "it learns to write the texts" in columns["says"]
     assert [one["settings"]["data.label_column"] for one in columns["remedies"]] == ["turno", "cola"]
     (doubt,) = [note["words"] for note in found["split"]["notes"] if "nothing says which is the label" in note["words"]]
     assert "set “label column” too" in doubt and "--data" not in doubt
-    chosen = sent_for({"data.train": str(path), **columns["remedies"][1]["settings"]})
+    chosen = sent_for({"data.train": str(path), "data.bad_rows": "drop", **columns["remedies"][1]["settings"]})
     assert chosen["columns"]["shape"] == "classification" and chosen["columns"]["remedies"] == []
 
 

@@ -40,8 +40,13 @@ def in_one_line(value: str) -> str:
     return f" {_LINE_BREAK} ".join(lines) if value.strip() else repr(value)
 
 
-def page_words(message: str) -> str:
-    """The sentences of a note in the words of a page: settings by the labels of their fields, advised texts as they are."""
+def page_words(message: str, rows: str = "") -> str:
+    """The sentences of a note in the words of a page: settings by the labels of their fields, advised texts as they are.
+
+    The file `rows` is named without its folders, as it was chosen.
+    """
+    if rows:
+        message = message.replace(rows, rows.rpartition("/")[2] or rows)
     for value in (value for one in remedies_of(message) for value in one["settings"].values()):
         message = message.replace(repr(value), f"“{value}”")
     labels = {field.path: field.label for field in run_fields()}

@@ -79,7 +79,7 @@ def _show_text(config: RunConfig, send: Send) -> None:
     send({"say": "Reads all rows, and searches for copies"})
     dataset = load_dataset(data, objective)
     remarks = remarks_on(dataset, data, few_shot=config.evaluate.examples > 0)
-    send({"part": "split", **split_values(dataset, remarks)})
+    send({"part": "split", **split_values(dataset, remarks, data.train)})
     if config.model.path == NO_MODEL:
         return
     if why := unready_model(config):
@@ -112,8 +112,11 @@ def first_values(records: Sequence[FileRecord]) -> dict[str, Any]:
     return {"columns": columns, "rows": rows}
 
 
-def split_values(dataset: Dataset, remarks: Sequence[Remark]) -> dict[str, Any]:
-    """How the rows are split, their labels, every pair of copies with both rows, and `remarks` with what one click sets."""
+def split_values(dataset: Dataset, remarks: Sequence[Remark], rows: str) -> dict[str, Any]:
+    """How the rows are split, their labels, every pair of copies with both rows, and `remarks` with what one click sets.
+
+    `rows` is their file.
+    """
     report = dataset.leaks
     dropped = {row.source for row in report.dropped}
     within = sorted(report.within, key=_contradicts, reverse=True)  # what needs a decision comes first
@@ -122,8 +125,8 @@ def split_values(dataset: Dataset, remarks: Sequence[Remark]) -> dict[str, Any]:
         "counts": {"training": len(dataset.train), "held-out": len(dataset.held_out), "test": len(dataset.test)},
         "labels": [[label, count] for label, count in Counter(dataset.label_counts).most_common(30)],
         "notes": [
-            *({"words": page_words(note), "remedies": []} for note in dataset.notes),
-            *({"words": page_words(remark.words), "remedies": remedies_together(remark.remedies)} for remark in remarks),
+            *({"words": page_words(note, rows), "remedies": []} for note in dataset.notes),
+            *({"words": page_words(remark.words, rows), "remedies": remedies_together(remark.remedies)} for remark in remarks),
         ],
         "method": page_words(report.method()),
         "leaks": len(report.across),

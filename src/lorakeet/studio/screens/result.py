@@ -52,13 +52,14 @@ def _result(request: Request) -> Response:
         return moved(page_address("run", name))
     others = [run.name for run in studio.index.summaries() if run.ended == "done" and run.name != name]
     folder = studio.places.run(name)
+    rows = settings_of(folder).get("data.train", "")
     names = list(dict.fromkeys(metric for system in report.systems for metric in system.metrics if metric_words(metric).drawn))
     counts = {outcome: sum(row.outcome == outcome for row in report.rows) for outcome in OUTCOMES}
     return page(
         request, "result.html", name=name, report=report, others=others[:50], metrics={key: metric_words(key) for key in names},
         outcomes=OUTCOMES, counts=counts, unproved=unproved(report, labels_of(folder)), check_words=check_words, compact=compact,
         first=_FIRST, folder=str(folder), measure=_shown(studio.places, name), plain=plain_sentences(report),
-        warnings=[(page_words(text), _again(folder, text)) for text in report.warnings],
+        warnings=[(page_words(text, rows), _again(folder, text)) for text in report.warnings],
     )  # fmt: skip
 
 
