@@ -38,7 +38,7 @@ def queue(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Queue]:
     yield queue
     signal.signal(signal.SIGINT, before)
     for number in (path.read_text() for path in queue.jobs_folder.glob("*/pid")):
-        with suppress(ProcessLookupError):
+        with suppress(ProcessLookupError, ValueError):  # a shell that has just been started has written none yet
             os.killpg(int(number), signal.SIGKILL)
 
 

@@ -78,7 +78,7 @@ class Job:
 
     @property
     def made_here(self) -> bool:
-        """False in a folder that was copied or unpacked: its command may be a stranger's, and nobody here has asked for it."""
+        """False in a folder that was copied or unpacked: its command may be a stranger's."""
         try:
             return self.inode == self.folder.stat().st_ino
         except OSError:
