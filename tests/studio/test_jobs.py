@@ -335,3 +335,12 @@ def test_a_waiting_job_that_was_copied_from_elsewhere_is_never_started(
         (older.folder / "job.json").write_text(json.dumps({**{k: v for k, v in about.items() if k != "inode"}, **odd}))
     again = Queue(queue.folder)  # of a studio that was started anew: what was made here goes on
     assert again.start_waiting() == [job] and [one.state for one in again.jobs()[1:]] == 4 * ["cancelled"]
+
+
+def test_jobs_at_the_turn_of_a_second_stay_in_order(queue: Queue, monkeypatch: pytest.MonkeyPatch) -> None:
+    moments = [1_700_000_000.999_999, 1_700_000_001.000_1]
+    for number, moment in enumerate(moments):
+        monkeypatch.setattr(module.time, "time", lambda moment=moment: moment)
+        queue.add(["end", "0"], title=str(number))
+    monkeypatch.undo()
+    assert [job.title for job in queue.jobs()] == ["0", "1"] and [job.made for job in queue.jobs()] == moments

@@ -208,7 +208,7 @@ class Queue:
 
     def _add(self, words: Sequence[str], title: str, run: str, device: str, files: Mapping[str, str], once: str) -> Job:
         made = time.time()
-        folder = self.jobs_folder / f"{time.strftime('%Y%m%d-%H%M%S')}-{int(made * 1e6) % 10**6:06d}-{secrets.token_hex(3)}"
+        folder = self.jobs_folder / f"{_moment(made)}-{secrets.token_hex(3)}"
         whole = tuple(f"{folder}/{word.removeprefix(_OWN)}" if word.startswith(_OWN) else word for word in words)
         job = Job(folder, whole, title, run, device, made, once)
         with written_whole(folder) as place:
@@ -385,6 +385,11 @@ def read_job(folder: Path) -> Job | None:
     if not isinstance(words, list) or not all(map(_is_argument, words)) or not math.isfinite(made):
         return None
     return Job(folder, tuple(words), title, run, device, made, once, inode if type(inode) is int else 0)
+
+
+def _moment(made: float) -> str:
+    """A time in the name of a job's folder, by which jobs are sorted: all of it is of one reading of the clock."""
+    return f"{time.strftime('%Y%m%d-%H%M%S', time.localtime(made))}-{int(made * 1e6) % 10**6:06d}"
 
 
 def _id_of_run(folder: Path) -> str:
