@@ -1,6 +1,5 @@
 // A chat with two sides: the base and the mix of adapters. Replies come as they are written, with the probability of each token.
 import { csrf, make, post } from "./page.js";
-import { duration } from "./svg.js";
 
 const by = (id) => document.getElementById(id);
 const talk = by("talk");
@@ -13,8 +12,7 @@ async function wait() {
   let found = { state: "starting" }; // as long as the studio does not answer
   try { found = await (await fetch("/try/state")).json(); } catch { by("state").dataset.lost = "true"; }
   if (found.state === "starting") {
-    const tens = 10 * Math.floor(performance.now() / 10_000); // of seconds: a screen reader says each change
-    by("state").textContent = `Loads the model${tens ? `, for ${duration(tens)}` : ""} … ${found.log || ""}`;
+    if (found.log) by("state").textContent = `Loads the model … ${found.log}`;
     setTimeout(wait, 700);
     return;
   }
