@@ -54,6 +54,8 @@ def _profiled(found: Findings, model: str, base: str) -> dict[str, Any]:
     lines = [(each.key, _seconds(each, on_gpu), each.count) for each in seen.key_averages()]
     lines = sorted((line for line in lines if line[1] > 0), key=lambda line: -line[1])
     busy = sum(seconds for _, seconds, _ in lines)
+    if not busy:
+        return {"not_run": "torch's profiler saw no kernel: a container or its driver may not allow it (CUPTI)"}
     kinds = dict.fromkeys([*KINDS, "other"], 0.0)
     for name, seconds, _ in lines:
         kinds[next((kind for kind, words in KINDS.items() if re.search(words, name, re.IGNORECASE)), "other")] += seconds

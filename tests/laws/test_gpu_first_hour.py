@@ -1,5 +1,5 @@
-"""`make gpu` runs its whole course with small sizes on the CPU, and two stages on the simulated card; what
-a stage found stays if it fails or is late."""
+"""`make gpu` runs its whole course with small sizes, on the CPU and on the simulated card; what a stage found stays if it fails
+or is late."""
 
 from __future__ import annotations
 
@@ -10,7 +10,8 @@ import signal
 import subprocess
 import sys
 import zipfile
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import nullcontext
 from importlib import import_module
 from pathlib import Path
 from types import SimpleNamespace
@@ -79,24 +80,85 @@ def on_card() -> Iterator[simulated.Card]:
 
 
 def found_on(card: simulated.Card, module: str, folder: Path) -> dict[str, Any]:
-    """What a stage that computes in its own process finds with small sizes on the simulated card."""
+    """What a stage finds with small sizes on the simulated card, where the processes that it starts are forked with it."""
     found = import_module("first_hour.findings").Findings(folder / "found.json", folder, toy=True, ends=1e12)
     found.device = torch.device("cuda", 0)
+    process = import_module("first_hour.process")
+    os.environ.update({process.FORKED: "1", process.NESTED: "1"})
     import_module(f"first_hour.{module}").run(found)
-    assert card.launches["mm"] > 0 and not any("failed" in each for each in found.values.values() if isinstance(each, dict))
     return dict(found.values)
+
+
+def failed(values: Mapping[str, Any]) -> dict[str, str]:
+    return {name: each["failed"] for name, each in values.items() if isinstance(each, dict) and "failed" in each}
+
+
+def test_rates_and_launches_are_measured_on_the_simulated_card(on_card: simulated.Card, tmp_path: Path) -> None:
+    values = found_on(on_card, "rates", tmp_path)
+    assert not failed(values) and on_card.launches["mm"] > 50
+    assert values["product_flops"] > 0 and values["torch_launch_seconds"] > 0 and values["triton_launch_seconds"] > 0
+    assert len(values["copies_bytes_per_second"]) == 4 and on_card.copies["to the card"] > 5 << 20
+
+
+def test_attention_is_proved_on_the_simulated_card(
+    on_card: simulated.Card, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Without the tests that the stage runs: pytest is running."""
+    monkeypatch.setattr(import_module("first_hour.proofs"), "TESTS", tmp_path / "none")
+    values = found_on(on_card, "proofs", tmp_path)
+    assert "no folder tests/gpu" in values.pop("tests")["not_run"]
+    assert len(values) == 8 and not any(values.values()), values
 
 
 def test_losses_on_the_simulated_card_are_those_of_the_cpu(on_card: simulated.Card, tmp_path: Path) -> None:
     values = found_on(on_card, "losses", tmp_path)
+    assert not failed(values) and on_card.launches["mm"] > 0
     for base in ("dense", "nf4"):
         assert values[f"{base}, GPU, float32"] == pytest.approx(values[f"{base}, CPU, float32"], rel=2e-4)
         assert values[f"{base}, GPU, float32: largest gap"] < 1e-3
     assert values["fused modules"]["TrainedBlock"]
 
 
+def test_speed_is_measured_on_the_simulated_card(on_card: simulated.Card, tmp_path: Path) -> None:
+    """It cannot stand for what other programs call in C, nor for a pool of CUDA graphs."""
+    values = found_on(on_card, "speed", tmp_path)
+    assert all(name.startswith(("PEFT + Liger", "lorakeet, CUDA graphs")) for name in failed(values)), failed(values)
+    for name in ("lorakeet", "lorakeet, kernels triton"):
+        for case in ("1B, none", "8B, nf4"):
+            run = values[f"{name}, {case}"]["64"]
+            assert run["peak_bytes"] > 0 and run["gpu_seconds"] > 0 and math.isfinite(run["last_loss"])
+
+
+def test_waits_are_watched_on_the_simulated_card(on_card: simulated.Card, tmp_path: Path) -> None:
+    """torch's own watch sees none on it; the card's does, and few."""
+    values = found_on(on_card, "waits", tmp_path)
+    assert len(values) == 6 and not failed(values) and on_card.launches["mm"] > 0
+    assert all(each["waits_a_step"] == 0 for each in values.values())
+
+
+def test_a_profiler_that_sees_no_kernel_is_said(
+    on_card: simulated.Card, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As where a container may not watch the GPU. torch's own profiler runs in the rehearsal on the CPU."""
+    seen = SimpleNamespace(key_averages=list)
+    monkeypatch.setattr(import_module("first_hour.kernels"), "profile", lambda activities: nullcontext(seen))
+    values = found_on(on_card, "kernels", tmp_path)
+    assert "saw no kernel" in values["1B, none"]["not_run"] and on_card.launches["mm"] > 0
+
+
+def test_a_whole_run_is_measured_on_the_simulated_card(on_card: simulated.Card, tmp_path: Path) -> None:
+    run = found_on(on_card, "runs", tmp_path)["1B, whole"]
+    assert run["certificate_passed"] and "cuda:0" in run["memory_line"] and run["tokens_per_second"] > 0
+
+
+def test_two_processes_train_what_one_does_beside_the_simulated_card(on_card: simulated.Card, tmp_path: Path) -> None:
+    values = found_on(on_card, "shards", tmp_path)
+    assert not failed(values) and 0 < values["largest gap"] < 1e-4
+
+
 def test_images_are_trained_on_the_simulated_card(on_card: simulated.Card, tmp_path: Path) -> None:
     values = found_on(on_card, "images", tmp_path)
+    assert not failed(values) and on_card.launches["mm"] > 0
     assert values["toy"]["seconds_a_step"] > 0 and all(map(math.isfinite, values["toy"]["losses"]))
 
 

@@ -9,8 +9,8 @@
 Operations on tensors of several devices raise as torch does. A backward pass computes in a thread of its own, as on a CUDA
 device, so that no context variable of the caller is seen there. Attention is torch's kernel by its definition (tiny/flash).
 Operators without a kernel for a device are refused, and what torch's code for CUDA takes otherwise than that for the CPU: whole
-numbers in products, generators and numbers of the host, gradients laid out otherwise than parameters. Time, streams and the order
-of what they do are not simulated (tiny/cards).
+numbers in products, generators and numbers of the host, gradients laid out otherwise than parameters. Streams and the order of
+what they do are not simulated (tiny/cards); its time is that of the host.
 """
 
 from __future__ import annotations
@@ -35,6 +35,7 @@ from lorakeet.kernels import blockwise_rows, choose, efficient_varlen, flash_var
 from lorakeet.quant import nf4
 from lorakeet.train import optimizer
 from tiny.flash import Flash
+from tiny.simulated_streams import Event, Stream
 
 CUDA, BELOW = torch.device("cuda", 0), torch.device("meta")  # what it says, and what torch's own code takes it for
 PACKAGE = "/lorakeet/"
@@ -468,36 +469,6 @@ class _Generator(torch.Generator):
 _Generator.device = property(lambda self: self.place)  # type: ignore[assignment]
 
 
-class Event:
-    """An event of the card, where everything is done at once."""
-
-    def __init__(self, *_: Any, **__: Any) -> None:
-        pass
-
-    def record(self, *_: Any) -> None: ...
-    def wait(self, *_: Any) -> None: ...
-
-    def query(self) -> bool:
-        return True
-
-    def synchronize(self) -> None: ...
-
-
-class Stream:
-    """A stream of the card, where everything is done at once."""
-
-    def __init__(self, *_: Any, **__: Any) -> None:
-        pass
-
-    def record_event(self, event: Event | None = None) -> Event:
-        return event or Event()
-
-    def wait_event(self, event: Event) -> None: ...
-    def wait_stream(self, stream: Stream) -> None: ...
-
-    def synchronize(self) -> None: ...
-
-
 class Properties(NamedTuple):
     """What torch says of the device."""
 
@@ -549,7 +520,7 @@ def _patched(card: Card, patch: pytest.MonkeyPatch, capability: tuple[int, int])
         "stream": lambda *_: nullcontext(), "device": lambda *_: nullcontext(), "is_initialized": lambda: card.initialised,
         "is_current_stream_capturing": lambda: False,
         "manual_seed_all": lambda seed: card.random.manual_seed(seed) and None, "_is_in_bad_fork": lambda: False,
-        "memory_stats": lambda *_: {}, "init": lambda: None,
+        "memory_stats": lambda *_: {}, "init": lambda: None, "set_sync_debug_mode": lambda _: None,
     }  # fmt: skip
     for name in INITIALISING:
         values[name] = _initialising(card, values[name])

@@ -335,7 +335,8 @@ def joined(launch: Launch) -> Iterator[Processes]:
         yield ALONE
         return
     store, rank, count = next(rendezvous("env://"))
-    backend = "cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo"
+    nccl = torch.cuda.is_available() and dist.is_nccl_available()  # some builds of torch for small boards have none
+    backend = "cpu:gloo,cuda:nccl" if nccl else "gloo"
     dist.init_process_group(backend, store=store, rank=rank, world_size=count, timeout=PATIENCE)
     processes = Processes(launch, store)
     try:
