@@ -23,9 +23,7 @@ class QuantSpec:
     block_size: int = setting(64, "Weights that share one scale in nf4: 32, 64, 128, 256, 512 or 1024.")
     double_quant: bool = setting(True, "Whether nf4 quantises its scales to 8 bits as well.")
     head: Literal["keep", "quantize"] = setting("keep", "Keep the output layer (lm_head) as it is, or quantise it too.")
-    int8_products: bool = setting(
-        False, "Whether training multiplies int8 weights in int8; evaluation never does; not run on a GPU yet."
-    )
+    int8_products: bool = setting(False, "Whether training multiplies int8 weights in int8; evaluation never does.")
 
     def validate(self) -> list[str]:
         """Returns a message for every wrong setting."""
