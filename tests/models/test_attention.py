@@ -98,6 +98,14 @@ def test_refuses_what_it_does_not_compute(settings: dict[str, object], word: str
     assert "attention: sdpa" in str(caught.value)
 
 
+def test_keys_that_are_no_token_of_the_rows_are_refused() -> None:
+    """DeepSeek-V4 adds keys that summarise earlier tokens: a kernel for rows on a GPU would not read them."""
+    q, k, v = (each.detach() for each in states())
+    more = [torch.cat([each, each[:, :, :3]], 2) for each in (k, v)]
+    with pytest.raises(EnvironmentProblem, match=rf"uses {sum(ROWS) + 3} keys for {sum(ROWS)} queries.*attention: sdpa"):
+        packed_attention(nn.Module(), q, *more, row_lengths=ROWS)
+
+
 def test_a_window_that_only_the_mask_knows_is_refused() -> None:
     module = nn.Module()
     module.config = type("Config", (), {"sliding_window": 8})()

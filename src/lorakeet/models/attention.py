@@ -49,7 +49,7 @@ def packed_attention(
     nothing is ignored.
     """
     lengths = settings.get("row_lengths")
-    _refuse_unknown(module, query, lengths, attention_mask, settings)
+    _refuse_unknown(module, (query, key), lengths, attention_mask, settings)
     rows, prefix = cast("tuple[int, ...]", lengths), cast(int, settings.get("row_prefix", 0))
     scale = settings.get("scaling") or 1 / math.sqrt(query.shape[-1])
     window, softcap, dropout = settings.get("sliding_window"), settings.get("softcap"), settings.get("dropout") or 0.0
@@ -122,8 +122,10 @@ def _widened(states: Tensor, width: int) -> Tensor:
     return states if states.shape[-1] == width else nn.functional.pad(states, (0, width - states.shape[-1]))
 
 
-def _refuse_unknown(module: nn.Module, query: Tensor, lengths: Any, mask: Tensor | None, settings: dict[str, Any]) -> None:
-    kind = type(module).__name__
+def _refuse_unknown(
+    module: nn.Module, states: tuple[Tensor, Tensor], lengths: Any, mask: Tensor | None, settings: dict[str, Any]
+) -> None:
+    kind, (query, key) = type(module).__name__, states
     if lengths is None:
         raise EnvironmentProblem(f"{kind} did not pass row_lengths to its attention; load this model with attention: sdpa.")
     total, longest = (settings.get("row_prefix", 0) + of_rows for of_rows in (sum(lengths), max(lengths)))
@@ -135,6 +137,8 @@ def _refuse_unknown(module: nn.Module, query: Tensor, lengths: Any, mask: Tensor
             "load this model with attention: sdpa."
         )
     unknown = [name for name in ("position_bias", "cache") if settings.get(name) is not None]
+    if cache is None and key.shape[2] != query.shape[2]:
+        unknown.append(f"{key.shape[2]} keys for {query.shape[2]} queries")  # such as summaries of tokens (DeepSeek-V4)
     if settings.get("is_causal", getattr(module, "is_causal", True)) is False:
         unknown.append("is_causal=False")
     if mask is not None:
