@@ -26,9 +26,7 @@ from lorakeet.memory.cuda import enforcing_gpu_budget
 from lorakeet.memory.spill import HostSpill, Spill
 from lorakeet.memory.transfer import CudaTransfer
 from lorakeet.models import kernels
-from lorakeet.models.generate import kv_cache
 from lorakeet.models.targets import plan_for
-from lorakeet.models.text import load
 from lorakeet.models.text.adapters import initialise_adapter
 from lorakeet.models.text.cuda_graphs import NotRecorded, recording_errors
 from lorakeet.train.loop import train
@@ -37,11 +35,11 @@ from lorakeet.train.progress import Reporter
 from lorakeet.train.run import RunFolder
 from lorakeet.train.spec import TrainSpec
 from lorakeet.train.task import HeldOut
-from lorakeet.train.text import own_code
 from lorakeet.train.text.task import TextTask
 from lorakeet.workflows import finetune as workflow
 from lorakeet.workflows.finetuning import certify_pairs
 from tiny.cards import Device, computing_first, pinned
+from tiny.passed_on import require_passed_on
 from tiny.runs import reviews, run, write_rows
 from tiny.streams import loaded, rows
 from train.tiny_task import TinyTask
@@ -79,24 +77,10 @@ def test_what_is_beside_the_tensors_lacks_memory_too(said: str, tmp_path: Path, 
 
 
 @pytest.mark.parametrize("said", OTHERS)
-def test_a_model_is_not_said_to_be_at_fault(said: str, tiny_llama_folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    text = loaded(tiny_llama_folder)
-
-    def full(*_: Any, **__: Any) -> Any:
-        raise RuntimeError(said)
-
-    (row,) = rows(1)
-    for places, used in (
-        ((load, "set_attention"), lambda: load._try_attention(text, "sdpa", torch.ones(1))),
-        ((text.model, "forward"), lambda: load._own_logits(text)),
-        ((own_code, "head_losses"), lambda: own_code.compare_with_own_code(text, {}, [row])),
-        ((kv_cache, "step"), lambda: kv_cache.check_cached(text)),
-    ):
-        with monkeypatch.context() as patch, pytest.raises(RuntimeError, match=re.escape(said)):
-            patch.setattr(*places, full)
-            used()
+def test_a_model_is_not_said_to_be_at_fault(said: str, tiny_llama_folder: Path) -> None:
+    require_passed_on(loaded(tiny_llama_folder), said)
     with pytest.raises(RuntimeError, match=re.escape(said)), kernels._refused("a weight", torch.device("cpu")):
-        full()
+        raise RuntimeError(said)
 
 
 class Short(TinyTask):

@@ -223,20 +223,27 @@ def test_logprobs_are_those_of_the_model(asking: Callable[..., Any], loaded: Ser
         assert event.chosen.logprob < 0
 
 
-@pytest.mark.filterwarnings("ignore::pytest.PytestUnhandledThreadExceptionWarning")
-def test_an_unforeseen_error_is_reported_to_all(asking: Callable[..., Any], loaded: ServingModel) -> None:
-    server = asking(slots=1)
+def answers_where(error: Exception, server: Any, loaded: ServingModel) -> list[Any]:
+    """Those of two texts that wait together, where the model's first layer raises `error`."""
 
     def fail(*_: Any) -> None:
-        raise KeyError("a bug")
+        raise error
 
     gate = threading.Event()
     server.engine.call(gate.wait)
     begun = [server.begin((30, 51)) for _ in range(2)]
     hook = loaded.text.model.get_decoder().layers[0].register_forward_pre_hook(fail)
     gate.set()
-    assert [server.end(job).reason for job in begun] == ["error", "error"]
+    answers = [server.end(job) for job in begun]
     hook.remove()
+    assert [answer.reason for answer in answers] == ["error", "error"]
+    return answers
+
+
+@pytest.mark.filterwarnings("ignore::pytest.PytestUnhandledThreadExceptionWarning")
+def test_an_unforeseen_error_is_reported_to_all(asking: Callable[..., Any], loaded: ServingModel) -> None:
+    server = asking(slots=1)
+    answers_where(KeyError("a bug"), server, loaded)
     assert not server.engine.ready and "has failed" in server.engine.failure
     with pytest.raises(Draining, match="has failed"):
         server.begin((30, 51))
@@ -247,18 +254,8 @@ def test_a_gpu_that_failed_ends_the_engine_with_one_message(
 ) -> None:
     """No later step could use it, so none is tried."""
     server = asking(slots=1)
-
-    def fail(*_: Any) -> None:
-        raise RuntimeError("CUDA error: an illegal memory access was encountered\nCUDA kernel errors might be reported later")
-
-    gate = threading.Event()
-    server.engine.call(gate.wait)
-    begun = [server.begin((30, 51)) for _ in range(2)]
-    hook = loaded.text.model.get_decoder().layers[0].register_forward_pre_hook(fail)
-    gate.set()
-    answers = [server.end(job) for job in begun]
-    hook.remove()
-    assert [answer.reason for answer in answers] == ["error", "error"]
+    error = RuntimeError("CUDA error: an illegal memory access was encountered\nCUDA kernel errors might be reported later")
+    answers = answers_where(error, server, loaded)
     said = "The GPU failed: CUDA error: an illegal memory access was encountered. "
     assert all(answer.events[-1].error.startswith(said) for answer in answers)
     assert not server.engine.ready and server.engine.failure.startswith(said)
