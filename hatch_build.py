@@ -1,4 +1,4 @@
-"""The package's page on an index: README.md, whose links into the source tree lead nowhere there.
+"""The package's page on an index: README.md, whose links into the source tree and to its own headings lead nowhere there.
 
 With an address under `Source` in [project.urls] they lead to it; without one their words stay and pictures are left out.
 """
@@ -11,7 +11,7 @@ from typing import Any
 
 from hatchling.metadata.plugin.interface import MetadataHookInterface
 
-LINK = re.compile(r"(!?)\[([^\]]*)\]\((?!https?://|#|mailto:)([^)\s]+)\)")
+LINK = re.compile(r"(!?)\[([^\]]*)\]\((?!https?://|mailto:)([^)\s]+)\)")
 
 
 def page(text: str, source: str = "") -> str:
@@ -20,6 +20,7 @@ def page(text: str, source: str = "") -> str:
     def replaced(found: re.Match[str]) -> str:
         picture, words, target = found.groups()
         if source:
+            target = f"README.md{target}" if target.startswith("#") else target
             return f"{picture}[{words}]({source.rstrip('/')}/{'raw' if picture else 'blob'}/main/{target})"
         return "" if picture else words
 

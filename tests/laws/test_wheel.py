@@ -95,10 +95,11 @@ def test_its_metadata_is_that_of_a_package_that_can_be_published(built: Built) -
 def test_links_of_the_page_lead_to_the_source_once_it_has_an_address() -> None:
     pytest.importorskip("hatchling", reason="hatchling, of the extra lorakeet[test], builds the wheel")
     page = runpy.run_path(str(ROOT / "hatch_build.py"))["page"]
-    text = "A [page](docs/a.md#part), [site](https://a.b/c).\n\n![picture](docs/p.png)\n"
-    assert page(text) == "A page, [site](https://a.b/c).\n\n"
+    text = "A [page](docs/a.md#part), [site](https://a.b/c), [limits](#limits).\n\n![picture](docs/p.png)\n"
+    assert page(text) == "A page, [site](https://a.b/c), limits.\n\n"
     found = page(text, "https://host/lorakeet/")
     assert "[page](https://host/lorakeet/blob/main/docs/a.md#part)" in found
+    assert "[limits](https://host/lorakeet/blob/main/README.md#limits)" in found
     assert "![picture](https://host/lorakeet/raw/main/docs/p.png)" in found
 
 

@@ -33,6 +33,7 @@ from lorakeet.errors import ConfigError, LorakeetError
 from lorakeet.exporting.gguf_model import write_gguf
 from lorakeet.exporting.llama_cpp import LlamaCpp
 from lorakeet.formats.peft import peft
+from lorakeet.memory.beside import renew_threads
 from lorakeet.merging.checkpoint import open_checkpoint
 from lorakeet.merging.edits import edits_for
 from lorakeet.merging.merged_folder import merge_into
@@ -394,7 +395,7 @@ def _in_process(work: Callable[[], str]) -> Outcome:
     child = os.fork()
     if child == 0:
         os.close(reading)
-        torch.set_num_threads(1)  # torch makes its pool anew after a fork, and not for two threads at once: "Invalid thread pool"
+        renew_threads()
         resource.setrlimit(resource.RLIMIT_CPU, (SECONDS + int(sum(os.times()[:2])), resource.RLIM_INFINITY))
         try:
             os.write(writing, json.dumps(asdict(_outcome(work))).encode())

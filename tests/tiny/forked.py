@@ -17,6 +17,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from lorakeet.memory.beside import renew_threads
 from tiny.prepared import Forked, Prepared
 
 
@@ -36,6 +37,7 @@ def serve(work: Callable[[dict[str, Any]], int]) -> None:
                 resource.setrlimit(resource.RLIMIT_FSIZE, (order["file_limit"], order["file_limit"]))
             code = 1
             try:
+                renew_threads()
                 code = work(order)
             finally:
                 sys.stderr.flush()

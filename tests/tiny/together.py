@@ -97,6 +97,9 @@ def _fork(order: dict[str, Any], port: int, rank: int, said: int, answered: int)
     os.dup2(said, 2)
     code = 1
     try:
+        from lorakeet.memory.beside import renew_threads
+
+        renew_threads()
         code = _work(order)
     except SystemExit as ended:
         code = int(ended.code or 0)
