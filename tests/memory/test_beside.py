@@ -129,33 +129,6 @@ def test_a_killed_process_leaves_none_behind(two_cores: None) -> None:
     os.close(reading)
 
 
-def in_threads() -> list[str]:
-    """What two threads raise that begin at once to compute on several cores."""
-    errors: list[str] = []
-    together = threading.Barrier(2)
-
-    def compute() -> None:
-        together.wait()
-        try:
-            torch.ones(100_000).to(torch.bfloat16)
-        except RuntimeError as error:
-            errors.append(str(error))
-
-    threads = [threading.Thread(target=compute) for _ in range(2)]
-    for thread in threads:
-        thread.start()
-    for thread in threads:
-        thread.join()
-    return errors
-
-
-def test_threads_of_the_other_process_find_a_pool(two_cores: None) -> None:
-    """Without a new pool 253 of 300 forks with four threads raised "Invalid thread pool"."""
-    torch.set_num_threads(torch.get_num_threads())  # from now on torch sets it again in each thread
-    with forks_allowed():
-        assert [found_by(in_threads) for _ in range(40)] == [[]] * 40
-
-
 def test_where_no_process_can_be_made_it_is_computed_here(two_cores: None, monkeypatch: pytest.MonkeyPatch) -> None:
     def refused() -> int:
         raise BlockingIOError

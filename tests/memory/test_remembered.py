@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 
-from lorakeet.memory.remembered import keep, passing_nothing_on, recall, remembered, remembering, state_of
+from lorakeet.memory.remembered import keep, key_of, passing_nothing_on, recall, remembered, remembering, state_of
 
 
 def test_a_value_is_computed_once_for_what_it_depends_on() -> None:
@@ -36,7 +36,7 @@ def test_what_is_raised_is_not_kept_and_nothing_is_kept_outside() -> None:
     with remembering(values, lambda key, value: None), pytest.raises(ValueError, match="no"):
         remembered(lambda: ("a",), lambda: int("no"))
     keep("a", 1)
-    assert values == {} and recall("a") is None
+    assert values == {} and recall("a") is None and key_of(lambda: pytest.fail("a key that nobody needs")) == ""
 
 
 def test_a_process_beside_another_knows_and_passes_nothing_on() -> None:

@@ -61,7 +61,9 @@ AT_START = (fail, begin)
 
 def started(settings, send):
     import gc
-    send({"started": len(STARTED), "elsewhere": os.getpid() not in STARTED, "collects": gc.get_threshold()})
+    from lorakeet.memory.beside import shares_cores, threads_here
+    beside = shares_cores() and threads_here() == 1
+    send({"started": len(STARTED), "elsewhere": os.getpid() not in STARTED, "collects": gc.get_threshold(), "beside": beside})
 
 def prepared(settings, send):
     send({"times": len(PREPARED), "elsewhere": os.getpid() not in PREPARED})
@@ -112,7 +114,7 @@ def test_what_was_prepared_stays_for_later_work(bench: Workbench) -> None:
 def test_what_begins_with_the_workbench_is_done_once_and_may_fail(bench: Workbench) -> None:
     for _ in range(2):
         found = all_of(bench, "small_work:started")[0]
-        assert found == {"started": 1, "elsewhere": True, "collects": list(module.RARELY)}
+        assert found == {"started": 1, "elsewhere": True, "collects": list(module.RARELY), "beside": True}
 
 
 def test_what_one_process_has_found_later_ones_know(bench: Workbench) -> None:

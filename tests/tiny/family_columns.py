@@ -33,7 +33,6 @@ from lorakeet.errors import ConfigError, LorakeetError
 from lorakeet.exporting.gguf_model import write_gguf
 from lorakeet.exporting.llama_cpp import LlamaCpp
 from lorakeet.formats.peft import peft
-from lorakeet.memory.beside import renew_threads
 from lorakeet.merging.checkpoint import open_checkpoint
 from lorakeet.merging.edits import edits_for
 from lorakeet.merging.merged_folder import merge_into
@@ -56,6 +55,7 @@ from lorakeet.workflows.plan import plan
 from tiny.models import tiny_tokenizer
 from tiny.runs import settings
 from tiny.small_configs import small_config
+from tiny.thread_pool import renew_threads
 
 SECONDS = 60  # of the processor, for each column
 ROWS = (23, 9, 14)  # tokens; longer than the windows

@@ -17,8 +17,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from lorakeet.memory.beside import renew_threads
 from tiny.prepared import Forked, Prepared
+from tiny.thread_pool import renew_threads
 
 
 def serve(work: Callable[[dict[str, Any]], int]) -> None:

@@ -160,7 +160,7 @@ def _begun(connection: socket.socket, order: dict[str, Any], files: list[int]) -
     sys.argv = order["argv"]
     sys.stdout.reconfigure(line_buffering=False, write_through="PYTHONUNBUFFERED" in os.environ)  # type: ignore[union-attr]
     signal.signal(signal.SIGINT, signal.default_int_handler)
-    from lorakeet.memory.beside import renew_threads
+    from tiny.thread_pool import renew_threads
 
     renew_threads()
     return str(order["code"])

@@ -97,7 +97,7 @@ def _fork(order: dict[str, Any], port: int, rank: int, said: int, answered: int)
     os.dup2(said, 2)
     code = 1
     try:
-        from lorakeet.memory.beside import renew_threads
+        from tiny.thread_pool import renew_threads
 
         renew_threads()
         code = _work(order)

@@ -87,24 +87,12 @@ def computed_beside(compute: Callable[[], Value]) -> Iterator[Callable[[], Value
 def _compute_there(compute: Callable[[], Value], writing: int) -> None:
     """In the forked process, which ends here: writes the value, or nothing where it could not be computed."""
     try:
-        renew_threads()
         with passing_nothing_on():
             data = pickle.dumps((compute(),), pickle.HIGHEST_PROTOCOL)
         with os.fdopen(writing, "wb") as pipe:
             pipe.write(data)
     finally:
         os._exit(0)
-
-
-def renew_threads() -> None:
-    """Makes torch's pool of threads anew, in a forked process before it starts any thread.
-
-    A fork has its parent's pool without the threads. torch replaces it at the first operator, but not safely: two threads that
-    begin at once end in "Invalid thread pool". Imports no torch.
-    """
-    torch: Any = sys.modules.get("torch")
-    if torch is not None:
-        torch.set_num_threads(torch.get_num_threads())
 
 
 @functools.cache

@@ -63,11 +63,16 @@ def keep(key: str, value: Any) -> None:
         known.pass_on(key, value)
 
 
+def key_of(parts: Callable[[], tuple[object, ...]]) -> str:
+    """The key of what depends on nothing but `parts()`, by their `repr`; "", which no value has, outside of `remembering`."""
+    return "" if _known.get() is None else hashlib.sha256(repr(parts()).encode()).hexdigest()
+
+
 def remembered(parts: Callable[[], tuple[object, ...]], compute: Callable[[], Value]) -> Value:
     """The value of `compute()`, which depends on nothing but `parts()`; their `repr` is the key. What it raises is not kept."""
     if _known.get() is None:
         return compute()
-    key = hashlib.sha256(repr(parts()).encode()).hexdigest()
+    key = key_of(parts)
     found: Value | None = recall(key)
     if found is None:
         found = compute()

@@ -29,7 +29,7 @@ from importlib import import_module
 from typing import Any
 
 from lorakeet.errors import LorakeetError
-from lorakeet.memory.beside import forks_allowed, gpu_beside, renew_threads
+from lorakeet.memory.beside import forks_allowed, gpu_beside
 from lorakeet.memory.import_cost import without_triton
 from lorakeet.memory.remembered import Values, remembering
 
@@ -251,7 +251,6 @@ def _carry_out(waiting: socket.socket, wanted: Mapping[str, Any], answered: int,
     code = 1
     try:
         waiting.close()
-        renew_threads()
         os.environ.pop(ASK_DRIVER, None)  # CUDA also knows whether the driver is new enough
         os.nice(5)  # a run that trains comes first
         gc.set_threshold(*RARELY)

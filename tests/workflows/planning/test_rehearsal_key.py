@@ -10,7 +10,7 @@ import pytest
 import transformers
 
 from lorakeet.config import RunConfig, read_run
-from lorakeet.workflows.planning.rehearsal_key import NO_SHAPES, rehearsal_key
+from lorakeet.workflows.planning.rehearsal_key import NO_SHAPES, model_key, rehearsal_key
 from tiny.configs import SMALL
 
 
@@ -44,3 +44,15 @@ def test_what_changes_no_shape_is_left_out() -> None:
     moved = config_of(train__epochs="9", train__learning_rate="0.5", train__batch_size="3", train__seed="8")
     assert repr(rehearsal_key(moved, model(), None)) == repr(rehearsal_key(config_of(), model(), None))
     assert {"epochs", "batch_size", "seed"} < set(NO_SHAPES) and "moments" not in NO_SHAPES
+
+
+def test_training_is_no_part_of_the_key_of_a_model(tmp_path: Path) -> None:
+    moved = config_of(train__moments="8bit", data__max_tokens="7")
+    key = repr(model_key(config_of().model, model(), None, "nf4"))
+    assert repr(model_key(moved.model, model(), None, "nf4")) == key
+    others = [
+        model_key(config_of().model, model(), None, "int8"), model_key(config_of().model, model(), tmp_path, "nf4"),
+        model_key(config_of(model__attention="sdpa").model, model(), None, "nf4"),
+        model_key(config_of().model, model(num_hidden_layers=7), None, "nf4"),
+    ]  # fmt: skip
+    assert len({key, *map(repr, others)}) == 5

@@ -27,10 +27,14 @@ NUMBER = "layer_idx"  # the attribute in which transformers' modules keep the nu
 
 @dataclass(frozen=True)
 class ModelBuilder:
-    """Builds the text model of a transformers configuration, with all blocks or only the first ones."""
+    """Builds the text model of a transformers configuration, with all blocks or only the first ones.
+
+    `key` gives all that the model depends on, by their `repr`.
+    """
 
     make: Callable[[Any], TextModel]
     config: Any
+    key: Callable[[], tuple[object, ...]] | None = None
 
     def __call__(self, blocks: int | None = None) -> TextModel:
         return self.make(self.config if blocks is None else first_blocks_of_config(self.config, blocks))

@@ -44,7 +44,7 @@ from lorakeet.ranks.spec import parameter_count
 from lorakeet.train.spec import TrainSpec
 from lorakeet.workflows.planning.attention_choice import with_any_attention
 from lorakeet.workflows.planning.reference import with_reference
-from lorakeet.workflows.planning.rehearsal_key import rehearsal_key
+from lorakeet.workflows.planning.rehearsal_key import model_key, rehearsal_key
 from lorakeet.workflows.planning.rehearse_text import (
     BEGIN,
     CHECKPOINT,
@@ -382,7 +382,8 @@ def builder_of(spec: ModelSpec, way: Way, model_config: Any, precision: Precisio
     elif way.recomputed:
         make = partial(_recomputed_from_config, keep=way.slots)
     settings: dict[str, Any] = {"products": precision.products, "attention": spec.attention, "quantize": precision.quantize}
-    return ModelBuilder(partial(make, name=spec.path, dtype=precision.dtype, files=files, **settings), model_config)
+    key = partial(model_key, spec, model_config, files, way, precision)
+    return ModelBuilder(partial(make, name=spec.path, dtype=precision.dtype, files=files, **settings), model_config, key)
 
 
 def _recomputed_from_config(config: Any, *, keep: int, **settings: Any) -> TextModel:

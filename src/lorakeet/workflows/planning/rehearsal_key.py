@@ -8,6 +8,7 @@ from typing import Any
 
 from lorakeet.config import RunConfig
 from lorakeet.memory.remembered import state_of
+from lorakeet.models.spec import ModelSpec
 from lorakeet.train.spec import TrainSpec
 
 NO_SHAPES = (
@@ -18,9 +19,13 @@ NO_SHAPES = (
 
 def rehearsal_key(config: RunConfig, model_config: Any, files: Path | None, *more: object) -> tuple[object, ...]:
     """The parts of a key: the model of `model_config` and `files` as `config` takes it, the settings of training, and `more`."""
+    return "rehearsal", *model_key(config.model, model_config, files), rehearsed_settings(config.train), *more
+
+
+def model_key(spec: ModelSpec, model_config: Any, files: Path | None, *more: object) -> tuple[object, ...]:
+    """The parts of a key: the model of `model_config` and `files` as `spec` takes it, and `more`."""
     outline = f"{type(model_config).__qualname__} {model_config.to_json_string(use_diff=False)}"
-    model = outline, config.model.path, config.model.attention, state_of(files)
-    return "rehearsal", model, rehearsed_settings(config.train), *more
+    return "model", outline, spec.path, spec.attention, state_of(files), *more
 
 
 def rehearsed_settings(spec: TrainSpec) -> TrainSpec:

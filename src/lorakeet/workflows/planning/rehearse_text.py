@@ -37,6 +37,7 @@ from lorakeet.memory.beside import computed_beside
 from lorakeet.memory.forecast import UnevenRuns, extrapolate_bytes, extrapolate_peaks
 from lorakeet.memory.ledger import Ledger, TooLong, Work
 from lorakeet.memory.measure import PeakMemory
+from lorakeet.memory.remembered import keep, key_of, recall
 from lorakeet.memory.repeated import repeats_known
 from lorakeet.memory.shape_only import ShapeSpill
 from lorakeet.memory.usage import Usage, UsageSegment
@@ -48,7 +49,7 @@ from lorakeet.models.inject import activate
 from lorakeet.models.targets import plan_for
 from lorakeet.models.text.adapters import initialise_adapter
 from lorakeet.models.text.model import TextModel, token_logprobs
-from lorakeet.models.text.repeated_blocks import blocks_of, count_repeated_blocks, first_blocks_of_plan
+from lorakeet.models.text.repeated_blocks import ModelBuilder, blocks_of, count_repeated_blocks, first_blocks_of_plan
 from lorakeet.quant.construct import weights_in
 from lorakeet.quant.packed import PackedBase
 from lorakeet.quant.stack import PackedStack
@@ -195,7 +196,7 @@ def rehearse(
         work = Work(step.flops // micro_batches, step.written // micro_batches)
         return replace(rehearsing.evaluated(evaluation), work=work, best_in_memory=best_in_memory)
 
-    return _rehearsed(build, lambda text: plan_for(text.model, lora, text.family), ids, run)
+    return _rehearsed(build, lambda text: plan_for(text.model, lora, text.family), ids, run, lora)
 
 
 def rehearse_evaluation(
@@ -220,15 +221,29 @@ def rehearse_evaluation(
 
 @repeats_known()
 def _rehearsed(
-    build: Build, planned: Callable[[TextModel], Plan], ids: tuple[int, ...], run: Callable[[_Rehearsing], Rehearsal]
+    build: Build,
+    planned: Callable[[TextModel], Plan],
+    ids: tuple[int, ...],
+    run: Callable[[_Rehearsing], Rehearsal],
+    lora: LoraSpec | None = None,
 ) -> Rehearsal:
-    """`run` with every block, or with a few of them that stand for all."""
-    with on_shapes() as ledger:
-        text = build()
-        plan = planned(text)
-        blocks = count_repeated_blocks(text.model, text.family, plan)
-        if blocks <= FEW + 1:
-            return run(_Rehearsing(ledger, text, plan, ids))
+    """`run` with every block, or with a few of them that stand for all.
+
+    The whole model is made once for each `lora` that its pairs follow from, where the key of `build` says what else they do.
+    """
+    key = build.key if isinstance(build, ModelBuilder) and lora is not None else None
+    name = "" if key is None else key_of(lambda: ("repeated blocks", lora, *key()))
+    found: tuple[Plan, int] | None = recall(name)
+    if found is None:
+        with on_shapes() as ledger:
+            text = build()
+            plan = planned(text)
+            found = plan, count_repeated_blocks(text.model, text.family, plan)
+            if name:
+                keep(name, found)
+            if found[1] <= FEW + 1:
+                return run(_Rehearsing(ledger, text, plan, ids))
+    plan, blocks = found
 
     def with_few(few: int) -> tuple[Rehearsal, list[UsageSegment]]:
         with on_shapes() as ledger:
@@ -240,15 +255,16 @@ def _rehearsed(
     def of_all(left: int, right: int) -> int:
         return extrapolate_bytes(left, right, blocks - FEW)
 
-    with suppress(UnevenRuns), computed_beside(partial(with_few, FEW)) as fewer:
-        other, more_moments = with_few(FEW + 1)
-        one, moments = fewer()
-        return replace(
-            other, plan=plan, base=of_all(one.base, other.base), blocks=blocks if other.blocks else 0, alike=blocks,
-            peaks=extrapolate_peaks(moments, more_moments, FEW, wanted=blocks),
-            work=Work(of_all(one.work.flops, other.work.flops), of_all(one.work.written, other.work.written)),
-            parameters=of_all(one.parameters, other.parameters),
-        )  # fmt: skip
+    if blocks > FEW + 1:
+        with suppress(UnevenRuns), computed_beside(partial(with_few, FEW)) as fewer:
+            other, more_moments = with_few(FEW + 1)
+            one, moments = fewer()
+            return replace(
+                other, plan=plan, base=of_all(one.base, other.base), blocks=blocks if other.blocks else 0, alike=blocks,
+                peaks=extrapolate_peaks(moments, more_moments, FEW, wanted=blocks),
+                work=Work(of_all(one.work.flops, other.work.flops), of_all(one.work.written, other.work.written)),
+                parameters=of_all(one.parameters, other.parameters),
+            )  # fmt: skip
     with on_shapes() as ledger:
         return run(_Rehearsing(ledger, build(), plan, ids))
 
