@@ -30,13 +30,13 @@ from lorakeet.train.run import RunFolder
 from lorakeet.workflows import finetune  # noqa: F401 - what a run has in memory before it begins
 from lorakeet.workflows.planning.forecast_text_run import (
     LOAD,
-    Precision,
     decomposes,
     evaluation_of,
     largest_rows,
     reads_weights,
     text_runtime_bytes,
 )
+from lorakeet.workflows.planning.planned_model import Precision
 from lorakeet.workflows.planning.rehearse_text import BEGIN, CHECKPOINT, EVALUATE, STEP, training_on
 
 STEPS = 2

@@ -33,7 +33,8 @@ from lorakeet.memory.ledger import Ledger
 from lorakeet.models.spec import ModelSpec
 from lorakeet.models.text.from_config import config_of
 from lorakeet.quant.spec import QuantSpec
-from lorakeet.workflows.planning.forecast_text_run import Precision, forecast_run
+from lorakeet.workflows.planning.forecast_text_run import forecast_run
+from lorakeet.workflows.planning.planned_model import Precision
 from lorakeet.workflows.planning.rehearse_text import BEGIN
 from lorakeet.workflows.planning.text_run import LEAST
 from lorakeet.workflows.runs.residency import RESIDENT, Way

@@ -30,7 +30,7 @@ from lorakeet.workflows.finetuning.run_time import Speed
 from lorakeet.workflows.finetuning.text import KIND, TextPlanResult, _speed_text
 from lorakeet.workflows.options import PlanOptions
 from lorakeet.workflows.plan import plan
-from lorakeet.workflows.planning.forecast_text_run import Precision
+from lorakeet.workflows.planning.planned_model import Precision
 from lorakeet.workflows.planning.rehearse_text import RowShape
 from lorakeet.workflows.runs.residency import Residency
 from tiny.configs import SMALL

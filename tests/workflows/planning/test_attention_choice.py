@@ -9,7 +9,8 @@ from lorakeet.config import RunConfig, read_run
 from lorakeet.errors import EnvironmentProblem
 from lorakeet.quant.spec import QuantSpec
 from lorakeet.workflows.planning.attention_choice import with_any_attention
-from lorakeet.workflows.planning.forecast_text_run import Precision, forecast_run
+from lorakeet.workflows.planning.forecast_text_run import forecast_run
+from lorakeet.workflows.planning.planned_model import Precision
 from lorakeet.workflows.planning.rehearse_text import NotPlanned, PlanningTooLong
 from tiny.small_configs import small_config
 

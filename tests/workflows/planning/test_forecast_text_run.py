@@ -38,7 +38,6 @@ from lorakeet.workflows.planning.forecast_text_run import (
     SCORE,
     SEARCH,
     TOKENIZER_ENTRY,
-    Precision,
     RowLengths,
     TextRunPlan,
     Workload,
@@ -56,6 +55,7 @@ from lorakeet.workflows.planning.forecast_text_run import (
     with_importance,
     with_largest_ranks,
 )
+from lorakeet.workflows.planning.planned_model import Precision
 from lorakeet.workflows.planning.rehearse_text import BEGIN, FINAL, STEP, Rehearsal, RowShape, rehearse
 
 SMALL = {

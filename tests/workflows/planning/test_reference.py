@@ -13,7 +13,8 @@ from lorakeet.memory.usage import Usage
 from lorakeet.models.text.from_config import config_from_settings
 from lorakeet.quant.spec import QuantSpec
 from lorakeet.train.preference_spec import Objective
-from lorakeet.workflows.planning.forecast_text_run import Precision, TextRunPlan, forecast_run
+from lorakeet.workflows.planning.forecast_text_run import TextRunPlan, forecast_run
+from lorakeet.workflows.planning.planned_model import Precision
 from lorakeet.workflows.planning.reference import evaluated_copies, reference_bytes, with_reference
 from lorakeet.workflows.planning.rehearse_text import CHECKPOINT, EVALUATE, FINAL, STEP
 

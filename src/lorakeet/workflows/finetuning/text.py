@@ -64,8 +64,9 @@ from lorakeet.workflows.finetuning.trained_targets import remarks_before, remark
 from lorakeet.workflows.planning.check import later_phases, with_later
 from lorakeet.workflows.planning.encoded_rows import workload_of_files
 from lorakeet.workflows.planning.fit import WayChoice, choose, fit_free, host_memory, too_small_text
-from lorakeet.workflows.planning.forecast_text_run import LATER, Precision, RowLengths, TextRunPlan, forecast_run
+from lorakeet.workflows.planning.forecast_text_run import LATER, RowLengths, TextRunPlan, forecast_run
 from lorakeet.workflows.planning.graphs import graph_bytes
+from lorakeet.workflows.planning.planned_model import Precision
 from lorakeet.workflows.planning.rehearse_text import SECONDS_BESIDE, planning_within
 from lorakeet.workflows.planning.text_run import LEAST, TextRun, bytes_moved, precision_of
 from lorakeet.workflows.planning.unbound_text_run import UnboundTextRun

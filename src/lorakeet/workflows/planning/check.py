@@ -54,12 +54,11 @@ from lorakeet.workflows.planning.forecast_text_run import (
     INTERVALS,
     MERGE,
     TOKENIZER_ENTRY,
-    Precision,
-    builder_of,
     filling_rows,
     finished_plan,
     text_runtime_bytes,
 )
+from lorakeet.workflows.planning.planned_model import Precision, builder_of
 from lorakeet.workflows.planning.rehearse_text import FINAL, EvaluationSize, NotPlanned, Rehearsal, RowShape, rehearse_evaluation
 from lorakeet.workflows.runs.open_adapter import Opened
 from lorakeet.workflows.runs.residency import ALONE, FEWEST, RESIDENT, MemoryPlan, Way

@@ -33,11 +33,11 @@ from lorakeet.workflows.planning.forecast_text_run import (
     TOKENIZER_ENTRY,
     VALUE,
     Workload,
-    builder_of,
     evaluation_of,
     load_peak,
     text_runtime_bytes,
 )
+from lorakeet.workflows.planning.planned_model import builder_of
 from lorakeet.workflows.planning.reference import evaluated_copies
 from lorakeet.workflows.planning.rehearse_text import BEGIN, FINAL, STEP, Weigh, rehearse_evaluation
 from lorakeet.workflows.planning.text_run import precision_of, tiles_of_head

@@ -25,17 +25,13 @@ from lorakeet.memory.lapack import eigh_bytes, svd_bytes
 from lorakeet.memory.ledger import Work
 from lorakeet.memory.measure import resident_bytes
 from lorakeet.memory.remembered import remembered
-from lorakeet.memory.store import CPU
 from lorakeet.memory.usage import Usage, add_usage, larger_usage
 from lorakeet.models.files.stored_tensors import stored_dtype, stored_quantisation
-from lorakeet.models.recomputed import recompute_blocks
-from lorakeet.models.spec import ModelSpec
 from lorakeet.models.targets import plan_for
 from lorakeet.models.text.adapters import initialise_adapter
 from lorakeet.models.text.by_peft import bytes_with_peft
-from lorakeet.models.text.from_config import config_from_settings, model_from_config, streamed_model_from_config
-from lorakeet.models.text.model import COUNTS, TextModel, context_of, padded_count, token_logprobs
-from lorakeet.models.text.repeated_blocks import ModelBuilder
+from lorakeet.models.text.from_config import config_from_settings, model_from_config
+from lorakeet.models.text.model import COUNTS, context_of, padded_count, token_logprobs
 from lorakeet.quant.spec import QuantSpec
 from lorakeet.ranks.allocate import allocate, pair_parameters, rank_cost, rank_pattern
 from lorakeet.ranks.prune import final_budget
@@ -43,8 +39,9 @@ from lorakeet.ranks.score import OVERSAMPLING, sketch_plan
 from lorakeet.ranks.spec import parameter_count
 from lorakeet.train.spec import TrainSpec
 from lorakeet.workflows.planning.attention_choice import with_any_attention
+from lorakeet.workflows.planning.planned_model import Precision, builder_of
 from lorakeet.workflows.planning.reference import with_reference
-from lorakeet.workflows.planning.rehearsal_key import model_key, rehearsal_key
+from lorakeet.workflows.planning.rehearsal_key import rehearsal_key
 from lorakeet.workflows.planning.rehearse_text import (
     BEGIN,
     CHECKPOINT,
@@ -79,21 +76,6 @@ _SMALL = {
     "model_type": "llama", "vocab_size": 512, "hidden_size": 256, "intermediate_size": 512, "num_hidden_layers": 2,
     "num_attention_heads": 4, "num_key_value_heads": 2,
 }  # fmt: skip
-
-
-@dataclass(frozen=True)
-class Precision:
-    """How the weights are kept and multiplied."""
-
-    dtype: torch.dtype
-    products: torch.dtype
-    quantize: QuantSpec
-    device: torch.device = CPU
-
-    @property
-    def on_gpu(self) -> bool:
-        """Whether on a CUDA device, whose memory is then what is forecast."""
-        return self.device.type == "cuda"
 
 
 @dataclass(frozen=True)
@@ -372,25 +354,6 @@ def _step_of(config: RunConfig, lengths: RowLengths | None, window: int | None) 
     full = _filling(config, rows.length, max(rows.length * config.train.answers, config.train.micro_tokens), window)
     several = config.train.sequences > rows.count or _known(config, lengths).step > rows.tokens
     return rows, full, 2 if several else 1
-
-
-def builder_of(spec: ModelSpec, way: Way, model_config: Any, precision: Precision, files: Path | None) -> ModelBuilder:
-    """Makes the model of `spec` on shapes, with all of its blocks or a few, in memory or streamed as `way` says."""
-    make: Callable[..., TextModel] = model_from_config
-    if way.streamed:
-        make = partial(streamed_model_from_config, residence=way.residence)
-    elif way.recomputed:
-        make = partial(_recomputed_from_config, keep=way.slots)
-    settings: dict[str, Any] = {"products": precision.products, "attention": spec.attention, "quantize": precision.quantize}
-    key = partial(model_key, spec, model_config, files, way, precision)
-    return ModelBuilder(partial(make, name=spec.path, dtype=precision.dtype, files=files, **settings), model_config, key)
-
-
-def _recomputed_from_config(config: Any, *, keep: int, **settings: Any) -> TextModel:
-    """The model in memory, all of whose blocks but the last `keep` are computed again in the backward pass."""
-    text = model_from_config(config, **settings)
-    recompute_blocks(text.model, text.family, keep=keep)
-    return text
 
 
 def _before_steps(

@@ -58,14 +58,8 @@ from lorakeet.quant.spec import QuantSpec
 from lorakeet.train.text.quantisation_aware import quantisation_aware_finish
 from lorakeet.workflows.planning.check import FP32, bytes_of_reading
 from lorakeet.workflows.planning.fit import BudgetedWork, fit_budget
-from lorakeet.workflows.planning.forecast_text_run import (
-    INTERVALS,
-    TOKENIZER_ENTRY,
-    Precision,
-    builder_of,
-    filling_rows,
-    text_runtime_bytes,
-)
+from lorakeet.workflows.planning.forecast_text_run import INTERVALS, TOKENIZER_ENTRY, filling_rows, text_runtime_bytes
+from lorakeet.workflows.planning.planned_model import Precision, builder_of
 from lorakeet.workflows.planning.rehearse_text import FINAL, Build, EvaluationSize, Rehearsal, on_shapes, rehearse_evaluation
 from lorakeet.workflows.runs.open_adapter import NAME, Opened
 from lorakeet.workflows.runs.residency import ALONE, RESIDENT, MemoryPlan, Way, stream_closed

@@ -41,7 +41,8 @@ from lorakeet.quant.gptq_solve import GptqLayout, bytes_of_solving
 from lorakeet.quant.packed import PackedBase
 from lorakeet.quant.spec import QuantSpec
 from lorakeet.workflows.planning.fit import BudgetedWork, fit_budget
-from lorakeet.workflows.planning.forecast_text_run import COUNT_BYTES, TOKENIZER_ENTRY, Precision, text_runtime_bytes
+from lorakeet.workflows.planning.forecast_text_run import COUNT_BYTES, TOKENIZER_ENTRY, text_runtime_bytes
+from lorakeet.workflows.planning.planned_model import Precision
 from lorakeet.workflows.planning.rehearse_text import RowShape, made_up_batch, matrix_sizes, on_shapes
 from lorakeet.workflows.runs.residency import RESIDENT, MemoryPlan, Residency, Way, stream_closed
 

@@ -20,7 +20,6 @@ from lorakeet.models.text.load import read_config
 from lorakeet.workflows.planning.fit import BudgetedWork, keeps_in_host, way_text
 from lorakeet.workflows.planning.forecast_text_run import (
     ROW_BYTES,
-    Precision,
     RowLengths,
     TextRunPlan,
     Workload,
@@ -31,6 +30,7 @@ from lorakeet.workflows.planning.forecast_text_run import (
     text_runtime_bytes,
     window_of,
 )
+from lorakeet.workflows.planning.planned_model import Precision
 from lorakeet.workflows.planning.rehearse_text import STEP, RowShape
 from lorakeet.workflows.runs.residency import FEWEST, RESIDENT, MemoryPlan, Way, with_more
 
