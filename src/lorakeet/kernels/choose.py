@@ -14,7 +14,16 @@ from typing import Any, TypeVar
 import torch
 from torch import Tensor
 
-from lorakeet.kernels import bitsandbytes_nf4, blockwise_rows, cuda_graphs, efficient_varlen, flash_varlen, liger, onednn
+from lorakeet.kernels import (
+    bitsandbytes_nf4,
+    blockwise_rows,
+    cuda_graphs,
+    efficient_varlen,
+    flash_varlen,
+    gptqmodel,
+    liger,
+    onednn,
+)
 from lorakeet.kernels.cpu import attention, block, dense, head, int8_rows, operators, panels, stored, trained_pairs
 from lorakeet.kernels.cpu import inference_pairs as pairs
 from lorakeet.kernels.cpu import trained_block as whole_block
@@ -39,6 +48,7 @@ from lorakeet.kernels.protocol import (
 from lorakeet.kernels.triton import support
 
 _C, _TRITON = "lorakeet.kernels.cpu.", "lorakeet.kernels.triton."
+GPTQMODEL = "lorakeet.kernels.gptqmodel"
 _LAST = "the last kernel of a task must take everything"
 PASSES = "decoder passes, training"  # what a run made of it, its report says (workflows/finetuning/cuda_graphs)
 T = TypeVar("T")
@@ -136,6 +146,7 @@ TABLE: dict[str, tuple[Kernel, ...]] = {
     "dequantise": (
         Kernel("Triton: tiles", support.why_not, support.takes_tiles, "contiguous results", _TRITON + "tiles"),
         Kernel("C: stored.c", stored.why_not_dequantise, stored.takes_whole, stored.READABLE, _C + "stored"),
+        Kernel("GPTQModel: dequant_kernel", gptqmodel.why_not, gptqmodel.takes_columns, gptqmodel.READABLE, GPTQMODEL),
         Kernel("bitsandbytes: dequantize_4bit", bitsandbytes_nf4.why_not, bitsandbytes_nf4.takes_matrix,
                bitsandbytes_nf4.READABLE, "lorakeet.kernels.bitsandbytes_nf4"),
         TORCH,
@@ -252,6 +263,12 @@ def dequantised(weight: QuantisedWeight, out: Tensor, first: int) -> bool:
         return kernel.dequantise_into(weight, out, first) or None
 
     return _first_result("dequantise", out, weight.kernels is not None, call, out, weight) is not None
+
+
+def dequantised_by_columns(weight: QuantisedWeight, dtype: torch.dtype, device: torch.device) -> bool:
+    """Whether a kernel dequantises all of W by columns, into `out` whose transpose (in, out) is contiguous."""
+    kernels = _candidates("dequantise", device.type == "cpu" or device, dtype, None, weight.kernels is not None)
+    return kernels[0].source == GPTQMODEL and gptqmodel.reads(weight, dtype)
 
 
 def fused_pair(weight: Any, x: Tensor, A: Tensor, B: Tensor, scale: float, *, back: bool = False) -> tuple[Tensor, Tensor] | None:

@@ -22,12 +22,11 @@ from torch import Tensor
 
 from lorakeet.kernels.proof import difference_found, missing_package
 from lorakeet.kernels.protocol import Situation
-from lorakeet.kernels.triton.support import are_numbers, has_triton, why_no_launcher
+from lorakeet.kernels.triton.support import are_numbers, has_triton, why_not_compiled
 
 PACKAGE, VERSIONS = "liger-kernel", SpecifierSet(">=0.8.5,<0.9")
 DEVICES = ("cuda",)
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
-CAPABILITY, BFLOAT16 = (7, 5), (8, 0)  # of a GPU, at least; the second for bfloat16
 NEEDS = "contiguous states of one dtype, rows that agree with torch's"
 WIDEST = 1 << 16  # numbers of a row that a program has at once
 COLUMNS = 1 << 15  # of a row of logits at once, as liger-kernel has it
@@ -50,21 +49,7 @@ def why_not(situation: Situation) -> str:
         return "torch's own operations alone compute in this thread"
     if not has_triton():
         return "Triton is not installed: torch for CUDA on Linux brings it"
-    return missing_package(PACKAGE, VERSIONS) or _why_not_gpu(situation.device, situation.dtype)
-
-
-def _why_not_gpu(device: torch.device, dtype: torch.dtype) -> str:
-    if device.type != "cuda":
-        return ""  # in the tests Triton's interpreter stands for a GPU
-    if not torch.cuda.is_available():
-        return "torch sees no CUDA device here"
-    if torch.version.hip:
-        return f"this torch is for AMD GPUs (ROCm {torch.version.hip})"
-    least = BFLOAT16 if dtype == torch.bfloat16 else CAPABILITY
-    found = torch.cuda.get_device_capability(device)
-    if found < least:
-        return f"needs compute capability {least[0]}.{least[1]}; this GPU has {found[0]}.{found[1]}"
-    return why_no_launcher()
+    return missing_package(PACKAGE, VERSIONS) or why_not_compiled(situation.device, situation.dtype)
 
 
 def takes(states: Sequence[Tensor], _: int, by_rows: bool) -> bool:

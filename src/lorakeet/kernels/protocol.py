@@ -18,6 +18,7 @@ from typing import Any, NamedTuple, Protocol
 import torch
 from torch import Tensor
 
+from lorakeet.kernels.gptq_words import GptqWords
 from lorakeet.kernels.nf4_codes import Nf4Codes
 from lorakeet.kernels.tiled_weight import TiledWeight, TritonRequest
 
@@ -70,6 +71,9 @@ class QuantisedWeight(Protocol):
 
     def nf4_codes(self, first: int, rows: int) -> Nf4Codes | None:
         """Rows of the weight as NF4 codes in whole blocks; None if they are none."""
+
+    def gptq_words(self) -> GptqWords | None:
+        """The weight in GPTQ's words; None if it is in others."""
 
     def in_tiles(self) -> TiledWeight | None:
         """The weight as Triton kernels multiply it; None if they cannot."""

@@ -26,8 +26,11 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
+from lorakeet.core.scratch import SCRATCH
+from lorakeet.kernels.choose import dequantised_by_columns
 from lorakeet.kernels.cpu.stored import GPTQ, StoredWeight, address_of
 from lorakeet.kernels.device import is_cpu
+from lorakeet.kernels.gptq_words import GptqWords
 from lorakeet.kernels.tiled_weight import TiledWeight
 from lorakeet.quant.packed import TILE, PackedBase, tile_size
 
@@ -117,6 +120,18 @@ class GptqBase(PackedBase):
 
         buffers = (self.qweight, self.qzeros, self.scales, self.g_idx)
         return gptq_tiles(buffers, self.shape, self.bits, self.zero_format == "gptq")
+
+    def gptq_words(self) -> GptqWords | None:
+        """W as other projects' kernels read it; None where zero points of three bits would have to be written anew."""
+        less = one_less(self.bits) if self.zero_format == "gptq" else 0
+        words = GptqWords(self.qweight, self.qzeros, self.scales, self.g_idx, self.bits, less)
+        return None if less and WORD % self.bits else words
+
+    def _rows(self, part: slice, dtype: torch.dtype) -> Tensor:
+        rows, columns = self.shape
+        if part.stop - part.start == rows and dequantised_by_columns(self, dtype, self.device):
+            return self.unpack(SCRATCH.matrix((columns, rows), dtype, self.device).t())
+        return super()._rows(part, dtype)
 
     def _stored_weight(self) -> StoredWeight | None:
         if self.bits != 4 or not self._groups_exist():

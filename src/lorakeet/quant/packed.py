@@ -15,6 +15,7 @@ from lorakeet.core.scratch import SCRATCH
 from lorakeet.kernels.choose import add_product_as_stored, dequantised, product_as_stored
 from lorakeet.kernels.cpu.stored import StoredWeight, is_readable
 from lorakeet.kernels.device import is_cpu
+from lorakeet.kernels.gptq_words import GptqWords
 from lorakeet.kernels.nf4_codes import Nf4Codes
 from lorakeet.kernels.tiled_weight import TiledWeight, TritonRequest
 
@@ -97,6 +98,10 @@ class PackedBase(nn.Module):
 
     def nf4_codes(self, first: int, rows: int) -> Nf4Codes | None:
         """`rows` rows of W from `first` on as NF4 codes in whole blocks; None if they are none."""
+        return None
+
+    def gptq_words(self) -> GptqWords | None:
+        """W in GPTQ's words; None if it is in others."""
         return None
 
     def _stored_weight(self) -> StoredWeight | None:

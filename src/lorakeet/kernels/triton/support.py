@@ -21,6 +21,7 @@ from lorakeet.kernels.protocol import QuantisedWeight, Situation
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 CAPABILITY = (8, 0)  # of a GPU, at least: bf16 on tensor cores, and what the kernels were compiled for
+LIBRARIES = (7, 5)  # for Triton kernels of other libraries, at least; for bf16 it is CAPABILITY
 RANK = 64  # the highest that runs within a product: tiles of A and B must fit into shared memory beside those of x and W
 _LAUNCHER = "Triton compiles what launches its kernels, and there is"
 NUMBERS = (Tensor, nn.Parameter)  # not the tensors of a trace, nor sharded ones
@@ -81,6 +82,21 @@ def _why_not_gpu(device: torch.device) -> str:
         found = f"this GPU has {capability[0]}.{capability[1]}"
     least = ".".join(map(str, CAPABILITY))
     return f"Triton kernels need an NVIDIA GPU of compute capability {least} or higher; {found}. Set model.kernels to torch."
+
+
+def why_not_compiled(device: torch.device, dtype: torch.dtype) -> str:
+    """Why the Triton kernels of other libraries, which are tried on more GPUs, cannot run on `device` on states of `dtype`."""
+    if device.type != "cuda":
+        return ""  # in the tests Triton's interpreter stands for a GPU
+    if not torch.cuda.is_available():
+        return "torch sees no CUDA device here"
+    if torch.version.hip:
+        return f"this torch is for AMD GPUs (ROCm {torch.version.hip})"
+    least = CAPABILITY if dtype == torch.bfloat16 else LIBRARIES
+    found = torch.cuda.get_device_capability(device)
+    if found < least:
+        return f"needs compute capability {least[0]}.{least[1]}; this GPU has {found[0]}.{found[1]}"
+    return why_no_launcher()
 
 
 @functools.cache

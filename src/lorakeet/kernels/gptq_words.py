@@ -1,0 +1,39 @@
+"""A whole GPTQ weight as kernels of other projects read it, and its formula."""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+WORD = 32  # bits
+
+
+class GptqWords(NamedTuple):
+    """W (out, in) in the tensors of published checkpoints (quant/gptq): codes down each column, zero points along each row."""
+
+    qweight: Tensor  # int32 (in·bits/32, out)
+    qzeros: Tensor  # int32 (groups, out·bits/32)
+    scales: Tensor  # fp16 (groups, out)
+    g_idx: Tensor  # int32 (in,)
+    bits: int
+    less: int = 0  # what a word of qzeros lacks: "gptq" stores zero points less 1
+
+    def zeros(self) -> Tensor:
+        """The words (groups, out·bits/32) of the zero points themselves."""
+        return self.qzeros + self.less if self.less else self.qzeros
+
+    def by_formula(self) -> Tensor:
+        """W transposed (in, out) in fp32: scale · (code − zero)."""
+        codes = _fields(self.qweight.t(), self.bits).t()
+        zeros = _fields(self.zeros(), self.bits)
+        groups = self.g_idx.long()
+        return (codes - zeros[groups]).float() * self.scales.float()[groups]
+
+
+def _fields(words: Tensor, bits: int) -> Tensor:
+    """The codes (rows, w·32/bits) of streams of `bits` bits that run along the rows of words (rows, w), lowest bit first."""
+    stream = (words[..., None] >> torch.arange(WORD, dtype=words.dtype, device=words.device)) & 1
+    fields = stream.reshape(len(words), -1, bits)
+    return (fields << torch.arange(bits, device=words.device)).sum(-1)

@@ -1,0 +1,34 @@
+"""`kernels.gptq_words`: the formula gives the numbers that the base's own unpacking gives."""
+
+from __future__ import annotations
+
+from typing import Literal
+
+import pytest
+import torch
+
+from lorakeet.quant.gptq import BITS, GptqBase
+
+
+def base(bits: int, zero_format: Literal["gptq", "gptq_v2"] = "gptq", shape: tuple[int, int] = (96, 128)) -> GptqBase:
+    """Random words, whose zero points also wrap, and columns of four groups in no order."""
+    draw = torch.Generator().manual_seed(bits)
+    found = GptqBase(shape, bits=bits, groups=4, sym=False, zero_format=zero_format)
+    for words in (found.qweight, found.qzeros):
+        words.copy_(torch.randint(-(1 << 31), 1 << 31, words.shape, generator=draw).to(torch.int32))
+    found.scales.copy_(torch.rand(found.scales.shape, generator=draw) + 0.5)
+    found.g_idx.copy_(torch.randint(4, found.g_idx.shape, generator=draw))
+    return found
+
+
+@pytest.mark.parametrize("bits", BITS)
+@pytest.mark.parametrize("zero_format", ["gptq", "gptq_v2"])
+def test_the_formula_is_that_of_the_base(bits: int, zero_format: Literal["gptq", "gptq_v2"]) -> None:
+    weight = base(bits, zero_format)
+    words = weight.gptq_words()
+    if (bits, zero_format) == (3, "gptq"):
+        assert words is None, "one less in fields across words"
+        return
+    assert words is not None
+    expected = weight.unpack_by_torch(torch.zeros(weight.shape), 0)
+    assert torch.equal(words.by_formula().t(), expected) and expected.unique().numel() > 100
