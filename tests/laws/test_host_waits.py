@@ -19,6 +19,7 @@ from lorakeet.train import optimizer
 from lorakeet.train.preference_spec import OBJECTIVES, SFT
 from lorakeet.train.text.multi_adapter import Member, MultiAdapterTraining
 from tiny.card_steps import BEGINNING, LORA, SPEC, rows_behind, stepped, training_on_card
+from tiny.family_columns import saved
 from tiny.models import LAYERS, save_tiny_llama
 from tiny.simulated_card import Card, Wait, simulated_card
 from train.text.test_preference_task import task_on, with_reference
@@ -102,13 +103,39 @@ def test_grouped_products_of_experts_wait_for_nothing(family: str, tmp_path: Pat
         assert card.launches["_grouped_mm"] > 0
 
 
-@pytest.mark.parametrize("family", ["qwen3_moe", "mixtral", "gpt_oss"])
-def test_a_block_of_experts_waits_once_a_pass(family: str, card: Card, tmp_path: Path) -> None:
-    """Of what is sorted by expert on the card, the host reads how many tokens each expert has: it launches that many products."""
-    training = training_on_card(save_tiny_llama(tmp_path / family, family=family), rows_behind(BEGINNING, 24))
-    within, all_of_step, batches = stepped(training, card)
+@pytest.mark.parametrize(("family", "dtype", "capability"), [
+    ("qwen3_moe", "bfloat16", (8, 0)), ("mixtral", "bfloat16", (12, 0)), ("gpt_oss", "bfloat16", (8, 9)),
+    ("qwen3_moe", "float32", (9, 0)),
+])  # fmt: skip
+def test_a_block_of_experts_waits_once_a_pass(family: str, dtype: str, capability: tuple[int, int], tmp_path: Path) -> None:
+    """Where torch's grouped product reads on the host where the tokens of each expert end, it would wait in each of 16
+    products. So of what is sorted by expert on the card, the host reads once how many tokens each expert has."""
+    with simulated_card(capability) as card:
+        folder = save_tiny_llama(tmp_path / family, family=family, intermediate_size=48)
+        training = training_on_card(folder, rows_behind(BEGINNING, 24), dtype=dtype, lora=replace(LORA, rank=8))
+        within, all_of_step, batches = stepped(training, card)
+        assert card.launches["_grouped_mm"] == 0
     assert {(wait.kind, wait.place.partition(":")[0]) for wait in within} == {("numbers are read", "core/layers/experts.py")}
     assert len(within) == batches * LAYERS, within
+    assert len(all_of_step) - len(within) <= MOST
+
+
+@pytest.mark.parametrize("family", ["qwen3_5_text", "lfm2", "lfm3", "falcon_h1", "bamba", "recurrent_gemma"])
+def test_padded_rows_of_recurrent_layers_wait_for_nothing(family: str, card: Card, tmp_path: Path) -> None:
+    """Masks come by kind of layer (models/text/row_masks): of a mask of ones transformers reads for each kind what it hides."""
+    training = training_on_card(saved(family, tmp_path), rows_behind(BEGINNING, 24))
+    assert training.task.text.attention == "sdpa"
+    within, all_of_step, batches = stepped(training, card)
+    assert batches > 1 and within == []
+    assert len(all_of_step) <= MOST, all_of_step
+
+
+def test_one_mask_is_read_once(card: Card, tiny_llama_folder: Path) -> None:
+    """A model with attention alone, whose rows are padded on request: transformers asks once whether its mask hides anything."""
+    rows = rows_behind(BEGINNING, 24)
+    training = training_on_card(tiny_llama_folder, rows, attention="sdpa")
+    within, all_of_step, batches = stepped(training, card)
+    assert [wait.place.partition(":")[0] for wait in within] == ["models/text/model.py"] * batches
     assert len(all_of_step) - len(within) <= MOST
 
 

@@ -44,6 +44,7 @@ def training_on_card(
     *,
     dtype: str = "bfloat16",
     quantize: str = "none",
+    attention: str = "auto",
     int8_products: bool = False,
     lora: LoraSpec = LORA,
     spec: TrainSpec = SPEC,
@@ -51,7 +52,7 @@ def training_on_card(
 ) -> Training[Any]:
     """A Training of the model in `folder` on the card, ready to `step`; `residence` is for load_text_model."""
     packed = QuantSpec(method=quantize, int8_products=int8_products)
-    given = ModelSpec(path=str(folder), dtype=dtype, device="cuda", quantize=packed)
+    given = ModelSpec(path=str(folder), dtype=dtype, device="cuda", quantize=packed, attention=attention)
     text = load_text_model(given, **residence)
     initialise_adapter(text, plan_for(text.model, lora, text.family), seed=0)
     return silent_training(TextTask(text, list(rows), held_out=(), spec=replace(spec)), spec)

@@ -51,6 +51,7 @@ QUIET = frozenset((  # operations that launch nothing
     "new_empty_strided", "device", "_local_scalar_dense", "_reshape_alias", "lift_fresh", "is_same_size", "diagonal", "chunk",
     "narrow", "view_as_real", "is_pinned", "_pin_memory",
 ))  # fmt: skip
+GROUPED = (9, 10)  # of compute capabilities, on which torch's grouped product takes its ends from the card, in bf16 alone
 INDEXED = ("index", "index_put", "index_put_", "_index_put_impl_")
 INITIALISING = (  # what torch.cuda answers only once CUDA is initialised, which it then does
     "current_device", "get_device_capability", "get_device_name", "get_device_properties", "mem_get_info", "get_rng_state",
@@ -240,6 +241,8 @@ class Card:
             self.wait(READS[name])
         if name in INDEXED and any(isinstance(each, Tensor) and each.dtype == torch.bool for each in tree_leaves(args[1])):
             self.wait("places are counted")
+        if name == "_grouped_mm" and not (args[0].dtype == torch.bfloat16 and torch.cuda.get_device_capability()[0] in GROUPED):
+            self.wait("ends are read")
         if name == "repeat_interleave" and func._overloadname == "Tensor" and kwargs.get("output_size") is None:
             self.wait("lengths are summed")
 

@@ -73,8 +73,9 @@ def test_choices_are_sorted_by_expert() -> None:
 def test_where_they_are_not_used() -> None:
     x = torch.zeros(4, 32, dtype=torch.bfloat16)
     assert "CUDA device" in why_not_grouped(x, None, (32, 16))
-    with simulated_card() as card:
-        assert "9.0" in why_not_grouped(x.to("cuda"), None, (32, 16)) and card.waits
+    for capability in ((8, 0), (12, 0)):
+        with simulated_card(capability) as card:
+            assert "9 or 10" in why_not_grouped(x.to("cuda"), None, (32, 16)) and card.waits
     with simulated_card((9, 0)):
         assert "multiples of 8; these are 32, 12" in why_not_grouped(x.to("cuda"), None, (32, 12))
         assert why_not_grouped(x.to("cuda"), torch.bfloat16, (32, 16)) == ""

@@ -2,8 +2,9 @@
 
     y_t = x_t·W_eᵀ + s·x_t·A_eᵀ·B_eᵀ   for the expert e of each row t; rows of an expert lie together, `ends` says where each ends
 
-torch's grouped product (`torch._grouped_mm`, bf16, compute capability 9.0 or later) takes the ends from the device, so that the
-host waits for nothing. Before its first use it is compared with products expert by expert. **Not run on a GPU yet.**
+torch's grouped product (`torch._grouped_mm`) takes the ends from the device in bf16 on compute capability 9 and 10, so that the
+host waits for nothing. For other types and GPUs it reads them on the host, in each product, and multiplies expert by expert:
+it is not used there. Before its first use it is compared with products expert by expert. **Not run on a GPU yet.**
 """
 
 from __future__ import annotations
@@ -19,7 +20,7 @@ from torch.autograd.function import once_differentiable
 from lorakeet.core.gpu_pairs import copy_of
 from lorakeet.kernels.proof import difference_found
 
-CAPABILITY, MULTIPLE = (9, 0), 8  # of a GPU, at least; of every width and rank
+CAPABILITIES, MULTIPLE = (9, 10), 8  # of a GPU, major numbers; of every width and rank
 PROOF = (3, 0, 5), 32, 16, 8  # rows of made-up experts, widths and a rank
 CLOSE = 3e-2  # relative to the largest number: a few roundings of bf16
 
@@ -97,8 +98,8 @@ def why_not_grouped(x: Tensor, products: torch.dtype | None, widths: tuple[int, 
         return "they take bfloat16 on a CUDA device"
     if any(width % MULTIPLE for width in widths):
         return f"they take widths and ranks in multiples of {MULTIPLE}; these are {', '.join(map(str, widths))}"
-    if not hasattr(torch, "_grouped_mm") or torch.cuda.get_device_capability(x.device) < CAPABILITY:
-        return "they need a GPU of compute capability 9.0 or later, and a torch that has them"
+    if not hasattr(torch, "_grouped_mm") or torch.cuda.get_device_capability(x.device)[0] not in CAPABILITIES:
+        return "they need a GPU of compute capability 9 or 10, and a torch that has them"
     return "" if grouped_product_proved(x.device) else "they do not compute what products expert by expert do"
 
 

@@ -39,6 +39,7 @@ from lorakeet.models.placement import device_for, products_for, text_dtype_for
 from lorakeet.models.spec import ModelSpec
 from lorakeet.models.streaming.load import Changes, Residence, streamed_model
 from lorakeet.models.text.model import TextModel
+from lorakeet.models.text.row_masks import masks_by_kind, recurrent_kinds
 from lorakeet.quant.gptq_config import METHOD, OLD_CONFIG
 from lorakeet.quant.int8 import enable_int8_products
 from lorakeet.quant.packed import PackedBase
@@ -115,6 +116,7 @@ def load_text_model(
         _require_numbers(text, reference)
         check_head(text, reference)
         text = replace(text, why_not_varlen=_choose_attention(text, spec.attention, reference, say))
+        text = _with_masks_by_kind(text, reference)
     for line in _what_is_slower(text, spec):
         say(line)
     if kernels is not None:
@@ -322,6 +324,8 @@ def _choose_attention(text: TextModel, wanted: str, reference: Tensor, say: Call
 def _try_attention(text: TextModel, attention: str, reference: Tensor) -> str | None:
     """Sets `attention` and returns None if the model still gives its own logits; else the reason."""
     kind = text.model.config.model_type
+    if attention == "varlen" and (layers := recurrent_kinds(text.model.config)):  # what leaks into a row may look like rounding
+        return f"'{kind}' models would pass states on from row to row (layers: {', '.join(layers)})"
     try:
         set_attention(text.model, attention)
         if text.attention != attention:
@@ -333,14 +337,31 @@ def _try_attention(text: TextModel, attention: str, reference: Tensor) -> str | 
         if is_of_the_device(error):
             raise
         return f"'{kind}' models do not run with {attention} ({first_line(error)})"
+    worst = _away(logits, reference, text.dtype)
+    return None if worst is None else f"{attention} gives other logits than the '{kind}' model's own code (by {worst:.3g})"
+
+
+def _away(logits: Tensor, reference: Tensor, dtype: torch.dtype) -> float | None:
+    """How far logits of the check are from the model's own; None where rounding to `dtype` explains it."""
     # The median over a row's tokens: rounding may send a single token of a mixture to another expert. The worst row counts:
     # nothing can leak into the first one.
     differences = (logits.float() - reference.float()).abs().amax(1)
     worst = max(float(row.median()) for row in torch.split(differences, list(CHECK_ROWS)))
-    allowed = ATTENTION_TOLERANCE[text.dtype] * float(reference.abs().max())
-    if not worst <= allowed:
-        return f"{attention} gives other logits than the '{kind}' model's own code (by {worst:.3g})"
-    return None
+    return None if worst <= ATTENTION_TOLERANCE[dtype] * float(reference.abs().max()) else worst
+
+
+def _with_masks_by_kind(text: TextModel, reference: Tensor) -> TextModel:
+    """The model with masks for each kind of layer, if its code takes them and gives its own logits with them."""
+    batch, trial = _check_batch(text), replace(text, masks_by_kind=True)
+    try:
+        if masks_by_kind(text.model.config, batch.ids[None], text.dtype) is None:
+            return text
+        logits = trial.head(trial.hidden(batch))
+    except Exception as error:  # whatever the model's code raises where it takes one mask
+        if is_of_the_device(error):
+            raise
+        return text
+    return trial if _away(logits, reference, text.dtype) is None else text
 
 
 def set_attention(model: Any, attention: str) -> None:

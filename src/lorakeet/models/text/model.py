@@ -40,6 +40,7 @@ from lorakeet.models.families import Family, LogitScaling
 from lorakeet.models.files.origin import packed_folder
 from lorakeet.models.frozen_prefix import FrozenPrefix, PrefixBlock
 from lorakeet.models.streaming.model import StreamedBlocks, StreamedHead
+from lorakeet.models.text.row_masks import masks_by_kind
 from lorakeet.models.text.tiled_loss import is_read_in_tiles, tiled_losses
 from lorakeet.quant.packed import PackedLinear
 from lorakeet.quant.safetensors_layout import GGUF_METHOD
@@ -89,6 +90,7 @@ class TextModel:
     sharded: bool = False  # whether the blocks are sharded over processes, so that every pass gathers them
     options: PassOptions = PassOptions()
     why_not_varlen: str = ""  # what was found when its rows were packed at loading, where they cannot be
+    masks_by_kind: bool = False  # whether its decoder takes a mask for each kind of layer (models/text/row_masks)
 
     def with_options(self, **changes: bool) -> TextModel:
         """The same model with other `options`."""
@@ -311,7 +313,8 @@ class TextModel:
 
     def _decode(self, ids: Tensor, **arguments: Any) -> Tensor:
         """Returns the decoder's last hidden states (rows, tokens, hidden) of `ids` (rows, tokens)."""
-        output = modules.decoder_of(self.model)(input_ids=ids, attention_mask=torch.ones_like(ids), use_cache=False, **arguments)
+        masks: Any = masks_by_kind(self.model.config, ids, self.dtype) if self.masks_by_kind else torch.ones_like(ids)
+        output = modules.decoder_of(self.model)(input_ids=ids, attention_mask=masks, use_cache=False, **arguments)
         if not hasattr(output, "last_hidden_state"):
             raise EnvironmentProblem(
                 f"'{self.model.config.model_type}' models cannot be used: what transformers calls their decoder gives no hidden "
