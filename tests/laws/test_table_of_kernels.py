@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Callable
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from types import ModuleType
@@ -251,6 +252,15 @@ def test_what_is_first_in_its_row_computes(task: str, toys: Toys) -> None:
     TASKS[task](toys)
     said = in_words(Situation(CPU, torch.float32, torch.float32)).count(f"toy: {task.replace(',', '')}")
     assert toys.called and said == (task != PASSES), "which a run's report says for itself"
+
+
+def test_a_report_names_kernels_for_the_weights_at_hand(toys: Toys) -> None:
+    """GPTQModel's kernel does not dequantise NF4, nor bitsandbytes' GPTQ."""
+    line = toys.first("dequantise")
+    toys.patch.setitem(TABLE, "dequantise", (replace(line, method="gptq"), *TABLE["dequantise"][1:]))
+    situation = Situation(CPU, torch.float32, torch.float32)
+    said = [in_words(situation, methods) for methods in ((), ("nf4",), ("nf4", "gptq"))]
+    assert ["toy: dequantise" in text for text in said] == [False, False, True]
 
 
 def test_every_task_has_a_toy() -> None:

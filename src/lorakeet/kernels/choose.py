@@ -8,7 +8,7 @@ out where they are needed.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Collection, Iterable, Sequence
 from typing import Any, TypeVar
 
 import torch
@@ -136,7 +136,7 @@ TABLE: dict[str, tuple[Kernel, ...]] = {
         Kernel("Triton: tiles", support.why_not, support.takes_rows, "few tokens (model.fused_tokens)", _TRITON + "tiles"),
         Kernel("C: stored.c", stored.why_not, stored.takes, stored.NEEDS, _C + "stored"),
         Kernel("bitsandbytes: gemm_4bit", bitsandbytes_nf4.why_not, bitsandbytes_nf4.takes, bitsandbytes_nf4.NEEDS,
-               "lorakeet.kernels.bitsandbytes_nf4"),
+               "lorakeet.kernels.bitsandbytes_nf4", "nf4"),
         Kernel("torch, on the dequantised weight", _always),
     ),
     "product in int8": (
@@ -146,9 +146,9 @@ TABLE: dict[str, tuple[Kernel, ...]] = {
     "dequantise": (
         Kernel("Triton: tiles", support.why_not, support.takes_tiles, "contiguous results", _TRITON + "tiles"),
         Kernel("C: stored.c", stored.why_not_dequantise, stored.takes_whole, stored.READABLE, _C + "stored"),
-        Kernel("GPTQModel: dequant_kernel", gptqmodel.why_not, gptqmodel.takes_columns, gptqmodel.READABLE, GPTQMODEL),
+        Kernel("GPTQModel: dequant_kernel", gptqmodel.why_not, gptqmodel.takes_columns, gptqmodel.READABLE, GPTQMODEL, "gptq"),
         Kernel("bitsandbytes: dequantize_4bit", bitsandbytes_nf4.why_not, bitsandbytes_nf4.takes_matrix,
-               bitsandbytes_nf4.READABLE, "lorakeet.kernels.bitsandbytes_nf4"),
+               bitsandbytes_nf4.READABLE, "lorakeet.kernels.bitsandbytes_nf4", "nf4"),
         TORCH,
     ),
     "product and pair in one": (
@@ -355,12 +355,15 @@ def passed_over(task: str, situation: Situation) -> tuple[Kernel, list[tuple[Ker
     raise AssertionError(f"the last kernel for {task} must always run")
 
 
-def in_words(situation: Situation) -> str:
-    """The kernels of all tasks but PASSES in a situation, such as "C: attention, elementwise ops; torch: dequantise"."""
+def in_words(situation: Situation, methods: Collection[str] = ()) -> str:
+    """The kernels of all tasks but PASSES in a situation, such as "C: attention, elementwise ops; torch: dequantise".
+
+    `methods` are those that the model's weights are quantised by: a kernel for another one is left out.
+    """
     by_language: dict[str, list[str]] = {}
-    for task in TABLE:
+    for task, kernels in TABLE.items():
         if task == PASSES:
             continue
-        kernel, _ = passed_over(task, situation)
+        kernel = next(each for each in kernels if each.method in ("", *methods) and not each.why_not(situation))
         by_language.setdefault(kernel.name.split(":")[0].split(",")[0], []).append(task.replace(",", ""))
     return "; ".join(f"{language}: {', '.join(tasks)}" for language, tasks in by_language.items())

@@ -43,6 +43,7 @@ class Kernel:
     takes: Callable[..., bool] | None = None  # None: everything
     needs: str = ""
     source: str = ""  # the module that has it, or module:name; empty for torch's own operations, which core calls
+    method: str = ""  # of quantisation, if it reads weights of one alone
 
     @functools.cached_property
     def offers(self) -> Any:

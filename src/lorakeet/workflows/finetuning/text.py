@@ -44,6 +44,7 @@ from lorakeet.models.text.cached_states import cached_states, frozen_depth
 from lorakeet.models.text.digests import frozen_digests
 from lorakeet.models.text.from_config import config_of, local_files
 from lorakeet.models.text.shard import shard_blocks
+from lorakeet.quant.packed import PackedBase
 from lorakeet.ranks.prune import final_budget
 from lorakeet.train.processes import Processes
 from lorakeet.train.run import RunFolder
@@ -508,7 +509,8 @@ class TextRunKind(RunKind[TextAssembly]):
 
     def facts(self, setup: TextAssembly) -> dict[str, str]:
         found, text = super().facts(setup), setup.text
-        found["Kernels"] = in_words(Situation(setup.device, text.dtype, text.products, text.kernels is not None))
+        methods = {str(module.settings["method"]) for module in text.model.modules() if isinstance(module, PackedBase)}
+        found["Kernels"] = in_words(Situation(setup.device, text.dtype, text.products, text.kernels is not None), methods)
         if setup.graphs:
             found["CUDA graphs"] = setup.graphs
         if setup.initial_plan is not None:
