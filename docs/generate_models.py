@@ -10,7 +10,7 @@ from typing import Any
 DOCS = Path(__file__).resolve().parent
 RESULTS = DOCS.parent / "tests" / "families" / "results.json"
 PAGE = DOCS / "reference" / "models.md"
-COLUMNS = ("train", "gradients", "bf16", "PEFT", "merge", "plan", "NF4", "serve", "GGUF")
+COLUMNS = ("train", "gradients", "bf16", "PEFT", "merge", "plan", "NF4", "serve", "GGUF", "GPU")
 SIGNS = {"passed": "✓", "refused": "refused", "not tried": "not tried", "wrong": "**wrong**", "crashed": "**crashed**",
          "too slow": "too slow"}  # fmt: skip
 SHOWN = 240  # characters of a message
@@ -32,6 +32,11 @@ cannot have pairs, all columns are of a run without them.
 | NF4 | a base in NF4 trains, its stacked experts packed too; the last table says where they stay dense |
 | serve | greedy texts are those that transformers' generate writes; the last table says where their length is limited |
 | GGUF | llama.cpp computes these logits from the exported file |
+| GPU | on a simulated GPU, a whole run gives the CPU's numbers to 2e-4; the worst difference |
+
+No real GPU was used: the simulated one computes with the CPU, and refuses what torch does on a GPU. A run there takes two steps, is
+evaluated, generates and is certified, in fp32. Compared are the first step's loss and gradient norm, and the base's losses and
+replies. Dropout is off, since a GPU draws other numbers.
 
 Where a model's gradients or its merged logits are further off, its own code is measured in fp32 beside fp64.
 Three times that difference is allowed. The last table names these families, with both numbers.

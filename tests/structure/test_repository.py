@@ -54,7 +54,7 @@ def test_the_page_of_families_says_what_the_results_say() -> None:
     assert text_of("docs/reference/models.md") == made["page"](), "run: make docs"
     outcomes = {"train": {"outcome": "passed", "detail": "3 pairs"}, "merge": {"outcome": "refused", "detail": "No."}}
     table = made["rows"]({"a": outcomes})
-    assert table["trained"] == ["| a | ✓ | – | – | – | refused | – | – | – | – |"]
+    assert table["trained"] == ["| a | ✓ | – | – | – | refused | – | – | – | – | – |"]
     assert table["said"] == ["| a | merge | refused | No. |"]
 
 

@@ -49,7 +49,7 @@ QUIET = frozenset((  # operations that launch nothing
     "view", "_unsafe_view", "reshape", "transpose", "t", "permute", "expand", "slice", "select", "unsqueeze", "squeeze", "split",
     "split_with_sizes", "unbind", "detach", "alias", "as_strided", "empty", "empty_like", "new_empty", "empty_strided", "unfold",
     "new_empty_strided", "device", "_local_scalar_dense", "_reshape_alias", "lift_fresh", "is_same_size", "diagonal", "chunk",
-    "narrow", "view_as_real", "is_pinned", "_pin_memory",
+    "narrow", "view_as_real", "view_as_complex", "is_pinned", "_pin_memory", "_conj", "_neg_view",
 ))  # fmt: skip
 GROUPED = (9, 10)  # of compute capabilities, on which torch's grouped product takes its ends from the card, in bf16 alone
 INDEXED = ("index", "index_put", "index_put_", "_index_put_impl_")
@@ -65,6 +65,7 @@ OVER = ("_to_copy", "copy_", "lift_fresh", "set_")  # operations that take tenso
 WHOLE = ("stack", "cat", "searchsorted", "bucketize", "index_select", "gather", "scatter", "scatter_", "scatter_add",
          "scatter_add_", "index_add", "index_add_", "index_copy", "index_copy_")  # which take no number from the host either
 PRODUCTS = ("mm", "bmm", "addmm", "addmm_", "baddbmm", "mv", "dot")
+LAZY = {"aten::_conj": torch.conj_physical, "aten::_neg_view": torch.neg}
 IN_C = "/lorakeet/kernels/cpu/"  # code that passes addresses on to C
 FLASH = {
     "_flash_attention_forward": "forward", "_flash_attention_backward": "backward",
@@ -280,6 +281,8 @@ def _by_cpu(func: Any, *args: Any, **kwargs: Any) -> Any:
         raise RuntimeError("CUDA error: CUBLAS_STATUS_NOT_SUPPORTED when calling `cublasLtMatmul`")
     if func._schema.name in ("aten::mm", "aten::bmm") and func._overloadname == "dtype":
         return torch.matmul(args[0].to(args[2]), args[1].to(args[2]))
+    if func._schema.name in LAZY:  # torch would mark the numbers, and what is called from here does not see the mark
+        return LAZY[func._schema.name](args[0])
     return func(*args, **kwargs)
 
 

@@ -36,6 +36,20 @@ def test_gradients_are_those_of_the_cpu(card: Card) -> None:
     assert all(torch.equal(parameter.grad.cpu(), one) for parameter, one in zip(layer.parameters(), expected, strict=True))
 
 
+def test_turned_complex_numbers_have_the_gradients_of_the_cpu(card: Card) -> None:
+    """As of rotary positions in DeepSeek-V2: the backward pass conjugates, and torch only marks the numbers as conjugated."""
+    turns, x = torch.polar(torch.ones(3, 4), torch.arange(12.0).view(3, 4)), torch.arange(24.0).view(3, 4, 2)
+
+    def gradient(device: str) -> Tensor:
+        given = x.to(device).detach().requires_grad_(True)
+        turned = torch.view_as_real(torch.view_as_complex(given) * turns.to(device))
+        (found,) = torch.autograd.grad(turned.square().sum() + turned.sum() + (turns.to(device).conj() * 2).imag.sum(), [given])
+        return found.cpu()
+
+    assert torch.equal(gradient("cuda"), gradient("cpu"))
+    assert (turns.to("cuda").conj().imag * 2).tolist() == (turns.conj().imag * 2).tolist()
+
+
 def test_several_devices_raise(card: Card) -> None:
     x = torch.ones(3, device="cuda")
     with pytest.raises(RuntimeError, match="two devices, cuda:0 and cpu"):
