@@ -34,9 +34,9 @@ cannot have pairs, all columns are of a run without them.
 | GGUF | llama.cpp computes these logits from the exported file |
 | GPU | on a simulated GPU, a whole run gives the CPU's numbers to 2e-4; the worst difference |
 
-No real GPU was used: the simulated one computes with the CPU, and refuses what torch does on a GPU. A run there takes two steps, is
-evaluated, generates and is certified, in fp32. Compared are the first step's loss and gradient norm, and the base's losses and
-replies. Dropout is off, since a GPU draws other numbers.
+No real GPU was used: the simulated one computes with the CPU, and refuses what torch refuses on a GPU. A run there takes two
+steps in fp32, is evaluated, generates and is certified. Compared are the first step's loss and gradient norm, and the base's
+losses and replies. Dropout is off, since a GPU draws other numbers.
 
 Where a model's gradients or its merged logits are further off, its own code is measured in fp32 beside fp64.
 Three times that difference is allowed. The last table names these families, with both numbers.
