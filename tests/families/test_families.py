@@ -80,6 +80,7 @@ def test_a_merge_is_held_to_what_the_family_s_own_code_rounds(tmp_path: Path, mo
         family_columns.merge(tmp_path)
 
 
+@pytest.mark.slow
 def test_a_run_on_the_simulated_card_is_held_to_the_cpu_s(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """What a card computes by one part in a hundred otherwise is a wrong number, and a certificate that fails there is named."""
     family_columns.saved("biogpt", tmp_path)  # with dropout
