@@ -1,4 +1,4 @@
-"""Claim: on a GPU, Lorakeet's Triton kernels dequantise faster than torch; and up to how many tokens a fused product pays.
+"""Claim: on a GPU, Lorakeet's Triton kernels dequantise GPTQ faster than torch; and up to how many tokens a fused product pays.
 
     python benchmarks/gpu_kernels.py [--shapes 8B] [--bases dense nf4 gptq4 gptq8] [--tokens 1 16 64 1024] [--peft]
 
@@ -8,7 +8,7 @@ Layers of Llama's 7B and 8B shapes, random weights, rank 16, bf16. Ways to compu
 of x, A and B, all but the last through the same public function:
 
     torch      without the kernels: torch's operations, or bitsandbytes' kernel for NF4 if it is installed
-    once       W dequantised by the kernel, then cuBLAS
+    once       W dequantised by the kernel, then cuBLAS; NF4 as in torch, by bitsandbytes
     fused      one kernel: W dequantised tile by tile within the product
     peft       PEFT's LoRA layer over nn.Linear, or over bitsandbytes' Linear4bit (with --peft)
 

@@ -33,6 +33,7 @@ from lorakeet.models.spec import ModelSpec
 from lorakeet.models.text.load import load_text_model
 from lorakeet.models.text.serving import ServingModel
 from lorakeet.quant.int8 import Int8Base
+from lorakeet.quant.nf4 import Nf4Base
 from lorakeet.train.text.loss import frozen_head_losses
 from tiny import trained_blocks
 from tiny.models import save_tiny_llama
@@ -265,6 +266,16 @@ def test_a_report_names_kernels_for_the_weights_at_hand(toys: Toys) -> None:
 
 def test_every_task_has_a_toy() -> None:
     assert {*TASKS, *BLOCKS} == set(TABLE)
+
+
+def test_triton_of_our_own_stays_where_no_library_does_the_job() -> None:
+    """Each such line says what no library does, and stands behind theirs; NF4 is dequantised by bitsandbytes."""
+    own = [(lines, kernel) for lines in TABLE.values() for kernel in lines if "kernels.triton." in kernel.source]
+    assert len(own) == 3
+    for lines, kernel in own:
+        assert "no library" in kernel.needs
+        assert not [each for each in lines[lines.index(kernel) :] if each.name.startswith(("bitsandbytes", "GPTQModel", "Liger"))]
+    assert Nf4Base((8, 64)).tiles_to_dequantise() is None
 
 
 def test_a_kernel_that_does_not_run_leaves_it_to_the_next(toys: Toys) -> None:

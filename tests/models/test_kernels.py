@@ -32,6 +32,7 @@ from lorakeet.models.spec import ModelSpec
 from lorakeet.models.text.adapters import add_adapter
 from lorakeet.models.text.from_config import model_from_config
 from lorakeet.models.text.load import load_text_model, read_config
+from lorakeet.quant.gptq import GptqBase, groups_in_order, quantise_to_nearest
 from lorakeet.quant.nf4 import Nf4Base
 from lorakeet.quant.packed import PackedLinear
 from lorakeet.quant.spec import QuantSpec
@@ -95,7 +96,7 @@ def test_a_wrong_kernel_is_refused(tiny_llama_folder: Path, kernel: str, said: s
 
 
 @needs_triton
-def test_a_weight_that_is_one_bit_off_is_refused(tiny_llama_folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_weight_that_is_one_bit_off_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
     right = triton_tiles.unpack_tiles
 
     def wrong(tiles: Any, out: Any, first: int = 0) -> Any:
@@ -104,7 +105,7 @@ def test_a_weight_that_is_one_bit_off_is_refused(tiny_llama_folder: Path, monkey
 
     monkeypatch.setattr(triton_tiles, "unpack_tiles", wrong)
     with pytest.raises(EnvironmentProblem, match="compute the first rows of W in float32 differently"):
-        load_text_model(spec(tiny_llama_folder, quantize=QuantSpec(method="nf4")))
+        check_kernels([gptq_layer()], TritonRequest(1), torch.float32)
 
 
 def test_the_tokens_and_ranks_of_the_proof_follow_what_is_fused() -> None:
@@ -142,9 +143,15 @@ def packed_layer() -> PackedLinear:
     return PackedLinear(Nf4Base.of(weight)).to(DEVICE)
 
 
+def gptq_layer() -> PackedLinear:
+    weight = torch.randn(32, 32, generator=torch.Generator().manual_seed(0)) / 8
+    codes, grid = quantise_to_nearest(weight, 4, False, groups_in_order(32, 32), 1)
+    return PackedLinear(GptqBase.of(codes, grid, bits=4, sym=False)).to(DEVICE)
+
+
 @needs_triton
 def test_weights_are_brought_back_in_fp32_too_where_products_are_narrow(monkeypatch: pytest.MonkeyPatch) -> None:
-    right, layer = triton_tiles.unpack_tiles, packed_layer()
+    right, layer = triton_tiles.unpack_tiles, gptq_layer()
 
     def launch(tiles: Any, out: Any, first: int = 0) -> Any:
         right(tiles, out, first)

@@ -133,10 +133,12 @@ TABLE: dict[str, tuple[Kernel, ...]] = {
         TORCH,
     ),
     "product, quantised weight": (
-        Kernel("Triton: tiles", support.why_not, support.takes_rows, "few tokens (model.fused_tokens)", _TRITON + "tiles"),
-        Kernel("C: stored.c", stored.why_not, stored.takes, stored.NEEDS, _C + "stored"),
         Kernel("bitsandbytes: gemm_4bit", bitsandbytes_nf4.why_not, bitsandbytes_nf4.takes, bitsandbytes_nf4.NEEDS,
                "lorakeet.kernels.bitsandbytes_nf4", "nf4"),
+        Kernel("Triton: tiles", support.why_not, support.takes_rows,
+               "few tokens (model.fused_tokens): no library multiplies more than 4 by NF4 as stored, or any by GPTQ's words",
+               _TRITON + "tiles"),
+        Kernel("C: stored.c", stored.why_not, stored.takes, stored.NEEDS, _C + "stored"),
         Kernel("torch, on the dequantised weight", _always),
     ),
     "product in int8": (
@@ -144,16 +146,17 @@ TABLE: dict[str, tuple[Kernel, ...]] = {
         TORCH,
     ),
     "dequantise": (
-        Kernel("Triton: tiles", support.why_not, support.takes_tiles, "contiguous results", _TRITON + "tiles"),
-        Kernel("C: stored.c", stored.why_not_dequantise, stored.takes_whole, stored.READABLE, _C + "stored"),
         Kernel("GPTQModel: dequant_kernel", gptqmodel.why_not, gptqmodel.takes_columns, gptqmodel.READABLE, GPTQMODEL, "gptq"),
         Kernel("bitsandbytes: dequantize_4bit", bitsandbytes_nf4.why_not, bitsandbytes_nf4.takes_matrix,
                bitsandbytes_nf4.READABLE, "lorakeet.kernels.bitsandbytes_nf4", "nf4"),
+        Kernel("Triton: tiles", support.why_not, support.takes_tiles,
+               "GPTQ weights, contiguous results: no library writes some rows of W", _TRITON + "tiles"),
+        Kernel("C: stored.c", stored.why_not_dequantise, stored.takes_whole, stored.READABLE, _C + "stored"),
         TORCH,
     ),
     "product and pair in one": (
-        Kernel("Triton: tiles", support.why_not, support.takes_pair, f"few tokens, ranks up to {support.RANK}",
-               _TRITON + "tiles"),
+        Kernel("Triton: tiles", support.why_not, support.takes_pair,
+               f"few tokens, ranks up to {support.RANK}: no library adds a pair within a product", _TRITON + "tiles"),
         Kernel("separate kernels", _always),
     ),
     "low-rank pairs, training": (

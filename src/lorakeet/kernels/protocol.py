@@ -79,8 +79,8 @@ class QuantisedWeight(Protocol):
     def in_tiles(self) -> TiledWeight | None:
         """The weight as Triton kernels multiply it; None if they cannot."""
 
-    def tiles_from(self, first: int) -> tuple[TiledWeight, int] | None:
-        """Its numbers as Triton kernels dequantise them, and the row of these tiles at which row `first` starts; or None."""
+    def tiles_to_dequantise(self) -> TiledWeight | None:
+        """The weight as Triton kernels dequantise it; None where they do not."""
 
 
 class QuantisedProducts(Protocol):

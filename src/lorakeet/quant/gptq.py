@@ -121,6 +121,9 @@ class GptqBase(PackedBase):
         buffers = (self.qweight, self.qzeros, self.scales, self.g_idx)
         return gptq_tiles(buffers, self.shape, self.bits, self.zero_format == "gptq")
 
+    def tiles_to_dequantise(self) -> TiledWeight:
+        return self.in_tiles()
+
     def gptq_words(self) -> GptqWords | None:
         """W as other projects' kernels read it; None where zero points of three bits would have to be written anew."""
         less = one_less(self.bits) if self.zero_format == "gptq" else 0

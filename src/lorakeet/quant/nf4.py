@@ -10,9 +10,9 @@ Double quantisation keeps a itself in 8 bits, less its mean, in blocks of 256 wi
         a[j] = DYNAMIC[absmax[j]] · s[j / 256] + mean         4.127 bits a number in all, for blocks of 64
 
 This file packs weights on the CPU, whatever the device, so that a weight becomes the same bytes on every machine. Whole weights
-are
-dequantised to bf16 on a CPU by kernels/cpu/stored if the C library can be built. Others use bitsandbytes' kernels if that package
-is installed, else this file, bit for bit the same. On a GPU a Triton kernel can be enabled (kernels/triton/nf4).
+are dequantised to bf16 on a CPU by kernels/cpu/stored if the C library can be built. Others use bitsandbytes' kernels if that
+package is installed, else this file, bit for bit the same. On a GPU a Triton kernel can be enabled that multiplies few tokens
+without a dequantised copy (kernels/triton/nf4).
 """
 
 from __future__ import annotations
@@ -147,26 +147,19 @@ class Nf4Base(PackedBase):
         return super()._apply(fn, recurse)
 
     def in_tiles(self) -> TiledWeight | None:
-        return None if self.shape[1] % 2 else self._in_tiles(self.shape)
-
-    def _in_tiles(self, shape: tuple[int, int]) -> TiledWeight:
-        """The numbers, row after row, as a matrix of `shape`; its last row may be incomplete."""
+        if self.shape[1] % 2:
+            return None
         from lorakeet.kernels.triton.nf4 import nf4_tiles
 
         buffers = (self.packed, self.absmax, *(part for part in (self.scales, self.mean) if part is not None))
         tables = _table("levels", self.packed), _table("dynamic", self.packed)
-        return nf4_tiles(buffers, tables, shape, count=self.shape[0] * self.shape[1], block=self.block_size)
+        return nf4_tiles(buffers, tables, self.shape, block=self.block_size)
 
     def _stored_weight(self) -> StoredWeight | None:
         outer, mean = (0 if part is None else address_of(part) for part in (self.scales, self.mean))
         tables = address_of(_table("levels", self.packed)), address_of(_table("dynamic", self.packed))
         codes, scales = address_of(self.packed), address_of(self.absmax)
         return StoredWeight(NF4, *self.shape, codes, scales, outer, mean, *tables, self.block_size)
-
-    def tiles_from(self, first: int) -> tuple[TiledWeight, int]:
-        """Its blocks as rows, so that any width can be dequantised."""
-        blocks = math.ceil(self.shape[0] * self.shape[1] / self.block_size)
-        return self._in_tiles((blocks, self.block_size)), first * self.shape[1] // self.block_size
 
     def unpack_by_torch(self, out: Tensor, first: int) -> Tensor:
         flat, size, before = out.view(-1), self.block_size, first * self.shape[1]

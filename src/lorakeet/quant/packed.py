@@ -91,10 +91,9 @@ class PackedBase(nn.Module):
         """W as Triton kernels multiply it; None if no kernel does."""
         return None
 
-    def tiles_from(self, first: int) -> tuple[TiledWeight, int] | None:
-        """W as Triton kernels dequantise it, and the row of these tiles at which row `first` starts; None if no kernel does."""
-        tiles = self.in_tiles()
-        return None if tiles is None else (tiles, first)
+    def tiles_to_dequantise(self) -> TiledWeight | None:
+        """W as Triton kernels dequantise it; None if no kernel does, or a library's does."""
+        return None
 
     def nf4_codes(self, first: int, rows: int) -> Nf4Codes | None:
         """`rows` rows of W from `first` on as NF4 codes in whole blocks; None if they are none."""

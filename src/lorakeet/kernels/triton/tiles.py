@@ -64,10 +64,10 @@ def tile_sizes(tokens: int, itemsize: int, *, transposed: bool) -> TileSizes:
 
 def dequantise_into(weight: QuantisedWeight, out: Tensor, first: int) -> bool:
     """See kernels/protocol.Dequantiser: the same bits as by torch's operations, in one pass."""
-    found = weight.tiles_from(first)
-    if found is not None:
-        unpack_tiles(found[0], out, found[1])
-    return found is not None
+    tiles = weight.tiles_to_dequantise()
+    if tiles is not None:
+        unpack_tiles(tiles, out, first)
+    return tiles is not None
 
 
 def quantised_product(weight: QuantisedWeight, x: Tensor, across: bool) -> Tensor | None:
