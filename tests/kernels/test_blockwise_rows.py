@@ -31,7 +31,8 @@ ROWS = (5, 1, 19, 3)
 def small_blocks(monkeypatch: pytest.MonkeyPatch) -> None:
     """Several blocks in a row, several rows in a block."""
     forget()
-    monkeypatch.setattr(blockwise_rows, "MOST", 8)
+    monkeypatch.setattr(blockwise_rows, "MOST", 12)
+    monkeypatch.setattr(blockwise_rows, "SHARED", 8)
     monkeypatch.setattr(blockwise_rows, "LEAST", 2)
     monkeypatch.setattr(blockwise_rows, "SCORES", 8 * HEADS * 16)
 
@@ -164,13 +165,15 @@ def test_every_key_that_a_query_sees_is_in_its_block_and_none_is_there_for_nothi
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("rule", RULES)
 @pytest.mark.parametrize("prefix", [0, 40])
+@pytest.mark.parametrize("most", [64, 256])
 def test_its_workspace_is_what_is_planned(
-    rule: str, dtype: torch.dtype, prefix: int, monkeypatch: pytest.MonkeyPatch
+    rule: str, dtype: torch.dtype, prefix: int, most: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Never less, and at most 0.6 more: a plan holds for any rows of at most that length."""
-    monkeypatch.setattr(blockwise_rows, "MOST", 64)
+    monkeypatch.setattr(blockwise_rows, "MOST", most)
+    monkeypatch.setattr(blockwise_rows, "SHARED", 64)
     monkeypatch.setattr(blockwise_rows, "LEAST", 16)
-    monkeypatch.setattr(blockwise_rows, "SCORES", 64 * HEADS * 400)
+    monkeypatch.setattr(blockwise_rows, "SCORES", most * HEADS * 400)
     rows = (300, 300)
     kernel = BlockwiseRows(rows, 0.1, prefix, **RULES[rule])
     with Ledger() as ledger:
@@ -190,10 +193,17 @@ def test_its_workspace_is_what_is_planned(
     assert taken <= planned <= 1.6 * taken
 
 
+def test_a_row_is_a_block_and_short_rows_share_one() -> None:
+    """A block within a row computes at most twice what its queries see; one of several rows more, so it is shorter."""
+    blocks = query_blocks((10, 9, 3, 3, 2, 13), 0, 40, -1, HEADS)
+    assert [len(range(*block.queries.indices(40))) for block in blocks] == [10, 9, 8, 11, 2]
+    assert [block.see_first for block in blocks] == [True, True, False, True, True], "only one has queries of several rows"
+
+
 def test_many_short_rows_behind_a_long_prefix_are_no_large_block() -> None:
     """Each row has the prefix's keys before its own, so that a block of as many queries would have 64 times as many keys."""
     blocks = query_blocks((1,) * 64, 100, 164, -1, HEADS)
-    assert max(block.keys.stop - block.keys.start for block in blocks) <= 2 * 101 + blockwise_rows.MOST
+    assert max(block.keys.stop - block.keys.start for block in blocks) <= 2 * 101 + blockwise_rows.SHARED
     assert max(block.scores(HEADS) for block in blocks) <= max(blockwise_rows.SCORES, HEADS * 2 * 103)
     assert len(query_blocks((4,) * 64, 0, 256, -1, HEADS)) == 256 // 8, "without one they share blocks"
 

@@ -30,7 +30,7 @@ LEAST_SHARED = 99 << 10  # on 8.6, 8.9 and 12.0
 ASKED = os.environ.get("LORAKEET_TRITON", "")
 OLD = bool(ASKED) and Version(ASKED) < Version("3.6")
 SPILLED = 512 if OLD else 400  # bytes a thread: of GPTQ's products, with code for columns in any order; 3 bits and 64 tokens
-NF4S = 8 if OLD else 0  # of NF4's products: fp32 and 64 tokens on 10.0 with Triton 3.5
+EXACT = 8  # of products in fp32 over dense or NF4 weights: dense, one token on 12.0 by Triton 3.9; NF4, 64 tokens on 10.0 by 3.5
 THEIRS = 48  # of liger-kernel's: GeGLU backward on 12.0 with Triton 3.6
 OWN = ("_unpack", "_product")
 LIGERS = {"_rms_norm_forward_kernel", "_rms_norm_backward_kernel", "_swiglu_backward_kernel",
@@ -67,10 +67,11 @@ def test_all_fit_on_the_chip(compiled: Rows) -> None:
 
 
 def test_numbers_stay_in_registers(compiled: Rows) -> None:
-    """Only GPTQ's products may keep some outside of them, and with an older Triton NF4's and one of liger-kernel's."""
-    most = {"gptq": SPILLED, "nf4": NF4S, "gelu": THEIRS}
+    """Only GPTQ's products may keep some outside of them, those in fp32 two numbers, and with an older Triton one of Liger's."""
+    most = {"gptq": SPILLED, "gelu": THEIRS}
     for row in compiled:
-        assert row["spilled"] <= (most.get(row["name"].split()[0], 0) if row["tokens"] else 0), short(row)
+        wide = EXACT if row["kernel"] == "_product" and row["dtype"] == "float32" else 0
+        assert row["spilled"] <= (most.get(row["name"].split()[0], wide) if row["tokens"] else 0), short(row)
 
 
 def test_memory_is_moved_in_wide_pieces(compiled: Rows) -> None:

@@ -26,7 +26,7 @@ from lorakeet.kernels.flash_varlen import EVERYTHING, EVERYWHERE, FlashVarlen, g
 from lorakeet.kernels.host_copies import together_on
 from lorakeet.kernels.protocol import Situation
 
-MOST = 256  # queries of a block
+MOST, SHARED = 1024, 256  # queries of a block within a row, and of one that several rows share: each also has the others' keys
 SCORES, LEAST = 1 << 24, 32  # scores of all heads that exist at once, unless so many queries of a row have more
 SEEDS = 1 << 62
 NEEDS = "on AMD GPUs float32"
@@ -45,10 +45,11 @@ def takes(like: Tensor, *_: object) -> bool:
 
 
 class QueryBlock(NamedTuple):
-    """Consecutive queries, and the keys that one of them sees."""
+    """Consecutive queries, and the keys that one of them sees; whether all of them see the first one."""
 
     queries: slice
     keys: slice
+    see_first: bool
 
     def scores(self, heads: int) -> int:
         """How many scores the block has."""
@@ -60,25 +61,33 @@ def query_blocks(rows: tuple[int, ...], prefix: int, tokens: int, window: int, h
     """All queries in blocks, each as long as its scores and keys allow: short rows share one, unless a long prefix parts them."""
     first, last = _seen(rows, prefix, tokens, window)
     scores, keys = _most(_most_keys(rows, prefix, tokens, window), heads)
+    lengths = sequence_lengths(rows, prefix, tokens)[0]
+    ends = np.repeat(np.cumsum(lengths), lengths)
     counts, found, start = np.arange(1, MOST + 1), [], 0
     while start < tokens:
-        spans = last[start : start + MOST] + 1 - first[start]
+        spans = last[start : start + min(MOST, max(SHARED, ends[start] - start))] + 1 - first[start]
         end = start + max(1, int(((spans <= keys) & (spans * counts[: len(spans)] <= scores)).sum()))
-        found.append(QueryBlock(slice(start, end), slice(int(first[start]), int(last[end - 1]) + 1)))
+        seen = slice(int(first[start]), int(last[end - 1]) + 1)
+        found.append(QueryBlock(slice(start, end), seen, bool(first[start] == first[end - 1])))
         start = end
     return tuple(found)
 
 
 def _most(longest: int, heads: int) -> tuple[int, int]:
     """The most scores of a head, and keys, of a block whose queries see at most `longest` keys."""
-    return max(SCORES // heads, LEAST * (longest + LEAST)), 2 * longest + MOST
+    return max(SCORES // heads, LEAST * (longest + LEAST)), 2 * longest + SHARED
 
 
 @functools.lru_cache(maxsize=64)
-def keys_seen(rows: tuple[int, ...], prefix: int, tokens: int, window: int, device: torch.device) -> tuple[Tensor, Tensor]:
-    """The first and the last key that each query sees, (tokens, 1) int32, shared by all layers with these rows."""
-    first, last = together_on([each.astype(np.int32) for each in _seen(rows, prefix, tokens, window)], device)
-    return first[:, None], last[:, None]
+def keys_seen(
+    rows: tuple[int, ...], prefix: int, tokens: int, window: int, device: torch.device
+) -> tuple[Tensor, Tensor, Tensor]:
+    """The first and the last key that each query sees, (tokens, 1) int32, and the numbers of all keys, shared by all layers with
+    these rows."""
+    first, last = _seen(rows, prefix, tokens, window)
+    sent = [each.astype(np.int32) for each in (first, last, np.arange(last[-1] + 1))]
+    first, last, places = together_on(sent, device)
+    return first[:, None], last[:, None], places
 
 
 def _seen(rows: tuple[int, ...], prefix: int, tokens: int, window: int) -> tuple[Any, Any]:
@@ -125,17 +134,20 @@ def blockwise_rows(q: Tensor, k: Tensor, v: Tensor, *given: Any) -> tuple[Tensor
     scale, window, cap (0: none), dropout and seed."""
     keys, values = gathered(sequences(tuple(given[0]), given[1], len(q), q.device), k, v)
     out, logs = torch.empty_like(q), q.new_empty(q.shape[1], len(q), dtype=torch.float32)
+    best, share = (each.view(k.shape[1], -1, len(q)) for each in (logs, torch.empty_like(logs)))  # each query's largest
     for number, block in enumerate(_blocks(q, given)):
         scores = _scores(q, keys, block, given)[0]
-        most = scores.amax(-1, keepdim=True)
-        sums = scores.sub_(most).exp_().sum(-1, keepdim=True)
-        shares = scores.div_(sums)
+        _hide(scores, keys, block, q, given)
+        shares = scores.softmax(-1)
+        for of_queries, each in ((best, scores), (share, shares)):
+            torch.amax(_by_head(each, block, k.shape[1]), -1, out=of_queries[:, :, block.queries])
+        del scores, each
         if given[5]:
             shares.mul_(_kept(shares, given, number))
         found = torch.bmm(shares.to(v.dtype), _of_keys(values, block))
-        del scores, shares
+        del shares
         out[block.queries] = _by_query(found, block, q.shape[1])
-        logs[:, block.queries] = sums.log_().add_(most).view(q.shape[1], -1)
+    best.sub_(share.log_())
     return out, logs
 
 
@@ -153,12 +165,22 @@ def blockwise_rows_backward(
     rows, prefix, scale = given[:3]
     laid, kv = sequences(tuple(rows), prefix, len(q), q.device), k.shape[1]
     keys, values = gathered(laid, k, v)
+    sums = grad.float().mul_(out).sum(-1) if grad.dtype != torch.float32 else (grad * out).sum(-1)
+    sums, negative = (each.view(kv, -1, len(q), 1) for each in (sums.t(), -logs))
     of_q = torch.empty_like(q)
     of_k, of_v = (torch.zeros(each.shape, dtype=torch.float32, device=q.device) for each in (keys, values))
     for number, block in enumerate(_blocks(q, given)):
-        scores, turned = _scores(q, keys, block, given)
-        shares = scores.sub_(logs[:, block.queries].reshape(kv, -1, 1)).exp_()
-        own_q, own_grad, own_out = (_by_key_head(each[block.queries], kv) for each in (q, grad, out))
+        scores, own_q = _scores(q, keys, block, given, capped=False)
+        turned = scores if given[4] else None
+        own = _by_head(scores if turned is None else turned, block, kv)
+        if turned is None:
+            own.add_(negative[:, :, block.queries])
+        else:
+            scores = torch.add(negative[:, :, block.queries], own, alpha=given[4]).view_as(turned)
+        _hide(scores, keys, block, q, given)
+        shares = scores.exp_()
+        del own
+        own_grad = _by_key_head(grad[block.queries], kv)
         kept = _kept(shares, given, number) if given[5] else None
         dropped = (shares if kept is None else shares * kept).to(v.dtype)
         of_v[block.keys].transpose(0, 1).add_(_wide_bmm(dropped.transpose(1, 2), own_grad))
@@ -166,11 +188,13 @@ def blockwise_rows_backward(
         of_scores = _wide_bmm(own_grad, _of_keys(values, block).transpose(1, 2))
         if kept is not None:
             of_scores.mul_(kept)
-        of_scores.sub_((own_grad.float() * own_out).sum(-1, keepdim=True)).mul_(shares).mul_(scale)
+        _by_head(of_scores, block, kv).sub_(sums[:, :, block.queries])
+        of_scores.mul_(shares)
+        del scores, shares, kept
         if turned is not None:
-            of_scores.mul_(turned.square_().neg_().add_(1))
-        del scores, shares, turned, kept
-        narrow = of_scores.to(q.dtype)
+            of_scores.addcmul_(of_scores * turned, turned, value=-1)
+        del turned
+        narrow = of_scores.mul_(scale) if q.dtype == torch.float32 else torch.mul(of_scores, scale, out=_narrow(of_scores, q))
         del of_scores
         of_q[block.queries] = _by_query(torch.bmm(narrow, _of_keys(keys, block)), block, q.shape[1])
         of_k[block.keys].transpose(0, 1).add_(_wide_bmm(narrow.transpose(1, 2), own_q))
@@ -183,21 +207,28 @@ def _blocks(q: Tensor, given: tuple[Any, ...]) -> tuple[QueryBlock, ...]:
     return query_blocks(tuple(given[0]), given[1], len(q), given[3], q.shape[1])
 
 
-def _scores(q: Tensor, keys: Tensor, block: QueryBlock, given: tuple[Any, ...]) -> tuple[Tensor, Tensor | None]:
-    """A block's scores (kv, G·queries, keys) in fp32, −∞ where a key is not seen; and tanh(s·Q·Kᵀ / c) where they are capped."""
-    rows, prefix, scale, window, cap = given[:5]
-    own, kv, turned = _by_key_head(q[block.queries], keys.shape[1]), keys.shape[1], None
-    scores = _wide_bmm(own, _of_keys(keys, block).transpose(1, 2))
+def _scores(
+    q: Tensor, keys: Tensor, block: QueryBlock, given: tuple[Any, ...], *, capped: bool = True
+) -> tuple[Tensor, Tensor]:
+    """A block's scores (kv, G·queries, keys) in fp32, and its queries (kv, G·queries, d). Where there is a cap c and they are not
+    to be `capped` yet, tanh(s·Q·Kᵀ / c) in place of scores."""
+    scale, _, cap = given[2:5]
+    own = _by_key_head(q[block.queries], keys.shape[1])
+    scores = _wide_bmm(own, _of_keys(keys, block).transpose(1, 2)).mul_(scale / cap if cap else scale)
     if cap:
-        turned = scores.mul_(scale / cap).tanh_()
-        scores = turned * cap
-    else:
-        scores.mul_(scale)
-    first, last = (each[block.queries] for each in keys_seen(tuple(rows), prefix, len(q), window, q.device))
-    places = torch.arange(block.keys.start, block.keys.stop, dtype=torch.int32, device=q.device)
-    hidden = (places < first).logical_or_(places > last)
-    scores.view(kv, -1, *hidden.shape).masked_fill_(hidden, float("-inf"))
-    return scores, turned
+        scores.tanh_()
+    return scores.mul_(cap) if cap and capped else scores, own
+
+
+def _hide(scores: Tensor, keys: Tensor, block: QueryBlock, q: Tensor, given: tuple[Any, ...]) -> None:
+    """Makes −∞ of a block's scores (kv, G·queries, keys) where a key is not seen."""
+    rows, prefix, _, window = given[:4]
+    first, last, places = keys_seen(tuple(rows), prefix, len(q), window, q.device)
+    seen, queries = places[block.keys], block.queries
+    hidden = seen > last[queries]
+    if not block.see_first:
+        hidden.logical_or_(seen < first[queries])
+    _by_head(scores, block, keys.shape[1]).masked_fill_(hidden, float("-inf"))
 
 
 def _wide_bmm(left: Tensor, right: Tensor) -> Tensor:
@@ -226,6 +257,16 @@ def _by_query(found: Tensor, block: QueryBlock, heads: int) -> Tensor:
     return found.view(heads, count, -1).transpose(0, 1)
 
 
+def _by_head(scores: Tensor, block: QueryBlock, kv: int) -> Tensor:
+    """(kv, G·queries, keys) as (kv, G, queries, keys)."""
+    return scores.view(kv, -1, block.queries.stop - block.queries.start, scores.shape[2])
+
+
+def _narrow(scores: Tensor, like: Tensor) -> Tensor:
+    """Memory for the scores in the dtype of `like`."""
+    return torch.empty_like(scores, dtype=like.dtype)
+
+
 def _of_keys(states: Tensor, block: QueryBlock) -> Tensor:
     """A block's keys (kv, keys, d) of states (keys, kv, d)."""
     return states[block.keys].transpose(0, 1)
@@ -245,32 +286,34 @@ class _Sizes(NamedTuple):
 def _sizes(q: Tensor, k: Tensor, given: tuple[Any, ...]) -> _Sizes:
     rows, prefix, _, window = given[:4]
     (tokens, heads, d), kv = q.shape, k.shape[1]
-    keys = sum(sequence_lengths(rows, prefix, tokens)[1])
-    scores, span = _most(_most_keys(rows, prefix, tokens, window), heads)
-    queries, span = min(MOST, tokens), min(span, keys)
-    each, narrow = min(scores, queries * span), 0 if q.itemsize == 4 else q.itemsize
-    return _Sizes(each * heads, 3 * each, queries * heads * d, span * kv * d, keys * kv * d, narrow)
+    queries, keys = sequence_lengths(rows, prefix, tokens)
+    seen = _most_keys(rows, prefix, tokens, window)
+    scores, span = _most(seen, heads)
+    shared, own, span = min(SHARED, tokens), min(MOST, max(queries), seen + SHARED), min(span, sum(keys))
+    each = min(scores, max(shared * span, own * min(own + seen, max(keys))))
+    narrow = 0 if q.itemsize == 4 else q.itemsize
+    return _Sizes(each * heads, 3 * each, max(shared, own) * heads * d, span * kv * d, sum(keys) * kv * d, narrow)
 
 
 def _workspace(q: Tensor, k: Tensor, v: Tensor, *given: Any) -> int:
-    """Bytes of workspace of `blockwise_rows`: keys and values behind each row's prefix; a block's scores in fp32, twice while
-    they are capped or dropped, and a copy in narrow states; its queries, and their results as they come and as they go."""
-    sizes, twice = _sizes(q, k, given), bool(given[4] or given[5])
+    """Bytes of workspace of `blockwise_rows`: keys and values behind each row's prefix; a block's scores and shares in fp32; its
+    queries, and their results as they come and as they go; and of all queries the largest share."""
+    sizes = _sizes(q, k, given)
     behind = 2 * sizes.keys * k.itemsize if given[1] else 0
-    return behind + sizes.scores * (4 + max(sizes.narrow, 4 * twice)) + sizes.hidden + 3 * sizes.states * q.itemsize
+    return behind + 8 * sizes.scores + sizes.hidden + 3 * sizes.states * q.itemsize + 4 * q.shape[0] * q.shape[1]
 
 
 def _backward_workspace(grad: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tensor, logs: Tensor, *given: Any) -> int:
     """Bytes of workspace of `blockwise_rows_backward`: P and ∂S of a block in fp32, what caps and what drops, and a copy in
-    narrow states; its queries and results, and their products in fp32; all sums of ∂K and ∂V in fp32, and a block's part. In the
-    end, in place of a block, the sums of each row's copy of a prefix."""
+    narrow states; its queries and results; all sums of ∂K and ∂V in fp32, and a block's part. In the end, in place of a block,
+    the sums of each row's copy of a prefix. Before all of these, O ∘ ∂O in fp32; the sums of its rows stay, as do log-sums."""
     sizes = _sizes(q, k, given)
     behind = 2 * sizes.keys * k.itemsize if given[1] else 0
     wide = 8 + sizes.narrow + 4 * bool(given[4]) + 4 * bool(given[5])
-    states = sizes.states * (3 * q.itemsize + 8)
     sums = 8 * sizes.keys if sizes.narrow or given[1] else 0  # else they are what is returned
-    block = sizes.scores * wide + sizes.hidden + states + 4 * sizes.part
-    return behind + sums + max(block, 8 * sizes.keys if given[1] else 0)
+    block = sizes.scores * wide + sizes.hidden + 3 * sizes.states * q.itemsize + 4 * sizes.part
+    rest = sums + max(block, 8 * sizes.keys if given[1] else 0)
+    return behind + 8 * q.shape[0] * q.shape[1] + max(rest, 4 * q.numel())
 
 
 def _flops(q: Tensor, k: Tensor, v: Tensor, *given: Any, **_: Any) -> int:
