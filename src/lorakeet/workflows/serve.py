@@ -25,7 +25,7 @@ from lorakeet.memory.onednn_code import SERVING, limit_code_cache
 from lorakeet.models.servable import require_served
 from lorakeet.models.spec import ModelSpec
 from lorakeet.models.text.load import load_text_model
-from lorakeet.models.text.model import TextModel
+from lorakeet.models.text.model import context_of
 from lorakeet.models.text.serving import ServingModel
 from lorakeet.quant.spec import QuantSpec
 from lorakeet.serve.access import read_keys
@@ -37,6 +37,7 @@ from lorakeet.serve.registry import Registry
 from lorakeet.serve.service import RequestLimits, Service
 from lorakeet.workflows.options import ServeOptions
 from lorakeet.workflows.runs.serving_options import named_paths, require_servable
+from lorakeet.workflows.serving.gpu_memory import require_gpu_memory
 from lorakeet.workflows.serving.with_vllm import serve_with_vllm
 
 CONTEXT = 2048  # default for the tokens of a prompt and its text
@@ -75,9 +76,11 @@ def serve(options: ServeOptions, *, console: Console) -> Served:
     spec = ModelSpec(options.model, dtype=options.dtype, quantize=QuantSpec(method=options.quantize), kernels=options.kernels)
     before = require_served(spec, console.print)
     limit_code_cache(SERVING)
+    if before.config is not None:
+        require_gpu_memory(spec, before, options.slots, _context(options, context_of(before.config)), _smaller(options))
     with _on_its_device(options):
         live = ServingModel(text := load_text_model(spec, say=console.print, before=before))
-        context = _context(options, text)
+        context = _context(options, text.context)
         runner = Engine(text, live.selection, slots=options.slots, context=context, waiting=options.queue, cores=_cores())
     store = None if options.adapters_dir is None else AdapterStore(options.adapters_dir, parse_size(options.uploads_total))
 
@@ -114,12 +117,19 @@ def serve(options: ServeOptions, *, console: Console) -> Served:
     return Served(registry.names)
 
 
-def _context(options: ServeOptions, text: TextModel) -> int:
-    """The tokens of the longest sequence. Raises ConfigError for more than the model takes."""
-    most, context = text.context, options.context
+def _context(options: ServeOptions, most: int | None) -> int:
+    """The tokens of the longest sequence. Raises ConfigError for more than the `most` that the model takes."""
+    context = options.context
     if context is not None and most is not None and context > most:
-        raise ConfigError(f"--context is {context}; {text.name} takes at most {most} tokens.")
+        raise ConfigError(f"--context is {context}; {options.model} takes at most {most} tokens.")
     return context or min(CONTEXT, most or CONTEXT)
+
+
+def _smaller(options: ServeOptions) -> str:
+    """What takes less memory."""
+    packed = "" if options.quantize == "nf4" else "take --quantize nf4, or "
+    cache = f"fewer --slots ({options.slots} now) or a shorter --context ({options.context or CONTEXT:,} now)"
+    return f"{packed}give {cache}, since keys and values of all slots lie there"
 
 
 @contextmanager
@@ -130,10 +140,7 @@ def _on_its_device(options: ServeOptions) -> Iterator[None]:
     except RuntimeError as error:
         if not is_out_of_memory(error):
             raise
-        smaller = "" if options.quantize == "nf4" else "take --quantize nf4, or "
-        cache = f"fewer --slots ({options.slots} now) or a shorter --context ({options.context or CONTEXT:,} now)"
-        remedy = f"{smaller}give {cache}, since keys and values of all slots lie there"
-        raise EnvironmentProblem(f"{options.model} cannot be served. {out_of_memory_text(error, remedy)}") from error
+        raise EnvironmentProblem(f"{options.model} cannot be served. {out_of_memory_text(error, _smaller(options))}") from error
 
 
 def expert_capacity(registry: Registry) -> list[str]:
