@@ -150,7 +150,7 @@ TABLE: dict[str, tuple[Kernel, ...]] = {
         Kernel("bitsandbytes: dequantize_4bit", bitsandbytes_nf4.why_not, bitsandbytes_nf4.takes_matrix,
                bitsandbytes_nf4.READABLE, "lorakeet.kernels.bitsandbytes_nf4", "nf4"),
         Kernel("Triton: tiles", support.why_not, support.takes_tiles,
-               "GPTQ weights, contiguous results: no library writes some rows of W", _TRITON + "tiles"),
+               "contiguous results: no library writes some rows of W", _TRITON + "tiles", "gptq"),
         Kernel("C: stored.c", stored.why_not_dequantise, stored.takes_whole, stored.READABLE, _C + "stored"),
         TORCH,
     ),
