@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import pytest
 import torch
 
@@ -9,9 +11,9 @@ from lorakeet.config import RunConfig, read_run
 from lorakeet.errors import EnvironmentProblem
 from lorakeet.quant.spec import QuantSpec
 from lorakeet.workflows.planning.attention_choice import with_any_attention
-from lorakeet.workflows.planning.forecast_text_run import forecast_run
+from lorakeet.workflows.planning.forecast_text_run import RowLengths, Workload, forecast_run
 from lorakeet.workflows.planning.planned_model import Precision
-from lorakeet.workflows.planning.rehearse_text import NotPlanned, PlanningTooLong
+from lorakeet.workflows.planning.rehearse_text import STEP, NotPlanned, PlanningTooLong
 from tiny.small_configs import small_config
 
 
@@ -38,15 +40,38 @@ def test_each_attention_is_tried_in_order_and_the_last_reason_said() -> None:
     tried: list[str] = []
 
     @with_any_attention
-    def forecast(config: RunConfig, error: type[Exception]) -> str:
+    def forecast(config: RunConfig, model_config: Any, error: type[Exception]) -> str:
         tried.append(config.model.attention)
         raise error(f"no {config.model.attention}")
 
     with pytest.raises(NotPlanned, match=r"^This model cannot be planned: no eager$"):
-        forecast(settings(), EnvironmentProblem)
+        forecast(settings(), small_config("llama"), EnvironmentProblem)
     with pytest.raises(NotPlanned, match=r"^no eager$"):
-        forecast(settings(), NotPlanned)
+        forecast(settings(), small_config("llama"), NotPlanned)
     assert tried == ["auto", "sdpa", "eager"] * 2
     with pytest.raises(PlanningTooLong, match="no auto"):
-        forecast(settings(), PlanningTooLong)
+        forecast(settings(), small_config("llama"), PlanningTooLong)
     assert len(tried) == 7
+    tried.clear()
+    with pytest.raises(NotPlanned):
+        forecast(settings(), small_config("mamba2"), NotPlanned)
+    assert tried == ["sdpa", "eager"], "rows of recurrent layers are never packed"
+    tried.clear()
+    with pytest.raises(NotPlanned):
+        forecast(settings(**{"model.attention": "varlen"}), small_config("mamba2"), NotPlanned)
+    assert tried == ["varlen"]
+
+
+@pytest.mark.parametrize(("family", "becomes"), [("lfm2", "sdpa"), ("mamba2", "eager")])
+def test_rows_of_recurrent_layers_are_planned_with_their_padding(family: str, becomes: str) -> None:
+    """A long row and a short one take as much as two long ones, since the model is loaded with attention that pads."""
+    precision, known = Precision(torch.float32, torch.float32, QuantSpec()), Workload(lengths=lambda: RowLengths(16, 20, 9, 40))
+
+    def planned(attention: str) -> tuple[int, int, int]:
+        more = {"train.micro_tokens": "32", "model.attention": attention}
+        found = forecast_run(settings(**more), small_config(family), precision, runtime=0, workload=known)
+        steps = next(phase for phase in found.forecast.phases if phase.name == STEP)
+        return found.rows.tokens, steps.bytes, found.peak
+
+    assert planned("auto") == planned(becomes)
+    assert planned("auto")[0] == 32 and planned("varlen")[0] == 20

@@ -175,13 +175,13 @@ def _within_bound(result: TextPlanResult, run: TextRun, planned: TextRunPlan, co
         streamed = Streamed(dataclasses.replace(choice, plan=whole), run.words(way, plan), moved)
         pinned = host_memory(run, way, plan)[1] if precision.on_gpu and way.streamed else ""
         return dataclasses.replace(result, streamed=streamed, host_memory=pinned)
-    model, runtime = run.model, run.runtime(streamed=False)
-    forecast = partial(
-        forecast_run, model_config=model[0], runtime=runtime, files=model[1], returning=True, workload=run.workload
-    )
+    (model_config, files), runtime = run.model, run.runtime(streamed=False)
+
+    def forecast(other: RunConfig, precision: Precision) -> TextRunPlan:
+        return forecast_run(other, model_config, precision, runtime=runtime, files=files, returning=True, workload=run.workload)
 
     def least(other: RunConfig) -> int:
-        return TextRun(other, run.workload, console.print, model).plan(LEAST).peak
+        return TextRun(other, run.workload, console.print, run.model).plan(LEAST).peak
 
     advice = text_advice(config, precision, planned, forecast, least, bound)
     return dataclasses.replace(result, least=run.plan(LEAST).peak, advice=advice)

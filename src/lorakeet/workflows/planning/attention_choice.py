@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Concatenate, ParamSpec, TypeVar
+from typing import Any, Concatenate, ParamSpec, TypeVar
 
 from lorakeet.config import RunConfig
 from lorakeet.errors import EnvironmentProblem
+from lorakeet.models.text.row_masks import recurrent_kinds
 from lorakeet.workflows.planning.rehearse_text import NotPlanned
 
 Rest = ParamSpec("Rest")
@@ -15,18 +16,21 @@ OTHERS = ("sdpa", "eager")  # tried after varlen, which auto begins with
 
 
 def with_any_attention(
-    forecast: Callable[Concatenate[RunConfig, Rest], Plan],
-) -> Callable[Concatenate[RunConfig, Rest], Plan]:
-    """`forecast` with each attention that model.attention auto may become, until one can be planned.
+    forecast: Callable[Concatenate[RunConfig, Any, Rest], Plan],
+) -> Callable[Concatenate[RunConfig, Any, Rest], Plan]:
+    """`forecast` of a run and the model's configuration, with each attention that model.attention auto may become, until one can
+    be planned. Rows of a model with recurrent layers are never packed, so its auto begins with sdpa.
 
     Raises NotPlanned with the last reason, or the first one if a rehearsal took too long.
     """
 
-    def first_that_runs(config: RunConfig, /, *rest: Rest.args, **settings: Rest.kwargs) -> Plan:
+    def first_that_runs(config: RunConfig, model_config: Any, /, *rest: Rest.args, **settings: Rest.kwargs) -> Plan:
         others = iter(OTHERS if config.model.attention == "auto" else ())
+        if config.model.attention == "auto" and recurrent_kinds(model_config):
+            config = config.changed(model={"attention": next(others)})
         while True:
             try:
-                return forecast(config, *rest, **settings)
+                return forecast(config, model_config, *rest, **settings)
             except (EnvironmentProblem, NotPlanned) as error:
                 last = isinstance(error, NotPlanned) and error.final
                 other = None if last else next(others, None)
