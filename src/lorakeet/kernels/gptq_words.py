@@ -33,7 +33,14 @@ class GptqWords(NamedTuple):
 
 
 def _fields(words: Tensor, bits: int) -> Tensor:
-    """The codes (rows, w·32/bits) of streams of `bits` bits that run along the rows of words (rows, w), lowest bit first."""
-    stream = (words[..., None] >> torch.arange(WORD, dtype=words.dtype, device=words.device)) & 1
-    fields = stream.reshape(len(words), -1, bits)
-    return (fields << torch.arange(bits, device=words.device)).sum(-1)
+    """The codes (rows, w·32/bits) of streams of `bits` bits that run along the rows of words (rows, w), lowest bit first.
+
+    One bit of all codes after the other, which takes a few numbers a code, not one for each bit.
+    """
+    fields = words.new_zeros(len(words), words.shape[1] * WORD // bits)
+    for bit in range(bits):
+        places = torch.arange(bit, words.shape[1] * WORD, bits, device=words.device)
+        of_codes = words.index_select(1, places // WORD)
+        of_codes.bitwise_right_shift_((places % WORD).to(words.dtype)).bitwise_and_(1)
+        fields.bitwise_or_(of_codes.bitwise_left_shift_(bit))
+    return fields

@@ -121,11 +121,17 @@ def _agrees(words: GptqWords, dtype: torch.dtype) -> bool:
     if key not in AGREED:
         said = difference_found(lambda: _difference(_made_up(words), dtype), of_any_kind=True)
         if said:
-            logging.getLogger("lorakeet").warning(
-                "%s %s. GPTQ weights are unpacked by torch's operations, which is slower. Please report it.", PACKAGE, said
-            )
+            _warn(said)
         AGREED[key] = not said
     return AGREED[key]
+
+
+@functools.cache
+def _warn(said: str) -> None:
+    """One warning for all sizes of weights that differ alike."""
+    logging.getLogger("lorakeet").warning(
+        "%s %s. GPTQ weights are unpacked by torch's operations, which is slower. Please report it.", PACKAGE, said
+    )
 
 
 def _made_up(like: GptqWords) -> GptqWords:
