@@ -14,12 +14,13 @@ from lorakeet.workflows.planning.attention_choice import with_any_attention
 from lorakeet.workflows.planning.forecast_text_run import RowLengths, Workload, forecast_run
 from lorakeet.workflows.planning.planned_model import Precision
 from lorakeet.workflows.planning.rehearse_text import STEP, NotPlanned, PlanningTooLong
+from lorakeet.workflows.planning.text_run import TextRun
 from tiny.small_configs import small_config
 
 
 def settings(**changes: str) -> RunConfig:
     given = {"model.path": "tiny", "data.train": "-", "out": "none", "lora.rank": "2", "data.max_tokens": "16"}
-    return read_run(None, {**given, "train.micro_tokens": "16", **changes})
+    return read_run(None, {**given, "train.micro_tokens": "16", "model.dtype": "float32", **changes})
 
 
 def test_a_model_whose_own_code_needs_a_mask_is_planned_with_sdpa() -> None:
@@ -73,5 +74,9 @@ def test_rows_of_recurrent_layers_are_planned_with_their_padding(family: str, be
         steps = next(phase for phase in found.forecast.phases if phase.name == STEP)
         return found.rows.tokens, steps.bytes, found.peak
 
+    config, model = settings(**{"train.micro_tokens": "32"}), (small_config(family), None)
+    run = TextRun(config, known, print, model)
+    states = 32 * model[0].hidden_size * 4
+    assert run.rows.tokens == 32 and run.batches.state_bytes == states, "as what waits on the host is counted"
     assert planned("auto") == planned(becomes)
     assert planned("auto")[0] == 32 and planned("varlen")[0] == 20

@@ -15,6 +15,14 @@ Plan = TypeVar("Plan")
 OTHERS = ("sdpa", "eager")  # tried after varlen, which auto begins with
 
 
+def first_attention(config: RunConfig, model_config: Any) -> str:
+    """model.attention, or the first one that auto may become: sdpa where rows of the model's recurrent layers are never packed,
+    else auto, which begins with varlen.
+    """
+    given = config.model.attention
+    return OTHERS[0] if given == "auto" and recurrent_kinds(model_config) else given
+
+
 def with_any_attention(
     forecast: Callable[Concatenate[RunConfig, Any, Rest], Plan],
 ) -> Callable[Concatenate[RunConfig, Any, Rest], Plan]:
@@ -26,7 +34,7 @@ def with_any_attention(
 
     def first_that_runs(config: RunConfig, model_config: Any, /, *rest: Rest.args, **settings: Rest.kwargs) -> Plan:
         others = iter(OTHERS if config.model.attention == "auto" else ())
-        if config.model.attention == "auto" and recurrent_kinds(model_config):
+        if config.model.attention == "auto" != first_attention(config, model_config):
             config = config.changed(model={"attention": next(others)})
         while True:
             try:

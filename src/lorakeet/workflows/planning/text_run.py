@@ -17,6 +17,7 @@ from lorakeet.models.files.source import find_source
 from lorakeet.models.placement import device_for, planned_on, products_for, text_dtype_for
 from lorakeet.models.streaming.model import NotStreamed
 from lorakeet.models.text.load import read_config
+from lorakeet.workflows.planning.attention_choice import first_attention
 from lorakeet.workflows.planning.fit import BudgetedWork, keeps_in_host, way_text
 from lorakeet.workflows.planning.forecast_text_run import (
     ROW_BYTES,
@@ -125,7 +126,12 @@ class TextRun(BudgetedWork[TextRunPlan]):
     @property
     def rows(self) -> RowShape:
         """The largest micro-batch of a step."""
-        return largest_rows(self.config, self.lengths, window_of(self.model[0]))
+        return self._rows_of(self.config)
+
+    def _rows_of(self, config: RunConfig) -> RowShape:
+        """As `rows`, with other settings; with the padding of the attention that the plan begins with."""
+        config = config.changed(model={"attention": first_attention(config, self.model[0])})
+        return largest_rows(config, self.lengths, window_of(self.model[0]))
 
     def runtime(self, *, streamed: bool) -> int:
         """Bytes of the process beside the tensors, measured when the first plan of that kind is made: planning itself leaves some
@@ -149,7 +155,7 @@ class TextRun(BudgetedWork[TextRunPlan]):
     def batches_of(self, micro_tokens: int | None) -> Batches:
         """The same with another train.micro_tokens, if one is given."""
         config, text = self.with_tokens(micro_tokens), self.model[0].get_text_config()
-        rows = largest_rows(config, self.lengths, window_of(self.model[0]))
+        rows = self._rows_of(config)
         state = rows.tokens * int(text.hidden_size) * precision_of(self.config).dtype.itemsize
         return Batches(math.ceil(self.config.train.sequences / rows.count), state, *self._ends())
 
