@@ -16,6 +16,7 @@ from lorakeet.models.generate.sample import end_ids, sample, spilled_cache
 from lorakeet.models.spec import ModelSpec
 from lorakeet.models.text.load import load_text_model
 from lorakeet.models.text.model import TextModel
+from tiny.family_columns import saved
 from tiny.models import save_tiny_llama, tiny_model
 from tiny.streams import loaded
 
@@ -144,6 +145,20 @@ def test_training_mode_is_given_back(text: TextModel) -> None:
 def test_what_cannot_be_sampled(text: TextModel, prompts: list[list[int]], temperature: float) -> None:
     with pytest.raises(ValueError, match="temperature of 0 or more"):
         sample(text, prompts, max_tokens=1, temperature=temperature)
+
+
+@pytest.mark.parametrize("family", ["minimax", "openai-gpt", "rwkv"])
+def test_a_model_without_transformers_cache_writes_its_likeliest_tokens(family: str, tmp_path: Path) -> None:
+    """MiniMax refuses a cache that is not of its own class; the other two take none."""
+    text = load_text_model(ModelSpec(path=str(saved(family, tmp_path)), dtype="float32", device="cpu"))
+    text.model.eval()
+    for prompt, found in zip(PROMPTS, sample(text, PROMPTS, max_tokens=6, temperature=0.0), strict=True):
+        ids = list(prompt)
+        for token in found:
+            with torch.no_grad():
+                assert token == int(text.model(torch.tensor([ids]), use_cache=False).logits[0, -1].argmax())
+            ids.append(int(token))
+        assert len(ids) > len(prompt)
 
 
 @pytest.mark.parametrize("family", ["llama", "gemma3"])

@@ -90,6 +90,18 @@ def test_experts_that_stayed_are_named_with_their_tokens() -> None:
     assert row.moved == 4  # tensors: some expert of each moved
 
 
+def test_experts_that_pass_their_tokens_through_are_not_said_to_have_stayed() -> None:
+    """LongCat-Flash's last experts have pairs that no token uses: tokens are counted of the others alone."""
+    plan = planned(tiny_model("mixtral"))
+    tokens = {"model.layers.0.mlp.experts": [5, 0, 7]}
+    still = moves(plan, layers__0__mlp__experts__gate_up_proj__B=(True, True, True, False))
+    assert not stayed(plan, Moved(still, tokens))
+    still = moves(plan, layers__0__mlp__experts__gate_up_proj__B=(True, False, True, False))
+    assert stayed(plan, Moved(still, tokens)) == (
+        "model.layers.0.mlp.experts.gate_up_proj: 1 of 3 experts (1), which saw 0 tokens",
+    )
+
+
 def test_new_rows_that_stayed_are_named() -> None:
     extras = (ExtraEntry("emb", "rows", (2, 8), ("<a>",)), ExtraEntry("head", "module", (8,)))
     assert stayed(Plan((), extras), Moved({"emb.values": (True,), "head.weight": (False,), "head.bias": (False,)})) == ("head",)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import inspect
+import sys
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import closing, contextmanager
 from dataclasses import dataclass, fields
@@ -88,7 +90,7 @@ def _written(
         packed = text.attention == "varlen"
         with torch.no_grad(), _cached_attention(text):
             length = max((len(prompt) for prompt in prompts), default=1) + max_tokens
-            at_once = rows_at_once(text, length, blocks=blocks)
+            at_once = rows_at_once(text, length, blocks=blocks) if _takes_cache(text) else 1  # RWKV would read padding
             for start in range(0, len(order), at_once):
                 rows = order[start : start + at_once]
                 chosen = [np.asarray(prompts[row], np.int64) for row in rows]
@@ -179,15 +181,15 @@ def _write(text: TextModel, prompts: list[Ids], max_tokens: int, drawing: Drawin
     so that padding may follow the shared tokens.
     """
     (cache, packed), written = caching, [list[int]() for _ in prompts]
-    shared = 0
-    if cache is None:
-        cache = DynamicCache(config=text.model.config)
+    shared, cached = 0, _takes_cache(text)
+    if cache is None and cached:
+        cache = _new_cache(text)
         shared = _shared(prompts) if packed and _selectable(cache, (DynamicLayer,)) else 0
     if shared:
         _decoded(text, torch.as_tensor(prompts[0][:shared], device=text.device)[None], None, cache)
         cache.batch_repeat_interleave(len(prompts))
     ids, mask = (torch.as_tensor(laid).to(text.device) for laid in _laid_out(prompts, shared))
-    rows, droppable = list(range(len(prompts))), _selectable(cache, (DynamicLayer, DynamicSlidingWindowLayer))
+    rows, droppable = list(range(len(prompts))), cached and _selectable(cache, (DynamicLayer, DynamicSlidingWindowLayer))
     open_rows = set(rows)
     for _ in range(max_tokens):
         logits = text.head(_decoded(text, ids, mask, cache)).float().cpu()
@@ -199,7 +201,8 @@ def _write(text: TextModel, prompts: list[Ids], max_tokens: int, drawing: Drawin
                     open_rows.discard(row)
         if not open_rows:
             break
-        ids = torch.tensor(chosen, device=text.device)[:, None]
+        new = torch.tensor(chosen, device=text.device)[:, None]
+        ids = new if cached else torch.cat([ids, new], dim=1)
         mask = torch.cat([mask, mask.new_ones(len(rows), 1)], dim=1)
         if droppable and len(open_rows) <= LEFT_OUT * len(rows):
             kept = torch.tensor([place for place, row in enumerate(rows) if row in open_rows], device=text.device)
@@ -225,7 +228,7 @@ def _decoded(text: TextModel, ids: Tensor, mask: Tensor | None, cache: Any) -> T
     """The hidden state after the last of `ids` (rows, tokens), which follow those in `cache`: (rows, hidden)."""
     mask = torch.ones_like(ids) if mask is None else mask
     positions = (mask.cumsum(1) - 1).clamp_min(0)[:, -ids.shape[1] :]
-    cached = {CACHE: cache, "use_cache": True}
+    cached = {"use_cache": False} if cache is None else {CACHE: cache, "use_cache": True}
     output = decoder_of(text.model)(input_ids=ids, attention_mask=mask, position_ids=positions, **cached)
     states: Tensor = output.last_hidden_state[:, -1]
     return states
@@ -239,9 +242,22 @@ def _shared(prompts: Sequence[Ids]) -> int:
     return common if common * (len(prompts) - 1) >= PASS else 0
 
 
+def _takes_cache(text: TextModel) -> bool:
+    """Whether the model's own code takes transformers' cache. RWKV and the first GPT do not: the whole text is computed anew."""
+    return CACHE in inspect.signature(type(decoder_of(text.model)).forward).parameters
+
+
+def _new_cache(text: TextModel) -> DynamicCache:
+    """An empty KV cache of transformers; of the class that the model's own code has for it, as MiniMax's."""
+    code = sys.modules[type(decoder_of(text.model)).__module__]
+    known = [kind for kind in vars(code).values() if isinstance(kind, type) and issubclass(kind, DynamicCache)]
+    own = [kind for kind in known if kind is not DynamicCache]
+    return own[0]() if own else DynamicCache(config=text.model.config)
+
+
 def _selectable(cache: DynamicCache, kinds: tuple[type, ...]) -> bool:
     """Whether all layers of a cache are of `kinds`, whose rows can be repeated and left out."""
-    return all(type(layer) in kinds for layer in cache.layers)
+    return type(cache) is DynamicCache and all(type(layer) in kinds for layer in cache.layers)
 
 
 def _draw(logits: Tensor, temperature: float, generators: list[torch.Generator]) -> list[int]:

@@ -104,11 +104,12 @@ def stayed(plan: Plan, moved: Moved) -> tuple[str, ...]:
     whole: dict[str, list[str]] = {}
     lines: list[str] = []
     for entry in plan.entries:
-        found = moved.left_start(entry.path)
+        tokens = moved.tokens.get(entry.path.rpartition(".")[0], ())
+        found = moved.left_start(entry.path)[: len(tokens) or None]  # LongCat-Flash's last experts pass their tokens through
         if not found or all(found):
             continue
         if len(found) > 1:
-            lines.append(_experts_line(entry.path, found, moved.tokens.get(entry.path.rpartition(".")[0], ())))
+            lines.append(_experts_line(entry.path, found, tokens))
         else:
             name = ".".join("#" if part.isdigit() else part for part in entry.path.split("."))
             whole.setdefault(name, []).append(entry.path)
