@@ -275,7 +275,10 @@ def _cached_attention(text: TextModel) -> Iterator[None]:
     """A context with sdpa (or eager) in place of packed attention, which has no KV cache."""
     usual = text.attention
     if usual == "varlen":
-        set_attention(text.model, "sdpa" if text.model._supports_sdpa else "eager")
+        try:
+            set_attention(text.model, "sdpa" if text.model._supports_sdpa else "eager")
+        except ValueError:  # of transformers: a part beside the text, such as a tower for sound, has no sdpa
+            set_attention(text.model, "eager")
     try:
         yield
     finally:
