@@ -25,10 +25,11 @@ pytestmark = needs_triton
 LENGTHS = 7, 4
 
 
-@pytest.mark.parametrize(("fused", "launches"), [(64, {"fused_product"}), (0, {"unpack_tiles"})])
+@pytest.mark.parametrize(("fused", "launches"), [(64, {"fused_product"}), (0, set())])
 def test_gradients_of_a_model_in_nf4(
     fused: int, launches: set[str], tiny_llama_folder: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    """Where products are not fused, torch or bitsandbytes dequantises."""
     spec = ModelSpec(path=str(tiny_llama_folder), dtype="float32", device=str(DEVICE), fused_tokens=fused)
     adapter = random_adapter(load_text_model(spec).model)
     ids = torch.arange(sum(LENGTHS)) % 90
