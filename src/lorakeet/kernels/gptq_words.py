@@ -7,7 +7,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-WORD = 32  # bits
+WORD = 32  # bits, in which codes and zero points are stored
 
 
 class GptqWords(NamedTuple):

@@ -30,7 +30,7 @@ from lorakeet.core.scratch import SCRATCH
 from lorakeet.kernels.choose import dequantised_by_columns
 from lorakeet.kernels.cpu.stored import GPTQ, StoredWeight, address_of
 from lorakeet.kernels.device import is_cpu
-from lorakeet.kernels.gptq_words import GptqWords
+from lorakeet.kernels.gptq_words import WORD, GptqWords
 from lorakeet.kernels.tiled_weight import TiledWeight
 from lorakeet.quant.packed import TILE, PackedBase, tile_size
 
@@ -257,7 +257,6 @@ def quantise_to_nearest(weight: Tensor, bits: int, sym: bool, g_idx: Tensor, gro
 
 
 BITS = (2, 3, 4, 8)
-WORD = 32
 ZeroFormat = Literal["gptq", "gptq_v2"]
 
 

@@ -15,7 +15,8 @@ import torch
 from torch import Tensor
 
 from lorakeet.errors import ConfigError, DataError, Problems, nearest
-from lorakeet.quant.gptq import BITS, PARTS, WORD, GptqBase, ZeroFormat, gptq_buffer_shapes, groups_in_order
+from lorakeet.kernels.gptq_words import WORD
+from lorakeet.quant.gptq import BITS, PARTS, GptqBase, ZeroFormat, gptq_buffer_shapes, groups_in_order
 
 METHOD = "gptq"
 OLD_CONFIG = "quantize_config.json"

@@ -23,7 +23,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from lorakeet.quant.gptq import WORD, groups_in_order, pack_words, quantise_to_nearest, unpack_word_rows, unpack_words
+from lorakeet.kernels.gptq_words import WORD
+from lorakeet.quant.gptq import groups_in_order, pack_words, quantise_to_nearest, unpack_word_rows, unpack_words
 from lorakeet.quant.packed import PackedBase, tile_size
 
 BITS = (2, 4, 8)

@@ -25,6 +25,7 @@ from lorakeet.data.locate import PACKAGE, locate, package_file
 from lorakeet.errors import ConfigError, DataError, nearest, one_message
 from lorakeet.kernels.cpu.stored import StoredWeight
 from lorakeet.kernels.device import REHEARSED
+from lorakeet.kernels.gptq_words import WORD
 from lorakeet.memory.ledger import Ledger
 from lorakeet.memory.remembered import remembered
 from lorakeet.memory.shape_only import ShapeStore
@@ -43,7 +44,6 @@ from lorakeet.models.streaming.model import StreamedBlocks
 from lorakeet.models.text.load import set_attention
 from lorakeet.models.text.model import PassOptions, TextModel
 from lorakeet.quant.construct import empty_base, empty_stack
-from lorakeet.quant.gptq import WORD
 from lorakeet.quant.int8 import enable_int8_products
 from lorakeet.quant.packed import TILE, PackedBase, PackedLinear
 from lorakeet.quant.spec import QuantSpec
