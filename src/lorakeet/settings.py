@@ -26,7 +26,7 @@ from lorakeet.errors import ConfigError, Problems, nearest
 if TYPE_CHECKING:
     from _typeshed import DataclassInstance
 
-__all__ = ["Setting", "choices", "describe", "fields_of", "load", "override", "shown_default", "to_mapping"]
+__all__ = ["TRUTH_WORDS", "Setting", "choices", "describe", "fields_of", "load", "override", "shown_default", "to_mapping"]
 
 T = TypeVar("T", bound="DataclassInstance")
 
@@ -35,6 +35,7 @@ _MOST_SHOWN = 40  # problems of a file, of which the others are counted
 _PLAIN = {bool: "true or false", int: "a whole number", float: "a number", str: "text", Path: "a path"}
 _TRUTH: dict[str | bool, bool] = {True: True, "true": True, "yes": True, "on": True}
 _TRUTH |= {False: False, "false": False, "no": False, "off": False}
+TRUTH_WORDS = {*(word for word in _TRUTH if isinstance(word, str)), "none", "null"}  # all that a truth value may be, or unset
 _COMMA = re.compile(r"[+-]?\d+,\d+")  # a number as many languages write it
 _SEEN = {**_PLAIN, list: "a list", tuple: "a list", dict: "a mapping"}
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from pathlib import Path
 from typing import Any, Literal
 
@@ -9,9 +10,11 @@ import click
 import pytest
 
 from lorakeet.cli.flags import SettingFlag, SettingsCommand, given_values, option_flags, setting_flags
+from lorakeet.cli.main import lorakeet
 from lorakeet.config import RunConfig
-from lorakeet.settings import Setting, fields_of, shown_default
-from lorakeet.workflows.options import EvaluateOptions, MergeOptions
+from lorakeet.errors import ConfigError
+from lorakeet.settings import Setting, fields_of, load, shown_default
+from lorakeet.workflows.options import VERBS, EvaluateOptions, MergeOptions
 
 
 def test_every_setting_is_a_flag_with_help() -> None:
@@ -73,3 +76,56 @@ def test_the_help_shows_what_a_flag_takes(kind: Any, metavar: str) -> None:
 )
 def test_defaults_are_shown_as_typed(value: Any, text: str) -> None:
     assert shown_default(value) == text
+
+
+def is_switch(setting: Setting) -> bool:
+    return setting.kind in (bool, bool | None)
+
+
+OPTION_SWITCHES = [(verb.name, leaf.path) for verb in VERBS for leaf in fields_of(verb.options) if is_switch(leaf)]
+SETTING_SWITCHES = [leaf.path for leaf in fields_of(RunConfig) if is_switch(leaf)]
+
+
+def held(verb: str, path: str, words: list[str]) -> Any:
+    """What the options or the run of the verb hold at `path` after these words, between others; None where it is not given."""
+    command = lorakeet.get_command(click.Context(lorakeet), verb)
+    assert command is not None
+    positional = [param for param in command.params if isinstance(param, click.Argument)]
+    rest = [f"word{number}" for number, _ in enumerate(positional)]
+    values = command.make_context(verb, [*rest[:1], *words, *rest[1:]]).params
+    assert all(values[param.name] for param in positional if param.name)  # no flag took the word of another
+    return given_values(command, values, lambda param: True).get(path)
+
+
+@pytest.mark.parametrize(("verb", "path"), [*OPTION_SWITCHES, *(("finetune", path) for path in SETTING_SWITCHES)])
+def test_every_truth_value_can_be_set_to_both(verb: str, path: str) -> None:
+    cls = next(each.options for each in VERBS if each.name == verb) if (verb, path) in OPTION_SWITCHES else RunConfig
+    name = path if cls is RunConfig else path.replace("_", "-")
+    ways = {
+        True: ([f"--{name}"], [f"--{name}", "true"], [f"--{name}=yes"], [f"--no-{name}", f"--{name}"]),
+        False: ([f"--no-{name}"], [f"--{name}", "false"], [f"--{name}=off"], [f"--{name}", f"--no-{name}"]),
+    }
+    for expected, forms in ways.items():
+        for form in forms:
+            given = held(verb, path, form)
+            kind = next(leaf.kind for leaf in fields_of(cls) if leaf.path == path)
+            one = dataclasses.make_dataclass("One", [("value", kind)])
+            assert load(one, {"value": given}, where="the test").value is expected, form  # type: ignore[attr-defined]
+    assert held(verb, path, []) is None
+    command = lorakeet.get_command(click.Context(lorakeet), verb)
+    assert command is not None and f"--{name} / --no-{name}" in command.get_help(click.Context(command, terminal_width=400))
+    offered = {item.value for item in command.shell_complete(click.Context(command), "--")}
+    assert {f"--{name}", f"--no-{name}"} <= offered
+
+
+def test_a_truth_value_that_is_neither_is_named() -> None:
+    with pytest.raises(ConfigError, match=r"sym .*'maybe'.*expected true or false"):
+        load(next(verb.options for verb in VERBS if verb.name == "quantize"), {"model": "m", "method": "nf4", "out": "o",
+             "sym": held("quantize", "sym", ["--sym=maybe"])}, where="the test")  # fmt: skip
+
+
+def test_the_text_of_a_flag_is_its_own_whatever_it_looks_like() -> None:
+    assert held("chat", "system", ["--system", "--plain"]) == "--plain"
+    assert held("chat", "plain", ["--system", "--plain"]) is None
+    assert held("finetune", "train.cuda_graphs", ["--train.cuda_graphs", "none"]) == "none"
+    assert held("evaluate", "task_chat", ["--task-chat", "--"]) == "true"

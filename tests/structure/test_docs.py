@@ -25,7 +25,8 @@ def pages() -> list[Path]:
 
 
 def flags_of(command: click.Command) -> set[str]:
-    return {flag for param in command.params if isinstance(param, click.Option) for flag in param.opts} | ALWAYS
+    options = [param for param in command.params if isinstance(param, click.Option)]
+    return {flag for option in options for flag in (*option.opts, *option.secondary_opts)} | ALWAYS
 
 
 def commands() -> dict[str, click.Command]:

@@ -4,14 +4,14 @@ from __future__ import annotations
 
 import dataclasses
 import typing
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import click
 
 from lorakeet.errors import nearest
-from lorakeet.settings import Setting, choices, fields_of, shown_default
+from lorakeet.settings import TRUTH_WORDS, Setting, choices, fields_of, shown_default
 
 if TYPE_CHECKING:
     from _typeshed import DataclassInstance
@@ -22,17 +22,39 @@ __all__ = ["SettingFlag", "SettingsCommand", "given_values", "nearest_flag", "op
 _METAVARS = {bool: "true|false", int: "N", float: "X", str: "TEXT", Path: "PATH"}
 
 
-class SettingFlag(click.Option):
-    """A flag whose text is not parsed here: `settings.load` parses all flags together and reports every problem at once."""
+class _Flag(click.Option):
+    """A flag whose text is not parsed here: `settings.load` parses all flags together and reports every problem at once.
+
+    One of a truth value stands alone or with a word (`--flag`, `--flag false`), and has a second form, `--no-flag`. With
+    `whole`, a comma is part of the text of a list.
+    """
+
+    def __init__(self, names: Sequence[str], setting: Setting, *, whole: bool = False) -> None:
+        kind, self.whole = setting.kind, whole
+        metavar = _metavar(kind).removesuffix(",…") if whole else _metavar(kind)
+        repeatable = typing.get_origin(kind) in (tuple, dict)
+        super().__init__(names, type=_Text(kind), multiple=repeatable, help=_help(setting), metavar=metavar)
+        self.is_switch = kind is bool or bool in typing.get_args(kind)
+        if self.is_switch:
+            self.secondary_opts = [f"--no-{flag.removeprefix('--')}" for flag in self.opts]
+
+    def add_to_parser(self, parser: Any, ctx: click.Context) -> None:
+        super().add_to_parser(parser, ctx)
+        if self.is_switch:
+            parser.add_option(obj=self, opts=self.secondary_opts, dest=self.name, action="store_const", const="false")
+
+    def get_help_record(self, ctx: click.Context) -> tuple[str, str] | None:
+        record = super().get_help_record(ctx)
+        return (" / ".join([*self.opts, *self.secondary_opts]), record[1]) if record and self.is_switch else record
+
+
+class SettingFlag(_Flag):
+    """The flag of a setting of the run file, named by its dotted path."""
 
     def __init__(self, flag: str, setting: Setting) -> None:
         self.setting = setting
-        repeatable = typing.get_origin(setting.kind) in (tuple, dict)
-        names = [setting.path.replace(".", "__"), flag]
-        if setting.shorthand:
-            names.append(f"--{setting.shorthand}")
-        kind = setting.kind
-        super().__init__(names, type=_Text(kind), multiple=repeatable, help=_help(setting), metavar=_metavar(kind))
+        short = [f"--{setting.shorthand}"] if setting.shorthand else []
+        super().__init__([setting.path.replace(".", "__"), flag, *short], setting)
 
 
 class SettingsCommand(click.Command):
@@ -41,6 +63,9 @@ class SettingsCommand(click.Command):
     def __init__(self, name: str, *, arguments: dict[str, str], **rest: Any) -> None:
         super().__init__(name, **rest)
         self.arguments = arguments
+
+    def parse_args(self, ctx: click.Context, args: list[str]) -> list[str]:
+        return super().parse_args(ctx, _with_words(args, self.params))
 
     def format_options(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
         if self.arguments:
@@ -58,6 +83,26 @@ class SettingsCommand(click.Command):
                 formatter.write_dl(records, col_max=36)
 
 
+def _with_words(args: Sequence[str], params: Sequence[click.Parameter]) -> list[str]:
+    """The arguments, in which each flag of a truth value that stands alone has the word true."""
+    flags = {name: param for param in params if isinstance(param, click.Option) for name in param.opts}
+    found: list[str] = []
+    rest = list(args)
+    while rest:
+        word = rest.pop(0)
+        param = flags.get(word)
+        switch = isinstance(param, _Flag) and param.is_switch
+        if word == "--":
+            return [*found, word, *rest]
+        if switch and not (rest and rest[0].lower() in TRUTH_WORDS):
+            word = f"{word}=true"
+        found.append(word)
+        if param is not None and "=" not in word and not param.is_flag:  # the next one is its text, whatever it looks like
+            found += rest[:1]
+            rest = rest[1:]
+    return found
+
+
 class _Text(click.ParamType[str]):
     """Any text; shell completion offers the allowed values."""
 
@@ -69,7 +114,7 @@ class _Text(click.ParamType[str]):
     def shell_complete(self, ctx: click.Context, param: click.Parameter, incomplete: str) -> list[CompletionItem]:
         from click.shell_completion import CompletionItem
 
-        words = choices(self.kind) or (("true", "false") if self.kind is bool else ())
+        words = choices(self.kind) or (("true", "false") if bool in (self.kind, *typing.get_args(self.kind)) else ())
         return [CompletionItem(word) for word in words if word.startswith(incomplete)]
 
 
@@ -91,7 +136,8 @@ def option_flags(options: type[DataclassInstance]) -> tuple[list[click.Parameter
             shown = f"{metavar}…" if several else metavar
             parameters.append(click.Argument([setting.path], metavar=shown, nargs=-1 if several else 1, required=False))
         else:
-            parameters.append(_option(setting, whole=bool(by_name[setting.path].metadata.get("whole"))))
+            whole = bool(by_name[setting.path].metadata.get("whole"))
+            parameters.append(_Flag([setting.path, "--" + setting.path.replace("_", "-")], setting, whole=whole))
     return parameters, arguments
 
 
@@ -109,30 +155,14 @@ def given_values(command: click.Command, values: dict[str, Any], chosen: Callabl
 
 def nearest_flag(typed: str, command: click.Command) -> str:
     """Returns " Did you mean '--lora.rank'?" for an unknown flag, also if only its last part was typed; else an empty string."""
-    flags = [flag for param in command.params if isinstance(param, click.Option) for flag in param.opts]
+    flags = [flag for param in command.params if isinstance(param, click.Option)
+             for flag in (*param.opts, *param.secondary_opts)]  # fmt: skip
     by_leaf = {flag.lstrip("-").rpartition(".")[2]: flag for flag in reversed(flags)}
     leaf = typed.lstrip("-").rpartition(".")[2].replace("-", "_")
     if leaf in by_leaf:
         return f" Did you mean '{by_leaf[leaf]}'?"
     section = [flag for flag in flags if flag.rpartition(".")[0] == typed.rpartition(".")[0]]
     return nearest(typed, section) or nearest(typed, flags)
-
-
-class _Plain(click.Option):
-    """A flag with a text; with `whole`, a comma is part of it."""
-
-    whole = False
-
-
-def _option(setting: Setting, *, whole: bool = False) -> click.Option:
-    flag = "--" + setting.path.replace("_", "-")
-    if setting.kind is bool:
-        return click.Option([flag], is_flag=True, help=setting.help)
-    repeated, metavar = typing.get_origin(setting.kind) in (tuple, dict), _metavar(setting.kind)
-    metavar = metavar.removesuffix(",…") if whole else metavar
-    option = _Plain([flag], type=_Text(setting.kind), multiple=repeated, help=_help(setting), metavar=metavar)
-    option.whole = whole
-    return option
 
 
 def _joined(value: Any, setting: Setting | None) -> Any:

@@ -112,7 +112,11 @@ def run_words(config: RunConfig, verb: str = "finetune") -> list[str]:
         value = values[setting.path]
         if value != defaults[setting.path]:
             for item in value if isinstance(value, list) else [value]:
-                flag, text = f"--{setting.shorthand or setting.path}", item if isinstance(item, str) else shown_default(item)
+                name, text = setting.shorthand or setting.path, item if isinstance(item, str) else shown_default(item)
+                flag = f"--{name}"
+                if isinstance(item, bool):
+                    words.append(flag if item else f"--no-{name}")
+                    continue
                 words += [f"{flag}={text}"] if text.startswith("-") else [flag, text]
     return words
 

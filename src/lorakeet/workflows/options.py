@@ -420,7 +420,7 @@ class PushOptions:
     merged: Path | None = setting(None, "Folder that `lorakeet merge` wrote, sent in place of the adapter.")
     gguf: Path | None = setting(None, "File that `lorakeet export` wrote, sent as well.")
     base: str | None = setting(None, "Id of the base model on the hub, for a base that the run names by a path of this machine.")
-    no_report: bool = setting(False, "Leave out report.html, which shows rows of the data.")
+    report: bool = setting(True, "Send report.html as well, which shows rows of the data.")
 
 
 @dataclass(frozen=True)

@@ -66,7 +66,7 @@ def _files(options: PushOptions, run: RunFolder) -> dict[str, Path | bytes]:
         files[options.gguf.name] = options.gguf
         certificate = _own(beside(options.gguf, CERTIFICATE))
         files[certificate.name] = certificate
-    if run.page.is_file() and not options.no_report:
+    if run.page.is_file() and options.report:
         files[REPORT] = _own(run.page)
     return _renamed(files, options, named_base(run))
 
