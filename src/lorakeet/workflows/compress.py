@@ -16,7 +16,6 @@ from typing import Any
 
 import torch
 from rich.console import Console
-from rich.table import Table
 from rich.text import Text
 
 from lorakeet.config import RunConfig, dump_yaml
@@ -68,6 +67,7 @@ from lorakeet.workflows.planning.rehearse_text import made_up_rows
 from lorakeet.workflows.runs.open_adapter import NAME, Opened, open_adapter
 from lorakeet.workflows.runs.output_paths import require_empty, writing
 from lorakeet.workflows.runs.residency import peak_said
+from lorakeet.workflows.runs.terminal import WholeTable
 
 SHARES = (0.75, 0.5, 0.375, 0.25, 0.1875, 0.125, 0.0625, 0.03125)  # of the pairs' parameters: the points of the curve
 COPIES = 6 + sum(SHARES)  # of the adapter: as read, its spectra, every cut, that of --to, one in the model, one from disk
@@ -432,7 +432,7 @@ def _report(evaluator: TextEvaluator, item: _Cut, curve: RankCurve, about: tuple
 
 
 def _show(curve: RankCurve, console: Console) -> None:
-    table = Table("adapter", f"gain, {curve.unit}", title="The rank curve", title_justify="left")
+    table = WholeTable("adapter", f"gain, {curve.unit}", title="The rank curve", title_justify="left")
     for found in curve.points[1].against_full:
         table.add_column(f"{metric_words(found.metric).title.lower()} − uncut")
     table.add_column("as good")

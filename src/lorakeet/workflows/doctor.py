@@ -249,10 +249,11 @@ def _hub(environment: Mapping[str, str]) -> Finding:
 
 
 def _print(checkup: Checkup, console: Console) -> None:
-    from rich.table import Table
     from rich.text import Text
 
-    table = Table(box=None, pad_edge=False)
+    from lorakeet.workflows.runs.terminal import WholeTable
+
+    table = WholeTable(box=None, pad_edge=False)
     for heading in ("", "What", "Found"):
         table.add_column(heading)
     for finding in checkup.findings:
@@ -260,7 +261,7 @@ def _print(checkup: Checkup, console: Console) -> None:
         table.add_row(mark, Text(finding.name), Text(finding.found))
     console.print(table)
     for device in dict.fromkeys(use.device for use in checkup.kernels):  # the tasks, the kernel of each, why not those before it
-        table = Table(box=None, pad_edge=False)
+        table = WholeTable(box=None, pad_edge=False)
         for heading in (f"Kernels ({device})", "Used", "Not used, since"):
             table.add_column(heading)
         for use in checkup.kernels:

@@ -9,7 +9,6 @@ from pathlib import Path
 from typing import Any
 
 from rich.console import Console
-from rich.table import Table
 from rich.text import Text
 from torch import Tensor, nn
 
@@ -46,6 +45,7 @@ from lorakeet.workflows.planning.check import MERGE_TOKENS, CheckSize, fit_check
 from lorakeet.workflows.runs.open_adapter import NAME, Opened, open_adapter
 from lorakeet.workflows.runs.output_paths import require_absent, require_place, writing, writing_certificate
 from lorakeet.workflows.runs.residency import peak_said, temporary_stores
+from lorakeet.workflows.runs.terminal import WholeTable
 from lorakeet.workflows.verification.merged_model import certify_combined, certify_merge, changes_of
 
 CERTIFICATE = "certificate.json"
@@ -301,7 +301,7 @@ def _combined(plan: Combination, console: Console) -> Combined:
 
 def show_matrices(found: Mapping[str, tuple[int, float]], console: Console) -> None:
     """A table of the rank and the relative error of each matrix."""
-    table = Table("matrix", "rank", "relative error", title="‖ΔW − B·A‖ / ‖ΔW‖", title_justify="left")
+    table = WholeTable("matrix", "rank", "relative error", title="‖ΔW − B·A‖ / ‖ΔW‖", title_justify="left")
     for path, (rank, error) in found.items():
         table.add_row(Text(path), str(rank), f"{error:.4f}")
     console.print(table)

@@ -16,7 +16,6 @@ from typing import Any
 
 import torch
 from rich.console import Console
-from rich.table import Table
 from rich.text import Text
 
 from lorakeet.config import RunConfig, dump_yaml
@@ -40,6 +39,7 @@ from lorakeet.workflows.finetuning.report import machine, versions
 from lorakeet.workflows.options import TuneOptions, non_default
 from lorakeet.workflows.runs.output_paths import folder_above, require_empty, writing
 from lorakeet.workflows.runs.search_space import QUICK_FACTORS, SearchPoint, plan_of_point, space_for
+from lorakeet.workflows.runs.terminal import WholeTable
 from lorakeet.workflows.tuning.confirm import Confirmation, confirm
 from lorakeet.workflows.tuning.pair_trials import PairTrials
 from lorakeet.workflows.tuning.trials import START, SearchBudget, SearchRows, Trial, Trials, groups_by_key
@@ -213,7 +213,7 @@ def _rows(setup: TextAssembly) -> SearchRows:
 
 def _show(search: Search, console: Console) -> None:
     columns = ("trial", "settings", "steps", search.measure, "− run file", "verdict")
-    table = Table(*columns, title="The search", title_justify="left")
+    table = WholeTable(*columns, title="The search", title_justify="left")
     for trial in search.trials:
         loss, against = trial.loss, trial.against_start
         cells = ["diverged" if loss is None else f"{loss.value:.4f} [{loss.low:.4f}, {loss.high:.4f}]"]

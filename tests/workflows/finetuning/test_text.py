@@ -179,7 +179,7 @@ def test_what_graphs_take_is_said_where_they_are_asked_for(config_folder: Path) 
     assert re.search(r"while it trains the run takes [\d.]+ [GM]iB more, for CUDA graphs", said["true"])
     assert "CUDA graphs" not in said["false"]
     _, narrow = planned(config_folder, "1MiB", settings={"train.cuda_graphs": "true"})
-    assert "finetune refuses it together with memory.budget" in narrow
+    assert "finetune refuses: train.cuda_graphs is true and memory.budget is given" in narrow
     refusal, _, advice = narrow.partition("It would take:")
     assert advice.strip() and "CUDA graphs" in refusal  # the list stands behind its sentence
 
@@ -187,11 +187,13 @@ def test_what_graphs_take_is_said_where_they_are_asked_for(config_folder: Path) 
 def test_a_budget_that_is_too_small_brings_advice_with_numbers(config_folder: Path) -> None:
     result, text = planned(config_folder, budget="64MB")
     assert result.to_mapping()["fits"] is False and "more than the budget" in text
+    assert result.exit_code == 2 and result.to_mapping()["refused"] == list(result.refused) != []
     assert result.streamed is None and result.least is not None and "finetune refuses: it needs at least" in text
     changes = {item.change for item in result.advice}
     assert {"--model.dtype bfloat16", "--model.quantize nf4", "--lora.target_modules attention"} <= changes
     assert all(item.peak < result.peak for item in result.advice if "bfloat16" in item.change or "nf4" in item.change)
     enough, text = planned(config_folder, budget="100TB")
+    assert enough.exit_code == 0 and enough.to_mapping()["refused"] == []
     assert enough.to_mapping()["fits"] is True and "less than the budget" in text and "this machine has" in text
 
 

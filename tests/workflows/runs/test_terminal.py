@@ -5,17 +5,21 @@ from __future__ import annotations
 import io
 import json
 import logging
+import random
+import re
 from pathlib import Path
 
 import pytest
+from rich import box
 from rich.live import Live
 from rich.table import Table
 from rich.text import Text
 
 from lorakeet.cli.main import main
 from lorakeet.errors import visible
-from lorakeet.workflows.runs.terminal import TerminalConsole, json_text
+from lorakeet.workflows.runs.terminal import TerminalConsole, WholeTable, json_text
 from lorakeet.workflows.serve import _Line
+from structure.tree import ROOT
 
 ATTACK = "\x1b]0;title\x07 \x1b[31mred\x1b[2J \x9b31m \x7f\x08 \x00 \ud800 é\tend\r\nnext"
 CONTROLS = {chr(number) for number in [*range(32), *range(127, 160)]} - {"\t", "\n"}
@@ -74,3 +78,49 @@ def test_a_line_of_the_server_s_log_is_one_line() -> None:
     record = logging.LogRecord("lorakeet.serve", logging.WARNING, "x", 1, "%s", ("a\nlevel=error b\x1b[31m\u2028c",), None)
     said = _Line().format(record)
     assert said.endswith("a\\nlevel=error b\\x1b[31m\\u2028c") and len(said.splitlines()) == 1
+
+
+NUMBER = re.compile(r"[+−-]?\d[\d,.]*%?")
+
+
+def printed(table: WholeTable, width: int) -> str:
+    file = io.StringIO()
+    TerminalConsole(file=file, width=width, markup=False).print(table)
+    return file.getvalue()
+
+
+@pytest.mark.parametrize("width", [40, 60, 80])
+def test_no_table_cuts_a_number(width: int) -> None:
+    """Tables of every shape: up to twelve columns of numbers, intervals, names and sentences."""
+    draw = random.Random(7)
+    for _ in range(150):
+        columns = draw.randint(1, 12)
+        heads, lines = (f"kind {column}" for column in range(columns)), draw.choice([None, box.ASCII])
+        table = WholeTable(*heads, title="Of 1,234,567 rows", box=lines)
+        numbers: list[str] = ["1,234,567"]
+        for _ in range(draw.randint(1, 4)):
+            cells = []
+            for _ in range(columns):
+                low = draw.uniform(-1, 1) * 10 ** draw.randint(0, 7)
+                sentence = f"adapter {low:.0f} is better than the base"
+                texts = (f"{low:,.2f}", f"{low:.4f} [{low - 1:.4f}, {low + 1:.4f}]", sentence, "")
+                cells.append(draw.choice(texts))
+            numbers += NUMBER.findall(" ".join(cells))
+            table.add_row(*map(Text, cells))
+        said = printed(table, width)
+        assert max(map(len, said.splitlines())) <= width
+        assert not set(numbers) - set(NUMBER.findall(said)), said
+
+
+def test_a_table_that_fits_is_a_table_and_one_that_does_not_is_lists() -> None:
+    table = WholeTable("system", "accuracy", "loss", box=None)
+    table.add_row("adapter", "0.8712 [0.8001, 0.9123]", "1.25")
+    assert printed(table, 60).splitlines()[1].split() == ["adapter", "0.8712", "[0.8001,", "0.9123]", "1.25"]
+    assert printed(table, 20).splitlines() == ["adapter", "  accuracy: 0.8712 ", "[0.8001, 0.9123]", "  loss: 1.25"]
+
+
+def test_every_table_of_numbers_is_whole() -> None:
+    """Replies of a chat, which are prose, are the only other tables."""
+    source = ROOT / "src" / "lorakeet"
+    users = {path.relative_to(source).as_posix() for path in source.rglob("*.py") if "rich.table" in path.read_text("utf-8")}
+    assert users == {"workflows/chat.py", "workflows/runs/terminal.py"}

@@ -16,7 +16,7 @@ from lorakeet.config import RunConfig
 from lorakeet.data.images.record import image_record
 from lorakeet.evaluate.certificate import Certificate
 from lorakeet.evaluate.report.report import Command, Leak, Report
-from lorakeet.memory.budget import Budget, larger_than_machine
+from lorakeet.memory.budget import Budget, enough_for, larger_than_machine
 from lorakeet.models.image.clip_scorer import load_scorer
 from lorakeet.models.image.from_config import shapes_of_images
 from lorakeet.models.placement import planned_on
@@ -82,10 +82,17 @@ class ImageRunKind(RunKind[ImageAssembly]):
             for change, last in ways(config):
                 if change:
                     advice.append(Advice(change, forecast_images(last, shapes, machine).peak))
+            kept = len(advice)
             advice += [Advice(change, found.peak) for change, found in changes_that_help(last, shapes, machine)]
+            least = min(result.peak, *(one.peak for one in advice[:kept]))
+            if least > result.bound.bytes and (budget or device.type == "cuda"):  # nothing else bounds a run on a CPU
+                refused = f"it needs at least {enough_for(least)}, one picture at a time and with checkpointing."
+                result = replace(result, refused=(refused,))
             result = replace(result, advice=tuple(advice))
         show_image_forecast(result.planned, console)
         show_peak(result, console)
+        for why in result.refused:
+            say(f"finetune refuses: {why}")
         show_advice(result, console)
         show_targets(planned.plan, remarks_before(planned.plan), console)
         return result

@@ -103,13 +103,21 @@ class Advice:
 
 @dataclass(frozen=True, kw_only=True)
 class PlanResult:
-    """The forecast of a run with its weights in memory; `advice` if it does not fit the budget, or what is free."""
+    """The forecast of a run with its weights in memory; `advice` if it does not fit the budget, or what is free.
+
+    `refused`: why `lorakeet finetune` would not start the run; the command then ends with exit code 2.
+    """
 
     config: RunConfig
     device: torch.device
     planned: Any  # a MemoryPlan with the plan of the pairs and the work of a micro-batch
     advice: tuple[Advice, ...] = ()
     free: Budget = NO_BOUND  # on the machine that it is planned for, where one was named
+    refused: tuple[str, ...] = ()
+
+    @property
+    def exit_code(self) -> int:
+        return 2 if self.refused else 0
 
     @property
     def later_commands(self) -> tuple[str, ...]:
@@ -141,6 +149,7 @@ class PlanResult:
             "peak": self.peak,
             "budget": self.budget.limit,
             "fits": self.peak <= self.budget.bytes if self.budget else None,
+            "refused": list(self.refused),
             "speed": asdict(self.planned.work),
             **({"machine": {"name": self.free.free, "bytes": self.free.bytes}} if self.free else {}),
         }

@@ -8,7 +8,6 @@ from typing import TYPE_CHECKING
 
 from rich.console import Console
 from rich.progress import Progress as Bar
-from rich.table import Table
 from rich.text import Text
 
 from lorakeet.core.plan import Plan
@@ -27,6 +26,7 @@ from lorakeet.ranks.allocate import pair_parameters
 from lorakeet.train.preference_spec import KTO
 from lorakeet.workflows.finetuning.trained_targets import STAYED, target_rows
 from lorakeet.workflows.runs.remarks import remarks_on
+from lorakeet.workflows.runs.terminal import WholeTable
 
 if TYPE_CHECKING:  # a run imports the modules of its own kind only
     from lorakeet.data.images.split import ImageDataset
@@ -120,7 +120,7 @@ def _show_rows_of_targets(rows: Sequence[TargetRow], remarks: Iterable[str], con
         return
     moved = ("moved",) if any(row.moved is not None for row in shown) else ()
     columns = ("module", "tensors", "pairs", *moved, "remarks")
-    table = Table(title="Targets by kind of module", title_justify="left", box=None, padding=(0, 1, 0, 0))
+    table = WholeTable(title="Targets by kind of module", title_justify="left", box=None, padding=(0, 1, 0, 0))
     for column in columns:
         table.add_column(column, justify="right" if column in ("tensors", "pairs", "moved") else "left")
     for row in shown:
@@ -136,7 +136,7 @@ def _show_counts(name: str, data: Dataset | ImageDataset, console: Console) -> N
 
 
 def _show_plan(columns: tuple[str, str], rows: Iterable[tuple[str, ...]], plan: Plan, console: Console) -> None:
-    table = Table(*columns, "rank", "scale", "parameters", title="Plan", title_justify="left")
+    table = WholeTable(*columns, "rank", "scale", "parameters", title="Plan", title_justify="left")
     for row in rows:
         table.add_row(*(Text(cell) for cell in row))
     console.print(table)
@@ -149,12 +149,13 @@ def show_results(report: Report, console: Console) -> None:
     names = [name for name in METRIC_WORDS if name in found] + sorted(found - METRIC_WORDS.keys())
     if any(name in SCORES for name in names):
         names = [name for name in names if name in (report.comparisons[0].metric, "exact_match", "chrf", "cut_off", "loss")]
-    table = Table("", *(metric_words(name).title for name in names), title=Text(report.subtitle), title_justify="left")
+    table = WholeTable("", *(metric_words(name).title for name in names), title=Text(report.subtitle), title_justify="left")
     for system in report.systems:
         cells = (_cell(system.metrics.get(name), metric_words(name).digits) for name in names)
         table.add_row(system.name, *cells, style="bold" if system.role == "adapter" else "")
     console.print(table)
-    differences = Table("difference", "metric", "value", "p", "verdict", title="Paired, on the same rows", title_justify="left")
+    columns = ("difference", "metric", "value", "p", "verdict")
+    differences = WholeTable(*columns, title="Paired, on the same rows", title_justify="left")
     for item in report.comparisons:
         words, diff = metric_words(item.metric), item.difference
         value = f"{signed(diff.value)} [{signed(diff.low)}, {signed(diff.high)}]"
@@ -224,16 +225,16 @@ def show_advice(result: PlanResult, console: Console, hows: tuple[str, str] = ("
         console.print(f"  {item.change}: {bytes_text(item.peak)}{hows[item.streamed]}, {fits}", soft_wrap=True)
 
 
-def memory_table(forecast: Forecast, device: str | None = None) -> Table:
-    """A table of the bytes at the peak of each phase, by kind: of the process, or on a CUDA `device`; within 80 columns."""
+def memory_table(forecast: Forecast, device: str | None = None) -> WholeTable:
+    """A table of the bytes at the peak of each phase, by kind: of the process, or on a CUDA `device`."""
     shown = [kind for kind in KINDS if any(kind in phase.kinds for phase in forecast.phases)]
     unit, size, digits = ("GiB", 1 << 30, 2) if forecast.peak.bytes >= 1 << 30 else ("MiB", 1 << 20, 1)
     where, keeper = (f"on {device}", "torch's allocator") if device else ("of the process", "the C library")
     title = f"Memory {where} at the peak of each phase, in {unit}"
     caption = f"saved: activations kept for the backward pass; alloc.: freed memory that {keeper} keeps"
-    table = Table(title=title, caption=caption, title_justify="left", caption_justify="left", box=None, padding=(0, 1, 0, 0))
+    table = WholeTable(title=title, caption=caption, title_justify="left", caption_justify="left", box=None, padding=(0, 1, 0, 0))
     for column in ("phase", *shown, "all"):
-        table.add_column(_HEADINGS.get(column, column), justify="left" if column == "phase" else "right", no_wrap=True)
+        table.add_column(_HEADINGS.get(column, column), justify="left" if column == "phase" else "right")
     for phase in forecast.phases:
         cells = [f"{phase.kinds[kind] / size:.{digits}f}" if kind in phase.kinds else "" for kind in shown]
         table.add_row(phase.name, *cells, Text(f"{phase.bytes / size:.{digits}f}", style="bold"))

@@ -165,8 +165,7 @@ def _within_bound(result: TextPlanResult, run: TextRun, planned: TextRunPlan, co
     config, precision, bound = result.config, result.precision, result.bound
     choice = choose(run, bound)
     if choice.why_no_more and not choice.fits:
-        console.print(f"finetune refuses: {too_small_text(run, choice, bound)}", soft_wrap=True)
-        return result
+        return dataclasses.replace(result, refused=(*result.refused, too_small_text(run, choice, bound)))
     if choice.fits:
         way, plan = choice.way, choice.plan
         whole = dataclasses.replace(plan, forecast=with_later(plan.forecast, result.later))
@@ -184,7 +183,9 @@ def _within_bound(result: TextPlanResult, run: TextRun, planned: TextRunPlan, co
         return TextRun(other, run.workload, console.print, run.model).plan(LEAST).peak
 
     advice = text_advice(config, precision, planned, forecast, least, bound)
-    return dataclasses.replace(result, least=run.plan(LEAST).peak, advice=advice)
+    peak = run.plan(LEAST).peak
+    refused = f"it needs at least {enough_for(min(peak, result.peak))}, with its blocks streamed from disk."
+    return dataclasses.replace(result, least=peak, advice=advice, refused=(*result.refused, refused))
 
 
 def _with_unpacking(planned: TextRunPlan, config: RunConfig, precision: Precision) -> TextRunPlan:
@@ -212,15 +213,8 @@ def _show(result: TextPlanResult, console: Console) -> None:
     say(f"{trained}; micro-batches of {rows.words}, planned as if all were targets.")
     show_peak(result, console, " with its weights in memory")
     if config.train.cuda_graphs:
-        also = " finetune refuses it together with memory.budget." if result.budget else ""
         more = bytes_text(result.graphs)
-        say(f"train.cuda_graphs is true: while it trains the run takes {more} more, for CUDA graphs and their comparison.{also}")
-    if result.unpacks_too_much:
-        say(
-            f"finetune refuses: unpacking {config.model.path}, which is done once, takes "
-            f"{bytes_text(planned.forecast.phases[0].bytes)}. Raise the budget, or run once without it: later runs read the "
-            "unpacked copy."
-        )
+        say(f"train.cuda_graphs is true: while it trains the run takes {more} more, for CUDA graphs and their comparison.")
     if result.streamed is not None:
         plan, how = result.streamed.choice.plan, result.streamed.words
         console.print(memory_table(plan.forecast, device))
@@ -229,9 +223,10 @@ def _show(result: TextPlanResult, console: Console) -> None:
         say(f"{when} {kept}: {bytes_text(plan.peak)} (the table above), {how}.")
         if result.host_memory:
             say(result.host_memory)
-    if result.least is not None:
-        least = enough_for(min(result.least, result.peak))
-        say(f"finetune refuses: it needs at least {least}, with its blocks streamed from disk. It would take:")
+    for why in result.refused:
+        say(f"finetune refuses: {why}", markup=False)
+    if result.advice:
+        say("It would take:")
     show_advice(result, console, (" with weights in memory", " streamed"))
     for phase in result.later:
         if phase.bytes > result.budget.bytes:
@@ -246,12 +241,23 @@ def _show(result: TextPlanResult, console: Console) -> None:
         )
 
 
-def _show_choice(run: TextRun, free: Budget, say: Callable[[str], None]) -> None:
-    """Says how the run fits into what is `free` on its device, or that it is refused."""
-    try:
-        fit_free(run, free, say)
-    except ConfigError as error:
-        say(f"finetune refuses: {error}")
+def _refusals(result: TextPlanResult, run: TextRun, free: Budget, say: Callable[[str], None]) -> Iterator[str]:
+    """Why a run would not start, whatever its blocks; says how it fits into what is `free` on a device that is here."""
+    if run.workload.refused:
+        yield run.workload.refused
+    if result.config.train.cuda_graphs and result.budget:
+        yield "train.cuda_graphs is true and memory.budget is given; leave one of them out."
+    if result.unpacks_too_much:
+        size = bytes_text(result.planned.forecast.phases[0].bytes)
+        yield (
+            f"unpacking {result.config.model.path}, which is done once, takes {size}. Raise the budget, or run once without it: "
+            "later runs read the unpacked copy."
+        )
+    if free:
+        try:
+            fit_free(run, free, say)
+        except ConfigError as error:
+            yield str(error)
 
 
 def _speed_text(result: TextPlanResult) -> str:
@@ -365,12 +371,13 @@ class TextRunKind(RunKind[TextAssembly]):
         )  # fmt: skip
         if watch is not None:
             watch(result)
+        said = partial(console.print, markup=False, soft_wrap=True)
+        refused = _refusals(result, run, free_memory(precision.device) if here else NO_BOUND, said)
+        result = dataclasses.replace(result, refused=tuple(refused))
         if planned.peak > result.bound.bytes:
             with planning_within(SECONDS_BESIDE) if free else nullcontext():
                 result = _within_bound(result, run, planned, console)
         _show(result, console)
-        if here:
-            _show_choice(run, free_memory(precision.device), partial(console.print, markup=False, soft_wrap=True))
         show_targets(planned.plan, (*remarks_before(planned.plan), *remarks_of_peft(model_config, planned.plan)), console)
         return result
 

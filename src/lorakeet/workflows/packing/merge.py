@@ -15,7 +15,6 @@ from typing import cast
 import torch
 from rich.console import Console
 from rich.progress import Progress as Bar
-from rich.table import Table
 from torch import nn
 
 from lorakeet.data.chat import Encoder, Example
@@ -54,6 +53,7 @@ from lorakeet.workflows.planning.packed_merge import PackedMergeJob, calibration
 from lorakeet.workflows.runs.open_adapter import NAME, Opened
 from lorakeet.workflows.runs.output_paths import writing_certificate
 from lorakeet.workflows.runs.residency import peak_said, require_planned_attention, stream_closed, temporary_stores
+from lorakeet.workflows.runs.terminal import WholeTable
 
 CERTIFICATE = "certificate.json"
 MICRO_TOKENS = 4096  # through the model at once, without gradients; every packed layer is unpacked once for them
@@ -88,7 +88,7 @@ def merge_packed(
     opened = fit_packed_merge(job, out, console)
     with temporary_stores(opened.residency), peak_said(opened.residency, console):
         solved, shares = _written(Merging(opened, dataset, layout, options, console), out)
-    table = Table("way", "share of the held-out gain", title="What survives of the adapter", title_justify="left")
+    table = WholeTable("way", "share of the held-out gain", title="What survives of the adapter", title_justify="left")
     for system, share in shares.items():
         table.add_row(system, str(share))
     console.print(table)

@@ -116,18 +116,18 @@ def workload_of_files(config: RunConfig, model_config: Any, say: Say) -> Workloa
     keys = _keys(config, source)
     for key in keys:
         if (found := recall(key)) is not None and (key == keys[1] or found[1] <= data.max_tokens):
-            labelled, longest, train_lengths, characters, said = found
+            labelled, longest, train_lengths, characters, said, refused = found
             for line in said:
                 say(line)
             given = partial(lengths_of, longest, train_lengths, config.train.sequences)
-            return Workload(labelled, characters, lengths=given, absent=True)
+            return Workload(labelled, characters, lengths=given, absent=True, refused=refused)
     names, objective = (name for name in (data.train, data.held_out, data.test) if name), config.train.objective
     notes: list[str] = []
     train, *others = (
         rows_for(read_rows(name, data, notes, objective), objective, name, trained=name == data.train) for name in names
     )
     labels, said = find_labels(train, data), list[str]()
-    _say_of_rows(config, (train, *others), labels, notes, said.append)
+    refused = _say_of_rows(config, (train, *others), labels, notes, said.append)
     for line in said:
         say(line)
     encoded = EncodedRows(config, (train, *others), labels, say, (model_config, source))
@@ -137,10 +137,10 @@ def workload_of_files(config: RunConfig, model_config: Any, say: Say) -> Workloa
         longest, rows = encoded.measured()
         key = keys[longest >= encoded.config.data.max_tokens] if keys else None
         if key is not None and recall(key) is None:
-            keep(key, (workload.labelled, longest, rows, workload.characters, said))
+            keep(key, (workload.labelled, longest, rows, workload.characters, said, refused))
         return lengths_of(longest, rows, config.train.sequences)
 
-    return replace(workload, lengths=lengths)
+    return replace(workload, lengths=lengths, refused=refused)
 
 
 def _keys(config: RunConfig, source: Path) -> tuple[str, ...]:
@@ -159,19 +159,20 @@ def _keys(config: RunConfig, source: Path) -> tuple[str, ...]:
 
 def _say_of_rows(
     config: RunConfig, rows: Sequence[Sequence[Row]], labels: Sequence[str], notes: Sequence[str], say: Say
-) -> None:
-    """Says what a dry run says of rows, labels and the measurement; copies are not searched."""
+) -> str:
+    """Says what a dry run says of rows, labels and the measurement, without a search for copies; returns why a run would stop."""
     data, train = config.data, rows[0]
     counts = label_counts([row for part in rows for row in part], labels)
     known = train, labels, doubtful_labels(counts)
+    refused = ""
     try:
         measured = len(rows[-1]) if data.test or data.held_out else len(split_rows(train, data).held_out)
-    except DataError as error:  # which a run would refuse
-        say(f"finetune refuses: {error}")
-        measured = 0
+    except DataError as error:
+        refused, measured = str(error), 0
     remarks = remarks_of(known, measured, data, tested=bool(data.test), few_shot=config.evaluate.examples > 0)
     for line in (*notes, *label_notes(counts), *(remark.words for remark in remarks)):
         say(line)
+    return refused
 
 
 def _tokenizer_folder(config: RunConfig, say: Say) -> Path | None:

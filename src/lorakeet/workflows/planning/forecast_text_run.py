@@ -229,6 +229,7 @@ class Workload:
 
     Rows without labels are answered in words. `lengths` encodes the rows, in memory from then on; `absent`: an earlier process
     has. For a search also how many adapters are in training at once, and the pairs of the largest, if they are not the run's.
+    `refused`: why no run starts with these rows.
     """
 
     labelled: bool | None = None
@@ -237,6 +238,7 @@ class Workload:
     lora: LoraSpec | None = None
     lengths: Callable[[], RowLengths] | None = None
     absent: bool = False
+    refused: str = ""
 
     def floors(self, config: RunConfig, *, on_gpu: bool) -> int:
         """Bytes of the simple baselines: SciPy, and the terms of the rows' characters. Nothing on a GPU."""

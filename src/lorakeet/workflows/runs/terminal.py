@@ -1,4 +1,4 @@
-"""What is written to a terminal: texts of strangers carry no escape sequences to it."""
+"""What is written to a terminal: texts of strangers carry no escape sequences to it, and tables cut no number."""
 
 from __future__ import annotations
 
@@ -6,11 +6,15 @@ import json
 from collections.abc import Iterable
 from typing import Any
 
-from rich.console import Console, ConsoleOptions, RenderableType
+from rich.console import Console, ConsoleOptions, RenderableType, RenderResult
+from rich.measure import Measurement
 from rich.segment import Segment
+from rich.table import Table
 from rich.text import Text
 
 from lorakeet.errors import visible
+
+_LONGEST = 32  # characters of a word that stays whole; longer ones, such as paths, are no numbers
 
 
 class TerminalConsole(Console):
@@ -31,3 +35,40 @@ class TerminalConsole(Console):
 def json_text(value: Any, *, indent: int | None = None) -> str:
     """`value` as JSON that a terminal shows and changes nothing by: what JSON itself does not escape is escaped too."""
     return visible(json.dumps(value, ensure_ascii=False, indent=indent), "\\u{:04x}")
+
+
+class WholeTable(Table):
+    """A table whose columns are never narrower than their words. Where that is too wide, each row is a list, a line a cell."""
+
+    def __rich_console__(self, console: Console, options: ConsoleOptions) -> RenderResult:
+        wide = options.update(width=10_000)
+        sizes = [[Measurement.get(console, wide, cell) for cell in (column.header, *column.cells)] for column in self.columns]
+        widths = [max(size.maximum for size in column) for column in sizes]
+        least = [min(width, max(min(size.minimum, _LONGEST) for size in column))
+                 for width, column in zip(widths, sizes, strict=True)]  # fmt: skip
+        room = options.max_width - (Measurement.get(console, wide, self).maximum - sum(widths))  # beside borders and padding
+        if sum(least) > room:
+            yield from self._lists(console)
+            return
+        while sum(widths) > room:
+            widest = max((index for index, width in enumerate(widths) if width > least[index]), key=widths.__getitem__)
+            widths[widest] -= 1
+        for column, width in zip(self.columns, widths, strict=True):
+            column.width = width
+        yield from super().__rich_console__(console, options)
+        for column in self.columns:
+            column.width = None
+
+    def _lists(self, console: Console) -> RenderResult:
+        def text(cell: RenderableType) -> Text:
+            return cell if isinstance(cell, Text) else console.render_str(str(cell))
+
+        heads = [text(column.header) for column in self.columns]
+        yield from (text(part) for part in (self.title,) if part)
+        for row, cells in zip(self.rows, zip(*(column.cells for column in self.columns), strict=True), strict=True):
+            first, *others = map(text, cells)
+            yield Text.assemble(first, style=row.style or "")
+            for head, cell in zip(heads[1:], others, strict=True):
+                if cell:
+                    yield Text.assemble("  ", head, ": " if head else "", cell, style=row.style or "")
+        yield from (text(part) for part in (self.caption,) if part)
