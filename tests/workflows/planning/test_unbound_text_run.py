@@ -23,7 +23,6 @@ from lorakeet.models.text.cuda_graphs import MOST_SHAPES
 from lorakeet.train.processes import Processes
 from lorakeet.workflows.finetuning import assemble_text
 from lorakeet.workflows.finetuning import text as text_kind
-from lorakeet.workflows.finetuning.kind import PlanResult
 from lorakeet.workflows.planning import rehearse_text, text_run, unbound_text_run
 from lorakeet.workflows.planning.fit import choose
 from lorakeet.workflows.planning.forecast_text_run import CERTIFY, RowLengths, Workload
@@ -254,7 +253,10 @@ def test_a_gpu_that_torch_does_not_use_is_said_before_training(
 def test_a_plan_says_how_a_run_fits_the_card_that_is_here_or_that_it_is_refused(config: Callable[..., RunConfig]) -> None:
     settings = config()
     work, said = UnboundTextRun(settings, ROWS, print), list[str]()
-    result = PlanResult(config=settings, device=torch.device("cpu"), planned=None)
+    precision, planned = text_run.precision_of(settings), work.plan(RESIDENT)
+    result = text_kind.TextPlanResult(
+        config=settings, device=precision.device, planned=planned, precision=precision, speed=None
+    )
     sizes = Budget(1 << 40, "1 TiB", "cuda:0"), Budget(CONTEXT, "512 MiB", "cuda:0")
     fitting, [refused] = (list(text_kind._refusals(result, work, free, said.append)) for free in sizes)
     assert "planned of 1 TiB free on cuda:0 for this run" in said[0] and fitting == []

@@ -46,11 +46,11 @@ class WholeTable(Table):
         widths = [max(size.maximum for size in column) for column in sizes]
         least = [min(width, max(min(size.minimum, _LONGEST) for size in column))
                  for width, column in zip(widths, sizes, strict=True)]  # fmt: skip
-        room = options.max_width - (Measurement.get(console, wide, self).maximum - sum(widths))  # beside borders and padding
-        if sum(least) > room:
+        most = options.max_width - (Measurement.get(console, wide, self).maximum - sum(widths))  # beside borders and padding
+        if sum(least) > most:
             yield from self._lists(console)
             return
-        while sum(widths) > room:
+        while sum(widths) > most:
             widest = max((index for index, width in enumerate(widths) if width > least[index]), key=widths.__getitem__)
             widths[widest] -= 1
         for column, width in zip(self.columns, widths, strict=True):
