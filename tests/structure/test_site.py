@@ -62,7 +62,7 @@ def test_the_page_of_commands_is_up_to_date() -> None:
     made = runpy.run_path(str(ROOT / "docs" / "generate_commands.py"))
     text = (ROOT / "docs" / "reference" / "commands.md").read_text(encoding="utf-8")
     assert text == made["page"](), "run: make docs"
-    assert "## `finetune`" in text and "| `--dry-run` |" in text and "--lora.rank N" not in text
+    assert "## `finetune`" in text and "| `--dry-run / --no-dry-run` |" in text and "--lora.rank N" not in text
 
 
 def test_the_page_of_the_python_api_has_every_name() -> None:
