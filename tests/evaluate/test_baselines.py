@@ -12,7 +12,7 @@ import pytest
 
 from lorakeet.errors import DataError
 from lorakeet.evaluate.answers import measure
-from lorakeet.evaluate.baselines import constant_answer, majority_class, nearest_answers, tfidf_logistic
+from lorakeet.evaluate.baselines import MEDIAN, constant_answer, majority_class, median_answer, nearest_answers, tfidf_logistic
 from lorakeet.evaluate.replies import Replies
 from lorakeet.evaluate.spec import EvaluateSpec
 
@@ -150,6 +150,16 @@ def test_copied_answers() -> None:
     constant = constant_answer(answers, like=like)
     assert constant.texts == ("A00",) * 3 and "2 of 3" in constant.note
     assert nearest_answers(["", " "], ["a", "b"], ["x", "y", "z"], like=like).texts == ("a", "a", "a")
+
+
+def test_the_median_answer_is_a_floor_of_numbers_and_scales() -> None:
+    prices = ("12.50", "3.99", "100.25")
+    found = median_answer(prices, like=Replies("base", ("", ""), ("10.50", "20.75"), known=prices))
+    assert found is not None and found.system == MEDIAN and found.texts == ("12.50",) * 2
+    stars = ("1 star", "3 stars", "2 stars") * 5
+    scored = median_answer(stars, like=Replies("base", ("",), ("3 stars",), known=stars))
+    assert scored is not None and scored.texts == ("2 stars",)
+    assert median_answer(("a", "b"), like=Replies("base", ("",), ("a",), known=("a", "b"))) is None
 
 
 def test_embeddings_are_the_baseline_where_they_answer_more_training_rows_right() -> None:

@@ -11,6 +11,7 @@ from rouge_score.rouge_scorer import RougeScorer
 
 from lorakeet.errors import DataError
 from lorakeet.evaluate import replies as scoring
+from lorakeet.evaluate.reading.conventions import conventions_of
 from lorakeet.evaluate.replies import SCORES, Replies, compare_replies, main_metric, measure_replies, metrics_shown, repeats
 from lorakeet.evaluate.spec import EvaluateSpec
 
@@ -77,7 +78,8 @@ def test_every_metric_is_a_share_and_full_for_the_reference_itself(name: str, re
     ],
 )
 def test_the_references_decide_the_main_metric(references: list[str], expected: str) -> None:
-    assert main_metric(references) == expected and metrics_shown(expected)[0] == expected
+    how = conventions_of(tuple(references))
+    assert main_metric(how) == expected and metrics_shown(expected, how)[0] == expected
 
 
 def test_replies_that_went_wrong_are_counted() -> None:

@@ -1,11 +1,14 @@
 from __future__ import annotations
 
+import numpy as np
 import pytest
 
-from lorakeet.evaluate.baselines import MAJORITY, TFIDF
-from lorakeet.evaluate.compare import Comparison, Verdict
+from lorakeet.evaluate.baselines import CONSTANT, MAJORITY, MEDIAN, NEAREST, TFIDF
+from lorakeet.evaluate.compare import Comparison, Verdict, paired_verdict
 from lorakeet.evaluate.intervals import Estimate
-from lorakeet.evaluate.verdict import noted, verdict_of
+from lorakeet.evaluate.replies import SHOWN
+from lorakeet.evaluate.verdict import OF_ANSWERS, WITHOUT_MODEL, noted, verdict_of
+from lorakeet.evaluate.wording import metric_words, signed
 
 
 def comparison(right: str, verdict: Verdict, value: float, *, metric: str = "accuracy") -> Comparison:
@@ -106,3 +109,61 @@ def test_a_format_that_was_learnt_is_said_where_no_reply_is_right() -> None:
     assert found.sentence.endswith(
         "It gains +0.930 valid JSON (+0.890 to +0.970), and +0.590 chrF (+0.550 to +0.630)."
     ), found.sentence
+
+
+def tables(seed: int, count: int) -> list[list[Comparison]]:
+    """Made-up tables of every kind of metrics: each pair of a metric and a rival is better, worse or level at random."""
+    generator, found = np.random.default_rng(seed), []
+    kinds = [*((*names, "loss") for names in SHOWN.values()), ("accuracy", "macro_f1", "log_loss"), ("mine.py:score", "chrf")]
+    for _ in range(count):
+        metrics = kinds[generator.integers(len(kinds))]
+        rivals = ["base", *generator.permutation(["few-shot base", NEAREST, CONSTANT, MEDIAN, TFIDF, MAJORITY])[:3]]
+        table = []
+        for metric in metrics:
+            for rival in rivals if metric != "loss" else rivals[:1]:
+                value, reach, higher = generator.normal(), 1.5 * generator.random(), metric_words(metric).higher_is_better
+                difference = Estimate(value, value - reach, value + reach, 64, "made up")
+                verdict = paired_verdict(difference, higher_is_better=higher)
+                table.append(Comparison("adapter", str(rival), metric, difference, 0.5, "made up", higher, verdict))
+        found.append(table)
+    return found
+
+
+def test_no_sentence_contradicts_its_own_table() -> None:
+    """"No better answers are shown … may do as well" stood beside a token F1 of 0.938 against 0.573 in the same table."""
+    said = dict.fromkeys(("No better answers", "The answers are worse", "may do as well", "needs no language", "alone: "), 0)
+    for table in tables(seed=0, count=4000):
+        found = verdict_of(table)
+        assert found is not None
+        sentence, main = found.sentence, table[0].metric
+        of_base = {one.metric: one for one in table if one.right == "base"}
+        elsewhere = {one.verdict for one in of_base.values() if one.metric in OF_ANSWERS - {main}}
+        for words in said:
+            said[words] += words in sentence
+        if "No better answers" in sentence or "The answers are worse" in sentence:
+            assert of_base[main].verdict != "better" and "better" not in elsewhere
+        if "may do as well" in sentence or "needs no language model" in sentence:
+            named = [one for one in table if one.metric == main and one.right in WITHOUT_MODEL and _ends(one) in sentence]
+            level = next(one for one in named if one.verdict != "better")
+            assert not [one for one in table if one.right == level.right and one.verdict == "better"], sentence
+        if found.tone == "better":
+            assert of_base[main].verdict == "better" and "worse" not in elsewhere
+        if found.tone == "worse":
+            assert of_base[main].verdict == "worse"
+        if of_base[main].verdict != "better" and "better" in elsewhere:
+            assert " gains " in sentence or "It is better by" in sentence
+        if of_base[main].verdict == "better" and "worse" in elsewhere:
+            assert "But it is worse by" in sentence and found.tone == "mixed"
+        for phrase in found.phrases:  # each number is one of the table, and names its metric where others say something else
+            stated = [one for one in table if phrase.interval.endswith(_ends(one))]
+            stated = [one for one in stated if signed(one.difference.value) in phrase.text]
+            assert bool(stated) == bool(phrase.interval), phrase
+            for one in stated[:1]:
+                others = {other.verdict for other in table if other.right == one.right and other.metric in OF_ANSWERS}
+                if others & {"better": {"worse"}, "worse": {"better"}}.get(one.verdict, {"better", "worse"}):
+                    assert metric_words(one.metric).inline in phrase.text, (phrase, sentence)
+    assert min(said.values()) >= 20, said
+
+
+def _ends(one: Comparison) -> str:
+    return f"{signed(one.difference.low)} to {signed(one.difference.high)}"

@@ -21,6 +21,7 @@ TFIDF = "TF-IDF + logistic regression"
 EMBEDDED = "sentence embeddings + logistic regression"
 NEAREST = "nearest training answer"
 CONSTANT = "constant answer"
+MEDIAN = "median training answer"
 
 Embed = Callable[[Sequence[str]], Floats]  # texts to vectors (texts, width)
 WORDS, LETTERS, EMBEDDINGS = "words", "characters", "embeddings"
@@ -196,8 +197,22 @@ def constant_answer(train_answers: Sequence[str], *, like: Replies) -> Replies:
     return _copied(CONSTANT, [answer] * len(like.references), like, f"{answer!r:.60}, which {count} of {len(train_answers)} have")
 
 
+def median_answer(train_answers: Sequence[str], *, like: Replies) -> Replies | None:
+    """The training answer with the median number as the reply to every prompt: no constant has less absolute error.
+
+    None where answers are not read as numbers, or as labels of a scale.
+    """
+    if (how := like.how).kind not in ("numbers", "ordered labels"):
+        return None
+    found = sorted((number, text) for text in train_answers if (number := how.number(text)) is not None)
+    if not found:
+        return None
+    text = found[(len(found) - 1) // 2][1]
+    return _copied(MEDIAN, [text] * len(like.references), like, f"{text!r:.60}, of {len(found)} training answers")
+
+
 def _copied(system: str, texts: Sequence[str], like: Replies, note: str) -> Replies:
-    return Replies(system, tuple(texts), like.references, (), like.groups, note)
+    return Replies(system, tuple(texts), like.references, (), like.groups, note, like.known, like.scale)
 
 
 def _frequencies(train_labels: Sequence[str], labels: Sequence[str]) -> Floats:

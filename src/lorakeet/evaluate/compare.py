@@ -100,18 +100,33 @@ def compare_values(
     spec: EvaluateSpec,
     *,
     groups: Sequence[Hashable] | None = None,
+    higher_is_better: bool = True,
 ) -> Comparison:
-    """The paired difference of the mean of a metric, higher is better, between two systems' values (n,) on the same rows.
+    """The paired difference of the mean of a metric between two systems' values (n,) on the same rows.
 
-    Values of 0 and 1 alone have McNemar's test (over groups: randomisation), others have randomisation.
+    Values of 0 and 1 alone, wrong and right, have McNemar's test (over groups: randomisation), others have randomisation.
     """
     left, right = values
     gap, paired = left - right, None
-    if np.isin(left, (0.0, 1.0)).all() and np.isin(right, (0.0, 1.0)).all():
+    if higher_is_better and np.isin(left, (0.0, 1.0)).all() and np.isin(right, (0.0, 1.0)).all():
         counts = (left == 1) & (right == 1), (left == 1) & (right == 0), (left == 0) & (right == 1), (left == 0) & (right == 0)
         paired = Paired(*(int(np.sum(each)) for each in counts))
     tested = _tested(paired, lambda weights: (weights @ gap) / weights.sum(axis=1), len(left), spec, groups)
-    return _comparison(systems, metric, tested, higher_is_better=True, paired=paired)
+    return _comparison(systems, metric, tested, higher_is_better=higher_is_better, paired=paired)
+
+
+def compare_statistics(
+    systems: tuple[str, str],
+    metric: str,
+    statistics: tuple[Statistic, Statistic],
+    n: int,
+    spec: EvaluateSpec,
+    *,
+    groups: Sequence[Hashable] | None = None,
+) -> Comparison:
+    """The paired difference in a metric of all n rows together, higher is better, by randomisation."""
+    tested = _tested(None, _minus(*statistics), n, spec, groups)
+    return _comparison(systems, metric, tested, higher_is_better=True)
 
 
 def holm(

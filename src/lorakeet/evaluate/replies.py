@@ -2,34 +2,29 @@
 
 from __future__ import annotations
 
-import json
 import re
-import unicodedata
 from collections import Counter
 from collections.abc import Callable, Hashable, Sequence
 from dataclasses import dataclass, field
+from functools import cached_property
 from typing import Any
 
 import numpy as np
-import regex
 
 from lorakeet.errors import DataError
-from lorakeet.evaluate.compare import Comparison, compare_values
-from lorakeet.evaluate.intervals import Estimate, Floats, mean, share
+from lorakeet.evaluate.compare import Comparison, compare_statistics, compare_values
+from lorakeet.evaluate.intervals import Estimate, Floats, Statistic, bootstrap, mean, share
 from lorakeet.evaluate.overlaps import chrf, common_length
+from lorakeet.evaluate.reading.conventions import Conventions, Kind, conventions_of, json_of
+from lorakeet.evaluate.reading.ordered import quadratic_kappa, rank_correlation
+from lorakeet.evaluate.reading.texts import unspaced_letters, words
 from lorakeet.evaluate.spec import EvaluateSpec
+from lorakeet.evaluate.wording import metric_words
 
 Score = Callable[[str, str], float]  # of a reply against its reference
 
-SHORT = 8  # words: references of at most so many, by their median, must be matched; longer ones are compared by chrF
-NEARLY_ALL = 0.9  # of the references are JSON, or numbers: then replies are compared as such
 REPEATED = 3  # times that a run of REPEAT_WORDS words stands in a reply that repeats itself
 REPEAT_WORDS = 4
-_SIGN = r"[\p{L}\p{M}\p{N}]"
-_LETTER = regex.compile(_SIGN)
-_WORD = regex.compile(rf"(?<!{_SIGN})[-−](?=\p{{N}}){_SIGN}+|{_SIGN}+(?:['’]{_SIGN}+)*|[^\s\p{{L}}\p{{M}}\p{{N}}]")
-_UNSPACED = re.compile(r"([\u0e00-\u0eff\u1000-\u109f\u1780-\u17ff\u3040-\u30ff\u3400-\u4dbf\u4e00-\u9fff\uf900-\ufaff])")
-_NUMBER = re.compile(r"(?:(?<![\w.])[-+−])?(?:\d[\d,]*(?:\.\d+)?|\.\d+)(?:[eE][-+]?\d+)?")
 _REFUSAL = re.compile(
     r"^\W*(?:i['’]?m sorry|i am sorry|sorry, (?:but )?i|i (?:can(?:no|['’])t|am (?:unable|not able)|won['’]t)|as an ai\b)", re.I
 )
@@ -39,7 +34,8 @@ _REFUSAL = re.compile(
 class Replies:
     """One system's replies to prompts, in the order of their references. `cut` (n,) marks those that reached the token limit.
 
-    `groups` (n,) are ids of dependent rows; `note` tells the reader about the system.
+    `groups` (n,) are ids of dependent rows; `note` tells the reader about the system. `known` are answers of training rows, and
+    `scale` ordered labels: with the references they say how replies are read.
     """
 
     system: str
@@ -48,6 +44,8 @@ class Replies:
     cut: tuple[bool, ...] = ()
     groups: tuple[Hashable, ...] | None = None
     note: str = ""
+    known: tuple[str, ...] = ()
+    scale: tuple[str, ...] = ()
     _scores: dict[Score, Floats] = field(default_factory=dict, init=False, repr=False)  # each reply is scored once
 
     def __post_init__(self) -> None:
@@ -56,96 +54,139 @@ class Replies:
             numbers = f"{len(self.texts)} replies to {len(self.references)} prompts"
             raise DataError(f"'{self.system}' wrote {numbers}; expected one for each, at least 1.")
 
+    @cached_property
+    def how(self) -> Conventions:
+        """How these replies are read."""
+        return conventions_of(self.references, self.known, self.scale)
 
-def exact(reply: str, reference: str) -> float:
+
+PLAIN = Conventions()
+
+
+def exact(reply: str, reference: str, how: Conventions = PLAIN) -> float:
     """1 if both are equal but for white space around them."""
     return float(reply.strip() == reference.strip())
-
-
-def normalised(text: str) -> str:
-    """The text in one case and one Unicode form (NFKC), its words with single spaces between, without punctuation."""
-    return " ".join(word for word in words(text) if _LETTER.search(word))
-
-
-def words(text: str) -> list[str]:
-    """The words and signs of a text in one case; scripts without spaces count by characters."""
-    found: list[str] = _WORD.findall(_UNSPACED.sub(r" \1 ", unicodedata.normalize("NFKC", text).casefold()))
-    return found
 
 
 def unspaced_share(texts: Sequence[str]) -> float:
     """The share of letters in scripts without spaces between words (Chinese, Japanese, Thai, Lao, Khmer, Burmese)."""
     sample = "".join(text[:200] for text in texts[:500])
     letters = sum(sign.isalpha() for sign in sample)
-    return len(_UNSPACED.findall(sample)) / letters if letters else 0.0
+    return unspaced_letters(sample) / letters if letters else 0.0
 
 
-def normalised_match(reply: str, reference: str) -> float:
-    """1 if both are equal after `normalised`; references of signs alone are compared as they are."""
-    left, right = normalised(reply), normalised(reference)
-    return float(left == right) if right else exact(reply, reference)
+def normalised_match(reply: str, reference: str, how: Conventions = PLAIN) -> float:
+    """1 if both are the same text to a reader (`Conventions.same_text`)."""
+    return float(how.same_text(reply, reference))
 
 
-def token_f1(reply: str, reference: str) -> float:
+def token_f1(reply: str, reference: str, how: Conventions = PLAIN) -> float:
     """F1 of the words that both have, as in SQuAD's evaluation (Rajpurkar et al. 2016)."""
-    left, right = normalised(reply).split(), normalised(reference).split()
-    common = sum((Counter(left) & Counter(right)).values())
+    left, right = how.normal(reply).split(), how.normal(reference).split()
+    return _f1((Counter(left) & Counter(right)).total(), left, right)
+
+
+def rouge_l(reply: str, reference: str, how: Conventions = PLAIN) -> float:
+    """ROUGE-L (Lin 2004): F1 of the longest common subsequence of words."""
+    left, right = how.normal(reply).split(), how.normal(reference).split()
+    return _f1(common_length(left, right), left, right)
+
+
+def set_f1(reply: str, reference: str, how: Conventions = PLAIN) -> float:
+    """F1 of the labels that both have, whatever their order."""
+    left, right = how.set_of(reply), how.set_of(reference)
+    return _f1(len(left & right), left, right)
+
+
+def set_match(reply: str, reference: str, how: Conventions = PLAIN) -> float:
+    """1 if both have the same labels, whatever their order."""
+    return float(how.set_of(reply) == how.set_of(reference))
+
+
+def _f1(common: int, left: Any, right: Any) -> float:
     return 2 * common / (len(left) + len(right)) if left and right else float(left == right)
 
 
-def rouge_l(reply: str, reference: str) -> float:
-    """ROUGE-L (Lin 2004): F1 of the longest common subsequence of words."""
-    left, right = normalised(reply).split(), normalised(reference).split()
-    return 2 * common_length(left, right) / (len(left) + len(right)) if left and right else float(left == right)
+def _chrf(reply: str, reference: str, how: Conventions = PLAIN) -> float:
+    return chrf(reply, reference)
 
 
-def valid_json(reply: str, reference: str) -> float:
-    """1 if the reply is JSON."""
-    return float(_json(reply) is not None)
+def valid_json(reply: str, reference: str, how: Conventions = PLAIN) -> float:
+    """1 if the reply, or its only fenced block, is JSON."""
+    return float(json_of(reply) is not None)
 
 
-def json_match(reply: str, reference: str) -> float:
+def json_match(reply: str, reference: str, how: Conventions = PLAIN) -> float:
     """1 if reply and reference are JSON of equal value, whatever the order of keys and the white space."""
-    found, expected = _json(reply), _json(reference)
+    found, expected = json_of(reply), json_of(reference)
     return float(found is not None and found == expected and _kinds(found) == _kinds(expected))
 
 
-def numeric_match(reply: str, reference: str) -> float:
-    """1 if the last number of the reply is the last of the reference, within 1e-6 of it."""
-    left, right = _number(reply), _number(reference)
-    return float(left is not None and right is not None and abs(left - right) <= 1e-6 * max(1.0, abs(right)))
+def numeric_match(reply: str, reference: str, how: Conventions = PLAIN) -> float:
+    """1 if both answer with the same number (`Conventions.same_number`)."""
+    return float(how.same_number(reply, reference))
 
 
-SCORES: dict[str, Score] = {
+def absolute_error(reply: str, reference: str, how: Conventions = PLAIN) -> float:
+    """How far the number of a reply is off, at most the range of the answers, which a reply without a number counts.
+
+    Ordered labels are off by as many places.
+    """
+    found, expected = how.number(reply), how.number(reference)
+    return how.range if found is None or expected is None else min(abs(found - expected), how.range)
+
+
+SCORES: dict[str, Callable[[str, str, Conventions], float]] = {
     "exact_match": exact,
     "normalised_match": normalised_match,
     "json_match": json_match,
     "valid_json": valid_json,
     "numeric_match": numeric_match,
+    "absolute_error": absolute_error,
+    "mean_distance": absolute_error,
+    "set_f1": set_f1,
+    "set_match": set_match,
     "token_f1": token_f1,
-    "chrf": chrf,
+    "chrf": _chrf,
     "rouge_l": rouge_l,
 }
+TOGETHER: dict[str, Callable[[Floats, Floats], Statistic]] = {  # of all rows, in place of a mean over them
+    "rank_correlation": rank_correlation,
+    "quadratic_kappa": quadratic_kappa,
+}
 FAULTS = ("empty", "cut_off", "repeats", "refusals")  # shares of replies; lower is better
+_OF_TEXT = ("token_f1", "chrf", "rouge_l")
+SHOWN: dict[Kind, tuple[str, ...]] = {  # the metrics of each kind of answer; the first decides
+    "JSON": ("json_match", "exact_match", "normalised_match", "valid_json", *_OF_TEXT),
+    "numbers": ("numeric_match", "absolute_error", "rank_correlation", "exact_match", "normalised_match"),
+    "ordered labels": ("mean_distance", "quadratic_kappa", "exact_match", "normalised_match"),
+    "sets of labels": ("set_f1", "set_match", "exact_match", "normalised_match"),
+    "short texts": ("normalised_match", "exact_match", *_OF_TEXT),
+    "texts": ("chrf", "exact_match", "normalised_match", "token_f1", "rouge_l"),
+}
 
 
-def main_metric(references: Sequence[str]) -> str:
-    """The metric that decides for such references: json_match, numeric_match, normalised_match (short ones) or chrf."""
-    if _share_of(references, lambda text: isinstance(_json(text), (dict, list))) >= NEARLY_ALL:
-        return "json_match"
-    if _share_of(references, lambda text: _NUMBER.fullmatch(text.strip().strip("$€£%")) is not None) >= NEARLY_ALL:
-        return "numeric_match"
-    return "normalised_match" if np.median([len(words(text)) for text in references]) <= SHORT else "chrf"
+def main_metric(how: Conventions) -> str:
+    """The metric that decides for answers that are read so; of numbers with decimals it is their error."""
+    return "absolute_error" if how.kind == "numbers" and how.measured else SHOWN[how.kind][0]
+
+
+def share_metric(how: Conventions) -> str:
+    """The main metric, or in its place a share from 0 to 1, of which a margin can be set without knowing the numbers."""
+    metric = main_metric(how)
+    return {"absolute_error": "numeric_match", "mean_distance": "normalised_match"}.get(metric, metric)
 
 
 def reply_scores(replies: Replies, metric: str, own: Score | None = None) -> Floats:
     """One metric of every reply (n,); `own` computes a metric that SCORES lacks. Raises DataError if it is not finite."""
-    score = SCORES.get(metric) or own
+    score: Any = SCORES.get(metric) or own
     if score is None:
         raise DataError(f"There is no metric '{metric}'; expected one of {', '.join(SCORES)}.")
     if score in replies._scores:
         return replies._scores[score]
-    found = np.array([score(*pair) for pair in zip(replies.texts, replies.references, strict=True)], dtype=np.float64)
+    about = (replies.how,) if metric in SCORES else ()
+    pairs = zip(replies.texts, replies.references, strict=True)
+    found = np.array([score(*pair, *about) for pair in pairs], dtype=np.float64)
     if not np.isfinite(found).all():
         row = int(np.flatnonzero(~np.isfinite(found))[0])
         raise DataError(f"The metric '{metric}' of reply {row} is {found[row]}; expected a finite number.")
@@ -153,23 +194,33 @@ def reply_scores(replies: Replies, metric: str, own: Score | None = None) -> Flo
     return found
 
 
-def metrics_shown(main: str) -> tuple[str, ...]:
+def _statistic(replies: Replies, metric: str) -> Statistic:
+    """A metric of all rows together. A reply without a number counts as the middle one, on a scale as the farthest label."""
+    how, found = replies.how, list[tuple[float, float]]()
+    for reply, reference in zip(replies.texts, replies.references, strict=True):
+        given, true = how.number(reply), how.number(reference)
+        true = how.middle if true is None else true
+        if how.scale:
+            places = sorted(how.scale.values())
+            farthest = max((places[0], places[-1]), key=lambda place: abs(place - true))
+            given = float(farthest if given is None else np.clip(given, places[0], places[-1]))
+        found.append((how.middle if given is None else given, true))
+    return TOGETHER[metric](*np.array(found).T)
+
+
+def metrics_shown(main: str, how: Conventions) -> tuple[str, ...]:
     """The metrics of a report whose main one is `main`, that one first."""
-    left_out = {"json_match": ("numeric_match",), "numeric_match": ("json_match", "valid_json")}
-    out = left_out.get(main, ("json_match", "valid_json", "numeric_match"))
-    return (main, *(name for name in SCORES if name != main and name not in out))
-
-
-def graded_beside(main: str) -> tuple[str, ...]:
-    """The metrics that are compared beside `main`, a share of right replies: how near the others come."""
-    if main == "json_match":
-        return ("valid_json", "chrf")
-    return ("chrf",) if main in ("exact_match", "normalised_match") else ()
+    return (main, *(name for name in SHOWN[how.kind] if name != main))
 
 
 def measure_replies(replies: Replies, main: str, spec: EvaluateSpec, own: Score | None = None) -> dict[str, Estimate]:
     """Every metric of `replies` with its interval, the main one first; then the shares of FAULTS and the length in words."""
-    found = {name: _estimate(reply_scores(replies, name, own), replies, spec) for name in metrics_shown(main)}
+    found = {}
+    for name in metrics_shown(main, replies.how):
+        if name in TOGETHER:
+            found[name] = bootstrap(_statistic(replies, name), len(replies.texts), spec=spec, groups=replies.groups)
+        else:
+            found[name] = _estimate(reply_scores(replies, name, own), replies, spec)
     cut = replies.cut or (False,) * len(replies.texts)
     faults = {
         "empty": [not text.strip() for text in replies.texts],
@@ -185,11 +236,15 @@ def measure_replies(replies: Replies, main: str, spec: EvaluateSpec, own: Score 
 
 
 def compare_replies(left: Replies, right: Replies, metric: str, spec: EvaluateSpec, own: Score | None = None) -> Comparison:
-    """The paired comparison of two systems' replies to the same prompts in one metric, where higher is better."""
+    """The paired comparison of two systems' replies to the same prompts in one metric."""
     if left.references != right.references or left.groups != right.groups:
         raise DataError(f"'{left.system}' and '{right.system}' replied to different prompts; have both reply to the same.")
-    names, scores = (left.system, right.system), (reply_scores(left, metric, own), reply_scores(right, metric, own))
-    return compare_values(names, metric, scores, spec, groups=left.groups)
+    names, higher = (left.system, right.system), metric_words(metric).higher_is_better
+    if metric in TOGETHER:
+        sides = _statistic(left, metric), _statistic(right, metric)
+        return compare_statistics(names, metric, sides, len(left.texts), spec, groups=left.groups)
+    scores = reply_scores(left, metric, own), reply_scores(right, metric, own)
+    return compare_values(names, metric, scores, spec, groups=left.groups, higher_is_better=higher)
 
 
 def repeats(text: str) -> bool:
@@ -205,25 +260,8 @@ def _estimate(values: Floats, replies: Replies, spec: EvaluateSpec) -> Estimate:
     return mean(values, spec=spec, groups=replies.groups)
 
 
-def _share_of(texts: Sequence[str], holds: Callable[[str], bool]) -> float:
-    return sum(map(holds, texts)) / len(texts)
-
-
-def _json(text: str) -> Any:
-    """The value of a JSON text; None if it is none, or the value null."""
-    try:
-        return json.loads(text)
-    except (ValueError, RecursionError):
-        return None
-
-
 def _kinds(value: Any) -> Any:
     """Where a JSON value has true and false, which equal 1 and 0 otherwise."""
     if isinstance(value, dict):
         return {key: _kinds(each) for key, each in value.items()}
     return [_kinds(each) for each in value] if isinstance(value, list) else isinstance(value, bool)
-
-
-def _number(text: str) -> float | None:
-    found = _NUMBER.findall(text)
-    return float(found[-1].replace(",", "").replace("−", "-")) if found else None

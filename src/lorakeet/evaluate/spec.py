@@ -38,6 +38,9 @@ class EvaluateSpec:
     metric: str | None = setting(
         None, "Own metric of replies: a Python file and its function(reply, reference), such as my.py:score."
     )
+    scale: tuple[str, ...] = setting(
+        (), "Labels or answers in their order, lowest first, such as [low, medium, high]: their distance is measured too."
+    )
     judge: str | None = setting(
         None, "Model behind OpenAI's API that compares the replies, URL#MODEL; it gets prompts, references and replies."
     )
@@ -57,6 +60,8 @@ class EvaluateSpec:
         for name, low in least.items():
             if getattr(self, name) < low:
                 problems.add(f"evaluate.{name} is {getattr(self, name)}; expected {low} or more.")
+        if self.scale and (len(self.scale) < 3 or len(set(self.scale)) < len(self.scale)):
+            problems.add(f"evaluate.scale is {list(self.scale)}; expected 3 different labels or more, in their order.")
         if self.judge is not None and not re.fullmatch(r"https?://[^#@\s]+#\S+", self.judge):
             problems.add(f"evaluate.judge is {self.judge!r}; expected the address and the model, as in http://localhost:8000#qwen3.")
         problems.raise_if_any()

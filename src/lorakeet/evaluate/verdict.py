@@ -7,9 +7,10 @@ from dataclasses import dataclass, replace
 from itertools import pairwise
 from typing import Literal
 
-from lorakeet.evaluate.baselines import CONSTANT, EMBEDDED, MAJORITY, NEAREST, TFIDF
+from lorakeet.evaluate.baselines import CONSTANT, EMBEDDED, MAJORITY, MEDIAN, NEAREST, TFIDF
 from lorakeet.evaluate.compare import Comparison
 from lorakeet.evaluate.preferences import DIFFERENCE, LONGER, SHORTER
+from lorakeet.evaluate.replies import SCORES, TOGETHER
 from lorakeet.evaluate.wording import metric_words, signed
 
 NAMED = {
@@ -19,13 +20,17 @@ NAMED = {
     "uncut adapter": "the uncut adapter",
     NEAREST: "copies of the nearest training answers",
     CONSTANT: "a constant answer",
+    MEDIAN: "the median training answer",
     LONGER: "the longer answer",
     SHORTER: "the shorter answer",
     DIFFERENCE: "TF-IDF of the answers alone",
     "reference": "its reference",
 }  # systems as a sentence names them
-WITHOUT_MODEL = (TFIDF, EMBEDDED, MAJORITY, NEAREST, CONSTANT)
-GRADED = ("valid_json", "chrf")  # of replies: how near they come where few are right
+COPIES = (NEAREST, CONSTANT, MEDIAN)
+WITHOUT_MODEL = (TFIDF, EMBEDDED, MAJORITY, *COPIES)
+GRADED = ("valid_json", "chrf")  # of replies: how near they come where few are right; named before others
+OF_ANSWERS = {"accuracy", "macro_f1", "log_loss", *SCORES, *TOGETHER}  # metrics that say how good answers are
+NAMED_ELSEWHERE = 2  # metrics beside the headline's that it names at most, of each direction
 Tone = Literal["better", "mixed", "none", "worse"]
 
 
@@ -59,19 +64,24 @@ def verdict_of(comparisons: Sequence[Comparison]) -> Verdict | None:
     if not comparisons:
         return None
     chosen = [comparison for comparison in comparisons if comparison.metric == comparisons[0].metric]
-    copies = sorted((one for one in chosen if one.right in (NEAREST, CONSTANT)), key=lambda one: one.difference.value)
+    copies = sorted((one for one in chosen if one.right in COPIES), key=_lead)
     chosen = [one for one in chosen if one not in copies[1:]]  # the better copy says it all
     phrases = [_first(chosen[0])]
     lower = next((one for one in comparisons if one.metric == "loss" and one.right == chosen[0].right), None)
-    if lower is not None and lower.verdict == "better" and chosen[0].verdict != "better" and chosen[0].metric != "loss":
+    elsewhere = _elsewhere(chosen[0], comparisons, "better")
+    alone = lower is not None and lower.verdict == "better" and not elsewhere
+    if lower is not None and alone and chosen[0].verdict != "better" and chosen[0].metric != "loss":
         answers = "The answers are worse" if chosen[0].verdict == "worse" else "No better answers are shown"
         said = f"{answers}, though the loss is lower{_size(lower)}"
         phrases = [Phrase(said, _interval(lower, first=False)), replace(phrases[0], text=f". {phrases[0].text}")]
-    phrases += [_later(comparison, before) for before, comparison in pairwise(chosen)]
-    if chosen[0].verdict == "no difference shown":
-        phrases += _closer([one for one in comparisons if one.right == chosen[0].right and one.metric in GRADED])
+    for before, one in pairwise(chosen):
+        others = _elsewhere(one, comparisons, "better") + _elsewhere(one, comparisons, "worse")
+        phrases.append(_later(one, before, unit=bool(others)))
+    lost = _elsewhere(chosen[0], comparisons, "worse") if chosen[0].verdict != "worse" else []
+    phrases += _listed("It", elsewhere if chosen[0].verdict != "better" else [])
+    phrases += _listed("But it" if chosen[0].verdict == "better" or elsewhere else "It", lost)
     phrases += _without_model(chosen, comparisons)
-    verdicts = {comparison.verdict for comparison in chosen}
+    verdicts = {comparison.verdict for comparison in (*chosen, *(lost if chosen[0].verdict == "better" else ()))}
     tones: dict[str, Tone] = {"better": "better", "worse": "worse", "no difference shown": "none"}
     return Verdict(tuple(phrases), tones[chosen[0].verdict] if len(verdicts) == 1 else "mixed")
 
@@ -86,6 +96,11 @@ def _without_model(chosen: Sequence[Comparison], comparisons: Sequence[Compariso
     level = next((one for one in chosen if one.right in WITHOUT_MODEL and one.verdict != "better"), None)
     if level is None:
         return []
+    if ahead := _elsewhere(level, comparisons, "better"):
+        words = metric_words(level.metric).title
+        state = "is better" if level.verdict == "worse" else "is level"
+        said = f". {_subject(level, chosen)}, without a language model, {state} in {words} alone: the adapter has "
+        return _signed_phrases(said, ahead)
     if level.verdict == "worse":
         return [Phrase(f". {_subject(level, chosen)} needs no language model", "")]
     surer = next((one for one in comparisons if (one.right, one.metric) == (level.right, "log_loss")), None)
@@ -101,13 +116,35 @@ def _subject(level: Comparison, chosen: Sequence[Comparison]) -> str:
     return "That method" if level is chosen[-1] else f"{named[:1].upper()}{named[1:]}"
 
 
-def _closer(graded: Sequence[Comparison]) -> list[Phrase]:
-    """What the adapter gained where no more of its replies match, such as the format."""
-    gained = [one for one in graded if one.verdict == "better"]
-    starts = [". It gains", *(len(gained) - 1) * [", and"]]
+def _lead(one: Comparison) -> float:
+    """How far the left system is ahead, by the estimate."""
+    return one.difference.value if one.higher_is_better else -one.difference.value
+
+
+def _elsewhere(one: Comparison, comparisons: Sequence[Comparison], verdict: str) -> list[Comparison]:
+    """Comparisons of the same systems in other metrics of answers that have this verdict."""
+    found = [
+        other
+        for other in comparisons
+        if other.right == one.right and other.metric != one.metric and other.metric in OF_ANSWERS and other.verdict == verdict
+    ]
+    return sorted(found, key=lambda other: other.metric not in GRADED)[:NAMED_ELSEWHERE]
+
+
+def _listed(subject: str, found: Sequence[Comparison]) -> list[Phrase]:
+    """What the adapter gained or lost in other metrics, such as the format where no more of its replies match."""
+    if not found:
+        return []
+    gained = found[0].verdict == "better"
+    verb = "gains" if all(metric_words(one.metric).higher_is_better for one in found) else "is better by"
+    return _signed_phrases(f". {subject} {verb if gained else 'is worse by'} ", found)
+
+
+def _signed_phrases(start: str, found: Sequence[Comparison]) -> list[Phrase]:
+    starts = [start, *(len(found) - 1) * [", and "]]
     return [
-        Phrase(f"{start} {signed(one.difference.value)} {metric_words(one.metric).inline}", _interval(one, first=False))
-        for start, one in zip(starts, gained, strict=False)
+        Phrase(f"{before}{signed(one.difference.value)} {metric_words(one.metric).inline}", _interval(one, first=False))
+        for before, one in zip(starts, found, strict=True)
     ]
 
 
@@ -124,19 +161,21 @@ def _first(comparison: Comparison) -> Phrase:
     )
 
 
-def _later(comparison: Comparison, before: Comparison) -> Phrase:
+def _later(comparison: Comparison, before: Comparison, *, unit: bool) -> Phrase:
+    """A further rival; with the `unit`, where other metrics say something else of it."""
     word = "and" if comparison.verdict == before.verdict else "but"
     right = _named(comparison.right)
     anew = before.verdict == "no difference shown"  # whose clause has another subject
     link, subject = ("; ", " it") if anew else (", ", "")
     if comparison.verdict == "better":
         verb = "beats " if before.verdict != "better" else ""
-        text = f"{link}{word}{subject} {verb}{right}{_size(comparison, unit=False)}"
+        text = f"{link}{word}{subject} {verb}{right}{_size(comparison, unit=unit)}"
     elif comparison.verdict == "worse":
         verb = "" if before.verdict == "worse" else "is worse than "
-        text = f"{link}{'and' if anew else word}{subject} {verb}{right}{_size(comparison, unit=False)}"
+        text = f"{link}{'and' if anew else word}{subject} {verb}{right}{_size(comparison, unit=unit)}"
     else:
-        text = f"; {word} no difference from {right} is shown: {signed(comparison.difference.value)}"
+        words = f" {metric_words(comparison.metric).inline}" if unit else ""
+        text = f"; {word} no difference from {right} is shown: {signed(comparison.difference.value)}{words}"
     return Phrase(text, _interval(comparison, first=False))
 
 

@@ -33,7 +33,7 @@ from lorakeet.evaluate.certificate import Certificate, tolerance_check
 from lorakeet.evaluate.compare import Comparison, Scores, compare_scores, per_row
 from lorakeet.evaluate.likelihood import RowLosses, measure_losses
 from lorakeet.evaluate.non_inferiority import Margin, fewest_rows, least_margin
-from lorakeet.evaluate.replies import Replies, compare_replies, main_metric, measure_replies
+from lorakeet.evaluate.replies import Replies, compare_replies, measure_replies, share_metric
 from lorakeet.evaluate.report.rank_values import CurvePoint, RankCurve
 from lorakeet.evaluate.report.report import Report, SystemResult, write_report
 from lorakeet.evaluate.spec import EvaluateSpec
@@ -108,7 +108,7 @@ class _Measured:
         found = compare_scores(self.scores, other.scores, spec)
         if self.replies is None or other.replies is None:
             return found
-        return (compare_replies(self.replies, other.replies, main_metric(self.replies.references), spec), *found)
+        return (compare_replies(self.replies, other.replies, share_metric(self.replies.how), spec), *found)
 
 
 @dataclass(frozen=True)
@@ -409,7 +409,7 @@ def _report(evaluator: TextEvaluator, item: _Cut, curve: RankCurve, about: tuple
     adapter, *others = report.systems
     measured = measure(full.scores, spec) if isinstance(full.scores, Answers) else measure_losses(full.scores, spec)
     if full.replies is not None:
-        measured = {**measure_replies(full.replies, main_metric(full.replies.references), spec), **measured}
+        measured = {**measure_replies(full.replies, share_metric(full.replies.how), spec), **measured}
     uncut = SystemResult(FULL, "floor", measured)
     compared = (*against, *report.comparisons)
     chosen_here = part == "held-out" and item.name == curve.marked

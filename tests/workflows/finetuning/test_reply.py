@@ -174,7 +174,8 @@ def test_no_answers_no_replies(ran: Path, text: TextModel, tmp_path: Path) -> No
 def test_the_report_has_replies_first_and_the_headline_is_theirs(ran: Path) -> None:
     report = evaluate(EvaluateOptions(str(ran)), console=quiet()).report
     assert [system.name for system in report.systems][:3] == ["adapter", "base", "few-shot base"] and len(report.systems) == 5
-    assert [one.metric for one in report.comparisons] == ["normalised_match"] * 4 + ["chrf"] * 4 + ["loss"]
+    compared = ["normalised_match", "exact_match", "token_f1", "chrf", "rouge_l"]
+    assert [one.metric for one in report.comparisons] == [name for name in compared for _ in range(4)] + ["loss"]
     assert report.verdict is not None and "normalised match" in report.verdict.sentence
     named = [copy for copy in ("constant answer", "nearest training") if copy in report.verdict.sentence]
     assert len(named) == 1, "the better copy only"

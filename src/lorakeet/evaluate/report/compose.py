@@ -11,14 +11,26 @@ import numpy as np
 from lorakeet.errors import DataError
 from lorakeet.evaluate.answers import Answers, confusion, measure
 from lorakeet.evaluate.calibration import reliability
-from lorakeet.evaluate.compare import Comparison, compare_answers, compare_losses
+from lorakeet.evaluate.compare import Comparison, compare_answers, compare_losses, compare_statistics, compare_values
+from lorakeet.evaluate.intervals import Floats, Statistic, bootstrap, mean
 from lorakeet.evaluate.likelihood import RowLosses, measure_losses
 from lorakeet.evaluate.own_metric import OwnMetric
-from lorakeet.evaluate.replies import Replies, Score, compare_replies, graded_beside, main_metric, measure_replies, reply_scores
+from lorakeet.evaluate.reading.conventions import scale_of_labels
+from lorakeet.evaluate.reading.ordered import quadratic_kappa
+from lorakeet.evaluate.replies import (
+    Replies,
+    Score,
+    compare_replies,
+    main_metric,
+    measure_replies,
+    metrics_shown,
+    reply_scores,
+)
 from lorakeet.evaluate.report.report import Reliability, Report, Role, ScoredAnswer, SideBySide, SystemResult
 from lorakeet.evaluate.spec import LEAST_ANSWERS, EvaluateSpec
 from lorakeet.evaluate.suspects import suspect_labels
 from lorakeet.evaluate.verdict import verdict_of
+from lorakeet.evaluate.wording import metric_words
 
 METRIC, PROMPT_DISTANCE, STYLE_DISTANCE = "denoising_loss", "prompt_distance", "style_distance"  # of image runs
 
@@ -41,13 +53,14 @@ class Answered:
     @property
     def rivals(self) -> tuple[Replies, ...]:
         """All systems but the adapter; the better of the copies before the others."""
-        best = sorted(self.copies, key=lambda copy: -float(reply_scores(copy, self.metric, self.score).mean()))
+        sign = -1 if metric_words(self.metric).higher_is_better else 1
+        best = sorted(self.copies, key=lambda copy: sign * float(reply_scores(copy, self.metric, self.score).mean()))
         return (self.base, *([] if self.few_shot is None else [self.few_shot]), *best)
 
     @cached_property
     def metric(self) -> str:
         """The metric that decides."""
-        return main_metric(self.adapter.references) if self.own is None else self.own.name
+        return main_metric(self.adapter.how) if self.own is None else self.own.name
 
     @property
     def score(self) -> Score | None:
@@ -78,11 +91,17 @@ def classification_report(
     systems = tuple(SystemResult(answers.system, role, measure(answers, spec), answers.note) for answers, role in roles)
     rivals = [base, *shown, *floors[-1:]]
     comparisons = tuple(found for rival in rivals for found in compare_answers(adapter, rival, spec))
+    places, reading = scale_of_labels(adapter.labels, spec.scale), ""
+    if places is not None:
+        systems, comparisons = _on_scale(systems, comparisons, [answers for answers, _ in roles], rivals, places, spec)
+        order = sorted(zip(places, adapter.labels, strict=True))
+        reading = f"The labels are ordered, {', '.join(label for _, label in order)}, so their distance is measured too."
     chosen, named = _rows_to_show(base.correct.astype(int) * 2 + adapter.correct, spec), sources or [""] * len(texts)
     return Report(
         title,
         task="classification",
         systems=systems,
+        reading=reading,
         comparisons=comparisons,
         verdict=verdict_of(comparisons),
         confusions=(confusion(base, spec), confusion(adapter, spec)),
@@ -103,6 +122,43 @@ def classification_report(
             for one in (suspect_labels(adapter, floors[-1]) if floors else ())
         ),
     )
+
+
+def _on_scale(
+    systems: tuple[SystemResult, ...],
+    comparisons: tuple[Comparison, ...],
+    answers: Sequence[Answers],
+    rivals: Sequence[Answers],
+    places: Sequence[int],
+    spec: EvaluateSpec,
+) -> tuple[tuple[SystemResult, ...], tuple[Comparison, ...]]:
+    """The systems (of `answers`) and comparisons with the distance on the scale and quadratic kappa."""
+    adapter, at, n = answers[0], np.array(places, dtype=np.float64), len(answers[0].truth)
+    true, groups = at[adapter.truth], adapter.groups
+
+    def distance(one: Answers) -> Floats:
+        return np.abs(at[one.predicted] - true)
+
+    def kappa(one: Answers) -> Statistic:
+        return quadratic_kappa(at[one.predicted], true)
+
+    measured = tuple(
+        replace(
+            system,
+            metrics={
+                **system.metrics,
+                "mean_distance": mean(distance(one), spec=spec, groups=groups),
+                "quadratic_kappa": bootstrap(kappa(one), n, spec=spec, groups=groups),
+            },
+        )
+        for system, one in zip(systems, answers, strict=True)
+    )
+    more = list(comparisons)
+    for rival in rivals:
+        names, sides = (adapter.system, rival.system), (distance(adapter), distance(rival))
+        more.append(compare_values(names, "mean_distance", sides, spec, groups=groups, higher_is_better=False))
+        more.append(compare_statistics(names, "quadratic_kappa", (kappa(adapter), kappa(rival)), n, spec, groups=groups))
+    return measured, tuple(more)
 
 
 def language_report(
@@ -146,8 +202,15 @@ def language_report(
         verdict=verdict_of(comparisons),
         rows=rows,
         rows_of=len(texts),
+        reading="" if answered is None else _reading(answered),
         warnings=() if answered is None else _too_slow(answered),
     )
+
+
+def _reading(answered: Answered) -> str:
+    """How answers are read, and by what that was decided."""
+    seen = "the references" + (" and the training answers" if answered.adapter.known else "")
+    return f"Answers are read {answered.adapter.how.why}, as {seen} show."
 
 
 def _too_slow(answered: Answered) -> tuple[str, ...]:
@@ -175,7 +238,7 @@ def _with_replies(
         found.append(SystemResult(each.system, "floor", measure_replies(each, metric, spec, score), each.note))
     compared = [
         compare_replies(answered.adapter, rival, name, spec, score)
-        for name in (metric, *graded_beside(metric))
+        for name in metrics_shown(metric, answered.adapter.how)  # all of the table, so that no sentence contradicts it
         for rival in answered.rivals
     ]
     return tuple(found), (*compared, *comparisons)

@@ -203,6 +203,7 @@ class Report:
     facts: dict[str, str] = field(default_factory=dict)
     verdict: Verdict | None = None
     systems: tuple[SystemResult, ...] = ()
+    reading: str = ""  # how answers are read, and by what that was decided
     comparisons: tuple[Comparison, ...] = ()
     curves: Curves | None = None
     targets: tuple[TargetRow, ...] = ()

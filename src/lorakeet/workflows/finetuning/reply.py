@@ -18,7 +18,7 @@ from lorakeet.data.chat import Encoder, Ids
 from lorakeet.data.few_shot import BETWEEN, FewShot, choose_examples, wider
 from lorakeet.data.rows import Row, row_groups
 from lorakeet.data.template import is_templated
-from lorakeet.evaluate.baselines import constant_answer, nearest_answers
+from lorakeet.evaluate.baselines import constant_answer, median_answer, nearest_answers
 from lorakeet.evaluate.own_metric import OwnMetric
 from lorakeet.evaluate.replies import Replies
 from lorakeet.evaluate.report.compose import Answered
@@ -45,6 +45,7 @@ class Prompts:
     """The rows whose last answers are written anew, their indices, their prompts as tokens, and the answers that they have.
 
     A reply has at most `limit` tokens, and is cut at `ending`, if there is one. They were chosen among `available` prompts.
+    `known` are the answers of training rows.
     """
 
     rows: tuple[Row, ...]
@@ -54,6 +55,7 @@ class Prompts:
     limit: int
     ending: str = ""
     available: int = 0
+    known: tuple[str, ...] = ()
 
     def first(self, count: int) -> Prompts:
         """The first `count` of them."""
@@ -114,7 +116,8 @@ class Replier:
         one_line = not self._templated(prompted[0]) and not any(LINE in answer for answer in answers)
         references = tuple(self._reference(rows[index], found[index][1]) for index in chosen)
         questions = tuple(found[index][0] for index in chosen)
-        return Prompts(prompted, tuple(chosen), questions, references, limit, LINE if one_line else "", len(fitting))
+        taught = tuple(self._reference(row) for row in known if row.answered)
+        return Prompts(prompted, tuple(chosen), questions, references, limit, LINE if one_line else "", len(fitting), taught)
 
     def answered(self, rows: Sequence[Row], known: Sequence[Row]) -> Answered | None:
         """The replies of all systems to the prompts of `rows`; None if no row ends in an answer.
@@ -133,9 +136,10 @@ class Replier:
         copies: tuple[Replies, ...] = ()
         taught = [row for row in known if row.answered]
         if spec.baselines and taught:
-            answers = [self._reference(row) for row in taught]
+            answers, median = prompts.known, median_answer(prompts.known, like=base)
             known_prompts, new_prompts = ([prompt_of(row) for row in some] for some in (taught, prompts.rows))
             copies = nearest_answers(known_prompts, answers, new_prompts, like=base), constant_answer(answers, like=base)
+            copies += () if median is None else (median,)
         return Answered(prompts.indices, adapter, base, self._few_shot(prompts, taught), copies, self.own, wanted)
 
     def _few_shot(self, prompts: Prompts, taught: Sequence[Row]) -> Replies | None:
@@ -173,7 +177,8 @@ class Replier:
         if prompts.ending == LINE:
             note = "; ".join(filter(None, (note, FIRST_LINE)))
         done = prompts.first(len(texts))
-        return Replies(system, tuple(texts), done.references, tuple(cut), row_groups(done.rows), note)
+        about = prompts.known, self.config.evaluate.scale
+        return Replies(system, tuple(texts), done.references, tuple(cut), row_groups(done.rows), note, *about)
 
     def _written(
         self, system: str, prompts: Prompts, most: int, until: float, advance: Callable[[int], None]

@@ -39,6 +39,8 @@ SHOWN_LABELS = 20
 # short, so that the table is narrow
 _HEADINGS = {"gradients": "grads", "saved activations": "saved", "CUDA graphs": "graphs", "allocator": "alloc."}
 
+BESIDE = ("absolute_error", "rank_correlation", "mean_distance", "quadratic_kappa", "set_match", "chrf")  # shown of replies
+
 
 def show_rows(setup: TextAssembly, console: Console) -> None:
     """Prints the rows, the leaks, one example with its target tokens in colour, the plan, and the memory that is planned."""
@@ -147,8 +149,9 @@ def show_results(report: Report, console: Console) -> None:
     """Prints every system's metrics with their intervals, the paired differences, and the verdict."""
     found = {name for system in report.systems for name in system.metrics}
     names = [name for name in METRIC_WORDS if name in found] + sorted(found - METRIC_WORDS.keys())
-    if any(name in SCORES for name in names):
-        names = [name for name in names if name in (report.comparisons[0].metric, "exact_match", "chrf", "cut_off", "loss")]
+    replied = any(name in SCORES for name in names) and report.task == "language"
+    if replied:
+        names = [name for name in names if name in (report.comparisons[0].metric, "exact_match", *BESIDE, "cut_off", "loss")]
     table = WholeTable("", *(metric_words(name).title for name in names), title=Text(report.subtitle), title_justify="left")
     for system in report.systems:
         cells = (_cell(system.metrics.get(name), metric_words(name).digits) for name in names)
@@ -156,13 +159,18 @@ def show_results(report: Report, console: Console) -> None:
     console.print(table)
     columns = ("difference", "metric", "value", "p", "verdict")
     differences = WholeTable(*columns, title="Paired, on the same rows", title_justify="left")
+    said = "" if report.verdict is None else report.verdict.sentence
     for item in report.comparisons:
         words, diff = metric_words(item.metric), item.difference
         value = f"{signed(diff.value)} [{signed(diff.low)}, {signed(diff.high)}]"
+        if replied and item.metric not in (*names, report.comparisons[0].metric) and f" {words.inline}" not in said:
+            continue  # the report has them all
         p = f"{item.p_value:.2g} ({item.test})"
         differences.add_row(f"{item.left} − {item.right}", words.title, Text(value), p, item.verdict)
     if report.comparisons:
         console.print(differences)
+    if report.reading:
+        console.print(report.reading, markup=False, highlight=False, soft_wrap=True)
     _show_rows_of_targets(report.targets, [line for line in report.warnings if line.startswith(STAYED)], console)
     if report.drift is not None:
         console.print(Text(f"Drift from the base: {_cell(report.drift.mean_kl, 4)} nats a token on {report.drift.texts} texts"))

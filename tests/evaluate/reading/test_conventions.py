@@ -1,0 +1,179 @@
+"""How answers are read, by the references of a file: signs, case, fences, numbers, sets, scales."""
+
+from __future__ import annotations
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from lorakeet.evaluate.reading.conventions import Conventions, Kind, conventions_of, scale_of_labels
+from lorakeet.evaluate.replies import absolute_error, json_match, main_metric, normalised_match, numeric_match, set_f1, valid_json
+
+SQL = ("SELECT a FROM t WHERE a != b", "SELECT a FROM t WHERE a == b", "SELECT a FROM t WHERE a <= 5")
+GENRES = ("action, comedy", "comedy", "action, drama", "drama, horror", "action, comedy, drama", "comedy, horror") * 3
+
+
+def read(*references: str, known: tuple[str, ...] = ()) -> Conventions:
+    return conventions_of(references, known)
+
+
+@pytest.mark.parametrize(
+    ("one", "other"),
+    [
+        (">50K", "<=50K"), ("A+", "A-"), ("C++", "C"), ("C#", "C"), ("a != b", "a == b"), ("a != b", "a = b"), ("<5", ">5"),
+        ("x >= 1", "x > 1"), ("5%", "5"), ("$5", "€5"), ("-5", "5"), ("Cu2+", "Cu2-"), ("Na+", "Na"), ("a & b", "a | b"),
+        ("3.5", "35"), ("3 + 4", "3 - 4"), ("10²", "102"), ("1½", "11/2"), ("@home", "home"), ("a/b", "a b"), ("x_1", "x 1"),
+        ("p := 1", "p = 1"), ("i++", "i--"), ("~x", "x"), ("(-)", "(+)"), (":)", ":("), ("2*3", "2 3"), ("#ff0000", "ff0000"),
+    ],
+)  # fmt: skip
+def test_signs_that_carry_meaning_are_kept(one: str, other: str) -> None:
+    """The first eleven scored 1.0 against each other: the sign was dropped. The other need not be among the references."""
+    for file in (read(one), read(other), read(one, other)):
+        assert normalised_match(other, one, file) == normalised_match(one, other, file) == 0.0
+        assert normalised_match(one, one, file) == 1.0
+
+
+@pytest.mark.parametrize(
+    ("reply", "reference"),
+    [
+        ("Paris.", "Paris"), ("**Paris**", "paris"), ('"Paris"', "Paris"), ("- Paris", "Paris"), ("`C++`.", "C++"),
+        ("(A+)", "A+"),        ("−5", "-5"), ("Ｃ＋＋", "C++"), ("H₂O", "H2O"), ("5 km²", "5 km2"), ("STRASSE", "straße"),
+        ("Cafe\u0301", "café"),
+        ("```sql\nSELECT a\n```", "SELECT a"), ("Here it is:\n```\nSELECT a\n```\nDone.", "SELECT a"), ("3,000 kg", "3000 kg"),
+        ("well known", "well-known"), ("答案是甲。", "答案是甲"), (">50k!", ">50K"), ("# Paris", "Paris"),
+    ],
+)  # fmt: skip
+def test_what_a_person_does_not_see_as_another_answer_is_none(reply: str, reference: str) -> None:
+    assert normalised_match(reply, reference, read(reference, "unlike")) == 1.0
+
+
+@pytest.mark.parametrize(
+    ("one", "other"), [("CO", "Co"), ("US", "us"), ("Yes!", "Yes?"), ("a b", "(a) b"), ("f[x]", "f(x)"), ("m:s", "m.s")]
+)
+def test_what_tells_two_references_of_the_file_apart_counts(one: str, other: str) -> None:
+    file = read(one, other, "third", "Third one")
+    assert normalised_match(one, other, file) == normalised_match(other, one, file) == 0.0
+    assert normalised_match(one, one, file) == normalised_match(other, other, file) == 1.0
+    assert normalised_match("THIRD", "third", file) == 1.0  # what distinguishes others is not asked of this one
+
+
+@given(st.lists(st.text(alphabet="aAbB+-<>=! .,", min_size=1, max_size=5).map(str.strip), min_size=2, max_size=8))
+def test_no_reference_matches_another_one(references: list[str]) -> None:
+    """Whatever the references are: two that differ in more than white space are never the same answer."""
+    file = read(*references)
+    for one in references:
+        for other in references:
+            assert normalised_match(one, other, file) == float(one.split() == other.split())
+
+
+def test_the_sides_of_a_query_are_told_apart() -> None:
+    file = read(*SQL)
+    assert [[normalised_match(one, other, file) for one in SQL] for other in SQL] == [[1, 0, 0], [0, 1, 0], [0, 0, 1]]
+    assert normalised_match("select a from t where a <= 5;", SQL[2], file) == 1.0
+
+
+def test_the_turkish_i_is_folded_as_the_file_has_it() -> None:
+    turkish = read("ısparta", "İzmir", "kır", "kir", "info")
+    assert normalised_match("ISPARTA", "ısparta", turkish) == normalised_match("izmir", "İzmir", turkish) == 1.0
+    assert normalised_match("KIR", "kır", turkish) == 1.0 and normalised_match("KIR", "kir", turkish) == 0.0
+    assert normalised_match("KİR", "kir", turkish) == 1.0 and normalised_match("INFO", "info", turkish) == 1.0
+    english = read("info", "Istanbul")
+    assert normalised_match("INFO", "info", english) == normalised_match("İstanbul", "Istanbul", english) == 1.0
+
+
+def test_a_fenced_block_is_its_content() -> None:
+    fenced = 'Here you are:\n```json\n{"a": 1}\n```'
+    assert json_match(fenced, '{"a": 1}') == valid_json(fenced, "{}") == 1.0
+    assert json_match(fenced, '{"a": true}') == 0.0 and valid_json("```json\n{\n```", "{}") == 0.0
+    assert json_match('```\n{"a": 2}\n```', '```json\n{"a":2}\n```') == 1.0
+
+
+@pytest.mark.parametrize(
+    ("references", "reply", "value"),
+    [
+        (("1,5", "2,25"), "1.5", 1.5), (("1.5", "2.25"), "1,5", 1.5), (("1,5", "2,25"), "1.234", 1234), (("1.5",), "1,234", 1234),
+        (("1.5",), "1.234", 1.234), (("7",), "1.234,5", 1234.5), (("7",), "1,234.5", 1234.5), (("7",), "1 234", 1234),
+        (("7",), "1\u202f234,50 €", 1234.5), (("7",), "12 (page 3)", 12), (("7",), "12%", 12), (("0.5", "0.12"), "12%", 0.12),
+        (("7",), "The answer is 12 (page 3).", 12), (("7",), "3 + 4 = 7, as on page 12", 7),
+        (("7",), "#### 12\n\nStep 3 done", 12),
+        (("7",), r"So $\boxed{12}$, by step 3", 12), (("7",), "**12** since 5 + 7", 12), (("7",), "−3", -3), (("7",), "-$5", -5),
+        (("7",), "$-5.50", -5.5), (("7",), "1.5e3", 1500), (("7",), "1.5 × 10³", 1500), (("7",), "USD 1,200", 1200),
+        (("7",), "5 apples and 7 more make 12", 12), (("7",), "There are 12 people, 5 more than before", 12),
+        (("7",), "3/4", 0.75),
+        (("7",), "Die Antwort lautet 12 (Seite 3)", 12), (("7",), "Cevap: 12, sayfa 3", 12),
+        (("7",), "La réponse est 1 234,5", 1234.5),
+        (("7",), "Answer: 5 + 7 = 12", 12), (("7",), "The total of 5 and 7 is 12", 12), (("7",), "```\n12\n```", 12),
+        (("7",), "1'234.5", 1234.5), (("7",), "I counted 12 of them on page 3", 12), (("7",), "12, because 5 + 7", 12),
+        (("7",), "on 12.03.2024", None), (("7",), "none", None), (("7",), "12.", 12), (("7",), "1.234.567", 1234567),
+    ],
+)  # fmt: skip
+def test_the_number_that_answers_is_read(references: tuple[str, ...], reply: str, value: float | None) -> None:
+    assert read(*references).number(reply) == (None if value is None else pytest.approx(value))
+
+
+def test_another_unit_is_another_answer() -> None:
+    weights = read("12 kg", "3 kg", "1,5 kg")
+    assert weights.kind == "numbers" and weights.unit == "kg" and weights.decimal == ","
+    assert numeric_match("12 g", "12 kg", weights) == 0.0
+    assert numeric_match("12", "12 kg", weights) == numeric_match("12 kg (S. 3)", "12 kg", weights) == 1.0
+
+
+@pytest.mark.parametrize(
+    ("references", "kind", "metric"),
+    [
+        (('{"a": 1}', "[2]"), "JSON", "json_match"),
+        (("12", "-3.5", "$4,000"), "numbers", "numeric_match"),
+        (("12,50 €", "3,99 €", "1.250,00 €"), "numbers", "absolute_error"),
+        (("So 5 + 7 = 12.\n#### 12", "It is 9.\n#### 9"), "numbers", "numeric_match"),
+        (("007", "012"), "short texts", "normalised_match"),  # codes
+        (("2024-01-02", "2023-11-05"), "short texts", "normalised_match"),
+        (("12 kg", "3 g"), "short texts", "normalised_match"),  # whose unit is part of the answer
+        (("1", "2", "3", "4", "5") * 6, "ordered labels", "mean_distance"),
+        (("1 star", "2 stars", "3 stars") * 6, "ordered labels", "mean_distance"),
+        (("0", "1", "2", "3") * 9, "numbers", "numeric_match"),  # may be codes of labels without an order
+        (GENRES, "sets of labels", "set_f1"),
+        (tuple(text.replace(", ", "|") for text in GENRES), "sets of labels", "set_f1"),
+        (tuple(f'["{text.replace(", ", chr(34) + ", " + chr(34))}"]' for text in GENRES), "sets of labels", "set_f1"),
+        (("up, down", "down, up", "left, up", "up, left", "down, left", "left, down") * 4, "short texts", "normalised_match"),
+        (("1, 2", "2, 3", "1, 3, 4") * 6, "short texts", "normalised_match"),
+        (("Paris, France", "Rome, Italy", "Bern, Switzerland"), "short texts", "normalised_match"),
+        (("a long answer of rather more than eight words, in all",) * 3, "texts", "chrf"),
+    ],
+)
+def test_the_references_decide_the_kind(references: tuple[str, ...], kind: Kind, metric: str) -> None:
+    found = read(*references)
+    assert (found.kind, main_metric(found)) == (kind, metric), found.why
+
+
+def test_sets_have_no_order() -> None:
+    genres = read(*GENRES)
+    assert set_f1("Comedy; Action", "action, comedy", genres) == 1.0
+    assert set_f1("Genres: drama and action", "action, drama", genres) == 1.0
+    assert set_f1("- action\n- horror", "action, comedy", genres) == 0.5
+    assert set_f1('["comedy", "action"]', "action, comedy", genres) == 1.0
+    assert set_f1("", "action, comedy", genres) == 0.0
+
+
+def test_a_scale_may_be_declared() -> None:
+    scale = ("low", "medium", "very high")
+    found = conventions_of(("low", "medium", "low"), (), scale)
+    assert found.kind == "ordered labels"
+    assert [absolute_error(reply, "low", found) for reply in ("Low.", "medium", "It is very high", "no idea")] == [0, 1, 2, 2]
+    assert scale_of_labels(("medium", "low"), scale) == [1, 0] and scale_of_labels(("medium", "other"), scale) is None
+
+
+@pytest.mark.parametrize(
+    ("labels", "places"),
+    [
+        (("5", "1", "2", "3", "4"), [5, 1, 2, 3, 4]), (("-1", "0", "1"), [-1, 0, 1]),
+        (("1 star", "2 stars", "3 stars"), [1, 2, 3]),
+        (("0", "1", "2"), None), (("1", "2", "3", "4"), None), (("a", "b", "c"), None), (("1", "2", "3", "5", "6"), None),
+    ],
+)  # fmt: skip
+def test_labels_have_an_order_only_where_it_is_plain(labels: tuple[str, ...], places: list[int] | None) -> None:
+    assert scale_of_labels(labels) == places
+
+
+def test_an_error_has_the_range_of_the_answers_at_most() -> None:
+    file = read("10.5", "20.5", known=("30.5",))
+    assert [absolute_error(reply, "20.5", file) for reply in ("22", "1e9", "no idea")] == [1.5, 20.0, 20.0]

@@ -1,0 +1,102 @@
+"""Reports on replies and on ordered labels: metrics by the references, comparisons in all of them, headlines that agree."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+
+from lorakeet.evaluate.answers import answers_from_probabilities
+from lorakeet.evaluate.baselines import MEDIAN, constant_answer, median_answer
+from lorakeet.evaluate.likelihood import RowLosses
+from lorakeet.evaluate.own_metric import OwnMetric
+from lorakeet.evaluate.replies import Replies
+from lorakeet.evaluate.report.compose import Answered, classification_report, language_report
+from lorakeet.evaluate.report.report import Report, render_html
+from lorakeet.evaluate.spec import EvaluateSpec
+from lorakeet.evaluate.values import from_text, to_text
+
+SPEC = EvaluateSpec(resamples=400)
+
+
+def report_on(references: list[str], adapter: list[str], base: list[str], own: OwnMetric | None = None) -> Report:
+    n, known = len(references), tuple(references)
+    mine, other = (Replies(name, tuple(texts), known, known=known) for name, texts in (("adapter", adapter), ("base", base)))
+    median = median_answer(known, like=other)
+    copies = (constant_answer(known, like=other), *([] if median is None else [median]))
+    losses = [RowLosses(name, np.full(n, loss), np.ones(n, dtype=np.int64)) for name, loss in (("adapter", 1.0), ("base", 2.0))]
+    answered = Answered(tuple(range(n)), mine, other, None, copies, own, n)
+    return language_report(
+        "t", adapter=losses[0], base=losses[1], texts=references, truths=references, spec=SPEC, answered=answered
+    )
+
+
+def verdicts(report: Report, right: str = "base") -> dict[str, str]:
+    return {one.metric: one.verdict for one in report.comparisons if one.right == right}
+
+
+def test_a_headline_does_not_deny_what_its_table_shows() -> None:
+    """No reply matches, but all but one of the words do: "No better answers are shown" stood beside token F1 0.938 and 0.573."""
+    references = [f"red cat number{number} sat on a mat" for number in range(40)]
+    report = report_on(references, [f"{text} again" for text in references], ["red cat sat, he said to me"] * 40)
+    found = verdicts(report)
+    assert found["normalised_match"] == "no difference shown" and found["token_f1"] == "better"
+    assert report.verdict is not None
+    assert "No better answers" not in report.verdict.sentence and "may do as well" not in report.verdict.sentence
+    assert " gains +" in report.verdict.sentence
+    assert {one.metric for one in report.comparisons} - {"loss"} == set(report.systems[0].metrics) - {
+        "empty", "cut_off", "repeats", "refusals", "reply_words", "loss", "perplexity",
+    }  # fmt: skip
+
+
+def test_prices_have_their_error_with_the_median_as_the_floor() -> None:
+    generator = np.random.default_rng(0)
+    prices = generator.uniform(5, 100, 60).round(2)
+    near, far = prices + generator.normal(0, 1, 60), generator.permutation(prices)
+    written = [[f"{price:.2f} €".replace(".", ",") for price in side] for side in (prices, near, far)]
+    report = report_on(written[0], written[1], written[2])
+    assert report.comparisons[0].metric == "absolute_error"
+    assert verdicts(report) == {
+        "absolute_error": "better", "numeric_match": "no difference shown", "rank_correlation": "better",
+        "exact_match": "no difference shown", "normalised_match": "no difference shown", "loss": "better",
+    }  # fmt: skip
+    floor = next(system for system in report.systems if system.name == MEDIAN)
+    value = floor.metrics["absolute_error"].value
+    assert value == pytest.approx(np.abs(prices - np.sort(prices)[29]).mean()) and floor.metrics["rank_correlation"].value == 0
+    assert report.verdict is not None and "the median training answer" in report.verdict.sentence
+    assert "decimal mark ','" in report.reading and report.reading in render_html(report).replace("&#39;", "'")
+    assert from_text(Report, to_text(report), where="report").reading == report.reading
+
+
+def test_stars_have_their_distance_and_kappa() -> None:
+    stars = np.random.default_rng(1).integers(1, 6, 60)
+    written = [[f"{star}" for star in side] for side in (stars, np.clip(stars + 1, 1, 5), 6 - stars)]
+    report = report_on(written[0], written[1], written[2])
+    found = report.systems[0].metrics
+    assert report.comparisons[0].metric == "mean_distance" and found["mean_distance"].value == np.mean(stars < 5)
+    assert found["quadratic_kappa"].value > 0.6 and report.systems[1].metrics["quadratic_kappa"].value < 0
+    assert verdicts(report)["quadratic_kappa"] == "better"
+
+
+def test_an_own_metric_decides_beside_what_the_references_ask_for() -> None:
+    stars = ["1", "2", "3", "4", "5"] * 8
+    report = report_on(stars, stars, stars, OwnMetric("my.py:mine", lambda reply, reference: float(len(reply))))
+    assert report.comparisons[0].metric == "my.py:mine" and "mean_distance" in report.systems[0].metrics
+
+
+def test_ordered_labels_have_their_distance_too() -> None:
+    generator = np.random.default_rng(2)
+    truth, labels = generator.integers(0, 5, 80), ("1", "2", "3", "4", "5")
+    near = np.eye(5)[np.clip(truth + generator.integers(-1, 2, 80), 0, 4)]
+    sides = [
+        answers_from_probabilities(name, 0.9 * table + 0.02, labels=labels, truth=truth)
+        for name, table in (("adapter", near), ("base", np.eye(5)[4 - truth]))
+    ]
+    report = classification_report("t", adapter=sides[0], base=sides[1], texts=["x"] * 80, spec=SPEC)
+    found = report.systems[0].metrics
+    expected = np.abs(np.asarray(near.argmax(axis=1)) - truth)
+    assert found["mean_distance"].value == expected.mean() and found["quadratic_kappa"].value > 0.7
+    assert verdicts(report)["mean_distance"] == verdicts(report)["quadratic_kappa"] == "better"
+    assert "1, 2, 3, 4, 5" in report.reading
+    declared = EvaluateSpec(resamples=400, scale=("5", "4", "1", "2", "3"))
+    other = classification_report("t", adapter=sides[0], base=sides[1], texts=["x"] * 80, spec=declared)
+    assert other.systems[0].metrics["mean_distance"].value != expected.mean()
