@@ -11,7 +11,7 @@ from lorakeet.evaluate.reading.texts import bare, plain, unfenced, words
     ("text", "form"),
     [
         ("10²", "10^2"), ("m²", "m2"), ("1½", "1 1/2"), ("Ａ−５", "A-5"), ("H₂O", "H2O"), ("ﬁn", "fin"), ("①", "①"),
-        ("5\u00a0€", "5 €"),
+        ("5\u00a0€", "5 €"), ("٣٫٥", "3٫5"),
     ],
 )  # fmt: skip
 def test_compatible_signs_have_one_form_where_the_value_stays(text: str, form: str) -> None:

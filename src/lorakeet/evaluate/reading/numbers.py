@@ -15,11 +15,11 @@ _DIGITS = rf"\d{{1,3}}(?:{_SPACE}\d{{3}})+(?!\d)(?:[.,]\d+)?|\d(?:[\d.,]*\d)?|[.
 _NUMBER = regex.compile(
     rf"(?<![\p{{L}}\p{{N}}_)\]]|\d[.,])(?P<sign>[-+](?=[\d.,]|{_CURRENCY}))?"
     rf"(?P<money>{_CURRENCY}|(?<!\p{{L}})[A-Z]{{3}}(?=[ ]?[\d-]))?[ ]?(?P<inner>-(?=\d))?(?<!\d)(?P<digits>{_DIGITS})"
-    rf"(?:[eE](?P<e>[-+]?\d+)|[ ]?[×x*·][ ]?10(?:\^|\*\*)(?P<ten>[-+]?\d+))?"
+    rf"(?:[eE](?P<e>[-+]?[0-9]+)|[ ]?[×x*·][ ]?10(?:\^|\*\*)(?P<ten>[-+]?[0-9]+))?"
     rf"(?:[ ]?(?P<unit>%|°?\p{{L}}+(?:/\p{{L}}+)?|{_CURRENCY}|°))?"
 )
 _GROUPS = regex.compile(r"\d{1,3}(?:([.,])\d{3})(?:\1\d{3})*")
-_FRACTION = regex.compile(r"[-+]?\d+\s*/\s*[1-9]\d*")
+_FRACTION = regex.compile(r"[-+]?[0-9]+\s*/\s*[1-9][0-9]*")
 _IS = r"(?:is|are|was|equals|ist|sind|lautet|beträgt|est|es|è|:|=)"
 _ANSWER = regex.compile(
     r"\b(?:answer|result|total|solution|antwort|ergebnis|lösung|réponse|résultat|respuesta|resultado|risposta|risultato|cevap|"
@@ -78,6 +78,8 @@ def numbers_in(text: str, decimal: str) -> Iterator[Number]:
 
 def _values(digits: str, decimal: str) -> list[float]:
     digits = regex.sub(_SPACE, "", digits)
+    if not digits.isascii():  # of a script that `plain` does not know
+        return []
     marks = [sign for sign in digits if sign in ".,"]
     if len(set(marks)) == 2:
         last = marks[-1]

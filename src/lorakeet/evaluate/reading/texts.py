@@ -41,6 +41,8 @@ def _one_form(text: str) -> str:
 
 @lru_cache(4096)
 def _usual(sign: str) -> str:
+    if sign.isdecimal():
+        return str(unicodedata.decimal(sign))
     kind = unicodedata.decomposition(sign).partition(">")[0]
     if kind == "<fraction":
         return " " + unicodedata.normalize("NFKC", sign).replace("⁄", "/")
