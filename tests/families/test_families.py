@@ -31,8 +31,8 @@ RESULTS = Path(__file__).with_name("results.json")
 ALL = os.environ.get("LORAKEET_FAMILIES", "") not in ("", "0")
 KNOWN = sorted({*MODEL_FOR_CAUSAL_LM_MAPPING_NAMES, *MODEL_FOR_MULTIMODAL_LM_MAPPING_NAMES})
 # Those with the most that is their own: sinks and transposed experts; experts without gates; a vision tower; a hybrid whose files
-# name its experts otherwise.
-QUICK = ("gpt_oss", "nemotron_h", "gemma3", "granitemoehybrid")
+# name its experts otherwise; towers of clamped linear layers, as released.
+QUICK = ("gpt_oss", "nemotron_h", "gemma3", "granitemoehybrid", "gemma4")
 # Those that people train, where the configuration's own sizes are a whole model's.
 LARGE = (
     "qwen3_next", "qwen3_5", "qwen3_5_moe", "gemma3", "gemma4", "gemma3n_text", "gpt_oss", "qwen3_moe", "mistral3", "mistral4",

@@ -9,6 +9,7 @@ import copy
 import re
 from typing import Any
 
+import transformers
 from transformers import CONFIG_MAPPING
 
 VOCABULARY, MOST_LAYERS = 320, 6
@@ -72,6 +73,7 @@ CHANGES: dict[str, dict[str, Any]] = {
         "layer_types": ["mamba", "mamba", "attention", "mamba"], "mamba_n_heads": 4, "mamba_d_head": 32, "logits_scaling": 4.0,
         "num_local_experts": 4, "num_experts_per_tok": 2,
     },
+    "gemma4": {"vision_config": {"use_clipped_linears": True}},  # as released
     "gemma4_text": {"final_logit_softcapping": 30.0},
     "hrm_text": {"num_hidden_layers": 2, "num_layers_per_stack": None},  # the first becomes the passes through all stacks
     "hunyuan_v1_dense": {"head_dim": 16},
@@ -83,6 +85,7 @@ CHANGES: dict[str, dict[str, Any]] = {
     "mamba2": {"num_heads": 4, "head_dim": 32, "expand": 2},
     "ministral": {"head_dim": 16},
     "nemotron": {"num_key_value_heads": 2},
+    "nemotron_h_omni": {"vision_config": {"video_temporal_patch_size": 2}},
     "nemotron_h": {
         "moe_latent_size": None, "layers_block_type": ["mamba", "moe", "attention", "moe"], "mamba_num_heads": 4,
         "mamba_head_dim": 32, "n_routed_experts": 4,
@@ -121,8 +124,10 @@ def small_config(kind: str) -> Any:
     more = VARIANTS[kind][1] if kind in VARIANTS else {}
     usual, changes = owner(), copy.deepcopy({**CHANGES.get(type_of(kind), {}), **more})
     found = _small(usual)
-    for name in owner.sub_configs or {}:
+    for name, part_owner in (owner.sub_configs or {}).items():
         part = getattr(usual, name, None)
+        if part is None and issubclass(part_owner, transformers.PretrainedConfig):  # released with this part, but none by default
+            part = part_owner()
         if part is not None:
             found[name] = {**_small(part), **changes.pop(name, {}), "model_type": part.model_type}
     return owner(**{**found, **changes})

@@ -161,8 +161,8 @@ def first_line(error: Exception) -> str:
 
 
 def require_finite(tensor: Tensor, name: str) -> None:
-    """Raises DataError if a tensor has NaN or infinite values, in one pass."""
-    if not tensor.is_floating_point() or not tensor.numel():
+    """Raises DataError if a tensor has NaN or infinite values, in one pass. One number may be infinite: the bound of a clamp."""
+    if not tensor.is_floating_point() or not tensor.numel() or (not tensor.dim() and not bool(tensor.isnan())):
         return
     wide = tensor if tensor.dtype.itemsize > 1 else tensor.float()  # torch does not compare 8-bit numbers
     low, high = torch.aminmax(wide)
