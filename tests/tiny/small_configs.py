@@ -105,11 +105,27 @@ CHANGES: dict[str, dict[str, Any]] = {
 }  # fmt: skip
 
 
+SWITCH = 16  # tokens from which on longrope changes its frequencies: some rows of family_columns are longer, others not
+
+
+def _longrope(factors: int, **more: float) -> dict[str, Any]:
+    """The rotary settings of models whose frequencies depend on the length of a text."""
+    short, long = [1.0 + 0.1 * place for place in range(factors)], [4.0 + place for place in range(factors)]
+    share = {} if more else {"partial_rotary_factor": 0.75}
+    rope = {"rope_type": "longrope", "rope_theta": 1e4, "short_factor": short, "long_factor": long}
+    return {
+        "rope_parameters": {**rope, "original_max_position_embeddings": SWITCH, **share, **more},
+        "original_max_position_embeddings": SWITCH,
+    }
+
+
 # Kinds of models of one type that differ by their configuration: the type, and what is changed beside.
 VARIANTS: dict[str, tuple[str, dict[str, Any]]] = {
     "gemma4_text (experts)": (
         "gemma4_text", {"enable_moe_block": True, "num_experts": 4, "top_k_experts": 2, "moe_intermediate_size": 32},
     ),
+    "phi3 (longrope)": ("phi3", _longrope(6)),
+    "phimoe (longrope)": ("phimoe", _longrope(8, short_mscale=1.1, long_mscale=1.4)),
 }  # fmt: skip
 
 

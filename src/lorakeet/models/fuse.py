@@ -46,8 +46,9 @@ _SAME: set[Hashable] = set()  # what attentions whose small copies computed the 
 def fuse(model: nn.Module) -> int:
     """Replaces gated MLPs, RMSNorms and row attention by fused modules, each compared with its original; returns how many.
 
-    Parts that texts do not pass, such as a vision tower, stay as they are. The fused modules wrap the originals, so that paths, weights and adapters stay the same; `unfuse` removes them. A norm that is
-    kept in another dtype than the model stays: what it returns has the model's dtype in some families, its own in others.
+    Parts that texts do not pass, such as a vision tower, stay as they are. The fused modules wrap the originals, so that paths,
+    weights and adapters stay the same; `unfuse` removes them. A norm that is kept in another dtype than the model stays: what it
+    returns has the model's dtype in some families, its own in others.
     """
     count, dtype = 0, getattr(model, "dtype", None)
     outside = tuple(f"{path}." for path in modules.outside_text(model))

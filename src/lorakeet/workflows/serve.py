@@ -25,7 +25,7 @@ from lorakeet.memory.onednn_code import SERVING, limit_code_cache
 from lorakeet.models.servable import require_served
 from lorakeet.models.spec import ModelSpec
 from lorakeet.models.text.load import load_text_model
-from lorakeet.models.text.model import context_of
+from lorakeet.models.text.model import served_context_of
 from lorakeet.models.text.serving import ServingModel
 from lorakeet.quant.spec import QuantSpec
 from lorakeet.serve.access import read_keys
@@ -77,10 +77,10 @@ def serve(options: ServeOptions, *, console: Console) -> Served:
     before = require_served(spec, console.print)
     limit_code_cache(SERVING)
     if before.config is not None:
-        require_gpu_memory(spec, before, options.slots, _context(options, context_of(before.config)), _smaller(options))
+        require_gpu_memory(spec, before, options.slots, _context(options, served_context_of(before.config)), _smaller(options))
     with _on_its_device(options):
         live = ServingModel(text := load_text_model(spec, say=console.print, before=before))
-        context = _context(options, text.context)
+        context = _context(options, served_context_of(text.model.config))
         runner = Engine(text, live.selection, slots=options.slots, context=context, waiting=options.queue, cores=_cores())
     store = None if options.adapters_dir is None else AdapterStore(options.adapters_dir, parse_size(options.uploads_total))
 

@@ -262,6 +262,11 @@ def check_cached(text: TextModel, context: int = CHECKED + 1) -> None:
     the model's attention which only its mask has.
     """
     require_batched(text)
+    if text.switch_length is not None and context > text.switch_length:
+        raise ConfigError(
+            f"{text.name} has other rotary frequencies from {text.switch_length + 1:,} tokens on, which changes the keys of a "
+            f"text that is being written. Serve texts of at most {text.switch_length:,} tokens (--context), not {context:,}."
+        )
     size = int(text.model.get_input_embeddings().weight.shape[0])
     ids = tuple((number * 7919 + 11) % size for number in range(CHECKED + 1))
     cache = KeyValues(slots=2, capacity=max(context, KEY_MULTIPLE))

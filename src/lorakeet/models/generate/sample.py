@@ -5,7 +5,7 @@ from __future__ import annotations
 import inspect
 import sys
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import closing, contextmanager
+from contextlib import closing, contextmanager, nullcontext
 from dataclasses import dataclass, fields
 from typing import Any, TypeAlias
 
@@ -90,18 +90,35 @@ def _written(
         packed = text.attention == "varlen"
         with torch.no_grad(), _cached_attention(text):
             length = max((len(prompt) for prompt in prompts), default=1) + max_tokens
-            at_once = rows_at_once(text, length, blocks=blocks) if _takes_cache(text) else 1  # RWKV would read padding
-            for start in range(0, len(order), at_once):
-                rows = order[start : start + at_once]
+            at_once = rows_at_once(text, length, blocks=blocks)
+            for rows, anew in _batches(text, order, [len(prompt) for prompt in prompts], max_tokens, at_once):
                 chosen = [np.asarray(prompts[row], np.int64) for row in rows]
                 drawing = Drawing(ends, draw, rows, done)
-                with _cache_of(text, length, blocks, spill) as cache:
-                    drawn = _write(text, chosen, max_tokens, drawing, (cache, packed))
+                with nullcontext() if anew else _cache_of(text, length, blocks, spill) as cache:
+                    drawn = _write(text, chosen, max_tokens, drawing, Caching(cache, packed, anew))
                 for row, ids in zip(rows, drawn, strict=True):
                     written[row] = ids
     finally:
         text.model.train(was_training)
     return [np.asarray(ids, np.int64) for ids in written]
+
+
+def _batches(
+    text: TextModel, order: Sequence[int], lengths: Sequence[int], max_tokens: int, at_once: int
+) -> Iterator[tuple[Sequence[int], bool]]:
+    """Yields the prompts that are continued together, and whether their texts are computed anew for each token.
+
+    They are where a model's code takes no cache, and where the rotary frequencies change on the way, which changes cached keys.
+    Prompts with other frequencies are in other batches.
+    """
+    if not _takes_cache(text):
+        yield from (([row], True) for row in order)  # RWKV would read padding
+        return
+    switch = text.switch_length
+    kinds = [0 if switch is None or lengths[row] + max_tokens <= switch else 2 if lengths[row] > switch else 1 for row in order]
+    for kind in sorted(set(kinds)):
+        rows, count = [row for row, own in zip(order, kinds, strict=True) if own == kind], 1 if kind == 1 else at_once
+        yield from ((rows[start : start + count], kind == 1) for start in range(0, len(rows), count))
 
 
 def rows_at_once(text: TextModel, length: int, *, blocks: int | None = None) -> int:
@@ -171,20 +188,29 @@ class Drawing:
         return written[-1] in self.ends or (self.done is not None and self.done(written))
 
 
-def _write(text: TextModel, prompts: list[Ids], max_tokens: int, drawing: Drawing, caching: tuple[Any, bool]) -> list[list[int]]:
+@dataclass
+class Caching:
+    """The KV cache of a batch: None for transformers' own, and none where its texts are computed `anew` for each token.
+
+    packed: whether attention is packed otherwise. Then only positions count, so that padding may follow the shared tokens.
+    """
+
+    cache: Any
+    packed: bool
+    anew: bool
+
+
+def _write(text: TextModel, prompts: list[Ids], max_tokens: int, drawing: Drawing, caching: Caching) -> list[list[int]]:
     """Generates one batch, its own tokens padded on the left behind what all prompts begin with.
 
         shared  shared  …  –  own  own        once for all rows │ a row each
         shared  shared  … own own  own
-
-    `caching` is the KV cache, None for transformers' own, and whether attention is packed otherwise: then only positions count,
-    so that padding may follow the shared tokens.
     """
-    (cache, packed), written = caching, [list[int]() for _ in prompts]
-    shared, cached = 0, _takes_cache(text)
+    cache, written = caching.cache, [list[int]() for _ in prompts]
+    shared, cached = 0, not caching.anew
     if cache is None and cached:
         cache = _new_cache(text)
-        shared = _shared(prompts) if packed and _selectable(cache, (DynamicLayer,)) else 0
+        shared = _shared(prompts) if caching.packed and _selectable(cache, (DynamicLayer,)) else 0
     if shared:
         _decoded(text, torch.as_tensor(prompts[0][:shared], device=text.device)[None], None, cache)
         cache.batch_repeat_interleave(len(prompts))

@@ -13,15 +13,16 @@ from lorakeet.models.text.shard import whole
 
 
 def frozen_digests(model: nn.Module) -> dict[str, str]:
-    """Returns the SHA-256 of each frozen parameter and buffer of the model, by its path without adapters.
+    """Returns the SHA-256 of each frozen parameter and saved buffer of the model, by its path without adapters.
 
-    Reads every weight once: about a second per GB. Streamed weights, which are on the meta device, are left out. For a sharded
+    Buffers that no file holds, such as rotary frequencies, are computed; some models compute them again in a pass. Reads every
+    weight once: about a second per GB. Streamed weights, which are on the meta device, are left out. For a sharded
     model (models/text/shard) it is a collective call.
     """
     found: dict[str, str] = {}
     for path, module in original_modules(model):
         for leaf, tensor in (*module.named_parameters(recurse=False), *module.named_buffers(recurse=False)):
-            if not tensor.is_meta:
+            if not tensor.is_meta and leaf not in module._non_persistent_buffers_set:
                 found[f"{path}.{leaf}" if path else leaf] = _digest(tensor.detach())
     return found
 

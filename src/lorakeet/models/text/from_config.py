@@ -38,6 +38,7 @@ from lorakeet.models.files.quiet import quiet_transformers
 from lorakeet.models.files.validate import auto_class_of, require_sizes, require_text_model
 from lorakeet.models.kernels import shared_maxima_bytes
 from lorakeet.models.modules import block_of, put_stack
+from lorakeet.models.row_rotary import choose_by_row
 from lorakeet.models.spec import ModelSpec
 from lorakeet.models.streaming.load import EMPTY_ON_META, ON_CPU, Residence, empty_packed, open_streamed, records_of
 from lorakeet.models.streaming.model import StreamedBlocks
@@ -130,6 +131,7 @@ def model_from_config(
 
 def _text_model(model: Any, streamed: StreamedBlocks | None, attention: str, **about: Any) -> TextModel:
     set_attention(model, "varlen" if attention == "auto" else attention)
+    choose_by_row(model)
     return TextModel(
         model=model, tokenizer=None, source=Path(), family=family_of_model(model.config), streamed=streamed,
         options=PassOptions(share_prefix=False),  # what rows share is not known yet: the plan may be larger, never too small

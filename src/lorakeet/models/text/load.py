@@ -36,6 +36,7 @@ from lorakeet.models.kernels import (
 )
 from lorakeet.models.modules import block_prefix, decoder_of
 from lorakeet.models.placement import device_for, products_for, text_dtype_for
+from lorakeet.models.row_rotary import choose_by_row
 from lorakeet.models.spec import ModelSpec
 from lorakeet.models.streaming.load import Changes, Residence, streamed_model
 from lorakeet.models.text.model import TextModel
@@ -96,6 +97,7 @@ def load_text_model(
         )
         take_generation_settings(model, source)
     _require_end_ids(model, source)
+    choose_by_row(model)
     _multiply_in_int8(model, spec)
     text = TextModel(
         model=model,

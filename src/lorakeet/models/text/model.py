@@ -15,6 +15,7 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any, cast
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 
@@ -39,6 +40,7 @@ from lorakeet.models.attention import VARLEN
 from lorakeet.models.families import Family, LogitScaling
 from lorakeet.models.files.origin import packed_folder
 from lorakeet.models.frozen_prefix import FrozenPrefix, PrefixBlock
+from lorakeet.models.row_rotary import RowRotary, lengths_differ, separated, switch_length
 from lorakeet.models.streaming.model import StreamedBlocks, StreamedHead
 from lorakeet.models.text.row_masks import masks_by_kind
 from lorakeet.models.text.tiled_loss import is_read_in_tiles, tiled_losses
@@ -61,6 +63,11 @@ def context_of(config: Any) -> int | None:
     """The most tokens of a row of the model with this configuration; None where it sets no limit."""
     limit = getattr(config.get_text_config(), "max_position_embeddings", None)
     return None if limit is None else int(limit)
+
+
+def served_context_of(config: Any) -> int | None:
+    """The most tokens of a text that the server writes: of longer ones the rotary frequencies would change on the way."""
+    return min(filter(None, (context_of(config), switch_length(config))), default=None)
 
 
 @dataclass(frozen=True)
@@ -143,7 +150,8 @@ class TextModel:
         batch = batch.to(self.device)
         if self.attention == "varlen":
             layout = self.layout(batch)
-            with self.narrowing_last_block(layout), self._from_cached_states(batch, layout), self._known_on_host(layout):
+            contexts = self.narrowing_last_block(layout), self._from_cached_states(batch, layout), self._known_on_host(layout)
+            with contexts[0], contexts[1], contexts[2], self._by_length(batch, layout):
                 states = self._decode(
                     layout.ids[None],
                     position_ids=layout.positions[None],
@@ -155,7 +163,8 @@ class TextModel:
         longest = max(batch.lengths)
         places, of_targets = together_on(batch.padded_places(), self.device)
         blank = torch.full((len(batch.lengths) * longest,), self._pad, dtype=torch.int64, device=batch.ids.device)
-        states = self._decode(blank.index_copy(0, places, batch.ids).view(-1, longest))
+        with self._by_length(batch):
+            states = self._decode(blank.index_copy(0, places, batch.ids).view(-1, longest))
         return states.flatten(0, 1).index_select(0, of_targets)
 
     def states_at(self, ids: Tensor, positions: Tensor, offsets: RowOffsets) -> Tensor:
@@ -193,15 +202,41 @@ class TextModel:
         return nullcontext() if self.streamed is None else self.streamed.looking_up(torch.from_numpy(layout.numbers)[None])
 
     def layout(self, batch: Batch) -> PrefixLayout:
-        """The packed batch as the model gets it."""
-        return (shared_layout if self.options.share_prefix else unshared_layout)(batch, self.computed_tokens)
+        """The packed batch as the model gets it. Rows whose rotary frequencies differ share no prefix."""
+        share = self.options.share_prefix and not lengths_differ(self.switch_length, batch.lengths)
+        return (shared_layout if share else unshared_layout)(batch, self.computed_tokens)
+
+    @property
+    def switch_length(self) -> int | None:
+        """The most tokens of a row with the rotary frequencies of short rows; None where all rows have the same ones."""
+        return self._rotaries[0].switch if self._rotaries else None
+
+    @cached_property
+    def _rotaries(self) -> list[RowRotary]:
+        return [module for module in self.model.modules() if isinstance(module, RowRotary)]
+
+    def _by_length(self, batch: Batch, layout: PrefixLayout | None = None) -> AbstractContextManager[None]:
+        """A context in which each row of the batch has its own rotary frequencies; it is packed as in `layout`, else padded."""
+        switch = self.switch_length
+        if switch is None or not lengths_differ(switch, batch.lengths):
+            return nullcontext()
+        long = np.array(batch.lengths) > switch
+        if layout is None:
+            return separated(self._rotaries, to_device(torch.from_numpy(long[:, None]), self.device))
+        of_tokens = np.repeat(long, batch.lengths)
+        padded = np.pad(of_tokens, (0, len(layout.ids) - len(of_tokens)))
+        return separated(self._rotaries, to_device(torch.from_numpy(padded[None]), self.device))
 
     def micro_batches(self, rows: Sequence[Example], max_tokens: int) -> list[Batch]:
         """Cuts the rows of a step into batches of at most `max_tokens` computed tokens; a longer row is a batch of its own.
 
         A prefix that all rows of a batch share counts once. Only Lorakeet's own attention does not copy it for each row; with
-        another, `max_tokens` also bounds the tokens of the rows in all, and of their padding.
+        another, `max_tokens` also bounds the tokens of the rows in all, and of their padding. Rows with other rotary frequencies
+        are in other batches.
         """
+        if (switch := self.switch_length) is not None and rows and lengths_differ(switch, [len(row.ids) for row in rows]):
+            kinds = [row for row in rows if len(row.ids) <= switch], [row for row in rows if len(row.ids) > switch]
+            return [batch for kind in kinds for batch in self.micro_batches(kind, max_tokens)]
         if not self.options.share_prefix or self.pads:
             return micro_batches(rows, max_tokens, padded=self.pads)
         return prefix_batches(rows, self.batch_limits([len(row.ids) for row in rows], max_tokens))

@@ -34,7 +34,7 @@ from lorakeet.models.streaming.load import empty_model
 from lorakeet.models.targets import plan_for
 from lorakeet.models.text.adapters import add_adapter
 from lorakeet.models.text.load import load_text_model, read_config
-from lorakeet.models.text.model import TextModel
+from lorakeet.models.text.model import TextModel, served_context_of
 from lorakeet.models.text.serving import ServingModel
 from lorakeet.serve.engine import Engine, Event, Request
 from lorakeet.serve.sampling import Sampling, TokenSampler
@@ -110,7 +110,7 @@ class TextSource(ABC):
     """A model in memory, with the adapters that were used last; `closed` once it is given up."""
 
     def __init__(self, text: TextModel, context: int | None = None) -> None:
-        self.text, self.context = text, min(filter(None, (context, text.context)), default=None)
+        self.text, self.context = text, min(filter(None, (context, served_context_of(text.model.config))), default=None)
         self.closed = False
 
     def ids(self, prompt: Prompt, data: DataSpec, *, raw: bool) -> tuple[int, ...]:
