@@ -121,6 +121,22 @@ def test_every_family_ends_in_right_numbers_or_a_refusal(kind: str, tmp_path: Pa
     assert not wrong({column: one for column, one in found.items() if column != "build"}), "\n".join(wrong(found))
 
 
+IN_COMPANY = ("bigbird_pegasus", "deepseek_v32", "deepseek_v4", "git", "nemotron_h", "phi3 (longrope)")
+
+
+@pytest.mark.families
+@pytest.mark.parametrize("kind", (*KNOWN, *VARIANTS) if ALL else ())
+def test_replies_of_every_family_do_not_depend_on_their_company(kind: str, tmp_path: Path) -> None:
+    found = tried(kind, tmp_path, ["company"])
+    assert not wrong({column: one for column, one in found.items() if column != "build"}), "\n".join(wrong(found))
+
+
+@pytest.mark.parametrize("kind", IN_COMPANY)
+def test_replies_do_not_depend_on_their_company(kind: str, tmp_path: Path) -> None:
+    """Padding reaches top-k, sparse blocks, or rotary frequencies in these."""
+    assert tried(kind, tmp_path, ["company"])["company"].outcome == "passed"
+
+
 def keep(kind: str, found: dict[str, Outcome]) -> None:
     """Writes the outcomes of one family to results.json, which several processes share."""
     with open(RESULTS, "a+", encoding="utf-8") as file:

@@ -39,11 +39,12 @@ from lorakeet.merging.merged_folder import merge_into
 from lorakeet.models.files.quantized import kept_experts
 from lorakeet.models.files.validate import auto_class_of
 from lorakeet.models.generate.kv_cache import CacheRow, KeyValues, check_cached, step
+from lorakeet.models.generate.sample import sample
 from lorakeet.models.inject import adapter_of, trained_parameters
 from lorakeet.models.spec import ModelSpec
 from lorakeet.models.targets import plan_for
 from lorakeet.models.text.adapters import initialise_adapter
-from lorakeet.models.text.load import load_text_model, load_tokenizer
+from lorakeet.models.text.load import load_text_model, load_tokenizer, set_attention
 from lorakeet.models.text.model import TextModel
 from lorakeet.models.text.serving import ServingModel
 from lorakeet.quant.spec import QuantSpec
@@ -368,11 +369,30 @@ def simulated_gpu(folder: Path) -> str:
     return same_on_card(folder, {**changes, **({"model.attention": "sdpa"} if chunked(folder) else {})})
 
 
+def in_company(folder: Path) -> str:
+    """Hidden states and greedy replies of rows in one batch are those of each row alone, in every attention of the model."""
+    text = loaded(folder)
+    for attention in dict.fromkeys((text.attention, "sdpa", "eager")):
+        try:
+            set_attention(text.model, attention)
+        except (ValueError, LorakeetError):
+            continue
+        with torch.no_grad():
+            alone = torch.cat([text.head(text.hidden(pack_examples([row]))) for row in rows()])
+            assert _off(text.head(text.hidden(pack_examples(rows()))), alone) <= EXACT, attention
+    text = loaded(folder)
+    prompts = [row.ids for row in rows()]
+    together = [ids.tolist() for ids in sample(text, prompts, max_tokens=12, temperature=0)]
+    assert together == [sample(text, [prompt], max_tokens=12, temperature=0)[0].tolist() for prompt in prompts]
+    return text.attention
+
+
 COLUMNS: dict[str, Callable[[Path], str]] = {
     "train": train, "gradients": gradients, "bf16": bf16, "PEFT": peft_logits, "merge": merge, "plan": planned, "NF4": nf4,
     "serve": served, "GGUF": gguf, "GPU": simulated_gpu,
 }  # fmt: skip
-ALONE = ("train", "bf16", "plan", "NF4")  # columns that read nothing that `train` wrote
+OTHERS: dict[str, Callable[[Path], str]] = {"company": in_company}  # which the page of models does not show
+ALONE = ("company", "train", "bf16", "plan", "NF4")  # columns that read nothing that `train` wrote
 
 
 def tried(kind: str, folder: Path, columns: Iterable[str] = COLUMNS) -> dict[str, Outcome]:
@@ -386,7 +406,7 @@ def tried(kind: str, folder: Path, columns: Iterable[str] = COLUMNS) -> dict[str
     found: dict[str, Outcome] = {}
     for column in columns:
         if column in ALONE or found["train"].outcome == "passed":
-            found[column] = _in_process(lambda: COLUMNS[column](folder), LONGER.get(column, SECONDS))  # noqa: B023 - called at once
+            found[column] = _in_process(lambda: {**COLUMNS, **OTHERS}[column](folder), LONGER.get(column, SECONDS))  # noqa: B023 - called at once
             found[column] = replace(found[column], detail=found[column].detail.replace(str(folder), "."))
     return found
 

@@ -60,6 +60,8 @@ CHANGES: dict[str, dict[str, Any]] = {
         "ffn_config": {"moe_num_experts": 4, "moe_top_k": 2, "ffn_hidden_size": 32, "hidden_size": 64},
     },
     "deepseek_v4": {"compress_rates": {"compressed_sparse_attention": 4, "heavily_compressed_attention": 8}},  # of rows of 23
+    **dict.fromkeys(("deepseek_v32", "glm_moe_dsa"), {"index_topk": 8}),  # fewer than the tokens of a row, as for long ones
+    "doge": {"keep_window_size": 8},
     "deepseek_v2": {"num_experts_per_tok": 2, "topk_method": "greedy"},
     "dots1": {"n_routed_experts": 4, "n_shared_experts": 1, "num_experts_per_tok": 2},
     "dots3_note_text": {"num_key_value_heads": 4},

@@ -19,6 +19,7 @@ from transformers.modeling_outputs import BaseModelOutputWithPast
 from lorakeet.core.initialise import seed_for
 from lorakeet.data.prefix import PASS
 from lorakeet.memory.spill import Spill
+from lorakeet.models.families import CHOOSING, READS_PADDING
 from lorakeet.models.modules import decoder_of
 from lorakeet.models.text.load import set_attention
 from lorakeet.models.text.model import TextModel
@@ -111,14 +112,21 @@ def _batches(
     They are where a model's code takes no cache, and where the rotary frequencies change on the way, which changes cached keys.
     Prompts with other frequencies are in other batches.
     """
-    if not _takes_cache(text):
-        yield from (([row], True) for row in order)  # RWKV would read padding
+    anew = not _takes_cache(text)
+    if anew or _reads_padding(text):
+        yield from (([row], anew) for row in order)
         return
     switch = text.switch_length
     kinds = [0 if switch is None or lengths[row] + max_tokens <= switch else 2 if lengths[row] > switch else 1 for row in order]
     for kind in sorted(set(kinds)):
         rows, count = [row for row, own in zip(order, kinds, strict=True) if own == kind], 1 if kind == 1 else at_once
         yield from ((rows[start : start + count], kind == 1) for start in range(0, len(rows), count))
+
+
+def _reads_padding(text: TextModel) -> bool:
+    """Whether a text's own tokens depend on how many tokens of padding stand before them."""
+    chooses = any(path.rpartition(".")[2] in CHOOSING for path, _ in text.model.named_modules())
+    return chooses or str(getattr(text.model.config, "model_type", "")) in READS_PADDING
 
 
 def rows_at_once(text: TextModel, length: int, *, blocks: int | None = None) -> int:
