@@ -41,6 +41,7 @@ def test_signs_that_carry_meaning_are_kept(one: str, other: str) -> None:
         ("Cafe\u0301", "café"),
         ("```sql\nSELECT a\n```", "SELECT a"), ("Here it is:\n```\nSELECT a\n```\nDone.", "SELECT a"), ("3,000 kg", "3000 kg"),
         ("well known", "well-known"), ("答案是甲。", "答案是甲"), (">50k!", ">50K"), ("# Paris", "Paris"),
+        ("The answer is: **Paris**.", "Paris"), ("Antwort: A+", "A+"), ("don’t", "don't"),
     ],
 )  # fmt: skip
 def test_what_a_person_does_not_see_as_another_answer_is_none(reply: str, reference: str) -> None:
@@ -104,6 +105,8 @@ def test_a_fenced_block_is_its_content() -> None:
         (("7",), "La réponse est 1 234,5", 1234.5),
         (("7",), "Answer: 5 + 7 = 12", 12), (("7",), "The total of 5 and 7 is 12", 12), (("7",), "```\n12\n```", 12),
         (("7",), "1'234.5", 1234.5), (("7",), "I counted 12 of them on page 3", 12), (("7",), "12, because 5 + 7", 12),
+        (("7",), "It is 12, not 17", 12), (("7",), "The answer is not 17 but 12", 12), (("7",), "12 percent", 12),
+        (("7",), "12 it is; see pages 3-5", 12),
         (("7",), "on 12.03.2024", None), (("7",), "none", None), (("7",), "12.", 12), (("7",), "1.234.567", 1234567),
     ],
 )  # fmt: skip

@@ -100,3 +100,6 @@ def test_ordered_labels_have_their_distance_too() -> None:
     declared = EvaluateSpec(resamples=400, scale=("5", "4", "1", "2", "3"))
     other = classification_report("t", adapter=sides[0], base=sides[1], texts=["x"] * 80, spec=declared)
     assert other.systems[0].metrics["mean_distance"].value != expected.mean()
+    lacking = EvaluateSpec(resamples=400, scale=("1", "2", "3"))
+    without = classification_report("t", adapter=sides[0], base=sides[1], texts=["x"] * 80, spec=lacking)
+    assert "mean_distance" not in without.systems[0].metrics and any("'4', '5'" in line for line in without.warnings)

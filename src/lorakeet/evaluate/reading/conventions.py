@@ -21,7 +21,8 @@ Kind = Literal["JSON", "numbers", "ordered labels", "sets of labels", "short tex
 
 NEARLY_ALL = 0.9  # of the references must be of a kind
 SHORT = 8  # words: references of at most so many, by their median, must be matched; longer ones are compared by chrF
-MOST = 5000  # training answers that are looked at
+MOST = 5000  # training answers that are looked at, of at most
+CHARACTERS = 300_000
 MOST_LEVELS = 11  # of a scale, as from 0 to 10
 ROWS_A_LEVEL = 5  # that a scale of whole numbers has on average, at least
 TIMES_A_LABEL = 3  # that a label of sets occurs on average, at least
@@ -29,6 +30,11 @@ LABEL_WORDS = 4  # that it has at most
 SEVERAL = 0.3  # of the references must have two labels or more
 EITHER_ORDER = 0.1  # of neighbouring labels may stand in the rarer order: where order varies it may mean something
 SEPARATORS = (";", "|", ",", "\n")
+_LEAD_IN = regex.compile(
+    r"^\W*(?:(?:so|the|my|final|correct|right|die|la|el)\s+)*(?:answer|label|category|class|result|antwort|réponse|respuesta|cevap)"
+    r"\s*(?:(?:is|ist|est|es)\b\s*[:=]?|[:=])\s*",
+    regex.I,
+)
 _MARKED = regex.compile(r"####|\\boxed\s*\{")
 
 
@@ -69,7 +75,8 @@ class Conventions:
             reply, reference = unfenced(reply), unfenced(reference)
         key = self.normal(reference)
         if self.normal(reply) != key:
-            return False
+            led = _LEAD_IN.sub("", reply, count=1)
+            return led != reply and self.same_text(led, reference)
         reply, reference = _spaced(reply), _spaced(reference)
         others = self.alike.get(key, frozenset()) - {reference}
         if not others:
@@ -161,7 +168,8 @@ def json_of(text: str) -> Any:
 @lru_cache(8)
 def conventions_of(references: tuple[str, ...], known: tuple[str, ...] = (), scale: tuple[str, ...] = ()) -> Conventions:
     """How the answers to `references` are read; `known` are answers of training rows, and `scale` ordered labels by setting."""
-    every = (*references, *known[:MOST])
+    within = int(np.searchsorted(np.cumsum([len(text) for text in known[:MOST]]), CHARACTERS)) if known else 0
+    every = (*references, *known[:within])
     texts = list(dict.fromkeys(every))
     letters = "".join(texts)
     found = Conventions(decimal=decimal_mark(texts))
@@ -172,9 +180,9 @@ def conventions_of(references: tuple[str, ...], known: tuple[str, ...] = (), sca
     for text in texts:
         alike[found.normal(unfenced(text))].add(_spaced(unfenced(text)))
     found = replace(found, alike={key: frozenset(forms) for key, forms in alike.items() if len(forms) > 1})
-    for kind in (_declared(found, scale), _json_or_sets(found, references, every), _numbers(found, references, every)):
-        if kind is not None:
-            return kind
+    kind = _declared(found, references, scale) or _json_or_sets(found, references, every) or _numbers(found, references, every)
+    if kind is not None:
+        return kind
     short = np.median([len(words(text)) for text in references]) <= SHORT
     return replace(
         found,
@@ -183,10 +191,11 @@ def conventions_of(references: tuple[str, ...], known: tuple[str, ...] = (), sca
     )
 
 
-def _declared(found: Conventions, scale: tuple[str, ...]) -> Conventions | None:
-    if not scale:
-        return None
+def _declared(found: Conventions, references: tuple[str, ...], scale: tuple[str, ...]) -> Conventions | None:
+    """A scale by setting, if all references are on it."""
     places = {found.normal(label): place for place, label in enumerate(scale)}
+    if not scale or any(found.normal(text) not in places for text in references):
+        return None
     said = f"as labels in the order {', '.join(scale)} (evaluate.scale)"
     return replace(found, kind="ordered labels", why=said, scale=places, range=len(scale) - 1.0, middle=(len(scale) - 1) / 2)
 

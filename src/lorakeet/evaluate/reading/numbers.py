@@ -33,7 +33,8 @@ _ABOUT = r"(?:about|around|approximately|exactly|only|etwa|rund|genau|environ)"
 _COPULA = regex.compile(rf"\b{_IS}\s+{_ABOUT}?\s*(?=\W{{0,3}}\d)", regex.I)
 _REFERRED = regex.compile(
     r"\([^()]*\)|\[[^\[\]]*\]|\b(?:pages?|pp?\.|steps?|sections?|chapters?|lines?|rows?|figures?|fig\.|tables?|notes?|seite|"
-    r"schritt|kapitel|zeile|sayfa|página|pagina)\s*\d+",
+    r"schritt|kapitel|zeile|sayfa|página|pagina)\s*\d+(?:\s?[-–]\s?\d+)?|"
+    r"\b(?:not|rather than|instead of|nicht|statt|au lieu de|pas)\s+\d[\d.,]*",
     regex.I,
 )
 
@@ -70,6 +71,7 @@ def numbers_in(text: str, decimal: str) -> Iterator[Number]:
         sign = -1 if "-" in ((found["sign"] or "") + (found["inner"] or "")) else 1
         power = int(found["e"] or found["ten"] or 0)
         unit = (found["money"] or found["unit"] or "").strip().casefold()
+        unit = "%" if unit in ("percent", "prozent", "procent", "pct") else unit
         for value in _values(found["digits"], decimal):
             if abs(power) < 300:
                 yield Number(float(f"{sign * value!r}e{power}") if power else sign * value, found.start(), found.end(), unit)
@@ -118,16 +120,17 @@ def answering(text: str, decimal: str) -> Number | None:
     found = list(numbers_in(text, decimal))
     if not found:
         return None
+    referred = [at.span() for at in _REFERRED.finditer(text)]
+    outside = [one for one in found if not any(start <= one.start < end for start, end in referred)]
     for marker in _MARKERS:
         for at in reversed(list(marker.finditer(text))):
             end = text.find("\n", text.find(next(iter(text[at.end() :].split()), ""), at.end()))
-            line = [one for one in found if at.end() <= one.start and (end < 0 or one.start < end)]
+            line = [one for one in outside or found if at.end() <= one.start and (end < 0 or one.start < end)]
             if line:
                 return _behind(_EQUALS, text, line) or line[0]
     first = found[0]
     starts = not text[: first.start].strip(" *`~≈") and regex.match(r"\s*(?:$|[\n(\[,;.*—–])", text[first.end :])
     one_sentence = not regex.search(r"[.!?]\s+\S|\n", text)
-    outside = [one for one in found if not any(at.start() <= one.start < at.end() for at in _REFERRED.finditer(text))]
     ranges = {one.start for one in outside if regex.match(r"\s?[-–]\s?\d", text[one.end :])}
     copula = _behind(_COPULA, text, [one for one in outside if one.start not in ranges]) if one_sentence else None
     return _behind(_EQUALS, text, found) or (first if starts else copula or (outside or found)[-1])

@@ -9,6 +9,7 @@ import regex
 
 _LETTER = r"[\p{L}\p{M}\p{N}]"
 _SIGNS = r"[^\s\p{L}\p{M}\p{N}]"
+_HAS_LETTER = regex.compile(_LETTER)
 _WORD = regex.compile(rf"(?<!{_LETTER})[-+](?=\p{{N}}){_LETTER}+|{_LETTER}+(?:['’]{_LETTER}+)*|{_SIGNS}+")
 _UNSPACED = regex.compile(
     r"([\u0e00-\u0eff\u1000-\u109f\u1780-\u17ff\u3040-\u30ff\u3400-\u4dbf\u4e00-\u9fff\uf900-\ufaff])"
@@ -17,14 +18,15 @@ _FENCED = regex.compile(r"^[ \t]*(```+|~~~+)[^\n`]*\n(.*?)^[ \t]*\1[ \t]*$", reg
 _EMPHASIS = regex.compile(r"(?<![\w*])(\*{1,3})(?=\S)([^*\n]+)(?<=\S)\1(?![\w*])")
 _MARKUP = regex.compile(r"^[ \t]*(?:[-*•][ \t]+|#{1,6}[ \t]+(?!\d))", regex.M)  # a bullet, or a heading
 _POWER = regex.compile(r"(\p{L}?)([⁰¹²³⁴-⁹⁺⁻]+)")
-_CLOSING = r"[.,;:!?…'`\"’”»)\]}]"  # behind a sign they end the sentence or the bracket, and are no part of it
+_CLOSING = ".,;:!?…'`\"’”»)]}"  # behind a sign they end the sentence or the bracket, and are no part of it
+_OPENING = "([{`\"'«‘“¿¡"
 _SOFT = regex.compile(r"(?:(?![%‰&*@#/\\\-_§])\p{P}|[`´])+")  # between words they only separate them
-_MINUS = str.maketrans(dict.fromkeys("‐‑−﹣－", "-"))
+_ONE_SIGN = str.maketrans({**dict.fromkeys("‐‑−﹣－", "-"), **dict.fromkeys("‘’ʼ", "'")})
 DOTLESS = "ıİ"
 
 
 def plain(text: str) -> str:
-    """The text in one Unicode form: wide, narrow and joined signs as the usual ones, one minus, no-break spaces as spaces.
+    """The text in one Unicode form: wide, narrow and joined signs, dashes, apostrophes and spaces as the usual ones.
 
     NFC, and of the compatible forms (NFKC) those that change no value: 10² is not 102, but 10^2; m² is m2; 1½ is 1 1/2.
     """
@@ -36,7 +38,7 @@ def plain(text: str) -> str:
 @lru_cache(4096)
 def _one_form(text: str) -> str:
     text = _POWER.sub(lambda found: (found[1] or "^") + unicodedata.normalize("NFKC", found[2]), text)
-    return unicodedata.normalize("NFC", "".join(map(_usual, text))).translate(_MINUS)
+    return unicodedata.normalize("NFC", "".join(map(_usual, text))).translate(_ONE_SIGN)
 
 
 @lru_cache(4096)
@@ -63,6 +65,7 @@ def words(text: str) -> list[str]:
     return found
 
 
+@lru_cache(2048)
 def bare(text: str) -> str:
     """The words and the signs that carry meaning, with single spaces between.
 
@@ -74,7 +77,7 @@ def bare(text: str) -> str:
 
 def _kept(word: str, text: str, start: int, end: int) -> str:
     """A word as it stands, or what of a run of signs carries meaning."""
-    if regex.match(rf"[-+]?{_LETTER}", word):
+    if _HAS_LETTER.search(word):
         return word
     before, after = text[start - 1 : start], text[end : end + 1]
     if word in "-–" and before.isalnum() and after.isalnum():
@@ -83,8 +86,7 @@ def _kept(word: str, text: str, start: int, end: int) -> str:
         return word
     if _SOFT.fullmatch(word):
         return ""
-    word = regex.sub(r"^[(\[{`\"'«‘“¿¡]+", "", word)
-    return str(regex.sub(rf"{_CLOSING}+$", "", word))
+    return word.lstrip(_OPENING).rstrip(_CLOSING)
 
 
 def unspaced_letters(text: str) -> int:

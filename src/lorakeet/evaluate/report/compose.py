@@ -92,6 +92,7 @@ def classification_report(
     rivals = [base, *shown, *floors[-1:]]
     comparisons = tuple(found for rival in rivals for found in compare_answers(adapter, rival, spec))
     places, reading = scale_of_labels(adapter.labels, spec.scale), ""
+    warnings = _off_the_scale(adapter.labels, spec) if places is None else ()
     if places is not None:
         systems, comparisons = _on_scale(systems, comparisons, [answers for answers, _ in roles], rivals, places, spec)
         order = sorted(zip(places, adapter.labels, strict=True))
@@ -102,6 +103,7 @@ def classification_report(
         task="classification",
         systems=systems,
         reading=reading,
+        warnings=warnings,
         comparisons=comparisons,
         verdict=verdict_of(comparisons),
         confusions=(confusion(base, spec), confusion(adapter, spec)),
@@ -203,7 +205,7 @@ def language_report(
         rows=rows,
         rows_of=len(texts),
         reading="" if answered is None else _reading(answered),
-        warnings=() if answered is None else _too_slow(answered),
+        warnings=() if answered is None else (*_too_slow(answered), *_unused_scale(answered, spec)),
     )
 
 
@@ -211,6 +213,19 @@ def _reading(answered: Answered) -> str:
     """How answers are read, and by what that was decided."""
     seen = "the references" + (" and the training answers" if answered.adapter.known else "")
     return f"Answers are read {answered.adapter.how.why}, as {seen} show."
+
+
+def _off_the_scale(labels: Sequence[str], spec: EvaluateSpec) -> tuple[str, ...]:
+    """A warning if evaluate.scale is given but lacks labels of the file."""
+    missing = [label for label in dict.fromkeys(labels) if label not in spec.scale]
+    if not spec.scale:
+        return ()
+    return (f"evaluate.scale has no effect: it lacks {', '.join(map(repr, missing[:3]))}. List every label of the file in it.",)
+
+
+def _unused_scale(answered: Answered, spec: EvaluateSpec) -> tuple[str, ...]:
+    used = answered.adapter.how.kind == "ordered labels"
+    return () if used else _off_the_scale(answered.adapter.references, spec)
 
 
 def _too_slow(answered: Answered) -> tuple[str, ...]:
