@@ -45,6 +45,7 @@ from lorakeet.workflows.runs.open_adapter import NAME, Opened, open_adapter
 from lorakeet.workflows.runs.server_answer import open_answer, read_answer
 from lorakeet.workflows.serving.vllm_process import base_url, running_vllm, vllm_python
 from lorakeet.workflows.verification.artefact import InTorch, live_side
+from lorakeet.workflows.verification.modules import MINUTES
 from lorakeet.workflows.verification.server import Server, check_server
 from lorakeet.workflows.verify import probes_of
 
@@ -147,7 +148,7 @@ def proved(subject: Subject, server: Server, precision: str) -> dict[str, Any]:
     if precision == "auto" and said:
         precision, server.allowed = said, PRECISIONS[said]
     formats = {name: in_format for name in ("float16", "bfloat16", *FEW_BITS) if precision in (name, *AUTO.get(name, ()))}
-    found = check_server(live, server, probes, subject.opened.config.evaluate, formats, modules=subject.modules)
+    found = check_server(live, server, probes, subject.opened.config.evaluate, formats, minutes=MINUTES if subject.modules else 0)
     failed = [check.name.rpartition(": ")[2] for check in found.checks if not check.passed]
     by_name = {check.name.rpartition(": ")[2]: check for check in found.checks}
     modules = found.modules[0] if found.modules else None

@@ -64,7 +64,7 @@ def test_what_became_of_an_adapter_is_distinguished_from_the_adapter_itself() ->
     own, other = check(), replace(check(kl=1.0), name="C: /run-merged/: logits")
     assert (own.artefact, other.artefact) == ("", "C: /run-merged/")
     both = Certificate("run", (own, other))
-    assert both.own == (own,) and both.passed and both.artefacts == {"C: /run-merged/": False}
+    assert both.own == (own,) and both.passed and both.artefacts == {"C: /run-merged/": "failed"}
     assert both.verdict == "The own checks passed; C: /run-merged/ failed"
     both.raise_if_failed()
     alone = Certificate("model.gguf", (other,))
@@ -97,14 +97,14 @@ def test_what_an_older_certificate_says_of_all_checks_is_still_read(tmp_path: Pa
     both = Certificate("run", (check(), replace(check(kl=1.0), name="run-merged/: logits")))
     both.write(path)
     written = json.loads(path.read_text())
-    assert written["passed"] is True and written["artefacts"] == {"run-merged/": False} and read_certificate(path) == both
+    assert written["passed"] is True and written["artefacts"] == {"run-merged/": "failed"} and read_certificate(path) == both
     older = {key: value for key, value in written.items() if key not in ("artefacts", "unchecked")}
     for entry in older["checks"]:
         del entry["made"], entry["against"]
     path.write_text(json.dumps({**older, "passed": False}))
     found = read_certificate(path)
-    assert found == both and found.passed and found.artefacts == {"run-merged/": False}
-    path.write_text(json.dumps({**written, "artefacts": {"run-merged/": True}}))
+    assert found == both and found.passed and found.artefacts == {"run-merged/": "failed"}
+    path.write_text(json.dumps({**written, "artefacts": {"run-merged/": "proved"}}))
     with pytest.raises(DataError, match=r'says "artefacts": .*Verify the artefacts again'):
         read_certificate(path)
     path.write_text(json.dumps({**written, "passed": False}))
@@ -118,8 +118,8 @@ def test_an_incomplete_artefact_did_not_pass_and_is_no_failure() -> None:
     check = tolerance_check("http://h#a: prompt ids", limit, tolerance=limit, between=("live", "http://h#a"))
     whole = Certificate("run", (check,))
     ended = replace(whole, incomplete={"http://h#a": "it went away."})
-    assert whole.passed and whole.artefacts == {"http://h#a": True}
-    assert not ended.passed and ended.artefacts == {"http://h#a": False} and ended.failed_artefacts == ("http://h#a",)
+    assert whole.passed and whole.artefacts == {"http://h#a": "not proved"}
+    assert not ended.passed and ended.artefacts == {"http://h#a": "failed"} and ended.failed_artefacts == ("http://h#a",)
     with pytest.raises(EnvironmentProblem, match=r"it went away. 1 checks of http://h#a passed until then; they are incomplete"):
         ended.raise_if_failed()
     own = replace(ended, checks=(replace(check, name="frozen weights"), check))
@@ -132,3 +132,40 @@ def test_modules_of_a_server_are_kept(tmp_path: Path) -> None:
     path = tmp_path / "certificate.json"
     Certificate("run", (check,), modules=(modules,)).write(path)
     assert read_certificate(path).modules == (modules,)
+
+
+SERVER = "http://h#a"
+SHOWN = ServedModules(SERVER, ("x.0.q",), (), {"x.0.v": "rounding"}, ("all modules", "x.0", "q", "v"), {}, {"x.0.v": 1e-5}, 0.999)
+
+
+@pytest.mark.parametrize(
+    ("modules", "verdict"),
+    [
+        ((), "not proved"),
+        ((SHOWN,), "proved"),
+        ((replace(SHOWN, seen=("all modules",), unseen={"q": "rounding"}),), "not proved"),
+        ((replace(SHOWN, seen=()),), "not proved"),
+    ],
+)
+def test_a_server_is_proved_only_by_what_would_have_been_seen(
+    modules: tuple[ServedModules, ...], verdict: str, tmp_path: Path
+) -> None:
+    """That nothing failed is not enough; and the written certificate says the same."""
+    limit = {"different": 0.0}
+    check = tolerance_check(f"{SERVER}: prompt ids", limit, tolerance=limit, between=("live", SERVER))
+    found = Certificate("run", (check,), modules=modules)
+    assert found.passed and found.artefacts == {SERVER: verdict}
+    assert found.unproved_artefacts == (() if verdict == "proved" else (SERVER,)) and not found.failed_artefacts
+    assert (found.verdict == "Passed") is (verdict == "proved")
+    found.write(tmp_path / "c.json")
+    assert json.loads((tmp_path / "c.json").read_text())["artefacts"] == {SERVER: verdict}
+    assert read_certificate(tmp_path / "c.json") == found
+    older = {**json.loads((tmp_path / "c.json").read_text()), "artefacts": {SERVER: True}}
+    (tmp_path / "c.json").write_text(json.dumps(older))
+    assert read_certificate(tmp_path / "c.json").artefacts == {SERVER: verdict}, "an older file said passed or not"
+
+
+def test_what_is_not_distinguished_is_named_with_its_effect_and_not_counted() -> None:
+    assert SHOWN.counts == "active 1 of 2, 1 not distinguished" and SHOWN.counts in str(SHOWN)
+    assert "x.0.v (1e-05 nats)" in str(SHOWN)
+    assert not replace(SHOWN, missing=("x.0.v",), unclear={}).proved

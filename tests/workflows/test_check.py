@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import re
 import shutil
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +13,7 @@ import pytest
 
 from lorakeet.cli.main import main
 from lorakeet.errors import ConfigError, DataError, VerificationFailed
+from lorakeet.evaluate.certificate import ServedModules, read_certificate, tolerance_check
 from lorakeet.evaluate.report.report import read_report
 from lorakeet.workflows.check import check
 from lorakeet.workflows.options import CheckOptions
@@ -53,6 +55,22 @@ def test_a_failed_certificate_fails(finished: Any, tmp_path: Path) -> None:
     with pytest.raises((VerificationFailed, DataError)):
         check(CheckOptions(run=str(run)), console=quiet())
     assert check(CheckOptions(run=str(run), certificate="any", loss=None), console=quiet()).requirements == ()
+
+
+@pytest.mark.parametrize(("unseen", "code"), [(None, 3), ({}, 0), ({"q_proj": "rounding"}, 3)])
+def test_a_served_certificate_wants_a_server_that_is_proved(
+    finished: Any, unseen: dict[str, str] | None, code: int, tmp_path: Path
+) -> None:
+    """`unseen`: what a wrong server might lack; None: no server was verified."""
+    run, url = shutil.copytree(finished.path, tmp_path / "run"), "http://h#a"
+    before = read_certificate(run / "certificate.json")
+    if unseen is not None:
+        limit = {"different_prompts": 0.0}
+        of_server = tolerance_check(f"{url}: prompt ids", limit, tolerance=limit, between=("live", url))
+        modules = ServedModules(url, ("a",), seen=("all modules",), unseen=unseen)
+        replace(before, checks=(*before.checks, of_server), modules=(modules,)).write(run / "certificate.json")
+    assert main(["check", str(run), "--certificate", "served"]) == code
+    assert main(["check", str(run), "--certificate", "passed"]) == 0
 
 
 @pytest.mark.parametrize(

@@ -160,7 +160,7 @@ def test_a_wrong_file_is_held_against_itself_only_and_until_it_is_gone(loud: Lou
     assert kept.passed and read_record(run / "certificate.json") is not None, "the adapter itself is served"
     assert kept.verdict == "The own checks passed; wrong/model.gguf failed"
     peft = f"adapter/ in PEFT {version('peft')}"
-    artefacts = {peft: True, "wrong/model.gguf": False, "good/model.gguf": True}
+    artefacts = {peft: "proved", "wrong/model.gguf": "failed", "good/model.gguf": "proved"}
     assert json.loads((run / "certificate.json").read_text())["artefacts"] == artefacts
     page = (run / "report.html").read_text()
     assert "The own checks passed; wrong/model.gguf failed" in page and "certificate passed" in page

@@ -85,7 +85,7 @@ class ShownCertificate(Certificate):
         return cls(**{field.name: getattr(certificate, field.name) for field in fields(Certificate)})
 
     def __str__(self) -> str:
-        return "\n".join([f"{self.subject}: {self.verdict}", *map(str, self.checks), *map(str, self.unchecked)])
+        return "\n".join([f"{self.subject}: {self.verdict}", *map(str, (*self.checks, *self.modules, *self.unchecked))])
 
     __repr__ = __str__
 
@@ -96,7 +96,7 @@ class ShownCertificate(Certificate):
                 bound = f"{'≥' if key in check.floors else '≤'} {check.tolerance[key]:.3g}"
                 names = (check.name, check.right, key.replace("_", " "))
                 rows.append(("✓" if check.passed else "✗", *names, f"{value:.3g}", bound, check.n))
-        left = "".join(f"<li>{html.escape(str(one))}</li>" for one in self.unchecked)
+        left = "".join(f"<li>{html.escape(str(one))}</li>" for one in (*self.modules, *self.unchecked))
         said = f"<p>{html.escape(self.subject)}: <b>{html.escape(self.verdict)}</b></p>"
         return f"{said}{table_of(rows)}{f'<ul>{left}</ul>' if left else ''}"
 

@@ -5,12 +5,19 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal, TypeAlias
 
 from lorakeet.disk import open_regular
 from lorakeet.errors import DataError, EnvironmentProblem, VerificationFailed, reader
 from lorakeet.evaluate.intervals import Estimate
 from lorakeet.evaluate.values import decode, encode, from_text, put_text, to_text
+
+_SHOWN = 5  # names in a line; the file has all
+
+
+def is_server(name: str) -> bool:
+    """Whether an artefact is a server's address."""
+    return name.startswith(("http://", "https://"))
 
 
 @dataclass(frozen=True)
@@ -70,14 +77,53 @@ class Unchecked:
         return f"not checked: {self.what} of {self.artefact}, since {self.why}"
 
 
+Verdict: TypeAlias = Literal["proved", "not proved", "failed"]
+
+
 @dataclass(frozen=True)
 class ServedModules:
-    """The adapted modules of an artefact: shown active, shown missing, or not distinguished (with the reason)."""
+    """What a server's answers show of the adapted modules, one by one and in groups (all of them, each block, each kind).
+
+    A module is shown active, shown missing, or not distinguished (with the reason). A group is in `seen` if a server that lacks
+    it would have been found, at `power`; else in `unseen`. `nats` are the effects of what is not shown, as KL a token.
+    """
 
     artefact: str
     active: tuple[str, ...]
     missing: tuple[str, ...] = ()
     unclear: dict[str, str] = field(default_factory=dict)
+    seen: tuple[str, ...] = ()
+    unseen: dict[str, str] = field(default_factory=dict)
+    nats: dict[str, float] = field(default_factory=dict)
+    power: float = 0.0
+
+    @property
+    def proved(self) -> bool:
+        """Whether the lack of any group would have been seen."""
+        return bool(self.seen) and not self.unseen and not self.missing
+
+    @property
+    def counts(self) -> str:
+        """How many modules are active, missing and not distinguished."""
+        total = len(self.active) + len(self.missing) + len(self.unclear)
+        others = {"missing": len(self.missing), "not distinguished": len(self.unclear)}
+        said = [f"{count} {what}" for what, count in others.items() if count]
+        return ", ".join([f"active {len(self.active)} of {total}", *said])
+
+    def __str__(self) -> str:
+        verdict = "FAIL" if self.missing else "proved" if self.proved else "not proved"
+        shown = f"{len(self.seen)} of {len(self.seen) + len(self.unseen)} groups (all, each block, each kind)"
+        parts = [f"{verdict}  {self.artefact}: modules {self.counts}; the lack of {shown} would be seen, power {self.power:.4g}"]
+        for what, names in (("groups", self.unseen), ("modules", self.unclear)):
+            if names:
+                parts.append(f"not proved of {what}: {self._weakest(tuple(names))}")
+        return "; ".join(parts)
+
+    def _weakest(self, names: tuple[str, ...]) -> str:
+        """Those of the largest effect first: so much may be missing unseen."""
+        ordered = sorted(names, key=lambda name: -self.nats.get(name, 0.0))
+        said = [f"{name} ({self.nats[name]:.2g} nats)" if name in self.nats else name for name in ordered[:_SHOWN]]
+        return ", ".join(said) + (f", … ({len(names)} in all)" if len(names) > _SHOWN else "")
 
 
 @dataclass(frozen=True)
@@ -102,23 +148,41 @@ class Certificate:
         return bool(self.own) and all(check.passed for check in self.own) and not ended
 
     @property
-    def artefacts(self) -> dict[str, bool]:
-        """By name of artefact, true if all of its checks were made and passed."""
+    def artefacts(self) -> dict[str, Verdict]:
+        """By name of artefact, its verdict. A file's weights are all compared; of a server it is *proved* what would be seen."""
         names = dict.fromkeys([*(check.artefact for check in self.checks if check.artefact), *self.incomplete])
-        passed = {name: all(check.passed for check in self.checks if check.artefact == name) for name in names}
-        return {name: good and name not in self.incomplete for name, good in passed.items()}
+        return {name: self._verdict_of(name) for name in names}
+
+    def _verdict_of(self, name: str) -> Verdict:
+        if name in self.incomplete or not all(check.passed for check in self.checks if check.artefact == name):
+            return "failed"
+        if is_server(name) and not any(one.proved for one in self.modules if one.artefact == name):
+            return "not proved"
+        return "proved"
+
+    def _named(self, verdict: Verdict) -> tuple[str, ...]:
+        return tuple(name for name, found in self.artefacts.items() if found == verdict)
 
     @property
     def failed_artefacts(self) -> tuple[str, ...]:
-        """The artefacts with a failed check."""
-        return tuple(name for name, passed in self.artefacts.items() if not passed)
+        """The artefacts with a failed check, and those whose checks ended early."""
+        return self._named("failed")
+
+    @property
+    def unproved_artefacts(self) -> tuple[str, ...]:
+        """The servers of which all that was compared agrees, and too little would have been seen."""
+        return self._named("not proved")
 
     @property
     def verdict(self) -> str:
         """The verdict for model card, report and terminal."""
         if not self.passed:
             return "Failed"
-        return f"The own checks passed; {', '.join(self.failed_artefacts)} failed" if self.failed_artefacts else "Passed"
+        words = {"failed": self.failed_artefacts, "is not proved": self.unproved_artefacts}
+        said = [f"{', '.join(names)} {word}" for word, names in words.items() if names]
+        if said and all(check.artefact for check in self.checks):
+            return f"Not failed; {'; '.join(said)}"
+        return f"The own checks passed; {'; '.join(said)}" if said else "Passed"
 
     @property
     def own(self) -> tuple[Check, ...]:
@@ -164,8 +228,11 @@ def read_certificate(path: Path) -> Certificate:
         expected.add(bool(certificate.checks) and all(check.passed for check in certificate.checks))
     if not isinstance(claimed, bool) or claimed not in expected:
         raise DataError(f'{path} says "passed": {claimed}, but its checks say {certificate.passed}. Verify the artefact again.')
-    if artefacts not in (None, certificate.artefacts):
-        said = f'{path} says "artefacts": {artefacts}, but its checks say {certificate.artefacts}.'
+    found: dict[str, Any] = dict(certificate.artefacts)
+    if isinstance(artefacts, dict) and all(isinstance(value, bool) for value in artefacts.values()):  # an older file's words
+        found = {name: verdict != "failed" for name, verdict in found.items()}
+    if artefacts not in (None, found):
+        said = f'{path} says "artefacts": {artefacts}, but its checks say {found}.'
         raise DataError(f"{said} Verify the artefacts again.")
     return certificate
 

@@ -57,10 +57,10 @@ def card(facts: CardFacts, report: Report | None, certificate: Certificate | Non
         parts += ["", "## How it was made", "", "| | |", "| --- | --- |"]
         parts += [f"| {_cell(name)} | {_cell(text)} |" for name, text in settings.items()]
     if certificate is not None:
-        good = certificate.verdict if certificate.failed_artefacts else "All checks passed"
+        good = "All checks passed" if certificate.verdict == "Passed" else certificate.verdict
         verdict = good if certificate.passed else "**Not all checks passed: do not use it**"
         parts += ["", "## Is it the model that was trained?", "", f"{verdict}.", ""]
-        parts += [f"- {found}" for found in (*certificate.checks, *certificate.unchecked)]
+        parts += [f"- {found}" for found in (*certificate.checks, *certificate.modules, *certificate.unchecked)]
     said = [*facts.notes, *(report.warnings if report is not None else ())]
     if not facts.licence:
         said.append("The base model's folder does not say its licence; look it up before you pass this on.")

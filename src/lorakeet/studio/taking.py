@@ -194,7 +194,7 @@ def certificate_values(out: Path) -> dict[str, Any] | None:
         "passed": found.passed,
         "verdict": found.verdict,
         "checks": [{"name": check.name, "passed": check.passed, "words": str(check)} for check in found.checks],
-        "unchecked": [str(missing) for missing in found.unchecked],
+        "unchecked": [str(missing) for missing in (*found.modules, *found.unchecked)],
     }
 
 

@@ -10,7 +10,7 @@ from rich.console import Console
 from rich.text import Text
 
 from lorakeet.errors import ConfigError, DataError, VerificationFailed, nearest
-from lorakeet.evaluate.certificate import read_certificate
+from lorakeet.evaluate.certificate import Certificate, is_server, read_certificate
 from lorakeet.evaluate.intervals import Estimate
 from lorakeet.evaluate.report.report import Report, read_report
 from lorakeet.evaluate.requirement import Requirement, parse_requirement
@@ -57,9 +57,8 @@ def check(options: CheckOptions, *, console: Console) -> Checked:
     report = read_report(folder.report)
     found = [_metric(report, name, requirement) for name, requirement in wanted]
     found += [_beats(report, system) for system in options.beats]
-    if options.certificate == "passed":
-        certificate = read_certificate(folder.certificate)
-        found.append(Met(CERTIFICATE, "passed", certificate.verdict, certificate.passed and not certificate.failed_artefacts))
+    if options.certificate != "any":
+        found.append(_certified(read_certificate(folder.certificate), options.certificate))
     for one in found:
         console.print(Text(str(one), style="green" if one.met else "bold red"))
     if failed := [one for one in found if not one.met]:
@@ -77,6 +76,16 @@ def _wanted(options: CheckOptions) -> list[tuple[str, Requirement]]:
             raise ConfigError(f"--require is {entry!r}; expected a metric and a bound, such as 'exact_match >=0.5'.")
         given.append((name, text))
     return [(name, parse_requirement(text, f"the requirement on {name}")) for name, text in given]
+
+
+def _certified(certificate: Certificate, required: str) -> Met:
+    """Whether the run and its artefacts passed; "served" also requires a server, and that each is proved."""
+    good = certificate.passed and not certificate.failed_artefacts
+    if required == "served":
+        servers = [verdict for name, verdict in certificate.artefacts.items() if is_server(name)]
+        found = certificate.verdict if servers else "no server was verified"
+        return Met(CERTIFICATE, "every server proved", found, good and bool(servers) and {*servers} == {"proved"})
+    return Met(CERTIFICATE, "passed", certificate.verdict, good)
 
 
 def _metric(report: Report, name: str, requirement: Requirement) -> Met:

@@ -208,7 +208,10 @@ class VerifyOptions:
     """Options of `lorakeet verify`."""
 
     run_or_adapter: str = field(
-        metadata=_help("A run folder or an adapter folder; with --deploy also a run file.", positional=True)
+        metadata=_help(
+            "A run folder or an adapter folder; with --deploy also a run file; of a server with several adapters the folder of runs.",
+            positional=True,
+        )
     )
     against: tuple[str, ...] = setting(
         (), "Merged folder, .gguf model or adapter, Ollama folder, or http address (URL#NAME selects one of its models)."
@@ -218,8 +221,13 @@ class VerifyOptions:
     precision: Literal["auto", "float32", "float16", "bfloat16", "8-bit", "6-bit", "5-bit", "4-bit", "3-bit", "2-bit"] = setting(
         "auto", "Which tolerances apply; auto reads them from the file, and of a server takes what it says, or what is measured."
     )
-    rows: int = setting(16, "Number of held-out rows to compare.")
-    modules: bool = setting(True, "For a server: whether to test each adapted module, with a pass of the live model for each.")
+    rows: Literal["auto"] | int = setting(
+        "auto", "Number of held-out rows to compare; auto is 16, and of a server as many more as its proof needs."
+    )
+    modules: bool = setting(True, "For a server: whether to test that each block and kind of module is applied there.")
+    minutes: float = setting(
+        1.5, "For a server: minutes of one processor in which that is tested; single modules only if they fit as well."
+    )
     deploy: Literal["vllm", "llama.cpp", "ollama", "peft"] | None = setting(
         None, "Only check whether the adapter will load in this program; nothing is compared."
     )
@@ -405,8 +413,10 @@ class CheckOptions:
     beats: tuple[str, ...] = field(
         default=(), metadata=_help("A system that the adapter must be shown to be better than, such as base.", whole=True)
     )
-    certificate: Literal["passed", "any"] = setting(
-        "passed", "passed: the run and every artefact in its certificate have passed; any: it is not looked at."
+    certificate: Literal["passed", "served", "any"] = setting(
+        "passed",
+        "passed: nothing in its certificate has failed; served: also a server was verified, and each is proved; any: it is not "
+        "looked at.",
     )
 
 

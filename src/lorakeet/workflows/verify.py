@@ -43,6 +43,7 @@ from lorakeet.serve.probe import FACT, record
 from lorakeet.train.checkpoint import Damaged, load_checkpoint
 from lorakeet.train.checkpoint import found as found_checkpoints
 from lorakeet.train.progress import Count, counted
+from lorakeet.train.run import RunFolder
 from lorakeet.workflows.finetuning.evaluate_text import sampled_texts
 from lorakeet.workflows.finetuning.stacked import with_earlier
 from lorakeet.workflows.finetuning.terminal import show_certificate
@@ -74,12 +75,15 @@ from lorakeet.workflows.verification.checks import (
 from lorakeet.workflows.verification.diagnose import cause_from_logits, cause_from_weights
 from lorakeet.workflows.verification.label_answers import check_label_answers, weak_answers
 from lorakeet.workflows.verification.server import Earlier, Server, check_server
+from lorakeet.workflows.verification.server_apis import adapters_of
 from lorakeet.workflows.verification.watch import parse_duration, watch_server
 
 TEXTS, GREEDY = 8, 4  # raw texts, greedy continuations
 RAW_TEXTS = ("It's 10:30 on 12/04.", "naïve café, 日本語 🙂", "two  spaces\n\n\tand a tab", "x = y+1; // 1,234.5")
 _SECOND_MODEL = 2.0  # times its weights: while it is loaded, and with its logits
 WATCHED_ROWS = 4
+ROWS, POOL = 16, 128  # held-out rows that are compared; further ones, of which a server's proof may take some
+UNPROVED = 4  # the exit code where nothing failed, and a wrong server might not have been seen
 CAUSE_TOKENS = 128  # of a row, on which mistakes are tried
 
 
@@ -87,8 +91,13 @@ CAUSE_TOKENS = 128  # of a row, on which mistakes are tried
 class Verified:
     """What the comparison found."""
 
-    exit_code: ClassVar[int] = 0  # it is 3 where a check failed, which raises before this is returned
     certificate: Certificate
+    watched: bool = False  # by few rows, which prove nothing
+
+    @property
+    def exit_code(self) -> int:
+        """0, or 4 where a server is not proved; it is 3 where a check failed, which raises before this is returned."""
+        return UNPROVED if self.certificate.unproved_artefacts and not self.watched else 0
 
     def to_mapping(self) -> dict[str, Any]:
         """Plain values for --json."""
@@ -96,24 +105,47 @@ class Verified:
         return {"passed": found.passed, "artefacts": found.artefacts, "certificate": encode(found)}
 
 
-def verify(options: VerifyOptions, *, console: Console) -> Verified | Deployable:
+@dataclass(frozen=True)
+class VerifiedAdapters:
+    """What was found of each adapter of a server, by its name; `failed` with what differs."""
+
+    found: Mapping[str, Verified]
+    failed: Mapping[str, str]
+    without_run: tuple[str, ...]
+
+    @property
+    def exit_code(self) -> int:
+        """3 where a check failed; 4 where an adapter is not proved, or no run of its name is there; else 0."""
+        if self.failed:
+            return VerificationFailed.exit_code
+        return UNPROVED if self.without_run or any(one.exit_code for one in self.found.values()) else 0
+
+    def to_mapping(self) -> dict[str, Any]:
+        """Plain values for --json."""
+        found = {name: one.to_mapping() for name, one in self.found.items()}
+        return {"adapters": found, "failed": dict(self.failed), "without a run": list(self.without_run)}
+
+
+def verify(options: VerifyOptions, *, console: Console) -> Verified | VerifiedAdapters | Deployable:
     """Compares the adapter, live on its base in fp32, with every artefact in `against`, and writes what was found.
 
     The checks go into the run's certificate.json, report.json and report.html, beside what training put there, named by the paths
-    of the artefacts; checks of artefacts that were deleted go. Raises VerificationFailed (exit code 3) with the worst layer or
-    the first diverging token and the likely cause; ConfigError for an artefact that cannot be opened. With `deploy` nothing is
-    compared: see `check_deployment`. `memory`, or else the run's memory.budget, is kept, if need be by
-    streaming the models.
+    of the artefacts; checks of artefacts that were deleted go. Of a folder of runs, each adapter that a server lists is compared
+    with the run of its name. Raises VerificationFailed (exit code 3) with the worst layer or the first diverging token and the
+    likely cause; ConfigError for an artefact that cannot be opened. With `deploy` nothing is compared: see `check_deployment`.
+    `memory`, or else the run's memory.budget, is kept, if need be by streaming the models.
     """
     path = Path(options.run_or_adapter)
     if options.deploy is not None:
         return check_deployment(path, options.deploy, console, base=options.base)
     if options.watch is not None:
         return _watched(path, options.watch, options, console)
+    if path.is_dir() and RunFolder.at(path) is None and not any(path.glob("*.safetensors")) and _one_server(options.against):
+        return _verify_adapters(path, options, console)
     opened = open_adapter(path, base=options.base, say=console.print).within(options.memory)
     options = replace(options, against=options.against or _found_beside(opened))
     source = find_source(opened.config.model, console.print)
-    size = partial(size_of_check, opened, options.against, source, "this check", rows=options.rows)
+    size = partial(size_of_check, opened, options.against, source, "this check", rows=_rows(options))
     opened = fit_check(opened, size, _place(opened), console)
     residency, mapped = opened.residency, maps_a_file(options.against)
     with peak_said(residency, console, mapped=mapped), temporary_stores(residency, "Nothing was compared."):
@@ -122,6 +154,36 @@ def verify(options: VerifyOptions, *, console: Console) -> Verified | Deployable
     _keep(opened, certificate)
     certificate.raise_if_failed()
     return Verified(certificate)
+
+
+def _one_server(against: Sequence[str]) -> bool:
+    """Whether the address of a server, without the name of a model, is all that is given."""
+    return len(against) == 1 and against[0].startswith(SERVERS) and "#" not in against[0]
+
+
+def _verify_adapters(folder: Path, options: VerifyOptions, console: Console) -> VerifiedAdapters:
+    """Compares each adapter of a running server with the run of its name in `folder`. ConfigError where there is none."""
+    say, url = partial(console.print, markup=False, soft_wrap=True), options.against[0]
+    names = adapters_of(url)
+    runs = {name: folder / name for name in names if Path(name).name == name and (folder / name).is_dir()}
+    if not runs:
+        raise ConfigError(f"{url} serves {names or 'no adapters'}; {folder} has no run of such a name.")
+    found, failed = dict[str, Verified](), dict[str, str]()
+    for name, run in runs.items():
+        try:
+            one = verify(replace(options, run_or_adapter=str(run), against=(f"{url}#{name}",)), console=console)
+        except VerificationFailed as error:
+            failed[name] = str(error)
+            say(str(error), style="bold red")
+            continue
+        assert isinstance(one, Verified)
+        found[name] = one
+    without = tuple(name for name in names if name not in runs)
+    for name in without:
+        say(f"not proved  {url}#{name}: {folder} has no run of this name, so it was compared with nothing.", style="bold yellow")
+    verdicts = {name: one.certificate.artefacts[f"{url}#{name}"] for name, one in found.items()} | dict.fromkeys(failed, "failed")
+    say(f"{url}: {', '.join(f'{name} {verdict}' for name, verdict in verdicts.items())}.")
+    return VerifiedAdapters(found, failed, without)
 
 
 def _watched(path: Path, target: str, options: VerifyOptions, console: Console) -> Verified:
@@ -134,7 +196,7 @@ def _watched(path: Path, target: str, options: VerifyOptions, console: Console) 
         raise ConfigError(f"--rounds is {options.rounds}; it must be 0 (no end) or more.")
     every = parse_duration(options.every)
     opened = open_adapter(path, base=options.base, say=console.print).within(options.memory)
-    few = replace(options, against=(target,), rows=min(options.rows, WATCHED_ROWS), modules=False)
+    few = replace(options, against=(target,), rows=min(_rows(options), WATCHED_ROWS), modules=False)
 
     def say(text: str) -> None:
         console.print(text, markup=False, soft_wrap=True)
@@ -142,7 +204,8 @@ def _watched(path: Path, target: str, options: VerifyOptions, console: Console) 
     def compare() -> Certificate:
         return certify_artefacts(opened, few, console, beside=_place(opened).parent)
 
-    return Verified(watch_server(compare, target, every, rounds=options.rounds, metrics=options.metrics, say=say))
+    found = watch_server(compare, target, every, rounds=options.rounds, metrics=options.metrics, say=say)
+    return Verified(found, watched=True)
 
 
 def certify_artefacts(
@@ -155,7 +218,8 @@ def certify_artefacts(
     dataset = opened.dataset if opened.run else None
     source = find_source(opened.config.model, console.print)
     live, say = live_side(opened, console), partial(console.print, markup=False, soft_wrap=True)
-    probes = probes_of(opened, dataset, live, options.rows)
+    probes = probes_of(opened, dataset, live, _rows(options))
+    probes = probes if options.rows == "auto" else replace(probes, pool=tuple)
     longest = max((len(ids) for ids in (*probes.rows, *probes.prompts)), default=0)
     checks: list[Check] = []
     unchecked: list[Unchecked] = []
@@ -169,7 +233,8 @@ def certify_artefacts(
             server.allowed = F16 if precision == "auto" else PRECISIONS[precision]
             formats = _formats(opened, live, precision, console)
             spec, earlier = opened.config.evaluate, _earlier(opened)
-            served = check_server(live, server, probes, spec, formats, modules=options.modules, earlier=earlier, say=say)
+            minutes = options.minutes if options.modules else 0.0
+            served = check_server(live, server, probes, spec, formats, minutes=minutes, earlier=earlier, say=say)
             checks, unchecked, modules = checks + served.checks, unchecked + served.unchecked, modules + served.modules
             if served.ended:
                 incomplete[target] = served.ended
@@ -310,7 +375,23 @@ def probes_of(opened: Opened, dataset: Dataset | None, live: InTorch, rows: int)
     longest = opened.residency.way.longest or (max(map(len, ids)) if opened.config.memory.limit else None)
     others = [row for row in dataset.held_out if not any(row is one for one, _ in chosen)]
     further = partial(_further, others, encoder, longest) if labelled and opened.residency.store is None else _no_further
-    return Probes(talks, texts, ids, labelled, prompts[:GREEDY], further=further).cut_to(opened.residency.way.longest)
+    pool = partial(_pool, others, encoder, longest) if opened.residency.store is None else tuple
+    found = Probes(talks, texts, ids, labelled, prompts[:GREEDY], further=further, pool=pool)
+    return found.cut_to(opened.residency.way.longest)
+
+
+def _pool(rows: Sequence[Row], encoder: Encoder, longest: int | None) -> list[Ids]:
+    """The ids of the first POOL whole rows within the memory plan."""
+    encoded = (found for row in rows if (found := encoder.encode(row)) is not None and not found.truncated)
+    return list(islice((one.ids for one in encoded if longest is None or len(one.ids) <= longest), POOL))
+
+
+def _rows(options: VerifyOptions) -> int:
+    """How many held-out rows are compared. ConfigError for none."""
+    rows = ROWS if options.rows == "auto" else options.rows
+    if rows < 1:
+        raise ConfigError(f"--rows is {rows}; expected auto, or 1 or more.")
+    return rows
 
 
 def _no_further(count: int) -> list[Candidates]:

@@ -31,7 +31,8 @@ from lorakeet.workflows.runs.open_adapter import NAME, open_adapter
 from lorakeet.workflows.verification import modules as modules_file
 from lorakeet.workflows.verification.artefact import InTorch, live_side
 from lorakeet.workflows.verification.checks import Probes
-from lorakeet.workflows.verification.modules import ProbedValues, check_modules, choose_rows, left_out, sets_of
+from lorakeet.workflows.verification.diagnose import changed_pairs
+from lorakeet.workflows.verification.modules import Further, ProbedValues, check_modules, choose_rows, left_out, sets_of
 from lorakeet.workflows.verification.rounding import Reported
 from lorakeet.workflows.verification.server import Server, check_server
 from lorakeet.workflows.verify import probes_of
@@ -88,12 +89,12 @@ def side(loud: Path) -> tuple[InTorch, Probes]:
     return live, dataclasses.replace(probes, prompts=[], labelled=[], conversations=[], texts=[])
 
 
-def found_at(side: tuple[InTorch, Probes], url: str) -> tuple[Check, ServedModules]:
-    """The check of modules, and what was found of each."""
+def found_at(side: tuple[InTorch, Probes], url: str, what: str = "modules") -> tuple[Check, ServedModules]:
+    """The check of modules or of the scale, and what was found of each module."""
     said: list[str] = []
     found = check_server(side[0], Server(url, F16), side[1], EvaluateSpec(), say=said.append)
-    assert said == ["Leaves each module out of the live adapter, to see which are active on the server."]
-    return next(check for check in found.checks if check.name == f"{url}: modules"), found.modules[0]
+    assert said == ["Leaves blocks, kinds and modules out of the live adapter, to see which are active on the server."]
+    return next(check for check in found.checks if check.name == f"{url}: {what}"), found.modules[0]
 
 
 def expected(held: Adapter, parts: tuple[str, ...]) -> set[str]:
@@ -115,9 +116,10 @@ def test_our_own_server(finished: Any, loud: Path, side: Any, dtype: str, tmp_pa
             missing = expected(held, parts)
             assert set(modules.missing) == missing and set(modules.active) == set(held.pairs) - missing and not modules.unclear
             assert check.passed is not bool(parts) and check.measured["missing_modules"] == len(missing) and check.n == 14
-            assert f"Active in {14 - len(missing)} of 14 modules." in check.detail
+            assert modules.proved is not bool(parts) and f"active {14 - len(missing)} of 14" in str(modules)
+            assert len(modules.seen) == 10 or parts, "all modules, 2 blocks and 7 kinds"
             assert all(name in check.detail for name in list(missing)[:1] if len(missing) == 1)
-        check, modules = found_at(side, f"{url}#weak")
+        check, modules = found_at(side, f"{url}#weak", "scale")
     assert check.exceeded() == ("scale_error",) and check.measured["scale_error"] == pytest.approx(0.02, abs=0.004)
     assert "The server's scale is 0.9" in check.detail and len(modules.active) == 14
 
@@ -136,10 +138,40 @@ def test_the_measured_rounding_bounds_a_scale_below_its_formats_limit(
         for name in ("right", "weak"):
             there = Server(f"{url}#{name}", PRECISIONS["bfloat16"])
             checks = check_server(side[0], there, side[1], EvaluateSpec(), formats).checks
-            found[name] = next(check for check in checks if check.name.endswith(": modules"))
+            found[name] = next(check for check in checks if check.name.endswith(": scale"))
     assert found["right"].passed and found["right"].tolerance["scale_error"] < PRECISIONS["bfloat16"].share
     assert "of itself off would be seen; the format may do 0.00" in found["right"].detail
     assert "measured in 10 computations" in found["right"].detail and found["weak"].exceeded() == ("scale_error",)
+
+
+WEAK = 0.003  # of a pair's change: far below what bfloat16 rounds
+
+
+def swapped(held: Adapter, first: str, second: str) -> Adapter:
+    """The adapter with A of the modules under `first` in those under `second`, and the other way round."""
+    others = {path: path.replace(first, second) if first in path else path.replace(second, first) for path in held.pairs}
+    pairs = {path: dataclasses.replace(pair, A=held.pairs[others[path]].A) for path, pair in held.pairs.items()}
+    return dataclasses.replace(held, pairs=pairs)
+
+
+def test_no_fault_of_a_weak_adapter_is_counted_as_active(finished: Any, loud: Path, side: Any, tmp_path: Path) -> None:
+    """B of one layer zeroed, A of two layers swapped, all B of a block zeroed: each fails, or is named with its effect."""
+    opened = open_adapter(loud)
+    weak = {path: dataclasses.replace(pair, B=WEAK * pair.B) for path, pair in opened.adapter.pairs.items()}
+    held = dataclasses.replace(opened.adapter, pairs=weak)
+    gates = swapped(held, "layers.0.mlp.gate_proj", "layers.1.mlp.gate_proj")
+    faults = {"one": (lacking(held, (GATE,)), {GATE}), "block": (lacking(held, (BLOCK,)), expected(held, (BLOCK,)))}
+    faults |= {"gates": (gates, expected(held, ("gate_proj",))), "right": (held, set[str]())}
+    for name, (adapter, _) in faults.items():
+        peft.write(adapter, tmp_path / name)
+    weakened = changed_pairs(side[0], lambda _, pair: pair.B.mul_(WEAK))
+    with weakened, served(finished.model, {name: tmp_path / name for name in faults}, "bfloat16") as url:
+        for name, (_, wrong) in faults.items():
+            check, modules = found_at(side, f"{url}#{name}")
+            assert not wrong & set(modules.active) and check.n == len(modules.active) + len(modules.missing)
+            assert wrong <= set(modules.missing) | set(modules.unclear) and set(modules.unclear) <= set(modules.nats)
+            assert check.passed or wrong, "the right one does not fail"
+            assert not modules.proved and modules.unseen, "a block that changes so little is not shown"
 
 
 def test_llama_cpps_own_server(finished: Any, loud: Path, side: Any, tmp_path: Path) -> None:
@@ -181,7 +213,8 @@ def test_only_so_many_tokens_as_were_meant_are_probed_of_many_rows(side: Any, mo
 def test_fewer_rows_than_are_needed_are_said(side: Any) -> None:
     rows = [Reported(row.tolist(), {}) for row in side[1].rows[:3]]
     given = {place: {5: -1.0} for place in range(len(rows[0].ids) - 1)}
-    found = check_modules(side[0], [dataclasses.replace(one, places=given) for one in rows], None, ("live", "there"), 0.01)
+    few = [dataclasses.replace(one, places=given) for one in rows]
+    found = check_modules(side[0], few, Further(), ("live", "there"), 0.01)
     assert isinstance(found, str) and "of 3 rows; 4 are needed, since rounding differs by row" in found
 
 

@@ -32,6 +32,7 @@ FALSE_MISSING = 1e-3  # of a certificate: a right server is said to lack a modul
 FALSE_ACTIVE = 1e-3  # of a module
 FEWEST_PLACES = 12
 FEWEST_ROWS = 4
+PARTITIONS = 3  # in which a server is tested: by blocks, by kinds, by modules
 _LEAST_WEIGHT = 0.05  # of the mean square effect: it bounds the weights
 _HALF = 0.5  # of an effect: less is active, more is missing
 _LEAST_KNOWN = 0.05  # of an effect's square, of which a computation says what rounding does
@@ -191,7 +192,7 @@ def find_activity(values: EffectValues, known: LeftOut) -> ActivityFound:
     places = len(np.unique(values.places))
     if places < FEWEST_PLACES or values.count < FEWEST_ROWS:
         raise ValueError(f"modules need {FEWEST_PLACES} places of {FEWEST_ROWS} rows; given are {places} of {values.count}")
-    tests = len(known.singles) + 1
+    tests = PARTITIONS * (len(known.singles) + 1)
     search = _FaultSearch(values, known, values.quantile(FALSE_MISSING / tests / 2), values.quantile(FALSE_ACTIVE))
     search.run()
     beside = search.settle()
@@ -216,7 +217,8 @@ def find_activity(values: EffectValues, known: LeftOut) -> ActivityFound:
             unclear[name] = f"the server shows {1 - found.value:.2g} of it, ± {found.spread:.2g}"
     missing = tuple(name for name in known.singles if name in certain)
     scale = replace(rest, computed=()).share(known.scale)  # whose limit has what the format may do
-    return ActivityFound(tuple(active), missing, unclear, either, 1 - scale.value, scale.spread, search.beyond)
+    once = values.quantile(FALSE_MISSING * PARTITIONS / tests / 2)
+    return ActivityFound(tuple(active), missing, unclear, either, 1 - scale.value, scale.spread, once)
 
 
 @dataclass

@@ -190,14 +190,16 @@ def progress_line(console: Console, what: str) -> Iterator[Callable[[int, int, s
 
 
 def show_certificate(certificate: Certificate, console: Console) -> None:
-    """Prints a line for each check, and one for each thing that was not checked."""
+    """Prints a line for each check, for the modules of each server, and for each thing that was not checked."""
     for check in certificate.checks:
         console.print(Text(str(check), style="green" if check.passed else "bold red"))
     for name, why in certificate.incomplete.items():
         console.print(Text(f"incomplete: {name}: {why}", style="bold yellow"), soft_wrap=True)
+    for served in certificate.modules:
+        console.print(Text(str(served), style="bold red" if served.missing else "green" if served.proved else "bold yellow"))
     for missing in certificate.unchecked:
         console.print(Text(str(missing), style="yellow"))
-    if certificate.passed and certificate.failed_artefacts:
+    if certificate.passed and (certificate.failed_artefacts or certificate.unproved_artefacts):
         console.print(Text(f"{certificate.verdict}.", style="bold yellow"))
 
 

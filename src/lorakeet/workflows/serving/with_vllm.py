@@ -123,7 +123,7 @@ def serve_with_vllm(options: ServeOptions, adapters: Mapping[str, Path], console
             _verify(path, f"{url}#{name}", options.model, key, console)
         many = f"{len(adapters)} adapter{'' if len(adapters) == 1 else 's'}"
         with suppress(KeyboardInterrupt):
-            said = f"vLLM serves {many} at {url}/v1, each verified against the live adapter."
+            said = f"vLLM serves {many} at {url}/v1, each compared with the live adapter."
             console.print(said, soft_wrap=True, markup=False)
             _until_it_ends(process)
     return command

@@ -43,6 +43,7 @@ class Probes:
     most: int | None = None  # tokens of each that are compared; None: all
     too_long: int = 0  # labelled prompts that were longer, and are left out
     further: Callable[[int], Sequence[Candidates]] = lambda count: ()  # up to so many more labelled prompts
+    pool: Callable[[], Sequence[Ids]] = tuple  # further held-out rows, for a server of which more must be seen
 
     def cut_to(self, most: int | None) -> Probes:
         """Rows and prompts for greedy texts up to their first `most` tokens; without labelled prompts that have more."""

@@ -1,8 +1,9 @@
-"""Which modules' pairs are active in a served model: each is left out of the live model, and the server's numbers are compared.
+"""Which modules' pairs are active in a served model: parts are left out of the live model, and the server's numbers are compared.
 
     rows         those on which modules count most, by one backward pass a row: PROBE_TOKENS, or the beginnings of PROBE_ROWS
-    effects      one forward pass over these rows for each module; sets of modules only if one is not shown active
-    questions    of a server that answers one place at a time: the places where modules tell most, for the weakest ones too
+    groups       all modules, each block, each kind of module: one forward pass over these rows for each
+    looks        further rows, or places of a server that answers one at a time, until the lack of each group would be seen
+    modules      one by one, if their passes fit into the minutes that are left; else their effect in first order is said
     verdict      evaluate/served/module_activity
 """
 
@@ -11,6 +12,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
+from time import process_time
 from typing import Any
 
 import numpy as np
@@ -23,6 +25,7 @@ from lorakeet.data.pack import pack_examples
 from lorakeet.evaluate.certificate import Check, ServedModules
 from lorakeet.evaluate.intervals import Floats
 from lorakeet.evaluate.served.module_activity import (
+    FALSE_ACTIVE,
     FEWEST_PLACES,
     FEWEST_ROWS,
     ActivityFound,
@@ -43,53 +46,56 @@ from lorakeet.workflows.verification.server_apis import TOP
 
 PROBE_TOKENS = 512  # of all probed rows, what all begin with and prompts of written texts not counted
 PROBE_ROWS = 12  # at least, where there are so many: rounding is measured between rows
-QUESTIONS = 64  # places that a server is queried for, beyond what it has reported
+QUESTIONS = 64  # places a look that a server is queried for, beyond what it has reported
+LOOKS = 4  # at the groups, each with more of the server's numbers
+MINUTES = 1.5  # of one processor
 _SCALE_STEP = 0.05  # of the scale, for its effect in first order
 _SHOWN = 3
 
 Ask = Callable[[list[int], Sequence[int]], Mapping[int, Mapping[int, float]]]
+EVERYTHING = "all modules"
+
+
+@dataclass(frozen=True)
+class Further:
+    """How more is learned of a server: it is queried `ask` at places of a row, which it answers `one_by_one` or all together."""
+
+    ask: Ask | None = None
+    one_by_one: bool = True
+    rows: Sequence[list[int]] = ()  # held-out ones, beside those of which it has reported
+    minutes: float = MINUTES
 
 
 def check_modules(
     live: InTorch,
     reported: Sequence[Reported],
-    ask: Ask | None,
+    further: Further,
     names: tuple[str, str],
     scale: float,
     computed: Sequence[Replica] = (),
-) -> tuple[Check, ServedModules] | str:
-    """The check of all adapted modules of the second of `names`, and what was shown of each; else why it was not made.
+) -> tuple[list[Check], ServedModules] | str:
+    """The checks of all adapted modules of the second of `names`, and what was shown of them; else why they were not made.
 
-    `reported` are the log-probabilities that the server has reported; `ask` reports them of further places of a row. A `scale`
-    that is so much of itself off is what the server's number format may do at most; less, where the adapter `computed` in that
-    format shows less.
+    `reported` are the log-probabilities that the server has reported. A `scale` that is so much of itself off is what the
+    server's number format may do at most; less, where the adapter `computed` in that format shows less.
     """
     if live.text.streamed is not None:
         return "the live model's weights are streamed, and each module would take a pass over all of them"
     layers = [path for path, layer in adapted_layers(live.text.model) if (live.adapter or "") in layer.adapters]
-    rows = [one for one in reported if one.places or ask is not None]
+    rows = [one for one in reported if one.places or further.ask is not None]
     if not layers or not rows:
         return "the server does not report log-probabilities" if layers else "the adapter has no pairs"
-    rows = choose_rows(live, rows, PROBE_TOKENS)
-    values = ProbedValues.of(live, rows, everywhere=ask is not None)
-    probe = _Probe(live, values, layers)
-    if ask is not None and any(not one.complete for one in rows):
-        values.ask(ask, rows, np.stack([probe.singles[path] for path in layers]))
-    here = values.known
-    places = values.numbers[here]
-    if (count := len(np.unique(places))) < FEWEST_PLACES:
+    evidence = _Evidence(live, layers, computed, further)
+    evidence.add(choose_rows(live, rows, PROBE_TOKENS))
+    values = evidence.compared()
+    if (count := len(np.unique(values.places))) < FEWEST_PLACES:
         return f"the server reports log-probabilities at {count} places of the probed rows; {FEWEST_PLACES} are needed"
-    known = probe.known(here)
-    if (count := len(np.unique(values.rows_of[here]))) < FEWEST_ROWS:
-        return f"the server reports log-probabilities of {count} rows; {FEWEST_ROWS} are needed, since rounding differs by row"
-    apart = values.theirs[here] - values.ours[here]
-    differences = [(values.as_computed(replica, rows) - values.ours)[here] for replica in computed]
-    compared = replace(EffectValues.of(apart, places, values.rows_of[here], known.table()), computed=tuple(differences))
-    found = find_activity(compared, known)
-    bound = _scale_of_rounding(compared, known.scale, differences)
-    served = ServedModules(names[1], found.active, found.missing, found.unclear)
-    cost = f"{probe.passes} passes over {values.tokens} tokens of {len(rows)} rows"
-    return _check_of(found, served, names, cost, (min(scale, bound), len(differences) if bound < scale else 0)), served
+    if values.count < FEWEST_ROWS:
+        why = f"{FEWEST_ROWS} are needed, since rounding differs by row"
+        return f"the server reports log-probabilities of {values.count} rows; {why}"
+    found = evidence.looked()
+    served = found.served(names[1], evidence)
+    return _checks_of(evidence, found, served, names, scale), served
 
 
 def _scale_of_rounding(compared: EffectValues, effect: Floats, computed: Sequence[Floats]) -> float:
@@ -104,30 +110,36 @@ def _scale_of_rounding(compared: EffectValues, effect: Floats, computed: Sequenc
     return scale_bound(scales)
 
 
-def _check_of(
-    found: ActivityFound, served: ServedModules, names: tuple[str, str], cost: str, format_may: tuple[float, int]
-) -> Check:
-    """`format_may`: by how much of itself the number format may change the scale, and by how many computations; 0 if fixed."""
-    scale, computations = format_may
-    total = len(served.active) + len(served.missing) + len(served.unclear)
-    parts = [f"Active in {len(served.active)} of {total} modules."]
+def _checks_of(
+    evidence: _Evidence, found: _Found, served: ServedModules, names: tuple[str, str], scale: float
+) -> list[Check]:
+    """Of the modules that are shown, and of the scale."""
+    values = evidence.compared()
+    computations = len(values.computed)
+    bound = _scale_of_rounding(values, evidence.scale(), values.computed)
+    scale, computations = (bound, computations) if bound < scale else (scale, 0)  # 0: it is fixed
+    parts = [f"Modules: {served.counts}."]
     if served.missing:
         parts.append(f"Missing: {_listed(served.missing)}.")
     for sets in found.either:
         parts.append(f"Missing is one of: {'; or '.join(_listed(sorted(modules)) for modules in sets[:_SHOWN])}.")
     reasons: dict[str, list[str]] = {}
-    for name, why in served.unclear.items():
+    for name, why in {**served.unseen, **served.unclear}.items():
         reasons.setdefault(why, []).append(name)
     parts += [f"Not distinguished: {_listed(modules)}, since {why}." for why, modules in list(reasons.items())[:_SHOWN]]
-    limit = found.scale_limit(scale)
-    if abs(found.scale - 1) > limit:
-        parts.append(f"The server's scale is {found.scale:.3g} times what it should be.")
+    parts.append(f"It took {evidence.cost} of the live model.")
+    measured, allowed = {"missing_modules": float(found.faults)}, {"missing_modules": 0.0}
+    shown = len(served.active) + len(served.missing)
+    modules = named_check("modules", names, measured, allowed, n=shown, detail=" ".join(parts))
+    whole = found.by_modules or found.by_groups[0]
+    limit, said = whole.scale_limit(scale), []
+    if abs(whole.scale - 1) > limit:
+        said.append(f"The server's scale is {whole.scale:.3g} times what it should be.")
     by = f"measured in {computations} computations" if computations else "a fixed limit"
-    parts.append(f"A scale that is {2 * limit - scale:.2g} of itself off would be seen; the format may do {scale:.2g}, {by}.")
-    parts.append(f"It took {cost} of the live model.")
-    measured = {"missing_modules": float(found.faults), "scale_error": abs(found.scale - 1)}
-    allowed = {"missing_modules": 0.0, "scale_error": limit}
-    return named_check("modules", names, measured, allowed, n=total, detail=" ".join(parts))
+    said.append(f"A scale that is {2 * limit - scale:.2g} of itself off would be seen; the format may do {scale:.2g}, {by}.")
+    measured, allowed = {"scale_error": abs(whole.scale - 1)}, {"scale_error": limit}
+    places = len(np.unique(values.places))
+    return [modules, named_check("scale", names, measured, allowed, n=places, detail=" ".join(said))]
 
 
 def _listed(modules: Sequence[str]) -> str:
@@ -137,12 +149,13 @@ def _listed(modules: Sequence[str]) -> str:
     return f"{', '.join(modules[:_SHOWN])}, … ({len(modules)} in all)"
 
 
-def choose_rows(live: InTorch, rows: Sequence[Reported], most: int) -> list[Reported]:
+def choose_rows(live: InTorch, rows: Sequence[Reported], most: int, weak: Sequence[int] = ()) -> list[Reported]:
     """Rows of at most `most` tokens in all, or PROBE_ROWS of them, on which modules count most, the weak ones as the strong.
 
+    With `weak`, the numbers of some modules, on which those do.
+
     Where all have more tokens, each ends `most` / PROBE_ROWS tokens after what all begin with, or after its first reported place.
-    A module counts on a row by the squared derivative of its log-probabilities, added with random signs, along the module's
-    scale: one backward pass a row.
+    A module counts on a row by the square of what `_derivatives` gives: one backward pass a row.
     """
     if sum(len(one.ids) for one in rows) <= most:
         return list(rows)
@@ -152,6 +165,7 @@ def choose_rows(live: InTorch, rows: Sequence[Reported], most: int) -> list[Repo
     if len(rows) <= PROBE_ROWS:
         return rows
     table = np.stack([_derivatives(live, one, number) for number, one in enumerate(rows)]) ** 2
+    table = table[:, list(weak)] if weak else table
     counts = (table / np.maximum(table.sum(0), 1e-30)).sum(1) / [len(one.ids) for one in rows]
     chosen: list[int] = []
     for number in np.argsort(-counts, kind="stable").tolist():
@@ -167,7 +181,8 @@ def _beginning(row: Reported, tokens: int) -> Reported:
 
 
 def _derivatives(live: InTorch, row: Reported, seed: int) -> Floats:
-    """By module, the derivative of the row's likeliest log-probabilities, added with random signs, along the module's scale."""
+    """By module, the derivative along its scale of the row's likeliest log-probabilities, each with a random sign and times the
+    root of its probability: half its square is on average the KL, in first order, of leaving the module out."""
     name = live.adapter or ""
     pairs = [layer.adapters[name] for _, layer in adapted_layers(live.text.model) if name in layer.adapters]
     factors = [list(pair.parameters()) for pair in pairs]
@@ -181,7 +196,7 @@ def _derivatives(live: InTorch, row: Reported, seed: int) -> Floats:
             hidden = live.text.hidden(pack_examples([_example(row.ids, range(len(row.ids) - 1))]))
             tops = live.text.head(hidden).float().log_softmax(-1).topk(TOP, -1).values
             signs = torch.randint(0, 2, tops.shape, generator=torch.Generator().manual_seed(seed)).to(tops) * 2 - 1
-            found = torch.autograd.grad((tops * signs).sum(), flat, allow_unused=True)
+            found = torch.autograd.grad((tops * signs * (tops.detach() / 2).exp()).sum(), flat, allow_unused=True)
     finally:
         for parameter, before in zip(flat, kept, strict=True):
             parameter.requires_grad_(before)
@@ -262,7 +277,7 @@ class ProbedValues:
         return torch.cat(parts).double().numpy()
 
     def ask(self, ask: Ask, rows: Sequence[Reported], effects: Floats) -> None:
-        """Queries up to QUESTIONS further places, where modules are distinguished best by their effects (modules, values)."""
+        """Queries up to QUESTIONS further places, where parts are distinguished best by their effects (parts, values)."""
         count = len(self.place_of)
         square = effects**2 / (np.mean(effects**2, axis=0) + 0.05 * np.mean(effects**2) + 1e-30)
         by_place = np.stack([np.bincount(self.numbers, one, count) for one in square])  # (modules, places)
@@ -296,46 +311,213 @@ def _tables(live: InTorch, examples: Sequence[Example]) -> Iterator[Tensor]:
         yield live.text.head(part).float().cpu().log_softmax(-1)
 
 
-class _Probe:
-    """The effects of what is left out of the live model, on all probed values."""
+@dataclass
+class _Found:
+    """What was found in groups (by blocks, by kinds) and, if they were left out one by one, of modules."""
 
-    def __init__(self, live: InTorch, values: ProbedValues, layers: Sequence[str]) -> None:
-        self.live, self.values, self.layers, self.passes = live, values, list(layers), 1
-        self.singles = {path: self._effect(frozenset([path])) for path in self.layers}
+    seen: tuple[str, ...]
+    unseen: dict[str, str]
+    by_groups: tuple[ActivityFound, ActivityFound]
+    missing: tuple[str, ...]  # modules of groups
+    faults: int  # modules that are missing at least
+    by_modules: ActivityFound | None = None
 
-    def _effect(self, modules: Modules) -> Floats:
-        self.passes += 1
-        with left_out(self.live, modules):
-            return self.values.seen_by(self.live) - self.values.ours
+    @property
+    def either(self) -> tuple[tuple[Modules, ...], ...]:
+        return (self.by_modules or max(self.by_groups, key=lambda one: one.faults)).either
 
-    def known(self, here: Any) -> LeftOut:
-        """As the verdict needs it, of the values `here`."""
-        with changed_pairs(self.live, lambda _, pair: pair.B.mul_(1 - _SCALE_STEP)):
-            scale = (self.values.seen_by(self.live) - self.values.ours)[here] / _SCALE_STEP
-        self.passes += 1
-        return LeftOut(
-            {path: effect[here] for path, effect in self.singles.items()},
-            scale,
-            sets_of(self.layers),
-            lambda modules: self._effect(modules)[here],
-        )
+    def served(self, name: str, evidence: _Evidence) -> ServedModules:
+        """The same for the certificate."""
+        one = self.by_modules
+        if one is None:
+            why = "single modules were not left out one by one"
+            active, missing = tuple[str, ...](), self.missing
+            unclear = {path: why for path in evidence.layers if path not in missing}
+        else:
+            active, missing, unclear = one.active, one.missing, one.unclear
+        nats = {group: evidence.nats(evidence.members[group]) for group in self.unseen}
+        nats |= evidence.nats_of_modules(tuple(unclear))
+        power = 1 - evidence.looks * FALSE_ACTIVE
+        return ServedModules(name, active, missing, unclear, self.seen, self.unseen, nats, power)
+
+
+class _Evidence:
+    """The server's numbers beside the live model's, and the effects of what is left out of it; more of both with each look."""
+
+    def __init__(self, live: InTorch, layers: Sequence[str], computed: Sequence[Replica], further: Further) -> None:
+        self.live, self.layers, self.computed, self.further = live, list(layers), computed, further
+        self.begun, self.looks, self.passes, self.tokens = process_time(), 0, 0, 0
+        self.batches: list[ProbedValues] = []
+        self.rows: list[list[Reported]] = []
+        self.effects: list[dict[Modules | str, Floats]] = []
+        self.left = list(further.rows)
+        blocks, kinds = (grouped(self.layers, key) for key in (_block, _kind))
+        self.parts = [blocks, kinds]
+        self.members: dict[str, Modules] = {EVERYTHING: frozenset(layers), **blocks, **kinds}
+
+    def add(self, rows: Sequence[Reported]) -> None:
+        """More rows; of those of which nothing is reported, the server is queried."""
+        ask = self.further.ask
+        if ask is not None and not self.further.one_by_one:
+            rows = [one if one.places else Reported(one.ids, _plain(ask(one.ids, range(len(one.ids) - 1)))) for one in rows]
+        self.batches.append(ProbedValues.of(self.live, rows, everywhere=ask is not None))
+        self.rows.append(list(rows))
+        self.effects.append({})
+        self.tokens += self.batches[-1].tokens
+        if ask is not None and any(not one.complete for one in rows):
+            self.query(list(self.members))
+
+    def query(self, groups: Sequence[str]) -> None:
+        """Asks for places of the last rows at which these groups have most effect."""
+        assert self.further.ask is not None
+        effects = np.stack([self._whole(len(self.batches) - 1, self.members[group]) for group in groups])
+        self.batches[-1].ask(self.further.ask, self.rows[-1], effects)
+
+    def more(self, unseen: Sequence[str]) -> bool:
+        """Learns more of groups that are not seen yet; False where there is nothing more, or no time."""
+        spent = process_time() - self.begun
+        if self.further.ask is None or spent * (1 + 1 / self.looks) > 60 * self.further.minutes:
+            return False
+        last = self.batches[-1]
+        if self.further.one_by_one and len(last.place_of) - len(np.unique(last.numbers[last.known])) >= QUESTIONS:
+            self.query(unseen)
+            return True
+        pool, self.left = self.left[: 2 * PROBE_ROWS], self.left[2 * PROBE_ROWS :]
+        if not pool:
+            return False
+        weak = [number for number, path in enumerate(self.layers) if any(path in self.members[group] for group in unseen)]
+        self.add(choose_rows(self.live, [Reported(ids, {}) for ids in pool], PROBE_TOKENS, weak))
+        return True
+
+    def looked(self) -> _Found:
+        """What is found of the groups after so many looks as it takes, and of modules if there is time."""
+        found = self._groups()
+        while found.unseen and not found.missing and self.looks < LOOKS and self.more(list(found.unseen)):
+            found = self._groups()
+        pass_takes = (process_time() - self.begun) / max(self.passes, 1)
+        if process_time() - self.begun + len(self.layers) * pass_takes <= 60 * self.further.minutes:
+            parts = {path: frozenset([path]) for path in self.layers}
+            one = self._activity(self.compared(), parts, sets_of(self.layers))
+            found.by_modules, found.faults = one, max(one.faults, 0 if one.missing else found.faults)
+        return found
+
+    def _groups(self) -> _Found:
+        self.looks += 1
+        values = self.compared()
+        whole, within = values.share(self.effect(self.members[EVERYTHING])), values.quantile(FALSE_ACTIVE)
+        seen, unseen = list[str](), dict[str, str]()
+        if whole.value < 0.5 and 1 - whole.value > within * whole.spread:
+            seen.append(EVERYTHING)
+        else:
+            unseen[EVERYTHING] = f"the server shows {1 - whole.value:.2g} of their effect, ± {whole.spread:.2g}"
+        missing, faults = set[str](), 0
+        found = [self._activity(values, part, [frozenset(part)] if len(part) > 1 else []) for part in self.parts]
+        for part, one in zip(self.parts, found, strict=True):
+            seen, unseen = [*seen, *one.active], unseen | one.unclear
+            lacks = {path for group in one.missing for path in part[group]}
+            smallest = [min(sum(len(part[group]) for group in groups) for groups in sets) for sets in one.either]
+            missing, faults = missing | lacks, max(faults, len(lacks) + sum(smallest))
+        listed = tuple(path for path in self.layers if path in missing)
+        return _Found(tuple(seen), unseen, (found[0], found[1]), listed, faults)
+
+    def _activity(self, values: EffectValues, part: Mapping[str, Modules], sets: Sequence[Modules]) -> ActivityFound:
+        """Of the parts by name, each of some modules."""
+
+        def together(names: Modules) -> Floats:
+            return self.effect(frozenset().union(*(part[name] for name in names)))
+
+        singles = {name: self.effect(modules) for name, modules in part.items()}
+        return find_activity(values, LeftOut(singles, self.scale(), sets, together))
+
+    def compared(self) -> EffectValues:
+        """The server's numbers less the live model's, with the places and rows of each."""
+        known = [one.known for one in self.batches]
+        apart = [(one.theirs - one.ours)[here] for one, here in zip(self.batches, known, strict=True)]
+        places, rows, before = list[Any](), list[Any](), (0, 0)
+        for one, here, given in zip(self.batches, known, self.rows, strict=True):
+            places.append(one.numbers[here] + before[0])
+            rows.append(one.rows_of[here] + before[1])
+            before = before[0] + len(one.place_of), before[1] + len(given)
+        table = np.stack([self.effect(modules) for part in self.parts for modules in part.values()])
+        values = EffectValues.of(np.concatenate(apart), np.concatenate(places), np.concatenate(rows), table)
+        batches = list(zip(self.batches, known, self.rows, strict=True))
+        computed = [
+            np.concatenate([(one.as_computed(replica, given) - one.ours)[here] for one, here, given in batches])
+            for replica in self.computed
+        ]
+        return replace(values, computed=tuple(computed))
+
+    def effect(self, modules: Modules) -> Floats:
+        """What leaving these out changes of the numbers that the server has reported."""
+        return np.concatenate([self._whole(at, modules)[one.known] for at, one in enumerate(self.batches)])
+
+    def _whole(self, batch: int, modules: Modules) -> Floats:
+        values, kept = self.batches[batch], self.effects[batch]
+        if modules not in kept:
+            self.passes += 1
+            with left_out(self.live, modules):
+                kept[modules] = values.seen_by(self.live) - values.ours
+        return kept[modules]
+
+    def scale(self) -> Floats:
+        """The effect of a scale of 0, in first order."""
+        parts = []
+        for values, kept in zip(self.batches, self.effects, strict=True):
+            if "scale" not in kept:
+                self.passes += 1
+                with changed_pairs(self.live, lambda _, pair: pair.B.mul_(1 - _SCALE_STEP)):
+                    kept["scale"] = (values.seen_by(self.live) - values.ours) / _SCALE_STEP
+            parts.append(kept["scale"][values.known])
+        return np.concatenate(parts)
+
+    def nats(self, modules: Modules) -> float:
+        """KL a token of leaving these out, to second order in what changes of the likeliest tokens."""
+        known = [one.known for one in self.batches]
+        ours = np.concatenate([one.ours[here] for one, here in zip(self.batches, known, strict=True)])
+        places = sum(len(np.unique(one.numbers[here])) for one, here in zip(self.batches, known, strict=True))
+        return float((np.exp(ours) * self.effect(modules) ** 2).sum() / 2 / max(places, 1))
+
+    def nats_of_modules(self, names: Sequence[str]) -> dict[str, float]:
+        """The same of single modules; where they were not left out, in first order, by one backward pass a row."""
+        if not names:
+            return {}
+        if all(frozenset([name]) in kept for name in names for kept in self.effects):
+            return {name: self.nats(frozenset([name])) for name in names}
+        rows = self.rows[0][:PROBE_ROWS]
+        squares = np.mean([_derivatives(self.live, one, at) ** 2 / (len(one.ids) - 1) for at, one in enumerate(rows)], 0) / 2
+        return {name: float(value) for name, value in zip(self.layers, squares, strict=True) if name in names}
+
+    @property
+    def cost(self) -> str:
+        rows = sum(map(len, self.rows))
+        return f"{self.passes} passes over rows of {self.tokens} tokens ({rows} rows, {self.looks} looks)"
+
+
+def _plain(reported: Mapping[int, Mapping[int, float]]) -> dict[int, dict[int, float]]:
+    return {place: dict(known) for place, known in reported.items()}
+
+
+def _block(path: str) -> str:
+    return numbered_part(path) or "outside of blocks"
+
+
+def _kind(path: str) -> str:
+    return path.rpartition(".")[2]
+
+
+def grouped(layers: Sequence[str], key: Callable[[str], str]) -> dict[str, Modules]:
+    """The modules by what `key` says of their paths."""
+    found: dict[str, list[str]] = {}
+    for path in layers:
+        found.setdefault(key(path), []).append(path)
+    return {name: frozenset(paths) for name, paths in found.items()}
 
 
 def sets_of(layers: Sequence[str]) -> list[Modules]:
     """Sets of modules that are likely to be lost together: blocks, kinds, attentions, MLPs, all."""
-    kinds: list[Callable[[str], str]] = [
-        numbered_part,
-        lambda path: path.rpartition(".")[2],
-        lambda path: path.rpartition(".")[0].rpartition(".")[2],
-        lambda _: "all",
-    ]
-    found: dict[Modules, None] = {}
-    for key in kinds:
-        groups: dict[str, list[str]] = {}
-        for path in layers:
-            groups.setdefault(key(path), []).append(path)
-        found |= dict.fromkeys(frozenset(paths) for paths in groups.values() if len(paths) > 1)
-    return list(found)
+    keys: list[Callable[[str], str]] = [_block, _kind, lambda path: path.rpartition(".")[0].rpartition(".")[2], lambda _: "all"]
+    groups = (modules for key in keys for modules in grouped(layers, key).values())
+    return list(dict.fromkeys(modules for modules in groups if len(modules) > 1))
 
 
 @contextmanager

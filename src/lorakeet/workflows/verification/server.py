@@ -31,7 +31,7 @@ from lorakeet.workflows.runs.server_answer import CallRefused
 from lorakeet.workflows.verification.artefact import InTorch
 from lorakeet.workflows.verification.checks import Probes, answers_of_rows, check_ids, compare_labels, named_check
 from lorakeet.workflows.verification.diagnose import LIKELY_CAUSE, cause_from_reported, changed_pairs
-from lorakeet.workflows.verification.modules import check_modules
+from lorakeet.workflows.verification.modules import MINUTES, Further, check_modules
 from lorakeet.workflows.verification.rounding import LIKELY, Place, Reading, Reported, replicas, replicas_of_few_bits, seen_by
 from lorakeet.workflows.verification.server_apis import TOP, Token, Written, find_api
 from lorakeet.workflows.verification.written_text import TextPosition, TextReading, read_text
@@ -87,6 +87,7 @@ class _Comparison:
     computed: Sequence[Replica] = ()  # in the format that explains the server
     earlier: Earlier | None = None
     say: Callable[[str], object] = lambda _: None  # what takes long, before it begins
+    minutes: float = MINUTES  # for modules
     one_by_one: bool = False  # whether the server answers a place at a time
     checks: list[Check] = field(default_factory=list)
     unchecked: list[Unchecked] = field(default_factory=list)
@@ -323,15 +324,28 @@ class _Comparison:
         return 0 < reading.tokens == len(answer.steps) and reading.gap <= self.server.allowed.gap
 
     def check_modules(self, reported: Sequence[Reported]) -> None:
-        """Which modules are active there."""
-        self.say("Leaves each module out of the live adapter, to see which are active on the server.")
-        ask = self.reported_at if self.one_by_one else None
-        found = check_modules(self.live, reported, ask, self.names, self.server.allowed.share, self.computed)
+        """Which blocks, kinds and modules are active there."""
+        self.say("Leaves blocks, kinds and modules out of the live adapter, to see which are active on the server.")
+        further = self._further()
+        found = check_modules(self.live, reported, further, self.names, self.server.allowed.share, self.computed)
         if isinstance(found, str):
             self.skip("which modules are active", found)
         else:
-            self.checks.append(found[0])
+            self.checks += found[0]
             self.modules.append(found[1])
+
+    def _further(self) -> Further:
+        """How more is learned of the server; nothing more where a check has failed already."""
+        takes_ids = self.server.api.takes_ids
+        if not takes_ids or not all(check.passed for check in self.checks):
+            return Further(self.reported_at if takes_ids and self.one_by_one else None, minutes=self.minutes)
+        rows = [ids.tolist() for ids in self.probes.pool()]
+        return Further(self.reported_at if self.one_by_one else self.along_at, self.one_by_one, rows, self.minutes)
+
+    def along_at(self, ids: list[int], places: Sequence[int]) -> dict[int, dict[int, float]]:
+        """What the server reports along a row, at these places."""
+        wanted = frozenset(places)
+        return {place: known for place, known in self.along(ids).items() if place in wanted}
 
     def read_writing(self) -> list[TextReading]:
         """The live model's view of what the server writes, token by token; empty where it cannot be read."""
@@ -389,20 +403,20 @@ def check_server(
     spec: EvaluateSpec,
     formats: Mapping[str, InFormat] | None = None,
     *,
-    modules: bool = True,
+    minutes: float = MINUTES,
     earlier: Earlier | None = None,
     say: Callable[[str], object] = lambda _: None,
 ) -> ServerFound:
-    """Compares a server with the live adapter by everything that it tells, `modules` one by one.
+    """Compares a server with the live adapter by everything that it tells; by its modules within `minutes`, if any.
 
     With `formats`, what rounding may do is measured on the live adapter; else the limits of the server are fixed. Whether the
     adapter of an `earlier` checkpoint would be seen is said then. `say` gets a line before what takes long.
     """
-    found = _Comparison(live, server, probes, spec, formats or {}, earlier=earlier, say=say)
+    found = _Comparison(live, server, probes, spec, formats or {}, earlier=earlier, say=say, minutes=minutes)
     ended, about = "", ""
     try:
         about = server.api.about()
-        _compare(found, modules)
+        _compare(found)
     except EnvironmentProblem as error:
         if isinstance(error, CallRefused) and not _serves_it(server):
             found.checks.append(named_check("model", found.names, {"missing": 1.0}, {"missing": 0.0}, n=1, detail=f"{error}"))
@@ -420,7 +434,7 @@ def _serves_it(server: Server) -> bool:
         return True
 
 
-def _compare(found: _Comparison, modules: bool) -> None:
+def _compare(found: _Comparison) -> None:
     """All checks, one after another, into `found`."""
     server, probes = found.server, found.probes
     found.check_prompts()
@@ -432,8 +446,10 @@ def _compare(found: _Comparison, modules: bool) -> None:
     reported = along if any(one.places for one in along) else [one.reported for one in written if one.reported.places]
     found.check_reported(reported)
     found.check_answers()
-    if modules:
+    if found.minutes:
         found.check_modules(reported)
+    else:
+        found.skip("which modules are active", "--no-modules was given")
     found.skip("the stored weights", "a server does not tell them")
 
 

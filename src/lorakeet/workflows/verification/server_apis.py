@@ -392,6 +392,13 @@ class OllamaApi(Api):
         return self._ask("/api/chat", {**requested, "logprobs": True, "top_logprobs": TOP})
 
 
+def adapters_of(url: str, key: str = "") -> list[str]:
+    """The names of all adapters that a server lists: its models that have a parent. EnvironmentProblem where nothing answers."""
+    with one_message(f"{url} gives an answer that cannot be used", _BROKEN, EnvironmentProblem):
+        listed = ask(url.rstrip("/").removesuffix("/v1"), "/v1/models", key=key).get("data") or ()
+        return [str(one["id"]) for one in listed if one.get("parent")]
+
+
 def find_api(url: str, model: str, key: str = "") -> Api:
     """The API of the server at `url`, asking for `model` with `key`; "" is the only model that it serves.
 
