@@ -209,7 +209,7 @@ class VerifyOptions:
 
     run_or_adapter: str = field(
         metadata=_help(
-            "A run folder or an adapter folder; with --deploy also a run file; of a server with several adapters the folder of runs.",
+            "A run folder or an adapter folder; with --deploy also a run file; for all adapters of a server, a folder of runs.",
             positional=True,
         )
     )

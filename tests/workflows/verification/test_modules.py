@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -14,6 +15,7 @@ import torch
 
 from lorakeet.core.adapter import Adapter
 from lorakeet.core.spec import LoraSpec
+from lorakeet.errors import ConfigError
 from lorakeet.evaluate.certificate import Check, ServedModules
 from lorakeet.evaluate.spec import EvaluateSpec
 from lorakeet.exporting.tolerances import F16, PRECISIONS
@@ -27,6 +29,7 @@ from lorakeet.models.text.serving import ServingModel
 from lorakeet.serve.engine import Engine
 from lorakeet.serve.registry import Registry
 from lorakeet.serve.service import Service
+from lorakeet.workflows.options import VerifyOptions
 from lorakeet.workflows.runs.open_adapter import NAME, open_adapter
 from lorakeet.workflows.verification import modules as modules_file
 from lorakeet.workflows.verification.artefact import InTorch, live_side
@@ -35,7 +38,7 @@ from lorakeet.workflows.verification.diagnose import changed_pairs
 from lorakeet.workflows.verification.modules import Further, ProbedValues, check_modules, choose_rows, left_out, sets_of
 from lorakeet.workflows.verification.rounding import Reported
 from lorakeet.workflows.verification.server import Server, check_server
-from lorakeet.workflows.verify import probes_of
+from lorakeet.workflows.verify import probes_of, verify
 from tiny.exports import loud_run, write_model
 from tiny.llama_cpp import llama_server
 from tiny.runs import quiet
@@ -172,6 +175,26 @@ def test_no_fault_of_a_weak_adapter_is_counted_as_active(finished: Any, loud: Pa
             assert wrong <= set(modules.missing) | set(modules.unclear) and set(modules.unclear) <= set(modules.nats)
             assert check.passed or wrong, "the right one does not fail"
             assert not modules.proved and modules.unseen, "a block that changes so little is not shown"
+
+
+def test_one_call_compares_all_adapters_of_a_server(finished: Any, loud: Path, tmp_path: Path) -> None:
+    """Each with the run of its name; the exit code is that of the worst, and what has no run is not proved."""
+    held = open_adapter(loud).adapter
+    adapters = {"right": held, "wrong": lacking(held, (BLOCK,)), "strange": held}
+    for name, adapter in adapters.items():
+        peft.write(adapter, tmp_path / "served" / name)
+    for name in ("right", "wrong"):
+        shutil.copytree(loud, tmp_path / "runs" / name)
+    with served(finished.model, {name: tmp_path / "served" / name for name in adapters}, "float32") as url:
+        options = VerifyOptions(str(tmp_path / "runs"), against=(url,), rows=6)
+        found: Any = verify(options, console=quiet())
+        (tmp_path / "none").mkdir()
+        with pytest.raises(ConfigError, match="has no run of such a name"):
+            verify(dataclasses.replace(options, run_or_adapter=str(tmp_path / "none")), console=quiet())
+    assert set(found.failed) == {"wrong"} and found.without_run == ("strange",) and found.exit_code == 3
+    assert found.found["right"].certificate.artefacts == {f"{url}#right": "proved"} and found.found["right"].exit_code == 0
+    better = dataclasses.replace(found, failed={})
+    assert better.exit_code == 4 and dataclasses.replace(better, without_run=()).exit_code == 0
 
 
 def test_llama_cpps_own_server(finished: Any, loud: Path, side: Any, tmp_path: Path) -> None:
