@@ -32,7 +32,6 @@ FALSE_MISSING = 1e-3  # of a certificate: a right server is said to lack a modul
 FALSE_ACTIVE = 1e-3  # of a module
 FEWEST_PLACES = 12
 FEWEST_ROWS = 4
-PARTITIONS = 3  # in which a server is tested: by blocks, by kinds, by modules
 _LEAST_WEIGHT = 0.05  # of the mean square effect: it bounds the weights
 _HALF = 0.5  # of an effect: less is active, more is missing
 _LEAST_KNOWN = 0.05  # of an effect's square, of which a computation says what rounding does
@@ -187,13 +186,16 @@ class LeftOut:
         return np.stack([self.singles[name] for name in (self.singles if names is None else names)])
 
 
-def find_activity(values: EffectValues, known: LeftOut) -> ActivityFound:
-    """What `values` show of each module. ValueError for fewer than FEWEST_PLACES places, or FEWEST_ROWS rows."""
+def find_activity(values: EffectValues, known: LeftOut, chance: float = FALSE_MISSING) -> ActivityFound:
+    """What `values` show of each module; a right server is said to lack one by `chance`.
+
+    ValueError for fewer than FEWEST_PLACES places, or FEWEST_ROWS rows.
+    """
     places = len(np.unique(values.places))
     if places < FEWEST_PLACES or values.count < FEWEST_ROWS:
         raise ValueError(f"modules need {FEWEST_PLACES} places of {FEWEST_ROWS} rows; given are {places} of {values.count}")
-    tests = PARTITIONS * (len(known.singles) + 1)
-    search = _FaultSearch(values, known, values.quantile(FALSE_MISSING / tests / 2), values.quantile(FALSE_ACTIVE))
+    tests = len(known.singles) + 1
+    search = _FaultSearch(values, known, values.quantile(chance / tests / 2), values.quantile(FALSE_ACTIVE))
     search.run()
     beside = search.settle()
     rest, certain, either = search.rest, search.certain, tuple(tuple(sets) for sets in search.either)
@@ -217,7 +219,7 @@ def find_activity(values: EffectValues, known: LeftOut) -> ActivityFound:
             unclear[name] = f"the server shows {1 - found.value:.2g} of it, ± {found.spread:.2g}"
     missing = tuple(name for name in known.singles if name in certain)
     scale = replace(rest, computed=()).share(known.scale)  # whose limit has what the format may do
-    once = values.quantile(FALSE_MISSING * PARTITIONS / tests / 2)
+    once = values.quantile(FALSE_MISSING / tests / 2)
     return ActivityFound(tuple(active), missing, unclear, either, 1 - scale.value, scale.spread, once)
 
 

@@ -26,6 +26,7 @@ from lorakeet.evaluate.certificate import Check, ServedModules
 from lorakeet.evaluate.intervals import Floats
 from lorakeet.evaluate.served.module_activity import (
     FALSE_ACTIVE,
+    FALSE_MISSING,
     FEWEST_PLACES,
     FEWEST_ROWS,
     ActivityFound,
@@ -51,6 +52,7 @@ LOOKS = 4  # at the groups, each with more of the server's numbers
 MINUTES = 1.5  # of one processor
 _SCALE_STEP = 0.05  # of the scale, for its effect in first order
 _SHOWN = 3
+_BY_GROUP = 0.1  # of the false alarms: by blocks, and as much by kinds
 
 Ask = Callable[[list[int], Sequence[int]], Mapping[int, Mapping[int, float]]]
 EVERYTHING = "all modules"
@@ -427,7 +429,8 @@ class _Evidence:
             return self.effect(frozenset().union(*(part[name] for name in names)))
 
         singles = {name: self.effect(modules) for name, modules in part.items()}
-        return find_activity(values, LeftOut(singles, self.scale(), sets, together))
+        share = _BY_GROUP if part in self.parts else 1 - 2 * _BY_GROUP
+        return find_activity(values, LeftOut(singles, self.scale(), sets, together), share * FALSE_MISSING)
 
     def compared(self) -> EffectValues:
         """The server's numbers less the live model's, with the places and rows of each."""
