@@ -41,6 +41,7 @@ def test_a_summary_says_what_the_files_say(tmp_path: Path) -> None:
     [
         (["better", "no difference shown"], "better than one, no difference from another shown"),
         (["no difference shown", "worse"], "worse than one, no difference from another shown"),
+        (["better", "better"], "better than all, not in another metric"),
         (["better", "worse", "better"], "better than one, worse than another"),
     ],
 )

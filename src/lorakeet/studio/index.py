@@ -161,6 +161,8 @@ def _against(comparisons: Sequence[dict[str, Any]]) -> str:
     words = {"better": "better than {}", "worse": "worse than {}", "no difference shown": "no difference from {} shown"}
     verdicts = {one.get("verdict") for one in comparisons if one.get("metric") == comparisons[0].get("metric")}
     found = [words[verdict] for verdict in words if verdict in verdicts]
+    if len(found) == 1:  # evaluate/verdict says which metric
+        return found[0].format("all") + ", not in another metric"
     return ", ".join(text.format("one" if number == 0 else "another") for number, text in enumerate(found))
 
 

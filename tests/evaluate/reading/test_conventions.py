@@ -118,6 +118,8 @@ def test_another_unit_is_another_answer() -> None:
     weights = read("12 kg", "3 kg", "1,5 kg")
     assert weights.kind == "numbers" and weights.unit == "kg" and weights.decimal == ","
     assert numeric_match("12 g", "12 kg", weights) == 0.0
+    prices = read("€12.50", "€3.99")
+    assert numeric_match("EUR 12,50", "€12.50", prices) == 1.0 and numeric_match("$12.50", "€12.50", prices) == 0.0
     assert numeric_match("12", "12 kg", weights) == numeric_match("12 kg (S. 3)", "12 kg", weights) == 1.0
 
 

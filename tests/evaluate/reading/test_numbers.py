@@ -36,6 +36,12 @@ def test_dates_and_versions_are_no_numbers_and_lists_are_several() -> None:
     assert [one.value for one in numbers_in("on 12.03.2024 with v1.2.3: 1,2,3 and 10-12", ".")] == [1, 2, 3, 10, 12]
 
 
+def test_a_number_too_large_to_subtract_is_none() -> None:
+    assert not list(numbers_in(f"1e999 {'9' * 400}", "."))
+    assert next(one.value for one in numbers_in(f"7 8e{'9' * 5000}", ".")) == 7
+    assert [one.value for one in numbers_in("9e99", ".")] == [9e99]
+
+
 def test_units_stand_before_or_behind() -> None:
     found = [(one.value, one.unit) for one in numbers_in("€5, 5 €, 12%, 3 km/h, EUR 7, 21 °C", ".")]
-    assert found == [(5, "€"), (5, "€"), (12, "%"), (3, "km/h"), (7, "eur"), (21, "°c")]
+    assert found == [(5, "€"), (5, "€"), (12, "%"), (3, "km/h"), (7, "€"), (21, "°c")]

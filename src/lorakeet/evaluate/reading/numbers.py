@@ -9,17 +9,22 @@ import regex
 
 from lorakeet.evaluate.reading.texts import plain
 
+UNITS = {
+    **dict.fromkeys(("percent", "prozent", "procent", "pct"), "%"), **dict.fromkeys(("eur", "euro", "euros"), "€"),
+    **dict.fromkeys(("usd", "dollar", "dollars"), "$"), "gbp": "£", "jpy": "¥", "try": "₺", "inr": "₹",
+}  # fmt: skip
+LARGEST = 1e100  # larger ones are none: their differences would overflow
 _CURRENCY = r"\p{Sc}"
 _SPACE = r"[ \u00a0\u2009\u202f'’]"
 _DIGITS = rf"\d{{1,3}}(?:{_SPACE}\d{{3}})+(?!\d)(?:[.,]\d+)?|\d(?:[\d.,]*\d)?|[.,]\d+"
 _NUMBER = regex.compile(
     rf"(?<![\p{{L}}\p{{N}}_)\]]|\d[.,])(?P<sign>[-+](?=[\d.,]|{_CURRENCY}))?"
     rf"(?P<money>{_CURRENCY}|(?<!\p{{L}})[A-Z]{{3}}(?=[ ]?[\d-]))?[ ]?(?P<inner>-(?=\d))?(?<!\d)(?P<digits>{_DIGITS})"
-    rf"(?:[eE](?P<e>[-+]?[0-9]+)|[ ]?[×x*·][ ]?10(?:\^|\*\*)(?P<ten>[-+]?[0-9]+))?"
+    rf"(?:[eE](?P<e>[-+]?[0-9]{{1,3}}(?![0-9]))|[ ]?[×x*·][ ]?10(?:\^|\*\*)(?P<ten>[-+]?[0-9]{{1,3}}(?![0-9])))?"
     rf"(?:[ ]?(?P<unit>%|°?\p{{L}}+(?:/\p{{L}}+)?|{_CURRENCY}|°))?"
 )
 _GROUPS = regex.compile(r"\d{1,3}(?:([.,])\d{3})(?:\1\d{3})*")
-_FRACTION = regex.compile(r"[-+]?[0-9]+\s*/\s*[1-9][0-9]*")
+_FRACTION = regex.compile(r"[-+]?[0-9]{1,15}\s*/\s*[1-9][0-9]{0,14}")
 _IS = r"(?:is|are|was|equals|ist|sind|lautet|beträgt|est|es|è|:|=)"
 _ANSWER = regex.compile(
     r"\b(?:answer|result|total|solution|antwort|ergebnis|lösung|réponse|résultat|respuesta|resultado|risposta|risultato|cevap|"
@@ -71,10 +76,11 @@ def numbers_in(text: str, decimal: str) -> Iterator[Number]:
         sign = -1 if "-" in ((found["sign"] or "") + (found["inner"] or "")) else 1
         power = int(found["e"] or found["ten"] or 0)
         unit = (found["money"] or found["unit"] or "").strip().casefold()
-        unit = "%" if unit in ("percent", "prozent", "procent", "pct") else unit
+        unit = UNITS.get(unit, unit)
         for value in _values(found["digits"], decimal):
-            if abs(power) < 300:
-                yield Number(float(f"{sign * value!r}e{power}") if power else sign * value, found.start(), found.end(), unit)
+            scaled = float(f"{value!r}e{power}") if power and value < LARGEST else value
+            if scaled < LARGEST:
+                yield Number(sign * scaled, found.start(), found.end(), unit)
                 sign = 1
 
 
