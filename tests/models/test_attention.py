@@ -115,9 +115,10 @@ def test_a_window_that_only_the_mask_knows_is_refused() -> None:
     packed_attention(module, q, k, v, row_lengths=ROWS, sliding_window=None)  # this layer says that it has none
     module.config.layer_types, module.layer_idx = ["full_attention", "sliding_attention"], 0
     packed_attention(module, q, k, v, row_lengths=ROWS)  # nor has the mask of this one a window
-    module.layer_idx = 1
-    with pytest.raises(EnvironmentProblem, match="window of 8 tokens that only its mask has"):
-        packed_attention(module, q, k, v, row_lengths=ROWS)
+    module.layer_idx = 1  # its mask has the window of the configuration
+    found, wanted = (packed_attention(module, q, k, v, row_lengths=ROWS, **own)[0] for own in ({}, {"sliding_window": 8}))
+    torch.testing.assert_close(found, wanted)
+    assert not torch.allclose(found, packed_attention(module, q, k, v, row_lengths=ROWS, sliding_window=None)[0])
 
 
 def test_values_may_be_narrower_than_keys() -> None:

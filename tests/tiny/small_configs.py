@@ -126,6 +126,9 @@ VARIANTS: dict[str, tuple[str, dict[str, Any]]] = {
     "gemma4_text (experts)": (
         "gemma4_text", {"enable_moe_block": True, "num_experts": 4, "top_k_experts": 2, "moe_intermediate_size": 32},
     ),
+    "qwen2_moe (windows)": (
+        "qwen2_moe", {"use_sliding_window": True, "sliding_window": 8, "layer_types": ["sliding_attention", "full_attention"] * 2},
+    ),
     "phi3 (longrope)": ("phi3", _longrope(6)),
     "phimoe (longrope)": ("phimoe", _longrope(8, short_mscale=1.1, long_mscale=1.4)),
 }  # fmt: skip

@@ -52,7 +52,7 @@ def packed_attention(
     _refuse_unknown(module, (query, key), lengths, attention_mask, settings)
     rows, prefix = cast("tuple[int, ...]", lengths), cast(int, settings.get("row_prefix", 0))
     scale = settings.get("scaling") or 1 / math.sqrt(query.shape[-1])
-    window, softcap, dropout = settings.get("sliding_window"), settings.get("softcap"), settings.get("dropout") or 0.0
+    window, softcap, dropout = _window(module, settings), settings.get("softcap"), settings.get("dropout") or 0.0
     sinks = settings.get("s_aux")
     if (cache := settings.get("row_cache")) is not None:  # generation: models/generate/kv_cache
         q, k, v = (states[0].transpose(0, 1) for states in (query, key, value))
@@ -172,14 +172,24 @@ def _constant_up_to(module: nn.Module) -> float | None:
     return found
 
 
+def _layer_kind(module: nn.Module) -> str:
+    """The kind of a layer in its configuration, by which transformers chooses its mask; empty where none is listed."""
+    kinds, layer = getattr(getattr(module, "config", None), "layer_types", None), getattr(module, "layer_idx", None)
+    return str(kinds[layer]) if kinds and layer is not None else ""
+
+
+def _window(module: nn.Module, settings: dict[str, Any]) -> int | None:
+    """The window of a layer: the one it passes, or that of its mask, for layers that are listed as sliding (Qwen2-MoE)."""
+    if "sliding_window" in settings or _layer_kind(module) != "sliding_attention":
+        return cast("int | None", settings.get("sliding_window"))
+    return getattr(module.config, "sliding_window", None) or None
+
+
 def _limit_in_mask(module: nn.Module, settings: dict[str, Any]) -> int | None:
-    """Returns the window or chunk of a model that does not pass it to its attention (Qwen2-MoE, Llama 4), or None."""
-    if "sliding_window" in settings:
+    """Returns the window or chunk that only a model's mask has, and no list of kinds of layers (Llama 4's chunks), or None."""
+    if "sliding_window" in settings or _layer_kind(module) in ("full_attention", "sliding_attention"):
         return None
     config = getattr(module, "config", None)
-    kinds, layer = getattr(config, "layer_types", None), getattr(module, "layer_idx", None)
-    if kinds and layer is not None and kinds[layer] == "full_attention":
-        return None
     limits = [getattr(config, name, None) for name in ("sliding_window", "attention_chunk_size")]
     return min((limit for limit in limits if isinstance(limit, int) and limit > 0), default=None)
 
