@@ -67,13 +67,18 @@ def test_pieces_are_the_reply(shared: Shared) -> None:
     assert first == pieces[0] and shared.model.generate(QUESTION, adapter=shared.run, **settings) == whole
 
 
-def test_a_stream_that_another_call_cuts_says_so(shared: Shared, tiny_llama_folder: Path) -> None:
+def test_a_call_waits_for_a_stream_and_a_release_cuts_it(shared: Shared, tiny_llama_folder: Path) -> None:
     model = lk.load(tiny_llama_folder, dtype="float32")
     assert model.generate([]) == []
-    stream = model.stream(QUESTION, max_tokens=200)
+    whole = model.generate(QUESTION, max_tokens=40)
+    stream = model.stream(QUESTION, max_tokens=40)
+    first = next(stream)
+    model.generate([QUESTION] * 3, max_tokens=2)  # needs a larger cache
+    assert first + "".join(stream) == whole
+    stream = model.stream(QUESTION, max_tokens=1500)
     next(stream)
-    model.generate([QUESTION] * 3, max_tokens=2)
-    with pytest.raises(LorakeetError, match="This reply was cut short: another call needed the model"):
+    model.release()
+    with pytest.raises(LorakeetError, match="This reply was cut short: the model was released"):
         list(stream)
     late = model.stream(QUESTION, max_tokens=2)
     model.release()

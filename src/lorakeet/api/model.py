@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+import threading
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from contextvars import ContextVar
 from dataclasses import replace
 from functools import lru_cache
 from io import StringIO
@@ -42,6 +44,7 @@ from lorakeet.workflows.runs.trained_prompt import prompt_settings
 
 AnyAdapter: TypeAlias = "Adapter | str | Path | Any | None"  # Any: a run, which has an `adapter`
 CONTEXT = 2048  # tokens of a prompt with its reply under a budget
+_USED: ContextVar[Mapping[int, AnyAdapter]] = ContextVar("_USED", default={})  # noqa: B039 (never changed); adapters by handle
 
 
 def load(
@@ -72,13 +75,13 @@ def load(
 
 
 class BaseModelHandle:
-    """A frozen base model with its settings. Only one method at a time may run."""
+    """A frozen base model with its settings. Any thread may call it; calls wait for each other."""
 
     def __init__(self, spec: ModelSpec, memory: MemorySpec = MemorySpec()) -> None:
         self.spec, self.memory = spec, memory
         self._opened: TextSource | None = None
         self._closing: finalize[..., BaseModelHandle] | None = None  # closes what is open when the handle goes
-        self._default: AnyAdapter = None
+        self._calling = threading.RLock()
 
     def __repr__(self) -> str:
         kept = f", budget {self.memory.budget}" if self.memory.budget else ""
@@ -133,10 +136,11 @@ class BaseModelHandle:
         prompts: list[Any] = list(prompt) if several else [prompt]
         adapters = self._adapters(adapter, len(prompts))
         settings = Sampling(max_tokens=max_tokens, temperature=temperature, **_checked(sampling))
-        generation = self._generation(adapters)
         written = [data if template else replace(data, template=DataSpec.template) for _, data in adapters]
-        ids = [generation.ids(one, data, raw=raw) for one, data in zip(prompts, written, strict=True)]
-        texts = generation.texts(ids, [_alone(one) for one, _ in adapters], settings)
+        with self._calling:
+            generation = self._generation(adapters)
+            ids = [generation.ids(one, data, raw=raw) for one, data in zip(prompts, written, strict=True)]
+            texts = generation.texts(ids, [_alone(one) for one, _ in adapters], settings)
         return texts if several else texts[0]
 
     def stream(
@@ -146,9 +150,19 @@ class BaseModelHandle:
         """The reply piece by piece, as it is written; arguments as in `generate`. Ending the iteration stops it."""
         [found] = self._adapters(adapter, 1)
         settings = Sampling(max_tokens=max_tokens, temperature=temperature, **_checked(sampling))
-        generation = self._generation([found])
         data = found[1] if template else replace(found[1], template=DataSpec.template)
-        return generation.pieces(generation.ids(prompt, data, raw=raw), _alone(found[0]), settings)
+        with self._calling:
+            generation = self._generation([found])
+            pieces = generation.pieces(generation.ids(prompt, data, raw=raw), _alone(found[0]), settings)
+        return self._begun(pieces)
+
+    def _begun(self, pieces: Iterator[str]) -> Iterator[str]:
+        """The pieces; the first one waits for other calls, and after it nothing is changed on the model."""
+        with self._calling:
+            first = next(pieces, None)
+        if first is not None:
+            yield first
+            yield from pieces
 
     def losses(self, rows: RowSet | RowPart, *, adapter: AnyAdapter = None, micro_tokens: int = 2048) -> NDArray[np.float64]:
         """The loss of each row in nats per target token, (rows,): of `rows.held_out`, or of the part that is given.
@@ -169,27 +183,29 @@ class BaseModelHandle:
     @contextmanager
     def computing_with(self, adapter: Adapter | None) -> Iterator[TextModel]:
         """A context with the loaded model, in which the adapter is active (None: the base alone)."""
-        generation = self._generation([(adapter, DataSpec(train=NO_ROWS))])
-        with generation.active(adapter):
-            yield generation.text
+        with self._calling:
+            generation = self._generation([(adapter, DataSpec(train=NO_ROWS))])
+            with generation.active(adapter):
+                yield generation.text
 
     @contextmanager
     def using(self, adapter: AnyAdapter) -> Iterator[BaseModelHandle]:
         """A context in which `generate`, `stream` and `losses` use this adapter where they are given none."""
-        before, self._default = self._default, adapter
+        before = _USED.set({**_USED.get(), id(self): adapter})
         try:
             yield self
         finally:
-            self._default = before
+            _USED.reset(before)
 
     def release(self) -> None:
         """Frees the weights; they are read again when they are needed."""
-        if self._opened is not None:
-            self._opened.close()
-            self._opened = None
-            if self._closing is not None:
-                self._closing.detach()  # it holds the weights
-            release_free_memory()
+        with self._calling:
+            if self._opened is not None:
+                self._opened.close()
+                self._opened = None
+                if self._closing is not None:
+                    self._closing.detach()  # it holds the weights
+                release_free_memory()
 
     def _generation(self, adapters: Sequence[tuple[Adapter | None, DataSpec]]) -> TextSource:
         if self._opened is None or self._opened.closed:
@@ -204,7 +220,7 @@ class BaseModelHandle:
             if len(given) != count:
                 raise ConfigError(f"There are {len(given)} adapters for {count} prompts; give each its own, or one for all.")
             return [adapter_and_data(one) for one in given]
-        return [adapter_and_data(self._default if given is None else given)] * count
+        return [adapter_and_data(_USED.get().get(id(self)) if given is None else given)] * count
 
 
 def _alone(adapter: Adapter | None) -> Mix:

@@ -23,7 +23,7 @@ from lorakeet.models.families import family_of_model
 from lorakeet.models.files.dense import load_dense, take_generation_settings
 from lorakeet.models.files.foreign_code import read_native
 from lorakeet.models.files.quantized import load_quantised
-from lorakeet.models.files.quiet import quiet_transformers
+from lorakeet.models.files.quiet import one_at_a_time, quiet_transformers
 from lorakeet.models.files.source import find_source
 from lorakeet.models.files.stored_tensors import stored_quantisation
 from lorakeet.models.files.validate import first_line, require_architecture, require_sizes, require_text_model
@@ -63,6 +63,7 @@ class ReadBefore:
     tokenizer: Any = None
 
 
+@one_at_a_time
 def load_text_model(
     spec: ModelSpec,
     *,

@@ -209,7 +209,7 @@ class BatchedTexts(TextSource):
 
     @contextmanager
     def active(self, adapter: Adapter | None) -> Iterator[None]:
-        self._stop()  # its thread would compute beside this one
+        self._stop()  # its thread would compute beside this one; replies that were begun are written first
         [names] = self._attached([((adapter, 1.0),) if adapter is not None else ()])
         self.live.selection.use(next(iter(names), None))
         try:
@@ -219,7 +219,7 @@ class BatchedTexts(TextSource):
 
     def close(self) -> None:
         self.closed = True
-        self._stop()
+        self._stop(timeout=0.0)
 
     def _attached(self, mixes: Sequence[Mix]) -> list[dict[str, float]]:
         """The weights of each mix by the names of its adapters on the model, to which new ones are added."""
@@ -255,9 +255,9 @@ class BatchedTexts(TextSource):
             found.start()
         return found
 
-    def _stop(self) -> None:
+    def _stop(self, timeout: float | None = None) -> None:
         if self._engine is not None:
-            self._engine.drain(timeout=0.0)
+            self._engine.drain(timeout)
             self._engine = None
 
 
@@ -342,7 +342,7 @@ def _raise_failed(event: Event) -> None:
     if event.reason == "error":
         raise LorakeetError(event.error)
     if event.reason == "cancelled":
-        raise LorakeetError("This reply was cut short: another call needed the model. Finish a stream before the next call.")
+        raise LorakeetError("This reply was cut short: the model was released. Finish a stream before release().")
 
 
 def _seeded(sampling: Sampling, number: int) -> Sampling:
