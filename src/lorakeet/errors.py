@@ -21,6 +21,7 @@ import shlex
 import traceback
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
+from contextvars import ContextVar
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Concatenate, ParamSpec, TypeVar
@@ -87,6 +88,31 @@ def is_of_the_device(error: BaseException) -> bool:
     return is_out_of_memory(error) or is_device_fault(error)
 
 
+def _as_flag(setting: str, value: str | None) -> str:
+    """A setting on the command line, as a shell takes it: "--data.encoding cp1252"."""
+    quoted = "" if value is None else shlex.quote(value)
+    sign = bool(quoted) and quoted == value and not any(map(str.isalnum, quoted))  # which would read as a part of the sentence
+    return f"--{setting} {repr(quoted) if sign else quoted}".rstrip()
+
+
+SPELLING: ContextVar[Callable[[str, str | None], str]] = ContextVar("SPELLING", default=_as_flag)
+
+
+def spelt(setting: str, value: str | None = None) -> str:
+    """A setting, with its value where one is given, as the caller writes it: a flag, or what a context set as SPELLING."""
+    return SPELLING.get()(setting, value)
+
+
+@contextmanager
+def spelling(spell: Callable[[str, str | None], str]) -> Iterator[None]:
+    """A context in whose messages settings stand as `spell` writes them."""
+    before = SPELLING.set(spell)
+    try:
+        yield
+    finally:
+        SPELLING.reset(before)
+
+
 @dataclass(frozen=True)
 class Remedy:
     """One setting that would mend what an error names.
@@ -100,10 +126,8 @@ class Remedy:
 
     @property
     def flag(self) -> str:
-        """The setting on the command line, as a shell takes it: "--data.encoding cp1252"."""
-        quoted = shlex.quote(self.value)
-        sign = quoted == self.value and not any(map(str.isalnum, quoted))  # which would read as a part of the sentence
-        return f"--{self.setting} {repr(quoted) if sign else quoted}"
+        """The setting as the caller writes it (`spelt`)."""
+        return spelt(self.setting, self.value)
 
 
 class LorakeetError(Exception):

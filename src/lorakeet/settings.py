@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import dataclasses
 import difflib
+import functools
 import math
 import re
 import types
@@ -26,7 +27,10 @@ from lorakeet.errors import ConfigError, Problems, nearest
 if TYPE_CHECKING:
     from _typeshed import DataclassInstance
 
-__all__ = ["TRUTH_WORDS", "Setting", "choices", "describe", "fields_of", "load", "override", "shown_default", "to_mapping"]
+__all__ = [
+    "TRUTH_WORDS", "Setting", "choices", "describe", "fields_of", "load", "override", "require_types", "shown_default",
+    "to_mapping",
+]  # fmt: skip
 
 T = TypeVar("T", bound="DataclassInstance")
 
@@ -138,6 +142,22 @@ def shown_default(value: Any) -> str:
     return repr(value) if isinstance(value, str) and not value.isprintable() else str(value)
 
 
+def require_types(instance: DataclassInstance) -> None:
+    """Raises ConfigError for a value that is not of its field's type: what Python code gives is not read from a text."""
+    reader = _Reader(f"lk.{type(instance).__name__.removesuffix('Spec')}", {})
+    for name, kind, _ in _fields(type(instance)):
+        value = getattr(instance, name)
+        if dataclasses.is_dataclass(kind):
+            continue
+        try:
+            misfit = isinstance(value, str) and isinstance(_read(kind, value), (bool, int, float))
+        except _Misfit:
+            misfit = True
+        if misfit:
+            reader.misfit(name, value, describe(kind), choices(kind))
+    reader.problems.raise_if_any()
+
+
 class _Misfit(ValueError):
     """A value that cannot be read as the declared type."""
 
@@ -233,8 +253,13 @@ def _shown(value: Any) -> str:
     return text if len(text) <= _LONGEST_SHOWN else f"{text[:_LONGEST_SHOWN]}…"
 
 
+@functools.cache
+def _hints(cls: type[DataclassInstance]) -> dict[str, Any]:
+    return typing.get_type_hints(cls)
+
+
 def _fields(cls: type[DataclassInstance]) -> Iterator[tuple[str, Any, dataclasses.Field[Any]]]:
-    hints = typing.get_type_hints(cls)
+    hints = _hints(cls)
     for spec in dataclasses.fields(cls):
         if spec.init:
             yield spec.name, hints[spec.name], spec

@@ -109,7 +109,7 @@ def test_mistakes_are_one_message_and_write_nothing(
             call()
     with pytest.raises(ConfigError, match=r"lora.rank is 0"):
         lk.finetune(tiny_llama_folder, rows, lora=lk.Lora(rank=0), out=out)
-    assert not out.exists() and sorted(path.name for path in tmp_path.iterdir()) == ["cache"], "nothing was written beside it"
+    assert not list(tmp_path.iterdir()), "nothing was written, in the cache neither"
     with pytest.raises(ConfigError, match="classify takes a list of texts"):
         shared.run.classify("fine")
 

@@ -100,7 +100,7 @@ def test_what_is_wrong_with_a_file_is_said_before_and_nothing_is_written(
     run_path = str(finished.path)
     monkeypatch.setattr(predicting, "fit_evaluation", lambda *_: pytest.fail("the model was planned"))
     cases: list[tuple[str, dict[str, Any], type[Exception], str]] = [
-        ("id,Beschwerde\n1,a\n", {}, DataError, r"no column 'text'.*--text-column 'Beschwerde'"),
+        ("id,Beschwerde\n1,a\n", {}, DataError, r"no column 'text'.*--text-column Beschwerde"),
         ("text\n\n", {}, DataError, "has no rows"),
         ('text,b\n" ",1\n', {}, DataError, "No row of .* can be answered; first"),
         ("text,label,label_predicted\na,b,c\n", {}, ConfigError, "has a column 'label_predicted' already.*--column"),

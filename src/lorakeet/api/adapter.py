@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import html
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import fields
 from pathlib import Path
 
+from lorakeet.api.display import table_of
 from lorakeet.core.adapter import Adapter, Pair
 from lorakeet.errors import ConfigError, VerificationFailed, nearest
 from lorakeet.formats.compare import compare_adapters
@@ -18,6 +20,8 @@ from lorakeet.workflows.convert import convert
 from lorakeet.workflows.options import ConvertOptions
 from lorakeet.workflows.runs.output_paths import require_absent, temporary_folder
 from lorakeet.workflows.runs.terminal import TerminalConsole
+
+_SHOWN = 40  # pairs in a notebook
 
 
 class AdapterValue(Adapter):
@@ -81,6 +85,11 @@ class AdapterValue(Adapter):
         return f"Adapter of {len(self.pairs)} pairs, {shown}, {self.parameters:,} parameters, for {base}"
 
     __repr__ = __str__
+
+    def _repr_html_(self) -> str:
+        rows = [(path, "×".join(map(str, pair.weight_shape)), pair.rank, f"{pair.scale:g}") for path, pair in self.pairs.items()]
+        more = f"<p>… and {len(rows) - _SHOWN:,} more</p>" if len(rows) > _SHOWN else ""
+        return f"<p>{html.escape(str(self))}</p>{table_of([('weights', 'shape', 'rank', 'scale'), *rows[:_SHOWN]])}{more}"
 
 
 def combine(

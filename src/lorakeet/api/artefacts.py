@@ -2,19 +2,26 @@
 
 from __future__ import annotations
 
+import json
+from collections.abc import Mapping
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any, TypeVar
 
-from lorakeet.api.display import ShownCertificate
-from lorakeet.api.run import FinishedRun
+from lorakeet.api.display import ShownCertificate, ShownMerge
+from lorakeet.api.records import is_frame, row_names
+from lorakeet.api.rows import said_in_python, stored
+from lorakeet.api.run import FinishedRun, ShownReport
+from lorakeet.data.tables import InMemory
 from lorakeet.errors import ConfigError
 from lorakeet.evaluate.certificate import Certificate
 from lorakeet.settings import load as load_settings
+from lorakeet.workflows.evaluate import evaluate as evaluate_verb
 from lorakeet.workflows.export import Exported
 from lorakeet.workflows.export import export as export_verb
 from lorakeet.workflows.merge import Merged
 from lorakeet.workflows.merge import merge as merge_verb
-from lorakeet.workflows.options import ExportOptions, MergeOptions, PredictOptions, VerifyOptions
+from lorakeet.workflows.options import EvaluateOptions, ExportOptions, MergeOptions, PredictOptions, VerifyOptions
 from lorakeet.workflows.predict import Predicted
 from lorakeet.workflows.predict import predict as predict_verb
 from lorakeet.workflows.runs.terminal import TerminalConsole
@@ -22,7 +29,7 @@ from lorakeet.workflows.verify import Verified
 from lorakeet.workflows.verify import verify as verify_verb
 
 AnyRun = FinishedRun | str | Path
-OptionsT = TypeVar("OptionsT", MergeOptions, ExportOptions, PredictOptions, VerifyOptions)
+OptionsT = TypeVar("OptionsT", EvaluateOptions, MergeOptions, ExportOptions, PredictOptions, VerifyOptions)
 
 
 def merge(*runs: AnyRun, out: str | Path, quiet: bool = False, **options: Any) -> Merged:
@@ -31,7 +38,7 @@ def merge(*runs: AnyRun, out: str | Path, quiet: bool = False, **options: Any) -
     `options`: fields of MergeOptions, such as `into="packed"` or `weights=(0.7, 0.3)`. Raises as `lorakeet merge` ends.
     """
     given = {"runs_or_adapters": [_path(run) for run in runs], "out": str(out), **options}
-    return merge_verb(_options(MergeOptions, given, "lk.merge"), console=TerminalConsole(quiet=quiet))
+    return ShownMerge.of(merge_verb(_options(MergeOptions, given, "lk.merge"), console=TerminalConsole(quiet=quiet)))
 
 
 def export(run: AnyRun, out: str | Path, *, quant: str = "f16", quiet: bool = False, **options: Any) -> Exported:
@@ -43,13 +50,57 @@ def export(run: AnyRun, out: str | Path, *, quant: str = "f16", quiet: bool = Fa
     return export_verb(_options(ExportOptions, given, "lk.export"), console=TerminalConsole(quiet=quiet))
 
 
-def predict(run: AnyRun, data: str | Path, out: str | Path, *, quiet: bool = False, **options: Any) -> Predicted:
-    """Answers the rows of the file `data`, and writes them with their answers to `out` (.csv, .tsv or .jsonl).
+def predict(run: AnyRun, data: Any, out: str | Path | None = None, *, quiet: bool = False, **options: Any) -> Any:
+    """Answers rows: of records in memory, or of the file `data`, which needs `out` (.csv, .tsv or .jsonl).
 
-    `options`: other fields of PredictOptions, such as `text_column="Text"` or `review=0.9`. Raises as `lorakeet predict` ends.
+    A pandas.DataFrame comes back with the answers in new columns and its own index; other records as a list of dicts. With
+    `out` the rows are written there, and counts are returned. `options`: other fields of PredictOptions, such as
+    `text_column="Text"` or `review=0.9`. Raises as `lorakeet predict` ends.
     """
-    given = {"run_or_adapter": _path(run), "data": str(data), "out": str(out), **options}
-    return predict_verb(_options(PredictOptions, given, "lk.predict"), console=TerminalConsole(quiet=quiet))
+    if isinstance(data, (str, Path)):
+        if out is None:
+            raise ConfigError(f"data is the file {data}, and out is missing; expected the file for its rows with their answers.")
+        return _predicted(run, str(data), out, {}, quiet=quiet, **options)
+    path, known = _given(data)
+    options = {"encoding": "utf-8", **options}
+    if out is not None:
+        return _predicted(run, path, out, known, quiet=quiet, **options)
+    with TemporaryDirectory() as place:
+        written = Path(place) / "answers.jsonl"
+        found = _predicted(run, path, written, known, quiet=True, **options)
+        records = [json.loads(line) for line in written.read_text(encoding="utf-8").splitlines()]
+    if not quiet:
+        print("\n".join([*found.notes, f"{found.answered:,} of {found.rows:,} rows answered; {found.review:,} to review"]))
+    if not is_frame(data):
+        return records
+    return data.assign(**{column: [record[column] for record in records] for column in found.columns})
+
+
+def _predicted(
+    run: AnyRun, data: str, out: str | Path, known: Mapping[str, InMemory], *, quiet: bool, **options: Any
+) -> Predicted:
+    given = {"run_or_adapter": _path(run), "data": data, "out": str(out), **options}
+    with said_in_python(known):
+        return predict_verb(_options(PredictOptions, given, "lk.predict"), console=TerminalConsole(quiet=quiet))
+
+
+def evaluate(run: AnyRun, data: Any = None, out: str | Path | None = None, *, quiet: bool = False, **options: Any) -> ShownReport:
+    """Measures a run or an adapter against its base, on a file or records in memory; without `data` on the run's own rows.
+
+    A report is written to the new folder `out`, if that is given. `options`: other fields of EvaluateOptions, such as
+    `metric="my.py:score"`. Raises as `lorakeet evaluate` ends.
+    """
+    path, known = (data, {}) if data is None or isinstance(data, (str, Path)) else _given(data)
+    given = {"run_or_adapter": _path(run), "data": None if path is None else str(path), **options}
+    with said_in_python(known):
+        chosen = _options(EvaluateOptions, given | ({} if out is None else {"out": str(out)}), "lk.evaluate")
+        return ShownReport(evaluate_verb(chosen, console=TerminalConsole(quiet=quiet)).report)
+
+
+def _given(records: Any) -> tuple[str, dict[str, InMemory]]:
+    """A file with the records, and how messages name them."""
+    path, count = stored(records, "data")
+    return str(path), {str(path): InMemory("data", row_names(records, "data", count))}
 
 
 def verify(run: AnyRun, *against: str | Path, quiet: bool = False, **options: Any) -> Certificate:

@@ -41,6 +41,8 @@ def attach(net: nn.Module, lora: LoraSpec | Adapter = LoraSpec(), *, name: str =
         ['0', '2']
         >>> lk.detach(net)
     """
+    if not isinstance(net, nn.Module):
+        raise ConfigError(f"net is {net!r:.80} ({type(net).__name__}); expected a torch module. lk.load takes names and paths.")
     if inject.has_adapter(net, name):
         raise ConfigError(f"An adapter {name!r} is already attached. Detach it first, or give another name.")
     if inject.adapter_names(net) and net not in _FLAGS:

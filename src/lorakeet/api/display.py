@@ -12,6 +12,7 @@ from lorakeet.core.plan import Plan
 from lorakeet.evaluate.certificate import Certificate
 from lorakeet.evaluate.report.report import Report, render_html
 from lorakeet.workflows.finetuning.kind import PlanResult
+from lorakeet.workflows.merge import Merged
 
 HEAD = ("weights", "shape", "rank", "scale", "trained parameters")
 
@@ -99,6 +100,24 @@ class ShownCertificate(Certificate):
         left = "".join(f"<li>{html.escape(str(one))}</li>" for one in (*self.modules, *self.unchecked))
         said = f"<p>{html.escape(self.subject)}: <b>{html.escape(self.verdict)}</b></p>"
         return f"{said}{table_of(rows)}{f'<ul>{left}</ul>' if left else ''}"
+
+
+class ShownMerge(Merged):
+    """What was merged, as a sentence and the table of its certificate."""
+
+    @classmethod
+    def of(cls, merged: Merged) -> ShownMerge:
+        """The same result with this table."""
+        values = {one.name: getattr(merged, one.name) for one in fields(Merged)}
+        return cls(**{**values, "certificate": ShownCertificate.of(merged.certificate)})
+
+    def __str__(self) -> str:
+        return f"Merged at {self.out}: {self.certificate.verdict}"
+
+    __repr__ = __str__
+
+    def _repr_html_(self) -> str:
+        return f"<p>{html.escape(str(self))}</p>{ShownCertificate.of(self.certificate)._repr_html_()}"
 
 
 def page_of(report: Report, *, height: int = 900) -> str:

@@ -17,7 +17,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from lorakeet.api.adapter import AdapterValue
-from lorakeet.api.display import ShownPlan
+from lorakeet.api.display import ShownPlan, table_of
 from lorakeet.api.in_memory_model import saved_model
 from lorakeet.api.rows import RowPart, RowSet
 from lorakeet.config import RunConfig, read_run
@@ -26,7 +26,7 @@ from lorakeet.core.spec import LoraSpec
 from lorakeet.data.chat import Encoder
 from lorakeet.data.locate import locate_model
 from lorakeet.data.spec import NO_ROWS, DataSpec
-from lorakeet.errors import ConfigError
+from lorakeet.errors import ConfigError, nearest
 from lorakeet.memory.allocator import release_free_memory
 from lorakeet.memory.spec import MemorySpec
 from lorakeet.models.generate.score import row_losses
@@ -87,6 +87,12 @@ class BaseModelHandle:
         kept = f", budget {self.memory.budget}" if self.memory.budget else ""
         packed = "" if self.spec.quantize.method == "none" else f", {self.spec.quantize.method}"
         return f"Model {self.spec.path}{packed}{kept}{'' if self._opened is None else ', in memory'}"
+
+    def _repr_html_(self) -> str:
+        packed = self.spec.quantize.method
+        rows = [("model", self.spec.path), ("weights", "as stored" if packed == "none" else packed)]
+        rows += [("budget", self.memory.budget or "none"), ("in memory", "no" if self._opened is None else "yes")]
+        return table_of([("", "base model"), *rows])
 
     def plan(
         self,
@@ -258,7 +264,8 @@ def _checked(sampling: dict[str, Any]) -> dict[str, Any]:
     """The sampling settings. Raises ConfigError for an unknown name."""
     known = Sampling.__dataclass_fields__
     if unknown := [name for name in sampling if name not in known]:
-        raise ConfigError(f"generate has no argument {unknown[0]!r}; sampling takes {', '.join(known)}.")
+        taken = [*known, "adapter", "raw", "template"]
+        raise ConfigError(f"generate has no argument {unknown[0]!r}.{nearest(unknown[0], taken)} It takes {', '.join(taken)}.")
     if isinstance(sampling.get("stop"), (str, list)):
         stop = sampling["stop"]
         sampling = {**sampling, "stop": (stop,) if isinstance(stop, str) else tuple(stop)}

@@ -12,6 +12,7 @@ from lorakeet.errors import DataError
 
 _SHOWN = 60  # characters of a value in a message
 _LARGEST = 10**300  # of whole numbers: Python writes none of more than 4,300 digits
+_EXACT = 2**53  # fractions of 64 bits hold every whole number below
 _NAMED = 3  # levels whose names a message says
 _DEEPEST = 200  # levels of dicts and lists
 
@@ -38,8 +39,8 @@ def _records(given: Any) -> Iterator[Any]:
     """The records of a container; a table's rows are dicts."""
     if hasattr(given, "to_pylist") and hasattr(given, "column_names"):  # a pyarrow.Table
         yield from given.to_pylist()
-    elif hasattr(given, "to_dict") and hasattr(given, "columns"):  # a pandas.DataFrame
-        yield from given.to_dict(orient="records")
+    elif is_frame(given):
+        yield from _whole_numbers(given).to_dict(orient="records")
     elif hasattr(given, "features") and hasattr(given, "column_names"):  # a datasets.Dataset
         yield from (record.values for record in dataset_records(given, "rows"))
     elif isinstance(given, Mapping):
@@ -47,6 +48,34 @@ def _records(given: Any) -> Iterator[Any]:
         raise DataError(f"The rows are one mapping with {names}; expected a list of dicts, or a part of it: rows['train'].")
     elif isinstance(given, Iterable):
         yield from given
+
+
+def is_frame(given: Any) -> bool:
+    """Whether it is a pandas.DataFrame."""
+    return hasattr(given, "to_dict") and hasattr(given, "columns") and hasattr(given, "index")
+
+
+def row_names(given: Any, part: str, count: int) -> tuple[str, ...]:
+    """How messages name each row of the part: by its index in a frame, with its place where the index repeats; else by place."""
+    if not is_frame(given):
+        return tuple(f"{part} row {number}" for number in range(1, count + 1))
+    repeats = not given.index.is_unique
+    return tuple(
+        f"{part} index {label!r}{f' (row {number})' if repeats else ''}"
+        for number, label in enumerate(given.index.tolist(), start=1)
+    )
+
+
+def _whole_numbers(frame: Any) -> Any:
+    """The frame, whose columns of whole numbers that pandas made fractions, since a value is missing, have whole numbers."""
+    changed = frame.copy(deep=False)
+    for place, column in enumerate(frame.columns):
+        values = frame.iloc[:, place]
+        if getattr(values.dtype, "kind", "") == "f" and values.isna().any():
+            known = values.dropna()
+            if len(known) and (known % 1 == 0).all() and known.abs().max() < _EXACT:
+                changed[column] = values.astype("Int64")
+    return changed
 
 
 def _plain(value: Any, where: str, level: int = 0) -> Any:

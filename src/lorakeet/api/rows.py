@@ -5,23 +5,27 @@ from __future__ import annotations
 import dataclasses
 import hashlib
 import html
-from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
-from functools import cached_property
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, contextmanager
+from dataclasses import dataclass, field
+from functools import cache, cached_property
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any, overload
 
-from lorakeet.api.records import jsonl_of
+from lorakeet.api.records import jsonl_of, row_names
 from lorakeet.data.prepare import Dataset, load_dataset
 from lorakeet.data.rows import Row
 from lorakeet.data.spec import DataSpec
+from lorakeet.data.tables import IN_MEMORY, InMemory
 from lorakeet.disk import write_whole
-from lorakeet.errors import ConfigError
-from lorakeet.kernels.cache import cache_folder
+from lorakeet.errors import ConfigError, spelling
 from lorakeet.settings import load as load_settings
 
 _SHOWN, _SHOWN_TEXT = 5, 120  # rows, and characters of each, in a notebook
 _FILES = ("train", "held_out", "test")
+_ARGUMENTS = {"train": "source"}  # of `rows`, where it is called otherwise
+_SECTIONS = ("train", "lora", "evaluate", "ranks")
 
 
 def rows(source: Any, *, held_out: Any = None, test: Any = None, **settings: Any) -> RowSet:
@@ -29,7 +33,7 @@ def rows(source: Any, *, held_out: Any = None, test: Any = None, **settings: Any
 
     `source`: a path, 'package:DIST/path', 'hub:owner/name#split', or records: dicts, a pandas.DataFrame, a pyarrow.Table or a
     datasets.Dataset. `held_out`: the share to hold out, such as 0.1, or held-out rows like `source`. `test`: rows that choose
-    nothing. `settings`: other fields of DataSpec, such as `template`. Records are kept as a file in the cache folder.
+    nothing. `settings`: other fields of DataSpec, such as `template`. Records are kept in a file until the process ends.
 
     Raises ConfigError for a wrong setting, DataError for records that are no rows.
 
@@ -41,7 +45,7 @@ def rows(source: Any, *, held_out: Any = None, test: Any = None, **settings: Any
         >>> len(rows.train), len(rows.held_out), rows.train[0].turns[0].role
         (2, 2, 'user')
     """
-    kept: list[str] = []
+    kept: dict[str, tuple[str, ...]] = {}
     mapping: dict[str, Any] = dict(settings)
     for name in _FILES:
         if name in settings:
@@ -52,22 +56,46 @@ def rows(source: Any, *, held_out: Any = None, test: Any = None, **settings: Any
         if isinstance(given, (str, Path)):
             mapping[name] = str(given)
         elif given is not None:
-            mapping[name] = str(_stored(given, name))
-            kept.append(name)
-    return RowSet(load_settings(DataSpec, mapping, where="lk.rows"), tuple(kept))
+            path, count = stored(given, name)
+            mapping[name], kept[name] = str(path), row_names(given, _ARGUMENTS.get(name, name), count)
+    return RowSet(load_settings(DataSpec, mapping, where="lk.rows"), kept)
 
 
-def _stored(records: Any, name: str) -> Path:
-    """The records as a file in the cache folder, named by its content."""
+@cache
+def _folder() -> TemporaryDirectory[str]:
+    """The folder of records that were given in memory; it goes with the process."""
+    return TemporaryDirectory(prefix="lorakeet-rows-")
+
+
+def in_python(setting: str, value: str | None = None) -> str:
+    """A setting as an argument in Python: text_column='review', lk.Train(micro_tokens=512)."""
+    section, _, name = setting.rpartition(".")
+    said = "" if value is None else value if value.isnumeric() or value.isupper() else repr(value)
+    argument = f"{name.replace('-', '_')}={said}"
+    return f"lk.{section.title()}({argument})" if section in _SECTIONS else argument
+
+
+def stored(records: Any, name: str) -> tuple[Path, int]:
+    """A file with the records, named by its content, and their number."""
     if not isinstance(records, Iterable):
         said = f"{records!r:.80} ({type(records).__name__})"
         raise ConfigError(f"The {name} rows are {said}; expected a path, dicts, a DataFrame, a Table or a Dataset.")
     text = jsonl_of(records)
-    path = cache_folder() / "rows" / f"{hashlib.sha256(text).hexdigest()[:24]}.jsonl"
+    path = Path(_folder().name) / f"{hashlib.sha256(text).hexdigest()[:24]}.jsonl"
     if not path.is_file():
-        path.parent.mkdir(parents=True, exist_ok=True)
         write_whole(path, text)
-    return path
+    return path, text.count(b"\n")
+
+
+@contextmanager
+def said_in_python(known: Mapping[str, InMemory]) -> Iterator[None]:
+    """A context in whose messages settings are arguments, and `known` rows are named by their index or number."""
+    before = IN_MEMORY.set(known)
+    try:
+        with spelling(in_python):
+            yield
+    finally:
+        IN_MEMORY.reset(before)
 
 
 @dataclass(frozen=True)
@@ -91,17 +119,25 @@ class RowPart(Sequence[Row]):
         return self.rows[number]
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, repr=False)
 class RowSet:
     """Rows with their settings; read, split and checked for leaks at the first use of `train`, `held_out` or `test`."""
 
     spec: DataSpec
-    in_memory: tuple[str, ...] = ()  # the files of the spec that were records in memory
+    in_memory: Mapping[str, tuple[str, ...]] = field(default_factory=dict)  # names of rows, by the setting of their file
 
     @cached_property
     def dataset(self) -> Dataset:
         """All parts, with labels and leaks. Raises ConfigError or DataError, as a run would."""
-        return load_dataset(self.spec, None)
+        with self.said_in_python():
+            return load_dataset(self.spec, None)
+
+    def said_in_python(self, spec: DataSpec | None = None) -> AbstractContextManager[None]:
+        """`said_in_python` for these rows; `spec`: the settings of a run with them (`beside`)."""
+        return said_in_python({
+            getattr(spec or self.spec, name): InMemory(_ARGUMENTS.get(name, name), rows)
+            for name, rows in self.in_memory.items()
+        })  # fmt: skip
 
     @property
     def train(self) -> RowPart:
@@ -137,6 +173,11 @@ class RowSet:
             path.parent.mkdir(parents=True, exist_ok=True)
             write_whole(path, contents[name])
         return dataclasses.replace(self.spec, **{name: str(path) for name, path in places.items()})  # type: ignore[arg-type]
+
+    def __repr__(self) -> str:
+        named = {name: getattr(self.spec, name) for name in _FILES if getattr(self.spec, name)}
+        said = ", ".join(f"{name}={value!r:.60}" for name, value in (named | dict.fromkeys(self.in_memory, "in memory")).items())
+        return f"Rows({said})"
 
     def __str__(self) -> str:
         data = self.dataset

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
@@ -14,12 +15,12 @@ from lorakeet.api.classify import LabelAnswer, classified
 from lorakeet.api.display import ShownCertificate, page_of, table_of
 from lorakeet.api.model import BaseModelHandle
 from lorakeet.api.model import load as load_model
-from lorakeet.api.rows import RowSet
+from lorakeet.api.rows import RowSet, in_python
 from lorakeet.api.rows import rows as rows_of
 from lorakeet.config import RunConfig, read_run
 from lorakeet.core.spec import LoraSpec
 from lorakeet.data.split import read_split_record
-from lorakeet.errors import ConfigError, DataError
+from lorakeet.errors import ConfigError, DataError, spelling
 from lorakeet.evaluate.certificate import Certificate, read_certificate
 from lorakeet.evaluate.report.report import Report, SystemResult, read_report
 from lorakeet.evaluate.spec import EvaluateSpec
@@ -35,6 +36,7 @@ from lorakeet.workflows.finetune import finetune as finetune_run
 from lorakeet.workflows.options import FinetuneOptions
 from lorakeet.workflows.runs.terminal import TerminalConsole
 
+_LOSSES = ("loss", "log_loss", "denoising_loss")
 Called = Callable[[Record], object]
 
 
@@ -68,25 +70,39 @@ def finetune(
     else:
         handle = model if isinstance(model, BaseModelHandle) else load_model(model)
         place = str(Path("runs/lorakeet" if out is None else out))
+        if rows is None:
+            raise ConfigError("rows is missing; give lk.rows(…), a path, or records.")
+        rows = rows if isinstance(rows, RowSet) else rows_of(rows)
         config = _config(handle, rows, lora=lora or LoraSpec(), train=train or TrainSpec(), out=place, more=more)
         handle.release()  # a run reads the weights itself
-    finetune_run(config, FinetuneOptions(), console=TerminalConsole(quiet=quiet), on_step=on_step, on_held_out=on_held_out)
+    with rows.said_in_python(config.data) if isinstance(rows, RowSet) else nullcontext():
+        finetune_run(config, FinetuneOptions(), console=TerminalConsole(quiet=quiet), on_step=on_step, on_held_out=on_held_out)
     return open_run(config.out)
 
 
-def _config(handle: BaseModelHandle, rows: Any, *, lora: LoraSpec, train: TrainSpec, out: str, more: dict[str, Any]) -> RunConfig:
+def resume(run: FinishedRun | str | Path, *, quiet: bool = False) -> FinishedRun:
+    """Goes on with a run that ended early, from its last checkpoint, with the settings that it began with.
+
+    Raises ConfigError where there is no run or nothing to go on from, and as `finetune` does.
+    """
+    path = run.path if isinstance(run, FinishedRun) else Path(run)
+    with spelling(in_python):
+        finetune_run(open_run(path).config, FinetuneOptions(resume=path), console=TerminalConsole(quiet=quiet))
+    return open_run(path)
+
+
+def _config(
+    handle: BaseModelHandle, rows: RowSet, *, lora: LoraSpec, train: TrainSpec, out: str, more: dict[str, Any]
+) -> RunConfig:
     """The settings of the run, checked together."""
-    if rows is None:
-        raise ConfigError("rows is missing; give lk.rows(…), a path, or records.")
     known = {"evaluate": EvaluateSpec, "ranks": RanksSpec, "preference": PreferenceSpec}
     if unknown := [name for name in more if name not in known]:
         names = ", ".join(known)
         raise ConfigError(f"finetune has no argument {unknown[0]!r}; it takes lora, train, {names}, out, on_step, quiet.")
     RunFolder(Path(out)).require_free()
-    found = rows if isinstance(rows, RowSet) else rows_of(rows)
-    config = RunConfig(model=handle.spec, memory=handle.memory, lora=lora, data=found.spec, train=train, out=out, **more)
+    config = RunConfig(model=handle.spec, memory=handle.memory, lora=lora, data=rows.spec, train=train, out=out, **more)
     checked = load_settings(RunConfig, to_mapping(config), where="lk.finetune")
-    return replace(checked, data=found.beside(out))  # written only now, so that a wrong setting leaves nothing
+    return replace(checked, data=rows.beside(out))  # written only now, so that a wrong setting leaves nothing
 
 
 def open_run(path: str | Path) -> FinishedRun:
@@ -150,7 +166,7 @@ class FinishedRun:
         if isinstance(texts, (str, Mapping)):
             raise ConfigError("classify takes a list of texts or records; put the one in a list: run.classify([text]).")
         with self.model.computing_with(self.adapter) as text:
-            return classified(text, texts, self.config.data, self.labels, micro_tokens=self.config.train.micro_tokens)
+            return classified(text, list(texts), self.config.data, self.labels, micro_tokens=self.config.train.micro_tokens)
 
     def generate(self, prompt: Any, **settings: Any) -> Any:
         """`model.generate` with this run's adapter."""
@@ -158,7 +174,7 @@ class FinishedRun:
 
     def __str__(self) -> str:
         if not (self.folder.report.is_file() and self.folder.certificate.is_file()):
-            return f"Run {self.path}: not finished; lorakeet finetune --resume {self.path}"
+            return f"Run {self.path}: not finished; lk.resume({str(self.path)!r}) goes on"
         said = self.report.value.verdict.sentence if self.report.value.verdict else "not evaluated"
         proved = "certificate passed" if self.certificate.passed else "certificate FAILED"
         return f"Run {self.path}: {said} ({proved})"
@@ -225,6 +241,8 @@ class ShownSystem:
 
     def __getattr__(self, name: str) -> Any:
         metrics = self.__dict__["value"].metrics if "value" in self.__dict__ else {}
+        if name == "loss":  # of labels it is that of the label, of pictures that of the noise
+            name = next((one for one in _LOSSES if one in metrics), name)
         if name not in metrics:
             raise AttributeError(f"{name!r} was not measured; there are {', '.join(metrics) or 'no metrics'}.")
         return metrics[name]

@@ -9,6 +9,7 @@ from typing import Any, Literal, TypeVar
 
 from lorakeet.errors import Problems, nearest
 from lorakeet.setting import setting
+from lorakeet.settings import require_types
 
 FACTORED = ("pissa", "olora")  # starts from factors of the frozen weight, whose initial values are stored too (core/lowrank)
 SUM = "(?#sum)"  # a comment in the pattern of a rank or alpha that is of an earlier adapter and the one on top of it together
@@ -81,6 +82,9 @@ class LoraSpec:
     )
     extra_modules: tuple[str, ...] = setting((), "Modules trained in full beside the pairs, such as a classification head.")
     new_tokens: tuple[str, ...] = setting((), "Tokens to add to the vocabulary; only their embedding rows are trained.")
+
+    def __post_init__(self) -> None:
+        require_types(self)
 
     @property
     def earlier(self) -> str | None:

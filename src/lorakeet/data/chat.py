@@ -18,7 +18,7 @@ from lorakeet.data.rows import Row, Turn
 from lorakeet.data.shapes import label_text
 from lorakeet.data.spec import DataSpec
 from lorakeet.data.template import Tokenizer, is_templated, render, uses_template
-from lorakeet.errors import ConfigError, DataError, nearest
+from lorakeet.errors import ConfigError, DataError, nearest, spelt
 
 if TYPE_CHECKING:
     from rich.text import Text
@@ -233,7 +233,7 @@ class Encoder:
         if self.spec.too_long == "refuse":
             raise DataError(
                 f"{row.source}: the row has {tokens} tokens, and data.max_tokens is {limit}. Shorten it, "
-                "raise --data.max_tokens, or set --data.too_long to truncate or drop."
+                f"raise {spelt('data.max_tokens')}, or set {spelt('data.too_long')} to truncate or drop."
             )
         if all(turn.supervised and not turn.role for turn in row.turns):
             return fitted  # raw text is cut by tokens
@@ -271,7 +271,7 @@ class Encoder:
         tokens = self._length(_Fitted(row, self._tokens(row)))
         raise DataError(
             f"{row.source}: even without the user's text the row has {tokens} tokens, and data.max_tokens is {limit}; "
-            "the prompt template and the answers alone are longer. Raise --data.max_tokens or shorten them."
+            f"the prompt template and the answers alone are longer. Raise {spelt('data.max_tokens')} or shorten them."
         )
 
 
@@ -288,7 +288,7 @@ def encode_rows(rows: Iterable[Row], encoder: Encoder) -> Encoded:
     if dropped and not examples:
         raise DataError(
             f"All {len(dropped)} rows are longer than data.max_tokens ({encoder.spec.max_tokens}) and were dropped; "
-            "raise --data.max_tokens or set --data.too_long truncate."
+            f"raise {spelt('data.max_tokens')} or set {spelt('data.too_long', 'truncate')}."
         )
     return Encoded(tuple(examples), sum(example.truncated for example in examples), tuple(dropped))
 

@@ -8,7 +8,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import IO, Any
 
-from lorakeet.errors import DataError, LorakeetError, unreadable
+from lorakeet.errors import DataError, LorakeetError, spelt, unreadable
 
 MOST_UNPACKED = 1 << 30  # bytes
 _PIECE = 1 << 16
@@ -68,7 +68,7 @@ def too_large(path: Path, most: int) -> DataError:
     """The error for a packed file that unpacks to more than `most` bytes."""
     return DataError(
         f"{path} unpacks to more than {most:,} bytes. If it is yours, unpack it and name the file, or raise "
-        "--data.largest_unpacked (in MiB)."
+        f"{spelt('data.largest_unpacked')} (in MiB)."
     )
 
 

@@ -15,7 +15,7 @@ from lorakeet.data.copies.near_copies import fewest_words, find_near_copies
 from lorakeet.data.copies.words import letters, normal_words
 from lorakeet.data.rows import Row
 from lorakeet.data.spec import DataSpec
-from lorakeet.errors import DataError
+from lorakeet.errors import DataError, spelt
 
 PARTS = ("test", "held-out", "training")  # a leaking row is dropped from the later part of this list
 KINDS = {
@@ -30,7 +30,6 @@ UNSEEN = "paraphrases, translations, changes within text that many rows share, a
 _SHOWN = 5
 _MANY_NEAR = (5, 0.02)  # rows, and their share of the training rows
 MUCH = 0.1  # of the training rows: more that are dropped are said in the verdict
-_SETTINGS = ": --data.near_duplicates 0, or in Python lk.rows(…, near_duplicates=0)"
 _EXCERPT = 200  # characters
 _BEFORE = 60  # of these, before the first difference
 
@@ -115,7 +114,7 @@ class LeakReport:
         left = self.searched["training"] - self._dropped_training()[0]
         return (
             f"{clause}; {left:,} were trained. If near-copies are other rows of a short template, set "
-            f"data.near_duplicates to 0{_SETTINGS}."
+            f"{spelt('data.near_duplicates', '0')}."
         )
 
     def _dropped_training(self) -> tuple[int, int]:
@@ -136,7 +135,7 @@ class LeakReport:
             return ""
         return (
             f"{near:,} rows are left out because they differ from another in a word or two. If those are other rows of a short "
-            f"template, set data.near_duplicates to 0 (exact copies only){_SETTINGS}, or data.on_leak to keep."
+            f"template, set {spelt('data.near_duplicates', '0')} (exact copies only), or {spelt('data.on_leak', 'keep')}."
         )
 
     def lines(self) -> list[str]:
@@ -185,7 +184,7 @@ def check_leaks(train: Sequence[Row], held_out: Sequence[Row], test: Sequence[Ro
         raise DataError(
             f"{len(across)} pairs of rows are on both sides of a split ({_counted(across)}), and data.on_leak is 'refuse':"
             f"{shown}{more}\n"
-            "Remove one of each pair, or set --data.on_leak drop (from training) or keep."
+            f"Remove one of each pair, or set {spelt('data.on_leak', 'drop')} (from training) or keep."
         )
     if not across or spec.on_leak == "keep":
         return CleanParts(tuple(train), tuple(held_out), tuple(test), report)
@@ -196,7 +195,7 @@ def check_leaks(train: Sequence[Row], held_out: Sequence[Row], test: Sequence[Ro
         if rows and not kept:
             raise DataError(
                 f"Every {part} row has a copy or near-copy among the rows that evaluate it ({across[0]}). "
-                "Give other rows, or set --data.on_leak keep if equal prompts are intended."
+                f"Give other rows, or set {spelt('data.on_leak', 'keep')} if equal prompts are intended."
             )
         return kept
 

@@ -16,7 +16,7 @@ from typing import IO, cast
 
 from lorakeet.data.guarded_stream import MOST_UNPACKED, GuardedStream, too_large, unpacking
 from lorakeet.data.text_encoding import codec_of, encoding_refusal
-from lorakeet.errors import ConfigError, DataError, EnvironmentProblem, LorakeetError, nearest
+from lorakeet.errors import ConfigError, DataError, EnvironmentProblem, LorakeetError, nearest, spelt
 
 PACKAGE = "package:"
 _HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*(/[A-Za-z0-9][\w.-]*)?")
@@ -169,7 +169,7 @@ def open_text(location: Location, encoding: str = "utf-8", most: int = MOST_UNPA
             except UnicodeDecodeError as error:
                 raise encoding_refusal(error, encoding, location.name) from error
             except UnicodeError as error:  # UTF-16 without its mark
-                advice = f"Set --data.encoding to what the file was saved in, such as {encoding}-le or cp1252"
+                advice = f"Set {spelt('data.encoding')} to what the file was saved in, such as {encoding}-le or cp1252"
                 raise DataError(f"{location.name} is not {encoding} text ({error}). {advice}.") from error
 
 

@@ -18,7 +18,7 @@ from lorakeet.data.pack import Batch, even_bins, pack_examples, padded_bins
 from lorakeet.data.preferences import common_turns
 from lorakeet.data.prefix import UNIT, BatchLimits, common_prefix
 from lorakeet.data.rows import Row
-from lorakeet.errors import DataError
+from lorakeet.errors import DataError, spelt
 
 
 def encode_pair(row: Row, encoder: Encoder) -> tuple[Example, Example] | None:
@@ -46,7 +46,7 @@ def encode_pair(row: Row, encoder: Encoder) -> tuple[Example, Example] | None:
     if not np.array_equal(chosen.ids[: starts[0]], rejected.ids[: starts[1]]):
         raise DataError(
             f"{row.source}: the prompt has other tokens before the chosen answer than before the rejected one, so the answers "
-            "cannot be compared. The chat template changes the prompt with the answer; set --data.chat_template off."
+            f"cannot be compared. The chat template changes the prompt with the answer; set {spelt('data.chat_template', 'off')}."
         )
     if row.desirable is None and np.array_equal(chosen.ids, rejected.ids):  # kto's second answer is that of another row
         raise DataError(
@@ -95,7 +95,8 @@ def encode_pairs(rows: Iterable[Row], encoder: Encoder) -> Encoded:
     if dropped and not examples:
         raise DataError(
             f"All {len(dropped)} rows are longer than data.max_tokens ({encoder.spec.max_tokens}) with "
-            f"{_too_long(given, encoder)}, and were dropped; raise --data.max_tokens, or shorten them: --data.too_long truncate "
+            f"{_too_long(given, encoder)}, and were dropped; raise {spelt('data.max_tokens')}, or shorten them: "
+            f"{spelt('data.too_long', 'truncate')} "
             "cuts prompts alone."
         )
     return Encoded(tuple(examples), truncated, tuple(dropped))

@@ -17,7 +17,7 @@ from lorakeet.data.locate import Location, open_binary
 from lorakeet.data.parquet_footer import ColumnChunk, read_footer, shared_bytes
 from lorakeet.data.spec import LONGEST_ROW
 from lorakeet.data.tables import FileRecord, RowProblems
-from lorakeet.errors import DataError, EnvironmentProblem, LorakeetError
+from lorakeet.errors import DataError, EnvironmentProblem, LorakeetError, spelt
 
 AT_ONCE = 1024  # rows
 _USUAL = 8  # times its size is what a large file may unpack to
@@ -95,7 +95,8 @@ def _rows_at_once(stream: IO[bytes], unshared: Sequence[ColumnChunk]) -> int:
 
 def _refusal(size: int, longest: int) -> str:
     return (
-        f"the row has {size:,} bytes; expected at most {longest:,}. Shorten or remove it, or raise --data.longest_row (a row of "
+        f"the row has {size:,} bytes; expected at most {longest:,}. Shorten or remove it, or raise "
+        f"{spelt('data.longest_row')} (a row of "
         "such a file may have 8 times as many bytes)."
     )
 

@@ -23,7 +23,7 @@ from typing import Any
 
 from lorakeet.data.rows import PROMPT_GROUP, Row, Turn
 from lorakeet.data.tables import UnusableRow
-from lorakeet.errors import DataError
+from lorakeet.errors import DataError, spelt
 
 CHOSEN, REJECTED, VERDICT = "chosen", "rejected", "label"
 RATED = (("messages",), ("conversations",), ("prompt", "completion"), ("prompt", "response"))  # columns of one answer
@@ -161,7 +161,7 @@ def rows_for(rows: Sequence[Row], objective: str | None, part: str, *, trained: 
             raise DataError(
                 f"{(pairs or rated)[0].source} has {shape}, but train.objective is sft, which trains on every answer. Set "
                 f"--train.objective {instead}, or give rows with a prompt and one good answer. If other columns "
-                "have these, choose --data.format chat|completion|alpaca|classification|text."
+                f"have these, choose {spelt('data.format')} chat|completion|alpaca|classification|text."
             )
         return tuple(rows)
     if objective != "kto":

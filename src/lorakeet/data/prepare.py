@@ -17,7 +17,7 @@ from lorakeet.data.read import read_rows
 from lorakeet.data.rows import Row, some_sources
 from lorakeet.data.spec import DataSpec
 from lorakeet.data.split import Split, by_content, split_record, split_rows
-from lorakeet.errors import DataError, Problems, Remedy, nearest
+from lorakeet.errors import DataError, Problems, Remedy, nearest, spelt
 
 _SAMPLED = 16  # rows, whose prompts are of one template
 _LONGEST = 1000  # characters of all labels in a proposed template
@@ -146,7 +146,7 @@ def find_labels(train: Sequence[Row], spec: DataSpec) -> tuple[str, ...]:
         only = next(iter(counts))
         raise DataError(
             f"All {counts[only]} training rows have the label {only!r}; a classification needs at least two labels. "
-            "Check --data.label_column."
+            f"Check {spelt('data.label_column')}."
         )
     unseen = [label for label in spec.labels if label not in counts]
     if unseen:

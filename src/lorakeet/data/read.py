@@ -18,7 +18,7 @@ from lorakeet.data.proposals.reading_on import every_problem
 from lorakeet.data.rows import Row
 from lorakeet.data.shapes import shape_rows
 from lorakeet.data.spec import DataSpec
-from lorakeet.data.tables import READERS, SHOWN_PROBLEMS, FileRecord, RowProblems, TextFormat, text_records
+from lorakeet.data.tables import READERS, SHOWN_PROBLEMS, FileRecord, RowProblems, TextFormat, text_records, words_of
 from lorakeet.errors import DataError, EnvironmentProblem, Remedy, nearest
 
 HUB = "hub:"
@@ -42,20 +42,21 @@ def read_rows(
     first: list[FileRecord] = []
     with all_problems(name, spec, objective):
         rows = _read(name, spec, notes, objective, first=first)
-    unread = "" if objective != "sft" or rows[0].label is not None else unread_verdict_note(name, [each.values for each in first])
+    words, values = words_of(name), [each.values for each in first]
+    unread = "" if objective != "sft" or rows[0].label is not None else unread_verdict_note(words, values)
     if unread and notes is not None:
         notes.append(unread)
-    if rows[0].rejected and notes is not None and (guessed := common_words_note(name, first[0].values)):
+    if rows[0].rejected and notes is not None and (guessed := common_words_note(words, first[0].values)):
         notes.append(guessed)
     plain = not rows[0].turns[0].role and spec.label_column is None and spec.format == "auto"
     if plain and notes is not None:
         used = {spec.text_column, spec.group_column or ""}
         if label := overlooked_label(first, used):
-            notes.append(overlooked_label_note(name, first, spec.text_column, label))
+            notes.append(overlooked_label_note(words, first, spec.text_column, label))
             if proposed is not None:
                 proposed.append(label)
         elif doubt := doubtful_label_note(first, used):
-            notes.append(f"{name} is read as plain text, column {spec.text_column!r}. {doubt}")
+            notes.append(f"{words} is read as plain text, column {spec.text_column!r}. {doubt}")
     return rows
 
 
@@ -68,8 +69,11 @@ def all_problems(name: str, spec: DataSpec, objective: str | None = None) -> Ite
         if not error.remedies or not _opens_again(name):
             raise
         most = min(spec.limit or _READ_ON, _READ_ON)
-        whole = every_problem(error, name, spec, lambda other: _read(name, replace(other, limit=most), None, objective, shown=3))
-        raise whole from error
+
+        def read(other: DataSpec) -> object:
+            return _read(name, replace(other, limit=most), None, objective, shown=3)
+
+        raise every_problem(error, words_of(name), spec, read) from error
 
 
 def _read(
@@ -80,17 +84,18 @@ def _read(
     shown: int = SHOWN_PROBLEMS,
     first: list[FileRecord] | None = None,
 ) -> list[Row]:
-    problems = RowProblems(f"{name} cannot be used as it is", shown)
+    words = words_of(name)
+    problems = RowProblems(f"{words} cannot be used as it is", shown)
     records = _first_kept(islice(read_records(name, problems, spec), spec.limit), first)
-    rows = list(shape_rows(records, name, spec, problems, objective))
+    rows = list(shape_rows(records, words, spec, problems, objective))
     if spec.bad_rows == "stop" or not rows:
         problems.raise_if_any()
     if not rows:
-        raise DataError(f"{name} has no rows; expected at least one record below the header.")
+        raise DataError(f"{words} has no rows; expected at least one record below the header.")
     if problems.count and dropped is not None:
         count, total = problems.count, problems.count + len(rows)
         what = "row was" if count == 1 else "rows were"
-        dropped.append(f"{count:,} {what} dropped of the {total:,} of {name}; first {problems.first}")
+        dropped.append(f"{count:,} {what} dropped of the {total:,} of {words}; first {problems.first}")
     return with_prompt_groups(rows)
 
 
@@ -112,7 +117,7 @@ def check_first_record(name: str, spec: DataSpec, objective: str | None = None) 
         return
     problems = RowProblems(name)  # of single rows: all are named once the whole file is read
     with all_problems(name, spec, objective):
-        next(shape_rows(read_records(name, problems, spec), name, spec, problems, objective), None)
+        next(shape_rows(read_records(name, problems, spec), words_of(name), spec, problems, objective), None)
 
 
 def _opens_again(name: str) -> bool:

@@ -29,7 +29,7 @@ from lorakeet.data.rows import Row, Turn
 from lorakeet.data.spec import DataSpec, fill_template, template_fields
 from lorakeet.data.tables import FileRecord, RowProblems, UnusableRow, separator_hint, separator_remedies
 from lorakeet.data.tool_calls import message_extra, row_tools
-from lorakeet.errors import DataError, Remedy, nearest
+from lorakeet.errors import DataError, Remedy, nearest, spelt
 
 ROLES = ("system", "user", "assistant", "tool")
 _CHAT_COLUMNS = ("messages", "conversations")
@@ -93,7 +93,8 @@ def _require_length(row: Row, spec: DataSpec) -> None:
     length = len(row.tools) + max(sum(len(turn.text) + len(turn.extra) for turn in turns) for turns in (row.turns, row.rejected))
     if length > spec.longest_row:
         raise UnusableRow(
-            f"the row has {length:,} characters; expected at most {spec.longest_row:,}. Split it, or raise --data.longest_row."
+            f"the row has {length:,} characters; expected at most {spec.longest_row:,}. Split it, or raise "
+            f"{spelt('data.longest_row')}."
         )
 
 
@@ -110,7 +111,8 @@ def _find_shape(
         f"{name}: the columns {_listed(columns)} match no known shape; expected 'messages', or 'prompt' and 'completion', "
         f"or 'instruction' and 'output', or 'chosen' and 'rejected', or '{spec.text_column}'."
     )
-    general = "Name yours with --data.text_column (and --data.label_column for labelled texts), or choose --data.format."
+    named = f"{spelt('data.text_column')} (and {spelt('data.label_column')} for labelled texts)"
+    general = f"Name yours with {named}, or choose {spelt('data.format')}."
     if several := _separators(columns):
         raise DataError(f"{said} {general}{separator_hint(several)}", remedies=several)
     sample = [record, *islice(following, SAMPLED - 1)]
@@ -146,10 +148,10 @@ def _plain_shape(columns: Mapping[str, object], spec: DataSpec, objective: str |
 def _classified_columns(spec: DataSpec) -> dict[str, str]:
     """The columns of labelled texts, each with what to do where it is missing."""
     fields = template_fields(spec.template)
-    needed = {field: "fix --data.template" for field in fields if field != "text"}
-    needed[spec.label_column or _LABEL] = "name it with --data.label_column"
+    needed = {field: f"fix {spelt('data.template')}" for field in fields if field != "text"}
+    needed[spec.label_column or _LABEL] = f"name it with {spelt('data.label_column')}"
     if "text" in fields:
-        needed[spec.text_column] = "name it with --data.text_column"
+        needed[spec.text_column] = f"name it with {spelt('data.text_column')}"
     return needed
 
 
@@ -171,11 +173,11 @@ def _require_columns(
         if not any(all(column in columns for column in some) for some in RATED):
             needed |= dict.fromkeys(_COMPLETION_COLUMNS[0], "rename the column")
     if shape == "text":
-        needed[spec.text_column] = "name it with --data.text_column"
+        needed[spec.text_column] = f"name it with {spelt('data.text_column')}"
     if shape == "classification":
         needed |= _classified_columns(spec)
     if spec.group_column is not None:
-        needed[spec.group_column] = "name it with --data.group_column"
+        needed[spec.group_column] = f"name it with {spelt('data.group_column')}"
     missing = {column: remedy for column, remedy in needed.items() if column not in columns}
     if not missing:
         return

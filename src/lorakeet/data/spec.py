@@ -7,8 +7,9 @@ import string
 from dataclasses import dataclass
 from typing import Literal
 
-from lorakeet.errors import ConfigError, Problems
+from lorakeet.errors import ConfigError, Problems, spelt
 from lorakeet.setting import setting
+from lorakeet.settings import require_types
 
 LONGEST_ROW = 1_000_000  # characters: some 250,000 tokens
 NO_ROWS = "no rows are read"  # the data.train of a verb that needs none
@@ -64,11 +65,16 @@ class DataSpec:
     strip_quotes: bool = setting(False, "Remove one pair of double quotes around a whole text.")
     split_seed: int = setting(0, "Random seed of the split.")
 
+    def __post_init__(self) -> None:
+        require_types(self)
+
     def validate(self) -> None:
         """Raises a ConfigError that lists every wrong setting."""
         problems = Problems("The data settings cannot be used", ConfigError)
         if not self.train.strip():
-            problems.add("data.train is empty; give the file of the training rows, for instance --data.train rows.jsonl.")
+            problems.add(
+                f"data.train is empty; give the file of the training rows, for instance {spelt('data.train', 'rows.jsonl')}."
+            )
         if not 0.0 <= self.held_out_fraction < 1.0:
             problems.add(f"data.held_out_fraction is {self.held_out_fraction}; expected a share from 0 to below 1, such as 0.1.")
         if math.isnan(self.near_duplicates) or not 0.0 <= self.near_duplicates <= 1.0:

@@ -13,7 +13,7 @@ from pathlib import Path
 from lorakeet.data.rows import PROMPT_GROUP, Row
 from lorakeet.data.spec import DataSpec
 from lorakeet.disk import write_whole
-from lorakeet.errors import DataError
+from lorakeet.errors import DataError, spelt
 
 SPLIT_FORMAT = 1
 SHARED = "rows_of_shared_prompts"
@@ -49,7 +49,7 @@ def split_rows(rows: Sequence[Row], spec: DataSpec) -> Split:
     if not held_out:
         raise DataError(
             f"No row can be held out: {len(rows)} rows fall into {sum(map(len, strata.values()))} groups or sets of equal rows, "
-            f"none small enough for {wanted} held-out rows. Give a file of held-out rows (--data.held_out FILE)."
+            f"none small enough for {wanted} held-out rows. Give a file of held-out rows ({spelt('data.held_out', 'FILE')})."
         )
     train = [row for row in rows if row.key not in held_out]
     return Split(by_content(train, spec.split_seed), by_content([row for row in rows if row.key in held_out], spec.split_seed))
@@ -63,7 +63,8 @@ def held_out_count(rows: int, spec: DataSpec) -> int:
     if rows < needed:
         raise DataError(
             f"{rows} rows are too few to hold out {spec.held_out_fraction:.0%} of them; expected at least {needed}. "
-            "Add rows, give a file of held-out rows (--data.held_out FILE), or raise --data.held_out_fraction."
+            f"Add rows, give a file of held-out rows ({spelt('data.held_out', 'FILE')}), or raise "
+            f"{spelt('data.held_out_fraction')}."
         )
     count = round(spec.held_out_fraction * rows)
     if rows >= 10 * spec.held_out_minimum:

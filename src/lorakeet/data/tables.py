@@ -5,8 +5,9 @@ from __future__ import annotations
 import csv
 import json
 import re
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from contextvars import ContextVar
 from dataclasses import dataclass
 from itertools import chain
 from typing import IO, NamedTuple
@@ -14,7 +15,7 @@ from typing import IO, NamedTuple
 from lorakeet.data.guarded_stream import MOST_UNPACKED
 from lorakeet.data.locate import Location, open_text
 from lorakeet.data.spec import LONGEST_ROW
-from lorakeet.errors import DataError, Problems, Remedy
+from lorakeet.errors import DataError, Problems, Remedy, spelt
 
 SHOWN_PROBLEMS = 10
 DELIMITER_NAMES = {"\t": "tab"}  # as a flag names those that a shell cannot
@@ -32,6 +33,22 @@ class FileRecord(NamedTuple):
     values: dict[str, object]
 
 
+class InMemory(NamedTuple):
+    """Rows that were given in memory and are kept as JSON lines: their words in messages, and those of each row."""
+
+    words: str
+    sources: Sequence[str]
+
+
+IN_MEMORY: ContextVar[Mapping[str, InMemory]] = ContextVar("IN_MEMORY", default={})  # noqa: B039 (never changed); by name
+
+
+def words_of(name: str) -> str:
+    """How messages name the rows `name`: as they are, or as they were given in memory."""
+    known = IN_MEMORY.get().get(name)
+    return name if known is None else known.words
+
+
 class UnusableRow(Exception):
     """Says why one record cannot become a row; it is added to RowProblems."""
 
@@ -41,7 +58,7 @@ class RowProblems:
 
     def __init__(self, heading: str, shown: int = SHOWN_PROBLEMS) -> None:
         self._shown = shown
-        remedy = f"To leave such rows out, set {LEAVE_OUT.flag}."
+        remedy = f"To leave such rows out, set {LEAVE_OUT.flag}." if LEAVE_OUT.flag else ""
         self._problems = Problems(heading, DataError, remedy=remedy, remedies=[LEAVE_OUT])
 
     def add(self, source: str, message: str) -> None:
@@ -78,6 +95,10 @@ class TextFormat:
 def text_records(location: Location, problems: RowProblems, text: TextFormat | None = None) -> Iterator[FileRecord]:
     """Yields the records of a text file; rows that cannot be read are added to `problems` and skipped."""
     text = text or TextFormat()
+    if (known := IN_MEMORY.get().get(str(location.path))) is not None:
+        with open_text(location, text.encoding, text.unpacked) as stream:
+            yield from map(FileRecord, known.sources, map(json.loads, stream))
+        return
     separated = text.delimiter and location.kind in (".csv", ".tsv")
     reader = _separated(text.delimiter or "", given=True) if separated else READERS[location.kind]
     with open_text(location, text.encoding, text.unpacked) as stream:
@@ -114,7 +135,8 @@ class LineReader:
     def refusal(self) -> str:
         """The problem of such a line."""
         return (
-            f"the line has more than {self.longest:,} characters; shorten or remove it, or raise --data.longest_row (a line may "
+            f"the line has more than {self.longest:,} characters; shorten or remove it, or raise "
+            f"{spelt('data.longest_row')} (a line may "
             "have 8 times as many)."
         )
 
@@ -327,7 +349,7 @@ def _checked(reader: Iterator[list[str]], name: str, hint: Sequence[Remedy]) -> 
     except csv.Error as error:
         number = getattr(reader, "line_num", 0)
         if "field limit" in str(error):
-            raise DataError(f"{name}:{number}: {error}; close double quotes, or raise --data.longest_row.") from error
+            raise DataError(f"{name}:{number}: {error}; close double quotes, or raise {spelt('data.longest_row')}.") from error
         expected = "expected closed double quotes, and doubled quotes inside a field."
         raise DataError(f"{name}:{number}: {error}; {expected}{separator_hint(hint)}", remedies=hint) from error
 

@@ -17,7 +17,7 @@ from jinja2 import TemplateError
 from lorakeet.data.rows import Row, Turn
 from lorakeet.data.spec import DataSpec
 from lorakeet.data.tool_calls import require_written
-from lorakeet.errors import ConfigError, DataError
+from lorakeet.errors import ConfigError, DataError, spelt
 
 # Replaces a turn's text to find its place; some templates trim surrounding white space.
 _MARK = "\u2402lorakeet\u2403"
@@ -55,7 +55,8 @@ def uses_template(tokenizer: Tokenizer, spec: DataSpec) -> bool:
     if spec.chat_template == "on" and not tokenizer.chat_template:
         raise ConfigError(
             "data.chat_template is 'on', but the tokenizer has no chat template; choose an instruction-tuned model, "
-            "set tokenizer.chat_template and save it with the model, or set --data.chat_template off to train on raw text."
+            f"set tokenizer.chat_template and save it with the model, or set "
+            f"{spelt('data.chat_template', 'off')} to train on raw text."
         )
     return spec.chat_template != "off" and bool(tokenizer.chat_template)
 
@@ -177,7 +178,7 @@ def _apply(turns: Sequence[Turn], tokenizer: Tokenizer, row: Row, generation: bo
         return str(tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=generation, **tools))
     except TemplateError as error:
         roles = ", ".join(turn.role for turn in turns)
-        other = "remove the row" if _has_tools(row) else "set --data.chat_template off"
+        other = "remove the row" if _has_tools(row) else f"set {spelt('data.chat_template', 'off')}"
         raise DataError(
             f"{row.source}: the chat template refuses the turns ({roles}): {error}. Change the turns (some templates accept no "
             f"system prompt, some require user and assistant to alternate), or {other}."
@@ -190,7 +191,7 @@ def _has_tools(row: Row) -> bool:
 
 
 def _unclear(row: Row, number: int) -> DataError:
-    other = "remove the row" if _has_tools(row) else "set --data.chat_template off"
+    other = "remove the row" if _has_tools(row) else f"set {spelt('data.chat_template', 'off')}"
     return DataError(
         f"{row.source}: the chat template changes turn {number + 1} so that its text {row.turns[number].text[:60]!r} cannot be "
         f"found in the result, so its target tokens are unknown. Use another template, or {other}."

@@ -4,14 +4,13 @@ from __future__ import annotations
 
 import codecs
 
-from lorakeet.errors import DataError, Remedy
+from lorakeet.errors import DataError, Remedy, spelt
 
 MARKS = (
     (codecs.BOM_UTF8, "utf-8"), (codecs.BOM_UTF32_LE, "utf-32"), (codecs.BOM_UTF16_LE, "utf-16"), (codecs.BOM_UTF16_BE, "utf-16")
 )  # fmt: skip
 OTHERS = "cp1250, cp1251, cp850, mac_roman, shift_jis, gb18030, euc_kr"
 _SHOWN = 24  # bytes on each side of the one that could not be read
-_LEAVE_OUT = "Leave out --data.encoding"
 _WESTERN = "cp1252"
 
 
@@ -61,7 +60,7 @@ def encoding_refusal(error: UnicodeDecodeError, encoding: str, name: str) -> Dat
         western = None
     if western is None:
         return DataError(
-            f"{said} Set --data.encoding to what the file was saved in, such as {OTHERS}, or convert the file to UTF-8."
+            f"{said} Set {spelt('data.encoding')} to what the file was saved in, such as {OTHERS}, or convert the file to UTF-8."
         )
     return DataError(
         f"{said} {_advice(_WESTERN)} if {western!r} reads right; otherwise what the file was saved in, such as {OTHERS}, or "
@@ -75,7 +74,7 @@ def _remedy(encoding: str) -> Remedy:
 
 
 def _advice(encoding: str) -> str:
-    return _LEAVE_OUT if encoding == "utf-8" else f"Set {_remedy(encoding).flag}"
+    return f"Set {_remedy(encoding).flag}"
 
 
 def _as_utf_8(block: bytes) -> str | None:

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 
 from lorakeet.errors import Problems
 from lorakeet.setting import setting
+from lorakeet.settings import require_types
 
 LEAST_ANSWERS = 64  # prompts that are answered however long it takes, where there are as many: fewer show little
 
@@ -49,6 +50,9 @@ class EvaluateSpec:
     )
     drift_tokens: int = setting(32, "Tokens per drift text.")
     show_rows: int = setting(40, "Held-out rows shown side by side in the report.")
+
+    def __post_init__(self) -> None:
+        require_types(self)
 
     def validate(self) -> None:
         """Raises ConfigError that lists every setting out of its range."""

@@ -9,6 +9,7 @@ from typing import Literal
 from lorakeet.errors import ConfigError
 from lorakeet.memory.budget import Budget
 from lorakeet.setting import setting
+from lorakeet.settings import require_types
 
 
 @dataclass(frozen=True)
@@ -29,6 +30,9 @@ class MemorySpec:
     def limit(self) -> Budget:
         """The budget as a value, parsed once. Raises ConfigError where it is not a size."""
         return Budget.parse(self.budget or None)
+
+    def __post_init__(self) -> None:
+        require_types(self)
 
     def validate(self) -> list[str]:
         """Returns a message for every wrong setting."""

@@ -145,7 +145,8 @@ def _targeted(sites: list[Site], spec: LoraSpec, family: Family, problems: Probl
         if not found:
             names = leaf_names(site.path for site in sites if site.kind is not None)
             problems.add(
-                f"No module matches target '{target}' (the model has {listed(names)}).{nearest(target, [*names, *KEYWORDS])}"
+                f"No module matches target '{target}' (the model has {listed(names) or 'none that can be adapted'})."
+                f"{nearest(target, [*names, *KEYWORDS])}"
             )
         wanted |= found
     return [site for site in sites if site.path in wanted]

@@ -9,6 +9,7 @@ from typing import Literal
 
 from lorakeet.errors import ConfigError
 from lorakeet.setting import setting
+from lorakeet.settings import require_types
 
 _UNITS = {"": 1, "k": 1_000, "m": 1_000_000, "b": 1_000_000_000}
 _COUNT = re.compile(r"(\d+(?:\.\d*)?(?:e\d+)?)\s*([kmb]?)", re.IGNORECASE)
@@ -32,6 +33,9 @@ class RanksSpec:
     prune_from: float = setting(0.15, "Share of the steps after which prune starts to cut.")
     prune_until: float = setting(0.5, "Share of the steps after which prune leaves the ranks unchanged.")
     prune_cuts: int = setting(4, "Number of cuts that prune makes between the two.")
+
+    def __post_init__(self) -> None:
+        require_types(self)
 
     def validate(self) -> list[str]:
         """Returns a message for every wrong setting."""

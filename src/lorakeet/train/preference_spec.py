@@ -7,6 +7,7 @@ from dataclasses import dataclass, replace
 from typing import Literal, get_args
 
 from lorakeet.setting import setting
+from lorakeet.settings import require_types
 
 Objective = Literal["sft", "dpo", "ipo", "cdpo", "kto", "orpo", "simpo"]
 OBJECTIVES: tuple[str, ...] = get_args(Objective)
@@ -46,6 +47,9 @@ class PreferenceSpec:
     )
     desirable_weight: float = setting(1.0, "Weight of a row whose answer is wanted, for kto.")
     undesirable_weight: float = setting(1.0, "Weight of a row whose answer is not wanted, for kto.")
+
+    def __post_init__(self) -> None:
+        require_types(self)
 
     def validate(self) -> list[str]:
         """Returns a message for every wrong setting."""

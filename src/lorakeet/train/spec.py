@@ -7,6 +7,7 @@ from dataclasses import dataclass, replace
 from typing import Any, Literal, cast
 
 from lorakeet.setting import setting
+from lorakeet.settings import require_types
 from lorakeet.train.preference_spec import BASE, SFT, START, Objective
 
 EVALUATIONS_A_RUN = 10  # when `evaluate_every` is left out
@@ -70,6 +71,9 @@ class TrainSpec:
     log_to: Literal["none", "tensorboard", "wandb", "trackio", "mlflow"] = setting(
         "none", "Where metrics go besides metrics.jsonl."
     )
+
+    def __post_init__(self) -> None:
+        require_types(self)
 
     def validate(self) -> list[str]:
         """Returns a message for every wrong setting."""

@@ -22,6 +22,7 @@ from lorakeet.data.read import read_rows
 from lorakeet.data.rows import Row
 from lorakeet.data.spec import DataSpec
 from lorakeet.data.split import read_split_record
+from lorakeet.data.tables import words_of
 from lorakeet.errors import ConfigError, DataError, EnvironmentProblem, LorakeetError
 from lorakeet.evaluate.own_metric import load_metric
 from lorakeet.evaluate.report.report import Report, write_report
@@ -168,6 +169,10 @@ def _rows_of_run(opened: Opened) -> _EvaluationRows:
     return _EvaluationRows(dataset.held_out, HELD_OUT, dataset.labels, dataset.train)
 
 
+def _named(data: str) -> str:
+    return Path(data).name if words_of(data) == data else words_of(data)
+
+
 def _rows_of_file(opened: Opened, data: str) -> _EvaluationRows:
     """The rows of `data`, read as the run's rows are, with the labels of the run or else of the file.
 
@@ -180,11 +185,11 @@ def _rows_of_file(opened: Opened, data: str) -> _EvaluationRows:
     rows = rows_for(given, objective, "evaluated", trained=False)
     dropped += prompt_leak_notes({"evaluated": rows}, settings.data.on_leak)
     if not settings.data.train:
-        return _EvaluationRows(rows, Path(data).name, find_labels(rows, settings.data), (), warnings=tuple(dropped))
+        return _EvaluationRows(rows, _named(data), find_labels(rows, settings.data), (), warnings=tuple(dropped))
     try:
         dataset = opened.dataset
     except (DataError, EnvironmentProblem) as error:
-        found_rows = _rows_without_training(opened, rows, Path(data).name, error)
+        found_rows = _rows_without_training(opened, rows, _named(data), error)
         return dataclasses.replace(found_rows, warnings=(*dropped, *found_rows.warnings))
     check_labels({"evaluated": rows}, dataset.labels)
     known = (*dataset.train, *dataset.held_out)
@@ -192,7 +197,7 @@ def _rows_of_file(opened: Opened, data: str) -> _EvaluationRows:
     seen = len(rows) - len(left)
     fate = "left out" if settings.data.on_leak == "drop" else "kept, as data.on_leak says: the verdict is not on unseen rows"
     said = [f"{_counts_of_copies(rows, found, seen or len(found.across))} ({fate})."] if found.across else []
-    return _EvaluationRows(left, Path(data).name, dataset.labels, known, found, (*dropped, *said))
+    return _EvaluationRows(left, _named(data), dataset.labels, known, found, (*dropped, *said))
 
 
 def _counts_of_copies(rows: Sequence[Row], found: LeakReport, count: int) -> str:

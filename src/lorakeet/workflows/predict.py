@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Collection, Iterable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
-from itertools import islice, takewhile
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
@@ -21,10 +21,10 @@ from lorakeet.data.predicted.written_records import TableForm, can_write, form_l
 from lorakeet.data.read import read_records
 from lorakeet.data.rows import Row
 from lorakeet.data.spec import DataSpec
-from lorakeet.data.tables import RowProblems
+from lorakeet.data.tables import LEAVE_OUT, RowProblems, words_of
 from lorakeet.data.template import uses_template
 from lorakeet.disk import written_whole
-from lorakeet.errors import ConfigError, DataError, EnvironmentProblem, Remedy
+from lorakeet.errors import SPELLING, ConfigError, DataError, EnvironmentProblem, Remedy, spelling, spelt
 from lorakeet.evaluate.likelihood import label_log_probs
 from lorakeet.evaluate.report.report import read_report
 from lorakeet.memory.cuda import enforcing_gpu_budget
@@ -96,13 +96,14 @@ def predict(options: PredictOptions, *, console: Console) -> Predicted:
     require_written_format(options.out)
     require_rereadable(options.data)
     if not 0 <= options.review <= 1:
-        raise ConfigError(f"--review is {options.review}; expected a probability from 0 to 1, such as 0.8.")
+        raise ConfigError(f"{spelt('review')} is {options.review}; expected a probability from 0 to 1, such as 0.8.")
     say = partial(console.print, markup=False, soft_wrap=True)
     path = Path(options.run_or_adapter)
     opened = open_adapter(path, base=options.base, config=options.config, say=console.print).within(options.memory)
     require_encodable(opened.config)
     labels = trained_labels(opened.run, opened.config.data)
-    file = _read_first(options, opened.config.data, labels)
+    with spelling(_own_spelling()):
+        file = _read_first(options, opened.config.data, labels)
     one_line, unknown = (False, "") if labels else _one_line(opened)
     for note in file.notes:
         say(note)
@@ -144,28 +145,28 @@ def _read_first(options: PredictOptions, trained: DataSpec, labels: Sequence[str
     spec = dataclasses.replace(trained, limit=None, **{key: value for key, value in given.items() if value is not None})
     spec = dataclasses.replace(spec, train=options.data, held_out=None, test=None)
     spec.validate()
-    lines, empty = RowProblems(f"{options.data} cannot be used as it is"), RowProblems(options.data)
+    lines, empty = RowProblems(f"{words_of(options.data)} cannot be used as it is"), RowProblems(options.data)
     notes, rows, characters = list[str](), 0, 0
     try:
         form = form_like(options.data, spec, options.out, labels or None)
         if first := list(islice(read_records(options.data, lines, spec), _SAMPLED)):
-            spec, taken = fitting_columns(first, options.data, spec, labels)
+            spec, taken = fitting_columns(first, words_of(options.data), spec, labels)
             notes += [taken] if taken else []
-        lines = RowProblems(f"{options.data} cannot be used as it is")
-        contents, shaped = Contents(form, options.out, lines), row_shaper(options.data, spec, labels, empty)
+        lines = RowProblems(f"{words_of(options.data)} cannot be used as it is")
+        contents, shaped = Contents(form, options.out, lines), row_shaper(words_of(options.data), spec, labels, empty)
         for record in read_records(options.data, lines, spec):
             rows, row = rows + 1, shaped(record)
             contents.add(record)
             characters += 0 if row is None else len(row.text)
         lines.raise_if_any()
         if not rows:
-            raise DataError(f"{options.data} has no rows; expected at least one record below the header.")
+            raise DataError(f"{words_of(options.data)} has no rows; expected at least one record below the header.")
     except DataError as error:
-        raise DataError(_with_own_flags(str(error)), remedies=_own_remedies(error.remedies)) from error
+        raise DataError(str(error), remedies=_own_remedies(error.remedies)) from error
     if empty.count == rows:
-        raise DataError(_with_own_flags(f"No row of {options.data} can be answered; first {empty.first}"))
+        raise DataError(f"No row of {words_of(options.data)} can be answered; first {empty.first}")
     if empty.count:
-        notes.append(_with_own_flags(f"{empty.count:,} of {rows:,} rows get no answer; first {empty.first}"))
+        notes.append(f"{empty.count:,} of {rows:,} rows get no answer; first {empty.first}")
     columns = _new_columns(options, trained, contents.columns, labels)
     if not (contents.fits and can_write(form.encoding, "".join(columns))):
         form = form.in_utf_8(options.out, "a column or a cell has")
@@ -173,18 +174,19 @@ def _read_first(options: PredictOptions, trained: DataSpec, labels: Sequence[str
     return _RowsFile(spec, form, tuple(contents.columns), columns, rows, characters, tuple(notes))
 
 
-def _with_own_flags(message: str) -> str:
-    """The message with the flags of this verb, and without the advice to leave rows out, since all rows are written."""
-    message = message.replace("Leave out --data.encoding", "Set --encoding utf-8")  # the training's own may be another
-    for name in OWN_FLAGS:
-        message = message.replace(f"--data.{name}", f"--{name.replace('_', '-')}")
-    for space in (" ", "\n"):
-        message = message.replace(f"{space}To leave such rows out, set --data.bad_rows drop.", "")
-    begin, *others = message.split("--data.")
-    for other in others:
-        name = "".join(takewhile(str.isidentifier, other))
-        begin += f"data.{name} in a file for --config{other[len(name) :]}"
-    return begin
+def _own_spelling() -> Callable[[str, str | None], str]:
+    """How messages name settings of data: as options of this verb. Rows are never left out, so that setting has no words."""
+    spell = SPELLING.get()
+
+    def own(setting: str, value: str | None) -> str:
+        name = setting.removeprefix("data.")
+        if setting == LEAVE_OUT.setting:
+            return ""
+        if name in OWN_FLAGS or "." not in setting:
+            return spell(name.replace("_", "-"), value)
+        return f"{setting}{'' if value is None else f' {value}'} in a file for {spell('config', None)}"
+
+    return own
 
 
 def _own_remedies(remedies: Iterable[Remedy]) -> Iterator[Remedy]:
@@ -200,9 +202,10 @@ def _new_columns(options: PredictOptions, trained: DataSpec, known: Collection[s
     name = options.column or (f"{own}_predicted" if own in known else own)
     columns = (name, f"{name}_probability", f"{name}_margin", f"{name}_review") if labels else (name, f"{name}_review")
     if not can_write("utf-8", name):
-        raise ConfigError(f"--column {name!r} has half of a character. Choose another name.")
+        raise ConfigError(f"{spelt('column')} {name!r} has half of a character. Choose another name.")
     if taken := [column for column in columns if column in known]:
-        raise ConfigError(f"{options.data} has a column {taken[0]!r} already. Choose another name with --column.")
+        said = f"{words_of(options.data)} has a column {taken[0]!r} already."
+        raise ConfigError(f"{said} Choose another name with {spelt('column')}.")
     return columns
 
 
@@ -231,7 +234,7 @@ def _written(options: PredictOptions, file: _RowsFile, answerer: _Answerer) -> P
     counts = {"rows": 0, "answered": 0, "review": 0, "shortened": 0, "replaced": 0}
     known = {*file.own}
     ignored = RowProblems(options.data)  # all are known since the first reading
-    shaped = row_shaper(options.data, file.spec, answerer.encoder.labels, ignored)
+    shaped = row_shaper(words_of(options.data), file.spec, answerer.encoder.labels, ignored)
     with (
         written_whole(options.out) as made,
         record_writer(made, file.form, (*file.own, *file.columns)) as write,

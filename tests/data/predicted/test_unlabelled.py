@@ -49,7 +49,7 @@ def test_of_two_columns_in_other_cases_none_is_taken() -> None:
 
 def test_another_column_is_proposed_and_not_taken() -> None:
     spec = DataSpec(train="x", text_column="Text", label_column="Kind")
-    with pytest.raises(DataError, match=r"no column 'Text', which .* it has 'id', 'Beschwerde'\. .*--text-column 'Beschwerde'"):
+    with pytest.raises(DataError, match=r"no column 'Text', which .* it has 'id', 'Beschwerde'\. .*--text-column Beschwerde"):
         fitting_columns([FileRecord("f:2", {"id": "1", "Beschwerde": "a"})], "f", spec, LABELS)
     spec = DataSpec(train="x", template="{drug}: {text}")
     with pytest.raises(DataError, match=r"no column 'drug'.*Rename the columns, or add them"):

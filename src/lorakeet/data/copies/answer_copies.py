@@ -8,6 +8,7 @@ from collections.abc import Mapping, Sequence
 from lorakeet.data.copies.words import letters, normal_words
 from lorakeet.data.preferences import common_turns
 from lorakeet.data.rows import Row, some_sources
+from lorakeet.errors import spelt
 
 FEWEST = 6  # words of an answer that two people do not write by chance
 OFTEN = 3  # rows; an answer of more is a set phrase, such as an excuse
@@ -30,7 +31,8 @@ def answer_copy_notes(parts: Mapping[str, Sequence[Row]]) -> list[str]:
         have = "rows have" if len(found) > 1 else "row has"
         notes.append(
             f"{len(found)} {part} {have} an answer that a training row has too, under another prompt ({named}). Which answer is "
-            "preferred may be known by heart there. Name what belongs together with --data.group_column, or leave these rows out."
+            f"preferred may be known by heart there. Name what belongs together with "
+            f"{spelt('data.group_column')}, or leave these rows out."
         )
     return notes
 

@@ -11,7 +11,7 @@ from lorakeet.data.rows import Row
 from lorakeet.data.shapes import shape_rows
 from lorakeet.data.spec import DataSpec, template_fields
 from lorakeet.data.tables import FileRecord, RowProblems
-from lorakeet.errors import DataError
+from lorakeet.errors import DataError, spelt
 
 _ANSWER = "a"  # stands where the answer will
 _CHATS = ("messages", "conversations")
@@ -43,10 +43,11 @@ def fitting_columns(first: Sequence[FileRecord], name: str, spec: DataSpec, labe
     found = near or (proposal.text if proposal else None)
     said = f"{name} has no column {_listed(missing)}, which the run was trained on; it has {_listed(columns)}."
     if len(same) > 1:
-        raise DataError(f"{said} {_listed(same)} differ in case only: set --text-column to the one that is meant.")
+        raise DataError(f"{said} {_listed(same)} differ in case only: set {spelt('text-column')} to the one that is meant.")
     if found is None or not text_alone:
         raise DataError(f"{said} Rename the columns, or add them.")
-    raise DataError(f"{said} If {found!r} is the text, set --text-column {found!r}.", remedies=[column_remedy("text", found)])
+    advice = f"If {found!r} is the text, set {spelt('text-column', found)}."
+    raise DataError(f"{said} {advice}", remedies=[column_remedy("text", found)])
 
 
 def row_shaper(name: str, spec: DataSpec, labels: Sequence[str], problems: RowProblems) -> Callable[[FileRecord], Row | None]:

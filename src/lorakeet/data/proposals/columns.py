@@ -9,7 +9,7 @@ from statistics import fmean
 from typing import Literal
 
 from lorakeet.data.tables import FileRecord
-from lorakeet.errors import Remedy, nearest
+from lorakeet.errors import Remedy, nearest, spelt
 
 SAMPLED = 1000  # records that are read for a proposal
 _TEXTS = (
@@ -117,7 +117,7 @@ def doubtful_label_note(records: Sequence[FileRecord], used: Collection[str]) ->
         return ""
     named = " and ".join(f"{column!r} ({len(_values(records, column))} values)" for column in repeated[:_NAMED])
     more = f" and {len(repeated) - _NAMED} more" if len(repeated) > _NAMED else ""
-    flag = column_remedy("label", repeated[0]).flag.partition(" ")[0]
+    flag = spelt("data.label_column")
     return (
         f"{named}{more} have values that repeat, as labels do, and {UNDECIDED}. If the texts are labelled, set {flag} too; "
         f"without it the model is trained to write the texts."

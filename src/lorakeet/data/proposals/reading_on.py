@@ -9,7 +9,7 @@ from typing import Any
 from lorakeet.data.proposals.columns import UNDECIDED
 from lorakeet.data.spec import DataSpec
 from lorakeet.data.tables import LEAVE_OUT
-from lorakeet.errors import LONGEST_MESSAGE, DataError, Problems, Remedy, shortened
+from lorakeet.errors import LONGEST_MESSAGE, DataError, Problems, Remedy, shortened, spelt
 
 _PREFIX = "data."
 _LIST = 150  # characters of a list's own, beside its heading, its messages and the last sentence
@@ -45,7 +45,7 @@ def every_problem(first: DataError, name: str, spec: DataSpec, read: Callable[[D
     flags = " ".join(one.flag for one in remedies)
     together = f"If all of that is right, set: {flags}"
     if any(UNDECIDED in message for message in messages):
-        together += " and, if the texts are labelled, --data.label_column"
+        together += f" and, if the texts are labelled, {spelt('data.label_column')}"
     problems = Problems(f"{name} cannot be read as it is", DataError, remedy=together, remedies=remedies)
     each = list(dict.fromkeys(message.replace("\n", "\n  ") for message in messages))
     for message in _fitted(each, LONGEST_MESSAGE - len(problems.heading) - len(together) - _LIST):

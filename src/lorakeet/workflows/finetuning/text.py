@@ -16,7 +16,7 @@ import torch
 from rich.console import Console
 
 from lorakeet.config import RunConfig
-from lorakeet.errors import ConfigError
+from lorakeet.errors import ConfigError, spelt
 from lorakeet.evaluate.certificate import Certificate
 from lorakeet.evaluate.own_metric import load_metric
 from lorakeet.evaluate.report.rank_values import RankMap
@@ -325,7 +325,7 @@ def _changes(config: RunConfig, precision: Precision, planned: TextRunPlan) -> I
         yield f"--train.micro_tokens {fewer}", config.changed(train={"micro_tokens": fewer}), precision
     elif rows.length > 64:
         half, one = rows.length // 2, answers * (rows.length // 2)
-        change, shorter = f"--data.max_tokens {half}", config.changed(data={"max_tokens": half})
+        change, shorter = f"{spelt('data.max_tokens')} {half}", config.changed(data={"max_tokens": half})
         if config.train.micro_tokens > one:  # else two such rows would be in a micro-batch
             change, shorter = f"{change} --train.micro_tokens {one}", shorter.changed(train={"micro_tokens": one})
         yield change, shorter, precision
