@@ -17,13 +17,14 @@ import random
 import socket
 import sys
 from collections import Counter
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from datetime import datetime
 from functools import cached_property
 from pathlib import Path
 from tempfile import TemporaryDirectory
+from time import process_time
 from typing import Any
 
 from contenders.mixed_cache import MixedCacheApi
@@ -32,7 +33,7 @@ from harness.machine import REPOSITORY, RESULTS, origin, write_result
 from rich.console import Console
 from safetensors.torch import load_file, save_file
 
-from lorakeet.core.adapter import Adapter
+from lorakeet.core.adapter import Adapter, Pair
 from lorakeet.exporting.gguf_model import write_gguf
 from lorakeet.exporting.llama_cpp import quantise
 from lorakeet.exporting.tolerances import F16, FEW_BITS, PRECISIONS
@@ -45,6 +46,7 @@ from lorakeet.workflows.runs.open_adapter import NAME, Opened, open_adapter
 from lorakeet.workflows.runs.server_answer import open_answer, read_answer
 from lorakeet.workflows.serving.vllm_process import base_url, running_vllm, vllm_python
 from lorakeet.workflows.verification.artefact import InTorch, live_side
+from lorakeet.workflows.verification.diagnose import numbered_part
 from lorakeet.workflows.verification.modules import MINUTES
 from lorakeet.workflows.verification.server import Server, check_server
 from lorakeet.workflows.verify import probes_of
@@ -72,11 +74,13 @@ FEWEST_BITS = "llama.cpp q4_k_m"
 PRECISION = {"llama.cpp q8_0": "8-bit", FEWEST_BITS: "4-bit"}
 ROUNDED_AWAY = "folded into 4 bits, in 4 bits again"
 FAULTS = (
-    "adapter of the checkpoint before", "scale off by 2 %", "one pair missing", "another adapter of the task",
+    "adapter of the checkpoint before", "scale off by 2 %", "alpha times 1.25", "one pair missing", "A of two layers swapped",
+    "a block missing", "a kind missing", "two blocks swapped", "another adapter of the task",
     "prefix cache of another adapter", "another chat template", "BOS doubled", "a base in q4_k_m",
     ROUNDED_AWAY,
 )  # fmt: skip
-IN_VLLM = FAULTS[:4]  # those of adapters
+IN_VLLM = FAULTS[:9]  # those of adapters
+SINGLE = ("one pair missing", "A of two layers swapped")  # which may be named under not proved
 CONTEXT = 1024
 AUTO = dict.fromkeys(("float16", "bfloat16"), ("auto",))
 
@@ -125,21 +129,49 @@ class Subject:
         """The adapter that a server with the fault applies; None where this run has none."""
         held = self.opened.adapter
         paths = list(held.pairs)
-        missing = paths[len(paths) // 2]
         if fault == "adapter of the checkpoint before":
             return self.before()
         if fault == "another adapter of the task":
             return None if self.other is None else open_adapter(self.other, say=lambda _: None).adapter
-        factors = dict.fromkeys(paths, 0.98 if fault == "scale off by 2 %" else 1.0)
-        if fault == "one pair missing":
-            factors[missing] = 0.0
+        if fault.endswith("swapped"):
+            return replace(held, pairs=swapped(held.pairs, self.wrong(fault), blocks="blocks" in fault))
+        scale = {"scale off by 2 %": 0.98, "alpha times 1.25": 1.25}.get(fault, 1.0)
+        factors = dict.fromkeys(paths, scale) | dict.fromkeys(self.wrong(fault), 0.0)
         return replace(held, pairs={path: replace(pair, B=pair.B * factors[path]) for path, pair in held.pairs.items()})
+
+
+    def wrong(self, fault: str) -> list[str]:
+        """The modules that a fault of single ones, of blocks or of a kind is about."""
+        paths = list(self.opened.adapter.pairs)
+        middle = paths[len(paths) // 2]
+        block, kind = numbered_part(middle), middle.rpartition(".")[2]
+        blocks = list(dict.fromkeys(map(numbered_part, paths)))
+        other = blocks[(blocks.index(block) + 1) % len(blocks)]
+        wrong = {
+            "one pair missing": [middle],
+            "A of two layers swapped": [middle, middle.replace(block, other, 1)],
+            "a block missing": [path for path in paths if numbered_part(path) == block],
+            "a kind missing": [path for path in paths if path.endswith(f".{kind}")],
+            "two blocks swapped": [path for path in paths if numbered_part(path) in (block, other)],
+        }
+        return wrong.get(fault, [])
+
+
+def swapped(pairs: Mapping[str, Pair], wrong: Sequence[str], *, blocks: bool) -> dict[str, Pair]:
+    """The pairs with A of `wrong` modules of two blocks in each other's place; of `blocks` also B."""
+    first, second = dict.fromkeys(map(numbered_part, wrong))
+    found = dict(pairs)
+    for path in wrong:
+        here, there = (first, second) if numbered_part(path) == first else (second, first)
+        other = pairs[path.replace(here, there, 1)]
+        found[path] = replace(pairs[path], A=other.A, B=other.B if blocks else pairs[path].B)
+    return found
 
 
 def proved(subject: Subject, server: Server, precision: str) -> dict[str, Any]:
     """The verdict on one serving."""
     live, probes = subject.side
-    console = Console(quiet=True)
+    console, begun = Console(quiet=True), process_time()
 
     def in_format(name: str) -> InTorch:
         return InTorch(subject.opened.text_model(console, dtype="float32" if name in FEW_BITS else name), NAME, name)
@@ -152,14 +184,17 @@ def proved(subject: Subject, server: Server, precision: str) -> dict[str, Any]:
     failed = [check.name.rpartition(": ")[2] for check in found.checks if not check.passed]
     by_name = {check.name.rpartition(": ")[2]: check for check in found.checks}
     modules = found.modules[0] if found.modules else None
-    result: dict[str, Any] = {"passed": not failed and not found.ended, "failed": failed, "ended": found.ended}
+    spent = process_time() - begun  # without the server's, where that is another process
+    result: dict[str, Any] = {"passed": not failed and not found.ended, "failed": failed, "ended": found.ended, "seconds": spent}
     told = by_name.get("log-probabilities")
     if told is not None:
         result |= {"mean_kl": told.measured["mean_kl"], "allowed_kl": told.tolerance["mean_kl"]}
     result["not checked"] = [f"{one.what}: {one.why}" for one in found.unchecked if "stored weights" not in one.what]
     if modules is not None:
-        check = by_name["modules"]
-        result |= {"active": len(modules.active), "of": check.n, "missing": list(modules.missing)}
+        check, many = by_name["scale"], len(subject.opened.adapter.pairs)
+        result |= {"active": len(modules.active), "of": many, "missing": list(modules.missing)}
+        result |= {"proved": modules.proved and not failed, "groups seen": len(modules.seen), "power": modules.power}
+        result |= {"groups not seen": modules.unseen, "not distinguished": list(modules.unclear)}
         result |= {"scale_error": check.measured["scale_error"], "scale_allowed": check.tolerance["scale_error"]}
         result["scale_seen"] = float(check.detail.split("A scale that is ")[1].split()[0])
     result["format"] = told.detail.split("rounding in ")[1].split()[0] if told and "rounding in " in told.detail else ""
@@ -315,7 +350,17 @@ def prove_in_vllm(group: Sequence[Subject], form: str, faults: Sequence[str], li
             peft.write(adapter, path)
             with open_answer(f"{url}/v1/load_lora_adapter", {"lora_name": path.name, "lora_path": str(path)}) as one:
                 read_answer(one)
-            lines.add(subject.name, form, fault, proved(subject, Server(f"{url}#{path.name}", F16), "auto"))
+            result = proved(subject, Server(f"{url}#{path.name}", F16), "auto")
+            lines.add(subject.name, form, fault, {**result, "wrong": subject.wrong(fault)})
+
+
+def how_found(one: Mapping[str, Any]) -> str:
+    """Whether a planted fault failed, is named under not proved, or is neither."""
+    if one["failed"]:
+        return "found"
+    named = {*one.get("not distinguished", ()), *one.get("missing", ())}
+    single = one["fault"] in SINGLE and {*one.get("wrong", ["?"])} <= named
+    return "named" if single or one.get("groups not seen") else "missed"
 
 
 class Lines:
@@ -343,15 +388,17 @@ class Lines:
         right = [one for one in self.known if not one["fault"]]
         faults = [one for one in self.known if one["fault"]]
         by_server = Counter(one["server"] for one in right)
-        tally = Counter((one["fault"], "found" if one["failed"] else "missed") for one in faults)
+        tally = Counter((one["fault"], how_found(one)) for one in faults)
         planted = dict.fromkeys(one["fault"] for one in faults)
         return {
             "right servings": len(right),
             "right servings by server": dict(by_server),
+            "right servings proved by blocks and kinds": sum(bool(one.get("proved")) for one in right),
+            "processor seconds": [round(one.get("seconds", 0.0)) for one in self.known],
             "false alarms": [one for one in right if not one["passed"]],
             "modules of right servings called missing": sum(len(one.get("missing", ())) for one in right),
             "modules of right servings shown active": [sum(one.get(key, 0) for one in right) for key in ("active", "of")],
-            "faults": {fault: {how: tally[fault, how] for how in ("found", "missed")} for fault in planted},
+            "faults": {fault: {how: tally[fault, how] for how in ("found", "named", "missed")} for fault in planted},
         }
 
 
@@ -364,7 +411,8 @@ def prove(subject: Subject, lines: Lines, forms: Sequence[str], faults: Sequence
             continue
         with TemporaryDirectory() as name, served(subject, form, fault, Path(name)) as server:
             if server is not None:
-                lines.add(subject.name, form, fault, proved(subject, server, PRECISION.get(form, "auto")))
+                result = proved(subject, server, PRECISION.get(form, "auto"))
+                lines.add(subject.name, form, fault, {**result, "wrong": subject.wrong(fault)})
 
 
 def groups(given: argparse.Namespace, folder: Path) -> Iterator[list[Subject]]:

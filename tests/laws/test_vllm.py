@@ -73,7 +73,7 @@ def served(tmp_path_factory: pytest.TempPathFactory) -> Iterator[tuple[str, Path
 
 def test_the_right_adapter_passes_with_every_module_and_vllms_version(served: Any) -> None:
     url, folder = served
-    found: Any = verify(VerifyOptions(str(folder / "right"), against=(f"{url}#right",), base=BASE), console=quiet())
+    found: Any = verify(VerifyOptions(str(folder / "right"), against=(f"{url}#right",), base=BASE, minutes=30.0), console=quiet())
     shown = found.certificate.modules[0]
     assert len(shown.active) == 210 and not shown.missing, shown.unclear
     assert all("right by vLLM " in check.against for check in found.certificate.checks)
@@ -91,4 +91,4 @@ def test_one_pair_missing_of_210_is_named_in_an_adapter_loaded_at_run_time(serve
     with open_answer(f"{url}/v1/load_lora_adapter", {"lora_name": "later", "lora_path": str(folder / "lacking")}) as answer:
         assert b"later" in read_answer(answer)
     with pytest.raises(VerificationFailed, match=f"Missing(?: is one of)?: {LACKING}"):
-        verify(VerifyOptions(str(folder / "right"), against=(f"{url}#later",), base=BASE), console=quiet())
+        verify(VerifyOptions(str(folder / "right"), against=(f"{url}#later",), base=BASE, minutes=30.0), console=quiet())

@@ -137,8 +137,8 @@ def test_a_run_is_served_as_it_was_trained_and_its_certificate_says_so(
         assert 'lorakeet_adapter_checks_total{adapter="run",result="same"} 1' in page
         assert 'lorakeet_adapter_checks_total{adapter="wrong",result="different"} 1' in page
     certificate = read_certificate(run / "certificate.json")
-    asked = ("prompt ids", "greedy text", "log-probabilities", "answers", "modules")
-    assert [check.name for check in certificate.checks[-6:]] == [*(f"{url}/v1#run: {what}" for what in asked), "served"]
+    asked = ("prompt ids", "greedy text", "log-probabilities", "answers", "modules", "scale")
+    assert [check.name for check in certificate.checks[-7:]] == [*(f"{url}/v1#run: {what}" for what in asked), "served"]
     served = certificate.checks[-1]
     assert served.right == "the record of the training" and served.measured["logprob_difference"] < 2e-3
 

@@ -64,7 +64,7 @@ def test_the_right_model_passes_and_the_base_does_not(finished: Any, loud: Path,
     checks = found.certificate.checks
     tells = kind in ("llama.cpp", "vLLM", "SGLang")
     first = "prompt ids" if tells else "prompt lengths"
-    assert kinds(checks) == [first, "greedy text", "log-probabilities", "answers", "modules"]
+    assert kinds(checks) == [first, "greedy text", "log-probabilities", "answers", "modules", "scale"]
     told = checks[2]
     assert told.measured["mean_kl"] < 1e-5 and told.measured["top1_agreement"] == 1 and told.measured["effect"] < 1e-3
     assert told.n == (sum_of_places(run) if kind in ("vLLM", "SGLang") else told.n) and told.n >= 8
@@ -237,7 +237,7 @@ def test_lorakeet_serve_gives_what_the_live_adapter_gives(finished: Any, loud: P
     finally:
         site.stop()
         engine.drain(timeout=0.0)
-    assert names == ["prompt ids", "greedy text", "log-probabilities", "answers", "modules"]
+    assert names == ["prompt ids", "greedy text", "log-probabilities", "answers", "modules", "scale"]
     assert found.certificate.checks[2].measured["mean_kl"] < 1e-8
 
 
@@ -250,7 +250,7 @@ def test_a_real_llama_server_writes_what_the_live_adapter_writes_merged_or_not(f
         with llama_server(model, *adapters) as url:
             found: Any = verify(VerifyOptions(str(run), against=(url,), rows=4), console=quiet())
             names = [check.name.rpartition(": ")[2] for check in found.certificate.checks]
-            assert names == ["prompt ids", "greedy text", "log-probabilities", "answers", "modules"]
+            assert names == ["prompt ids", "greedy text", "log-probabilities", "answers", "modules", "scale"]
             assert found.certificate.checks[2].against.startswith(f"{model} by llama.cpp")
     with llama_server(base) as url, pytest.raises(VerificationFailed, match="first diverging token"):
         verify(VerifyOptions(str(run), against=(url,), rows=2), console=quiet())
