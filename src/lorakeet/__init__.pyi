@@ -2,6 +2,7 @@
 
 from lorakeet.api.adapter import AdapterValue as Adapter
 from lorakeet.api.adapter import combine as combine
+from lorakeet.api.artefacts import evaluate as evaluate
 from lorakeet.api.artefacts import export as export
 from lorakeet.api.artefacts import merge as merge
 from lorakeet.api.artefacts import predict as predict
@@ -19,6 +20,7 @@ from lorakeet.api.rows import rows as rows
 from lorakeet.api.run import FinishedRun as Run
 from lorakeet.api.run import finetune as finetune
 from lorakeet.api.run import open_run as open_run
+from lorakeet.api.run import resume as resume
 from lorakeet.config import RunConfig as RunConfig
 from lorakeet.config import read_run as read_run
 from lorakeet.core.spec import LoraSpec as Lora

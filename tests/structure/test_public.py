@@ -46,6 +46,8 @@ def allowed(kind: Any, options: bool) -> bool:
     if origin is typing.Literal:
         return all(isinstance(word, str) for word in inner)
     if origin in (typing.Union, types.UnionType):
+        if inner == (typing.Literal["auto"], int):
+            return True
         return len(inner) == 2 and type(None) in inner and all(arm is type(None) or allowed(arm, options) for arm in inner)
     if origin is tuple:
         return len(inner) == 2 and inner[1] is ... and allowed(inner[0], options)

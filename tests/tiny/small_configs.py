@@ -60,7 +60,7 @@ CHANGES: dict[str, dict[str, Any]] = {
         "ffn_config": {"moe_num_experts": 4, "moe_top_k": 2, "ffn_hidden_size": 32, "hidden_size": 64},
     },
     "deepseek_v4": {"compress_rates": {"compressed_sparse_attention": 4, "heavily_compressed_attention": 8}},  # of rows of 23
-    **dict.fromkeys(("deepseek_v32", "glm_moe_dsa"), {"index_topk": 8}),  # fewer than the tokens of a row, as for long ones
+    **{kind: {"index_topk": 8} for kind in ("deepseek_v32", "glm_moe_dsa")},  # fewer than the tokens of a row, as for long ones
     "doge": {"keep_window_size": 8},
     "deepseek_v2": {"num_experts_per_tok": 2, "topk_method": "greedy"},
     "dots1": {"n_routed_experts": 4, "n_shared_experts": 1, "num_experts_per_tok": 2},
@@ -127,7 +127,8 @@ VARIANTS: dict[str, tuple[str, dict[str, Any]]] = {
         "gemma4_text", {"enable_moe_block": True, "num_experts": 4, "top_k_experts": 2, "moe_intermediate_size": 32},
     ),
     "qwen2_moe (windows)": (
-        "qwen2_moe", {"use_sliding_window": True, "sliding_window": 8, "layer_types": ["sliding_attention", "full_attention"] * 2},
+        "qwen2_moe",
+        {"use_sliding_window": True, "sliding_window": 8, "layer_types": ["sliding_attention", "full_attention"] * 2},
     ),
     "phi3 (longrope)": ("phi3", _longrope(6)),
     "phimoe (longrope)": ("phimoe", _longrope(8, short_mscale=1.1, long_mscale=1.4)),

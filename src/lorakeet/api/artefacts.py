@@ -53,7 +53,7 @@ def export(run: AnyRun, out: str | Path, *, quant: str = "f16", quiet: bool = Fa
 def predict(run: AnyRun, data: Any, out: str | Path | None = None, *, quiet: bool = False, **options: Any) -> Any:
     """Answers rows: of records in memory, or of the file `data`, which needs `out` (.csv, .tsv or .jsonl).
 
-    A pandas.DataFrame comes back with the answers in new columns and its own index; other records as a list of dicts. With
+    A pandas.DataFrame is returned with the answers in new columns and its own index; other records as a list of dicts. With
     `out` the rows are written there, and counts are returned. `options`: other fields of PredictOptions, such as
     `text_column="Text"` or `review=0.9`. Raises as `lorakeet predict` ends.
     """

@@ -160,9 +160,9 @@ class BaseModelHandle:
         with self._calling:
             generation = self._generation([found])
             pieces = generation.pieces(generation.ids(prompt, data, raw=raw), _alone(found[0]), settings)
-        return self._begun(pieces)
+        return self._started(pieces)
 
-    def _begun(self, pieces: Iterator[str]) -> Iterator[str]:
+    def _started(self, pieces: Iterator[str]) -> Iterator[str]:
         """The pieces; the first one waits for other calls, and after it nothing is changed on the model."""
         with self._calling:
             first = next(pieces, None)

@@ -15,7 +15,7 @@ from lorakeet.evaluate.values import decode, encode, from_text, put_text, to_tex
 _SHOWN = 5  # names in a line; the file has all
 
 
-def is_server(name: str) -> bool:
+def is_address(name: str) -> bool:
     """Whether an artefact is a server's address."""
     return name.startswith(("http://", "https://"))
 
@@ -156,7 +156,7 @@ class Certificate:
     def _verdict_of(self, name: str) -> Verdict:
         if name in self.incomplete or not all(check.passed for check in self.checks if check.artefact == name):
             return "failed"
-        if is_server(name) and not any(one.proved for one in self.modules if one.artefact == name):
+        if is_address(name) and not any(one.proved for one in self.modules if one.artefact == name):
             return "not proved"
         return "proved"
 

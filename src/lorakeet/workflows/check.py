@@ -10,7 +10,7 @@ from rich.console import Console
 from rich.text import Text
 
 from lorakeet.errors import ConfigError, DataError, VerificationFailed, nearest
-from lorakeet.evaluate.certificate import Certificate, is_server, read_certificate
+from lorakeet.evaluate.certificate import Certificate, is_address, read_certificate
 from lorakeet.evaluate.intervals import Estimate
 from lorakeet.evaluate.report.report import Report, read_report
 from lorakeet.evaluate.requirement import Requirement, parse_requirement
@@ -82,7 +82,7 @@ def _certified(certificate: Certificate, required: str) -> Met:
     """Whether the run and its artefacts passed; "served" also requires a server, and that each is proved."""
     good = certificate.passed and not certificate.failed_artefacts
     if required == "served":
-        servers = [verdict for name, verdict in certificate.artefacts.items() if is_server(name)]
+        servers = [verdict for name, verdict in certificate.artefacts.items() if is_address(name)]
         found = certificate.verdict if servers else "no server was verified"
         return Met(CERTIFICATE, "every server proved", found, good and bool(servers) and {*servers} == {"proved"})
     return Met(CERTIFICATE, "passed", certificate.verdict, good)

@@ -21,7 +21,7 @@ from lorakeet.data.predicted.written_records import TableForm, can_write, form_l
 from lorakeet.data.read import read_records
 from lorakeet.data.rows import Row
 from lorakeet.data.spec import DataSpec
-from lorakeet.data.tables import LEAVE_OUT, RowProblems, words_of
+from lorakeet.data.tables import LEAVE_OUT, RowProblems, spoken_source
 from lorakeet.data.template import uses_template
 from lorakeet.disk import written_whole
 from lorakeet.errors import SPELLING, ConfigError, DataError, EnvironmentProblem, Remedy, spelling, spelt
@@ -145,26 +145,26 @@ def _read_first(options: PredictOptions, trained: DataSpec, labels: Sequence[str
     spec = dataclasses.replace(trained, limit=None, **{key: value for key, value in given.items() if value is not None})
     spec = dataclasses.replace(spec, train=options.data, held_out=None, test=None)
     spec.validate()
-    lines, empty = RowProblems(f"{words_of(options.data)} cannot be used as it is"), RowProblems(options.data)
+    lines, empty = RowProblems(f"{spoken_source(options.data)} cannot be used as it is"), RowProblems(options.data)
     notes, rows, characters = list[str](), 0, 0
     try:
         form = form_like(options.data, spec, options.out, labels or None)
         if first := list(islice(read_records(options.data, lines, spec), _SAMPLED)):
-            spec, taken = fitting_columns(first, words_of(options.data), spec, labels)
+            spec, taken = fitting_columns(first, spoken_source(options.data), spec, labels)
             notes += [taken] if taken else []
-        lines = RowProblems(f"{words_of(options.data)} cannot be used as it is")
-        contents, shaped = Contents(form, options.out, lines), row_shaper(words_of(options.data), spec, labels, empty)
+        lines = RowProblems(f"{spoken_source(options.data)} cannot be used as it is")
+        contents, shaped = Contents(form, options.out, lines), row_shaper(spoken_source(options.data), spec, labels, empty)
         for record in read_records(options.data, lines, spec):
             rows, row = rows + 1, shaped(record)
             contents.add(record)
             characters += 0 if row is None else len(row.text)
         lines.raise_if_any()
         if not rows:
-            raise DataError(f"{words_of(options.data)} has no rows; expected at least one record below the header.")
+            raise DataError(f"{spoken_source(options.data)} has no rows; expected at least one record below the header.")
     except DataError as error:
         raise DataError(str(error), remedies=_own_remedies(error.remedies)) from error
     if empty.count == rows:
-        raise DataError(f"No row of {words_of(options.data)} can be answered; first {empty.first}")
+        raise DataError(f"No row of {spoken_source(options.data)} can be answered; first {empty.first}")
     if empty.count:
         notes.append(f"{empty.count:,} of {rows:,} rows get no answer; first {empty.first}")
     columns = _new_columns(options, trained, contents.columns, labels)
@@ -204,7 +204,7 @@ def _new_columns(options: PredictOptions, trained: DataSpec, known: Collection[s
     if not can_write("utf-8", name):
         raise ConfigError(f"{spelt('column')} {name!r} has half of a character. Choose another name.")
     if taken := [column for column in columns if column in known]:
-        said = f"{words_of(options.data)} has a column {taken[0]!r} already."
+        said = f"{spoken_source(options.data)} has a column {taken[0]!r} already."
         raise ConfigError(f"{said} Choose another name with {spelt('column')}.")
     return columns
 
@@ -234,7 +234,7 @@ def _written(options: PredictOptions, file: _RowsFile, answerer: _Answerer) -> P
     counts = {"rows": 0, "answered": 0, "review": 0, "shortened": 0, "replaced": 0}
     known = {*file.own}
     ignored = RowProblems(options.data)  # all are known since the first reading
-    shaped = row_shaper(words_of(options.data), file.spec, answerer.encoder.labels, ignored)
+    shaped = row_shaper(spoken_source(options.data), file.spec, answerer.encoder.labels, ignored)
     with (
         written_whole(options.out) as made,
         record_writer(made, file.form, (*file.own, *file.columns)) as write,

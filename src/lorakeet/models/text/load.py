@@ -87,8 +87,7 @@ def load_text_model(
     say = say or logging.getLogger("lorakeet").info
     source, device = before.source or find_source(spec, say), device_for(spec.device)
     config = read_config(source) if before.config is None else before.config
-    dtype, kernels = text_dtype_for(spec.dtype, device), kernels_for(spec, device)
-    streamed = None
+    dtype, kernels, streamed = text_dtype_for(spec.dtype, device), kernels_for(spec, device), None
     if store is None:
         model = _model(source, config, dtype, spec.quantize, say).to(device)
     else:

@@ -209,7 +209,7 @@ class BatchedTexts(TextSource):
 
     @contextmanager
     def active(self, adapter: Adapter | None) -> Iterator[None]:
-        self._stop()  # its thread would compute beside this one; replies that were begun are written first
+        self._stop()  # its thread would compute beside this one; replies that were started are written first
         [names] = self._attached([((adapter, 1.0),) if adapter is not None else ()])
         self.live.selection.use(next(iter(names), None))
         try:

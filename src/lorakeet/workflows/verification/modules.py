@@ -47,7 +47,7 @@ from lorakeet.workflows.verification.server_apis import TOP
 
 PROBE_TOKENS = 512  # of all probed rows, what all begin with and prompts of written texts not counted
 PROBE_ROWS = 12  # at least, where there are so many: rounding is measured between rows
-QUESTIONS = 64  # places a look that a server is queried for, beyond what it has reported
+QUESTIONS = 64  # places for each round that a server is queried for, beyond what it has reported
 LOOKS = 4  # at the groups, each with more of the server's numbers
 MINUTES = 1.5  # of one processor
 _SCALE_STEP = 0.05  # of the scale, for its effect in first order
@@ -95,7 +95,7 @@ def check_modules(
     if values.count < FEWEST_ROWS:
         why = f"{FEWEST_ROWS} are needed, since rounding differs by row"
         return f"the server reports log-probabilities of {values.count} rows; {why}"
-    found = evidence.looked()
+    found = evidence.found()
     served = found.served(names[1], evidence)
     return _checks_of(evidence, found, served, names, scale), served
 
@@ -348,7 +348,7 @@ class _Evidence:
 
     def __init__(self, live: InTorch, layers: Sequence[str], computed: Sequence[Replica], further: Further) -> None:
         self.live, self.layers, self.computed, self.further = live, list(layers), computed, further
-        self.begun, self.looks, self.passes, self.tokens = process_time(), 0, 0, 0
+        self.started, self.looks, self.passes, self.tokens = process_time(), 0, 0, 0
         self.batches: list[ProbedValues] = []
         self.rows: list[list[Reported]] = []
         self.effects: list[dict[Modules | str, Floats]] = []
@@ -370,14 +370,14 @@ class _Evidence:
             self.query(list(self.members))
 
     def query(self, groups: Sequence[str]) -> None:
-        """Asks for places of the last rows at which these groups have most effect."""
+        """Requests places of the last rows at which these groups have most effect."""
         assert self.further.ask is not None
         effects = np.stack([self._whole(len(self.batches) - 1, self.members[group]) for group in groups])
         self.batches[-1].ask(self.further.ask, self.rows[-1], effects)
 
     def more(self, unseen: Sequence[str]) -> bool:
         """Learns more of groups that are not seen yet; False where there is nothing more, or no time."""
-        spent = process_time() - self.begun
+        spent = process_time() - self.started
         if self.further.ask is None or spent * (1 + 1 / self.looks) > 60 * self.further.minutes:
             return False
         last = self.batches[-1]
@@ -391,13 +391,13 @@ class _Evidence:
         self.add(choose_rows(self.live, [Reported(ids, {}) for ids in pool], PROBE_TOKENS, weak))
         return True
 
-    def looked(self) -> _Found:
+    def found(self) -> _Found:
         """What is found of the groups after so many looks as it takes, and of modules if there is time."""
         found = self._groups()
         while found.unseen and not found.missing and self.looks < LOOKS and self.more(list(found.unseen)):
             found = self._groups()
-        pass_takes = (process_time() - self.begun) / max(self.passes, 1)
-        if process_time() - self.begun + len(self.layers) * pass_takes <= 60 * self.further.minutes:
+        pass_takes = (process_time() - self.started) / max(self.passes, 1)
+        if process_time() - self.started + len(self.layers) * pass_takes <= 60 * self.further.minutes:
             parts = {path: frozenset([path]) for path in self.layers}
             one = self._activity(self.compared(), parts, sets_of(self.layers))
             found.by_modules, found.faults = one, max(one.faults, 0 if one.missing else found.faults)
