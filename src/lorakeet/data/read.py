@@ -18,7 +18,7 @@ from lorakeet.data.proposals.reading_on import every_problem
 from lorakeet.data.rows import Row
 from lorakeet.data.shapes import shape_rows
 from lorakeet.data.spec import DataSpec
-from lorakeet.data.tables import READERS, SHOWN_PROBLEMS, FileRecord, RowProblems, TextFormat, text_records, spoken_source
+from lorakeet.data.tables import READERS, SHOWN_PROBLEMS, FileRecord, RowProblems, TextFormat, spoken_source, text_records
 from lorakeet.errors import DataError, EnvironmentProblem, Remedy, nearest
 
 HUB = "hub:"
