@@ -221,8 +221,8 @@ class VerifyOptions:
     precision: Literal["auto", "float32", "float16", "bfloat16", "8-bit", "6-bit", "5-bit", "4-bit", "3-bit", "2-bit"] = setting(
         "auto", "Which tolerances apply; auto reads them from the file, and of a server takes what it says, or what is measured."
     )
-    rows: Literal["auto"] | int = setting(
-        "auto", "Number of held-out rows to compare; auto is 16, and of a server as many more as its proof needs."
+    rows: int | None = setting(
+        None, "Number of held-out rows to compare; the default is 16, and of a server as many more as its proof needs."
     )
     modules: bool = setting(True, "For a server: whether to test that each block and kind of module is applied there.")
     minutes: float = setting(

@@ -219,7 +219,7 @@ def certify_artefacts(
     source = find_source(opened.config.model, console.print)
     live, say = live_side(opened, console), partial(console.print, markup=False, soft_wrap=True)
     probes = probes_of(opened, dataset, live, _rows(options))
-    probes = probes if options.rows == "auto" else replace(probes, pool=tuple)
+    probes = probes if options.rows is None else replace(probes, pool=tuple)
     longest = max((len(ids) for ids in (*probes.rows, *probes.prompts)), default=0)
     checks: list[Check] = []
     unchecked: list[Unchecked] = []
@@ -388,9 +388,9 @@ def _pool(rows: Sequence[Row], encoder: Encoder, longest: int | None) -> list[Id
 
 def _rows(options: VerifyOptions) -> int:
     """How many held-out rows are compared. ConfigError for none."""
-    rows = ROWS if options.rows == "auto" else options.rows
+    rows = ROWS if options.rows is None else options.rows
     if rows < 1:
-        raise ConfigError(f"--rows is {rows}; expected auto, or 1 or more.")
+        raise ConfigError(f"--rows is {rows}; expected 1 or more.")
     return rows
 
 
