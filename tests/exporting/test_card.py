@@ -5,9 +5,13 @@ from __future__ import annotations
 from dataclasses import replace
 from pathlib import Path
 
+import pytest
 import yaml
+from markdown_it import MarkdownIt
 
+from lorakeet.errors import visible
 from lorakeet.evaluate.certificate import Certificate, Unchecked, tolerance_check
+from lorakeet.evaluate.compare import Comparison
 from lorakeet.evaluate.intervals import Estimate
 from lorakeet.evaluate.report.report import Report, SystemResult
 from lorakeet.evaluate.verdict import Phrase, Verdict
@@ -78,3 +82,41 @@ def test_the_licence_of_a_base(tmp_path: Path) -> None:
     for text, licence in (("---\nlicense: mit\n---\n# A", "mit"), *((text, "") for text in nothing)):
         readme.write_text(text)
         assert licence_of(tmp_path) == licence
+
+
+HOSTILE = (  # as labels, templates or names
+    "<img src=x onerror=alert(1)>", "<!-- hidden", "[click](http://x)", "![](http://x)", "**good**", "_good_", "~~no~~", "$x$",
+    "`code` ``` more", "a | b", "# head", "- item", "1. item", "> said", "=", "+ plus", "    four", "&lt;b&gt;", "a_b", "C++",
+    "<=50K", "line\n\n# two", "{text}\n***", "\\", "c:\\|d", "--- x: y ---", "\x1b[31mred",
+)  # fmt: skip
+
+
+def full_card(given: str) -> str:
+    """A card that has the text at every place."""
+    facts = replace(FACTS, title=given, base_model=f"org/{given}", files={given: given}, usage=[given], notes=(given,),
+                    settings={given: given}, base_form=given, licence=given)  # fmt: skip
+    comparison = Comparison(given, given, "accuracy", ACCURACY, 0.5, "test", True, "better")
+    report = replace(REPORT, verdict=Verdict((Phrase(given, ""),), "better"), warnings=(given,), facts={given: given},
+                     systems=(SystemResult(given, "adapter", {"accuracy": ACCURACY}),), comparisons=(comparison,))  # fmt: skip
+    return card(facts, report, Certificate("x", (), unchecked=(Unchecked(given, given, given),)))
+
+
+def parsed(text: str) -> tuple[list[str], list[str]]:
+    """The kinds of the tokens of a card's Markdown, and what a reader sees of each."""
+    reader = MarkdownIt("commonmark").enable(["table", "strikethrough"])
+    _, _, body = text.split("---\n", 2)
+    every = [part for token in reader.parse(body) for part in (token, *(token.children or ()))]
+    return [part.type for part in every if part.type not in ("text", "text_special")], [
+        "".join(part.content for part in token.children) for token in reader.parse(body) if token.children
+    ]
+
+
+@pytest.mark.parametrize("given", HOSTILE)
+def test_what_a_label_a_template_or_a_name_holds_is_text_alone(given: str, tmp_path: Path) -> None:
+    text = full_card(given)
+    kinds, shown = parsed(text)
+    assert kinds == parsed(full_card("plain"))[0]
+    said = visible(" ".join(given.splitlines()).strip())
+    assert {said, f"{said}: {said}"} <= set(shown) and any(line.endswith(f" ({said}) with Lorakeet.") for line in shown)
+    (tmp_path / "README.md").write_text(text)
+    assert licence_of(tmp_path) == given

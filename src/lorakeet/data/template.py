@@ -61,6 +61,15 @@ def uses_template(tokenizer: Tokenizer, spec: DataSpec) -> bool:
     return spec.chat_template != "off" and bool(tokenizer.chat_template)
 
 
+def prompt_format(row: Row, labels: Sequence[str], tokenizer: Tokenizer, spec: DataSpec) -> str:
+    """How a row became a prompt, in words."""
+    turns = "the tokenizer's chat template"
+    if not is_templated(row, tokenizer, spec):
+        turns = f"plain text, turns joined by {spec.separator!r}"
+    text = f", each text in {spec.template!r}" if labels else ""
+    return turns + text + (f", system prompt {spec.system!r}" if spec.system else "")
+
+
 def is_templated(row: Row, tokenizer: Tokenizer, spec: DataSpec) -> bool:
     """True if this row goes through the chat template; raw text never does."""
     return uses_template(tokenizer, spec) and all(turn.role for turn in row.turns)

@@ -1,10 +1,12 @@
 """The model card (README.md) of an export or an adapter: what it is, how to use it, and what the run measured.
 
-Model hubs read the front matter: base model, licence, data sets, tags. Only known facts are stated.
+Model hubs read the front matter: base model, licence, data sets, tags. Only known facts are stated. Whatever a label, a template
+or a name holds is shown as it is: nothing of it is read as Markdown or HTML.
 """
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -12,8 +14,8 @@ from typing import Any
 
 import yaml
 
-from lorakeet.data.locate import locate_model
-from lorakeet.errors import LorakeetError
+from lorakeet.data.locate import PACKAGE, locate_model
+from lorakeet.errors import LorakeetError, visible
 from lorakeet.evaluate.certificate import Certificate
 from lorakeet.evaluate.intervals import Estimate
 from lorakeet.evaluate.report.report import Report
@@ -21,6 +23,8 @@ from lorakeet.evaluate.wording import METRIC_WORDS, metric_words, number, signed
 from lorakeet.models.files.origin import readme_metadata
 
 _HUB = "hub:"
+# What Markdown reads as more than text: signs of emphasis, code, links, HTML and tables; and at the beginning, of blocks.
+_SIGNS = re.compile(r"[\\`*\[\]<>|~&$]|(?<!\w)_|_(?!\w)|\A(?:[#+=-]|\d+(?=[.)]))")
 
 
 @dataclass(frozen=True)
@@ -38,33 +42,43 @@ class CardFacts:
     settings: Mapping[str, str] = field(default_factory=dict)
     relation: str = "finetune"  # to the base model, as model hubs call it
     task: str = "text-generation"  # as model hubs call it
+    base_form: str = ""  # how the base was stored and packed while the adapter was trained
 
 
 def card(facts: CardFacts, report: Report | None, certificate: Certificate | None) -> str:
     """The text of the README.md."""
-    parts = [_front(facts, report), f"# {facts.title}", ""]
-    base = Path(facts.base_model).name if Path(facts.base_model).is_absolute() else facts.base_model
-    parts.append(f"A LoRA adapter trained on `{base}` with [Lorakeet](https://pypi.org/project/lorakeet/).")
+    parts = [_front(facts, report), f"# {_text(facts.title)}", ""]
+    base, path = facts.base_model, Path(facts.base_model)
+    if not base.startswith(PACKAGE) and not _is_hub_id(base):
+        base = path.name
+
+    def text(given: str) -> str:
+        return _text(given.replace(facts.base_model, base) if path.is_absolute() else given)
+
+    form = f" ({text(facts.base_form)})" if facts.base_form else ""
+    parts.append(f"A LoRA adapter trained on {_code(base)}{form} with [Lorakeet](https://pypi.org/project/lorakeet/).")
     if report is not None and report.verdict is not None:
-        parts += ["", f"**{report.verdict.sentence}**"]
-    parts += ["", "## Files", "", *(f"- `{name}`: {what}" for name, what in facts.files.items())]
-    parts += ["", "## Use", "", "```", *facts.usage, "```"]
+        parts += ["", f"**{text(report.verdict.sentence)}**"]
+    parts += ["", "## Files", "", *(f"- {_code(name)}: {text(what)}" for name, what in facts.files.items())]
+    usage = [_line(command) for command in facts.usage]
+    fence = _fence("\n".join(usage), least=3)
+    parts += ["", "## Use", "", fence, *usage, fence]
     if report is not None and report.systems:
         parts += ["", "## How good it is", "", *_results(report)]
     settings = {**facts.settings, **(report.facts if report is not None else {})}
     settings.pop("Run folder", None)
     if settings:
         parts += ["", "## How it was made", "", "| | |", "| --- | --- |"]
-        parts += [f"| {_cell(name)} | {_cell(text)} |" for name, text in settings.items()]
+        parts += [f"| {_text(name)} | {text(value)} |" for name, value in settings.items()]
     if certificate is not None:
-        good = "All checks passed" if certificate.verdict == "Passed" else certificate.verdict
+        good = "All checks passed" if certificate.verdict == "Passed" else text(certificate.verdict)
         verdict = good if certificate.passed else "**Not all checks passed: do not use it**"
         parts += ["", "## Is it the model that was trained?", "", f"{verdict}.", ""]
-        parts += [f"- {found}" for found in (*certificate.checks, *certificate.modules, *certificate.unchecked)]
+        parts += [f"- {text(str(found))}" for found in (*certificate.checks, *certificate.modules, *certificate.unchecked)]
     said = [*facts.notes, *(report.warnings if report is not None else ())]
     if not facts.licence:
         said.append("The base model's folder does not say its licence; look it up before you pass this on.")
-    parts += ["", "## What to know", "", *(f"- {note}" for note in said)]
+    parts += ["", "## What to know", "", *(f"- {text(note)}" for note in said)]
     return "\n".join(parts) + "\n"
 
 
@@ -102,12 +116,12 @@ def _results(report: Report) -> list[str]:
     for system in report.systems:
         cells = [_estimate(system.metrics.get(name), metric_words(name).digits) for name in names]
         n = next((str(found.n) for found in system.metrics.values()), "")
-        lines.append(f"| {_cell(system.name)} | " + " | ".join(cells) + f" | {n} |")
+        lines.append(f"| {_text(system.name)} | " + " | ".join(cells) + f" | {n} |")
     lines += [""] if report.comparisons else []
     for item in report.comparisons:
         found = item.difference
         lines.append(
-            f"- {item.left} − {item.right}, {metric_words(item.metric).inline}: {signed(found.value)} "
+            f"- {_text(item.left)} − {_text(item.right)}, {metric_words(item.metric).inline}: {signed(found.value)} "
             f"[{signed(found.low)}, {signed(found.high)}], {item.verdict} (p {item.p_value:.2g}, {item.test}, n = {found.n})"
         )
     lines += ["", "Square brackets are 95 % intervals on rows that training never saw."] if report.systems else []
@@ -124,5 +138,23 @@ def licence_of(folder: Path) -> str:
     return found if isinstance(found, str) else ""
 
 
-def _cell(text: str) -> str:
-    return text.replace("|", "\\|").replace("\n", " ")
+def _line(text: str) -> str:
+    """The text on one line, its control characters as escapes."""
+    return visible(" ".join(text.splitlines()).strip())
+
+
+def _text(text: str) -> str:
+    """The text for any place but a code block, as text alone."""
+    return _SIGNS.sub(lambda sign: f"\\{sign[0]}" if not sign[0].isdigit() else f"{sign[0]}\\", _line(text))
+
+
+def _code(text: str) -> str:
+    """The text as a code span."""
+    text = _line(text)
+    pad = " " if text.startswith("`") or text.endswith("`") else ""
+    return f"{_fence(text)}{pad}{text}{pad}{_fence(text)}"
+
+
+def _fence(text: str, least: int = 1) -> str:
+    """Backticks, more than `text` has at any place."""
+    return "`" * max(least, 1 + max(map(len, re.findall("`+", text)), default=0))

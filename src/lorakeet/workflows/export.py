@@ -28,6 +28,7 @@ from lorakeet.formats.files.base_model import open_base
 from lorakeet.formats.files.digest import sha256_of
 from lorakeet.formats.files.gguf_file import GgufFile
 from lorakeet.formats.files.safetensors_file import open_safetensors, save_text
+from lorakeet.models.files.origin import base_form
 from lorakeet.models.files.source import find_source
 from lorakeet.models.text.load import load_tokenizer
 from lorakeet.train.durable import new_folder
@@ -311,6 +312,6 @@ def _write_readme(job: _Job, out: Path, written: GgufModel, certificate: Certifi
     settings = {"Learning rows": Path(config.data.train).name or "not known"} if run else {}
     facts = CardFacts(
         title=job.name, base_model=config.model.path, files=files, usage=usage, library="gguf", licence=licence_of(job.source),
-        datasets=(config.data.train,), notes=written.notes, settings=settings,
+        datasets=(config.data.train,), notes=written.notes, settings=settings, base_form=base_form(config.model),
     )  # fmt: skip
     save_text(_beside(out, README), card(facts, report, certificate))

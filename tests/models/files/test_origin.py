@@ -8,8 +8,9 @@ from pathlib import Path
 import pytest
 
 from lorakeet.errors import DataError
-from lorakeet.models.files.origin import origin_of, packed_folder, packed_readme, readme_metadata, stored_as
+from lorakeet.models.files.origin import base_form, origin_of, packed_folder, packed_readme, readme_metadata, stored_as
 from lorakeet.models.spec import ModelSpec
+from lorakeet.quant.spec import QuantSpec
 from tiny.gguf_file import write_tiny_gguf
 
 
@@ -87,3 +88,19 @@ def test_a_gguf_file_is_quantised_where_its_matrices_are(tmp_path: Path) -> None
         writer.write_tensors_to_file()
         writer.close()
         assert origin_of(ModelSpec(path=str(tmp_path / "told.gguf"))) == origin, name
+
+
+def test_what_a_run_really_trains_on_is_said(tmp_path: Path) -> None:
+    write_tiny_gguf(tmp_path / "packed.gguf", "Q8_0")
+    folder = tmp_path / "folder"
+    folder.mkdir()
+    (folder / "config.json").write_text('{"quantization_config": {"quant_method": "gptq"}}')
+    (folder / "README.md").write_text(packed_readme("org/model", "GPTQ"))
+    given = {
+        "packed.gguf": "a .gguf file of quantised weights",
+        "folder": "quantised on disk: gptq, made from org/model",
+        "gone": "",
+    }
+    assert {name: base_form(ModelSpec(path=str(tmp_path / name))) for name in given} == given
+    packed = ModelSpec(path="org/model", revision="main", quantize=QuantSpec(method="nf4"))
+    assert base_form(packed) == "revision main, its linear layers in nf4 while it trained"

@@ -51,6 +51,8 @@ def test_a_gguf_file_is_a_base_that_peft_finds_and_keeps_its_name_here(tmp_path:
     data = write_rows(tmp_path / "rows.jsonl", reviews(40))
     found = run(file, data, tmp_path / "run", {"train.steps": 2, "evaluate.drift_texts": 0, "data.chat_template": "off"})
     adapter = tmp_path / "run" / "adapter"
+    text = (adapter / NAME).read_text()
+    assert "trained on `base.gguf` (a .gguf file)" in text and "plain text, turns joined by" in text and str(file) not in text
     assert json.loads((adapter / "adapter_config.json").read_text())["base_model_name_or_path"] == str(found.setup.text.source)
     assert same_as_trained(adapter, found.setup)
     shutil.copytree(adapter, tmp_path / "copy")
@@ -68,6 +70,9 @@ def test_the_card_says_what_was_measured_with_its_intervals_and_on_which_rows(fi
     split = json.loads((finished.path / "split.json").read_text())
     assert split["train_sha256"] in text and split["test_sha256"] in text
     assert "AutoPeftModelForCausalLM" in text and str(finished.path) not in text
+    train, outcome = finished.result.setup.config.train, finished.result.outcome
+    assert f"learning rate {outcome.learning_rate:g}" in text and f"{outcome.steps} steps of {train.batch_size} rows" in text
+    assert "| Prompt format | " in text and str(finished.model) not in text
 
 
 def test_no_hash_is_stated_of_rows_that_there_are_not(finished: Any, tmp_path: Path) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -69,10 +70,25 @@ def readme_metadata(folder: Path) -> Mapping[str, Any]:
     """Returns the front matter of the model card (README.md) in `folder`; empty if it is missing or unreadable."""
     try:
         text = (folder / _README).read_text(encoding="utf-8")
-        front = parse_yaml(text.split("---")[1], folder / _README) if text.startswith("---") else None
-    except (OSError, UnicodeDecodeError, ConfigError, IndexError):
+        begins, front, _ = re.split(r"^---[^\S\n]*$", text, maxsplit=2, flags=re.MULTILINE)
+        front = parse_yaml(front, folder / _README) if not begins.strip() else None
+    except (OSError, UnicodeDecodeError, ConfigError, ValueError):
         return {}
     return front if isinstance(front, dict) else {}
+
+
+def base_form(spec: ModelSpec) -> str:
+    """How the weights of a base are stored and packed, in words: of what a run really trains on. Empty for a plain folder."""
+    stored, path = stored_as(spec), on_this_machine(spec)
+    words = [f"revision {spec.revision}"] if spec.revision else []
+    if stored or (path is not None and path.is_file() and path.suffix.lower() == ".gguf"):
+        kinds = {"gguf": "a .gguf file of quantised weights", "": "a .gguf file"}
+        words.append(kinds.get(stored, f"quantised on disk: {stored}"))
+        if origin := origin_of(spec):
+            words.append(f"made from {Path(origin).name if Path(origin).is_absolute() else origin}")
+    if (packed := spec.quantize.method) != "none":
+        words.append(f"its linear layers in {packed} while it trained")
+    return ", ".join(words)
 
 
 def packed_readme(model: str, method: str) -> str:

@@ -11,6 +11,7 @@ from lorakeet.evaluate.certificate import Certificate
 from lorakeet.evaluate.report.report import Report
 from lorakeet.exporting.card import CardFacts, card, licence_of
 from lorakeet.formats.files.json_object import read_object
+from lorakeet.models.files.origin import base_form
 from lorakeet.workflows.finetuning.kind import Assembly
 
 NAME = "README.md"
@@ -45,5 +46,6 @@ def write_adapter_card(
         files={name: what for name, what in _FILES.items() if (adapter / name).is_file()},
         licence="" if setup.base_folder is None else licence_of(setup.base_folder), datasets=(setup.config.data.train,),
         settings=settings, relation="adapter", task="text-generation" if text else "text-to-image",
+        base_form=base_form(setup.config.model),
     )  # fmt: skip
     write_whole(adapter / NAME, card(facts, report, certificate).encode())

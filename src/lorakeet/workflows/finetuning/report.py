@@ -76,6 +76,7 @@ def complete(
             "Model": kind.model_text(setup),
             "Adapter": f"{lora.variant}, rank {lora.rank}, alpha {lora.alpha:g} ({lora.scale_rule}), {setup.plan.summary()}",
             **kind.facts(setup),
+            "Training": training_text(setup, outcome, kind.words.evaluated),
             "Seeds": f"training {config.train.seed}, split {config.data.split_seed}, evaluation {config.evaluate.seed}",
             "Versions": versions(),
             "Machine": machine(setup.device),
@@ -89,6 +90,16 @@ def complete(
         certificate=certificate,
         next_commands=kind.next_commands(setup, run),
     )
+
+
+def training_text(setup: Assembly, outcome: Outcome, rows: str) -> str:
+    """The learning rate, the steps and their size; which step's adapter it is, where that is not the last."""
+    train = setup.config.train
+    rates = f", of B {train.b_learning_rate_ratio:g} times that" if train.b_learning_rate_ratio != 1 else ""
+    best = outcome.best_step
+    kept = "" if best is None or best == outcome.steps else f"; the adapter is that of step {best:,}"
+    done = f"{outcome.steps:,} steps of {train.batch_size} {rows}{kept}"
+    return f"learning rate {outcome.learning_rate:g}{rates} ({train.schedule}), {done}"
 
 
 def curves(metrics: Sequence[dict[str, Any]], outcome: Outcome) -> Curves:

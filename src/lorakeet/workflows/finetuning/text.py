@@ -16,6 +16,7 @@ import torch
 from rich.console import Console
 
 from lorakeet.config import RunConfig
+from lorakeet.data.template import prompt_format
 from lorakeet.errors import ConfigError, spelt
 from lorakeet.evaluate.certificate import Certificate
 from lorakeet.evaluate.own_metric import load_metric
@@ -36,7 +37,7 @@ from lorakeet.memory.measure import resident_bytes
 from lorakeet.memory.remembered import remembered
 from lorakeet.memory.usage import Usage
 from lorakeet.models.files.fingerprint import fingerprint
-from lorakeet.models.files.origin import packed_folder
+from lorakeet.models.files.origin import base_form, packed_folder
 from lorakeet.models.files.source import bytes_to_unpack
 from lorakeet.models.inject import tokens_of_experts
 from lorakeet.models.placement import DTYPES, narrow_for
@@ -510,12 +511,14 @@ class TextRunKind(RunKind[TextAssembly]):
 
     def model_text(self, setup: TextAssembly) -> str:
         model = setup.config.model
-        text = f"{setup.name}, {model.dtype} weights, {model.products} products, {model.attention} attention"
+        form = "".join(f", {part}" for part in (base_form(model),) if part)
+        text = f"{setup.name}{form}, {model.dtype} weights, {model.products} products, {model.attention} attention"
         native = setup.device.type == "cpu" and setup.text.products == torch.bfloat16 and operators.in_use()
         return text + (", C kernels" if native else "")
 
     def facts(self, setup: TextAssembly) -> dict[str, str]:
         found, text = super().facts(setup), setup.text
+        found["Prompt format"] = prompt_format(setup.dataset.train[0], setup.dataset.labels, text.tokenizer, setup.config.data)
         methods = {str(module.settings["method"]) for module in text.model.modules() if isinstance(module, PackedBase)}
         found["Kernels"] = in_words(Situation(setup.device, text.dtype, text.products, text.kernels is not None), methods)
         if setup.graphs:
