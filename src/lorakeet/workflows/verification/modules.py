@@ -131,7 +131,7 @@ def _checks_of(
     parts += [f"Not distinguished: {_listed(modules)}, since {why}." for why, modules in list(reasons.items())[:_SHOWN]]
     parts.append(f"It took {evidence.cost} of the live model.")
     measured, allowed = {"missing_modules": float(found.faults)}, {"missing_modules": 0.0}
-    shown = len(served.active) + len(served.missing)
+    shown = len(served.active) + len(served.missing) + len(served.seen)  # parts whose lack is seen, or would be
     modules = named_check("modules", names, measured, allowed, n=shown, detail=" ".join(parts))
     whole = found.by_modules or found.by_groups[0]
     limit, said = whole.scale_limit(scale), []
