@@ -13,7 +13,7 @@ import numpy as np
 from harness.machine import origin, write_result
 
 from lorakeet.evaluate.intervals import Floats, Statistic, bootstrap
-from lorakeet.evaluate.paired import typical_difference
+from lorakeet.evaluate.paired import statistic_difference
 from lorakeet.evaluate.reading.ordered import quadratic_kappa, rank_correlation
 from lorakeet.evaluate.spec import EvaluateSpec
 
@@ -46,7 +46,7 @@ def coverage(make: Callable[[Floats, Floats], Statistic], rows: Rows, n: int, no
         left, right = make(one, truth), make(other, truth)
         found = bootstrap(left, n, spec=spec)
         single += found.low <= value <= found.high
-        paired += not typical_difference(lambda w, a=left, b=right: a(w) - b(w), n, spec=spec)[0].excludes_zero  # type: ignore[misc]
+        paired += not statistic_difference(left, right, n, spec, None)[0].excludes_zero
     return single / SAMPLES, paired / SAMPLES
 
 

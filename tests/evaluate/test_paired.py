@@ -7,9 +7,11 @@ import numpy as np
 import pytest
 from scipy import optimize, stats
 
+from lorakeet.evaluate.answers import Answers, measure
 from lorakeet.evaluate.compare import compare_losses, compare_values
+from lorakeet.evaluate.intervals import halves_of, limits, mean, ratio_with_test
 from lorakeet.evaluate.likelihood import RowLosses
-from lorakeet.evaluate.paired import Paired, score_difference, typical_difference
+from lorakeet.evaluate.paired import Paired, macro_f1_difference, score_difference
 from lorakeet.evaluate.spec import EvaluateSpec
 
 SPEC = EvaluateSpec(resamples=999)
@@ -88,9 +90,7 @@ def test_four_rows_that_differ_show_nothing_however_many_rows_there_are() -> Non
 def test_typical_values_are_the_inverted_randomisation_test() -> None:
     """All 2^10 ways to exchange the systems, at values around each limit: kept within, rejected beyond."""
     rows = np.random.default_rng(3).normal(0.5, 1, 10)
-    found, p_value = typical_difference(
-        lambda weights: (weights @ rows) / weights.sum(axis=1), 10, spec=EvaluateSpec(resamples=60_000)
-    )
+    low, high, p_value = limits(*halves_of(rows, np.ones(10), EvaluateSpec(resamples=60_000)), 0.05)
     signs = np.array(list(product((-1, 1), repeat=10)))
 
     def exact(value: float) -> float:
@@ -99,16 +99,43 @@ def test_typical_values_are_the_inverted_randomisation_test() -> None:
         return 2 * min(float(np.mean(gaps >= observed - 1e-12)), float(np.mean(gaps <= observed + 1e-12)))
 
     assert p_value == pytest.approx(exact(0.0), abs=0.01)
-    reach = 0.1 * (found.high - found.low)
-    assert exact(found.low - reach) < 0.05 < exact(found.low + reach)
-    assert exact(found.high + reach) < 0.05 < exact(found.high - reach)
+    reach = 0.1 * (high - low)
+    assert exact(low - reach) < 0.05 < exact(low + reach)
+    assert exact(high + reach) < 0.05 < exact(high - reach)
+    whole, shown = ratio_with_test(rows, np.ones(10), spec=EvaluateSpec(resamples=60_000))
+    assert whole.low <= low and whole.high >= high and shown >= p_value  # what bootstrap-t keeps is kept too
 
 
-def test_fewer_than_six_rows_have_an_interval_without_an_end() -> None:
-    for n, ends in ((5, False), (6, True)):
-        found, _ = typical_difference(lambda weights: weights.sum(axis=1) / weights.sum(axis=1), n, spec=SPEC)
-        assert math.isfinite(found.low) == ends
-        assert (score_difference(Paired(0, n, 0, 0), 0.95)[0].low > 0) == ends
+def test_rows_that_all_say_the_same_have_an_interval_of_some_width() -> None:
+    """6 of 6 pairs against chance were "+0.500 (+0.500 to +0.500)"; 15 of 15 groups were 1 to 1."""
+    chance = compare_values(("adapter", "reference"), "preferred", (np.ones(6), np.full(6, 0.5)), SPEC)
+    assert 0 < chance.difference.low < 0.25 and chance.difference.high == 0.5 and chance.p_value == 0.03125
+    grouped = mean(np.ones(30), spec=SPEC, groups=list(np.repeat(np.arange(15), 2)), bounds=(0, 1))
+    assert grouped.high == 1 and grouped.low == pytest.approx(float(stats.beta.ppf(0.025, 15, 1)))
+    for n, shown in ((5, False), (6, True)):
+        found, p_value = ratio_with_test(np.full(n, 0.5), np.ones(n), spec=SPEC, bounds=(-0.5, 0.5))
+        assert (found.low > 0) == shown == (p_value < 0.05)
+    assert mean(np.full(20, 3.0), spec=SPEC).why_none == "all 20 rows are equal"  # of what may have any size
+
+
+def test_few_rows_or_groups_have_words_for_an_interval() -> None:
+    values = np.random.default_rng(0).normal(1, 0.1, 30)
+    three = mean(values, spec=SPEC, groups=list(np.arange(30) % 3))
+    assert three.why_none == "too few groups (3)" and not three.excludes_zero and "too few groups (3)" in str(three)
+    assert ratio_with_test(values[:9], np.ones(9), spec=SPEC)[0].why_none == "too few rows (9)"
+    assert ratio_with_test(values[:10], np.ones(10), spec=SPEC)[0].excludes_zero
+    one_large = np.where(np.arange(64) == 7, 50.0, values.mean() + 0.01 * np.arange(64))
+    assert mean(one_large, spec=SPEC).why_none == "rests on 1 of 64 rows"
+
+
+def test_macro_f1_of_a_rare_label_says_so_and_has_no_difference() -> None:
+    truth = np.array([0] * 57 + [1] * 3)
+    logs = np.log(np.where(np.arange(2) == truth[:, None], 0.9, 0.1))
+    sure = Answers("adapter", ("ok", "fraud"), truth, logs)
+    blind = Answers("base", ("ok", "fraud"), truth, np.log([[0.9, 0.1]] * 60))
+    assert measure(sure, SPEC)["macro_f1"].why_none == "too few rows of label 'fraud' (3)"
+    found, p_value = macro_f1_difference(sure, blind, SPEC)
+    assert not found.excludes_zero and p_value == 1
 
 
 @pytest.mark.parametrize("n", [10, 30, 64])

@@ -7,7 +7,7 @@ import pytest
 
 from lorakeet.errors import DataError
 from lorakeet.evaluate.answers import Answers, answers_from_probabilities
-from lorakeet.evaluate.suspects import suspect_labels
+from lorakeet.evaluate.suspects import suspect_labels, with_shared_words
 
 LABELS = ("a", "b", "c")
 
@@ -58,3 +58,19 @@ def test_a_system_that_is_never_sure_is_no_witness() -> None:
     sure, unsure = system("floor", truth, said, seed=1), system("adapter", truth, said, seed=2, sure=0.41)
     assert len(suspect_labels(sure, sure)) >= 4
     assert suspect_labels(unsure, sure) == suspect_labels(sure, unsure) == ()
+
+
+def test_suspects_that_share_a_shortcut_say_which_word_both_witnesses_read() -> None:
+    """30 rightly labelled rows of 300 were listed as two independent witnesses' word: both had learned one token."""
+    truth = np.arange(300) % 3
+    said, tricked = truth.copy(), np.flatnonzero(truth == 1)[:30]
+    said[tricked] = 2
+    texts = [f"row {number} about topic{truth[number]}" for number in range(300)]
+    for row in tricked:
+        texts[row] += " zyx"
+    left, right = system("adapter", truth, said, seed=1, sure=0.91), system("floor", truth, said, seed=2)
+    found = with_shared_words(suspect_labels(left, right), texts, left)
+    assert len(found) >= 10 and {one.shared for one in found} == {"zyx"} and all("zyx" in one.text for one in found)
+    plain = [text.removesuffix(" zyx") for text in texts]
+    wrong = with_shared_words(suspect_labels(left, right), [f"{text} {number % 7}" for number, text in enumerate(plain)], left)
+    assert {one.shared for one in wrong} <= {"", "topic1"} and "zyx" not in str(wrong)

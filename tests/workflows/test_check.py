@@ -14,7 +14,7 @@ import pytest
 from lorakeet.cli.main import main
 from lorakeet.errors import ConfigError, DataError, VerificationFailed
 from lorakeet.evaluate.certificate import ServedModules, read_certificate, tolerance_check
-from lorakeet.evaluate.report.report import read_report
+from lorakeet.evaluate.report.report import read_report, write_report
 from lorakeet.workflows.check import check
 from lorakeet.workflows.options import CheckOptions
 from tiny.runs import quiet
@@ -27,7 +27,7 @@ def test_met_and_not_met(finished: Any, capsys: pytest.CaptureFixture[str]) -> N
     assert main(["check", run, "--accuracy", f">={accuracy.low - 0.01}", "--require", "log_loss <=99", "--json"]) == 0
     told = json.loads(capsys.readouterr().out)
     assert [one["what"] for one in told["requirements"]] == ["accuracy", "log_loss", "certificate"] and told["met"]
-    assert main(["check", run, "--accuracy", f">={accuracy.low + 0.01}", "--drift", "<=99"]) == 3
+    assert main(["check", run, "--accuracy", f">={accuracy.low + 0.01}", "--drift", "<=99 at value"]) == 3
     said = " ".join(capsys.readouterr().err.split())
     assert f"accuracy is {accuracy}, and >= {accuracy.low + 0.01:g} at low is required" in said and "1 of 3 requirements" in said
     assert main(["check", run, "--accuracy", f">={accuracy.low + 0.01} at high"]) == 0
@@ -44,6 +44,21 @@ def test_better_than_a_system(finished: Any) -> None:
             with pytest.raises(VerificationFailed, match=re.escape(f"against {system}")):
                 check(options, console=quiet())
     assert "base" in verdicts
+
+
+def test_the_majority_class_has_to_be_beaten_too_where_it_is_compared(finished: Any, tmp_path: Path) -> None:
+    """`--beats base` passed for an adapter that always said "ok"."""
+    run = shutil.copytree(finished.path, tmp_path / "run")
+    report = read_report(run / "report.json")
+    first = replace(report.comparisons[0], verdict="better")
+    level = replace(first, right="majority class", verdict="no difference shown")
+    note = next(one.note for one in report.systems if one.name == "majority class")
+    write_report(replace(report, comparisons=(first, level)), run)
+    for beats in (first.right, "majority", "majority class"):
+        with pytest.raises(VerificationFailed, match=re.escape(f"against majority class ({note})")):
+            check(CheckOptions(run=str(run), beats=(beats,)), console=quiet())
+    write_report(replace(report, comparisons=(first, replace(level, verdict="better"))), run)
+    assert len(check(CheckOptions(run=str(run), beats=("base",)), console=quiet()).requirements) == 3
 
 
 def test_a_failed_certificate_fails(finished: Any, tmp_path: Path) -> None:

@@ -49,13 +49,14 @@ def finetune(
     out: str | Path | None = None,
     on_step: Called | None = None,
     on_held_out: Called | None = None,
+    seeds: int = 1,
     **more: Any,
 ) -> FinishedRun:
     """Trains an adapter, evaluates it on rows that it never saw, and certifies it; all of it is in the new folder `out`.
 
     `model`: what `lk.load` returns, a name or path, or a whole RunConfig, which then holds every setting. `rows`: what
     `lk.rows` takes or returns. `more`: evaluate=lk.Evaluate(…), ranks=lk.Ranks(…), preference=lk.Preference(…) for another
-    objective than sft, quiet=True to print nothing.
+    objective than sft, quiet=True to print nothing. `seeds`: so many are trained, and the report has their spread.
     `on_step` is called after each step, and `on_held_out` after each held-out evaluation, with a mapping of the numbers that
     metrics.jsonl has. OUT/config.yaml is the run file: `lorakeet finetune OUT/config.yaml` does the same again.
 
@@ -75,8 +76,9 @@ def finetune(
         rows = rows if isinstance(rows, RowSet) else rows_of(rows)
         config = _config(handle, rows, lora=lora or LoraSpec(), train=train or TrainSpec(), out=place, more=more)
         handle.release()  # a run reads the weights itself
+    options = FinetuneOptions(seeds=seeds)
     with rows.said_in_python(config.data) if isinstance(rows, RowSet) else nullcontext():
-        finetune_run(config, FinetuneOptions(), console=TerminalConsole(quiet=quiet), on_step=on_step, on_held_out=on_held_out)
+        finetune_run(config, options, console=TerminalConsole(quiet=quiet), on_step=on_step, on_held_out=on_held_out)
     return open_run(config.out)
 
 

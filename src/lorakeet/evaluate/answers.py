@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Hashable, Sequence
 from dataclasses import dataclass, replace
 
@@ -10,10 +11,24 @@ from numpy.typing import NDArray
 
 from lorakeet.errors import DataError, Problems
 from lorakeet.evaluate.calibration import calibration_error
-from lorakeet.evaluate.intervals import Estimate, Floats, Integers, Statistic, bootstrap, mean, share
+from lorakeet.evaluate.intervals import (
+    FEWEST,
+    SHARE,
+    Estimate,
+    Floats,
+    Integers,
+    Statistic,
+    bootstrap,
+    mean,
+    numbered_units,
+    posterior_weights,
+    share,
+)
 from lorakeet.evaluate.spec import EvaluateSpec
 
 METRICS = ("accuracy", "macro_f1", "log_loss", "calibration_error", "brier")
+DOMINANT = 0.8  # share of the rows with one label from which always saying it looks like skill
+FEWEST_OF_LABEL = 5  # rows of each label from which the interval of macro-F1 covers (benchmarks/coverage.py)
 HIGHER_IS_BETTER = {"accuracy": True, "macro_f1": True, "log_loss": False, "calibration_error": False, "brier": False}
 
 
@@ -96,28 +111,45 @@ def answers_from_probabilities(
 
 
 def measure(answers: Answers, spec: EvaluateSpec) -> dict[str, Estimate]:
-    """The five METRICS of `answers`: accuracy (Wilson), macro-F1, log-loss, calibration error and Brier score (bootstrap)."""
-    n, groups = len(answers.truth), answers.groups
+    """The five METRICS of `answers`: accuracy (Wilson), macro-F1, log-loss, calibration error and Brier score."""
+    groups = answers.groups
     errors = answers.probabilities - np.eye(len(answers.labels))[answers.truth]
     return {
         "accuracy": share(answers.correct, spec=spec, groups=groups),
-        "macro_f1": bootstrap(macro_f1(answers), n, spec=spec, groups=groups),
-        "log_loss": mean(answers.surprise, spec=spec, groups=groups),
+        "macro_f1": _macro_f1_estimate(answers, spec),
+        "log_loss": mean(answers.surprise, spec=spec, groups=groups, bounds=(0.0, np.inf)),
         "calibration_error": calibration_error(answers.confidence, answers.correct, spec=spec, groups=groups),
-        "brier": mean(np.sum(errors**2, axis=1), spec=spec, groups=groups),
+        "brier": mean(np.sum(errors**2, axis=1), spec=spec, groups=groups, bounds=(0.0, 2.0)),
     }
 
 
-def accuracy(answers: Answers) -> Statistic:
-    """The share of rows answered correctly, as a function of row weights."""
-    correct = answers.correct.astype(np.float64)
-    return lambda weights: (weights @ correct) / weights.sum(axis=1)
+def dominated(answers: Answers) -> bool:
+    """True if one label has so many rows that accuracy says little about the others."""
+    return bool(np.bincount(answers.truth).max() >= DOMINANT * len(answers.truth))
 
 
-def log_loss(answers: Answers) -> Statistic:
-    """The mean of -log p(true label) in nats, as a function of row weights."""
-    surprise = answers.surprise
-    return lambda weights: (weights @ surprise) / weights.sum(axis=1)
+def recall_of_rarest(answers: Answers, spec: EvaluateSpec) -> tuple[str, Estimate]:
+    """The label that the fewest rows have (of those that any has), and its recall."""
+    counts = np.bincount(answers.truth, minlength=len(answers.labels))
+    rarest = int(np.where(counts > 0, counts, len(answers.truth) + 1).argmin())
+    found = _share_among(answers, answers.truth == rarest, spec)
+    assert found is not None
+    return answers.labels[rarest], found
+
+
+def balanced_accuracy(answers: Answers, spec: EvaluateSpec) -> Estimate:
+    """The mean recall of the labels that any row has; its interval is joined from theirs (Zou and Donner 2008), which are apart.
+
+    mean r ± sqrt(Σ (r − limit)²)/labels
+    """
+    found = [_share_among(answers, answers.truth == label, spec) for label in np.unique(answers.truth)]
+    recalls = [one for one in found if one is not None]
+    value = sum(one.value for one in recalls) / len(recalls)
+    down, up = (math.hypot(*(one.value - end for one, end in zip(recalls, ends, strict=True))) / len(recalls)
+                for ends in ([one.low for one in recalls], [one.high for one in recalls]))  # fmt: skip
+    why = next((one.why_none for one in recalls if one.why_none), "")
+    n, ends = len(answers.truth), (max(0.0, value - down), min(1.0, value + up))
+    return Estimate(value, *ends, n, "joined from recalls", spec.confidence, why_none=why)
 
 
 def macro_f1(answers: Answers) -> Statistic:
@@ -126,12 +158,45 @@ def macro_f1(answers: Answers) -> Statistic:
     A label neither true nor predicted in the (re)sample is left out of the mean; a true label never predicted counts 0.
     Both as in scikit-learn.
     """
-    table = np.eye(len(answers.labels))
-    true, predicted = table[answers.truth], table[answers.predicted]
-    hits = true * predicted
+    return _macro_f1_of(answers.truth, answers.predicted, len(answers.labels))
+
+
+def macro_f1_with_unseen(answers: Answers, *, right: Sequence[int] = (1, 0)) -> Statistic:
+    """The same as a function of the weights of the rows and of further ones: of each label one for each of `right`."""
+    width, each = len(answers.labels), np.arange(len(answers.labels))
+    truth = np.concatenate([answers.truth, *[each for _ in right]])
+    predicted = np.concatenate([answers.predicted, *[each if one else (each + 1) % width for one in right]])
+    return _macro_f1_of(truth, predicted, width)
+
+
+def too_few_for_macro_f1(answers: Answers) -> str:
+    """Why macro-F1 has no interval on these rows, in words; empty where it has one."""
+    counts = np.bincount(answers.truth, minlength=len(answers.labels))
+    if (units := numbered_units(len(answers.truth), answers.groups)[0]) < FEWEST and answers.groups is not None:
+        return f"too few groups ({units})"
+    return f"too few rows of label {answers.labels[counts.argmin()]!r} ({counts.min()})" if counts.min() < FEWEST_OF_LABEL else ""
+
+
+def _macro_f1_estimate(answers: Answers, spec: EvaluateSpec) -> Estimate:
+    """Macro-F1 with the hull of the bootstrap's interval and of that of the Bayesian one, for which a mistake may be unseen."""
+    n, groups = len(answers.truth), answers.groups
+    found = bootstrap(macro_f1(answers), n, spec=spec, groups=groups)
+    if why := too_few_for_macro_f1(answers):
+        return found.without(why, SHARE)
+    statistic = macro_f1_with_unseen(answers)
+    drawn = [statistic(weights) for weights in posterior_weights(n, 2 * len(answers.labels), spec=spec, groups=groups)]
+    low, high = np.quantile(np.concatenate(drawn), ((1 - spec.confidence) / 2, (1 + spec.confidence) / 2))
+    method = found.method.replace("bootstrap", "and Bayesian bootstrap")
+    return replace(found, low=min(found.low, float(low)), high=max(found.high, float(high)), method=method)
+
+
+def _macro_f1_of(truth: Integers, predicted: Integers, labels: int) -> Statistic:
+    table = np.eye(labels)
+    true, said = table[truth], table[predicted]
+    hits = true * said
 
     def statistic(weights: Floats) -> Floats:
-        occurs = weights @ (true + predicted)  # (draws, labels)
+        occurs = weights @ (true + said)  # (draws, labels)
         present = occurs > 0
         scores = np.where(present, 2 * (weights @ hits) / np.where(present, occurs, 1), 0)
         return np.asarray(scores.sum(axis=1) / present.sum(axis=1))

@@ -11,10 +11,17 @@ import numpy as np
 from scipy import special
 
 from lorakeet.errors import DataError
-from lorakeet.evaluate.answers import HIGHER_IS_BETTER, Answers, accuracy, log_loss, macro_f1
-from lorakeet.evaluate.intervals import Estimate, Floats, Statistic, ratio
+from lorakeet.evaluate.answers import HIGHER_IS_BETTER, Answers
+from lorakeet.evaluate.intervals import UNBOUNDED, Estimate, Floats, Statistic, ratio, ratio_with_test
 from lorakeet.evaluate.likelihood import RowLosses
-from lorakeet.evaluate.paired import MCNEMAR, RANDOMISATION, Paired, score_difference, typical_difference
+from lorakeet.evaluate.paired import (
+    MCNEMAR,
+    RANDOMISATION,
+    Paired,
+    macro_f1_difference,
+    score_difference,
+    statistic_difference,
+)
 from lorakeet.evaluate.spec import EvaluateSpec
 
 Verdict = Literal["better", "worse", "no difference shown"]
@@ -44,34 +51,38 @@ def pair(left: Answers, right: Answers) -> Paired:
 def compare_answers(left: Answers, right: Answers, spec: EvaluateSpec) -> tuple[Comparison, ...]:
     """Paired comparisons in accuracy, macro-F1 and log-loss.
 
-    Accuracy has McNemar's test (over groups: randomisation); macro-F1 and log-loss have randomisation, which exchanges the two
-    systems' answers on random rows (Noreen 1989).
+    Accuracy has McNemar's test (over groups that of a mean); macro-F1 and log-loss have those of evaluate/paired.
     """
     _same_rows(left, right)
-    paired = pair(left, right)
-    systems, groups = (left.system, right.system), left.groups
-    results = []
-    for metric, make in (("accuracy", accuracy), ("macro_f1", macro_f1), ("log_loss", log_loss)):
-        counts = paired if metric == "accuracy" else None
-        tested = _tested(counts, _minus(make(left), make(right)), paired.n, spec, groups)
-        results.append(_comparison(systems, metric, tested, higher_is_better=HIGHER_IS_BETTER[metric], paired=paired))
-    return tuple(results)
-
-
-def _minus(left: Statistic, right: Statistic) -> Statistic:
-    return lambda weights: left(weights) - right(weights)
+    paired, groups = pair(left, right), left.groups
+    right_or_not = left.correct.astype(np.float64) - right.correct
+    found: dict[str, Tested] = {
+        "accuracy": _of_means(right_or_not, np.ones(paired.n), spec, groups, (-1.0, 1.0), paired),
+        "macro_f1": (*macro_f1_difference(left, right, spec), RANDOMISATION),
+        "log_loss": _of_means(left.surprise - right.surprise, np.ones(paired.n), spec, groups),
+    }
+    systems = (left.system, right.system)
+    return tuple(
+        _comparison(systems, metric, tested, higher_is_better=HIGHER_IS_BETTER[metric], paired=paired)
+        for metric, tested in found.items()
+    )
 
 
 Tested = tuple[Estimate, float, str]  # the difference with its interval, the p-value, and the name of the test
 
 
-def _tested(
-    paired: Paired | None, statistic: Statistic, n: int, spec: EvaluateSpec, groups: Sequence[Hashable] | None
+def _of_means(
+    gaps: Floats,
+    weights: Floats,
+    spec: EvaluateSpec,
+    groups: Sequence[Hashable] | None,
+    bounds: tuple[float, float] = UNBOUNDED,
+    paired: Paired | None = None,
 ) -> Tested:
-    """Interval and test of one procedure: McNemar for `paired` answers without groups, else randomisation."""
+    """Interval and test of one procedure: McNemar for `paired` answers without groups, else those of a ratio of sums."""
     if paired is not None and groups is None:
         return (*score_difference(paired, spec.confidence), MCNEMAR)
-    return (*typical_difference(statistic, n, spec=spec, groups=groups), RANDOMISATION)
+    return (*ratio_with_test(gaps, weights, spec=spec, groups=groups, bounds=bounds), RANDOMISATION)
 
 
 def _comparison(
@@ -89,7 +100,7 @@ def compare_losses(left: RowLosses, right: RowLosses, spec: EvaluateSpec) -> Com
             f"'{left.system}' and '{right.system}' were scored on different rows or tokens; score the same file with both."
         )
     tokens, gap = left.tokens.astype(np.float64), left.losses - right.losses
-    tested = _tested(None, lambda weights: (weights @ gap) / (weights @ tokens), len(tokens), spec, left.groups)
+    tested = _of_means(gap, tokens, spec, left.groups)
     return _comparison((left.system, right.system), "loss", tested, higher_is_better=False)
 
 
@@ -101,17 +112,24 @@ def compare_values(
     *,
     groups: Sequence[Hashable] | None = None,
     higher_is_better: bool = True,
+    bounds: tuple[float, float] = UNBOUNDED,
 ) -> Comparison:
     """The paired difference of the mean of a metric between two systems' values (n,) on the same rows.
 
-    Values of 0 and 1 alone, wrong and right, have McNemar's test (over groups: randomisation), others have randomisation.
+    Values of 0 and 1 alone, wrong and right, have McNemar's test, others and groups that of a mean within `bounds`.
     """
     left, right = values
     gap, paired = left - right, None
+    if (right == 0.5).all() and np.isin(left, (0.0, 0.5, 1.0)).all() and groups is None:  # against chance: won, lost, neither
+        won, lost = int(np.sum(left == 1)), int(np.sum(left == 0))
+        found, p_value = score_difference(Paired(0, won, lost, len(left) - won - lost), spec.confidence)
+        tested = (found.map(lambda share: share / 2), p_value, MCNEMAR)
+        return _comparison(systems, metric, tested, higher_is_better=higher_is_better)
     if higher_is_better and np.isin(left, (0.0, 1.0)).all() and np.isin(right, (0.0, 1.0)).all():
         counts = (left == 1) & (right == 1), (left == 1) & (right == 0), (left == 0) & (right == 1), (left == 0) & (right == 0)
         paired = Paired(*(int(np.sum(each)) for each in counts))
-    tested = _tested(paired, lambda weights: (weights @ gap) / weights.sum(axis=1), len(left), spec, groups)
+        bounds = (-1.0, 1.0)
+    tested = _of_means(gap, np.ones(len(left)), spec, groups, bounds, paired)
     return _comparison(systems, metric, tested, higher_is_better=higher_is_better, paired=paired)
 
 
@@ -125,7 +143,7 @@ def compare_statistics(
     groups: Sequence[Hashable] | None = None,
 ) -> Comparison:
     """The paired difference in a metric of all n rows together, higher is better, by randomisation."""
-    tested = _tested(None, _minus(*statistics), n, spec, groups)
+    tested = (*statistic_difference(*statistics, n, spec, groups), RANDOMISATION)
     return _comparison(systems, metric, tested, higher_is_better=True)
 
 

@@ -60,5 +60,5 @@ class RowLosses:
 
 def measure_losses(rows: RowLosses, spec: EvaluateSpec) -> dict[str, Estimate]:
     """`loss` in nats per token (token-weighted, bootstrap over rows or groups) and `perplexity` = exp(loss)."""
-    loss = ratio(rows.losses, rows.tokens.astype(np.float64), spec=spec, groups=rows.groups)
+    loss = ratio(rows.losses, rows.tokens.astype(np.float64), spec=spec, groups=rows.groups, bounds=(0.0, math.inf))
     return {"loss": loss, "perplexity": loss.map(lambda value: math.exp(value) if value < 700 else math.inf)}

@@ -11,16 +11,16 @@ from __future__ import annotations
 
 import math
 from collections.abc import Hashable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 from scipy import special
 
-from lorakeet.evaluate.intervals import Estimate, Floats, Statistic, numbered_units
+from lorakeet.evaluate.answers import Answers, macro_f1, macro_f1_with_unseen, too_few_for_macro_f1
+from lorakeet.evaluate.intervals import FEWEST, Estimate, Statistic, halves, limits, numbered_units, posterior_weights
 from lorakeet.evaluate.spec import EvaluateSpec
 
-MCNEMAR, RANDOMISATION = "McNemar", "paired randomisation"
-_CELLS = 2_000_000  # weights in memory at once
+MCNEMAR, RANDOMISATION, UNSEEN = "McNemar", "paired randomisation", "unseen share"
 _HALVINGS = 60  # of the range in which a limit lies
 
 
@@ -74,36 +74,42 @@ def _lower_limit(b: int, c: int, n: int, z: float, *, shown: bool) -> float:
     return above if above_zero or above > -1 + 1e-9 else -1.0
 
 
-def typical_difference(
-    statistic: Statistic, n: int, *, spec: EvaluateSpec, groups: Sequence[Hashable] | None = None
+def macro_f1_difference(left: Answers, right: Answers, spec: EvaluateSpec) -> tuple[Estimate, float]:
+    """The difference of macro-F1 with its interval and the p-value of 0."""
+    n, groups = len(left.truth), left.groups
+    units, index = numbered_units(n, groups)
+    value = float((macro_f1(left)(np.ones((1, n))) - macro_f1(right)(np.ones((1, n))))[0])
+    over = "" if groups is None else f" over {units} groups"
+    found = Estimate(value, value, value, n, f"randomisation and posterior{over}", spec.confidence, spec.seed)
+    if (left.predicted == right.predicted).all():
+        return replace(found, why_none=f"equal on all {n} rows"), 1.0
+    if why := too_few_for_macro_f1(left):
+        return found.without(why, (-1.0, 1.0)), 1.0
+    random = [macro_f1(left)(half[:, index]) - macro_f1(right)(half[:, index]) for half in halves(units, spec)]
+    mine, other = (macro_f1_with_unseen(each, right=rows) for each, rows in ((left, (1, 1, 0, 0)), (right, (1, 0, 1, 0))))
+    unseen = posterior_weights(n, 4 * len(left.labels), spec=spec, groups=groups)
+    beyond = 1 + spec.resamples - sum(map(len, random))
+    found_by = [
+        limits(np.sort(np.concatenate(drawn)), against, 1 - spec.confidence)
+        for drawn, against in ((random, beyond), ([mine(weights) - other(weights) for weights in unseen], 1))
+    ]
+    low, high, p_value = (pick(each) for pick, each in zip((min, max, max), zip(*found_by, strict=True), strict=True))
+    return replace(found, low=low, high=high), p_value
+
+
+def statistic_difference(
+    left: Statistic, right: Statistic, n: int, spec: EvaluateSpec, groups: Sequence[Hashable] | None
 ) -> tuple[Estimate, float]:
-    """`statistic` (a difference) of n rows with the interval and the p-value of the randomisation test on rows, or on `groups`.
-
-    The test exchanges the two systems on random rows. For a mean d of differences it rejects a value v from below as often as
-    random halves of the rows have a mean ≤ v: flipping the half H gives as much as the rows do if Σ_H (d − v) ≤ 0. So quantiles
-    of the halves' values are the limits. Exact at any n if differences scatter symmetrically. The empty half counts against
-    either side: with fewer than 6 rows (or groups) a 95 % interval has no end.
-    """
-    count, index = numbered_units(n, groups)
-    generator = np.random.default_rng([spec.seed, 1])
-    at_once, found = max(1, _CELLS // max(n, count)), []
-    for start in range(0, spec.resamples, at_once):
-        draws = min(at_once, spec.resamples - start)
-        halves = generator.integers(0, 2, size=(draws, count)).astype(np.float64)
-        halves = halves[halves.any(axis=1)]
-        found.append(statistic(halves if groups is None else halves[:, index]))
-    values = np.sort(np.concatenate(found))
-    against = 1 + spec.resamples - len(values)  # the rows as they are, and empty halves
-    low, high, p_value = _limits(values, against, 1 - spec.confidence)
-    over = "" if groups is None else f" over {count} groups"
-    value = float(statistic(np.ones((1, n)))[0])
-    return Estimate(value, low, high, n, f"randomisation inverted{over}", spec.confidence, spec.seed), p_value
-
-
-def _limits(values: Floats, against: int, alpha: float) -> tuple[float, float, float]:
-    """The interval and the two-sided p-value of 0 from sorted typical values; `against` are beyond either end."""
-    total = len(values) + against
-    needed = math.ceil(alpha / 2 * total) - against  # so many values at or beyond a limit are enough to keep it
-    low, high = (float(values[needed - 1]), float(values[-needed])) if needed > 0 else (-math.inf, math.inf)
-    beyond = min(np.searchsorted(values, 0.0, side="right"), len(values) - np.searchsorted(values, 0.0, side="left"))
-    return low, high, min(1.0, 2 * (int(beyond) + against) / total)
+    """The difference of any metric of all rows together, with the interval and the p-value of randomisation alone."""
+    units, index = numbered_units(n, groups)
+    value = float((left(np.ones((1, n))) - right(np.ones((1, n))))[0])
+    over, unit = ("", "rows") if groups is None else (f" over {units} groups", "groups")
+    found = Estimate(value, value, value, n, f"randomisation inverted{over}", spec.confidence, spec.seed)
+    drawn = [left(half[:, index]) - right(half[:, index]) for half in halves(units, spec)]
+    values = np.sort(np.concatenate(drawn))
+    if values[0] == values[-1]:
+        return replace(found, why_none=f"equal on all {units} {unit}") if value == 0 else found.without("equal in all draws"), 1.0
+    if units < FEWEST:
+        return found.without(f"too few {unit} ({units})"), 1.0
+    low, high, p_value = limits(values, 1 + spec.resamples - len(values), 1 - spec.confidence)
+    return replace(found, low=low, high=high), p_value

@@ -18,7 +18,7 @@ from lorakeet.errors import DataError
 from lorakeet.evaluate.classifier.logistic import regression
 from lorakeet.evaluate.classifier.terms import Terms, characters_of, words_of
 from lorakeet.evaluate.compare import Comparison, compare_values
-from lorakeet.evaluate.intervals import Estimate, Floats, mean, share
+from lorakeet.evaluate.intervals import SHARE, Estimate, Floats, mean, share
 from lorakeet.evaluate.spec import EvaluateSpec
 
 PREFERRED, PREFERRED_ALIKE, LIKELIER = "preferred", "preferred_alike", "likelier"
@@ -69,10 +69,10 @@ def compare_preferences(
 ) -> tuple[Comparison, ...]:
     """The paired differences of these shares."""
     systems = (left.system, right.system)
-    found = [compare_values(systems, PREFERRED, (left.right, right.right), spec, groups=left.groups)]
+    found = [compare_values(systems, PREFERRED, (left.right, right.right), spec, groups=left.groups, bounds=(-1, 1))]
     if alike.sum() >= FEWEST_ALIKE and not alike.all():
         values = left.right[alike], right.right[alike]
-        found.append(compare_values(systems, PREFERRED_ALIKE, values, spec, groups=_some(left.groups, alike)))
+        found.append(compare_values(systems, PREFERRED_ALIKE, values, spec, groups=_some(left.groups, alike), bounds=(-1, 1)))
     return tuple(found)
 
 
@@ -127,7 +127,7 @@ def tfidf_difference(
 def _share(right: Floats, spec: EvaluateSpec, groups: Sequence[Hashable] | None) -> Estimate:
     if np.isin(right, (0.0, 1.0)).all():
         return share(right == 1, spec=spec, groups=groups)
-    return mean(right, spec=spec, groups=groups)
+    return mean(right, spec=spec, groups=groups, bounds=SHARE)
 
 
 def _some(groups: Sequence[Hashable] | None, chosen: NDArray[np.bool_]) -> tuple[Hashable, ...] | None:

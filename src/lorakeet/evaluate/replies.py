@@ -13,7 +13,7 @@ import numpy as np
 
 from lorakeet.errors import DataError
 from lorakeet.evaluate.compare import Comparison, compare_statistics, compare_values
-from lorakeet.evaluate.intervals import Estimate, Floats, Statistic, bootstrap, mean, share
+from lorakeet.evaluate.intervals import SHARE, UNBOUNDED, Estimate, Floats, Statistic, bootstrap_or_words, mean, share
 from lorakeet.evaluate.overlaps import chrf, common_length
 from lorakeet.evaluate.reading.conventions import Conventions, Kind, conventions_of, json_of
 from lorakeet.evaluate.reading.ordered import quadratic_kappa, rank_correlation
@@ -218,9 +218,9 @@ def measure_replies(replies: Replies, main: str, spec: EvaluateSpec, own: Score 
     found = {}
     for name in metrics_shown(main, replies.how):
         if name in TOGETHER:
-            found[name] = bootstrap(_statistic(replies, name), len(replies.texts), spec=spec, groups=replies.groups)
+            found[name] = bootstrap_or_words(_statistic(replies, name), len(replies.texts), spec=spec, groups=replies.groups)
         else:
-            found[name] = _estimate(reply_scores(replies, name, own), replies, spec)
+            found[name] = _estimate(reply_scores(replies, name, own), replies, spec, _bounds(name, replies.how))
     cut = replies.cut or (False,) * len(replies.texts)
     faults = {
         "empty": [not text.strip() for text in replies.texts],
@@ -231,7 +231,7 @@ def measure_replies(replies: Replies, main: str, spec: EvaluateSpec, own: Score 
     for name, flags in faults.items():
         found[name] = share(np.array(flags), spec=spec, groups=replies.groups)
     lengths = np.array([len(words(text)) for text in replies.texts], dtype=np.float64)
-    found["reply_words"] = mean(lengths, spec=spec, groups=replies.groups)
+    found["reply_words"] = mean(lengths, spec=spec, groups=replies.groups, bounds=(0.0, np.inf))
     return found
 
 
@@ -243,8 +243,9 @@ def compare_replies(left: Replies, right: Replies, metric: str, spec: EvaluateSp
     if metric in TOGETHER:
         sides = _statistic(left, metric), _statistic(right, metric)
         return compare_statistics(names, metric, sides, len(left.texts), spec, groups=left.groups)
-    scores = reply_scores(left, metric, own), reply_scores(right, metric, own)
-    return compare_values(names, metric, scores, spec, groups=left.groups, higher_is_better=higher)
+    scores, (least, most) = (reply_scores(left, metric, own), reply_scores(right, metric, own)), _bounds(metric, left.how)
+    bounds = (least - most, most - least)
+    return compare_values(names, metric, scores, spec, groups=left.groups, higher_is_better=higher, bounds=bounds)
 
 
 def repeats(text: str) -> bool:
@@ -254,10 +255,17 @@ def repeats(text: str) -> bool:
     return any(count >= REPEATED for count in runs.values())
 
 
-def _estimate(values: Floats, replies: Replies, spec: EvaluateSpec) -> Estimate:
+def _bounds(metric: str, how: Conventions) -> tuple[float, float]:
+    """Between which a reply's score lies; a metric of the user's may lie anywhere."""
+    if SCORES.get(metric) is absolute_error:
+        return (0.0, how.range)
+    return SHARE if metric in SCORES else UNBOUNDED
+
+
+def _estimate(values: Floats, replies: Replies, spec: EvaluateSpec, bounds: tuple[float, float]) -> Estimate:
     if np.isin(values, (0.0, 1.0)).all():
         return share(values == 1, spec=spec, groups=replies.groups)
-    return mean(values, spec=spec, groups=replies.groups)
+    return mean(values, spec=spec, groups=replies.groups, bounds=bounds)
 
 
 def _kinds(value: Any) -> Any:

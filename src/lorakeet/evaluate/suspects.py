@@ -2,21 +2,26 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections import Counter
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
 
 import numpy as np
 
 from lorakeet.errors import DataError
 from lorakeet.evaluate.answers import Answers
+from lorakeet.evaluate.reading.texts import words
 
 SURE = 0.5  # probability that each system must give to the other label: more than to all others together
+FEWEST_WITH_WORD = 3  # suspects with one suggestion from which a word that they share is no accident
 
 
 @dataclass(frozen=True)
 class SuspectLabel:
     """A row whose `label` two systems contradict with the same other one, and the probabilities that they give to it.
 
-    A report adds the row's text and source.
+    A report adds the row's text and source. `shared` is a word that most suspects with this suggestion have and few rows that are
+    answered otherwise: if both systems go by it, they are one witness, not two.
     """
 
     row: int
@@ -25,6 +30,7 @@ class SuspectLabel:
     probabilities: tuple[float, float]
     text: str = ""
     source: str = ""
+    shared: str = ""
 
 
 def suspect_labels(left: Answers, right: Answers) -> tuple[SuspectLabel, ...]:
@@ -52,3 +58,28 @@ def suspect_labels(left: Answers, right: Answers) -> tuple[SuspectLabel, ...]:
         for row in rows
     ]  # fmt: skip
     return tuple(sorted(found, key=lambda one: -min(one.probabilities)))
+
+
+def with_shared_words(suspects: Sequence[SuspectLabel], texts: Sequence[str], answers: Answers) -> tuple[SuspectLabel, ...]:
+    """The suspects with their texts, and with the word that those of one suggestion share, if there is one.
+
+    At least half of them have it, and of the rows that are answered otherwise a tenth of that share at most.
+    """
+    rows = [frozenset(words(text)) for text in texts] if len(suspects) >= FEWEST_WITH_WORD else []
+    shared = dict[str, str]()
+    for label in {one.suggested for one in suspects}:
+        ours = [rows[one.row] for one in suspects if one.suggested == label] if rows else []
+        others = Counter(word for row in np.flatnonzero(answers.predicted != answers.labels.index(label)) for word in rows[row])
+        against = max(1, int(np.sum(answers.predicted != answers.labels.index(label))))
+        most = [
+            (count, word)
+            for word, count in Counter(word for row in ours for word in row).items()
+            if count >= len(ours) / 2 and others[word] / against <= 0.1 * count / len(ours)
+        ]
+        if len(ours) >= FEWEST_WITH_WORD and most:
+            shared[label] = max(most)[1]
+    named = [shared.get(one.suggested, "") for one in suspects]
+    return tuple(
+        replace(one, text=texts[one.row], shared=word if word and word in rows[one.row] else "")
+        for one, word in zip(suspects, named, strict=True)
+    )

@@ -7,11 +7,13 @@ from dataclasses import dataclass, replace
 from itertools import pairwise
 from typing import Literal
 
+from lorakeet.evaluate.answers import Answers, balanced_accuracy, recall_of_rarest
 from lorakeet.evaluate.baselines import CONSTANT, EMBEDDED, MAJORITY, MEDIAN, NEAREST, TFIDF
 from lorakeet.evaluate.compare import Comparison
 from lorakeet.evaluate.preferences import DIFFERENCE, LONGER, SHORTER
 from lorakeet.evaluate.replies import SCORES, TOGETHER
-from lorakeet.evaluate.wording import metric_words, signed
+from lorakeet.evaluate.spec import EvaluateSpec
+from lorakeet.evaluate.wording import metric_words, number, signed, span
 
 NAMED = {
     "base": "its base",
@@ -26,6 +28,7 @@ NAMED = {
     DIFFERENCE: "TF-IDF of the answers alone",
     "reference": "its reference",
 }  # systems as a sentence names them
+ONE_SEED = "One seed was trained"
 COPIES = (NEAREST, CONSTANT, MEDIAN)
 WITHOUT_MODEL = (TFIDF, EMBEDDED, MAJORITY, *COPIES)
 GRADED = ("valid_json", "chrf")  # of replies: how near they come where few are right; named before others
@@ -89,6 +92,23 @@ def verdict_of(comparisons: Sequence[Comparison]) -> Verdict | None:
 def noted(verdict: Verdict | None, note: str) -> Verdict | None:
     """The verdict with a further sentence; the same without one, and None for no verdict."""
     return verdict if verdict is None or not note else replace(verdict, phrases=(*verdict.phrases, Phrase(f". {note}", "")))
+
+
+def of_uneven(verdict: Verdict | None, answers: Answers, spec: EvaluateSpec) -> Verdict | None:
+    """The verdict with what accuracy hides where nearly all rows have one label: recall of the rarest, balanced accuracy."""
+    if verdict is None:
+        return None
+    (rarest, recall), balanced = recall_of_rarest(answers, spec), balanced_accuracy(answers, spec)
+    found = f". It finds {round(recall.value * recall.n)} of {recall.n} rows of {rarest!r}: recall {number(recall.value)}"
+    more = (Phrase(found, span(recall)), Phrase(f", balanced accuracy {number(balanced.value)}", span(balanced)))
+    return replace(verdict, phrases=(*verdict.phrases, *more))
+
+
+def circumstances(part: str, seeds: str = ONE_SEED) -> str:
+    """What a headline has to say of its evidence: which rows were measured, and how many seeds were trained."""
+    if part == "test":
+        return seeds
+    return f"There are no test rows: the held-out rows, which also chose the checkpoint, are measured. {seeds}"
 
 
 def _without_model(chosen: Sequence[Comparison], comparisons: Sequence[Comparison]) -> list[Phrase]:
@@ -193,4 +213,4 @@ def _size(comparison: Comparison, *, unit: bool = True) -> str:
 def _interval(comparison: Comparison, *, first: bool) -> str:
     difference = comparison.difference
     words = f"{difference.confidence * 100:g} % interval " if first else ""
-    return f"{words}{signed(difference.low)} to {signed(difference.high)}"
+    return f"{words if not difference.why_none else ''}{span(difference, signs=True)}"

@@ -4,6 +4,10 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from lorakeet.evaluate.intervals import Estimate
 
 
 @dataclass(frozen=True)
@@ -38,6 +42,7 @@ METRIC_WORDS = {
     ),
     "accuracy": MetricWords("Accuracy", "accuracy", "Share of rows answered correctly", True),
     "macro_f1": MetricWords("Macro-F1", "macro-F1", "Mean F1 over labels, equally weighted", True),
+    "balanced_accuracy": MetricWords("Balanced accuracy", "balanced accuracy", "Mean recall of the labels", True),
     "log_loss": MetricWords("Log-loss", "log-loss", "−log p of the true label, in nats", False),
     "calibration_error": MetricWords("Calibration error", "calibration error", "Gap between confidence and accuracy", False),
     "exact_match": MetricWords("Exact match", "exact match", "Share of replies equal to the reference", True),
@@ -117,6 +122,12 @@ def signed(value: float, digits: int = 3) -> str:
     """A difference as text, always with its sign; zero has none."""
     text = number(value, digits)
     return f"+{text}" if value > 0 and math.isfinite(value) else text
+
+
+def span(found: Estimate, digits: int = 3, *, signs: bool = False, between: str = " to ") -> str:
+    """An interval as text, or the words in its place; with `signs` as a difference."""
+    text = signed if signs else number
+    return found.why_none or f"{text(found.low, digits)}{between}{text(found.high, digits)}"
 
 
 def bytes_text(count: int | None) -> str:

@@ -19,7 +19,7 @@ from lorakeet.errors import LorakeetError, visible
 from lorakeet.evaluate.certificate import Certificate
 from lorakeet.evaluate.intervals import Estimate
 from lorakeet.evaluate.report.report import Report
-from lorakeet.evaluate.wording import METRIC_WORDS, metric_words, number, signed
+from lorakeet.evaluate.wording import METRIC_WORDS, metric_words, number, signed, span
 from lorakeet.models.files.origin import readme_metadata
 
 _HUB = "hub:"
@@ -122,14 +122,14 @@ def _results(report: Report) -> list[str]:
         found = item.difference
         lines.append(
             f"- {_text(item.left)} − {_text(item.right)}, {metric_words(item.metric).inline}: {signed(found.value)} "
-            f"[{signed(found.low)}, {signed(found.high)}], {item.verdict} (p {item.p_value:.2g}, {item.test}, n = {found.n})"
+            f"[{span(found, signs=True, between=', ')}], {item.verdict} (p {item.p_value:.2g}, {item.test}, n = {found.n})"
         )
     lines += ["", "Square brackets are 95 % intervals on rows that training never saw."] if report.systems else []
     return lines
 
 
 def _estimate(found: Estimate | None, digits: int) -> str:
-    return "" if found is None else f"{number(found.value, digits)} [{number(found.low, digits)}, {number(found.high, digits)}]"
+    return "" if found is None else f"{number(found.value, digits)} [{span(found, digits, between=', ')}]"
 
 
 def licence_of(folder: Path) -> str:

@@ -21,7 +21,7 @@ from starlette.routing import Route
 
 from lorakeet.errors import LorakeetError, Remedy
 from lorakeet.evaluate.report.templates import page_templates
-from lorakeet.evaluate.wording import bytes_text, duration_text, number, signed
+from lorakeet.evaluate.wording import bytes_text, duration_text, number, signed, span
 from lorakeet.studio.forms import command_line, given_settings
 from lorakeet.studio.index import Index
 from lorakeet.studio.jobs import Queue
@@ -165,7 +165,7 @@ def asset(folder: str, name: str) -> str:
 def _templates() -> jinja2.Environment:
     environment = page_templates(lambda name: asset("templates", name))
     filters: dict[str, Callable[..., str]] = {
-        "number": number, "signed": signed, "bytes": bytes_text, "duration": duration_text, "command": _command,
+        "number": number, "signed": signed, "span": span, "bytes": bytes_text, "duration": duration_text, "command": _command,
         "shell": shlex.join,
     }  # fmt: skip
     environment.filters.update(filters)

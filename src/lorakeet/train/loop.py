@@ -326,10 +326,10 @@ class Training(Generic[BatchT]):
                 f"Step {self.at.step}: training diverged, the held-out loss is {estimate.value:.4g} and was "
                 f"{watch.base_loss:.4g} before training."
             )
+        low, high = (None, None) if estimate.why_none else (estimate.low, estimate.high)
         record: Record = {
-            "step": self.at.step, "held_out_loss": estimate.value, "low": estimate.low, "high": estimate.high, "n": estimate.n,
-            **held_out.more,
-        }  # fmt: skip
+            "step": self.at.step, "held_out_loss": estimate.value, "low": low, "high": high, "n": estimate.n, **held_out.more
+        }
         self._write(record)
         self.report.held_out(record)
         counts = self.pruning is None or self.pruning.counts(self.at.step)

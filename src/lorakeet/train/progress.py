@@ -188,9 +188,10 @@ def numbers(record: Record, words: Words = TEXT) -> str:
 
 
 def held_out_line(record: Record, words: Words = TEXT) -> str:
-    """ "step 40: held-out loss 1.234 (1.201 to 1.270, 64 rows)"."""
+    """ "step 40: held-out loss 1.234 (1.201 to 1.270, 64 rows)"; too few rows have no interval."""
     loss, low, high = (_loss(record[key]) for key in ("held_out_loss", "low", "high"))
-    return f"step {record['step']}: held-out loss {loss} ({low} to {high}, {record['n']} {words.evaluated})"
+    span = "" if record["low"] is None else f"{low} to {high}, "
+    return f"step {record['step']}: held-out loss {loss} ({span}{record['n']} {words.evaluated})"
 
 
 def _loss(value: float | int | None) -> str:

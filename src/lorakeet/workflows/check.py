@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -10,6 +11,7 @@ from rich.console import Console
 from rich.text import Text
 
 from lorakeet.errors import ConfigError, DataError, VerificationFailed, nearest
+from lorakeet.evaluate.baselines import MAJORITY
 from lorakeet.evaluate.certificate import Certificate, is_address, read_certificate
 from lorakeet.evaluate.intervals import Estimate
 from lorakeet.evaluate.report.report import Report, read_report
@@ -56,7 +58,7 @@ def check(options: CheckOptions, *, console: Console) -> Checked:
         raise DataError(f"{options.run} is no run with a report. Give the folder of a run that was evaluated.")
     report = read_report(folder.report)
     found = [_metric(report, name, requirement) for name, requirement in wanted]
-    found += [_beats(report, system) for system in options.beats]
+    found += [_beats(report, system) for system in _rivals(report, options.beats)]
     if options.certificate != "any":
         found.append(_certified(read_certificate(folder.certificate), options.certificate))
     for one in found:
@@ -98,6 +100,13 @@ def _metric(report: Report, name: str, requirement: Requirement) -> Met:
     return Met(name, str(requirement), str(known[name]), requirement.holds(known[name]))
 
 
+def _rivals(report: Report, given: Sequence[str]) -> list[str]:
+    """The systems to beat by their full names; the majority class too where the report compares it: one label has most rows."""
+    rivals = [MAJORITY if name == "majority" else name for name in given]
+    always = MAJORITY if any(one.right == MAJORITY for one in report.comparisons) else ""
+    return list(dict.fromkeys([*rivals, always] if rivals and always else rivals))
+
+
 def _beats(report: Report, system: str) -> Met:
     """Whether the report's first comparison of the adapter with a system says that the adapter is better."""
     compared = {one.right: one for one in reversed(report.comparisons)}
@@ -107,4 +116,5 @@ def _beats(report: Report, system: str) -> Met:
             f"{nearest(system, compared)}"
         )
     one = compared[system]
-    return Met(f"{one.metric} against {system}", "better", f"{one.difference} ({one.verdict})", one.verdict == "better")
+    note = next((f" ({each.note})" for each in report.systems if each.name == system and each.note), "")
+    return Met(f"{one.metric} against {system}{note}", "better", f"{one.difference} ({one.verdict})", one.verdict == "better")

@@ -39,7 +39,7 @@ from lorakeet.evaluate.report.report import Report, SystemResult, write_report
 from lorakeet.evaluate.spec import EvaluateSpec
 from lorakeet.evaluate.values import encode
 from lorakeet.evaluate.verdict import verdict_of
-from lorakeet.evaluate.wording import metric_words, signed
+from lorakeet.evaluate.wording import metric_words, signed, span
 from lorakeet.formats.peft import peft
 from lorakeet.memory.cuda import enforcing_gpu_budget
 from lorakeet.models.fits import plan_of
@@ -321,7 +321,7 @@ def _why_none(curve: RankCurve, margin: Margin) -> str:
 def _difference(comparison: Comparison) -> str:
     found = comparison.difference
     name = metric_words(comparison.metric).title.lower()
-    return f"{name} {signed(found.value, 4)} [{signed(found.low, 4)}, {signed(found.high, 4)}]"
+    return f"{name} {signed(found.value, 4)} [{span(found, 4, signs=True, between=', ')}]"
 
 
 def _scores(evaluator: TextEvaluator, rows: Sequence[Row], system: str) -> Scores:
@@ -438,10 +438,10 @@ def _show(curve: RankCurve, console: Console) -> None:
     table.add_column("as good")
     for point in curve.points:
         gain = point.gain
-        cells = [f"{gain.value:.4f} [{gain.low:.4f}, {gain.high:.4f}]"]
+        cells = [f"{gain.value:.4f} [{span(gain, 4, between=', ')}]"]
         for found in point.against_full:
             change = found.difference
-            cells.append(f"{signed(change.value, 4)} [{signed(change.low, 4)}, {signed(change.high, 4)}]")
+            cells.append(f"{signed(change.value, 4)} [{span(change, 4, signs=True, between=', ')}]")
         if point.against_full:
             cells.append(f"no: {point.why_not}" if point.why_not else "yes")
         table.add_row(point.name, *(Text(cell) for cell in cells), style="bold" if point.name == curve.marked else "")

@@ -27,6 +27,7 @@ from lorakeet.errors import ConfigError, DataError, EnvironmentProblem, Lorakeet
 from lorakeet.evaluate.own_metric import load_metric
 from lorakeet.evaluate.report.report import Report, write_report
 from lorakeet.evaluate.values import encode
+from lorakeet.evaluate.verdict import circumstances, noted
 from lorakeet.memory.cuda import enforcing_gpu_budget
 from lorakeet.workflows.finetuning.evaluate_preference import evaluator_for
 from lorakeet.workflows.finetuning.evaluate_text import require_encodable
@@ -103,6 +104,8 @@ def evaluate(options: EvaluateOptions, *, console: Console) -> Evaluated:
         report = evaluator.report(f"{options.run_or_adapter} on {rows.named}", baseline_rows=rows.baseline_rows)
         drift = evaluator.drift()
     found = rows.leaks
+    if rows.named == HELD_OUT:
+        report = dataclasses.replace(report, verdict=noted(report.verdict, circumstances("held-out")))
     if report.rows_of < FEWEST:
         few = f"Only {report.rows_of} of the rows could be measured: too few for a conclusion, which takes {FEWEST} at least."
         report = dataclasses.replace(report, verdict=None, warnings=(few, *report.warnings))

@@ -20,7 +20,7 @@ from rich.console import Console
 from lorakeet.config import RunConfig
 from lorakeet.errors import ConfigError, Problems, RunStopped, is_device_fault, is_out_of_memory
 from lorakeet.evaluate.report.rank_values import Search
-from lorakeet.evaluate.report.report import Report, write_report
+from lorakeet.evaluate.report.report import Report, read_report, write_report
 from lorakeet.evaluate.values import encode
 from lorakeet.memory.allocator import release_free_memory
 from lorakeet.memory.cuda import device_fault_text, enforcing_gpu_budget, out_of_memory_text
@@ -44,6 +44,7 @@ from lorakeet.workflows.runs.multi_process import evaluating_together, require_c
 from lorakeet.workflows.runs.output_paths import writing
 from lorakeet.workflows.runs.residency import say_peak
 from lorakeet.workflows.runs.run_folder import begin_run, rates_of
+from lorakeet.workflows.runs.seeds import config_of_seed, require_repeatable, seeds_of, with_seeds, write_seeds
 from lorakeet.workflows.tuning.learning_rate import FEWEST_STEPS, choose_rate
 
 
@@ -56,9 +57,12 @@ class FinetuneResult:
     run: RunFolder
     outcome: Outcome | None = None
     report: Report | None = None
+    values: dict[str, Any] | None = None  # its plain values, where the model was freed for further seeds
 
     def to_mapping(self) -> dict[str, Any]:
         """Plain values for --json."""
+        if self.values is not None:
+            return {**self.values, "report": encode(self.report)}
         dry_run = self.outcome is None or self.report is None
         kind, data = run_kind(self.setup.config), self.setup.dataset
         found = {
@@ -85,12 +89,16 @@ def finetune(
 ) -> FinetuneResult:
     """Trains, evaluates and certifies; everything is in the run folder `config.out`, or in `options.resume`.
 
+    With `options.seeds` further seeds are trained one after another, each in a folder of its own within the run.
     A run whose settings name no learning rate, or with `options.quick`, tries three first (workflows/tuning/learning_rate).
     If torchrun started several processes, all train together and the first one does everything else (train/processes).
     `on_step` and `on_held_out` are called with each record of a step and of a held-out evaluation, in the first process.
     Raises ConfigError, DataError and EnvironmentProblem before anything is written, RunStopped when the run ends early, and
     VerificationFailed when the certificate fails (the run folder then contains it).
     """
+    require_repeatable(config, options, launched().count)
+    if options.seeds > 1 and not options.dry_run:
+        return _over_seeds(config, options, console, on_step, on_held_out)
     if options.budget is not None:  # a resumed run already has its ranks
         config = config.changed(ranks={"budget": options.budget})
         if problems := config.ranks.validate():
@@ -114,6 +122,30 @@ def finetune(
                 return FinetuneResult(setup, run)
             reporter = with_calls(reporter_for(console, words=kind.words), on_step, on_held_out)
             return _trained(kind, setup, run, options, console, reporter)
+
+
+def _over_seeds(
+    config: RunConfig, options: FinetuneOptions, console: Console, on_step: OnRecord | None, on_held_out: OnRecord | None
+) -> FinetuneResult:
+    """The run of the first seed, then the others with its learning rate; of those, finished ones are kept as they are."""
+    alone = dataclasses.replace(options, seeds=1)
+    found = finetune(config, alone, console=console, on_step=on_step, on_held_out=on_held_out)
+    found = dataclasses.replace(found, values=found.to_mapping(), setup=None)  # the next model has its place
+    run, before, others = found.run, found.report, dict[int, Report]()
+    assert before is not None
+    for seed, folder in list(seeds_of(config, run, options.seeds).items())[1:]:
+        if not folder.report.is_file():
+            release_free_memory()
+            console.print(f"Seed {seed}, in {folder.path}:", soft_wrap=True)
+            further = dataclasses.replace(alone, quick=False, resume=folder.path if folder.config.is_file() else None)
+            finetune(config_of_seed(run, seed, folder.path), further, console=console, on_step=on_step, on_held_out=on_held_out)
+        others[seed] = read_report(folder.report)
+    report = with_seeds(before, others, config.evaluate.confidence, config.train.seed)
+    with writing(f"The report in {run.path}", f"The adapters are whole. Free some space, then: {run.resume_command}"):
+        write_seeds(report, before, run)
+    if report.verdict is not None:
+        console.print(report.verdict.sentence, style="bold", markup=False, highlight=False, soft_wrap=True)
+    return dataclasses.replace(found, report=report)
 
 
 def _trained(

@@ -32,6 +32,7 @@ class FinetuneOptions:
     resume: Path | None = setting(None, "Resume the run in this folder from its last checkpoint.")
     dry_run: bool = setting(False, "Print the plan, parameters, tokens and steps, then stop.")
     budget: str | None = setting(None, "Same as --ranks.budget: the parameters that --ranks auto or prune may use.")
+    seeds: int = setting(1, "Train so many seeds, from train.seed on, and report the spread; the first one's adapter is kept.")
     quick: bool = setting(False, "Try 0.5, 1 and 2 times the learning rate first, even if the run file gives one.")
 
 

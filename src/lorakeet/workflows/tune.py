@@ -27,7 +27,7 @@ from lorakeet.evaluate.compare import Comparison
 from lorakeet.evaluate.report.rank_values import Search
 from lorakeet.evaluate.report.report import Command, Report, write_report
 from lorakeet.evaluate.values import encode
-from lorakeet.evaluate.wording import signed
+from lorakeet.evaluate.wording import signed, span
 from lorakeet.memory.cuda import enforcing_gpu_budget
 from lorakeet.models.text.cached_states import cached_states
 from lorakeet.train.durable import new_folder
@@ -216,10 +216,10 @@ def _show(search: Search, console: Console) -> None:
     table = WholeTable(*columns, title="The search", title_justify="left")
     for trial in search.trials:
         loss, against = trial.loss, trial.against_start
-        cells = ["diverged" if loss is None else f"{loss.value:.4f} [{loss.low:.4f}, {loss.high:.4f}]"]
+        cells = ["diverged" if loss is None else f"{loss.value:.4f} [{span(loss, 4, between=', ')}]"]
         if against is not None:
             found = against.difference
-            cells += [f"{signed(found.value, 4)} [{signed(found.low, 4)}, {signed(found.high, 4)}]", against.verdict]
+            cells += [f"{signed(found.value, 4)} [{span(found, 4, signs=True, between=', ')}]", against.verdict]
         style = "bold" if trial.name == search.winner else ""
         table.add_row(trial.name, trial.settings, str(trial.steps), *(Text(cell) for cell in cells), style=style)
     console.print(table)

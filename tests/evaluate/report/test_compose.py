@@ -23,7 +23,8 @@ def report_on(references: list[str], adapter: list[str], base: list[str], own: O
     mine, other = (Replies(name, tuple(texts), known, known=known) for name, texts in (("adapter", adapter), ("base", base)))
     median = median_answer(known, like=other)
     copies = (constant_answer(known, like=other), *([] if median is None else [median]))
-    losses = [RowLosses(name, np.full(n, loss), np.ones(n, dtype=np.int64)) for name, loss in (("adapter", 1.0), ("base", 2.0))]
+    spread = (("adapter", np.linspace(0.9, 1.1, n)), ("base", np.linspace(2.2, 1.8, n)))
+    losses = [RowLosses(name, loss, np.ones(n, dtype=np.int64)) for name, loss in spread]
     answered = Answered(tuple(range(n)), mine, other, None, copies, own, n)
     return language_report(
         "t", adapter=losses[0], base=losses[1], texts=references, truths=references, spec=SPEC, answered=answered

@@ -26,7 +26,7 @@ def language() -> Report:
 def scores(right: int = 38, change: float = 0.2) -> PreferenceScores:
     signs = np.where(np.arange(COUNT) < right, 1.0, -1.0)
     rivals = (PairPreferences("base", np.where(np.arange(COUNT) < 22, 1.0, -1.0)), PairPreferences("longer answer", -signs))
-    changes = np.stack([np.full(COUNT, change), np.full(COUNT, -0.5)], axis=1)
+    changes = np.stack([change + np.linspace(-0.05, 0.05, COUNT), np.linspace(-0.6, -0.4, COUNT)], axis=1)
     adapter = PairPreferences("adapter", signs)
     return PreferenceScores(adapter, rivals, np.full((COUNT, 2), 4.0), changes, (adapter, rivals[0]), 0.1)
 

@@ -65,8 +65,8 @@ def test_a_setting_of_text_models_is_refused_by_name(
 def test_it_is_said_before_training_when_nothing_can_be_shown(tiny_sd_folder: Path, tmp_path: Path) -> None:
     console = Console(record=True, width=300, file=io.StringIO())
     assemble_images(image_config(tiny_sd_folder, tmp_path, data__held_out_fraction="0.2"), console)
-    assert "Only 4 pictures are held out" in (said := console.export_text()) and "Hold out 6 or more" in said
-    assemble_images(image_config(tiny_sd_folder, tmp_path), console)
+    assert "Only 4 pictures are held out" in (said := console.export_text()) and "Hold out 10 or more" in said
+    assemble_images(image_config(tiny_sd_folder, tmp_path, data__held_out_fraction="0.5"), console)
     assert "are held out" not in console.export_text()
 
 

@@ -24,7 +24,7 @@ def test_the_curves_are_those_of_the_metrics(finished: Any) -> None:
     found = curves(metrics, finished.result.outcome)
     assert [(point.step, point.value) for point in found.train] == [(r["step"], r["loss"]) for r in metrics if "loss" in r]
     assert found.held_out[0].step == 0 and found.held_out[0].value == finished.result.outcome.base_loss
-    assert all(point.low is not None and point.low <= point.value <= point.high for point in found.held_out)
+    assert all(point.low is None and point.high is None for point in found.held_out)  # of 6 rows
     assert found.best_step == finished.result.outcome.best_step and found.ended == "all steps done"
 
 

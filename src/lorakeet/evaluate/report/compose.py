@@ -9,10 +9,11 @@ from functools import cached_property
 import numpy as np
 
 from lorakeet.errors import DataError
-from lorakeet.evaluate.answers import Answers, confusion, measure
+from lorakeet.evaluate.answers import Answers, balanced_accuracy, confusion, dominated, measure
+from lorakeet.evaluate.baselines import MAJORITY, majority_class
 from lorakeet.evaluate.calibration import reliability
 from lorakeet.evaluate.compare import Comparison, compare_answers, compare_losses, compare_statistics, compare_values
-from lorakeet.evaluate.intervals import Floats, Statistic, bootstrap, mean
+from lorakeet.evaluate.intervals import FEWEST, Floats, Statistic, bootstrap_or_words, mean
 from lorakeet.evaluate.likelihood import RowLosses, measure_losses
 from lorakeet.evaluate.own_metric import OwnMetric
 from lorakeet.evaluate.reading.conventions import scale_of_labels
@@ -28,8 +29,8 @@ from lorakeet.evaluate.replies import (
 )
 from lorakeet.evaluate.report.report import Reliability, Report, Role, ScoredAnswer, SideBySide, SystemResult
 from lorakeet.evaluate.spec import LEAST_ANSWERS, EvaluateSpec
-from lorakeet.evaluate.suspects import suspect_labels
-from lorakeet.evaluate.verdict import verdict_of
+from lorakeet.evaluate.suspects import suspect_labels, with_shared_words
+from lorakeet.evaluate.verdict import of_uneven, verdict_of
 from lorakeet.evaluate.wording import metric_words
 
 METRIC, PROMPT_DISTANCE, STYLE_DISTANCE = "denoising_loss", "prompt_distance", "style_distance"  # of image runs
@@ -82,14 +83,20 @@ def classification_report(
     """A report with systems, comparisons, verdict, confusion matrices, calibration and rows side by side.
 
     The adapter is compared with its base, the few-shot base, and the last of `floors` (majority class first, TF-IDF, the
-    strongest, last).
+    strongest, last); where one label has nearly all rows with the majority class too, whether it is among them or not.
     """
+    uneven, strongest = dominated(adapter), bool(floors) and floors[-1].system != MAJORITY
+    if uneven and not any(floor.system == MAJORITY for floor in floors):
+        truth = [adapter.labels[label] for label in adapter.truth]
+        floors = (majority_class(truth, truth, labels=adapter.labels, groups=adapter.groups), *floors)
     _same_length(len(adapter.truth), texts, sources)
     shown = [] if few_shot is None else [few_shot]
     roles: list[tuple[Answers, Role]] = [(adapter, "adapter"), (base, "base")]
     roles += [(answers, "floor") for answers in (*shown, *reversed(floors))]
-    systems = tuple(SystemResult(answers.system, role, measure(answers, spec), answers.note) for answers, role in roles)
-    rivals = [base, *shown, *floors[-1:]]
+    systems = tuple(_measured(answers, role, spec, uneven=uneven) for answers, role in roles)
+    found = suspect_labels(adapter, floors[-1]) if strongest else ()
+    majority = [floor for floor in floors[:-1] if uneven and floor.system == MAJORITY]
+    rivals = [base, *majority, *shown, *floors[-1:]]
     comparisons = tuple(found for rival in rivals for found in compare_answers(adapter, rival, spec))
     places, reading = scale_of_labels(adapter.labels, spec.scale), ""
     warnings = _off_the_scale(adapter.labels, spec) if places is None else ()
@@ -105,7 +112,7 @@ def classification_report(
         reading=reading,
         warnings=warnings,
         comparisons=comparisons,
-        verdict=verdict_of(comparisons),
+        verdict=of_uneven(verdict_of(comparisons), adapter, spec) if uneven else verdict_of(comparisons),
         confusions=(confusion(base, spec), confusion(adapter, spec)),
         reliabilities=tuple(
             Reliability(answers.system, role, reliability(answers.confidence, answers.correct, spec=spec))
@@ -119,11 +126,14 @@ def classification_report(
             for row in chosen
         ),
         rows_of=len(texts),
-        suspects=tuple(
-            replace(one, text=texts[one.row], source=named[one.row])
-            for one in (suspect_labels(adapter, floors[-1]) if floors else ())
-        ),
+        suspects=tuple(replace(one, source=named[one.row]) for one in with_shared_words(found, texts, adapter)),
     )
+
+
+def _measured(answers: Answers, role: Role, spec: EvaluateSpec, *, uneven: bool) -> SystemResult:
+    """One system's metrics; the balanced accuracy too where one label has nearly all rows."""
+    more = {"balanced_accuracy": balanced_accuracy(answers, spec)} if uneven else {}
+    return SystemResult(answers.system, role, {**measure(answers, spec), **more}, answers.note)
 
 
 def _on_scale(
@@ -150,7 +160,7 @@ def _on_scale(
             metrics={
                 **system.metrics,
                 "mean_distance": mean(distance(one), spec=spec, groups=groups),
-                "quadratic_kappa": bootstrap(kappa(one), n, spec=spec, groups=groups),
+                "quadratic_kappa": bootstrap_or_words(kappa(one), n, spec=spec, groups=groups),
             },
         )
         for system, one in zip(systems, answers, strict=True)
@@ -312,15 +322,14 @@ def too_few(pictures: int, groups: int | None = None) -> tuple[str, ...]:
     `groups` is the number of pictures without copies of each other.
     """
     count = pictures if groups is None else groups
-    least = 2.0 ** (1 - count)
-    if least <= 0.05:
+    if count >= FEWEST:
         return ()
     said = f"Only {count} pictures are held out"
     if count < pictures:
         said = f"The {pictures} held-out pictures are {count} and copies of these"
     return (
-        f"{said}: the paired test cannot give a p-value below {least:g}, so no difference can be shown. "
-        "Hold out 6 or more (data.held_out_fraction, or a folder as data.held_out).",
+        f"{said}: too few for an interval, so no difference can be shown. "
+        f"Hold out {FEWEST} or more (data.held_out_fraction, or a folder as data.held_out).",
     )
 
 

@@ -9,7 +9,7 @@ import numpy as np
 
 from lorakeet.evaluate.calibration import reliability
 from lorakeet.evaluate.compare import Comparison, compare_values
-from lorakeet.evaluate.intervals import Estimate, Floats
+from lorakeet.evaluate.intervals import SHARE, Estimate, Floats, mean
 from lorakeet.evaluate.preferences import (
     CHOSEN_CHANGE,
     DIFFERENCE,
@@ -26,7 +26,7 @@ from lorakeet.evaluate.preferences import (
 from lorakeet.evaluate.report.report import Reliability, Report, SystemResult
 from lorakeet.evaluate.spec import EvaluateSpec
 from lorakeet.evaluate.verdict import Phrase, Verdict, verdict_of
-from lorakeet.evaluate.wording import signed
+from lorakeet.evaluate.wording import signed, span
 
 
 @dataclass(frozen=True, eq=False)
@@ -56,7 +56,7 @@ def with_preferences(report: Report, found: PreferenceScores, spec: EvaluateSpec
     more = {**{each.system: {} for each in found.likelier}, **more}
     notes = {each.system: each.note for each in (found.adapter, *found.rivals)}
     for each in found.likelier:
-        more[each.system][LIKELIER] = mean_change(each.right, spec, groups)
+        more[each.system][LIKELIER] = mean(each.right, spec=spec, groups=groups, bounds=SHARE)
     mine, warnings = more[found.adapter.system], list[str]()
     if found.changes is not None:
         chosen, rejected = (mean_change(found.changes[:, side], spec, groups) for side in (0, 1))
@@ -75,7 +75,9 @@ def with_preferences(report: Report, found: PreferenceScores, spec: EvaluateSpec
     compared = [compare_preferences(found.adapter, rival, alike, spec) for rival in found.rivals]
     mine_by = found.likelier[0] if found.likelier else found.adapter
     by_likelihood = [
-        compare_values((mine_by.system, other.system), LIKELIER, (mine_by.right, other.right), spec, groups=groups)
+        compare_values(
+            (mine_by.system, other.system), LIKELIER, (mine_by.right, other.right), spec, groups=groups, bounds=(-1, 1)
+        )
         for other in found.likelier[1:] if found.by_reward
     ]  # fmt: skip
     beside = [one[1] for one in compared if len(one) > 1]
@@ -102,7 +104,7 @@ def with_likelihood(verdict: Verdict | None, compared: Sequence[Comparison]) -> 
     said = {"better": ". It finds the chosen answer likelier in more pairs than its base: ",
             "worse": ". But it finds the chosen answer likelier in fewer pairs than its base: "}  # fmt: skip
     text = said.get(one.verdict, ". It is not shown to find the chosen answer likelier in more pairs than its base: ")
-    phrase = Phrase(f"{text}{signed(one.difference.value)}", f"{signed(one.difference.low)} to {signed(one.difference.high)}")
+    phrase = Phrase(f"{text}{signed(one.difference.value)}", span(one.difference, signs=True))
     tone = verdict.tone if one.verdict == "better" or verdict.tone != "better" else "mixed"
     return Verdict((*verdict.phrases, phrase), tone)
 
@@ -125,7 +127,7 @@ def displacement(chosen: Estimate, rejected: Estimate, against: str) -> list[str
         return []
     return [
         f"The chosen answers became less likely than under {against}, by {signed(chosen.value)} nats a token "
-        f"({signed(chosen.low)} to {signed(chosen.high)}), the rejected ones by {signed(rejected.value)}. It learned what to "
+        f"({span(chosen, signs=True)}), the rejected ones by {signed(rejected.value)}. It learned what to "
         "avoid more than what to write: read its replies. preference.sft_weight above 0 keeps the chosen answers likely."
     ]
 

@@ -29,7 +29,7 @@ from lorakeet.evaluate.report.templates import page_templates
 from lorakeet.evaluate.suspects import SuspectLabel
 from lorakeet.evaluate.values import from_text, put_text, to_text
 from lorakeet.evaluate.verdict import Verdict
-from lorakeet.evaluate.wording import METRIC_WORDS, bytes_text, check_words, compact, metric_words, number, signed
+from lorakeet.evaluate.wording import METRIC_WORDS, bytes_text, check_words, compact, metric_words, number, signed, span
 
 Role = Literal["adapter", "base", "floor"]
 OUTCOMES = {"fixed": "adapter fixed", "broke": "adapter broke", "both-wrong": "both wrong", "both-right": "both right"}
@@ -170,6 +170,16 @@ class Near:
 
 
 @dataclass(frozen=True)
+class SeedSpread:
+    """One metric of the adapters of several training seeds on the same rows, and their mean with an interval between seeds."""
+
+    metric: str
+    seeds: tuple[int, ...]
+    values: tuple[float, ...]
+    mean: Estimate
+
+
+@dataclass(frozen=True)
 class Memorisation:
     """Checks samples for repeated training pictures, with the evaluation pictures as reference.
 
@@ -205,6 +215,7 @@ class Report:
     systems: tuple[SystemResult, ...] = ()
     reading: str = ""  # how answers are read, and by what that was decided
     comparisons: tuple[Comparison, ...] = ()
+    seeds: tuple[SeedSpread, ...] = ()
     curves: Curves | None = None
     targets: tuple[TargetRow, ...] = ()
     ranks: RankMap | None = None
@@ -255,7 +266,7 @@ def _templates() -> jinja2.Environment:
     """The page's templates, compiled on first use."""
     environment = page_templates(_asset)
     environment.filters.update(
-        number=number, signed=signed, bytes=bytes_text, metric=metric_words, measure=check_words, compact=compact
+        number=number, signed=signed, bytes=bytes_text, metric=metric_words, measure=check_words, compact=compact, span=span
     )
     environment.globals.update(charts=charts, metric_words=METRIC_WORDS, outcomes=OUTCOMES, rank_plot=curve_plot)
     return environment

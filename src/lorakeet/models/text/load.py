@@ -80,7 +80,6 @@ def load_text_model(
     `say` gets messages for the user (default: the log). With a folder `store`, its blocks are streamed from a store there,
     `slots` of them on the device (models/streaming/model), with `changes` made to its weights; `pinned` keeps all of them in
     pinned host memory, for a CUDA device. With `ends` its embedding and its head are on the device too.
-
     Raises ConfigError or DataError for a wrong name or damaged files, EnvironmentProblem if the machine lacks something or
     the check of the head or of the attention fails.
     """

@@ -12,7 +12,7 @@ from starlette.routing import Route
 
 from lorakeet.errors import ConfigError, DataError, LorakeetError
 from lorakeet.evaluate.report.charts import interval_axis
-from lorakeet.evaluate.wording import metric_words, signed
+from lorakeet.evaluate.wording import metric_words, signed, span
 from lorakeet.studio.deleted import DeletedRun, delete_run, deleted_runs, erase_run, jobs_erased_with, restore_run
 from lorakeet.studio.index import RunSummary, write_tags
 from lorakeet.studio.jobs import Job, locked_files
@@ -165,7 +165,7 @@ def _said(found: PairedRuns) -> str:
     """The comparison as one sentence."""
     one, words = found.comparison, metric_words(found.comparison.metric)
     difference = f"{signed(one.difference.value)} {words.inline}"
-    interval = f"95 % interval {signed(one.difference.low)} to {signed(one.difference.high)}, {one.difference.n} rows"
+    interval = f"95 % interval {span(one.difference, signs=True)}, {one.difference.n} rows"
     if one.verdict == "no difference shown":
         return f"No difference is shown between {one.left} and {one.right}: {difference} ({interval})."
     return f"{one.left} is {one.verdict} than {one.right}: {difference} ({interval})."

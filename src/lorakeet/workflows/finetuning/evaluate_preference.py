@@ -24,7 +24,7 @@ from lorakeet.evaluate.preferences import TIE, PairPreferences, length_of_answer
 from lorakeet.evaluate.report.compose import language_report
 from lorakeet.evaluate.report.compose_preference import PreferenceScores, with_preferences
 from lorakeet.evaluate.report.report import Report
-from lorakeet.evaluate.wording import number
+from lorakeet.evaluate.wording import number, span
 from lorakeet.formats.detect import read_adapter
 from lorakeet.models.generate.score import row_losses
 from lorakeet.models.inject import activate, adapter_of, eject
@@ -160,7 +160,7 @@ class PreferenceEvaluator(TextEvaluator):
         finally:
             eject(self.text.model, REFERENCE)
             activate(self.text.model, self.name)
-        return f". From the reference, on the same texts: {number(kl.value, 4)} ({number(kl.low, 4)} to {number(kl.high, 4)})"
+        return f". From the reference, on the same texts: {number(kl.value, 4)} ({span(kl, 4)})"
 
     def _reference_adapter(self) -> Adapter | None:
         """The reference; for the base pairs that add nothing, which take the adapter's path through the kernels."""

@@ -21,6 +21,7 @@ from lorakeet.evaluate.certificate import Certificate
 from lorakeet.evaluate.report.charts import ChartPoint, Curves
 from lorakeet.evaluate.report.rank_values import RankCell, RankCut, RankMap, Search
 from lorakeet.evaluate.report.report import Leak, MemoryUse, Report
+from lorakeet.evaluate.verdict import circumstances, noted
 from lorakeet.evaluate.wording import duration_text
 from lorakeet.memory.cuda import CONTEXT, bytes_beside_torch, gpu_peak_bytes
 from lorakeet.memory.measure import peak_bytes
@@ -68,6 +69,7 @@ def complete(
     moved = () if setup.moved is None else tuple(warnings_after(setup.plan, setup.moved))
     return replace(
         measured,
+        verdict=noted(measured.verdict, circumstances(part)),
         targets=target_rows(setup.plan, setup.moved),
         warnings=(*measured.warnings, *setup.remarks, *moved),
         subtitle=f"{setup.name} on {Path(setup.config.data.train).name}, evaluated on {count} {part} {kind.words.evaluated}",

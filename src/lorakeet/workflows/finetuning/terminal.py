@@ -19,7 +19,7 @@ from lorakeet.evaluate.intervals import Estimate
 from lorakeet.evaluate.replies import SCORES
 from lorakeet.evaluate.report.report import Report
 from lorakeet.evaluate.report.target_row import TargetRow
-from lorakeet.evaluate.wording import METRIC_WORDS, bytes_text, metric_words, number, signed
+from lorakeet.evaluate.wording import METRIC_WORDS, bytes_text, metric_words, number, signed, span
 from lorakeet.memory.forecast import KINDS, Forecast
 from lorakeet.models.module_kinds import VECTORS
 from lorakeet.ranks.allocate import pair_parameters
@@ -162,7 +162,7 @@ def show_results(report: Report, console: Console) -> None:
     said = "" if report.verdict is None else report.verdict.sentence
     for item in report.comparisons:
         words, diff = metric_words(item.metric), item.difference
-        value = f"{signed(diff.value)} [{signed(diff.low)}, {signed(diff.high)}]"
+        value = f"{signed(diff.value)} [{span(diff, signs=True, between=', ')}]"
         if replied and item.metric not in (*names, report.comparisons[0].metric) and f" {words.inline}" not in said:
             continue  # the report has them all
         p = f"{item.p_value:.2g} ({item.test})"
@@ -254,4 +254,4 @@ def memory_table(forecast: Forecast, device: str | None = None) -> WholeTable:
 def _cell(estimate: Estimate | None, digits: int) -> Text:
     if estimate is None:
         return Text("")
-    return Text(f"{number(estimate.value, digits)} [{number(estimate.low, digits)}, {number(estimate.high, digits)}]")
+    return Text(f"{number(estimate.value, digits)} [{span(estimate, digits, between=', ')}]")

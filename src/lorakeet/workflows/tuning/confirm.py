@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from lorakeet.errors import DataError
 from lorakeet.evaluate.compare import Comparison, compare_over_seeds
 from lorakeet.evaluate.likelihood import RowLosses
-from lorakeet.evaluate.wording import signed
+from lorakeet.evaluate.wording import signed, span
 from lorakeet.models.inject import attach
 from lorakeet.workflows.tuning.trials import SPENT, Trial, Trials
 
@@ -53,7 +53,7 @@ class Confirmation:
             return found + self._cut_short
         gap = confirmed.difference
         seeds = f"{self.seeds} new seeds each" if self.seeds > 1 else f"of seed {trials.setup.config.train.seed} alone"
-        numbers = f"{signed(gap.value, 4)} {trials.unit} [{signed(gap.low, 4)}, {signed(gap.high, 4)}], n = {gap.n}, {seeds}"
+        numbers = f"{signed(gap.value, 4)} {trials.unit} [{span(gap, 4, signs=True, between=', ')}], n = {gap.n}, {seeds}"
         if confirmed.verdict == "no difference shown":
             both = f"{winner.name} ({words}) and the run file's settings"
             found = f"No difference shown between {both} on {trials.rows.where}: {numbers}."

@@ -16,7 +16,7 @@ from rich.console import Console
 from lorakeet.core.initialise import seed_for
 from lorakeet.errors import DataError
 from lorakeet.evaluate.report.rank_values import Search
-from lorakeet.evaluate.wording import bytes_text, signed
+from lorakeet.evaluate.wording import bytes_text, signed, span
 from lorakeet.memory.allocator import release_free_memory
 from lorakeet.memory.budget import available_memory
 from lorakeet.memory.cuda import gpu_bytes_left
@@ -136,7 +136,7 @@ def _conclusion(found: Search, chosen: Trial, start: Trial, steps: int) -> str:
             margins.append(f"{line.name.removeprefix('rate ')} diverged")
         elif line.against_start is not None:
             gap = line.against_start.difference
-            numbers = f"{signed(gap.value, 4)} nats a token [{signed(gap.low, 4)}, {signed(gap.high, 4)}]"
+            numbers = f"{signed(gap.value, 4)} nats a token [{span(gap, 4, signs=True, between=', ')}]"
             margins.append(f"{line.name.removeprefix('rate ')}: {numbers}, {line.against_start.verdict}")
     settings = next(line.settings for line in found.trials if line.name == chosen.name)
     what = "stays" if chosen is start else "is taken"
