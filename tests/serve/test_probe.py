@@ -9,13 +9,14 @@ import pytest
 
 from lorakeet.errors import ConfigError, DataError, VerificationFailed
 from lorakeet.evaluate.certificate import Certificate, tolerance_check
+from lorakeet.formats.identity import find_certificate
 from lorakeet.formats.peft import peft
 from lorakeet.models.spec import ModelSpec
 from lorakeet.models.text.adapters import add_adapter
 from lorakeet.models.text.load import load_text_model
 from lorakeet.models.text.serving import ServingModel
 from lorakeet.quant.spec import QuantSpec
-from lorakeet.serve.probe import FACT, Probe, Prober, compare_record, extend_certificate, find_certificate, read_record, record
+from lorakeet.serve.probe import FACT, Probe, Prober, compare_record, extend_certificate, read_record, record
 
 
 def test_probes_tell_functions_apart(live: ServingModel, saved: Callable[..., Path]) -> None:

@@ -12,6 +12,7 @@ from lorakeet.core.adapter import Adapter, Pair
 from lorakeet.errors import ConfigError, VerificationFailed, nearest
 from lorakeet.formats.compare import compare_adapters
 from lorakeet.formats.detect import read_adapter
+from lorakeet.formats.identity import require_certified
 from lorakeet.formats.peft import peft
 from lorakeet.merging.combine import CombineSpec, combination
 from lorakeet.settings import load as load_settings
@@ -28,12 +29,14 @@ class AdapterValue(Adapter):
     """Named pairs of A and B. `adapter[path]` is a pair: its `A`, `B`, `alpha`, `rank`, `scale` and `delta()`."""
 
     @classmethod
-    def read(cls, path: str | Path, *, quiet: bool = False) -> AdapterValue:
+    def read(cls, path: str | Path, *, quiet: bool = False, uncertified: bool = False) -> AdapterValue:
         """The adapter at `path`: a run folder, or a file or folder of PEFT, MLX, kohya, LyCORIS, diffusers or GGUF.
 
-        What a reader assumes is printed, unless `quiet`. Raises DataError or ConfigError with everything that is wrong.
+        What a reader assumes is printed, unless `quiet`. Raises DataError or ConfigError with everything that is wrong, and
+        VerificationFailed for another content than its certificate was made for, unless `uncertified`.
         """
         say = (lambda _: None) if quiet else print
+        require_certified(Path(path), uncertified=uncertified, say=say)
         return cls.of(read_adapter(Path(path), say=say))
 
     @classmethod

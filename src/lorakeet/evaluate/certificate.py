@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import hashlib
+import json
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -12,6 +14,7 @@ from lorakeet.errors import DataError, EnvironmentProblem, VerificationFailed, r
 from lorakeet.evaluate.intervals import Estimate
 from lorakeet.evaluate.values import decode, encode, from_text, put_text, to_text
 
+_DIGEST = "sha256"  # the key of a certificate's own digest
 _SHOWN = 5  # names in a line; the file has all
 
 
@@ -140,6 +143,7 @@ class Certificate:
     unchecked: tuple[Unchecked, ...] = ()
     modules: tuple[ServedModules, ...] = ()
     incomplete: dict[str, str] = field(default_factory=dict)  # by artefact, why its checks ended early
+    identity: dict[str, str] = field(default_factory=dict)  # what the adapter and its base hold (formats/identity)
 
     @property
     def passed(self) -> bool:
@@ -190,8 +194,8 @@ class Certificate:
         return tuple(check for check in self.checks if not check.artefact) or self.checks
 
     def write(self, path: Path) -> None:
-        """Writes certificate.json atomically, with "passed" and "artefacts" first, for machines."""
-        put_text(path, to_text({"passed": self.passed, "artefacts": self.artefacts, **encode(self)}))
+        """Writes certificate.json atomically, with "passed" and "artefacts" first, for machines, and its own digest last."""
+        put_text(path, with_digest(to_text({"passed": self.passed, "artefacts": self.artefacts, **encode(self)})))
 
     def raise_if_failed(self) -> None:
         """Raises VerificationFailed that names every failed check of the subject with its measures and detail.
@@ -213,14 +217,27 @@ class Certificate:
         raise VerificationFailed("\n".join(lines))
 
 
+def with_digest(text: str) -> str:
+    """The text of a certificate with the SHA-256 of all else in it, made anew: it finds an edit, and stops no forger."""
+    data = json.loads(text)
+    data.pop(_DIGEST, None)
+    return to_text({**data, _DIGEST: _digest(data)})
+
+
+def _digest(data: Mapping[str, Any]) -> str:
+    return hashlib.sha256(json.dumps(data, sort_keys=True, separators=(",", ":")).encode()).hexdigest()
+
+
 @reader("a certificate")
 def read_certificate(path: Path) -> Certificate:
-    """Reads a certificate.json. Raises DataError if it is missing, broken, or if "passed" contradicts its checks."""
+    """Reads a certificate.json. Raises DataError if it is missing, broken, edited, or if "passed" contradicts its checks."""
     try:
         with open_regular(path) as file:
             data = from_text(dict[str, Any], file.readall().decode("utf-8"), where=str(path))
     except (OSError, UnicodeDecodeError) as error:
         raise DataError(f"Cannot read the certificate {path}: {error}; expected a file that a verified run wrote.") from error
+    digest = data.pop(_DIGEST, None)
+    edited = (digest is not None or bool(data.get("identity"))) and digest != _digest(data)
     claimed, artefacts = data.pop("passed", None), data.pop("artefacts", None)
     certificate = decode(Certificate, data, where=str(path))
     expected = {certificate.passed}
@@ -234,6 +251,10 @@ def read_certificate(path: Path) -> Certificate:
     if artefacts not in (None, found):
         said = f'{path} says "artefacts": {artefacts}, but its checks say {found}.'
         raise DataError(f"{said} Verify the artefacts again.")
+    if edited:
+        raise DataError(
+            f"{path} was edited after it was written: its digest is of another text. Put back the file that was written."
+        )
     return certificate
 
 

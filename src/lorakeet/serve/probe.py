@@ -179,12 +179,6 @@ def compare_record(name: str, found: Probe, record: Probe, tolerance: float, whe
     return True
 
 
-def find_certificate(folder: Path) -> Path | None:
-    """The certificate of an adapter: in its folder, or in the run folder around it."""
-    places = [folder / CERTIFICATE, folder.parent / CERTIFICATE] if folder.is_dir() else [folder.with_name(CERTIFICATE)]
-    return next((place for place in places if place.is_file()), None)
-
-
 def read_record(certificate: Path) -> Probe | None:
     """The probe in a certificate, if there is one. DataError if it is broken, empty, or a check of the adapter itself failed.
 

@@ -18,12 +18,13 @@ from pathlib import Path
 from lorakeet.core.adapter import Adapter
 from lorakeet.errors import ConfigError, EnvironmentProblem, VerificationFailed, nearest
 from lorakeet.formats.files.loaded_file import free_spare_memory
+from lorakeet.formats.identity import find_certificate, require_certified
 from lorakeet.models.text.serving import ServingModel
 from lorakeet.serve.adapter_files import AdapterSource, inspect_adapter, read_stored_adapter
 from lorakeet.serve.cache_slots import Key, prefix_key
 from lorakeet.serve.engine import Engine
 from lorakeet.serve.model_names import UnknownModel, check_name, parse_model
-from lorakeet.serve.probe import Probe, Prober, compare_record, find_certificate, read_record
+from lorakeet.serve.probe import Probe, Prober, compare_record, read_record
 
 log = logging.getLogger("lorakeet.serve")
 
@@ -74,10 +75,12 @@ class Registry:
         base: str,
         budget: int | None = None,
         changed: Callable[[], object] | None = None,
+        uncertified: bool = False,
     ) -> None:
         """`budget`: bytes of adapters in memory and of the copies that texts use, of adapters and of mixes. `changed` is called
         after names are added, removed or replaced."""
         self.live, self.engine, self.base, self.budget = live, engine, base, budget
+        self._uncertified = uncertified  # serve adapters that are not what their certificates were made for
         self.prober = Prober(live.text, live.selection)
         self._changed = changed or (lambda: None)
         self.loaded: Callable[[Version], object] = lambda _: None  # called with every version that was read into memory
@@ -333,6 +336,8 @@ class Registry:
 
     def _verify(self, version: Version, record: bool) -> bool:
         """Whether it was compared with a record of it, and is the same. VerificationFailed if it is not."""
+        if version.certificate is not None:
+            require_certified(version.source.path, uncertified=self._uncertified, say=log.warning)
         certified = None if version.certificate is None else read_record(version.certificate)
         if not record and certified is None and version.probe is None:
             return False

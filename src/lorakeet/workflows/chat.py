@@ -20,6 +20,7 @@ from lorakeet.data.spec import DataSpec
 from lorakeet.errors import ConfigError, LorakeetError, visible
 from lorakeet.formats.detect import read_adapter
 from lorakeet.formats.files.gguf_file import GgufFile
+from lorakeet.formats.identity import require_certified
 from lorakeet.memory.spec import MemorySpec
 from lorakeet.models.spec import ModelSpec
 from lorakeet.quant.spec import QuantSpec
@@ -90,6 +91,7 @@ def _opened(options: ChatOptions, console: Console) -> tuple[Speaker, str, str |
             data[name] = prompt_settings(settings[name].data, run)
             data[name] = unlabelled(data[name]) if options.plain else data[name]
         adapters[name] = read_adapter(path, say=console.print)
+        require_certified(path, uncertified=options.uncertified, say=console.print)
     spec = _base(options, model, adapters, settings)
     memory = MemorySpec(budget=options.memory or "")
     say = partial(console.print, markup=False, soft_wrap=True)

@@ -16,6 +16,7 @@ from lorakeet.evaluate.certificate import Certificate, is_address, read_certific
 from lorakeet.evaluate.intervals import Estimate
 from lorakeet.evaluate.report.report import Report, read_report
 from lorakeet.evaluate.requirement import Requirement, parse_requirement
+from lorakeet.formats.identity import require_certified
 from lorakeet.train.run import RunFolder
 from lorakeet.workflows.options import CheckOptions
 
@@ -56,6 +57,8 @@ def check(options: CheckOptions, *, console: Console) -> Checked:
     folder = RunFolder.at(Path(options.run))
     if folder is None or not folder.report.is_file():
         raise DataError(f"{options.run} is no run with a report. Give the folder of a run that was evaluated.")
+    if options.certificate != "any":
+        require_certified(folder.path, uncertified=options.uncertified, say=lambda text: console.print(text, soft_wrap=True))
     report = read_report(folder.report)
     found = [_metric(report, name, requirement) for name, requirement in wanted]
     found += [_beats(report, system) for system in _rivals(report, options.beats)]

@@ -40,6 +40,7 @@ from lorakeet.evaluate.spec import EvaluateSpec
 from lorakeet.evaluate.values import encode
 from lorakeet.evaluate.verdict import verdict_of
 from lorakeet.evaluate.wording import metric_words, signed, span
+from lorakeet.formats.identity import with_note
 from lorakeet.formats.peft import peft
 from lorakeet.memory.cuda import enforcing_gpu_budget
 from lorakeet.models.fits import plan_of
@@ -64,7 +65,7 @@ from lorakeet.workflows.planning.encoded_rows import within_context
 from lorakeet.workflows.planning.evaluation import fit_evaluation
 from lorakeet.workflows.planning.forecast_text_run import Workload, largest_rows
 from lorakeet.workflows.planning.rehearse_text import made_up_rows
-from lorakeet.workflows.runs.open_adapter import NAME, Opened, open_adapter
+from lorakeet.workflows.runs.open_adapter import NAME, Opened, identified, open_adapter
 from lorakeet.workflows.runs.output_paths import require_empty, writing
 from lorakeet.workflows.runs.residency import peak_said
 from lorakeet.workflows.runs.terminal import WholeTable
@@ -130,7 +131,9 @@ def compress(options: CompressOptions, *, console: Console) -> Compressed:
     require_empty(options.out)
     shares = _share(options.tolerance, "--tolerance"), _share(options.metric_tolerance, "--metric-tolerance")
     path = Path(options.run)
-    opened = open_adapter(path, base=options.base, config=options.config, say=console.print).within(options.memory)
+    opened = open_adapter(
+        path, base=options.base, config=options.config, uncertified=options.uncertified, say=console.print
+    ).within(options.memory)
     if opened.config.train.objective != SFT:
         raise ConfigError(
             f"{path} was trained by {opened.config.train.objective}, and a cut is compared by the loss and the replies of sft. "
@@ -373,6 +376,7 @@ def _write(opened: Opened, chosen: _Cut, curve: RankCurve, evaluator: TextEvalua
             live = _scores(measuring, rows, ADAPTER)
         with _in_model(evaluator, stored) as measuring:
             certificate = _certify(live, _scores(measuring, rows, ADAPTER), out)
+        certificate = with_note(identified(certificate, folder.adapter, opened.trained_model), opened.note)
         part, others = ("test", dataset.test) if dataset.test else ("held-out", dataset.held_out)
         report = _report(replace(evaluator, rows=others), stored, curve, (part, opened, dataset))
         report = replace(report, ranks=rank_map(plan), certificate=certificate)

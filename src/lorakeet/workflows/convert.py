@@ -20,6 +20,7 @@ from lorakeet.formats.components import with_components, without_component
 from lorakeet.formats.compress import CompressionTarget, fold_dora
 from lorakeet.formats.detect import FORMATS, Found, detect, format_of, read_found
 from lorakeet.formats.files.base_model import CONFIG, BaseModel, check_fits, open_base
+from lorakeet.formats.identity import require_certified
 from lorakeet.formats.peft.renamed_targets import model_type_of
 from lorakeet.models.files.source import find_source, on_this_machine
 from lorakeet.train.run import RunFolder
@@ -79,6 +80,7 @@ def convert(options: ConvertOptions, *, console: Console) -> Converted:
         known: BaseModel | None = open_base(options.base)
     else:
         known = _base_of_run(source, say) if to == "gguf" else None
+    require_certified(source, uncertified=options.uncertified, say=say)
     found = detect(source)
     say(f"{found.path} is {found.format}: {found.evidence}")
     adapter = with_components(read_found(found, base=known, compression=compression, say=say))

@@ -28,6 +28,7 @@ from lorakeet.evaluate.own_metric import load_metric
 from lorakeet.evaluate.report.report import Report, write_report
 from lorakeet.evaluate.values import encode
 from lorakeet.evaluate.verdict import circumstances, noted
+from lorakeet.formats.identity import UNCERTIFIED
 from lorakeet.memory.cuda import enforcing_gpu_budget
 from lorakeet.workflows.finetuning.evaluate_preference import evaluator_for
 from lorakeet.workflows.finetuning.evaluate_text import require_encodable
@@ -80,10 +81,12 @@ def evaluate(options: EvaluateOptions, *, console: Console) -> Evaluated:
         require_empty(out)
     own = None if options.metric is None else load_metric(options.metric)
     path = Path(options.run_or_adapter)
-    opened = open_adapter(path, base=options.base, config=options.config, say=console.print).within(options.memory)
+    opened = open_adapter(
+        path, base=options.base, config=options.config, uncertified=options.uncertified, say=console.print
+    ).within(options.memory)
     opened = dataclasses.replace(opened, config=with_judge_of(opened.config, options.judge))
     if options.tasks:
-        return _written(_on_tasks(options, opened, console), options, console)
+        return _written(_noted(_on_tasks(options, opened, console), opened.note), options, console)
     require_encodable(opened.config)
     rows = _rows_of_file(opened, options.data) if options.data else _rows_of_run(opened)
     measured = "held-out rows" if rows.named == HELD_OUT else f"rows of {rows.named}"
@@ -118,7 +121,16 @@ def evaluate(options: EvaluateOptions, *, console: Console) -> Evaluated:
         leak_search="" if found is None else found.method(),
         warnings=(*rows.warnings, *report.warnings),
     )
+    report = _noted(report, opened.note)
     return _written(report, options, console, said=rows.warnings)
+
+
+def _noted(report: Report, note: str) -> Report:
+    """The report with how the adapter was compared with its certificate, unless it is what was certified."""
+    if not note:
+        return report
+    warnings = (f"The adapter is {note}.", *report.warnings) if note.startswith(UNCERTIFIED) else report.warnings
+    return dataclasses.replace(report, facts={**report.facts, "Adapter": note}, warnings=warnings)
 
 
 def _written(report: Report, options: EvaluateOptions, console: Console, said: Sequence[str] = ()) -> Evaluated:
@@ -149,9 +161,7 @@ def _on_tasks(options: EvaluateOptions, opened: Opened, console: Console) -> Rep
         text = dataclasses.replace(opened, residency=residency).text_model(console)
         context = text.context or config.data.max_tokens
         longest = (min(config.data.max_tokens, context) if residency.budget else context) - 1
-        found = run_tasks(
-            text, wanted, adapter=NAME, longest=longest, micro_tokens=config.train.micro_tokens, console=console
-        )
+        found = run_tasks(text, wanted, adapter=NAME, longest=longest, micro_tokens=config.train.micro_tokens, console=console)
     report = tasks_report(f"{options.run_or_adapter} on {', '.join(options.tasks)}", found, config.evaluate)
     return dataclasses.replace(report, subtitle=f"{text.name}, tasks of lm-evaluation-harness", part="test")
 

@@ -28,6 +28,7 @@ from lorakeet.formats.files.base_model import open_base
 from lorakeet.formats.files.digest import sha256_of
 from lorakeet.formats.files.gguf_file import GgufFile
 from lorakeet.formats.files.safetensors_file import open_safetensors, save_text
+from lorakeet.formats.identity import with_note
 from lorakeet.models.files.origin import base_form
 from lorakeet.models.files.source import find_source
 from lorakeet.models.text.load import load_tokenizer
@@ -100,7 +101,9 @@ def export(options: ExportOptions, *, console: Console) -> Exported:
     out = options.out
     written = options.push and (out / ollama.MODELFILE).is_file()
     _check(options, written)
-    opened = open_adapter(Path(options.run_or_adapter), base=options.base, say=console.print).within(options.memory)
+    opened = open_adapter(
+        Path(options.run_or_adapter), base=options.base, uncertified=options.uncertified, say=console.print
+    ).within(options.memory)
     source = find_source(opened.config.model, console.print)
     if is_installed() and not written:
         peak, disk = _taken(source, opened, options.quant)
@@ -289,7 +292,7 @@ def _certify(job: _Job, out: Path) -> Certificate | None:
         names = ("live adapter", out.name)
         check = named_check("loads in llama.cpp", names, {"refusals": 1.0}, {"refusals": 0.0}, n=1, detail=str(error))
         found = Certificate(f"What became of {job.options.run_or_adapter}", (check,))
-    found = dataclasses.replace(found, facts={**found.facts, **_identity(job)})
+    found = with_note(dataclasses.replace(found, facts={**found.facts, **_identity(job)}), job.opened.note)
     show_certificate(found, job.console)
     return found
 

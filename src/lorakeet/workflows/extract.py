@@ -36,7 +36,7 @@ from lorakeet.workflows.finetuning.terminal import progress_line, show_certifica
 from lorakeet.workflows.merge import CERTIFICATE, CHECK_TOKENS, SAMPLED_TEXTS, SAMPLED_TOKENS, show_matrices
 from lorakeet.workflows.options import ExtractOptions
 from lorakeet.workflows.planning.check import MERGE_TOKENS, why_not_on_gpu
-from lorakeet.workflows.runs.open_adapter import NAME
+from lorakeet.workflows.runs.open_adapter import NAME, identified
 from lorakeet.workflows.runs.output_paths import require_absent, require_place, writing, writing_certificate
 
 
@@ -88,6 +88,7 @@ def extract(options: ExtractOptions, *, console: Console) -> ExtractedAdapter:
     if why_not := why_not_on_gpu("the comparison of both models", "auto", plain, copies=2):
         console.print(why_not, markup=False, soft_wrap=True)
     certificate = _certify(base, tuned, out, (rows, data), console, why_not)
+    certificate = identified(certificate, out, ModelSpec(path=base))
     show_certificate(certificate, console)
     with writing_certificate(out, "extract"):
         certificate.write(out / CERTIFICATE)

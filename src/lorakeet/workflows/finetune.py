@@ -41,6 +41,7 @@ from lorakeet.workflows.finetuning.trained_targets import Moved, target_rows
 from lorakeet.workflows.options import FinetuneOptions
 from lorakeet.workflows.runs.early_checks import require_new_run
 from lorakeet.workflows.runs.multi_process import evaluating_together, require_combinable, starting_together
+from lorakeet.workflows.runs.open_adapter import identified
 from lorakeet.workflows.runs.output_paths import writing
 from lorakeet.workflows.runs.residency import say_peak
 from lorakeet.workflows.runs.run_folder import begin_run, rates_of
@@ -113,9 +114,7 @@ def finetune(
         require_sink(config.train.log_to)
         _check_quick(config, options, kind)
         with enforcing_gpu_budget(config.memory.limit, "Raise the budget."), PeakMemory() as memory:
-            setup = kind.assemble(
-                config, console, processes=processes, resumed=run if resume else None, dry_run=options.dry_run
-            )
+            setup = kind.assemble(config, console, processes=processes, resumed=run if resume else None, dry_run=options.dry_run)
             setup = dataclasses.replace(setup, memory=memory)
             kind.show(setup, console, dry_run=options.dry_run)
             if options.dry_run:
@@ -196,6 +195,7 @@ def _reported(
     setup.processes.disband()  # no collective operation from here on
     if not setup.processes.first:
         return None
+    certificate = identified(certificate, run.adapter, setup.config.model) if kind.peft_adapter else certificate
     report = complete(measured, kind, setup, outcome, run=run, certificate=certificate, times=times, search=search)
     with writing(f"The report in {run.path}", f"The adapter is whole. Free some space, then: {run.resume_command}"):
         certificate.write(run.certificate)

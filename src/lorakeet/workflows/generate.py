@@ -19,6 +19,7 @@ from lorakeet.data.images.folder import png_of
 from lorakeet.disk import write_new
 from lorakeet.errors import ConfigError, DataError, LorakeetError, Problems
 from lorakeet.formats.detect import read_adapter
+from lorakeet.formats.identity import require_certified
 from lorakeet.merging.combine import CombineSpec, combination
 from lorakeet.models.image.model import ImageModel, load_image_model, put_image_adapter
 from lorakeet.models.image.sample import Mix, Sampler, draw_latents, require_finite_latents, why_not_mixed
@@ -68,7 +69,7 @@ def generate(options: GenerateOptions, *, console: Console) -> GenerateResult:
     require_empty(out)
     paths, mixes = adapters_and_mixes(options)
     say = partial(console.print, markup=False, soft_wrap=True)
-    runs, adapters = _opened(paths, say)
+    runs, adapters = _opened(paths, say, options.uncertified)
     for name, run in runs.items():
         if run.memory.budget:
             say(f"memory.budget {run.memory.budget} of {name} was for its training; it does not apply to drawing.")
@@ -95,7 +96,9 @@ def generate(options: GenerateOptions, *, console: Console) -> GenerateResult:
     return GenerateResult(out, image_model.name, pictures)
 
 
-def _opened(paths: Mapping[str, Path], say: Callable[[str], None]) -> tuple[dict[str, RunConfig], dict[str, Adapter]]:
+def _opened(
+    paths: Mapping[str, Path], say: Callable[[str], None], uncertified: bool
+) -> tuple[dict[str, RunConfig], dict[str, Adapter]]:
     """The settings of the runs among these paths, and every adapter. Raises DataError that names all that cannot be read."""
     problems = Problems("These adapters cannot be drawn with", DataError)
     runs: dict[str, RunConfig] = {}
@@ -110,6 +113,7 @@ def _opened(paths: Mapping[str, Path], say: Callable[[str], None]) -> tuple[dict
                     )
                     continue
             adapters[name] = read_adapter(path, say=say)
+            require_certified(path, uncertified=uncertified, say=say)
         except LorakeetError as error:
             problems.add(str(error))
     problems.raise_if_any()

@@ -21,6 +21,7 @@ from lorakeet.evaluate.certificate import Certificate
 from lorakeet.evaluate.intervals import Estimate
 from lorakeet.evaluate.parity import Parity
 from lorakeet.evaluate.values import encode
+from lorakeet.formats.identity import with_note
 from lorakeet.formats.peft import peft
 from lorakeet.merging.checkpoint import Checkpoint, copy_along, tokenizer_files
 from lorakeet.merging.combine import Combination, Combined, CombineSpec, combination
@@ -42,7 +43,7 @@ from lorakeet.workflows.packing.base_choice import AT_LOAD, BaseChoice, both_bas
 from lorakeet.workflows.packing.base_choice import Into as DenseInto
 from lorakeet.workflows.packing.merge import merge_packed
 from lorakeet.workflows.planning.check import MERGE_TOKENS, CheckSize, fit_check, size_of_merge
-from lorakeet.workflows.runs.open_adapter import NAME, Opened, open_adapter
+from lorakeet.workflows.runs.open_adapter import NAME, Opened, identified, open_adapter
 from lorakeet.workflows.runs.output_paths import require_absent, require_place, writing, writing_certificate
 from lorakeet.workflows.runs.residency import peak_said, temporary_stores
 from lorakeet.workflows.runs.terminal import WholeTable
@@ -96,7 +97,7 @@ def merge(options: MergeOptions, *, console: Console) -> Merged:
     paths, out, to = options.runs_or_adapters, options.out, options.to
     require_absent(out)
     require_place(out)
-    opened = [item.within(options.memory) for item in _opened(paths, options.base, console)]
+    opened = [item.within(options.memory) for item in _opened(paths, options, console)]
     density, seed = options.density, options.seed
     spec = CombineSpec(options.method, tuple(options.weights), options.rank, density, seed)
     alone = len(opened) == 1 and spec == CombineSpec(density=density, seed=seed)  # no option combines or compresses
@@ -126,18 +127,18 @@ def merge(options: MergeOptions, *, console: Console) -> Merged:
             "it out, or merge --to model."
         )
     if to == "adapter" and plan is not None:
-        return _into_adapter(plan, opened[0], out, console)
+        return _into_adapter(plan, opened, out, console)
     return _ModelMerge(opened, plan, out, options.dtype, options.into, console).run()
 
 
-def _opened(paths: Sequence[str], base: str | None, console: Console) -> list[Opened]:
+def _opened(paths: Sequence[str], options: MergeOptions, console: Console) -> list[Opened]:
     """Every adapter; ConfigError unless they name one base, where none is given."""
     problems = Problems("These adapters cannot be merged together")
     twice = sorted({path for path in paths if list(paths).count(path) > 1})
     if twice:
         problems.add(f"{', '.join(twice)} is named more than once; name each adapter once and give it a weight.")
     problems.raise_if_any()
-    opened = [open_adapter(Path(path), base=base, say=console.print) for path in paths]
+    opened = [open_adapter(Path(path), base=options.base, uncertified=options.uncertified, say=console.print) for path in paths]
     bases = {item.config.model.path for item in opened}
     if len(bases) > 1:
         named = "; ".join(f"{path} on {item.config.model.path}" for path, item in zip(paths, opened, strict=True))
@@ -146,8 +147,9 @@ def _opened(paths: Sequence[str], base: str | None, console: Console) -> list[Op
     return opened
 
 
-def _into_adapter(plan: Combination, first: Opened, out: Path, console: Console) -> Merged:
+def _into_adapter(plan: Combination, opened: Sequence[Opened], out: Path, console: Console) -> Merged:
     """Writes the combined adapter in PEFT's layout, reads it again, and checks every matrix against the combined ΔW."""
+    first, notes = opened[0], [item.note for item in opened]
     if budget := first.config.memory.budget:
         said = f"memory.budget {budget} does not apply here: no model is loaded, and adapters are in memory as they are."
         console.print(said, soft_wrap=True)
@@ -156,7 +158,8 @@ def _into_adapter(plan: Combination, first: Opened, out: Path, console: Console)
         peft.write(combined.adapter, folder)
         if first.tokenizer is not None:
             copy_along(tokenizer_files(first.tokenizer), folder)
-        certificate = certify_combined(plan, combined, peft.read(folder), out=out)
+        certificate = identified(certify_combined(plan, combined, peft.read(folder), out=out), folder, first.trained_model)
+        certificate = with_note(certificate, *notes)
         certificate.write(folder / CERTIFICATE)
     console.print(f"Wrote an adapter of {combined.adapter.parameters:,} parameters to {out}", soft_wrap=True)
     show_certificate(certificate, console)
@@ -210,6 +213,7 @@ class _ModelMerge:
             with temporary_stores(said.residency, f"{self.out} itself is written, but not checked: remove it and merge again."):
                 live, rows, effect, merged = self._sides(said, whole, dataset)
                 certificate = certify_merge(live, merged, rows, out=self.out, spec=evaluated.config.evaluate, effect=effect)
+                certificate = with_note(certificate, *(item.note for item in self.opened))
         show_certificate(certificate, console)
         with writing_certificate(self.out, "merge"):
             certificate.write(self.out / CERTIFICATE)
@@ -282,9 +286,7 @@ def _with_changes(live: TextModel, whole: Combination, opened: Opened, console: 
             setattr(module, leaf, nn.Parameter(change(module.get_parameter(leaf).detach()), requires_grad=False))
         return live
     apart = dataclasses.replace(residency, folder=residency.folder / "combined")
-    return dataclasses.replace(opened, residency=apart).text_model(
-        console, dtype="float32", with_adapter=False, changes=changes
-    )
+    return dataclasses.replace(opened, residency=apart).text_model(console, dtype="float32", with_adapter=False, changes=changes)
 
 
 def _combined(plan: Combination, console: Console) -> Combined:

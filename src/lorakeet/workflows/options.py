@@ -17,6 +17,7 @@ __all__ = ["VERBS", "Verb", "non_default"]
 RATES, RANKS, TARGETS = (0.25, 4.0), (4, 8, 16, 32), ("all-linear", "attention", "mlp")  # the space of a search
 _RUN = "A run folder, or an adapter folder in PEFT's layout."
 _BASE = "The base model; the default is the one that the run or adapter names."
+_UNCERTIFIED = "Use an adapter whose content is not that of its certificate; results say so."
 _MEMORY = "Memory budget, such as 2GiB (default: memory.budget); weights that do not fit are streamed from disk."
 
 
@@ -36,9 +37,7 @@ class FinetuneOptions:
     quick: bool = setting(False, "Try 0.5, 1 and 2 times the learning rate first, even if the run file gives one.")
 
 
-MachineName = Literal[
-    "this", "gpu-8", "gpu-12", "gpu-16", "gpu-24", "gpu-48", "gpu-80", "cpu-8", "cpu-16", "cpu-32", "cpu-64"
-]
+MachineName = Literal["this", "gpu-8", "gpu-12", "gpu-16", "gpu-24", "gpu-48", "gpu-80", "cpu-8", "cpu-16", "cpu-32", "cpu-64"]
 
 
 @dataclass(frozen=True)
@@ -72,6 +71,7 @@ class EvaluateOptions:
     task_examples: int | None = setting(None, "Examples before each prompt of a task; the default is the task's own number.")
     task_chat: bool = setting(False, "Send prompts of tasks through the model's chat template.")
     memory: str | None = setting(None, _MEMORY)
+    uncertified: bool = setting(False, _UNCERTIFIED)
 
 
 @dataclass(frozen=True)
@@ -90,6 +90,7 @@ class PredictOptions:
     config: Path | None = setting(None, "Run file with the data and model settings; the default is the run's own.")
     base: str | None = setting(None, _BASE)
     memory: str | None = setting(None, _MEMORY)
+    uncertified: bool = setting(False, _UNCERTIFIED)
 
 
 @dataclass(frozen=True)
@@ -126,6 +127,7 @@ class MergeOptions:
         "same", "Dtype of the merged weights; same keeps the dtype of each base weight."
     )
     memory: str | None = setting(None, _MEMORY)
+    uncertified: bool = setting(False, _UNCERTIFIED)
 
 
 @dataclass(frozen=True)
@@ -178,6 +180,7 @@ class ConvertOptions:
         None, "Compress changes that are not low-rank pairs (LoHa, LoKr; DoRA in gguf) to this rank; the error is printed."
     )
     error: float | None = setting(None, "Compress them to the smallest rank whose relative error is at most this, such as 0.01.")
+    uncertified: bool = setting(False, _UNCERTIFIED)
 
 
 Quant = Literal[
@@ -202,6 +205,7 @@ class ExportOptions:
     name: str | None = setting(None, "Name of the model; the default is that of the run folder.")
     host: str = setting("http://127.0.0.1:11434", "Address of the Ollama server for --push.")
     memory: str | None = setting(None, _MEMORY)
+    uncertified: bool = setting(False, _UNCERTIFIED)
 
 
 @dataclass(frozen=True)
@@ -239,6 +243,7 @@ class VerifyOptions:
     rounds: int = setting(0, "Number of rounds of --watch; 0: until it differs.")
     metrics: Path | None = setting(None, "File for the metrics of --watch in Prometheus' text format, written after each round.")
     memory: str | None = setting(None, _MEMORY)
+    uncertified: bool = setting(False, _UNCERTIFIED)
 
 
 @dataclass(frozen=True)
@@ -274,6 +279,7 @@ class GenerateOptions:
     )
     dtype: Literal["auto", "float32", "bfloat16", "float16"] = setting("auto", "Dtype of the model.")
     device: str = setting("auto", "Device: auto, cpu, cuda, cuda:1 or mps.")
+    uncertified: bool = setting(False, _UNCERTIFIED)
 
 
 @dataclass(frozen=True)
@@ -319,6 +325,7 @@ class CompressOptions:
     base: str | None = setting(None, _BASE)
     config: Path | None = setting(None, "Run file with the data settings, for a bare adapter.")
     memory: str | None = setting(None, "Memory budget, such as 2GiB (default: memory.budget); weights are not streamed.")
+    uncertified: bool = setting(False, _UNCERTIFIED)
 
 
 @dataclass(frozen=True)
@@ -362,6 +369,7 @@ class ServeOptions:
     )
     command_only: bool = setting(False, "For --engine vllm: print vLLM's command and start nothing.")
     out: Path | None = setting(None, "For --engine vllm: folder for corrected copies of adapters that vLLM would misread.")
+    uncertified: bool = setting(False, _UNCERTIFIED)
 
 
 @dataclass(frozen=True)
@@ -387,6 +395,7 @@ class ChatOptions:
         None, "Quantisation of the base in memory; the default is that of the run's training."
     )
     memory: str | None = setting(None, "Memory budget, such as 2GiB; weights that do not fit are streamed from disk.")
+    uncertified: bool = setting(False, _UNCERTIFIED)
 
 
 @dataclass(frozen=True)
@@ -419,6 +428,7 @@ class CheckOptions:
         "passed: nothing in its certificate has failed; served: also a server was verified, and each is proved; any: it is not "
         "looked at.",
     )
+    uncertified: bool = setting(False, _UNCERTIFIED)
 
 
 @dataclass(frozen=True)
@@ -432,6 +442,7 @@ class PushOptions:
     gguf: Path | None = setting(None, "File that `lorakeet export` wrote, sent as well.")
     base: str | None = setting(None, "Id of the base model on the hub, for a base that the run names by a path of this machine.")
     report: bool = setting(True, "Send report.html as well, which shows rows of the data.")
+    uncertified: bool = setting(False, _UNCERTIFIED)
 
 
 @dataclass(frozen=True)

@@ -99,7 +99,9 @@ def predict(options: PredictOptions, *, console: Console) -> Predicted:
         raise ConfigError(f"{spelt('review')} is {options.review}; expected a probability from 0 to 1, such as 0.8.")
     say = partial(console.print, markup=False, soft_wrap=True)
     path = Path(options.run_or_adapter)
-    opened = open_adapter(path, base=options.base, config=options.config, say=console.print).within(options.memory)
+    opened = open_adapter(
+        path, base=options.base, config=options.config, uncertified=options.uncertified, say=console.print
+    ).within(options.memory)
     require_encodable(opened.config)
     labels = trained_labels(opened.run, opened.config.data)
     with spelling(_own_spelling()):
@@ -120,7 +122,7 @@ def predict(options: PredictOptions, *, console: Console) -> Predicted:
     later += found.notes
     for note in later:
         say(note)
-    found = dataclasses.replace(found, notes=(*file.notes, *later))
+    found = dataclasses.replace(found, notes=(*filter(None, (opened.note,)), *file.notes, *later))
     shortened = f", {found.shortened:,} shortened to {settings.data.max_tokens:,} tokens" if found.shortened else ""
     say(f"{found.answered:,} of {found.rows:,} rows answered{shortened}; {found.review:,} marked for review: {options.out}")
     return found

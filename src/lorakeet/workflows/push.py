@@ -10,8 +10,10 @@ from typing import Any
 from rich.console import Console
 
 from lorakeet.errors import DataError, one_message
+from lorakeet.evaluate.certificate import with_digest
 from lorakeet.exporting.hub import Uploaded, upload
 from lorakeet.exporting.published_readme import published_readme
+from lorakeet.formats.identity import require_certified
 from lorakeet.train.run import RunFolder
 from lorakeet.workflows.options import PushOptions
 from lorakeet.workflows.runs.pushing_options import CERTIFICATE, beside, named_base, named_here, require_pushable
@@ -39,6 +41,7 @@ def push_run(options: PushOptions, *, console: Console) -> Pushed:
     name, and EnvironmentProblem without a token or where the hub refuses or fails; the same command again goes on.
     """
     run = require_pushable(options)
+    require_certified(run.path, uncertified=options.uncertified, say=lambda text: console.print(text, soft_wrap=True))
     files = _files(options, run)
 
     def say(text: str) -> None:
@@ -91,6 +94,8 @@ def _renamed(files: dict[str, Path | bytes], options: PushOptions, base: str) ->
             text = file.read_text(encoding="utf-8")
         if options.base and named_here(base):
             text = text.replace(base, options.base).replace(json.dumps(base)[1:-1], options.base)
+        if name.endswith(CERTIFICATE):
+            text = with_digest(text)
         if name == README:
             relation = "adapter" if options.merged is None else "finetune"
             text = published_readme(text, options.name, base=options.base or "", relation=relation)

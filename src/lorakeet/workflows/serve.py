@@ -18,6 +18,7 @@ from rich.console import Console
 
 from lorakeet.errors import ConfigError, EnvironmentProblem, LorakeetError, is_out_of_memory, visible
 from lorakeet.evaluate.wording import bytes_text
+from lorakeet.formats.identity import require_certified
 from lorakeet.kernels.threads import can_compute_alone, compute_alone, compute_with
 from lorakeet.memory.budget import larger_than_machine, parse_size
 from lorakeet.memory.cuda import out_of_memory_text
@@ -95,9 +96,9 @@ def serve(options: ServeOptions, *, console: Console) -> Served:
         console.print("\n".join(lines), soft_wrap=True)
 
     name = Path(options.model.rpartition(":")[2]).name or options.model  # the last part of its path or id
-    registry = Registry(live, runner, base=name, budget=budget.limit, changed=changed)
+    registry = Registry(live, runner, base=name, budget=budget.limit, changed=changed, uncertified=options.uncertified)
     for name, path in adapters.items():
-        registry.register(name, path)
+        require_certified(registry.register(name, path).source.path, uncertified=options.uncertified, say=console.print)
     if store is not None:
         store.restore(registry, console.print)
     places = LoadPlaces([*([] if store is None else [store.folder]), *options.lora_paths], adapters)

@@ -32,6 +32,7 @@ from lorakeet.exporting.merged_tensors import StoredTensor
 from lorakeet.exporting.runtime_support import Feature, Limit, Runtime, features_of_adapter, features_of_plan, has_head, limits_of
 from lorakeet.exporting.tolerances import F16, FEW_BITS, PRECISIONS, Q8
 from lorakeet.formats.detect import read_adapter
+from lorakeet.formats.identity import require_certified
 from lorakeet.memory.free import free_memory
 from lorakeet.memory.ledger import Ledger
 from lorakeet.models.files.source import find_source
@@ -126,6 +127,9 @@ class VerifiedAdapters:
         return {"adapters": found, "failed": dict(self.failed), "without a run": list(self.without_run)}
 
 
+VERIFIED = "verified adapter"  # the fact of how it was compared with its certificate
+
+
 def verify(options: VerifyOptions, *, console: Console) -> Verified | VerifiedAdapters | Deployable:
     """Compares the adapter, live on its base in fp32, with every artefact in `against`, and writes what was found.
 
@@ -137,12 +141,12 @@ def verify(options: VerifyOptions, *, console: Console) -> Verified | VerifiedAd
     """
     path = Path(options.run_or_adapter)
     if options.deploy is not None:
-        return check_deployment(path, options.deploy, console, base=options.base)
+        return check_deployment(path, options.deploy, console, base=options.base, uncertified=options.uncertified)
     if options.watch is not None:
         return _watched(path, options.watch, options, console)
     if path.is_dir() and RunFolder.at(path) is None and not any(path.glob("*.safetensors")) and _one_server(options.against):
         return _verify_adapters(path, options, console)
-    opened = open_adapter(path, base=options.base, say=console.print).within(options.memory)
+    opened = open_adapter(path, base=options.base, uncertified=options.uncertified, say=console.print).within(options.memory)
     options = replace(options, against=options.against or _found_beside(opened))
     source = find_source(opened.config.model, console.print)
     size = partial(size_of_check, opened, options.against, source, "this check", rows=_rows(options))
@@ -195,7 +199,7 @@ def _watched(path: Path, target: str, options: VerifyOptions, console: Console) 
     if options.rounds < 0:
         raise ConfigError(f"--rounds is {options.rounds}; it must be 0 (no end) or more.")
     every = parse_duration(options.every)
-    opened = open_adapter(path, base=options.base, say=console.print).within(options.memory)
+    opened = open_adapter(path, base=options.base, uncertified=options.uncertified, say=console.print).within(options.memory)
     few = replace(options, against=(target,), rows=min(_rows(options), WATCHED_ROWS), modules=False)
 
     def say(text: str) -> None:
@@ -256,6 +260,7 @@ def certify_artefacts(
     facts |= {"live adapter": "computed in float32", FACT: record(live.text, NAME).to_text()}
     made = datetime.now(timezone.utc).isoformat(timespec="seconds")
     dated = tuple(replace(check, made=made) for check in checks)
+    facts |= {VERIFIED: opened.note} if opened.note else {}
     return Certificate(f"What became of {options.run_or_adapter}", dated, facts, tuple(unchecked), tuple(modules), incomplete)
 
 
@@ -442,7 +447,8 @@ def _keep(opened: Opened, certificate: Certificate) -> None:
         if not check.artefact or (check.artefact not in again and is_there(check.artefact, beside))
     )
     missing = tuple(one for one in before.unchecked if one.artefact not in again and is_there(one.artefact, beside))
-    facts, unchecked = {**certificate.facts, **before.facts}, (*missing, *certificate.unchecked)
+    earlier = {name: fact for name, fact in before.facts.items() if name != VERIFIED}
+    facts, unchecked = {**certificate.facts, **earlier}, (*missing, *certificate.unchecked)
     modules = tuple(one for one in before.modules if one.artefact not in again and is_there(one.artefact, beside))
     ended = {name: why for name, why in before.incomplete.items() if name not in again and is_there(name, beside)}
     whole = replace(
@@ -474,13 +480,17 @@ class Deployable:
         return {"runtime": self.runtime, "loads": True, "features": list(self.features), "notes": notes}
 
 
-def check_deployment(config_or_run: Path, runtime: Runtime, console: Console, *, base: str | None = None) -> Deployable:
+def check_deployment(
+    config_or_run: Path, runtime: Runtime, console: Console, *, base: str | None = None, uncertified: bool = False
+) -> Deployable:
     """What `runtime` will do with the adapter of a run file, a run or an adapter folder; `base` wins over the model named there.
 
     Raises VerificationFailed (exit code 3) listing every feature that it refuses or computes wrongly, with what helps.
     ConfigError where settings do not fit the model, or where its configuration is needed and cannot be had.
     """
     say, planned = partial(console.print, markup=False, soft_wrap=True), config_or_run.is_file()
+    if not planned:
+        require_certified(config_or_run, uncertified=uncertified, say=say)
     features = _planned(config_or_run, base, say) if planned else _finished(config_or_run, base, runtime, say)
     limits = limits_of(runtime, features)
     bad = [limit for limit in limits if limit.effect != "note"]
@@ -526,7 +536,7 @@ def _finished(folder: Path, base: str | None, runtime: Runtime, say: Say) -> fro
     asks = has_head(adapter.pairs) and bool(limits_of(runtime, ("tied head pairs",)))
     if not asks:
         return features_of_adapter(adapter, tied=False)
-    opened = open_adapter(folder, base=base, say=lambda _: None)  # what is odd about it was said
+    opened = open_adapter(folder, base=base, uncertified=True, say=lambda _: None)  # what is odd about it was said before
     return features_of_adapter(adapter, tied=_ties(config_of(opened.config.model, say)))
 
 

@@ -6,11 +6,12 @@ import hashlib
 from functools import lru_cache
 from pathlib import Path
 
-from lorakeet.formats.files.digest import add_file
+from lorakeet.formats.files.digest import add_file, sha256_of
 from lorakeet.formats.files.safetensors_file import open_safetensors
 
 WHOLE = 256 * 2**20  # bytes: shards that are smaller together are hashed whole, in about a second
 WINDOWS, WINDOW = 16, 256  # pieces of each tensor of a larger model, and their bytes
+_FILE_WINDOWS, _FILE_WINDOW = 4096, 1024  # pieces of a larger single file, and their bytes
 
 
 def fingerprint(folder: Path) -> str:
@@ -24,6 +25,24 @@ def fingerprint(folder: Path) -> str:
     stats = [file.stat() for file in files]
     whole = sum(stat.st_size for stat in stats[1:]) <= WHOLE
     return _hashed(files, tuple((stat.st_size, stat.st_mtime_ns, stat.st_ino) for stat in stats), 0 if whole else WINDOW)
+
+
+def content_of(model: Path) -> str:
+    """As `fingerprint`, also of a folder of diffusers, part by part, and of a single file."""
+    if model.is_dir():
+        if (model / "config.json").is_file():
+            return fingerprint(model)
+        parts = [(part.name, fingerprint(part)) for part in sorted(model.iterdir()) if (part / "config.json").is_file()]
+        return hashlib.sha256(repr(parts).encode()).hexdigest()
+    size = model.stat().st_size
+    if size <= WHOLE:
+        return sha256_of(model)
+    found = hashlib.sha256(str(size).encode())
+    with model.open("rb") as file:
+        for place in range(_FILE_WINDOWS):
+            file.seek((size - _FILE_WINDOW) * place // (_FILE_WINDOWS - 1))
+            found.update(file.read(_FILE_WINDOW))
+    return found.hexdigest()
 
 
 @lru_cache(maxsize=8)

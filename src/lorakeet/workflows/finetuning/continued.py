@@ -15,6 +15,7 @@ from lorakeet.core.adapter import Adapter
 from lorakeet.core.plan import Plan
 from lorakeet.errors import ConfigError, Problems
 from lorakeet.formats.detect import read_adapter
+from lorakeet.formats.identity import require_certified
 from lorakeet.models.files.fingerprint import fingerprint
 from lorakeet.models.fits import plan_of
 from lorakeet.models.inject import trained_parameters
@@ -33,6 +34,7 @@ def with_continued(config: RunConfig) -> RunConfig:
     given = config.lora.continue_from
     if given is None:
         return config
+    require_certified(Path(given))
     adapter, problems = read_adapter(Path(given)), Problems(f"The adapter {given} cannot be trained further")
     if adapter.extras or adapter.token_rows:
         problems.add("It has trained modules or token rows beside its pairs, which are not continued. Take one of pairs alone.")

@@ -25,6 +25,7 @@ from lorakeet.core.spec import SUM, pattern_value
 from lorakeet.errors import ConfigError, Problems
 from lorakeet.evaluate.certificate import Check, tolerance_check
 from lorakeet.formats.detect import read_adapter
+from lorakeet.formats.identity import require_certified
 from lorakeet.models.fits import plan_of
 from lorakeet.models.inject import trained_parameters
 from lorakeet.models.text.model import TextModel
@@ -93,6 +94,7 @@ def earlier_facts(path: Path) -> EarlierFacts:
 
 @lru_cache(maxsize=2)
 def _facts(path: Path, state: tuple[tuple[str, int, int, int], ...]) -> EarlierFacts:
+    require_certified(path)
     adapter = read_adapter(path)
     pairs = {name: (pair.rank, pair.kind) for name, pair in earlier_pairs(path, adapter).items()}
     return EarlierFacts(pairs, adapter_digest(adapter))

@@ -24,6 +24,7 @@ from lorakeet.evaluate.certificate import Certificate, tolerance_check
 from lorakeet.evaluate.compare import Scores, surviving_share
 from lorakeet.evaluate.intervals import Estimate
 from lorakeet.exporting.model_folder import write_repacked
+from lorakeet.formats.identity import with_note
 from lorakeet.merging.requantise import Requantised, round_to_nearest, round_with_feedback
 from lorakeet.models.files.quantized import skeleton
 from lorakeet.models.fuse import unfuse
@@ -92,7 +93,7 @@ def merge_packed(
     for system, share in shares.items():
         table.add_row(system, str(share))
     console.print(table)
-    certificate = _certificate(layout, shares, options, solved)
+    certificate = with_note(_certificate(layout, shares, options, solved), opened.note)
     show_certificate(certificate, console)
     with writing_certificate(out, "merge"):
         certificate.write(out.with_name(f"{out.name}.{CERTIFICATE}") if layout.file else out / CERTIFICATE)

@@ -18,6 +18,7 @@ from rich.console import Console
 from lorakeet.data.locate import locate_model
 from lorakeet.errors import ConfigError, EnvironmentProblem, LorakeetError, Problems
 from lorakeet.formats.detect import detect, read_adapter
+from lorakeet.formats.identity import require_certified
 from lorakeet.formats.limits import check_vllm, misread_by_vllm, uniform, vllm_max_rank
 from lorakeet.formats.peft import peft
 from lorakeet.models.files.source import find_source
@@ -54,6 +55,7 @@ def vllm_command(options: ServeOptions, adapters: Mapping[str, Path], console: C
     ready: dict[str, Path] = {}
     ranks = []
     for name, path in adapters.items():
+        require_certified(path, uncertified=options.uncertified, say=console.print)
         found, adapter = detect(path), read_adapter(path, say=console.print)
         try:
             check_vllm(adapter)
@@ -131,7 +133,7 @@ def serve_with_vllm(options: ServeOptions, adapters: Mapping[str, Path], console
 
 def _verify(path: Path, target: str, model: str, key: str, console: Console) -> None:
     """VerificationFailed where the served adapter is not the live one."""
-    opened = open_adapter(path, base=model, say=lambda _: None)
+    opened = open_adapter(path, base=model, uncertified=True, say=lambda _: None)  # compared before the server began
     check = VerifyOptions(str(path), against=(target,), rows=CHECK_ROWS, modules=False)
     found = certify_artefacts(opened, check, console, key=key)
     show_certificate(found, console)

@@ -1,0 +1,136 @@
+"""What an adapter on disk holds, by name and content, and whether that is what its certificate was made for."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Callable, Mapping
+from dataclasses import replace
+from pathlib import Path
+
+from lorakeet.errors import DataError, VerificationFailed, readable
+from lorakeet.evaluate.certificate import Certificate, read_certificate
+from lorakeet.formats.files.digest import PIECE, sha256_of
+from lorakeet.formats.files.json_object import read_object
+
+CONFIG_NAME, MODEL_NAME = "adapter_config.json", "adapter_model.safetensors"  # of PEFT, whose reader needs torch
+CERTIFICATE = "certificate.json"
+BASE = "base "  # begins the names that are about the base, which is compared where it is opened
+NOT_TRAINED, UNCERTIFIED = "not trained here", "uncertified"
+# Keys of adapter_config.json that say where things are and who wrote them; all others may change what is computed.
+_NOT_COMPUTED = ("base_model_name_or_path", "revision", "inference_mode", "peft_version", "auto_mapping")
+_TOKENIZER = (
+    "tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json", "tokenizer.model", "spiece.model",
+    "vocab.json", "vocab.txt", "merges.txt", "chat_template.jinja", "chat_template.json",
+)  # fmt: skip
+_SHOWN = 8  # names in a refusal
+
+
+def identity_of(folder: Path) -> dict[str, str]:
+    """By name: the SHA-256 of each tensor (dtype, shape, bytes) and tokenizer file of a PEFT folder, and each key of its config.
+
+    Heads and token rows are tensors of the same file. DataError for a damaged file.
+    """
+    found = _tensors(folder / MODEL_NAME)
+    config = read_object(folder / CONFIG_NAME, expected="the settings of an adapter")
+    found |= {f"config {key}": _canonical(value) for key, value in sorted(config.items()) if key not in _NOT_COMPUTED}
+    with readable(folder):
+        return found | {f"tokenizer {name}": sha256_of(folder / name) for name in _TOKENIZER if (folder / name).is_file()}
+
+
+def _tensors(path: Path) -> dict[str, str]:
+    """The SHA-256 of every tensor of a safetensors file, read without torch, which `push` and `check` do without."""
+    found = {}
+    with readable(path), path.open("rb") as file:
+        size = path.stat().st_size
+        length = int.from_bytes(file.read(8), "little")
+        try:
+            if length > size:
+                raise ValueError("it ends within its header")
+            for name, entry in sorted(json.loads(file.read(length)).items()):
+                if name == "__metadata__":
+                    continue
+                begin, end = entry["data_offsets"]
+                if not 0 <= begin <= end <= size - 8 - length:
+                    raise ValueError(f"{name} is not in it")
+                digest = hashlib.sha256(f"{entry['dtype']} {entry['shape']}".encode())
+                file.seek(8 + length + begin)
+                for place in range(begin, end, PIECE):
+                    digest.update(file.read(min(PIECE, end - place)))
+                found[f"tensor {name}"] = digest.hexdigest()
+        except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
+            said = f"{path} is damaged ({type(error).__name__}: {error})."
+            raise DataError(f"{said} It may have been cut off; fetch it again.") from error
+    return found
+
+
+def _canonical(value: object) -> str:
+    """JSON of a value, the same for lists of names in another order."""
+    if isinstance(value, list) and all(isinstance(item, str) for item in value):
+        value = sorted(value)
+    return json.dumps(value, sort_keys=True, ensure_ascii=False)
+
+
+def content_differences(certified: Mapping[str, str], found: Mapping[str, str]) -> list[str]:
+    """The names whose content differs, each with how; settings with both values."""
+    said = []
+    for name in sorted({*certified, *found}):
+        before, now = certified.get(name), found.get(name)
+        if before == now:
+            continue
+        how = "is new" if before is None else "is missing" if now is None else "has changed"
+        shown = not name.startswith("tensor ") and before is not None and now is not None and len(before + now) < 120
+        said.append(f"{name} {how} ({before} certified, {now} found)" if shown else f"{name} {how}")
+    return said
+
+
+def find_certificate(path: Path) -> Path | None:
+    """The certificate of the adapter at `path`: beside its files, or in the run folder around an adapter/."""
+    folder = path if path.is_dir() else path.parent
+    if path.is_file() and path.name not in (MODEL_NAME, CONFIG_NAME):
+        places = []  # a file of another format: no certificate is about it alone
+    elif (folder / "adapter" / MODEL_NAME).is_file() or folder.absolute().name != "adapter":
+        places = [folder / CERTIFICATE]
+    else:
+        places = [folder / CERTIFICATE, folder.absolute().parent / CERTIFICATE]
+    return next((place for place in places if place.is_file()), None)
+
+
+def require_certified(path: Path, *, uncertified: bool = False, say: Callable[[str], None] = lambda _: None) -> str:
+    """Compares the adapter at `path` with its certificate: empty if it is the same, or a note for results, which `say` hears.
+
+    VerificationFailed names what differs, unless `uncertified`; DataError for a certificate that was edited.
+    """
+    place = find_certificate(path)
+    if place is None:
+        say(f"{path} is {NOT_TRAINED}: no certificate says what it holds.")
+        return NOT_TRAINED
+    certified = {name: value for name, value in read_certificate(place).identity.items() if not name.startswith(BASE)}
+    if not certified:
+        note = "certified before adapters were identified, so that its content was not compared"
+        say(f"{path} was {note}.")
+        return note
+    folder = path if path.is_dir() else path.parent
+    folder = folder if (folder / MODEL_NAME).is_file() or not (folder / "adapter").is_dir() else folder / "adapter"
+    return accept_content(str(path), content_differences(certified, identity_of(folder)), uncertified=uncertified, say=say)
+
+
+def accept_content(subject: str, apart: list[str], *, uncertified: bool, say: Callable[[str], None] = lambda _: None) -> str:
+    """Empty if nothing is `apart`, a note of it if `uncertified`; else VerificationFailed."""
+    if not apart:
+        return ""
+    names = "; ".join(apart[:_SHOWN]) + (f"; and {len(apart) - _SHOWN} more" if len(apart) > _SHOWN else "")
+    if not uncertified:
+        raise VerificationFailed(
+            f"{subject} is not what its certificate was made for: {names}. Put back the files of the training. Verbs but "
+            "finetune use it as it is with --uncertified (in Python uncertified=True)."
+        )
+    note = f"{UNCERTIFIED}: {names}"
+    say(f"{subject} is used {note}")
+    return note
+
+
+def with_note(certificate: Certificate, *notes: str) -> Certificate:
+    """The certificate with the notes on the adapters that it was made from among its facts."""
+    said = "; ".join(dict.fromkeys(note for note in notes if note))
+    return replace(certificate, facts={**certificate.facts, "adapter": said}) if said else certificate

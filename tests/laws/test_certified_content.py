@@ -1,0 +1,219 @@
+"""No verb uses an adapter of another content than its certificate's; --uncertified goes on, and the result says so."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from collections.abc import Callable
+from dataclasses import fields
+from pathlib import Path
+from typing import Any
+
+import pytest
+from safetensors.torch import load_file, save_file
+
+import lorakeet as lk
+from lorakeet.cli.main import main
+from lorakeet.errors import DataError, LorakeetError, VerificationFailed
+from lorakeet.evaluate.certificate import Certificate, read_certificate
+from lorakeet.evaluate.report.report import read_report
+from lorakeet.formats.identity import require_certified
+from lorakeet.workflows.generate import _opened as opened_to_draw
+from lorakeet.workflows.options import VERBS
+from lorakeet.workflows.runs.open_adapter import open_adapter
+
+Damage = Callable[[Path], None]
+
+
+def tensors(change: Callable[[dict[str, Any]], Any]) -> Damage:
+    def damage(run: Path) -> None:
+        file = run / "adapter" / "adapter_model.safetensors"
+        found = load_file(file)
+        change(found)
+        save_file(found, file, metadata={"format": "pt"})
+
+    return damage
+
+
+def edited(name: str, **changes: Any) -> Damage:
+    def damage(run: Path) -> None:
+        path = run / name
+        path.write_text(json.dumps({**json.loads(path.read_text()), **changes}))
+
+    return damage
+
+
+def scaled(found: dict[str, Any], part: str, by: float, most: int = 10**6) -> None:
+    for name in [name for name in sorted(found) if part in name][:most]:
+        found[name] = found[name] * by
+
+
+def swapped(found: dict[str, Any]) -> None:
+    one, two = sorted(name for name in found if "q_proj.lora_A" in name)[:2]
+    found[one], found[two] = found[two].clone(), found[one].clone()
+
+
+def without_pair(found: dict[str, Any]) -> None:
+    path = sorted(found)[0].partition(".lora_")[0]
+    for name in [name for name in found if name.startswith(path)]:
+        del found[name]
+
+
+def cut(run: Path) -> None:
+    file = run / "adapter" / "adapter_model.safetensors"
+    file.write_bytes(file.read_bytes()[: file.stat().st_size // 2])
+
+
+def halved(found: dict[str, Any]) -> None:
+    found.update({name: tensor.bfloat16() for name, tensor in found.items()})
+
+
+def tokenizer(run: Path) -> None:
+    (run / "adapter" / "chat_template.jinja").write_text("{{ messages }}")
+
+
+def verdict(run: Path) -> None:
+    path = run / "certificate.json"
+    path.write_text(path.read_text().replace('"subject": "', '"subject": "Another: ', 1))
+
+
+def without_digest(run: Path) -> None:
+    told = json.loads((run / "certificate.json").read_text())
+    del told["sha256"]
+    (run / "certificate.json").write_text(json.dumps(told))
+
+
+def of_another_run(run: Path) -> None:
+    found = read_certificate(run / "certificate.json")
+    others = {name: "0" * 64 if name.startswith("tensor ") else value for name, value in found.identity.items()}
+    Certificate("Another run", found.checks, identity=others).write(run / "certificate.json")
+
+
+DAMAGES: dict[str, tuple[Damage, str]] = {
+    "one tensor x 1.01": (tensors(lambda found: scaled(found, "lora_B", 1.01, 1)), "lora_B.weight has changed"),
+    "A of two layers swapped": (tensors(swapped), "q_proj.lora_A.weight has changed"),
+    "B x 3": (tensors(lambda found: scaled(found, "lora_B", 3.0)), "lora_B.weight has changed"),
+    "alpha x 2": (edited("adapter/adapter_config.json", lora_alpha=24.0), "config lora_alpha has changed (12"),
+    "all B zero": (tensors(lambda found: scaled(found, "lora_B", 0.0)), "lora_B.weight has changed"),
+    "cut in half": (cut, ""),
+    "a pair deleted": (tensors(without_pair), "is missing"),
+    "saved in bf16": (tensors(halved), "has changed"),
+    "rank_pattern": (edited("adapter/adapter_config.json", rank_pattern={"q_proj": 2}), "config rank_pattern has changed"),
+    "chat template": (tokenizer, "tokenizer chat_template.jinja is new"),
+    "certificate edited": (verdict, "was edited"),
+    "certificate without its digest": (without_digest, "was edited"),
+    "certificate of another run": (of_another_run, "has changed"),
+}
+
+
+@pytest.fixture
+def copied(finished: Any, tmp_path: Path) -> Path:
+    return Path(shutil.copytree(finished.path, tmp_path / "copied"))
+
+
+@pytest.mark.parametrize("name", DAMAGES)
+def test_every_damage_is_named(copied: Path, name: str) -> None:
+    assert require_certified(copied) == require_certified(copied / "adapter") == ""
+    damage, named = DAMAGES[name]
+    damage(copied)
+    for path in (copied, copied / "adapter"):
+        with pytest.raises(LorakeetError) as refused:
+            require_certified(path)
+        assert named in str(refused.value)
+        with pytest.raises(LorakeetError):
+            lk.Adapter.read(path, quiet=True)
+    assert main(["check", str(copied)]) in (2, 3), "exit 0 for seven of seven on 2b423591"
+
+
+# How each verb with an adapter is called; a new verb with a run or adapter stands here or in FREE, or the law fails.
+CALLS: dict[str, Callable[[Path, Path, Path], list[str]]] = {
+    "evaluate": lambda run, out, base: [str(run)],
+    "predict": lambda run, out, base: [str(run), "--data", str(run / "rows.jsonl"), "--out", str(out / "a.jsonl")],
+    "merge": lambda run, out, base: [str(run), "--out", str(out / "merged")],
+    "compress": lambda run, out, base: [str(run), "--out", str(out / "small")],
+    "convert": lambda run, out, base: [str(run), str(out / "kohya.safetensors"), "--to", "kohya"],
+    "export": lambda run, out, base: [str(run), "--out", str(out / "a.gguf")],
+    "verify": lambda run, out, base: [str(run), "--against", str(base)],
+    "check": lambda run, out, base: [str(run)],
+    "chat": lambda run, out, base: [str(run)],
+    "serve": lambda run, out, base: ["--model", str(base), "--adapter", f"a={run}", "--port", "0"],
+    "push": lambda run, out, base: [str(run), "a/b", "--base", "c/d"],
+}
+FREE = {
+    "quickstart", "finetune", "plan", "tune",  # train
+    "extract", "quantize",  # read models
+    "studio", "doctor",
+    "generate",  # pictures: test_pictures_are_not_drawn_with_another_content
+}  # fmt: skip
+
+
+def test_every_verb_is_in_the_table() -> None:
+    assert {verb.name for verb in VERBS} == {*CALLS, *FREE}
+    for verb in VERBS:
+        assert ("uncertified" in {one.name for one in fields(verb.options)}) == (verb.name in {*CALLS, "generate"})
+
+
+@pytest.mark.parametrize("verb", CALLS)
+def test_every_verb_refuses(
+    copied: Path, verb: str, finished: Any, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("HF_TOKEN", "none")
+    (copied / "rows.jsonl").write_text('{"text": "alder birch"}\n')
+    DAMAGES["A of two layers swapped"][0](copied)
+    assert main([verb, *CALLS[verb](copied, tmp_path, finished.model)]) == 3
+    assert "lora_A.weight has changed" in " ".join(capsys.readouterr().err.split())
+
+
+def test_pictures_are_not_drawn_with_another_content(copied: Path) -> None:
+    DAMAGES["B x 3"][0](copied)
+    config = copied / "config.yaml"
+    config.write_text(config.read_text().replace("kind: text", "kind: image"))
+    with pytest.raises(LorakeetError, match="has changed"):
+        opened_to_draw({"a": copied}, print, False)
+
+
+def test_uncertified_goes_on_and_the_results_say_so(copied: Path, tmp_path: Path) -> None:
+    DAMAGES["A of two layers swapped"][0](copied)
+    assert main(["merge", str(copied), "--to", "adapter", "--rank", "2", "--out", str(tmp_path / "small"), "--uncertified"]) == 0
+    found = read_certificate(tmp_path / "small" / "certificate.json")
+    assert found.facts["adapter"].startswith("uncertified: tensor ") and require_certified(tmp_path / "small") == ""
+    assert main(["evaluate", str(copied), "--out", str(tmp_path / "report"), "--uncertified"]) == 0
+    report = read_report(tmp_path / "report" / "report.json")
+    assert report.facts["Adapter"].startswith("uncertified: ") and "uncertified" in report.warnings[0]
+
+
+def test_without_a_certificate_it_is_not_trained_here(copied: Path, tmp_path: Path) -> None:
+    bare = Path(shutil.copytree(copied / "adapter", tmp_path / "bare"))
+    said: list[str] = []
+    assert require_certified(bare, say=said.append) == "not trained here" and "not trained here" in said[0]
+    (copied / "certificate.json").unlink()
+    assert open_adapter(copied, say=lambda _: None).note == "not trained here"
+
+
+def test_older_certificates_stay_readable(copied: Path) -> None:
+    path = copied / "certificate.json"
+    told = json.loads(path.read_text())
+    del told["sha256"], told["identity"]
+    path.write_text(json.dumps(told))
+    assert read_certificate(path).passed and "before adapters were identified" in require_certified(copied)
+
+
+def test_the_base_is_compared_by_content(copied: Path, finished: Any, tmp_path: Path) -> None:
+    moved = Path(shutil.copytree(finished.model, tmp_path / "moved"))
+    assert open_adapter(copied, base=str(moved), say=lambda _: None).note == "", "another place is no other content"
+    config = copied / "config.yaml"
+    config.write_text(config.read_text().replace(str(finished.model), str(moved)))
+    assert open_adapter(copied, say=lambda _: None).note == ""
+    weights = next(moved.glob("*.safetensors"))
+    found = load_file(weights)
+    found[sorted(found)[0]] += 0.01
+    save_file(found, weights, metadata={"format": "pt"})
+    with pytest.raises(VerificationFailed, match="base weights has changed"):
+        open_adapter(copied, say=lambda _: None)
+    assert "base weights" in open_adapter(copied, uncertified=True, say=lambda _: None).note
+
+
+def test_a_broken_certificate_is_no_missing_one(copied: Path) -> None:
+    (copied / "certificate.json").write_text("{")
+    with pytest.raises(DataError):
+        require_certified(copied)
