@@ -10,6 +10,7 @@ from pathlib import Path
 import pytest
 
 from lorakeet import disk
+from lorakeet.disk import open_buffered, open_regular, read_regular
 from tiny.full_disk import files_up_to
 
 
@@ -200,3 +201,22 @@ def test_remove_takes_a_link_and_not_what_it_names(tmp_path: Path, victim: Path)
     for name in ("folder", "victim", "nothing"):
         disk.erase(tmp_path / name)
     assert os.listdir(tmp_path) == []
+
+
+@pytest.mark.parametrize("kind", ["pipe", "device", "folder", "loop"])
+def test_what_is_no_file_is_never_read(tmp_path: Path, kind: str) -> None:
+    path = tmp_path / "x"
+    if kind in ("device", "loop"):
+        path.symlink_to("/dev/zero" if kind == "device" else path)
+    else:
+        os.mkfifo(path) if kind == "pipe" else path.mkdir()
+    for read in (read_regular, open_buffered, open_regular):
+        with pytest.raises(OSError):
+            read(path)
+
+
+def test_no_more_than_the_limit_of_a_file_is_read(tmp_path: Path) -> None:
+    (tmp_path / "x").write_bytes(b"123")
+    assert read_regular(tmp_path / "x", 3) == b"123"
+    with pytest.raises(OSError, match="more than 2 bytes"):
+        read_regular(tmp_path / "x", 2)

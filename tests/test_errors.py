@@ -23,7 +23,9 @@ from lorakeet.errors import (
     reader,
     require_regular,
     unreadable,
+    visible,
 )
+from lorakeet.evaluate.report.templates import page_templates
 
 
 def test_every_kind_of_error_has_its_exit_code() -> None:
@@ -124,3 +126,10 @@ def test_a_remedy_is_the_same_on_the_command_line_and_in_words() -> None:
         with pytest.raises(DataError) as caught:
             problems.raise_if_any()
         assert caught.value.remedies == remedies
+
+
+@pytest.mark.parametrize("number", [0x1B, *range(0x202A, 0x202F), *range(0x2066, 0x206A)])
+def test_no_text_changes_the_order_of_what_is_shown(number: int) -> None:
+    assert visible(f"a{chr(number)}b").isascii()
+    shown = page_templates(lambda _: "{{ text }}").get_template("x").render(text=f"a{chr(number)}<b")
+    assert shown == f"a\\u{number:04x}&lt;b"

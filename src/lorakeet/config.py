@@ -13,6 +13,7 @@ import yaml
 from lorakeet.core.spec import MEASURED, LoraSpec
 from lorakeet.data.images.spec import ImageSpec
 from lorakeet.data.spec import DataSpec
+from lorakeet.disk import open_buffered
 from lorakeet.errors import ConfigError, Problems, unreadable
 from lorakeet.evaluate.spec import EvaluateSpec
 from lorakeet.formats.files.yaml_mapping import LARGEST, RESOLVERS, parse_yaml
@@ -142,7 +143,7 @@ def read_run(path: str | Path | None, overrides: Mapping[str, Any] | None = None
 def read_yaml(path: Path) -> dict[str, Any]:
     """Reads the mapping in a YAML (or JSON) file; an empty file is an empty mapping. Raises ConfigError."""
     try:
-        with path.open("rb") as file:  # a pipe too
+        with path.open("rb") if path.is_relative_to("/dev") else open_buffered(path) as file:  # a shell's own pipe is /dev/fd/N
             raw = file.read(LARGEST + 1)
         if len(raw) > LARGEST:
             raise ConfigError(f"{path} has more than {LARGEST:,} bytes; expected a run file. Is it the right file?")

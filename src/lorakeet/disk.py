@@ -17,11 +17,12 @@ import stat
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
-from io import FileIO
+from io import BufferedReader, FileIO
 from pathlib import Path
 from typing import BinaryIO
 
 FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
+LARGEST_READ = 1 << 29  # bytes of a file that is read whole; weights and rows are not
 _KEPT = 150  # bytes of a name that its stage repeats; a name has at most 255
 _EMPTY_SECONDS = 60  # an empty stage of this age has no owner
 
@@ -87,10 +88,24 @@ def open_regular(path: Path, *, follow: bool = True) -> FileIO:
     Without `follow` OSError for a link, too.
     """
     handle = os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC | (0 if follow else os.O_NOFOLLOW))
-    if not stat.S_ISREG(os.fstat(handle).st_mode):
+    if not stat.S_ISREG(mode := os.fstat(handle).st_mode):
         os.close(handle)
-        raise OSError(errno.EINVAL, "it is no file", str(path))
+        raise OSError(errno.EISDIR if stat.S_ISDIR(mode) else errno.EINVAL, "it is no file", str(path))
     return FileIO(handle, "rb")
+
+
+def open_buffered(path: Path) -> BufferedReader:
+    """As `open_regular`, with a buffer, in place of `path.open("rb")`."""
+    return BufferedReader(open_regular(path))
+
+
+def read_regular(path: Path, most: int = LARGEST_READ) -> bytes:
+    """All of a file. OSError for what is no file, and for more than `most` bytes."""
+    with open_buffered(path) as file:
+        raw = file.read(most + 1)
+    if len(raw) > most:
+        raise OSError(errno.EINVAL, f"it has more than {most:,} bytes", str(path))
+    return raw
 
 
 def flush(path: Path) -> None:

@@ -40,7 +40,8 @@ def shortened(text: str, most: int = LONGEST_MESSAGE) -> str:
     return f"{text[: kept - end]} […, {left_out:,} characters, …] {text[len(text) - end :]}"
 
 
-_UNSEEN = [*range(9), *range(0xB, 0x20), *range(0x7F, 0xA0), *range(0xD800, 0xE000)]  # controls, halves of characters
+TURNING = (*range(0x202A, 0x202F), *range(0x2066, 0x206A))  # controls that show what follows in another order
+_UNSEEN = [*range(9), *range(0xB, 0x20), *range(0x7F, 0xA0), *TURNING, *range(0xD800, 0xE000)]  # controls, halves of characters
 _HALF = "\\u{:04x}"
 
 
@@ -50,7 +51,7 @@ def _escapes(form: str) -> dict[int, str]:
 
 
 def visible(text: str, form: str = "\\x{:02x}") -> str:
-    """The text with every control character but tab and line end as an escape of that form: a terminal obeys none of them."""
+    """The text with every control character but tab and line end as an escape, those of direction too: a terminal obeys none."""
     return text if text.isprintable() else text.translate(_escapes(form))
 
 

@@ -63,3 +63,34 @@ def test_a_stray_writer_is_found(tmp_path: Path) -> None:
     assert [line for line, _ in writes(ast.walk(ast.parse("\n".join(lines))))] == [1, 2, 3, 4, 5]
     harmless = "path.open('rb')\nopen(path)\nRun.open(path)\ntext.replace('a', 'w')\n"
     assert not list(writes(ast.walk(ast.parse(harmless))))
+
+
+# What each file may open by itself, and why no stranger has put a pipe or a device there.
+READING = {
+    "api/in_memory_model.py": "read_bytes: files that it has just written",
+    "api/rows.py": "read_bytes: files that it has written",
+    "config.py": "open: /dev/fd/N, a pipe of the user's own shell", "disk.py": "the one place",
+    "exporting/model_folder.py": "open: a file that it has just written",
+    "api/artefacts.py": "read_text: a file that it has just written", "models/nvidia.py": "read_text: of /proc/driver",
+    "models/image/single_file.py": "read_bytes: of an installed package",
+}  # fmt: skip
+OF_THE_SYSTEM = re.compile(
+    r"/proc|_STAT\b|_STATUS\b|_MAPS\b|root /|limit\.|INCLUDE|C_FILES|files\(|published|Image|image_module|archive"
+)
+
+
+def test_files_are_read_through_one_gate() -> None:
+    """Reading a pipe never ends, a device gives bytes for ever: disk.open_regular refuses both, for every name."""
+    strays = []
+    for path in source_files():
+        name = named(path).removeprefix("src/lorakeet/")
+        for node in nodes_of(path):
+            if not isinstance(node, ast.Call) or called_name(node) not in ("read_text", "read_bytes", "open") or name in READING:
+                continue
+            if called_name(node) != "open" and not (isinstance(node.func, ast.Attribute) and not node.args):
+                continue
+            text = ast.unparse(node)
+            reads = called_name(node) != "open" or "'rb'" in text or "'r+b'" in text or ast.unparse(node.func) == "open"
+            if reads and not OF_THE_SYSTEM.search(text):
+                strays.append(f"{name}:{node.lineno} {text[:60]}")
+    assert strays == []

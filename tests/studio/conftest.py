@@ -19,6 +19,14 @@ from lorakeet.studio.safety import csrf_of
 ADDRESS = "http://127.0.0.1:8017"
 
 
+@pytest.fixture(autouse=True)
+def state(tmp_path_factory: pytest.TempPathFactory, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """The folder of this user's secrets."""
+    place = tmp_path_factory.mktemp("state")
+    monkeypatch.setenv("XDG_STATE_HOME", str(place))
+    return place
+
+
 @pytest.fixture
 def studio(tmp_path: Path) -> Iterator[Studio]:
     (tmp_path / "models").mkdir()

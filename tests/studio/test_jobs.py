@@ -337,6 +337,56 @@ def test_a_waiting_job_that_was_copied_from_elsewhere_is_never_started(
     assert again.start_waiting() == [job] and [one.state for one in again.jobs()[1:]] == 4 * ["cancelled"]
 
 
+@pytest.mark.parametrize("changed", [{}, {"signed": ""}, {"words": ["end", "1"]}, {"title": "other"}, {"files": []}])
+def test_who_guesses_the_inode_of_a_folder_starts_no_job(queue: Queue, changed: dict[str, object], state: Path) -> None:
+    """An archive can hold the inode that its folder will have: of files in tmpfs it is the next number."""
+    job = queue.add(["end", "0"], title="x", files={"run.yaml": "a: 1"})
+    about = {**json.loads((job.folder / "job.json").read_text()), **changed}
+    theirs = queue.jobs_folder / f"{job.name}-a"
+    shutil.copytree(job.folder, theirs)
+    (theirs / "job.json").write_text(json.dumps({**about, "inode": theirs.stat().st_ino}))
+    queue.stop(job)
+    assert Queue(queue.folder).start_waiting() == [] and read_job(theirs).state == "cancelled"  # type: ignore[union-attr]
+    [secret] = state.rglob("studio-secret")
+    assert secret.stat().st_mode & 0o777 == 0o600 and len(secret.read_bytes()) == 32
+
+
+def test_a_run_file_that_was_changed_after_its_job_was_made_is_not_carried_out(queue: Queue) -> None:
+    job = queue.add(["end", "0"], title="x", files={"run.yaml": "a: 1"})
+    assert job.made_here
+    (job.folder / "run.yaml").write_text("a: 2")
+    assert queue.start_waiting() == [] and job.state == "cancelled"
+
+
+def test_a_job_names_no_file_of_the_studio(tmp_path: Path) -> None:
+    own = tmp_path / ".studio"
+    queue = Queue(own)
+    (own / "index.sqlite").write_text("")
+    (tmp_path / "link").symlink_to(own / "index.sqlite")
+    own_files = (f"{own}/index.sqlite", "{folder}/job.json", "{folder}/run.yaml", "{folder}/../../index.sqlite")
+    for word in (*own_files, f"{tmp_path}/link"):
+        job = queue.add(["predict", "run", "--out", word], title="x", files={"run.yaml": ""})
+        assert job.out is None and job.kept is None
+        queue.stop(job)
+    job = queue.add(["predict", "run", "--out", "{folder}/answers.csv"], title="x")
+    assert job.out == job.folder / "answers.csv"
+
+
+@pytest.mark.parametrize("name", module._FILES)
+@pytest.mark.parametrize("kind", ["pipe", "folder", "loop"])
+def test_odd_files_at_any_name_of_a_job_hold_up_nobody(queue: Queue, name: str, kind: str) -> None:
+    job = queue.add(["end", "0"], title="x")
+    place = job.folder / name
+    place.unlink(missing_ok=True)
+    os.mkfifo(place) if kind == "pipe" else place.mkdir() if kind == "folder" else place.symlink_to(place)
+    other = Queue(queue.folder)
+    for found in other.jobs():
+        assert (found.state, found.runs, found.code, found.log, found.error)[1:] == ({}, None, "", "") and found.end
+    other.going()
+    other.forget_old()
+    shutil.rmtree(job.folder)
+
+
 def test_jobs_at_the_turn_of_a_second_stay_in_order(queue: Queue, monkeypatch: pytest.MonkeyPatch) -> None:
     moments = [1_700_000_000.999_999, 1_700_000_001.000_1]
     for number, moment in enumerate(moments):

@@ -116,3 +116,9 @@ def test_a_run_folder_keeps_the_id_that_it_was_given(places: Places, monkeypatch
     (moved / ".studio-id").unlink()
     monkeypatch.setattr(module, "write_whole", full)
     assert given_run_id(moved) == ""
+
+
+def test_no_form_names_a_file_of_the_studio_but_uploaded_rows(tmp_path: Path) -> None:
+    places = Places.of(tmp_path / "runs", (tmp_path,))
+    assert not places.within(places.own / "index.sqlite") and not places.within(tmp_path / "other" / ".studio" / "jobs" / "x")
+    assert places.within(places.own / "rows" / "a.csv") and places.within(tmp_path / "runs" / "first")

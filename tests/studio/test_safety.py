@@ -72,6 +72,8 @@ def test_pages_run_no_inline_script_and_nothing_from_elsewhere(browser: TestClie
 def test_only_the_owner_reads_the_token_and_a_restart_keeps_it(studio: Studio) -> None:
     assert stat.S_IMODE(studio.places.own.stat().st_mode) == 0o700
     assert token_of(studio.places.own) == studio.token and len(studio.token) > 40
+    (studio.places.own / "token").write_text(43 * "a")  # of an archive of runs
+    assert token_of(studio.places.own) == studio.token and token_of(studio.places.runs) != studio.token
 
 
 def test_a_form_without_end_is_not_read(browser: TestClient) -> None:

@@ -20,6 +20,7 @@ from lorakeet.api.rows import rows as rows_of
 from lorakeet.config import RunConfig, read_run
 from lorakeet.core.spec import LoraSpec
 from lorakeet.data.split import read_split_record
+from lorakeet.disk import read_regular
 from lorakeet.errors import ConfigError, DataError, spelling
 from lorakeet.evaluate.certificate import Certificate, read_certificate
 from lorakeet.evaluate.report.report import Report, SystemResult, read_report
@@ -145,7 +146,7 @@ class FinishedRun:
     @property
     def metrics(self) -> list[dict[str, Any]]:
         """The lines of metrics.jsonl: a mapping for each step and held-out evaluation."""
-        return [json.loads(line) for line in self.folder.metrics.read_text(encoding="utf-8").splitlines()]
+        return [json.loads(line) for line in read_regular(self.folder.metrics).decode().splitlines()]
 
     @cached_property
     def model(self) -> BaseModelHandle:

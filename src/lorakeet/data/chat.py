@@ -18,7 +18,7 @@ from lorakeet.data.rows import Row, Turn
 from lorakeet.data.shapes import label_text
 from lorakeet.data.spec import DataSpec
 from lorakeet.data.template import Tokenizer, is_templated, render, uses_template
-from lorakeet.errors import ConfigError, DataError, nearest, spelt
+from lorakeet.errors import ConfigError, DataError, nearest, one_message, spelt
 
 if TYPE_CHECKING:
     from rich.text import Text
@@ -182,7 +182,8 @@ class Encoder:
         return [] if is_templated(row, self.tokenizer, self.spec) else self._bos
 
     def _encode(self, text: str) -> list[int]:
-        return list(self.tokenizer.encode(text, add_special_tokens=False)) if text else []
+        with one_message(f"The tokenizer cannot read {text[:60]!r}", "It may be damaged: fetch the model again."):
+            return list(self.tokenizer.encode(text, add_special_tokens=False)) if text else []
 
     def _beginning(self, text: str) -> list[int]:
         """The ids of a row's beginning; the last one is remembered, since each label of a row is encoded behind the same."""

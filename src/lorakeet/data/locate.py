@@ -16,6 +16,7 @@ from typing import IO, cast
 
 from lorakeet.data.guarded_stream import MOST_UNPACKED, GuardedStream, too_large, unpacking
 from lorakeet.data.text_encoding import codec_of, encoding_refusal
+from lorakeet.disk import open_buffered
 from lorakeet.errors import ConfigError, DataError, EnvironmentProblem, LorakeetError, nearest, spelt
 
 PACKAGE = "package:"
@@ -144,7 +145,7 @@ def open_binary(location: Location, most: int = MOST_UNPACKED) -> Iterator[io.Bu
         stream: IO[bytes]
         with unpacking(path):
             if location.member is None:
-                stream = stack.enter_context(path.open("rb"))
+                stream = stack.enter_context(open_buffered(path))
             else:
                 archive = stack.enter_context(zipfile.ZipFile(path))
                 about = archive.getinfo(location.member)

@@ -12,7 +12,7 @@ from pathlib import Path
 
 from lorakeet.data.rows import PROMPT_GROUP, Row
 from lorakeet.data.spec import DataSpec
-from lorakeet.disk import write_whole
+from lorakeet.disk import read_regular, write_whole
 from lorakeet.errors import DataError, spelt
 
 SPLIT_FORMAT = 1
@@ -104,7 +104,7 @@ def write_split_record(path: Path, record: dict[str, object]) -> None:
 def read_split_record(path: Path) -> dict[str, object]:
     """Reads a split.json. Raises DataError if it is missing or invalid."""
     try:
-        record = json.loads(path.read_text(encoding="utf-8"))
+        record = json.loads(read_regular(path))
     except (OSError, ValueError, RecursionError) as error:
         raise DataError(f"{path} cannot be read ({error}); the split of this run cannot be checked without it.") from error
     if not isinstance(record, dict) or record.get("format") != SPLIT_FORMAT or not isinstance(record.get("held_out"), list):

@@ -9,7 +9,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal, TypeAlias
 
-from lorakeet.disk import open_regular
+from lorakeet.disk import read_regular
 from lorakeet.errors import DataError, EnvironmentProblem, VerificationFailed, reader
 from lorakeet.evaluate.intervals import Estimate
 from lorakeet.evaluate.values import decode, encode, from_text, put_text, to_text
@@ -232,8 +232,7 @@ def _digest(data: Mapping[str, Any]) -> str:
 def read_certificate(path: Path) -> Certificate:
     """Reads a certificate.json. Raises DataError if it is missing, broken, edited, or if "passed" contradicts its checks."""
     try:
-        with open_regular(path) as file:
-            data = from_text(dict[str, Any], file.readall().decode("utf-8"), where=str(path))
+        data = from_text(dict[str, Any], read_regular(path).decode("utf-8"), where=str(path))
     except (OSError, UnicodeDecodeError) as error:
         raise DataError(f"Cannot read the certificate {path}: {error}; expected a file that a verified run wrote.") from error
     digest = data.pop(_DIGEST, None)

@@ -15,6 +15,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from lorakeet.disk import open_buffered
 from lorakeet.errors import ConfigError, EnvironmentProblem, VerificationFailed, reason_of
 from lorakeet.formats.files.digest import sha256_of
 
@@ -92,7 +93,7 @@ def _sha256(file: Path | bytes) -> str:
 
 def _git_blob(file: Path | bytes) -> str:
     """The name that git gives to a file's content."""
-    content = file if isinstance(file, bytes) else file.read_bytes()
+    content = file if isinstance(file, bytes) else open_buffered(file).read()
     return hashlib.sha1(f"blob {len(content)}\0".encode() + content, usedforsecurity=False).hexdigest()
 
 

@@ -21,6 +21,7 @@ from pathlib import Path
 from typing import Any
 from urllib.parse import urlsplit
 
+from lorakeet.disk import open_buffered
 from lorakeet.errors import ConfigError, EnvironmentProblem
 from lorakeet.exporting.ollama_templates import recognise
 from lorakeet.formats.files.digest import sha256_of
@@ -205,7 +206,7 @@ def _parsed(line: bytes) -> dict[str, Any]:
 
 def _pieces(path: Path, size: int, on_progress: Progress | None) -> Iterator[bytes]:
     sent = 0
-    with path.open("rb") as file:
+    with open_buffered(path) as file:
         while piece := file.read(_PIECE):
             sent += len(piece)
             yield piece

@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from lorakeet.core.adapter import Adapter
+from lorakeet.disk import open_buffered
 from lorakeet.errors import DataError, readable, reader
 from lorakeet.formats import gguf, mlx
 from lorakeet.formats.adapter_format import READABLE, AdapterFormat, Say, require_adapter
@@ -87,7 +88,7 @@ def _file(path: Path) -> Found:
         raise DataError(f"{path} is a pickle file, which can run code when it is loaded, so it is never opened.")
     if path.name in (CONFIG_NAME, *(one.WEIGHTS for one in FORMATS)):
         return detect(path.parent)
-    with readable(path), path.open("rb") as file:
+    with readable(path), open_buffered(path) as file:
         begin = file.read(9)
     for one in FORMATS:
         if one.MAGIC and begin.startswith(one.MAGIC):

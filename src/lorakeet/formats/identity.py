@@ -8,6 +8,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import replace
 from pathlib import Path
 
+from lorakeet.disk import open_buffered
 from lorakeet.errors import DataError, VerificationFailed, readable
 from lorakeet.evaluate.certificate import Certificate, read_certificate
 from lorakeet.formats.files.digest import PIECE, sha256_of
@@ -41,7 +42,7 @@ def identity_of(folder: Path) -> dict[str, str]:
 def _tensors(path: Path) -> dict[str, str]:
     """The SHA-256 of every tensor of a safetensors file, read without torch, which `push` and `check` do without."""
     found = {}
-    with readable(path), path.open("rb") as file:
+    with readable(path), open_buffered(path) as file:
         size = path.stat().st_size
         length = int.from_bytes(file.read(8), "little")
         try:

@@ -24,7 +24,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from lorakeet.disk import FULL, create, written_whole
+from lorakeet.disk import FULL, create, open_buffered, written_whole
 from lorakeet.errors import DataError, EnvironmentProblem
 from lorakeet.evaluate.wording import bytes_text
 from lorakeet.kernels.host_copies import to_device
@@ -273,7 +273,7 @@ def raw_bytes(tensor: Tensor) -> memoryview:
 def _read_header(path: Path) -> tuple[dict[str, str], dict[str, TensorLocation]]:
     """Returns the metadata and the tensors of a store, without padding; DataError if the file is incomplete."""
     try:
-        with path.open("rb") as file:
+        with open_buffered(path) as file:
             size = os.fstat(file.fileno()).st_size
             length = int.from_bytes(file.read(8), "little")
             if not 2 <= length <= size - 8:

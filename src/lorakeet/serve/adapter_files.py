@@ -18,6 +18,7 @@ from lorakeet.core.adapter import Adapter, FlatPairs, FlatPairsLayout
 from lorakeet.errors import DataError, LorakeetError
 from lorakeet.formats.detect import Found, detect, read_found, surplus_rank
 from lorakeet.formats.files.base_model import open_base
+from lorakeet.formats.files.digest import add_file
 from lorakeet.formats.files.loaded_file import LoadedFile, load_safetensors, open_header
 from lorakeet.formats.files.lru_cache import LruCache
 from lorakeet.formats.peft import peft
@@ -177,7 +178,7 @@ def _digest(found: Found, configured: bytes, opened: list[LoadedFile]) -> str:
         total.update(opened[0].digest.encode())
     else:
         for file in _files(found):
-            total.update(file.read_bytes())
+            add_file(total, file)
     return total.hexdigest()
 
 

@@ -12,13 +12,14 @@ import os
 import shutil
 import threading
 import uuid
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 from lorakeet.disk import flush, flush_folder
 from lorakeet.errors import ConfigError, DataError, LorakeetError
+from lorakeet.formats.files.digest import sha256_of
 from lorakeet.formats.files.json_object import read_object
 from lorakeet.formats.files.safetensors_file import save_text
 from lorakeet.formats.peft.peft import MODEL_NAME
@@ -138,9 +139,14 @@ class AdapterStore:
             part.unlink(missing_ok=True)
             self.space.end(part, stored=stored)
 
-    def accept(self, name: str, registry: Registry, *, replace: bool, uploader: str = "") -> None:
+    def accept(
+        self, name: str, registry: Registry, *, replace: bool, uploader: str = "", digests: Mapping[str, Any] | None = None
+    ) -> None:
         """Loads the upload of `name`; it is kept and visible only if every check passes. Errors as in Registry.load, and
-        ConfigError if the list has another adapter of that name that is not served, unless `replace`."""
+        ConfigError if the list has another adapter of that name that is not served, unless `replace`.
+
+        DataError unless the SHA-256 of each of its files is that of `digests`: files of two uploads never become one adapter.
+        """
         check_name(name)
         with self._changing:
             if name in self._absent and name not in registry.names and not replace:
@@ -158,6 +164,12 @@ class AdapterStore:
             flush(place)
             flush_folder(place.parent)
             try:
+                came_with = {path.name: sha256_of(path) for path in sorted(place.iterdir())}
+                if digests is not None and digests != came_with:
+                    raise DataError(
+                        f"The files of '{name}' are not those of sha256: {', '.join(came_with)} came, and at least one differs. "
+                        "Send all files again, with an ?upload=ID of your own."
+                    )
                 registry.load(name, place, replace=replace, private=True)
             except BaseException:
                 shutil.rmtree(place, ignore_errors=True)

@@ -18,6 +18,8 @@ it. So jobs outlive the studio, a restarted one finds them, and of two studios o
 from __future__ import annotations
 
 import fcntl
+import hashlib
+import hmac
 import json
 import math
 import os
@@ -35,12 +37,13 @@ from typing import Literal
 
 from lorakeet.disk import erase, open_in_place, open_regular, write_new, write_whole, written_whole
 from lorakeet.errors import ConfigError, visible
-from lorakeet.studio.places import NotHere, given_run_id
+from lorakeet.studio.places import OWN, NotHere, given_run_id, signature_of
 
 State = Literal["waiting", "running", "done", "stopped", "failed", "killed", "cancelled"]
 STOPPED = (4, 130, 143)  # exit codes of a run that ended early, Ctrl-C, SIGTERM
 _AUTO = "auto"
 _RUNS = "runs.json"
+_FILES = ("job.json", _RUNS, "alive", "pid", "log", "code", "cancelled", "stopping", "ended")
 BESIDE = ""  # the device of a job that waits for no other
 _OWN = "{folder}/"  # before the name of a job's own file, in a word
 _STARTING = 5.0  # seconds that the start of a process may take
@@ -70,7 +73,9 @@ class Job:
     device: str = _AUTO
     made: float = 0.0  # seconds since 1970
     once: str = ""  # of the form that made it, so that a second click makes no second job
-    inode: int = 0  # of its folder, which a copy or an unpacked archive has not
+    inode: int = 0  # of its folder, which a copy has not
+    files: tuple[str, ...] = ()  # the names of those that it was made with
+    signed: str = ""  # `signature`, as it was when the job was made
 
     @property
     def name(self) -> str:
@@ -80,9 +85,16 @@ class Job:
     def made_here(self) -> bool:
         """False in a folder that was copied or unpacked: its command may be a stranger's."""
         try:
-            return self.inode == self.folder.stat().st_ino
+            same = self.inode == self.folder.stat().st_ino
         except OSError:
             return False
+        return same and hmac.compare_digest(self.signed.encode("utf-8", "replace"), self.signature(self.folder).encode())
+
+    def signature(self, place: Path) -> str:
+        """Of all that it is, where it lies, and its files in `place`, with a key that no folder of runs holds."""
+        about = {**asdict(replace(self, signed="")), "folder": str(self.folder.resolve())}
+        contents = [hashlib.sha256(_bytes(place / name, _LARGEST_ABOUT)).hexdigest() for name in self.files]
+        return signature_of(json.dumps(["job", about, contents]))
 
     @property
     def code(self) -> int | None:
@@ -135,8 +147,11 @@ class Job:
 
     @property
     def out(self) -> Path | None:
-        """What its command writes; None for one that writes nothing here."""
-        return _written_by(self.words)
+        """What its command writes; None for one that writes nothing here, or names a file that is the studio's own."""
+        path = _written_by(self.words)
+        if path is None or OWN not in (whole := path.resolve()).parts:
+            return path
+        return path if whole.parent == self.folder.resolve() and whole.name not in (*_FILES, *self.files) else None
 
     def names(self, folder: Path) -> bool:
         """True if its command has `folder`, or a file in it, as an argument."""
@@ -210,12 +225,13 @@ class Queue:
         made = time.time()
         folder = self.jobs_folder / f"{_moment(made)}-{secrets.token_hex(3)}"
         whole = tuple(f"{folder}/{word.removeprefix(_OWN)}" if word.startswith(_OWN) else word for word in words)
-        job = Job(folder, whole, title, run, device, made, once)
+        job = Job(folder, whole, title, run, device, made, once, files=tuple(files))
         with written_whole(folder) as place:
             place.mkdir()
             job = replace(job, inode=place.stat().st_ino)
             for name, text in files.items():
                 write_new(place / name, text.encode())
+            job = replace(job, signed=job.signature(place))
             about = {name: value for name, value in asdict(job).items() if name != "folder"}
             write_new(place / "job.json", json.dumps(about).encode())
             write_new(place / _RUNS, json.dumps(self._run_ids(whole, run)).encode())
@@ -379,12 +395,13 @@ def read_job(folder: Path) -> Job | None:
         about = json.loads(_bytes(folder / "job.json", _LARGEST_ABOUT))
         words, made = about["words"], float(about["made"])
         title, run, device = (str(about[name]) for name in ("title", "run", "device"))
-        once, inode = str(about.get("once", "")), about.get("inode")
+        once, inode, signed = str(about.get("once", "")), about.get("inode"), str(about.get("signed", ""))
+        files = tuple(Path(str(name)).name for name in about.get("files", ()))
     except (ValueError, KeyError, TypeError, OverflowError, RecursionError):
         return None
     if not isinstance(words, list) or not all(map(_is_argument, words)) or not math.isfinite(made):
         return None
-    return Job(folder, tuple(words), title, run, device, made, once, inode if type(inode) is int else 0)
+    return Job(folder, tuple(words), title, run, device, made, once, inode if type(inode) is int else 0, files, signed)
 
 
 def _moment(made: float) -> str:
@@ -481,7 +498,7 @@ def _interrupt(job: Job) -> None:
 def _locked(path: Path) -> bool:
     """True if a process has the lock of the file `path`."""
     try:
-        with path.open("rb") as file:
+        with open_regular(path) as file:
             fcntl.flock(file, fcntl.LOCK_SH | fcntl.LOCK_NB)
     except BlockingIOError:
         return True

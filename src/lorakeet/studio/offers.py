@@ -27,7 +27,7 @@ from lorakeet.errors import ConfigError
 from lorakeet.evaluate.wording import bytes_text
 from lorakeet.formats.files.digest import sha256_of
 from lorakeet.studio.pages import json_answer, studio_of
-from lorakeet.studio.places import Places
+from lorakeet.studio.places import UPLOADED, Places
 from lorakeet.studio.safety import LARGEST_UPLOAD
 from lorakeet.workflows.runs.quickstart_packages import QUICKSTART_PACKAGES, installed_version
 
@@ -71,7 +71,7 @@ class Offers:
 def offers(places: Places) -> Offers:
     """What lies in the folders, in few levels; then models of installed packages and those that the hub's cache has."""
     models: list[str] = []
-    rows: list[str] = [str(path) for path in sorted((places.own / "rows").glob("*")) if not path.name.startswith(".")]
+    rows: list[str] = [str(path) for path in sorted((places.own / UPLOADED).glob("*")) if not path.name.startswith(".")]
     left = _ENTRIES
     for folder in places.folders:
         for path, names in _walk(folder, places.runs, _DEPTH):
@@ -134,7 +134,7 @@ async def _receive(request: Request) -> Response:
         raise ConfigError(f"The file's name is {name!r:.80}; expected a plain name that ends with {', '.join(ROWS)}.")
     await asyncio.to_thread(_require_space, places, int(request.headers.get("content-length") or 0))
     size, sent = 0, hashlib.sha256()
-    folder = places.own / "rows"
+    folder = places.own / UPLOADED
     coming = folder / f".{secrets.token_hex(8)}" / name
     try:
         with written_whole(coming) as made, create(made) as file:
@@ -161,7 +161,7 @@ async def _receive(request: Request) -> Response:
 
 def _require_space(places: Places, size: int) -> None:
     """Removes unfinished copies of a killed studio. ConfigError for a file that is too large, alone or with the others."""
-    folder = places.own / "rows"
+    folder = places.own / UPLOADED
     for left in folder.glob(".*"):
         with suppress(OSError):  # it has ended meanwhile
             if time.time() - left.stat().st_mtime > _UNFINISHED and not any(map(stage_in_use, left.glob("*"))):

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import fcntl
+import hashlib
+import hmac
 import os
 import re
 import secrets
@@ -10,11 +13,13 @@ from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 
-from lorakeet.disk import open_regular, write_whole
+from lorakeet.disk import open_in_place, open_regular, write_whole
 from lorakeet.errors import ConfigError, LorakeetError, Problems
 
 OWN = ".studio"  # the studio's own folder within that of the runs
+UPLOADED = "rows"  # the folder of uploaded rows in it
 _ID = ".studio-id"  # in a run folder: it stays with the folder, whatever that is named and wherever it lies
+_SECRET = 32  # bytes
 _REMOTE = ("package:", "hub:")
 _WRITTEN = ("memory.store", "images.cache")  # settings that are paths, even where nothing is there yet
 _READ = (
@@ -60,8 +65,10 @@ class Places:
         return self.runs / name
 
     def within(self, path: Path) -> bool:
-        """True if `path`, with links followed, lies in one of the folders."""
+        """True if `path`, with links followed, lies in one of the folders, and is no file of a studio's own but uploaded rows."""
         whole = _whole(path)
+        if OWN in whole.parts and not whole.is_relative_to(self.own / UPLOADED):
+            return False
         return any(whole == folder or whole.is_relative_to(folder) for folder in (self.runs, *self.folders))
 
     def require(self, settings: Mapping[str, str]) -> None:
@@ -101,6 +108,22 @@ def _expanded(text: str) -> Path:
         return Path(text).expanduser()
     except RuntimeError:  # an unknown user
         return Path(text)
+
+
+def signature_of(text: str) -> str:
+    """The HMAC-SHA-256 of `text` with this user's secret. It lies outside of the folders of runs, which may be a stranger's."""
+    state = Path(os.environ.get("XDG_STATE_HOME") or "~/.local/state").expanduser()
+    path = state / "lorakeet" / "studio-secret"
+    path.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
+    with open_in_place(path) as file:
+        fcntl.flock(file, fcntl.LOCK_EX)  # two studios that are started at once make one
+        os.fchmod(file.fileno(), 0o600)
+        if len(secret := file.read(_SECRET)) < _SECRET:
+            secret = secrets.token_bytes(_SECRET)
+            file.seek(0)
+            file.write(secret)
+            os.fsync(file.fileno())
+    return hmac.new(secret, text.encode(), hashlib.sha256).hexdigest()
 
 
 def run_id(folder: Path) -> str:

@@ -11,7 +11,6 @@ Every answer forbids inline scripts, other sites' frames and all that is not ser
 
 from __future__ import annotations
 
-import fcntl
 import hashlib
 import hmac
 import html
@@ -24,7 +23,7 @@ from urllib.parse import parse_qs, parse_qsl, quote, urlencode, urlsplit
 from starlette.responses import HTMLResponse, PlainTextResponse, RedirectResponse, Response
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
-from lorakeet.disk import open_in_place, write_whole
+from lorakeet.studio.places import signature_of
 
 HOSTS = ("127.0.0.1", "localhost", "::1")
 LARGEST_FORM = 1 << 20  # bytes of a posted form
@@ -47,17 +46,10 @@ HEADERS = {
 
 
 def token_of(own: Path) -> str:
-    """The token of the studios on one folder: open pages go on after a restart. It is in a file that its owner alone can read."""
+    """The token of the studios on one folder: open pages go on after a restart. No file of that folder tells it."""
     own.mkdir(parents=True, exist_ok=True)
     own.chmod(0o700)
-    path = own / "token"
-    with open_in_place(own / "token.lock") as lock:
-        fcntl.flock(lock, fcntl.LOCK_EX)  # two studios that are started at once make one
-        found = path.read_text(encoding="ascii").strip() if path.is_file() else ""
-        if len(found) < 32:
-            found = secrets.token_urlsafe(32)
-            write_whole(path, found.encode())
-    return found
+    return signature_of(f"token {own.resolve()}")
 
 
 def csrf_of(token: str) -> str:

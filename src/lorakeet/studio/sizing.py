@@ -16,7 +16,7 @@ from typing import Any
 import torch
 
 from lorakeet.config import read_run
-from lorakeet.disk import create, erase, flush
+from lorakeet.disk import create, erase, flush, read_regular
 from lorakeet.evaluate.wording import bytes_text, duration_text
 from lorakeet.models.files.quantized import skeleton
 from lorakeet.models.files.stored_tensors import stored_dtype
@@ -72,7 +72,7 @@ def sizes_of_run(settings: Mapping[str, str], send: Send) -> None:
         return
     numbers = numbers_of(config_of(config.model, lambda line: send({"say": line})))
     disk, speed = disk_rate(Path(settings["folder"])), measured_speed(torch.float32)
-    held_out = len(json.loads(run.split.read_bytes()).get("held_out", ())) if run.split.is_file() else EXPORT_ROWS
+    held_out = len(json.loads(read_regular(run.split)).get("held_out", ())) if run.split.is_file() else EXPORT_ROWS
     tokens = min(MERGE_TOKENS, held_out * config.data.max_tokens)
     seconds = merge_seconds(numbers, disk, speed, tokens)
     sizes["merge"] = f"about {bytes_text(numbers.stored)}; about {duration_text(seconds)} here, its check among it"

@@ -26,7 +26,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from lorakeet.disk import write_new
+from lorakeet.disk import read_regular, write_new
 from lorakeet.errors import ConfigError, DataError, Problems
 from lorakeet.formats.files.digest import sha256_of
 from lorakeet.formats.files.safetensors_file import open_safetensors, save_tensors, stream_safetensors
@@ -136,11 +136,11 @@ def found(folder: Path) -> list[Path]:
 def load_checkpoint(path: Path) -> Snapshot:
     """Opens the checkpoint at `path`; its tensors are read on access. Raises Damaged if any byte has changed."""
     try:
-        hashes = json.loads((path / MANIFEST).read_bytes())
+        hashes = json.loads(read_regular(path / MANIFEST))
         wrong = [name for name, digest in hashes.items() if sha256_of(path / name) != digest]
         if wrong:
             raise Damaged(f"{', '.join(wrong)} changed since it was written")
-        state = json.loads((path / "state.json").read_bytes())
+        state = json.loads(read_regular(path / "state.json"))
         names = [name.removesuffix(".safetensors") for name in hashes if name != "state.json"]
         tensors: dict[str, Mapping[str, Tensor]] = {name: StoredTensors(path / f"{name}.safetensors") for name in names}
         identity, watch, scale = state.pop("identity"), EarlyStopping(**state.pop("watch")), LossScale(**state.pop("scale", {}))

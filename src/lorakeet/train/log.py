@@ -14,7 +14,7 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
-from lorakeet.disk import open_in_place
+from lorakeet.disk import open_in_place, read_regular
 from lorakeet.errors import DataError, EnvironmentProblem
 
 Record = Mapping[str, float | int | None]
@@ -58,7 +58,7 @@ def read_metrics(path: Path) -> list[dict[str, Any]]:
     """Reads metrics.jsonl without a truncated last line."""
     if not path.exists():
         return []
-    lines = path.read_bytes().split(b"\n")
+    lines = read_regular(path).split(b"\n")
     return [json.loads(line) for line in lines[:-1]]  # after the last newline: empty, or half a record
 
 

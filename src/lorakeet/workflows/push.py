@@ -9,6 +9,7 @@ from typing import Any
 
 from rich.console import Console
 
+from lorakeet.disk import read_regular
 from lorakeet.errors import DataError, one_message
 from lorakeet.evaluate.certificate import with_digest
 from lorakeet.exporting.hub import Uploaded, upload
@@ -91,7 +92,7 @@ def _renamed(files: dict[str, Path | bytes], options: PushOptions, base: str) ->
         if not isinstance(file, Path) or not (name in _TEXTS or name.endswith(CERTIFICATE)):
             continue
         with one_message(f"{file} cannot be sent", "Write it again with finetune, merge or export."):
-            text = file.read_text(encoding="utf-8")
+            text = read_regular(file).decode()
         if options.base and named_here(base):
             text = text.replace(base, options.base).replace(json.dumps(base)[1:-1], options.base)
         if name.endswith(CERTIFICATE):

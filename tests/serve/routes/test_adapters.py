@@ -13,6 +13,7 @@ import httpx
 import pytest
 
 from lorakeet.evaluate.certificate import Certificate, read_certificate, tolerance_check
+from lorakeet.formats.files.digest import sha256_of
 from lorakeet.formats.peft import peft
 from lorakeet.serve import adapter_files, adapter_store
 from lorakeet.serve.service import RequestLimits
@@ -40,7 +41,11 @@ def text(http: Any, model: str, **more: Any) -> str:
 def send(http: Any, name: str, folder: Path, **more: Any) -> Any:
     for file in ("adapter_config.json", peft.MODEL_NAME):
         assert http.put(f"/v1/adapters/{name}/{file}", content=(folder / file).read_bytes()).status_code == 200
-    return http.post(f"/v1/adapters/{name}", json=more)
+    return http.post(f"/v1/adapters/{name}", json={"sha256": digests_of(folder), **more})
+
+
+def digests_of(folder: Path) -> dict[str, str]:
+    return {file: sha256_of(folder / file) for file in ("adapter_config.json", peft.MODEL_NAME)}
 
 
 def test_vllms_calls(http: Any, saved: Callable[..., Path]) -> None:
@@ -90,11 +95,22 @@ def test_two_uploads_of_one_name_keep_their_files_apart(http: Any, saved: Callab
     for file in ("adapter_config.json", peft.MODEL_NAME):
         for upload, folder in (("1", first), ("2", second)):
             assert http.put(f"/v1/adapters/up/{file}?upload={upload}", content=(folder / file).read_bytes()).status_code == 200
-    assert http.post("/v1/adapters/up", json={}).status_code == 400, "nothing came under no id"
-    assert http.post("/v1/adapters/up?upload=2", json={}).json()["ranks"] == [6]
-    taken = http.post("/v1/adapters/up?upload=1", json={})
+    assert http.post("/v1/adapters/up", json={"sha256": {}}).status_code == 400, "nothing came under no id"
+    assert http.post("/v1/adapters/up?upload=2", json={"sha256": digests_of(second)}).json()["ranks"] == [6]
+    taken = http.post("/v1/adapters/up?upload=1", json={"sha256": digests_of(first)})
     assert taken.status_code == 400 and "is loaded already" in taken.json()["error"]["message"]
     assert http.get("/v1/adapters/up").json()["ranks"] == [6]
+
+
+def test_the_config_of_one_and_the_weights_of_another_are_refused(http: Any, saved: Callable[..., Path]) -> None:
+    """Two clients with one key send files of one name at the same time."""
+    first, second = saved("first", seed=1), saved("second", seed=2)
+    part = {"adapter_config.json": digests_of(first)["adapter_config.json"]}
+    for digests in (digests_of(first), part, None):
+        for file, folder in (("adapter_config.json", first), (peft.MODEL_NAME, second)):
+            assert http.put(f"/v1/adapters/up/{file}", content=(folder / file).read_bytes()).status_code == 200
+        assert http.post("/v1/adapters/up", json={"sha256": digests}).status_code == 400
+        assert http.get("/v1/adapters/up").status_code == 404
 
 
 def test_an_upload_has_a_limit(site: Callable[..., Any], saved: Callable[..., Path], tmp_path: Path) -> None:

@@ -269,6 +269,8 @@ def test_pages_of_others_and_borrowed_names_are_refused_where_no_key_is_needed(b
         assert answer.status_code == 403 and origin in answer.json()["error"]["message"]
     for host in ("evil.example", "evil.example:80", "[", "localhost.evil.example"):
         assert httpx.get(f"{both.url}/v1/models", headers={"Host": host}).status_code == 403
+        for path in ("/health", "/healthz", "/readyz"):
+            assert httpx.get(f"{both.url}{path}", headers={"Host": host}).status_code == 403
     for host in ("localhost", "127.0.0.1:1", "[::1]:8000", "box", "box.local"):
         assert httpx.get(f"{both.url}/v1/models", headers={"Host": host}).status_code == 200
     own = {"Origin": both.url, "Content-Type": "text/plain"}

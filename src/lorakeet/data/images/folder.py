@@ -25,7 +25,7 @@ from lorakeet.data.locate import Location
 from lorakeet.data.read import HUB, SAVED, is_hub_id, read_records
 from lorakeet.data.spec import DataSpec
 from lorakeet.data.tables import RowProblems, text_records
-from lorakeet.disk import FULL, erase, write_new, written_whole
+from lorakeet.disk import FULL, erase, read_regular, write_new, written_whole
 from lorakeet.errors import DataError, EnvironmentProblem, Problems
 
 ENDINGS = (".png", ".jpg", ".jpeg", ".jpe", ".jfif", ".webp", ".bmp", ".gif", ".tif", ".tiff")
@@ -335,7 +335,7 @@ def _listed_captions(folder: Path, *, strict: bool = True) -> dict[str, str]:
 
 def _text(path: Path) -> str:
     try:
-        return path.read_text(encoding="utf-8-sig")
+        return read_regular(path).decode("utf-8-sig")
     except UnicodeDecodeError as error:
         raise DataError(f"{path} is not UTF-8 text (byte {error.start}). Save it as UTF-8.") from None
 

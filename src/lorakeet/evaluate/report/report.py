@@ -14,7 +14,7 @@ import numpy as np
 from markupsafe import Markup
 from numpy.typing import NDArray
 
-from lorakeet.disk import open_regular
+from lorakeet.disk import read_regular
 from lorakeet.errors import DataError, reader
 from lorakeet.evaluate.answers import Confusion
 from lorakeet.evaluate.calibration import ReliabilityBin
@@ -250,8 +250,7 @@ def write_report(report: Report, folder: Path) -> None:
 def read_report(path: Path) -> Report:
     """Reads a report.json. Raises DataError if it cannot be read."""
     try:
-        with open_regular(path) as file:
-            text = file.readall().decode("utf-8")
+        text = read_regular(path).decode("utf-8")
     except (OSError, UnicodeDecodeError) as error:
         raise DataError(f"Cannot read the report {path}: {error}; expected a report.json that a run wrote.") from error
     return from_text(Report, text, where=str(path))

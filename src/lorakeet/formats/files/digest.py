@@ -5,6 +5,8 @@ from __future__ import annotations
 import hashlib
 from pathlib import Path
 
+from lorakeet.disk import open_buffered
+
 PIECE = 1 << 20  # bytes
 
 
@@ -18,6 +20,6 @@ def sha256_of(*paths: Path) -> str:
 
 def add_file(found: hashlib._Hash, path: Path) -> None:
     """Adds the bytes of `path` to a hash in progress."""
-    with path.open("rb") as file:
+    with open_buffered(path) as file:
         while piece := file.read(PIECE):
             found.update(piece)

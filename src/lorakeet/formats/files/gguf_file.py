@@ -15,6 +15,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from lorakeet.core.tiled_product import matrix_shape
+from lorakeet.disk import open_buffered
 from lorakeet.errors import DataError, one_message, readable
 from lorakeet.formats.files.gguf_header import MOST_PARTS, check_gguf, gguf_package
 
@@ -62,7 +63,7 @@ class FileTensor:
     def _read(self, first: int, shape: tuple[int, ...]) -> NDArray[Any]:
         """Reads stored numbers or bytes of that `shape` from row `first` on."""
         dtype, whole = self.layout
-        with self.path.open("rb") as file:
+        with open_buffered(self.path) as file:
             file.seek(self.offset + first * math.prod(whole[1:]) * dtype.itemsize)
             return np.fromfile(file, dtype, math.prod(shape)).reshape(shape)
 

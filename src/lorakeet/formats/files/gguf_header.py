@@ -20,6 +20,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from lorakeet.disk import open_buffered
 from lorakeet.errors import DataError, EnvironmentProblem, Problems, readable, require_regular
 
 __all__ = ["MAGIC", "GgufHeader", "Slot", "begins_as_gguf", "check_gguf", "gguf_package"]
@@ -64,7 +65,7 @@ def gguf_package() -> Any:
 
 def begins_as_gguf(path: Path) -> bool:
     """True if the first bytes are those of a GGUF file; DataError if it cannot be read."""
-    with readable(path), path.open("rb") as file:
+    with readable(path), open_buffered(path) as file:
         return file.read(len(MAGIC)) == MAGIC
 
 
@@ -83,7 +84,7 @@ def check_gguf(path: Path, *, most_parts: int = MOST_PARTS) -> GgufHeader:
 @functools.lru_cache(maxsize=8)
 def _checked(path: Path, size: int, changed: int, most_parts: int) -> GgufHeader:
     """The header of the file with that size and modification time."""
-    with path.open("rb") as file:
+    with open_buffered(path) as file:
         magic = file.read(4)
         if magic != MAGIC:
             raise DataError(f"{path} is not a GGUF file: it begins with {magic!r}, expected {MAGIC!r}. Fetch it again.")

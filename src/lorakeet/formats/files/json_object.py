@@ -6,7 +6,7 @@ import json
 from pathlib import Path
 from typing import Any
 
-from lorakeet.disk import open_regular
+from lorakeet.disk import read_regular
 from lorakeet.errors import DataError, unreadable
 
 
@@ -18,8 +18,7 @@ def read_object(path: Path, *, expected: str) -> dict[str, Any]:
 def read_bytes(path: Path, *, expected: str) -> bytes:
     """The bytes of `path`; DataError if it cannot be read."""
     try:
-        with open_regular(path) as file:
-            return file.readall()
+        return read_regular(path)
     except OSError as error:
         raise DataError(f"{unreadable(path, error)} Expected {expected}.") from error
 

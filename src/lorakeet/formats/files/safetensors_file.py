@@ -22,7 +22,7 @@ import torch
 from torch import Tensor
 
 from lorakeet.core.tiled_product import RowSource, matrix_shape
-from lorakeet.disk import create, write_whole, written_whole
+from lorakeet.disk import create, open_buffered, write_whole, written_whole
 from lorakeet.errors import DataError, Problems, readable, require_regular
 from lorakeet.formats.files.json_object import parse_object, read_object
 
@@ -119,7 +119,7 @@ class SafeFile:
     def bytes_between(self, begin: int, end: int) -> bytearray:
         """Bytes `begin` to `end` of the file; DataError if it is shorter."""
         data = bytearray(end - begin)
-        with readable(self.path), self.path.open("rb") as file:
+        with readable(self.path), open_buffered(self.path) as file:
             file.seek(begin)
             count = file.readinto(data)
         if count != len(data):
@@ -157,7 +157,7 @@ class _FileRows:
 def open_safetensors(path: Path) -> SafeFile:
     """Returns the checked header of `path`. DataError names the file and everything that is wrong with it."""
     require_regular(path)
-    with readable(path), path.open("rb") as file:
+    with readable(path), open_buffered(path) as file:
         raw, size = read_header(path, file)
     header = check_header(path, raw, size)
     return SafeFile(path, header.tensors, header.metadata)

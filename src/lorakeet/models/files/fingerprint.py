@@ -6,6 +6,7 @@ import hashlib
 from functools import lru_cache
 from pathlib import Path
 
+from lorakeet.disk import open_buffered, read_regular
 from lorakeet.formats.files.digest import add_file, sha256_of
 from lorakeet.formats.files.safetensors_file import open_safetensors
 
@@ -49,7 +50,7 @@ def content_of(model: Path) -> str:
 def _hashed(files: tuple[Path, ...], stats: tuple[tuple[int, int, int], ...], window: int) -> str:
     """The hash of `files`, config.json first, whole or in pieces of `window` bytes; other `stats` are of files that changed."""
     config, *shards = files
-    found = hashlib.sha256(config.read_bytes())
+    found = hashlib.sha256(read_regular(config))
     for shard in shards:
         found.update(f"\n{shard.name} {shard.stat().st_size}\n".encode())
         if window:
@@ -61,7 +62,7 @@ def _hashed(files: tuple[Path, ...], stats: tuple[tuple[int, int, int], ...], wi
 
 def _add_pieces(found: hashlib._Hash, shard: Path, window: int) -> None:
     opened = open_safetensors(shard)
-    with shard.open("rb") as file:
+    with open_buffered(shard) as file:
         for name, stored in sorted(opened.tensors.items()):
             found.update(f"{name} {stored.dtype} {stored.shape}\n".encode())
             last = max(stored.begin, stored.end - window)

@@ -15,6 +15,7 @@ from typing import Any
 from transformers import AutoTokenizer, GenerationConfig, PreTrainedTokenizerBase, dynamic_module_utils
 from transformers.models.auto.tokenization_auto import tokenizer_class_from_name
 
+from lorakeet.disk import read_regular
 from lorakeet.errors import DataError, EnvironmentProblem, one_message, shortened
 from lorakeet.formats.files.json_object import read_object
 
@@ -122,7 +123,7 @@ def _needed(folder: Path) -> str:
     """The refusal of a folder that a library would read with code of its own: the first file that names some, with the key."""
     for name in _NAMING:
         try:
-            found = json.loads((folder / name).read_text(encoding="utf-8")).get("auto_map")
+            found = json.loads(read_regular(folder / name)).get("auto_map")
         except (OSError, ValueError, AttributeError, RecursionError):
             continue
         if found:

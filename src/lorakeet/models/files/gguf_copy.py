@@ -10,7 +10,7 @@ from typing import Any
 
 from safetensors import SafetensorError
 
-from lorakeet.disk import write_whole, written_whole
+from lorakeet.disk import open_buffered, read_regular, write_whole, written_whole
 from lorakeet.errors import DataError, EnvironmentProblem, readable
 from lorakeet.evaluate.wording import bytes_text
 from lorakeet.formats.files.digest import sha256_of
@@ -56,7 +56,7 @@ def content_digest(path: Path) -> str:
 
     Raises DataError if the file cannot be read or is not a GGUF, EnvironmentProblem if the cache cannot be written.
     """
-    with readable(path), path.open("rb") as file:
+    with readable(path), open_buffered(path) as file:
         magic = file.read(4)
     if magic != MAGIC:
         raise DataError(f"{path} is not a GGUF file: it begins with {magic!r}, expected {MAGIC!r}. Fetch it again.")
@@ -90,7 +90,7 @@ def known_digest(path: Path) -> str:
 def _remembered(note: Path) -> dict[str, Any]:
     """Returns the cached digests; empty if their file is missing or damaged, since they can be computed again."""
     try:
-        known = json.loads(note.read_text(encoding="utf-8"))
+        known = json.loads(read_regular(note))
     except (OSError, ValueError):
         return {}
     entries = known.items() if isinstance(known, dict) else ()

@@ -9,6 +9,7 @@ from typing import Any
 
 import yaml
 
+from lorakeet.disk import read_regular
 from lorakeet.errors import ConfigError
 from lorakeet.formats.files.gguf_header import check_gguf
 from lorakeet.formats.files.json_object import read_object
@@ -69,7 +70,7 @@ def origin_of(spec: ModelSpec) -> str:
 def readme_metadata(folder: Path) -> Mapping[str, Any]:
     """Returns the front matter of the model card (README.md) in `folder`; empty if it is missing or unreadable."""
     try:
-        text = (folder / _README).read_text(encoding="utf-8")
+        text = read_regular(folder / _README).decode()
         begins, front, _ = re.split(r"^---[^\S\n]*$", text, maxsplit=2, flags=re.MULTILINE)
         front = parse_yaml(front, folder / _README) if not begins.strip() else None
     except (OSError, UnicodeDecodeError, ConfigError, ValueError):

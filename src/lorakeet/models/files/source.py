@@ -19,6 +19,7 @@ from huggingface_hub.errors import (
 )
 
 from lorakeet.data.locate import locate_model
+from lorakeet.disk import read_regular
 from lorakeet.errors import ConfigError, DataError, EnvironmentProblem, Problems, reader
 from lorakeet.formats.files.safetensors_file import open_safetensors
 from lorakeet.models.files.gguf_copy import known_digest
@@ -97,7 +98,7 @@ def _cached(spec: ModelSpec) -> Path | None:
 def _has_gguf_blocks(folder: Path) -> bool:
     """True if `folder` is a copy that models/files/gguf_packed made of a .gguf file: the source of a loaded model."""
     try:
-        config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
+        config = json.loads(read_regular(folder / "config.json"))
     except (ValueError, OSError, RecursionError):
         return False
     stored = config.get("quantization_config") if isinstance(config, dict) else None
@@ -138,7 +139,7 @@ def check_folder(folder: Path) -> None:
         problems.add(f"{folder} has no config.json, so it is no model folder.{_advice(folder)}")
         problems.raise_if_any()
     try:
-        json.loads(config.read_text(encoding="utf-8"))
+        json.loads(read_regular(config))
     except (ValueError, OSError, RecursionError) as error:
         problems.add(f"{config} cannot be read as JSON: {error}. Fetch it again.")
     shards = sorted(folder.glob("*.safetensors"))
@@ -168,7 +169,7 @@ def _missing_shards(folder: Path, problems: Problems) -> list[str]:
     if not index.is_file():
         return []
     try:
-        named = set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values())
+        named = set(json.loads(read_regular(index))["weight_map"].values())
     except (ValueError, KeyError, AttributeError, TypeError, OSError, RecursionError) as error:
         problems.add(f"{index} cannot be read as an index of shards: {type(error).__name__}: {error}.")
         return []

@@ -109,10 +109,14 @@ async def receive(service: Service, caller: Caller, request: Incoming, name: str
 
 
 async def accept(service: Service, caller: Caller, name: str, data: Any, upload: str) -> HttpReply:
-    """POST /v1/adapters/NAME[?upload=ID] {"replace": false}: checks an upload, and only then serves it."""
+    """POST /v1/adapters/NAME[?upload=ID] {"sha256": {FILE: HEX}, "replace": false}: checks an upload, and only then serves it."""
     caller.require_admin(name)
     store, replace = _store(service), Fields(data).flag("replace")
-    await asyncio.to_thread(store.accept, name, service.registry, replace=replace, uploader=_uploader(caller, upload))
+    digests = data.get("sha256")
+    if not isinstance(digests, dict):
+        raise ConfigError('"sha256" is missing; expected the SHA-256 of each file of the upload by its name: {FILE: HEX}.')
+    uploader = _uploader(caller, upload)
+    await asyncio.to_thread(store.accept, name, service.registry, replace=replace, uploader=uploader, digests=digests)
     return as_json(_about(service.registry.get(name)))
 
 

@@ -82,9 +82,9 @@ def build_app(service: Service) -> Starlette:
         return _refused(request, _NO_EMBEDDINGS, 501, "not_supported_error")
 
     routes = [
-        Route("/healthz", _plain(lambda: PlainTextResponse("ok"))),
-        Route("/health", _plain(lambda: PlainTextResponse("ok"))),  # vLLM's and llama.cpp's name
-        Route("/readyz", _plain(lambda: _ready(service))),
+        Route("/healthz", _plain(service, lambda: PlainTextResponse("ok"))),
+        Route("/health", _plain(service, lambda: PlainTextResponse("ok"))),  # vLLM's and llama.cpp's name
+        Route("/readyz", _plain(service, lambda: _ready(service))),
         Route("/metrics", _of_caller(service, lambda caller: _metrics(service, caller))),
         Route("/v1/models", _of_caller(service, lambda caller: openai.models(service, caller))),
         Route("/v1/models/", _of_caller(service, lambda caller: openai.models(service, caller))),  # no model of an empty name
@@ -219,11 +219,14 @@ def _end_process(number: int) -> None:
     os._exit(128 + number)
 
 
-def _plain(answer: Callable[[], Response]) -> Handler:
-    async def handle(_: HttpRequest) -> Response:
+def _plain(service: Service, answer: Callable[[], Response]) -> Handler:
+    """A route that needs no key."""
+
+    async def handle(request: HttpRequest) -> Response:
+        _require_own_host(service, request)
         return answer()
 
-    return handle
+    return _guarded(handle)
 
 
 def _sent(reply: HttpReply) -> Response:
@@ -294,7 +297,14 @@ async def _unforeseen(request: HttpRequest, error: Exception) -> Response:
 
 
 def _caller(service: Service, request: HttpRequest) -> Caller:
-    """The caller. Without keys, pages of other origins are refused: a browser sends their posts, even if it shows them no answer.
+    _require_own_host(service, request)
+    return service.access.caller(request.headers.get("authorization"))
+
+
+def _require_own_host(service: Service, request: HttpRequest) -> None:
+    """Raises NotAllowed for strangers' pages. Without keys, pages of other origins are refused.
+
+    A browser sends their posts, even if it shows them no answer.
 
     So are host names that may have been pointed at this machine (DNS rebinding); local names are accepted.
     """
@@ -303,7 +313,6 @@ def _caller(service: Service, request: HttpRequest) -> Caller:
         raise NotAllowed(f"Pages of {origin[:100]} may not use this server; ask without a browser, or start it with --keys.", 403)
     if service.access.open and not _local(host):
         raise NotAllowed(f"This server is not {host[:100]}; ask it as localhost, or start it with --keys.", 403)
-    return service.access.caller(request.headers.get("authorization"))
 
 
 def _local(host: str) -> bool:

@@ -10,6 +10,7 @@ from typing import Any
 
 from lorakeet.config import RunConfig, dump_yaml
 from lorakeet.data.split import check_split_record, read_split_record, write_split_record
+from lorakeet.disk import read_regular
 from lorakeet.evaluate.report.rank_values import Search
 from lorakeet.evaluate.values import from_text, to_text
 from lorakeet.models.spec import ModelSpec
@@ -60,4 +61,4 @@ def begin_run(
 
 def rates_of(run: RunFolder) -> Search | None:
     """The trial that chose the learning rate of a run; None where there was none. DataError where its file is broken."""
-    return from_text(Search, run.rates.read_text(encoding="utf-8"), where=str(run.rates)) if run.rates.is_file() else None
+    return from_text(Search, read_regular(run.rates).decode(), where=str(run.rates)) if run.rates.is_file() else None

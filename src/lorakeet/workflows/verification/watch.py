@@ -10,6 +10,7 @@ import time
 from collections.abc import Callable
 from pathlib import Path
 
+from lorakeet.disk import read_regular
 from lorakeet.errors import ConfigError, EnvironmentProblem
 from lorakeet.evaluate.certificate import Certificate
 from lorakeet.evaluate.values import put_text
@@ -76,7 +77,7 @@ def watch_server(
         number += 1
         found, problem = _attempt(compare)
         if metrics is not None:
-            before = metrics.read_text(encoding="utf-8", errors="replace") if metrics.is_file() else ""
+            before = read_regular(metrics).decode("utf-8", "replace") if metrics.is_file() else ""
             put_text(metrics, metric_text(target, found, before, now=time.time()))
         if found is not None and not all(check.passed for check in found.checks):
             found.raise_if_failed()
