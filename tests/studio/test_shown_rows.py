@@ -11,11 +11,12 @@ import numpy as np
 import pytest
 
 from lorakeet.data.chat import Encoder
+from lorakeet.data.prepare import load_dataset
 from lorakeet.data.rows import Row, Turn
 from lorakeet.data.spec import DataSpec
 from lorakeet.errors import DataError, EnvironmentProblem
 from lorakeet.studio import shown_rows
-from lorakeet.studio.shown_rows import length_values, row_values, show_rows_of
+from lorakeet.studio.shown_rows import length_values, row_values, show_rows_of, split_values
 from lorakeet.workflows.planning import encoded_rows
 from tiny.models import save_tiny_llama, tiny_tokenizer
 from tiny.pictures import album
@@ -181,3 +182,15 @@ def test_texts_with_two_labels_come_first_and_no_dropped_row_is_said_to_be_kept(
     assert split["all"] == split["leaks"] + split["repeats"] == len(split["pairs"])
     left_out = sorted(pair["fate"] for pair in within if pair["fate"] != "both are kept")
     assert left_out == [f"rows.jsonl:{61 + n} and rows.jsonl:{1 + n} are left out for a leak" for n in range(2)]
+
+
+def test_what_is_measured_and_what_is_not_shown_is_said(tmp_path: Path) -> None:
+    """Copies are measured once, a label without a row to measure on is named, and labels beyond 30 are counted."""
+    rows = [{"text": f"word{n} {n * 7919} here", "label": f"kind {n % 35}"} for n in range(140)]
+    held = [{"text": "the same text again", "label": "kind 1"}] * 3 + [{"text": "another one", "label": "kind 2"}]
+    files = {name: write_rows(tmp_path / f"{name}.jsonl", some) for name, some in (("train", rows), ("held", held))}
+    dataset = load_dataset(DataSpec(train=str(files["train"]), held_out=str(files["held"])))
+    found = split_values(dataset, (), str(files["train"]))
+    assert (found["measured"], found["all_labels"], len(found["labels"])) == (2, 35, 30)
+    [said] = [note["words"] for note in found["notes"] if note["words"].startswith("No row to measure on")]
+    assert "“kind 10”" in said and "“kind 1”" not in said and said.count("“") == 8 and "25 more" in said

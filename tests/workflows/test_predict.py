@@ -17,7 +17,10 @@ import lorakeet as lk
 from lorakeet.data.chat import Encoder
 from lorakeet.data.rows import Row
 from lorakeet.errors import ConfigError, DataError
+from lorakeet.evaluate.calibration import ReliabilityBin
+from lorakeet.evaluate.intervals import proportion
 from lorakeet.evaluate.replies import Replies
+from lorakeet.evaluate.report.report import read_report
 from lorakeet.workflows import predict as predicting
 from lorakeet.workflows.finetune import FinetuneResult
 from lorakeet.workflows.finetuning.evaluate_text import TextEvaluator
@@ -57,7 +60,9 @@ def test_probabilities_are_those_of_the_report(finished: Any, tmp_path: Path) ->
     assert [row["label_probability"] for row in written] == [round(float(one), 6) for one in report.confidence]
     ordered = np.sort(report.probabilities, axis=1)
     assert [row["label_margin"] for row in written] == pytest.approx((ordered[:, -1] - ordered[:, -2]).tolist(), abs=1e-6)
-    assert [row["label_review"] == "yes" for row in written] == (report.confidence < 0.8).tolist()
+    measured = predicting._Measured.of(open_adapter(finished.path))
+    doubtful = [one < 0.8 or measured.doubts(0.8, one) for one in report.confidence.tolist()]
+    assert [row["label_review"] == "yes" for row in written] == doubtful
 
 
 def test_a_table_comes_out_as_it_was_with_more_columns(finished: Any, tmp_path: Path) -> None:
@@ -267,3 +272,16 @@ def test_from_python(finished: Any, tmp_path: Path) -> None:
     found = lk.predict(lk.open_run(finished.path), data, tmp_path / "out.csv", quiet=True, column="Sorte")
     assert found.columns == ("Sorte", "Sorte_probability", "Sorte_margin", "Sorte_review") and found.to_mapping()["rows"] == 1
     assert table_of(tmp_path / "out.csv")[0]["Sorte"] in lk.open_run(finished.path).labels
+
+
+def test_rows_are_marked_for_review_by_what_the_report_measured(finished: Any, tmp_path: Path) -> None:
+    """365 rows had one answer each, and 0 were marked, under a verdict of 0 of 26 right: they were sure of it."""
+    opened = open_adapter(finished.path)
+    report = read_report(opened.run.report)  # type: ignore[union-attr]
+    bins = ReliabilityBin(0.99, proportion(0, 13)), ReliabilityBin(0.5, proportion(6, 13))
+    wrong = predicting._Measured(proportion(0, 26), bins)
+    assert wrong.doubts(0.8) and wrong.doubts(0.8, 0.97) and not wrong.doubts(0.6, 0.55)
+    assert not predicting._Measured().doubts(0.8, 0.9)
+    measured = predicting._Measured.of(opened)
+    [adapter] = [one for one in report.systems if one.role == "adapter"]
+    assert measured.right == adapter.metrics["accuracy"] and measured.bins

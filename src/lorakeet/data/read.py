@@ -18,7 +18,7 @@ from lorakeet.data.proposals.reading_on import every_problem
 from lorakeet.data.rows import Row
 from lorakeet.data.shapes import shape_rows
 from lorakeet.data.spec import DataSpec
-from lorakeet.data.tables import READERS, SHOWN_PROBLEMS, FileRecord, RowProblems, TextFormat, spoken_source, text_records
+from lorakeet.data.tables import READERS, SHOWN_PROBLEMS, FileRecord, RowProblems, TextFormat, given_name, text_records
 from lorakeet.errors import DataError, EnvironmentProblem, Remedy, nearest
 
 HUB = "hub:"
@@ -42,7 +42,7 @@ def read_rows(
     first: list[FileRecord] = []
     with all_problems(name, spec, objective):
         rows = _read(name, spec, notes, objective, first=first)
-    words, values = spoken_source(name), [each.values for each in first]
+    words, values = given_name(name), [each.values for each in first]
     unread = "" if objective != "sft" or rows[0].label is not None else unread_verdict_note(words, values)
     if unread and notes is not None:
         notes.append(unread)
@@ -73,7 +73,7 @@ def all_problems(name: str, spec: DataSpec, objective: str | None = None) -> Ite
         def read(other: DataSpec) -> object:
             return _read(name, replace(other, limit=most), None, objective, shown=3)
 
-        raise every_problem(error, spoken_source(name), spec, read) from error
+        raise every_problem(error, given_name(name), spec, read) from error
 
 
 def _read(
@@ -84,7 +84,7 @@ def _read(
     shown: int = SHOWN_PROBLEMS,
     first: list[FileRecord] | None = None,
 ) -> list[Row]:
-    words = spoken_source(name)
+    words = given_name(name)
     problems = RowProblems(f"{words} cannot be used as it is", shown)
     records = _first_kept(islice(read_records(name, problems, spec), spec.limit), first)
     rows = list(shape_rows(records, words, spec, problems, objective))
@@ -117,7 +117,7 @@ def check_first_record(name: str, spec: DataSpec, objective: str | None = None) 
         return
     problems = RowProblems(name)  # of single rows: all are named once the whole file is read
     with all_problems(name, spec, objective):
-        next(shape_rows(read_records(name, problems, spec), spoken_source(name), spec, problems, objective), None)
+        next(shape_rows(read_records(name, problems, spec), given_name(name), spec, problems, objective), None)
 
 
 def _opens_again(name: str) -> bool:

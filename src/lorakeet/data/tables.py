@@ -43,7 +43,7 @@ class InMemory(NamedTuple):
 IN_MEMORY: ContextVar[Mapping[str, InMemory]] = ContextVar("IN_MEMORY", default={})  # noqa: B039 (never changed); by name
 
 
-def spoken_source(name: str) -> str:
+def given_name(name: str) -> str:
     """How messages name the rows `name`: as they are, or as they were given in memory."""
     known = IN_MEMORY.get().get(name)
     return name if known is None else known.words

@@ -19,7 +19,7 @@ from lorakeet.config import RunConfig, read_run
 from lorakeet.data.chat import Encoder, Example
 from lorakeet.data.images.folder import ImageRow, bucket_of, bucket_sizes, fit_remarks, open_pixels, png_of
 from lorakeet.data.images.split import ImageDataset, load_images
-from lorakeet.data.leaks import KINDS, LeakPair
+from lorakeet.data.leaks import KINDS, LeakPair, counted_once
 from lorakeet.data.prepare import Dataset, load_dataset
 from lorakeet.data.proposals.columns import SAMPLED, overlooked_label, possible_labels, propose_columns
 from lorakeet.data.read import all_problems, read_records
@@ -36,6 +36,7 @@ from lorakeet.studio.workbench import Send
 from lorakeet.workflows.planning.encoded_rows import EncodedRows
 from lorakeet.workflows.runs.remarks import Remark, remarks_on
 
+MOST_LABELS = 30  # with a bar
 FIRST, PAIRS, COUNTED, PICTURES = 5, 60, 4000, 48  # rows, pairs, rows whose lengths are counted, pictures that are shown
 ALL_MEASURED = "they stay, and each is measured"  # of preferences
 REPEATED = "exact copies among measured rows are measured once; repeated training rows count twice"
@@ -123,8 +124,11 @@ def split_values(dataset: Dataset, remarks: Sequence[Remark], rows: str) -> dict
     preferred = any(pair.row.rejected or pair.row.desirable is not None for pair in report.within)
     return {
         "counts": {"training": len(dataset.train), "held-out": len(dataset.held_out), "test": len(dataset.test)},
-        "labels": [[label, count] for label, count in Counter(dataset.label_counts).most_common(30)],
+        "labels": [[label, count] for label, count in Counter(dataset.label_counts).most_common(MOST_LABELS)],
+        "all_labels": len(dataset.labels),
+        "measured": len(dataset.test or dataset.held_out) if preferred else len(counted_once(dataset.test or dataset.held_out)),
         "notes": [
+            *({"words": words, "remedies": []} for words in unmeasured_labels(dataset)),
             *({"words": page_words(note, rows), "remedies": []} for note in dataset.notes),
             *({"words": page_words(remark.words, rows), "remedies": remedies_together(remark.remedies)} for remark in remarks),
         ],
@@ -137,6 +141,16 @@ def split_values(dataset: Dataset, remarks: Sequence[Remark], rows: str) -> dict
         "pairs": [pair_values(pair, dropped) for pair in (*report.across, *within)[:PAIRS]],
         "all": len(report.pairs),
     }
+
+
+def unmeasured_labels(dataset: Dataset) -> list[str]:
+    """A sentence where labels have no row to measure on."""
+    measured = {row.label for row in dataset.test or dataset.held_out}
+    absent = [label for label in dataset.labels if label not in measured]
+    if not absent or not measured:
+        return []
+    named = ", ".join(f"“{label:.60}”" for label in absent[:8]) + (f" and {len(absent) - 8:,} more" if absent[8:] else "")
+    return [f"No row to measure on has the label {named}: the verdict will say nothing of it."]
 
 
 def _contradicts(pair: LeakPair) -> bool:

@@ -22,7 +22,7 @@ from lorakeet.data.read import read_rows
 from lorakeet.data.rows import Row
 from lorakeet.data.spec import DataSpec
 from lorakeet.data.split import read_split_record
-from lorakeet.data.tables import spoken_source
+from lorakeet.data.tables import given_name
 from lorakeet.errors import ConfigError, DataError, EnvironmentProblem, LorakeetError
 from lorakeet.evaluate.own_metric import load_metric
 from lorakeet.evaluate.report.report import Report, write_report
@@ -183,7 +183,7 @@ def _rows_of_run(opened: Opened) -> _EvaluationRows:
 
 
 def _named(data: str) -> str:
-    return Path(data).name if spoken_source(data) == data else spoken_source(data)
+    return Path(data).name if given_name(data) == data else given_name(data)
 
 
 def _rows_of_file(opened: Opened, data: str) -> _EvaluationRows:

@@ -85,7 +85,7 @@ class PredictOptions:
     text_column: str | None = setting(None, "Column of the text, if it has another name than in training.")
     encoding: str | None = setting(None, "Encoding of the file, such as cp1252; the default is that of the training file.")
     delimiter: str | None = setting(None, "Separator of columns, such as ';'; the default is that of the training file.")
-    review: float = setting(0.8, "Mark rows for review whose label has a lower probability.")
+    review: float = setting(0.8, "Mark rows for review whose label has a lower probability, or was measured right less often.")
     max_tokens: int = setting(256, "Longest answer to a prompt in tokens; labels need none.")
     config: Path | None = setting(None, "Run file with the data and model settings; the default is the run's own.")
     base: str | None = setting(None, _BASE)

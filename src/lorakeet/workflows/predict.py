@@ -21,10 +21,12 @@ from lorakeet.data.predicted.written_records import TableForm, can_write, form_l
 from lorakeet.data.read import read_records
 from lorakeet.data.rows import Row
 from lorakeet.data.spec import DataSpec
-from lorakeet.data.tables import LEAVE_OUT, RowProblems, spoken_source
+from lorakeet.data.tables import LEAVE_OUT, RowProblems, given_name
 from lorakeet.data.template import uses_template
 from lorakeet.disk import written_whole
 from lorakeet.errors import SPELLING, ConfigError, DataError, EnvironmentProblem, Remedy, spelling, spelt
+from lorakeet.evaluate.calibration import ReliabilityBin
+from lorakeet.evaluate.intervals import Estimate
 from lorakeet.evaluate.likelihood import label_log_probs
 from lorakeet.evaluate.report.report import read_report
 from lorakeet.memory.cuda import enforcing_gpu_budget
@@ -47,6 +49,7 @@ TOGETHER = 2048  # rows that are in memory at once
 _SAMPLED = 100  # records from which columns are proposed
 _DIGITS = 6  # of a probability
 ANSWER = "answer"
+SHARES_RIGHT = ("accuracy", "exact_match", "normalised_match", "json_match", "numeric_match")  # as a headline has them
 REPLIED = "reply_words"  # a metric of every system that replied
 OWN_FLAGS = ("encoding", "delimiter", "text_column")  # settings of data that are options here
 
@@ -84,6 +87,37 @@ class _Answer:
         return dict(zip(columns, every if len(columns) == len(every) else [every[0], every[-1]], strict=True))
 
 
+@dataclass(frozen=True)
+class _Measured:
+    """How often the run's report found answers right: all of them, and labels by their probability."""
+
+    right: Estimate | None = None
+    bins: tuple[ReliabilityBin, ...] = ()
+
+    @classmethod
+    def of(cls, opened: Opened) -> _Measured:
+        """What the report of the run says of its adapter; nothing without a report, or where it counts no right answers."""
+        if opened.run is None or not opened.run.report.is_file():
+            return cls()
+        report = read_report(opened.run.report)
+        metric = next((one.metric for one in report.comparisons if one.metric in SHARES_RIGHT), "")
+        found = [one.metrics[metric] for one in report.systems if one.role == "adapter" and metric in one.metrics]
+        bins = [one.bins for one in report.reliabilities if one.role == "adapter"]
+        return cls(found[0] if found else None, bins[0] if bins else ())
+
+    def doubts(self, least: float, probability: float | None = None) -> bool:
+        """Whether answers of about this probability were right less often than `least`, by the upper end of the interval."""
+        near = None
+        if probability is not None:
+            near = min(self.bins, key=lambda one: abs(one.confidence - probability), default=None)
+        found = self.right if near is None else near.accuracy
+        return found is not None and found.high < least
+
+    @property
+    def said(self) -> str:
+        return "" if self.right is None else f" (the report found {self.right.value:.1%} of {self.right.n:,} rows right)"
+
+
 def predict(options: PredictOptions, *, console: Console) -> Predicted:
     """Answers each row of `options.data` and writes all of them, in order, with new columns, to the new file `options.out`.
 
@@ -116,7 +150,8 @@ def predict(options: PredictOptions, *, console: Console) -> Predicted:
         encoder = Encoder(text.tokenizer, settings.data, labels)
         plain = not labels and not uses_template(text.tokenizer, settings.data)
         later = [unknown] if plain and unknown else []
-        answerer = _Answerer(settings, text, encoder, console, options, LINE if plain and one_line else "")
+        measured = _Measured.of(opened)
+        answerer = _Answerer(settings, text, encoder, console, options, LINE if plain and one_line else "", measured)
         with writing(str(options.out), "Free some space, or choose another --out."):
             found = _written(options, file, answerer)
     later += found.notes
@@ -124,7 +159,8 @@ def predict(options: PredictOptions, *, console: Console) -> Predicted:
         say(note)
     found = dataclasses.replace(found, notes=(*filter(None, (opened.note,)), *file.notes, *later))
     shortened = f", {found.shortened:,} shortened to {settings.data.max_tokens:,} tokens" if found.shortened else ""
-    say(f"{found.answered:,} of {found.rows:,} rows answered{shortened}; {found.review:,} marked for review: {options.out}")
+    marked = f"{found.review:,} marked for review{measured.said}"
+    say(f"{found.answered:,} of {found.rows:,} rows answered{shortened}; {marked}: {options.out}")
     return found
 
 
@@ -147,26 +183,26 @@ def _read_first(options: PredictOptions, trained: DataSpec, labels: Sequence[str
     spec = dataclasses.replace(trained, limit=None, **{key: value for key, value in given.items() if value is not None})
     spec = dataclasses.replace(spec, train=options.data, held_out=None, test=None)
     spec.validate()
-    lines, empty = RowProblems(f"{spoken_source(options.data)} cannot be used as it is"), RowProblems(options.data)
+    lines, empty = RowProblems(f"{given_name(options.data)} cannot be used as it is"), RowProblems(options.data)
     notes, rows, characters = list[str](), 0, 0
     try:
         form = form_like(options.data, spec, options.out, labels or None)
         if first := list(islice(read_records(options.data, lines, spec), _SAMPLED)):
-            spec, taken = fitting_columns(first, spoken_source(options.data), spec, labels)
+            spec, taken = fitting_columns(first, given_name(options.data), spec, labels)
             notes += [taken] if taken else []
-        lines = RowProblems(f"{spoken_source(options.data)} cannot be used as it is")
-        contents, shaped = Contents(form, options.out, lines), row_shaper(spoken_source(options.data), spec, labels, empty)
+        lines = RowProblems(f"{given_name(options.data)} cannot be used as it is")
+        contents, shaped = Contents(form, options.out, lines), row_shaper(given_name(options.data), spec, labels, empty)
         for record in read_records(options.data, lines, spec):
             rows, row = rows + 1, shaped(record)
             contents.add(record)
             characters += 0 if row is None else len(row.text)
         lines.raise_if_any()
         if not rows:
-            raise DataError(f"{spoken_source(options.data)} has no rows; expected at least one record below the header.")
+            raise DataError(f"{given_name(options.data)} has no rows; expected at least one record below the header.")
     except DataError as error:
         raise DataError(str(error), remedies=_own_remedies(error.remedies)) from error
     if empty.count == rows:
-        raise DataError(f"No row of {spoken_source(options.data)} can be answered; first {empty.first}")
+        raise DataError(f"No row of {given_name(options.data)} can be answered; first {empty.first}")
     if empty.count:
         notes.append(f"{empty.count:,} of {rows:,} rows get no answer; first {empty.first}")
     columns = _new_columns(options, trained, contents.columns, labels)
@@ -206,7 +242,7 @@ def _new_columns(options: PredictOptions, trained: DataSpec, known: Collection[s
     if not can_write("utf-8", name):
         raise ConfigError(f"{spelt('column')} {name!r} has half of a character. Choose another name.")
     if taken := [column for column in columns if column in known]:
-        said = f"{spoken_source(options.data)} has a column {taken[0]!r} already."
+        said = f"{given_name(options.data)} has a column {taken[0]!r} already."
         raise ConfigError(f"{said} Choose another name with {spelt('column')}.")
     return columns
 
@@ -236,7 +272,7 @@ def _written(options: PredictOptions, file: _RowsFile, answerer: _Answerer) -> P
     counts = {"rows": 0, "answered": 0, "review": 0, "shortened": 0, "replaced": 0}
     known = {*file.own}
     ignored = RowProblems(options.data)  # all are known since the first reading
-    shaped = row_shaper(spoken_source(options.data), file.spec, answerer.encoder.labels, ignored)
+    shaped = row_shaper(given_name(options.data), file.spec, answerer.encoder.labels, ignored)
     with (
         written_whole(options.out) as made,
         record_writer(made, file.form, (*file.own, *file.columns)) as write,
@@ -272,6 +308,7 @@ class _Answerer:
     console: Console
     options: PredictOptions
     ending: str
+    measured: _Measured
 
     def answers(self, rows: Sequence[Row | None]) -> list[_Answer]:
         """The answer to each row, in order; an empty one where there is no row, or it is left out as too long."""
@@ -297,7 +334,7 @@ class _Answerer:
                 continue
             row = next(following)
             best, second = (float(value) for value in np.sort(row)[::-1][:2])
-            doubtful = best < self.options.review or one.truncated
+            doubtful = best < self.options.review or one.truncated or self.measured.doubts(self.options.review, best)
             yield _Answer(self.encoder.labels[int(row.argmax())], best, best - second, one.truncated, doubtful)
 
     def _replied(self, rows: Sequence[Row]) -> Iterator[_Answer]:
@@ -316,10 +353,11 @@ class _Answerer:
             prompts = Prompts(prompted, tuple(questions), tuple(questions.values()), blank, limit, self.ending)
             found = Replier(self.config, self.text, self.encoder, Console(quiet=True), NAME).write(ADAPTER, prompts)
             replies.update(zip(questions, zip(found.texts, found.cut, strict=True), strict=True))
+        doubted = self.measured.doubts(self.options.review)
         for place, row in enumerate(rows):
             if place not in questions:
                 yield _Answer()
                 continue
             reply, cut = replies[place]
             shortened = self.encoder.shortened(row) is not row
-            yield _Answer(reply, shortened=shortened, review=bool(cut or shortened or not reply))
+            yield _Answer(reply, shortened=shortened, review=bool(doubted or cut or shortened or not reply))

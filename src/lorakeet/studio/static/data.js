@@ -72,13 +72,12 @@ const draw = {
     guess(part.remedies, part.says);
   },
   split(part) {
-    const { training, test } = part.counts;
-    const held = part.counts["held-out"];
-    say(`${short(training)} rows to train on, ${short(test || held)} to measure on.`, part.leaks ? "none" : "fits");
+    const { training } = part.counts;
+    say(`${short(training)} rows to train on, ${short(part.measured)} to measure on.`, part.leaks ? "none" : "fits");
     by("next").hidden = false;
     rememberFile(form);
     by("split-bar").replaceChildren(shares(part.counts));
-    by("labels").replaceChildren(...(part.labels.length ? [bars("Labels of the training rows", part.labels)] : []));
+    by("labels").replaceChildren(...(part.labels.length ? [bars(`Labels of the training rows${part.all_labels > part.labels.length ? `: the ${part.labels.length} most frequent; ${short(part.all_labels - part.labels.length)} more are not shown` : ""}`, part.labels)] : []));
     by("notes").replaceChildren(...part.notes.map((note) => make("div", { class: "warning" }, make("p", { class: "message" }, note.words), ...actions(note.remedies))));
     by("leaks").hidden = false;
     const fate = part.dropped ? `${short(part.dropped)} of these rows are left out.` : "None is left out.";
