@@ -88,14 +88,14 @@ class _Answer:
 
 
 @dataclass(frozen=True)
-class _Measured:
+class _RunReport:
     """How often the run's report found answers right: all of them, and labels by their probability."""
 
     right: Estimate | None = None
     bins: tuple[ReliabilityBin, ...] = ()
 
     @classmethod
-    def of(cls, opened: Opened) -> _Measured:
+    def of(cls, opened: Opened) -> _RunReport:
         """What the report of the run says of its adapter; nothing without a report, or where it counts no right answers."""
         if opened.run is None or not opened.run.report.is_file():
             return cls()
@@ -150,7 +150,7 @@ def predict(options: PredictOptions, *, console: Console) -> Predicted:
         encoder = Encoder(text.tokenizer, settings.data, labels)
         plain = not labels and not uses_template(text.tokenizer, settings.data)
         later = [unknown] if plain and unknown else []
-        measured = _Measured.of(opened)
+        measured = _RunReport.of(opened)
         answerer = _Answerer(settings, text, encoder, console, options, LINE if plain and one_line else "", measured)
         with writing(str(options.out), "Free some space, or choose another --out."):
             found = _written(options, file, answerer)
@@ -308,7 +308,7 @@ class _Answerer:
     console: Console
     options: PredictOptions
     ending: str
-    measured: _Measured
+    measured: _RunReport
 
     def answers(self, rows: Sequence[Row | None]) -> list[_Answer]:
         """The answer to each row, in order; an empty one where there is no row, or it is left out as too long."""

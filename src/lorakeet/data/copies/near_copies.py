@@ -1,5 +1,8 @@
 """Finds texts that are nearly equal: at most one word in five is changed, or one word of a short text.
 
+Only words of a text's own count as changes: what many texts share weighs nothing, wherever it stands. A text may stand whole in
+another, and passages may have changed places. Two texts with other numbers or signs are no copies (`copies/words`).
+
 Candidates share a rare sequence of three to five words, or are equal but for one word. Each candidate is then aligned word by
 word. Two texts are near-copies if few words differ, and if what they share is too rare to be chance: words that many texts have
 in common weigh nothing (`copies/rarity`). Other rows of a template differ in few words too. What gives them away is that
@@ -17,7 +20,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from lorakeet.data.copies.rarity import AT_ONCE, FEW, WINDOW, Hashes, NumberedTexts, find_rarity, mix, number_words
-from lorakeet.data.copies.words import CHARACTER_LENGTH, is_character
+from lorakeet.data.copies.words import CHARACTER_LENGTH, is_character, other_values
 
 CHANCE = 4.0  # bits that near-copies share at least, and log2 of the words where they may differ
 FITTING = 3.0  # bits besides, and log2 of the texts, if the change fits: fewer than one such twin by chance in eight texts
@@ -30,6 +33,11 @@ _BASE = np.uint64(0x9E3779B97F4A7C15)
 _NEARLY_ONE = 0.8  # word that may differ counts as one
 _TOO_LONG = 16_000  # words between the first and the last difference, of which no more are aligned
 _COMMON_WORDS = 0.5  # of a candidate's words, by a hash of 64 bits
+_LONGER = 3  # times as many own words as a text in which another stands whole: as much before and behind it
+_MOVED = 3  # words of a passage that changed places
+_BETWEEN = 2  # words that weigh nothing, between own words, and are a text's own too
+
+Matched = list[tuple[int, int]]
 
 
 @dataclass(frozen=True)
@@ -66,7 +74,7 @@ class _Search:
         self.features, self.kept = _features(self.numbered, rarity.sequences)
         self.total = np.add.reduceat(self.bits, self.numbered.starts[:-1])
         own = self.bits > 0
-        self.own = np.add.reduceat(own.astype(np.int32), self.numbered.starts[:-1])
+        self.own = _own_words(self.numbered, own)
         self.sketch = _sketches(self.numbered, own)
 
     def run(self) -> list[NearCopy]:
@@ -88,32 +96,76 @@ class _Search:
             kept &= np.minimum(self.total[first], self.total[second]) >= CHANCE
             kept &= np.minimum(self.own[first], self.own[second]) >= 1
             common = _bit_counts(self.sketch[first] & self.sketch[second])
-            most = np.maximum(_bit_counts(self.sketch[first]), _bit_counts(self.sketch[second]))
-            kept &= common >= _COMMON_WORDS * most
+            fewest = np.minimum(_bit_counts(self.sketch[first]), _bit_counts(self.sketch[second]))
+            kept &= common >= _COMMON_WORDS * fewest
+            own = self.own[first], self.own[second]
+            kept &= np.maximum(*own) <= _LONGER * np.minimum(*own)
             yield first[kept], second[kept]
 
     def _compare(self, first: int, second: int) -> NearCopy | None:
         spans = one, other = self.numbered.span(first), self.numbered.span(second)
-        ids, others = (self.numbered.ids[span].tolist() for span in spans)
-        longest = int(max(self.own[first], self.own[second]))
-        allowed = int((1 - self.threshold) * longest + 1e-9)
-        if allowed < 1 and max(self._length(ids), self._length(others)) >= fewest_words(self.threshold):
-            allowed = 1
-        if abs(len(ids) - len(others)) > allowed:
-            return None
+        texts = ids, others = [self.numbered.ids[span].tolist() for span in spans]
+        bits, other_bits = weights = [self.bits[span].tolist() for span in spans]
         matched = align(ids, others)
-        changed = max(len(ids), len(others)) - len(matched)
-        if changed > allowed:
+        if not matched:
             return None
-        bits, other_bits = (self.bits[span].tolist() for span in spans)
-        values = [value for i, j in matched if (value := min(bits[i], other_bits[j])) > 0]
-        least = LEAST - self._changes_common_words(matched, bits, other_bits)
+        gaps = _gaps(matched, (len(ids), len(others)))
+        changed = _changed(gaps, weights)
+        longest, allowed = self._allowed(texts, (first, second), 0)
+        moved: Matched = []
+        if rearranged := changed > allowed:  # text was added around the other, or passages were moved
+            moved = _moved(texts, matched)
+            gaps = _without_moved(gaps, moved)
+            inner, added = _changed(gaps[1:-1], weights), 0
+            for gap in (gaps[0], gaps[-1]):
+                own = [_own(side, weight) for side, weight in zip(gap, weights, strict=True)]
+                inner, added = (inner, added + max(own)) if not all(gap) else (inner + max(own), added)
+            if min(map(self._length, texts)) < fewest_words(self.threshold):
+                return None
+            longest, allowed = self._allowed(texts, (first, second), added)
+            if (changed := inner) > allowed:
+                return None
+        if self._has_other_values((one, other), matched, moved):
+            return None
+        values = [value for i, j in [*matched, *moved] if (value := min(bits[i], other_bits[j])) > 0]
+        few = max(len(ids), len(others)) - len(matched) <= allowed
+        least = LEAST - (few and self._changes_common_words(matched, bits, other_bits))
         needed = CHANCE + math.log2(max(1, len(values)))
-        if len(values) >= least and sum(values) >= needed and self._fits(one, other, matched):
+        if len(values) >= least and sum(values) >= needed and (rearranged or self._fits(one, other, matched)):
             needed += FITTING - CHANCE + math.log2(len(self.numbered))
         if len(values) < least or sum(values) < needed:
             return None
         return NearCopy(first, second, 1 - changed / max(longest, changed + 1), sum(values))
+
+    def _allowed(self, texts: Sequence[Sequence[int]], numbers: tuple[int, int], added: int) -> tuple[int, int]:
+        """The own words of the longer text without those `added` around the other, and how many of them may differ."""
+        longest = max(int(self.own[list(numbers)].max()) - added, int(self.own[list(numbers)].min()))
+        allowed = int((1 - self.threshold) * longest + 1e-9)
+        if allowed < 1 and max(map(self._length, texts)) >= fewest_words(self.threshold):
+            allowed = 1
+        return longest, allowed
+
+    def _has_other_values(self, spans: tuple[slice, slice], matched: Matched, moved: Matched) -> bool:
+        """True if a number or sign differs. Of text that stands around the other, only the signs beside that count."""
+        bounds = [(-1, -1), *matched, (spans[0].stop - spans[0].start, spans[1].stop - spans[1].start)]
+        gone = [{pair[side] for pair in moved} for side in range(2)]
+        for before, behind in pairwise(bounds):
+            sides: list[list[int]] = []
+            signs: list[list[int]] = []
+            for side, span in enumerate(spans):
+                places = [i for i in range(before[side] + 1, behind[side]) if i not in gone[side]]
+                sides.append([int(self.numbered.ids[span.start + i]) for i in places])
+                signs.append([int(self.numbered.signs[span.start + i]) for i in (*places, behind[side])])
+            around = before == bounds[0] or behind == bounds[-1]
+            if around and any(sides) and not all(sides):
+                beside = 0 if behind == bounds[-1] else -1
+                differ = signs[0][beside] != signs[1][beside]
+            else:
+                words = ([self.numbered.words[number] for number in side] for side in sides)
+                differ = [*filter(None, signs[0])] != [*filter(None, signs[1])] or (any(sides) and other_values(*words))
+            if differ:
+                return True
+        return False
 
     def _fits(self, one: slice, other: slice, matched: Sequence[tuple[int, int]]) -> bool:
         """True if further texts have the words around each change, as both texts have them."""
@@ -134,6 +186,59 @@ class _Search:
     def _length(self, ids: Sequence[int]) -> float:
         """Words of a text; a character of a script without spaces is a part of one."""
         return sum(self.lengths[number] for number in ids)
+
+
+Gap = tuple[list[int], list[int]]  # places of both texts between two words that match
+
+
+def _gaps(matched: Matched, ends: tuple[int, int]) -> list[Gap]:
+    """What stands before, between and behind the words that match."""
+    bounds = [(-1, -1), *matched, ends]
+    return [
+        (list(range(i + 1, k)), list(range(j + 1, m)))
+        for n, ((i, j), (k, m)) in enumerate(pairwise(bounds))
+        if n in (0, len(matched)) or (k - i, m - j) != (1, 1)
+    ]
+
+
+def _own(places: Sequence[int], bits: Sequence[float]) -> int:
+    return sum(bits[place] > 0 for place in places)
+
+
+def _changed(gaps: Sequence[Gap], weights: Sequence[Sequence[float]]) -> int:
+    """Own words that differ: of each gap those of the side that has more."""
+    return sum(max(_own(one, weights[0]), _own(other, weights[1])) for one, other in gaps)
+
+
+def _moved(texts: Sequence[Sequence[int]], matched: Matched) -> Matched:
+    """Words that match at another place, in runs of _MOVED and more."""
+    places = [
+        [i for i in range(len(text)) if i not in taken]
+        for text, taken in zip(texts, map(set, zip(*matched, strict=True)), strict=True)
+    ]
+    left = [[text[i] for i in side] for text, side in zip(texts, places, strict=True)]
+    again = [(places[0][i], places[1][j]) for i, j in align(*left)]
+    runs: list[Matched] = []
+    for i, j in again:
+        if runs and runs[-1][-1] == (i - 1, j - 1):
+            runs[-1].append((i, j))
+        else:
+            runs.append([(i, j)])
+    return [pair for run in runs if len(run) >= _MOVED for pair in run]
+
+
+def _without_moved(gaps: Sequence[Gap], moved: Matched) -> list[Gap]:
+    one, other = {i for i, _ in moved}, {j for _, j in moved}
+    return [([i for i in gap[0] if i not in one], [j for j in gap[1] if j not in other]) for gap in gaps]
+
+
+def _own_words(texts: NumberedTexts, own: NDArray[np.bool_]) -> NDArray[np.int64]:
+    """Own words of each text, with the few words between two of them that weigh nothing."""
+    places, owners = np.flatnonzero(own), texts.owners()
+    count = np.bincount(owners[places], minlength=len(texts))
+    between = np.diff(places) - 1
+    inside = (between <= _BETWEEN) & (owners[places[1:]] == owners[places[:-1]])
+    return count + np.bincount(owners[places[1:]][inside], weights=between[inside], minlength=len(texts)).astype(np.int64)
 
 
 def align(first: Sequence[int], second: Sequence[int]) -> list[tuple[int, int]]:

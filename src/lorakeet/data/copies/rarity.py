@@ -9,11 +9,14 @@ copy does not make its own words expected.
 from __future__ import annotations
 
 import hashlib
+from array import array
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 
 import numpy as np
 from numpy.typing import NDArray
+
+from lorakeet.data.copies.words import is_sign
 
 LONGEST = 5  # words of the longest sequence that is counted
 SKIPPED = (2, 3)  # places before a word, of which one word alone is its context
@@ -40,6 +43,9 @@ class NumberedTexts:
     starts: NDArray[np.int64]  # (texts + 1,)
     hashes: Hashes  # (words,): one of each word, the same in every run
     words: tuple[str, ...]
+    signs: NDArray[
+        np.uint32
+    ]  # (positions,): the number of the signs before each word, which are no words of the text; 0 for none
 
     def __len__(self) -> int:
         return len(self.starts) - 1
@@ -66,19 +72,30 @@ class Rarity:
 def number_words(texts: Iterable[Sequence[str]]) -> NumberedTexts:
     """Numbers the words of the texts."""
     numbers: dict[str, int] = {"": _BEGIN, " ": _END}
+    sign_numbers: dict[str, int] = {"": 0}
     lengths: list[int] = []
+    signs = array("I")
 
     def positions() -> Iterator[int]:
         for words in texts:
-            lengths.append(len(words) + 2)
+            before, begin = "", len(signs)
+            signs.append(0)
             yield _BEGIN
             for word in words:
+                if word not in numbers and is_sign(word):
+                    before = f"{before} {word}"
+                    continue
+                signs.append(sign_numbers.setdefault(before, len(sign_numbers)))
+                before = ""
                 yield numbers.setdefault(word, len(numbers))
+            signs.append(sign_numbers.setdefault(before, len(sign_numbers)))
+            lengths.append(len(signs) - begin)
             yield _END
 
     ids = np.fromiter(positions(), np.uint32)
     starts = np.concatenate(([0], np.cumsum(lengths, dtype=np.int64)))
-    return NumberedTexts(ids, starts, np.fromiter(map(_word_hash, numbers), np.uint64, len(numbers)), tuple(numbers))
+    hashes = np.fromiter(map(_word_hash, numbers), np.uint64, len(numbers))
+    return NumberedTexts(ids, starts, hashes, tuple(numbers), np.asarray(signs, np.uint32))
 
 
 def find_rarity(texts: NumberedTexts) -> Rarity:

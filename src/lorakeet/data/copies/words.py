@@ -2,7 +2,7 @@
 
 Words follow the default rules of Unicode (UAX #29), with two differences. Apostrophes and hyphens within a word are left out, so
 that "don't" is "dont", and "follow-up" one word. And Han, kana, Thai, Lao, Khmer and Burmese are split into characters, since
-UAX #29 leaves them to a dictionary.
+UAX #29 leaves them to a dictionary. Signs that calculate or compare are words too: "x = 4" is not "x < 4", and "Cu2+" not "Cu2".
 """
 
 from __future__ import annotations
@@ -17,15 +17,24 @@ _APOSTROPHES = str.maketrans("", "", "'’ʼ`´")
 _LETTER = rf"[\w--[{_SPACELESS}_]]"
 _INSIDE = r"(?:(?<=\d)[.,:/](?=\d)|(?<!\d)[-‐‑]|[-‐‑](?!\d))"  # not the hyphen of "4-5"
 _HYPHENS = str.maketrans("", "", "-‐‑")
-_WORD = regex.compile(rf"(?V1)[{_SPACELESS}]\p{{M}}*|{_LETTER}+(?:{_INSIDE}{_LETTER}+)*")
+_SIGN = (
+    r"!?[\p{Sm}--[\u2190-\u21ff]]+|(?<=\d\s?)%"  # not arrows
+    r"|(?<!\w)-(?=\d)|(?<=\d)-(?!\w)|(?<=\d\s)-(?=\s\d)"  # not a dash
+    r"|(?<=[\w)\]])(?:\*+|\^)(?=[\w(])|(?<=[\w)\]]\s)(?:\*+|/|\^)(?=\s[\w(])|&&"
+)
+_WORD = regex.compile(rf"(?V1)[{_SPACELESS}]\p{{M}}*|{_LETTER}+(?:{_INSIDE}{_LETTER}+)*|{_SIGN}")
+_CHARGE = regex.compile(r"(?<=\b[A-Z][A-Za-z]?)-(?![\w-])")  # of an ion, or of a mark such as "A-"
+_DIGITS = regex.compile(r"\d+(?:\.\d+)*")
 _CHARACTER = regex.compile(f"[{_SPACELESS}]")
 CHARACTER_LENGTH = 2 / 3  # of a word: what one character of a script without spaces says
 
 
 def normal_words(text: str) -> list[str]:
-    """The words of a text, normalised (NFKC, case-folded), without punctuation and spacing."""
-    plain = text.casefold() if text.isascii() else unicodedata.normalize("NFKC", unicodedata.normalize("NFKC", text).casefold())
-    return [word if word.isalnum() else word.translate(_HYPHENS) for word in _WORD.findall(plain.translate(_APOSTROPHES))]
+    """The words of a text, normalised (NFKC, case-folded), without punctuation and spacing; signs stay."""
+    text = _CHARGE.sub("−", text if text.isascii() else unicodedata.normalize("NFKC", text))
+    plain = text.casefold() if text.isascii() else unicodedata.normalize("NFKC", text.casefold())
+    found = _WORD.findall(plain.translate(_APOSTROPHES))
+    return [word if word.isalnum() else word.replace("−", "-") if is_sign(word) else word.translate(_HYPHENS) for word in found]
 
 
 def letters(words: Sequence[str]) -> str:
@@ -41,3 +50,25 @@ def letters(words: Sequence[str]) -> str:
 def is_character(word: str) -> bool:
     """True for a word that is one character of a script without spaces."""
     return _CHARACTER.match(word) is not None
+
+
+def is_sign(word: str) -> bool:
+    """True for a word that calculates or compares, such as "+" or "<="."""
+    return not any(map(str.isalnum, word)) and not is_character(word)
+
+
+def other_values(first: Sequence[str], second: Sequence[str]) -> bool:
+    """True if two passages both have numbers and these differ, or if they differ in digits alone."""
+    sides = (first, second)
+    numbers = [[_digits(word) for word in words if word[0].isdigit()] for words in sides]
+    names, digits = ([made("".join(words)) for words in sides] for made in (_without_digits, _digits))
+    same_name = bool(first and second) and names[0] == names[1]
+    return (all(numbers) and numbers[0] != numbers[1]) or (same_name and digits[0] != digits[1])
+
+
+def _digits(text: str) -> tuple[str, ...]:
+    return tuple(_DIGITS.findall(text.replace(",", "")))
+
+
+def _without_digits(text: str) -> str:
+    return str(_DIGITS.sub("", text.replace(",", "")))

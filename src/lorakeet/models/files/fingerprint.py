@@ -39,7 +39,7 @@ def content_of(model: Path) -> str:
     if size <= WHOLE:
         return sha256_of(model)
     found = hashlib.sha256(str(size).encode())
-    with model.open("rb") as file:
+    with open_buffered(model) as file:
         for place in range(_FILE_WINDOWS):
             file.seek((size - _FILE_WINDOW) * place // (_FILE_WINDOWS - 1))
             found.update(file.read(_FILE_WINDOW))

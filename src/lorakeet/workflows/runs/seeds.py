@@ -7,7 +7,7 @@ from collections.abc import Mapping
 from pathlib import Path
 
 from lorakeet.config import RunConfig, read_run
-from lorakeet.disk import write_whole
+from lorakeet.disk import read_regular, write_whole
 from lorakeet.errors import Problems
 from lorakeet.evaluate.intervals import Estimate, mean_over_seeds
 from lorakeet.evaluate.report.report import Report, SeedSpread, write_report
@@ -71,7 +71,7 @@ def write_seeds(report: Report, before: Report, run: RunFolder) -> None:
     write_report(report, run.path)
     readme = run.adapter / "README.md"
     if before.verdict is not None and report.verdict is not None and readme.is_file():
-        text = readme.read_text(encoding="utf-8").replace(before.verdict.sentence, report.verdict.sentence)
+        text = read_regular(readme).decode().replace(before.verdict.sentence, report.verdict.sentence)
         write_whole(readme, text.encode())
 
 

@@ -1,0 +1,78 @@
+"""Copies under another instruction or in another order are found; rows with other numbers or signs are no copies."""
+
+from __future__ import annotations
+
+import random
+from itertools import combinations
+
+import pytest
+
+from lorakeet.data.copies.near_copies import find_near_copies
+from lorakeet.data.copies.words import normal_words
+
+ADDED = [f"added{number % 7}" for number in range(20)]
+
+
+def rows(seed: int, count: int = 300) -> list[list[str]]:
+    chance = random.Random(seed)
+    words, weights = [f"w{n}" for n in range(3000)], [1 / (n + 3) for n in range(3000)]
+    return [chance.choices(words, weights, k=chance.randint(10, 16)) for _ in range(count)]
+
+
+def recall(seed: int, change, everywhere: bool = False) -> float:
+    texts, chance = rows(seed), random.Random(seed)
+    copies = [change(text, chance) for text in texts[:40]]
+    others = [change(text, chance) for text in texts[40:]] if everywhere else texts[40:]
+    found = {(copy.first, copy.second) for copy in find_near_copies([*texts[:40], *others, *copies], 0.8)}
+    assert len(found) < 50
+    return sum((n, 300 + n) in found for n in range(40)) / 40
+
+
+@pytest.mark.parametrize("everywhere", [False, True])
+@pytest.mark.parametrize("length", [4, 6, 10])
+def test_a_copy_with_words_added_before_or_behind_it_is_found(length: int, everywhere: bool) -> None:
+    assert recall(1, lambda text, _: [*ADDED[:length], *text], everywhere) >= 0.95
+    assert recall(2, lambda text, _: [*text, *ADDED[:length]], everywhere) >= 0.95
+
+
+def two_changed(text: list[str], chance: random.Random) -> list[str]:
+    places = chance.sample(range(len(text)), 2)
+    return [f"new{chance.randrange(10**6)}" if place in places else word for place, word in enumerate(text)]
+
+
+def turned(text: list[str], chance: random.Random) -> list[str]:
+    place = chance.randint(4, len(text) - 4)
+    return text[place:] + text[:place]
+
+
+def test_two_words_changed_and_clauses_in_another_order_are_found() -> None:
+    assert recall(3, two_changed) >= 0.8 and recall(4, turned) >= 0.8
+
+
+FORMS = {
+    "SQL": [f"SELECT name FROM orders WHERE qty {sign} {n}" for sign in ("=", "<", ">", "<=", ">=", "!=") for n in range(20, 40)],
+    "code": [f"return total {sign} size of box {n}" for sign in "+-*/<>" for n in range(20)],
+    "word problems": [
+        f"Tom has {a} apples and buys {b} more. How many are there now?" for a in range(2, 14) for b in range(3, 13)
+    ],
+    "ions": [
+        f"Name the ion {name}{charge} in this cup of water"
+        for name in ("Cu", "Fe", "Na", "Cl", "SO4")
+        for charge in ["2+", "2-", "3+", "+", "-", ""]
+    ],
+    "single numbers": [f"A train leaves with {n} people and comes back with none" for n in range(2, 60)],
+}
+
+
+@pytest.mark.parametrize("form", FORMS)
+def test_rows_with_other_numbers_or_signs_are_no_copies(form: str) -> None:
+    words = list(map(normal_words, FORMS[form]))
+    assert all(one != other for one, other in combinations(words, 2))
+    assert find_near_copies(words, 0.8) == []
+
+
+def test_a_number_or_sign_that_was_added_beside_a_text_makes_another() -> None:
+    text = "the pump delivers this much water in one day of the dry season x"
+    pairs = (f"{text} + y", 0), (f"-5 {text}", 1), (f"Question 12: {text}", 1), (f"{text} please answer", 1)
+    for other, count in pairs:
+        assert len(find_near_copies(map(normal_words, (text, other)), 0.8)) == count, other
