@@ -5,6 +5,7 @@ from __future__ import annotations
 import gc
 import os
 import sys
+import tempfile
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -14,6 +15,7 @@ import pytest
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+os.environ["XDG_STATE_HOME"] = str(Path(tempfile.gettempdir()) / "lorakeet-tests-state")  # the studio's secret, of no user
 sys.path.insert(0, str(Path(__file__).parent))
 
 from tiny.triton_device import interpret_without_a_card

@@ -209,7 +209,7 @@ def test_studio(desk: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.Capt
     monkeypatch.chdir(desk)
     monkeypatch.setattr(StudioServer, "run", lambda server, sockets: [listening.close() for listening in sockets])
     assert [main(command) for command in commands_of("studio.sh")] == [0]
-    assert "/?token=" in capsys.readouterr().out and (desk / "runs" / ".studio" / "token").is_file()
+    assert "/?token=" in capsys.readouterr().out
 
 
 def test_doctor(capsys: pytest.CaptureFixture[str]) -> None:

@@ -37,6 +37,7 @@ from lorakeet.workflows.finetune import finetune as finetune_run
 from lorakeet.workflows.options import FinetuneOptions
 from lorakeet.workflows.runs.terminal import TerminalConsole
 
+_SAID = 120  # characters of a headline in the text of a run
 _LOSSES = ("loss", "log_loss", "denoising_loss")
 Called = Callable[[Record], object]
 
@@ -180,7 +181,7 @@ class FinishedRun:
             return f"Run {self.path}: not finished; lk.resume({str(self.path)!r}) goes on"
         said = self.report.value.verdict.sentence if self.report.value.verdict else "not evaluated"
         proved = "certificate passed" if self.certificate.passed else "certificate FAILED"
-        return f"Run {self.path}: {said} ({proved})"
+        return f"Run {self.path}: {said if len(said) <= _SAID else said[: _SAID - 1] + '…'} ({proved})"
 
     __repr__ = __str__
 
