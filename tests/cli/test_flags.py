@@ -39,7 +39,7 @@ def test_options_of_a_verb_become_arguments_and_flags() -> None:
     parameters, arguments = option_flags(EvaluateOptions)
     assert list(arguments) == ["RUN_OR_ADAPTER"]
     rows, tasks = ["data", "config", "base", "out", "metric", "judge"], ["tasks", "task_folder", "task_rows", "task_examples"]
-    assert [param.name for param in parameters] == ["run_or_adapter", *rows, *tasks, "task_chat", "memory"]
+    assert [param.name for param in parameters] == ["run_or_adapter", *rows, *tasks, "task_chat", "memory", "uncertified"]
 
 
 def test_an_argument_of_several_values_takes_all_of_them() -> None:

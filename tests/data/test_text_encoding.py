@@ -59,7 +59,7 @@ def test_windows_letters_are_not_guessed_where_they_cannot_be(tmp_path: Path, sa
 def test_a_setting_that_would_garble_utf_8_is_refused(tmp_path: Path, given: str) -> None:
     for content in (ITALIAN.encode(), b"\xef\xbb\xbf" + ITALIAN.encode()):
         said = refusal(tmp_path / "rows.csv", content, given)
-        assert f"not {given}" in said and said.endswith("Leave out --data.encoding.")
+        assert f"not {given}" in said and said.endswith("Set --data.encoding utf-8.")
 
 
 def test_the_mark_decides_and_is_no_text(tmp_path: Path) -> None:

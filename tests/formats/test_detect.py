@@ -192,6 +192,7 @@ def test_it_is_said_once_at_every_reading_and_the_remedy_cuts_without_loss(tmp_p
     heard: list[str] = []
     read_adapter(tmp_path / "wide", say=heard.append)
     open_adapter(tmp_path / "wide", say=heard.append)
+    assert "not trained here" in heard.pop()
     assert len(heard) == 2 and set(heard) == {surplus_rank(adapter, str(tmp_path / "wide"))}
     merge(MergeOptions((str(tmp_path / "wide"),), out=tmp_path / "cut", to="adapter", rank=8), console=Console(quiet=True))
     cut = read_adapter(tmp_path / "cut", say=heard.append)

@@ -84,7 +84,7 @@ class ImageRunKind(RunKind[ImageAssembly]):
                     advice.append(Advice(change, forecast_images(last, shapes, machine).peak))
             kept = len(advice)
             advice += [Advice(change, found.peak) for change, found in changes_that_help(last, shapes, machine)]
-            least = min(result.peak, *(one.peak for one in advice[:kept]))
+            least = min([result.peak, *(one.peak for one in advice[:kept])])
             if least > result.bound.bytes and (budget or device.type == "cuda"):  # nothing else bounds a run on a CPU
                 refused = f"it needs at least {enough_for(least)}, one picture at a time and with checkpointing."
                 result = replace(result, refused=(refused,))
