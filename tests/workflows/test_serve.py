@@ -24,6 +24,7 @@ from lorakeet.cli.main import main
 from lorakeet.errors import ConfigError, VerificationFailed
 from lorakeet.evaluate.certificate import read_certificate
 from lorakeet.formats.detect import read_adapter
+from lorakeet.formats.files.digest import sha256_of
 from lorakeet.formats.limits import misread_by_vllm
 from lorakeet.formats.peft import peft
 from lorakeet.kernels.threads import compute_with
@@ -91,9 +92,11 @@ def text(url: str, model: str) -> str:
 def test_killed_and_started_again(prepared: Prepared, tiny_llama_folder: Path, adapters: Path, tmp_path: Path) -> None:
     arguments = ("--model", tiny_llama_folder, "--adapters-dir", tmp_path / "kept")
     with server(prepared, *arguments, "--adapter", f"a={adapters / 'a'}") as (process, url):
-        for file in ("adapter_config.json", peft.MODEL_NAME):
-            httpx.put(f"{url}/v1/adapters/sent/{file}", content=(adapters / "b" / file).read_bytes())
-        assert httpx.post(f"{url}/v1/adapters/sent", json={}).status_code == 200
+        files = {file: adapters / "b" / file for file in ("adapter_config.json", peft.MODEL_NAME)}
+        for file, path in files.items():
+            httpx.put(f"{url}/v1/adapters/sent/{file}", content=path.read_bytes())
+        digests = {file: sha256_of(path) for file, path in files.items()}
+        assert httpx.post(f"{url}/v1/adapters/sent", json={"sha256": digests}).status_code == 200
         assert httpx.post(f"{url}/v1/adapters/sent/pin", json={}).status_code == 200
         texts = {name: text(url, name) for name in ("a", "sent", "llama")}
         assert len(set(texts.values())) == 3
@@ -121,7 +124,7 @@ def test_a_run_is_served_as_it_was_trained_and_its_certificate_says_so(
     config = wrong / "adapter" / "adapter_config.json"
     config.write_text(json.dumps({**json.loads(config.read_text()), "lora_alpha": 4}))
     given = [f"--adapter={name}={folder / 'adapter'}" for name, folder in (("run", run), ("wrong", wrong))]
-    with server(prepared, "--model", finished.model, *given) as (_, url):
+    with server(prepared, "--model", finished.model, *given, "--uncertified") as (_, url):
         assert text(url, "run") != text(url, finished.model.name)
         answer = httpx.post(f"{url}/v1/completions", json={**BODY, "model": "wrong"}, timeout=60)
         assert answer.status_code == 422 and "does not compute what" in answer.json()["error"]["message"]
