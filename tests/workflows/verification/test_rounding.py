@@ -91,7 +91,7 @@ def test_a_server_in_bfloat16_is_measured_and_no_false_alarm(finished: Any, loud
     """Real rounding passes and says by which format; the adapter with 0.8 of its scale does not."""
     run = shutil.copytree(loud, tmp_path / "run")
     (run / "certificate.json").unlink()  # its record is of the adapter before it was made loud
-    weak = shutil.copytree(loud, tmp_path / "weak")
+    weak = shutil.copytree(run, tmp_path / "weak")
     config = weak / "adapter" / "adapter_config.json"
     held = open_adapter(run).adapter
     shown = f'"lora_alpha": {next(iter(held.pairs.values())).alpha:g}'
