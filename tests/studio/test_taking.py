@@ -58,7 +58,8 @@ def test_the_words_are_the_commands_and_mean_its_options(studio: Studio, run: Pa
     with command.make_context(found.verb, list(found.words[1:])) as context:
         for name, value in context.params.items():
             own = getattr(found.options, name, None)
-            assert value is None or str(value) == str(own) or value == own or tuple(value) == own, name
+            own = str(own).lower() if isinstance(own, bool) else own  # flags hold the word
+            assert value is None or str(value).lower() == str(own).lower() or value == own or tuple(value) == own, name
     assert found.out is None or found.out.parent == studio.places.runs
 
 

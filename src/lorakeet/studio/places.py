@@ -123,7 +123,7 @@ def signature_of(text: str) -> str:
             file.seek(0)
             file.write(secret)
             os.fsync(file.fileno())
-    return hmac.new(secret, text.encode(), hashlib.sha256).hexdigest()
+    return hmac.new(secret, text.encode(errors="surrogateescape"), hashlib.sha256).hexdigest()
 
 
 def run_id(folder: Path) -> str:
