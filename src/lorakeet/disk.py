@@ -102,7 +102,7 @@ def open_buffered(path: Path) -> BufferedReader:
 def read_regular(path: Path, most: int = LARGEST_READ) -> bytes:
     """All of a file. OSError for what is no file, and for more than `most` bytes."""
     with open_buffered(path) as file:
-        raw = file.read(min(os.fstat(file.fileno()).st_size, most) + 1)  # Python allocates what is asked for
+        raw = file.read(min(os.fstat(file.fileno()).st_size, most) + 1)  # Python allocates all that is requested
     if len(raw) > most:
         raise OSError(errno.EINVAL, f"it has more than {most:,} bytes", str(path))
     return raw
