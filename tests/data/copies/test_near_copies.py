@@ -4,11 +4,13 @@ import random
 from collections.abc import Sequence
 from itertools import pairwise
 
+import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from lorakeet.data.copies.near_copies import align, fewest_words, find_near_copies
+from lorakeet.data.copies.near_copies import _Search, align, fewest_words, find_near_copies
+from lorakeet.data.copies.rarity import number_words
 
 WORDS = [f"word{number}" for number in range(2000)]
 
@@ -94,3 +96,22 @@ def test_slots_of_a_template_are_no_copies_and_a_copy_in_it_is() -> None:
 
 def test_few_or_empty_texts() -> None:
     assert find_near_copies([], 0.8) == find_near_copies([["one"]], 0.8) == find_near_copies([[], ["one"], []], 0.8) == []
+
+
+@pytest.mark.parametrize("threshold", [0.6, 0.8, 1.0])
+def test_pairs_left_out_by_their_words_alone_are_never_copies(threshold: float) -> None:
+    chance = random.Random(31)
+    words, weights = [f"w{n}" for n in range(800)], [1 / (n + 3) for n in range(800)]
+    texts = [chance.choices(words, weights, k=chance.randint(4, 14)) for _ in range(1200)]
+    changed = []
+    for text in texts[:200]:
+        place, other = chance.randrange(len(text)), chance.choice(texts)
+        replaced = [*text[:place], "new", *text[place + 1 :]]
+        changed += [replaced, [*other, *text], [*text, *other], text[place:] + text[:place]]
+    search = _Search(number_words([*texts, *changed]), threshold)
+    first, second = np.repeat(np.arange(200), 8), 1200 + np.arange(1600) // 2
+    second[1::2] = np.random.default_rng(31).integers(200, 1200, 800)
+    possible = search._may_be_copies(first, second)
+    copies = [search._compare(*pair) is not None for pair in zip(first.tolist(), second.tolist(), strict=True)]
+    assert not (np.array(copies) & ~possible).any()
+    assert (~possible).sum() > 100 and (sum(copies) > 100 or threshold == 1)

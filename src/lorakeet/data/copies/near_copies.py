@@ -76,6 +76,7 @@ class _Search:
         own = self.bits > 0
         self.own = _own_words(self.numbered, own)
         self.sketch = _sketches(self.numbered, own)
+        self.words = np.sort(texts.owners().astype(np.int64) * len(texts.words) + texts.ids)
 
     def run(self) -> list[NearCopy]:
         found: dict[tuple[int, int], NearCopy] = {}
@@ -100,7 +101,33 @@ class _Search:
             kept &= common >= _COMMON_WORDS * fewest
             own = self.own[first], self.own[second]
             kept &= np.maximum(*own) <= _LONGER * np.minimum(*own)
-            yield first[kept], second[kept]
+            first, second = first[kept], second[kept]
+            words = np.cumsum(self.numbered.starts[first + 1] - self.numbered.starts[first])
+            words += np.cumsum(self.numbered.starts[second + 1] - self.numbered.starts[second])
+            for part in np.split(np.arange(len(first)), np.flatnonzero(np.diff(words // AT_ONCE)) + 1):
+                possible = part[self._may_be_copies(first[part], second[part])]
+                yield first[possible], second[possible]
+
+    def _may_be_copies(self, first: NDArray[np.int64], second: NDArray[np.int64]) -> NDArray[np.bool_]:
+        """False where `_compare` finds no copy for certain: by the words alone, in any order, too few bits are shared."""
+        (bits, missing), (other_bits, also_missing) = self._shared(first, second), self._shared(second, first)
+        longest = np.maximum(self.own[first], self.own[second])
+        allowed = np.maximum(1, ((1 - self.threshold) * longest + 1e-9).astype(np.int64))
+        rearranged = np.maximum(missing, also_missing) > allowed
+        needed = np.where(rearranged, FITTING + math.log2(len(self.numbered)), CHANCE)
+        return np.minimum(bits, other_bits) >= needed - 1e-6
+
+    def _shared(self, first: NDArray[np.int64], second: NDArray[np.int64]) -> tuple[NDArray[np.float64], NDArray[np.int64]]:
+        """Of each first text: the bits of its words that the second has too, and how many own words the second lacks."""
+        starts, count = self.numbered.starts, np.diff(self.numbered.starts)[first]
+        pairs = np.repeat(np.arange(len(first)), count)
+        places = np.arange(len(pairs)) + np.repeat(starts[first] - np.cumsum(count) + count, count)
+        own = self.bits[places] > 0
+        pairs, places = pairs[own], places[own]
+        codes = second[pairs] * len(self.numbered.words) + self.numbered.ids[places]
+        there = self.words[np.minimum(np.searchsorted(self.words, codes), len(self.words) - 1)] == codes
+        bits = np.bincount(pairs[there], weights=self.bits[places[there]], minlength=len(first))
+        return bits.astype(np.float64), np.bincount(pairs[~there], minlength=len(first)).astype(np.int64)
 
     def _compare(self, first: int, second: int) -> NearCopy | None:
         spans = one, other = self.numbered.span(first), self.numbered.span(second)
