@@ -60,7 +60,7 @@ def test_probabilities_are_those_of_the_report(finished: Any, tmp_path: Path) ->
     assert [row["label_probability"] for row in written] == [round(float(one), 6) for one in report.confidence]
     ordered = np.sort(report.probabilities, axis=1)
     assert [row["label_margin"] for row in written] == pytest.approx((ordered[:, -1] - ordered[:, -2]).tolist(), abs=1e-6)
-    measured = predicting._Measured.of(open_adapter(finished.path))
+    measured = predicting._RunReport.of(open_adapter(finished.path))
     doubtful = [one < 0.8 or measured.doubts(0.8, one) for one in report.confidence.tolist()]
     assert [row["label_review"] == "yes" for row in written] == doubtful
 
@@ -279,9 +279,9 @@ def test_rows_are_marked_for_review_by_what_the_report_measured(finished: Any, t
     opened = open_adapter(finished.path)
     report = read_report(opened.run.report)  # type: ignore[union-attr]
     bins = ReliabilityBin(0.99, proportion(0, 13)), ReliabilityBin(0.5, proportion(6, 13))
-    wrong = predicting._Measured(proportion(0, 26), bins)
+    wrong = predicting._RunReport(proportion(0, 26), bins)
     assert wrong.doubts(0.8) and wrong.doubts(0.8, 0.97) and not wrong.doubts(0.6, 0.55)
-    assert not predicting._Measured().doubts(0.8, 0.9)
-    measured = predicting._Measured.of(opened)
+    assert not predicting._RunReport().doubts(0.8, 0.9)
+    measured = predicting._RunReport.of(opened)
     [adapter] = [one for one in report.systems if one.role == "adapter"]
     assert measured.right == adapter.metrics["accuracy"] and measured.bins
