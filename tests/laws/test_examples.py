@@ -114,6 +114,7 @@ def test_plan(tiny_llama_folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(ROOT)
     shape, run = commands_of("plan.sh")
     assert main([str(tiny_llama_folder) if word == "meta-llama/Llama-2-7b-hf" else word for word in shape]) == 0
+    run = ["8GiB" if word == "1GiB" else word for word in run]  # the tests' process is large by itself
     assert main([*run, "--model", str(tiny_llama_folder)]) == 0
 
 
