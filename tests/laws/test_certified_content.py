@@ -21,6 +21,7 @@ from lorakeet.formats.identity import require_certified
 from lorakeet.workflows.generate import _opened as opened_to_draw
 from lorakeet.workflows.options import VERBS
 from lorakeet.workflows.runs.open_adapter import open_adapter
+from tiny.exports import certified_anew
 
 Damage = Callable[[Path], None]
 
@@ -180,6 +181,33 @@ def test_uncertified_goes_on_and_the_results_say_so(copied: Path, tmp_path: Path
     assert main(["evaluate", str(copied), "--out", str(tmp_path / "report"), "--uncertified"]) == 0
     report = read_report(tmp_path / "report" / "report.json")
     assert report.facts["Adapter"].startswith("uncertified: ") and "uncertified" in report.warnings[0]
+
+
+def test_a_resumed_run_that_is_cut_off_keeps_its_own_adapter(copied: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The certificate of the earlier end is of an earlier adapter: it goes when another is written."""
+
+    def cut_off(*_: Any, **__: Any) -> None:
+        raise KeyboardInterrupt
+
+    DAMAGES["A of two layers swapped"][0](copied)
+    certified_anew(copied)  # as of an earlier end; the last checkpoint has other tensors
+    monkeypatch.setattr("lorakeet.workflows.finetune.complete", cut_off)
+    assert main(["finetune", "--resume", str(copied)]) != 0
+    assert (copied / "adapter").is_dir() and not (copied / "certificate.json").exists()
+    assert require_certified(copied).startswith("not trained here")
+
+
+def test_a_missing_certificate_is_a_requirement_that_is_not_met(copied: Path) -> None:
+    (copied / "certificate.json").unlink()
+    assert main(["check", str(copied), "--certificate", "passed"]) == 3
+
+
+def test_the_card_of_what_was_made_of_it_says_so(copied: Path, tmp_path: Path) -> None:
+    DAMAGES["A of two layers swapped"][0](copied)
+    made = ["--out", str(tmp_path / "made"), "--to", "ollama", "--quant", "f32"]
+    assert main(["export", str(copied), *made, "--uncertified"]) == 0
+    said = (tmp_path / "made" / "README.md").read_text()
+    assert "The adapter was uncertified: tensor" in said
 
 
 def test_without_a_certificate_it_is_not_trained_here(copied: Path, tmp_path: Path) -> None:

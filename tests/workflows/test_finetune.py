@@ -6,6 +6,7 @@ import io
 import json
 import re
 import shutil
+from dataclasses import replace
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -87,8 +88,8 @@ def test_many_dropped_rows_stand_in_the_verdict_and_the_warnings(tiny_llama_fold
     changes = {"data.test": str(test), "data.held_out": str(held_out), "train.steps": "1"}
     report = run(tiny_llama_folder, data, tmp_path / "run", changes).report
     said = "5 of 20 training rows were DROPPED as copies of held-out or test rows, 5 of them near-copies"
-    assert report.verdict is not None and report.verdict.sentence.endswith(f". {said}.")
-    assert [line for line in report.warnings if line.startswith(f"{said}; 15 were trained.") and "lk.rows(…, near" in line]
+    assert report.verdict is not None and f". {said}." in report.verdict.sentence
+    assert [line for line in report.warnings if line.startswith(f"{said}; 15 were trained.")]
     assert said in (tmp_path / "run" / "report.html").read_text()
 
 
@@ -334,7 +335,8 @@ def test_a_failed_check_is_raised_after_everything_is_written_and_shown(
     with pytest.raises(VerificationFailed, match="base untouched"):
         finetune(read_run(copy / "config.yaml"), FinetuneOptions(resume=copy), console=console)
     written = read_certificate(copy / "certificate.json")
-    assert written == read_report(copy / "report.json").certificate == Certificate("x", (bad,))
+    assert written == read_report(copy / "report.json").certificate
+    assert written.identity and replace(written, identity={}) == Certificate("x", (bad,))
     text = console.export_text()
     assert text.index("McNemar") < text.index("FAIL  base untouched") < text.index("Report: ") and "Next: " not in text
 

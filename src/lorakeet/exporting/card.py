@@ -76,6 +76,8 @@ def card(facts: CardFacts, report: Report | None, certificate: Certificate | Non
         parts += ["", "## Is it the model that was trained?", "", f"{verdict}.", ""]
         parts += [f"- {text(str(found))}" for found in (*certificate.checks, *certificate.modules, *certificate.unchecked)]
     said = [*facts.notes, *(report.warnings if report is not None else ())]
+    if certificate is not None and "adapter" in certificate.facts:
+        said.append(f"The adapter was {certificate.facts['adapter']}.")
     if not facts.licence:
         said.append("The base model's folder does not say its licence; look it up before you pass this on.")
     parts += ["", "## What to know", "", *(f"- {text(note)}" for note in said)]

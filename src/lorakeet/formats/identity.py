@@ -116,6 +116,14 @@ def require_certified(path: Path, *, uncertified: bool = False, say: Callable[[s
     return accept_content(str(path), content_differences(certified, identity_of(folder)), uncertified=uncertified, say=say)
 
 
+def is_certified(adapter: Path) -> bool:
+    """Whether the adapter is the one of its certificate; False for a certificate that cannot be read."""
+    try:
+        return not require_certified(adapter, uncertified=True)
+    except DataError:
+        return False
+
+
 def accept_content(subject: str, apart: list[str], *, uncertified: bool, say: Callable[[str], None] = lambda _: None) -> str:
     """Empty if nothing is `apart`, a note of it if `uncertified`; else VerificationFailed."""
     if not apart:

@@ -25,6 +25,7 @@ from safetensors import SafetensorError
 from torch import Tensor
 
 from lorakeet.errors import DataError, EnvironmentProblem, RunStopped, is_out_of_memory
+from lorakeet.formats.identity import is_certified
 from lorakeet.memory.allocator import keep_freed_memory, release_free_memory
 from lorakeet.memory.cuda import cuda_device_of, gpu_peak_bytes, release_device_memory
 from lorakeet.memory.measure import PeakMemory
@@ -420,6 +421,8 @@ class Training(Generic[BatchT]):
     def _publish(self) -> None:
         with self._writing("The adapter"), durable.new_folder(self.run.adapter) as folder:
             self.task.save(folder)
+        if self.run.certificate.exists() and not is_certified(self.run.adapter):  # it is of an adapter from an earlier end
+            self.run.certificate.unlink()
 
     def _write(self, record: Record) -> None:
         if self.metrics is None:
