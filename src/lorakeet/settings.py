@@ -12,7 +12,6 @@ from __future__ import annotations
 
 import dataclasses
 import difflib
-import functools
 import math
 import re
 import types
@@ -253,13 +252,8 @@ def _shown(value: Any) -> str:
     return text if len(text) <= _LONGEST_SHOWN else f"{text[:_LONGEST_SHOWN]}…"
 
 
-@functools.cache
-def _hints(cls: type[DataclassInstance]) -> dict[str, Any]:
-    return typing.get_type_hints(cls)
-
-
 def _fields(cls: type[DataclassInstance]) -> Iterator[tuple[str, Any, dataclasses.Field[Any]]]:
-    hints = _hints(cls)
+    hints = typing.get_type_hints(cls)  # at each reading: KINDS of config grows
     for spec in dataclasses.fields(cls):
         if spec.init:
             yield spec.name, hints[spec.name], spec

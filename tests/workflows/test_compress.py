@@ -30,6 +30,7 @@ from lorakeet.workflows.compress import compress
 from lorakeet.workflows.evaluate import evaluate
 from lorakeet.workflows.options import CompressOptions, EvaluateOptions
 from lorakeet.workflows.runs.open_adapter import open_adapter
+from tiny.exports import certified_anew
 from tiny.runs import quiet, reviews, run, tree, write_rows
 
 WIDE: dict[str, Any] = {"tolerance": "40%", "metric_tolerance": "40%"}  # forty rows show no more than that
@@ -43,6 +44,7 @@ def trained(tiny_llama_folder: Path, tmp_path_factory: pytest.TempPathFactory) -
     changes = {"lora.rank": 8, "lora.alpha": 24, "train.steps": 12, "data.held_out_fraction": 0.2, "data.test": test}
     run(tiny_llama_folder, data, folder / "run", {**changes, "evaluate.baselines": "false"})
     keep_rank(folder / "run" / "adapter", 5)
+    certified_anew(folder / "run")
     return folder / "run"
 
 

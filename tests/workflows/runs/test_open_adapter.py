@@ -16,6 +16,7 @@ from lorakeet.formats.peft import peft
 from lorakeet.models.inject import adapter_names
 from lorakeet.models.text.load import set_attention
 from lorakeet.workflows.runs.open_adapter import NAME, open_adapter
+from tiny.exports import certified_anew
 from tiny.models import save_tiny_llama
 from tiny.peft_oracle import by_peft, change_config
 from tiny.runs import quiet, reviews, run, write_rows
@@ -81,9 +82,11 @@ def test_new_tokens_whose_ids_changed_are_refused(tiny_llama_folder: Path, tmp_p
     assert opened.text_model(quiet()).tokenizer.convert_tokens_to_ids(["<one>", "<two>"]) == [320, 321]
     for file in ("tokenizer_config.json", "tokenizer.json"):
         (folder / file).unlink()
+    certified_anew(tmp_path / "run")
     text = open_adapter(folder).text_model(quiet())  # the base's tokenizer gives the same ids, so nothing is amiss
     assert text.tokenizer.convert_tokens_to_ids("<two>") == 321
     change_config(folder, trainable_token_indices={"embed_tokens": [321, 320]})
+    certified_anew(tmp_path / "run")
     with pytest.raises(DataError, match=r"<one>, <two>.*have the ids \(321, 320\), but the tokenizer gives them \(320, 321\)"):
         open_adapter(folder).text_model(quiet())
     assert json.loads((folder / "adapter_config.json").read_text())["trainable_token_indices"]

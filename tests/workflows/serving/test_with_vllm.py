@@ -121,7 +121,7 @@ def test_it_says_that_it_serves_once_verified_and_ends_with_sigterm(
                 process.send_signal(signal.SIGTERM)
         code = process.wait()
     said = "".join(lines)
-    assert "each verified against the live adapter" in said and "by vLLM 0.11.0" in said, said
+    assert "each compared with the live adapter" in said and "by vLLM 0.11.0" in said, said
     assert said.index("by vLLM 0.11.0") < said.index("vLLM serves 1 adapter")
     assert code == 0
     pid = json.loads((tmp_path / "words.json").read_text())["pid"]
