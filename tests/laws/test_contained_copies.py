@@ -35,6 +35,41 @@ def test_a_copy_with_words_added_before_or_behind_it_is_found(length: int, every
     assert recall(2, lambda text, _: [*text, *ADDED[:length]], everywhere) >= 0.95
 
 
+MARKUP = (
+    "> {}", "| {} |", "| 17 | {} | yes |", "<p>{}</p>", "<div class='x'>{}</div>", "<s>[INST] {} [/INST]", "<|user|>{}<|end|>",
+    "Q => {}", "Input -> {}", "{} =", "{} = ?", "=== Text ===\n{}", "Text\n=====\n{}", ">>> {}", "~~{}~~", "{} <end>",
+    "Solve for x + y = : {}", "5 % say: {}", "C++: {}", "{}\n| a | b |",
+)  # fmt: skip
+
+
+@pytest.mark.parametrize("form", MARKUP)
+@pytest.mark.parametrize("everywhere", [False, True])
+def test_signs_of_markup_and_of_added_text_hide_no_copy(form: str, everywhere: bool) -> None:
+    """0 of 40 were found: a sign beside the text that was added made another row of each."""
+
+    def within(text: list[str], _: random.Random) -> list[str]:
+        return normal_words(form.format(" ".join(text)))
+
+    texts = [normal_words(" ".join(text)) for text in rows(5)]
+    others = [within(text, random.Random()) for text in texts[40:]] if everywhere else texts[40:]
+    copies = [within(text, random.Random()) for text in texts[:40]]
+    found = {(copy.first, copy.second) for copy in find_near_copies([*texts[:40], *others, *copies], 0.8)}
+    same = {n for n in range(40) if texts[n] == copies[n]}  # without the markup an exact copy
+    assert sum((n, 300 + n) in found or n in same for n in range(40)) >= 38 and len(found) < 45
+
+
+@pytest.mark.parametrize("place", range(12))
+def test_a_word_misspelt_anywhere_in_a_question_of_one_slot_is_found(place: int) -> None:
+    """A change between two words that weigh nothing made these the copy's own, which was too long then: 18 of 201 were missed."""
+    names = [f"town{n}" for n in range(400)]
+    asked = [f"What is the capital of {name}, and how many people live there?" for name in names]
+    copy = normal_words(asked[7])
+    if place != 5:  # the slot
+        copy[place] += "x"
+        found = find_near_copies([*map(normal_words, asked), copy], 0.8)
+        assert [(each.first, each.second) for each in found] == [(7, 400)]
+
+
 def two_changed(text: list[str], chance: random.Random) -> list[str]:
     places = chance.sample(range(len(text)), 2)
     return [f"new{chance.randrange(10**6)}" if place in places else word for place, word in enumerate(text)]
@@ -51,7 +86,7 @@ def test_two_words_changed_and_clauses_in_another_order_are_found() -> None:
 
 FORMS = {
     "SQL": [f"SELECT name FROM orders WHERE qty {sign} {n}" for sign in ("=", "<", ">", "<=", ">=", "!=") for n in range(20, 40)],
-    "code": [f"return total {sign} size of box {n}" for sign in "+-*/<>" for n in range(20)],
+    "code": [f"return total {sign} size of box {n}" for sign in "+-*/<>%" for n in range(20)],
     "word problems": [
         f"Tom has {a} apples and buys {b} more. How many are there now?" for a in range(2, 14) for b in range(3, 13)
     ],
@@ -73,6 +108,6 @@ def test_rows_with_other_numbers_or_signs_are_no_copies(form: str) -> None:
 
 def test_a_number_or_sign_that_was_added_beside_a_text_makes_another() -> None:
     text = "the pump delivers this much water in one day of the dry season x"
-    pairs = (f"{text} + y", 0), (f"-5 {text}", 1), (f"Question 12: {text}", 1), (f"{text} please answer", 1)
+    pairs = (f"{text} + y", 0), (f"2 * {text}", 0), (f"-5 {text}", 1), (f"Question 12: {text}", 1), (f"{text} please answer", 1)
     for other, count in pairs:
         assert len(find_near_copies(map(normal_words, (text, other)), 0.8)) == count, other

@@ -20,7 +20,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from lorakeet.data.copies.rarity import AT_ONCE, FEW, WINDOW, Hashes, NumberedTexts, find_rarity, mix, number_words
-from lorakeet.data.copies.words import CHARACTER_LENGTH, is_character, other_values
+from lorakeet.data.copies.words import CHARACTER_LENGTH, calculates, is_character, other_values
 
 CHANCE = 4.0  # bits that near-copies share at least, and log2 of the words where they may differ
 FITTING = 3.0  # bits besides, and log2 of the texts, if the change fits: fewer than one such twin by chance in eight texts
@@ -35,6 +35,7 @@ _TOO_LONG = 16_000  # words between the first and the last difference, of which 
 _COMMON_WORDS = 0.5  # of a candidate's words, by a hash of 64 bits
 _LONGER = 3  # times as many own words as a text in which another stands whole: as much before and behind it
 _MOVED = 3  # words of a passage that changed places
+_OPERAND = 3  # words of added text that may continue a calculation: "x" and "x + 2 y"
 _BETWEEN = 2  # words that weigh nothing, between own words, and are a text's own too
 
 Matched = list[tuple[int, int]]
@@ -100,7 +101,7 @@ class _Search:
             fewest = np.minimum(_bit_counts(self.sketch[first]), _bit_counts(self.sketch[second]))
             kept &= common >= _COMMON_WORDS * fewest
             own = self.own[first], self.own[second]
-            kept &= np.maximum(*own) <= _LONGER * np.minimum(*own)
+            kept &= np.maximum(*own) <= _LONGER * np.minimum(*own) + 1  # a word changed between common ones makes them own
             first, second = first[kept], second[kept]
             words = np.cumsum(self.numbered.starts[first + 1] - self.numbered.starts[first])
             words += np.cumsum(self.numbered.starts[second + 1] - self.numbered.starts[second])
@@ -173,23 +174,31 @@ class _Search:
         return longest, allowed
 
     def _has_other_values(self, spans: tuple[slice, slice], matched: Matched, moved: Matched) -> bool:
-        """True if a number or sign differs. Of text that stands around the other, only the signs beside that count."""
-        bounds = [(-1, -1), *matched, (spans[0].stop - spans[0].start, spans[1].stop - spans[1].start)]
+        """True if a number or sign differs. Of text that stands around the other, only a sign beside that may count."""
+        ends = spans[0].stop - spans[0].start, spans[1].stop - spans[1].start
+        ids = [self.numbered.ids[span].tolist() for span in spans]
+        before_each = [self.numbered.signs[span.start : span.stop + 1].tolist() for span in spans]  # and before the border
         gone = [{pair[side] for pair in moved} for side in range(2)]
-        for before, behind in pairwise(bounds):
-            sides: list[list[int]] = []
-            signs: list[list[int]] = []
-            for side, span in enumerate(spans):
-                places = [i for i in range(before[side] + 1, behind[side]) if i not in gone[side]]
-                sides.append([int(self.numbered.ids[span.start + i]) for i in places])
-                signs.append([int(self.numbered.signs[span.start + i]) for i in (*places, behind[side])])
-            around = before == bounds[0] or behind == bounds[-1]
-            if around and any(sides) and not all(sides):
-                beside = 0 if behind == bounds[-1] else -1
-                differ = signs[0][beside] != signs[1][beside]
+        for before, behind in pairwise([(-1, -1), *matched, ends]):
+            places = [[i for i in range(before[side] + 1, behind[side]) if i not in gone[side]] for side in range(2)]
+            signs = [[before_each[side][i] for i in (*places[side], behind[side])] for side in range(2)]
+            words = [[self.numbered.words[ids[side][i]] for i in places[side]] for side in range(2)]
+            if (before == (-1, -1) or behind == ends) and any(places) and not all(places):
+                longer, beside = (0 if places[0] else 1), (0 if behind == ends else -1)
+                sign, other = (signs[side][beside] for side in (longer, 1 - longer))
+                operands = self.numbered.words[ids[longer][(before if behind == ends else behind)[longer]]], words[longer][beside]
+                differ = sign != other and (
+                    other > 0
+                    or operands[0][0].isdigit()  # "-5 degrees" or "5 %", whatever was added
+                    or (
+                        len(places[longer]) <= _OPERAND
+                        and self.bits[spans[longer]][places[longer]].any()
+                        and calculates(self.numbered.sign_texts[sign])
+                        and (any(before_each[1 - longer]) or any(len(word) == 1 or word.isdigit() for word in operands))
+                    )
+                )
             else:
-                words = ([self.numbered.words[number] for number in side] for side in sides)
-                differ = [*filter(None, signs[0])] != [*filter(None, signs[1])] or (any(sides) and other_values(*words))
+                differ = [*filter(None, signs[0])] != [*filter(None, signs[1])] or (any(words) and other_values(*words))
             if differ:
                 return True
         return False

@@ -43,9 +43,8 @@ class NumberedTexts:
     starts: NDArray[np.int64]  # (texts + 1,)
     hashes: Hashes  # (words,): one of each word, the same in every run
     words: tuple[str, ...]
-    signs: NDArray[
-        np.uint32
-    ]  # (positions,): the number of the signs before each word, which are no words of the text; 0 for none
+    signs: NDArray[np.uint32]  # (positions,): the number of the signs before each word, which are no words of the text; 0: none
+    sign_texts: tuple[str, ...]  # by these numbers
 
     def __len__(self) -> int:
         return len(self.starts) - 1
@@ -95,7 +94,7 @@ def number_words(texts: Iterable[Sequence[str]]) -> NumberedTexts:
     ids = np.fromiter(positions(), np.uint32)
     starts = np.concatenate(([0], np.cumsum(lengths, dtype=np.int64)))
     hashes = np.fromiter(map(_word_hash, numbers), np.uint64, len(numbers))
-    return NumberedTexts(ids, starts, hashes, tuple(numbers), np.asarray(signs, np.uint32))
+    return NumberedTexts(ids, starts, hashes, tuple(numbers), np.asarray(signs, np.uint32), tuple(sign_numbers))
 
 
 def find_rarity(texts: NumberedTexts) -> Rarity:

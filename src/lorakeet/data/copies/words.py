@@ -3,6 +3,7 @@
 Words follow the default rules of Unicode (UAX #29), with two differences. Apostrophes and hyphens within a word are left out, so
 that "don't" is "dont", and "follow-up" one word. And Han, kana, Thai, Lao, Khmer and Burmese are split into characters, since
 UAX #29 leaves them to a dictionary. Signs that calculate or compare are words too: "x = 4" is not "x < 4", and "Cu2+" not "Cu2".
+Those of markup are none: of tags, tables, quoted lines, headings and arrows.
 """
 
 from __future__ import annotations
@@ -18,19 +19,29 @@ _LETTER = rf"[\w--[{_SPACELESS}_]]"
 _INSIDE = r"(?:(?<=\d)[.,:/](?=\d)|(?<!\d)[-‐‑]|[-‐‑](?!\d))"  # not the hyphen of "4-5"
 _HYPHENS = str.maketrans("", "", "-‐‑")
 _SIGN = (
-    r"!?[\p{Sm}--[\u2190-\u21ff]]+|(?<=\d\s?)%"  # not arrows
+    r"!?[\p{Sm}--[\u2190-\u21ff|]]+|\|\||(?<=\w)\|(?=\w)|(?<=\d\s?)%"  # not arrows
     r"|(?<!\w)-(?=\d)|(?<=\d)-(?!\w)|(?<=\d\s)-(?=\s\d)"  # not a dash
-    r"|(?<=[\w)\]])(?:\*+|\^)(?=[\w(])|(?<=[\w)\]]\s)(?:\*+|/|\^)(?=\s[\w(])|&&"
+    r"|(?<=[\w)\]])(?:\*+|\^)(?=[\w(])|(?<=[\w)\]]\s)(?:\*+|[/^%])(?=\s[\w(])|&&"
 )
 _WORD = regex.compile(rf"(?V1)[{_SPACELESS}]\p{{M}}*|{_LETTER}+(?:{_INSIDE}{_LETTER}+)*|{_SIGN}")
+_MORE = r"(?=[ \t]+(?:\p{L}|\S+[ \t]+\S+[ \t]+\S))"  # behind a mark: a word, or more than an operand
+_MARKUP = regex.compile(
+    r"(?m)<(?P<name>[/!?]?[A-Za-z][\w:.-]*(?:\s+[\w:.-]+\s*=\s*(?:\"[^\"<>]*\"|'[^'<>]*'|[^\s<>\"']+))*)\s*/?>|<!--"  # tags
+    r"|<\|(?P<token>[^|<>\n]+)\|>|[-=]+>|~~|([<>])\3\3+|([<>=+~|^])\4{3,}"  # tokens of a chat, arrows, rules
+    rf"|^[ \t]*(?:(?:>[ \t]*)+|==+){_MORE}|\A\s*[=+~|]+{_MORE}|[ \t]==+[ \t]*$|\s[=>~]+[\s.?!…_]*\Z"  # quotes, headings
+)
+_MARKS = frozenset("<>=~|+^")
 _CHARGE = regex.compile(r"(?<=\b[A-Z][A-Za-z]?)-(?![\w-])")  # of an ion, or of a mark such as "A-"
 _DIGITS = regex.compile(r"\d+(?:\.\d+)*")
+_BINARY = regex.compile(r"[-+*/^×÷≤≥≠]|\*\*|[<>=!]=*|<<|>>|&&|\|\||\|")
 _CHARACTER = regex.compile(f"[{_SPACELESS}]")
 CHARACTER_LENGTH = 2 / 3  # of a word: what one character of a script without spaces says
 
 
 def normal_words(text: str) -> list[str]:
     """The words of a text, normalised (NFKC, case-folded), without punctuation and spacing; signs stay."""
+    if not _MARKS.isdisjoint(text):
+        text = _MARKUP.sub(lambda found: f" {found['name'] or found['token'] or ''} ".replace("=", " "), text)
     text = _CHARGE.sub("−", text if text.isascii() else unicodedata.normalize("NFKC", text))
     plain = text.casefold() if text.isascii() else unicodedata.normalize("NFKC", text.casefold())
     found = _WORD.findall(plain.translate(_APOSTROPHES))
@@ -55,6 +66,11 @@ def is_character(word: str) -> bool:
 def is_sign(word: str) -> bool:
     """True for a word that calculates or compares, such as "+" or "<="."""
     return not any(map(str.isalnum, word)) and not is_character(word)
+
+
+def calculates(sign: str) -> bool:
+    """True for a sign that needs a number or word on both sides, such as "+" or "<=", and not "++" or "%"."""
+    return _BINARY.fullmatch(sign.strip()) is not None
 
 
 def other_values(first: Sequence[str], second: Sequence[str]) -> bool:
