@@ -133,6 +133,9 @@ def _in_child(module: str, arguments: Sequence[str], log: Path, environment: Map
         os.dup2(output, 2)
         sys.stdout, sys.stderr = (os.fdopen(number, "w", encoding="utf-8", closefd=False) for number in (1, 2))
         os.environ.update(environment)
+        if "torch" in sys.modules:  # a fork has no threads: two that start at once would find torch's pool broken
+            torch = sys.modules["torch"]
+            torch.set_num_threads(torch.get_num_threads())
         importlib.import_module(module).main(list(arguments))
         code = 0
     except SystemExit as ended:
