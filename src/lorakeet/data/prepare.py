@@ -9,7 +9,7 @@ from dataclasses import dataclass
 
 from lorakeet.data.copies.answer_copies import answer_copy_notes
 from lorakeet.data.copies.prompt_leaks import prompt_leak_notes
-from lorakeet.data.leaks import LeakReport, check_leaks
+from lorakeet.data.leaks import CleanParts, LeakReport, check_leaks
 from lorakeet.data.preferences import rows_for, verdict_notes
 from lorakeet.data.proposals.answers import broken_json_notes
 from lorakeet.data.proposals.labels import doubtful_labels, label_notes
@@ -50,10 +50,11 @@ class Dataset:
         return split_record(self.train, self.held_out, self.test, labels=self.labels)
 
 
-def load_dataset(spec: DataSpec, objective: str | None = "sft") -> Dataset:
+def load_dataset(spec: DataSpec, objective: str | None = "sft", *, most_compared: int | None = None) -> Dataset:
     """Loads the rows that `spec` describes and applies its leak policy. Raises ConfigError or DataError.
 
-    `objective` is train.objective, which says of what shape the rows must be; None for any.
+    `objective` is train.objective, which says of what shape the rows must be; None for any. More rows than `most_compared` are
+    split only: copies are neither searched nor dropped, and `leaks.searched` is empty.
     """
     spec.validate()
     notes: list[str] = []
@@ -66,12 +67,16 @@ def load_dataset(spec: DataSpec, objective: str | None = "sft") -> Dataset:
         split = split_rows(rows, spec)
     # Checked before and after: the leak check may remove all training rows of a label.
     find_labels(split.train, spec)
-    clean = check_leaks(split.train, split.held_out, test, spec)
+    if most_compared is None or len(rows) + len(test) <= most_compared:
+        clean = check_leaks(split.train, split.held_out, test, spec)
+    else:
+        clean = CleanParts(split.train, split.held_out, tuple(test), LeakReport((), spec.on_leak, threshold=0.0))
     labels = find_labels(clean.train, spec)
     check_labels({"held-out": clean.held_out, "test": clean.test}, labels)
     parts = {"training": clean.train, "held-out": clean.held_out, "test": clean.test}
-    notes += prompt_leak_notes(parts, spec.on_leak)
-    notes += answer_copy_notes(parts)
+    if clean.report.searched:
+        notes += prompt_leak_notes(parts, spec.on_leak)
+        notes += answer_copy_notes(parts)
     every = [row for rows in parts.values() for row in rows]
     notes += label_notes(label_counts(every, labels))
     notes += broken_json_notes(every)

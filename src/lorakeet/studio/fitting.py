@@ -117,6 +117,8 @@ def fit(settings: Mapping[str, str], send: Send) -> None:
     if with_rows and (why := unready_model(config) or ", ".join(fetched_rows(config.data))):
         said.write(f"Planned for rows of data.max_tokens, without reading your rows: {why}\n")
         config = config.changed(data={"train": NO_ROWS})
+    elif with_rows:
+        send({"say": "Reads the rows, and searches them for copies as the run will"})
     console = Console(file=said, width=_WIDTH, color_system=None, soft_wrap=True)
 
     def first_answer(first: PlanResult) -> None:
@@ -178,15 +180,14 @@ def time_words(result: PlanResult) -> str:
     if not isinstance(result, TextPlanResult) or result.speed is None:
         what = "on a GPU" if result.device.type == "cuda" else "of a run on pictures"
         return f"The time {what} is not estimated; a run says it after its first steps."
-    lengths, train, seconds = result.lengths, result.config.train, result.training_seconds
-    if lengths is None or seconds is None:
+    lengths, steps, seconds = result.lengths, result.steps, result.training_seconds
+    if lengths is None or steps is None or seconds is None:
         step = result.micro_batches * result.seconds
         return f"A step of full rows takes at least {duration_text(step)} on this machine. Choose rows to see how long all takes."
-    steps = train.total_steps(-(-lengths.rows // train.sequences))
-    each = seconds / max(1, steps)
+    counted = f"{steps:,} steps" if lengths.exact else f"about {steps:,} steps (copies are not searched in so many rows)"
     return (
-        f"A step takes about {duration_text(each)} on this machine; training about {duration_text(seconds)}, about {steps:,} "
-        "steps. Measuring before and after comes on top, often as long again."
+        f"A step takes about {duration_text(seconds / steps)} on this machine; training about {duration_text(seconds)}, {counted}. "
+        "Measuring before and after comes on top, often as long again."
     )
 
 

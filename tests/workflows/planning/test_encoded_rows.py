@@ -16,7 +16,11 @@ from lorakeet.data.read import read_rows
 from lorakeet.errors import DataError
 from lorakeet.memory.remembered import remembering
 from lorakeet.models.text.load import load_tokenizer, read_config
+from lorakeet.workflows.finetune import finetune
 from lorakeet.workflows.finetuning.assemble_text import assemble_text
+from lorakeet.workflows.finetuning.text import TextPlanResult
+from lorakeet.workflows.plan import plan
+from lorakeet.workflows.planning import encoded_rows
 from lorakeet.workflows.planning.encoded_rows import EncodedRows, within_context, workload_of_files
 from lorakeet.workflows.planning.forecast_text_run import RowLengths, Workload, largest_rows
 from lorakeet.workflows.planning.rehearse_text import RowShape
@@ -167,6 +171,27 @@ def test_lengths_of_an_archive_that_was_replaced_are_counted_anew(finished: Any,
     values: dict[str, Any] = {}
     with remembering(values, lambda key, value: None):
         written(20)
-        assert counted() == counted() == 20 and len(values) == 1
+        assert counted() == counted() == 18 and len(values) == 1
         written(30)
-        assert counted() == 30
+        assert counted() == 27
+
+
+def test_a_plan_counts_the_steps_of_its_run(finished: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    once = [*reviews(60), *({"text": f"{word} " * 200, "label": "good"} for word in ("far", "near", "wide"))]
+    data = write_rows(tmp_path / "rows.jsonl", [*once, *({**row, "text": f"{row['text']}!"} for row in once[::2])])
+    given = {"train.epochs": "2", "data.too_long": "drop", "data.held_out_fraction": "0.3"}
+    config = settings(finished.model, data, tmp_path / "run", given).changed(train={"steps": None})
+
+    def planned() -> TextPlanResult:
+        found = plan(config, console=quiet())
+        assert isinstance(found, TextPlanResult) and found.lengths is not None
+        return found
+
+    found = planned()
+    assert found.lengths is not None and found.lengths.exact and found.lengths.rows < 0.7 * 95
+    finetune(config, console=quiet())
+    records = [json.loads(line) for line in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()]
+    assert found.steps == max(record["step"] for record in records)
+    monkeypatch.setattr(encoded_rows, "MOST_COMPARED", 50)
+    longer = planned().lengths
+    assert longer is not None and not longer.exact and longer.rows > found.lengths.rows, "not searched for copies, which is said"

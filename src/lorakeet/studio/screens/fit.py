@@ -92,7 +92,7 @@ async def _stream(studio: Studio, settings: Mapping[str, str], machine: str) -> 
         elif "part" in found:
             yield event(found["part"], name="part")
         else:
-            yield event({}, name="done")
+            yield event(found, name="done" if "done" in found else "say")
 
 
 SCREEN = Screen("Fit", "/fit", (Route("/fit", _fit), Route("/fit/events", _events)), draft=True)

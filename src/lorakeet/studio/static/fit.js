@@ -79,10 +79,12 @@ function ask() {
   problems([]);
   if (!fields["model.path"] || (fields.machine === "budget" && !fields["memory.budget"])) return;
   by("found").classList.add("old");
-  say("Counts what the run would take …", "none");
+  let doing = "Counts what the run would take";
+  say(`${doing} …`, "none");
   const same = (found) => { showSame(found); by("run-file").hidden = !found.file; by("same").hidden = false; };
-  const waits = (seconds) => (seconds > 1 ? `for ${duration(seconds)}` : "");
-  answers.open(`/fit/events?${new URLSearchParams(fields)}`, { same, part: show }, waits);
+  const waits = (seconds) => (seconds > 1 ? `${doing}, for ${duration(seconds)}` : "");
+  const part = (found) => { doing = "Plans the run"; show(found); };
+  answers.open(`/fit/events?${new URLSearchParams(fields)}`, { same, part, say(found) { doing = found.say; } }, waits);
 }
 
 function soon() {

@@ -132,11 +132,16 @@ class TextPlanResult(PlanResult):
         return math.ceil(self.config.train.sequences / self.planned.rows.count)
 
     @property
+    def steps(self) -> int | None:
+        """The steps of the run; None where its rows are not known."""
+        train, lengths = self.config.train, self.lengths
+        return None if lengths is None else train.total_steps(math.ceil(lengths.rows / train.sequences))
+
+    @property
     def training_seconds(self) -> float | None:
         """The time of all steps at that speed: of the rows' tokens, or of rows of data.max_tokens. None if no step is known."""
-        train, lengths = self.config.train, self.lengths
-        if lengths is not None:
-            steps = train.total_steps(math.ceil(lengths.rows / train.sequences))
+        train, lengths, steps = self.config.train, self.lengths, self.steps
+        if lengths is not None and steps is not None:
             tokens = steps * min(train.sequences, lengths.rows) * lengths.tokens / lengths.rows
             return tokens * self.seconds / self.planned.rows.tokens
         return None if train.steps is None else train.steps * self.micro_batches * self.seconds

@@ -13,12 +13,10 @@ from lorakeet.data.chat import Encoded, Encoder, encode_rows
 from lorakeet.data.locate import state_of_data
 from lorakeet.data.pairs import encode_pairs
 from lorakeet.data.preferences import rows_for
-from lorakeet.data.prepare import find_labels, label_counts
-from lorakeet.data.proposals.labels import doubtful_labels, label_notes
+from lorakeet.data.prepare import find_labels, load_dataset
 from lorakeet.data.read import is_absent, read_rows
 from lorakeet.data.rows import Row
 from lorakeet.data.spec import NO_ROWS
-from lorakeet.data.split import split_rows
 from lorakeet.errors import DataError
 from lorakeet.memory.remembered import keep, recall, state_of
 from lorakeet.models.files.source import bytes_to_unpack, find_source
@@ -27,9 +25,10 @@ from lorakeet.models.text.load import load_tokenizer, read_config
 from lorakeet.models.text.model import context_of
 from lorakeet.train.preference_spec import SFT
 from lorakeet.workflows.planning.forecast_text_run import RowLengths, Workload
-from lorakeet.workflows.runs.remarks import remarks_of
+from lorakeet.workflows.runs.remarks import remarks_on
 
 Say = Callable[[str], None]
+MOST_COMPARED = 20_000  # rows; to search so many for copies takes some seconds
 
 
 class EncodedRows:
@@ -87,13 +86,14 @@ class EncodedRows:
         return Workload(bool(self.labels), characters, members, lengths=self.lengths)
 
 
-def lengths_of(longest: int, train: Sequence[int], sequences: int) -> RowLengths:
+def lengths_of(longest: int, train: Sequence[int], sequences: int, *, exact: bool = True) -> RowLengths:
     """The lengths of training rows, the longest first, for steps of so many `sequences`; `longest` is of any part."""
-    return RowLengths(longest, max(longest, sum(train[:sequences])), len(train), sum(train))
+    return RowLengths(longest, max(longest, sum(train[:sequences])), len(train), sum(train), exact)
 
 
 def workload_of_files(config: RunConfig, model_config: Any, say: Say) -> Workload:
-    """What is known of the rows of data.train, data.held_out and data.test, for `lorakeet plan`, which does not split them.
+    """What is known of the rows of data.train, data.held_out and data.test, for `lorakeet plan`: prepared as a run prepares them,
+    except that copies are not searched among more than MOST_COMPARED rows, which is said.
 
     Nothing where data.train names none, or, which is said, where rows or the tokenizer are not on this machine.
     """
@@ -116,31 +116,44 @@ def workload_of_files(config: RunConfig, model_config: Any, say: Say) -> Workloa
     keys = _keys(config, source)
     for key in keys:
         if (found := recall(key)) is not None and (key == keys[1] or found[1] <= data.max_tokens):
-            labelled, longest, train_lengths, characters, said, refused = found
+            labelled, longest, train_lengths, characters, said, refused, exact = found
             for line in said:
                 say(line)
-            given = partial(lengths_of, longest, train_lengths, config.train.sequences)
+            given = partial(lengths_of, longest, train_lengths, config.train.sequences, exact=exact)
             return Workload(labelled, characters, lengths=given, absent=True, refused=refused)
-    names, objective = (name for name in (data.train, data.held_out, data.test) if name), config.train.objective
-    notes: list[str] = []
-    train, *others = (
-        rows_for(read_rows(name, data, notes, objective), objective, name, trained=name == data.train) for name in names
-    )
-    labels, said = find_labels(train, data), list[str]()
-    refused = _say_of_rows(config, (train, *others), labels, notes, said.append)
+    parts, labels, said, refused, exact = _prepared(config)
     for line in said:
         say(line)
-    encoded = EncodedRows(config, (train, *others), labels, say, (model_config, source))
+    encoded = EncodedRows(config, parts, labels, say, (model_config, source))
     workload = encoded.workload()
 
     def lengths() -> RowLengths:
         longest, rows = encoded.measured()
         key = keys[longest >= encoded.config.data.max_tokens] if keys else None
         if key is not None and recall(key) is None:
-            keep(key, (workload.labelled, longest, rows, workload.characters, said, refused))
-        return lengths_of(longest, rows, config.train.sequences)
+            keep(key, (workload.labelled, longest, rows, workload.characters, said, refused, exact))
+        return lengths_of(longest, rows, config.train.sequences, exact=exact)
 
     return replace(workload, lengths=lengths, refused=refused)
+
+
+def _prepared(config: RunConfig) -> tuple[Sequence[Sequence[Row]], tuple[str, ...], list[str], str, bool]:
+    """The parts of the rows, the labels, what a dry run says of them, why no run starts with them, and whether copies are left out.
+
+    Rows with which no run starts are in one part, as they are in their files.
+    """
+    data, objective = config.data, config.train.objective
+    try:
+        dataset = load_dataset(data, objective, most_compared=MOST_COMPARED)
+    except DataError as error:
+        notes: list[str] = []
+        names = [name for name in (data.train, data.held_out, data.test) if name]
+        parts = [rows_for(read_rows(name, data, notes, objective), objective, name, trained=name == data.train) for name in names]
+        return parts, find_labels(parts[0], data), notes, str(error), True
+    said = [*dataset.notes, *(remark.words for remark in remarks_on(dataset, data, few_shot=config.evaluate.examples > 0))]
+    if not (exact := bool(dataset.leaks.searched)):
+        said.append(f"More than {MOST_COMPARED:,} rows: a run also leaves out copies of measured rows, which are not searched here.")
+    return (dataset.train, dataset.held_out, dataset.test), dataset.labels, said, "", exact
 
 
 def _keys(config: RunConfig, source: Path) -> tuple[str, ...]:
@@ -155,24 +168,6 @@ def _keys(config: RunConfig, source: Path) -> tuple[str, ...]:
     settings = replace(data, max_tokens=1), config.lora.new_tokens, config.train.objective, config.evaluate.examples > 0
     parts = files, state_of(source), *settings
     return f"rows {parts!r}", f"rows {parts!r} {data.max_tokens}"
-
-
-def _say_of_rows(
-    config: RunConfig, rows: Sequence[Sequence[Row]], labels: Sequence[str], notes: Sequence[str], say: Say
-) -> str:
-    """Says what a dry run says of rows, labels and the measurement, without a search for copies; returns why a run would stop."""
-    data, train = config.data, rows[0]
-    counts = label_counts([row for part in rows for row in part], labels)
-    known = train, labels, doubtful_labels(counts)
-    refused = ""
-    try:
-        measured = len(rows[-1]) if data.test or data.held_out else len(split_rows(train, data).held_out)
-    except DataError as error:
-        refused, measured = str(error), 0
-    remarks = remarks_of(known, measured, data, tested=bool(data.test), few_shot=config.evaluate.examples > 0)
-    for line in (*notes, *label_notes(counts), *(remark.words for remark in remarks)):
-        say(line)
-    return refused
 
 
 def _tokenizer_folder(config: RunConfig, say: Say) -> Path | None:

@@ -177,12 +177,16 @@ def decompose() -> None:
 
 @dataclass(frozen=True)
 class RowLengths:
-    """Tokens of a run's rows: of the longest, with any answer, and of the longest step; the training rows, and their tokens."""
+    """Tokens of a run's rows: of the longest, with any answer, and of the longest step; the training rows, and their tokens.
+
+    `exact`: copies of measured rows, which the run leaves out, were searched and are not counted.
+    """
 
     longest: int
     step: int
     rows: int = 0
     tokens: int = 0
+    exact: bool = True
 
     def within(self, config: RunConfig) -> RowLengths:
         """The same with rows of at most data.max_tokens."""

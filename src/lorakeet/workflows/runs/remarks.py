@@ -2,11 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 
 from lorakeet.data.prepare import Dataset, template_remedy, unnamed_labels_note
-from lorakeet.data.rows import Row
 from lorakeet.data.spec import DataSpec
 from lorakeet.errors import Remedy
 from lorakeet.evaluate.intervals import proportion
@@ -25,23 +23,11 @@ class Remark:
 
 def remarks_on(dataset: Dataset, spec: DataSpec, *, few_shot: bool) -> tuple[Remark, ...]:
     """The remarks on a run over these rows; `few_shot`: a few-shot base is compared."""
-    measured = len(dataset.test or dataset.held_out)
-    labelled = dataset.train, dataset.labels, dataset.doubtful
-    return remarks_of(labelled, measured, spec, tested=bool(dataset.test), few_shot=few_shot)
-
-
-def remarks_of(
-    labelled: tuple[Sequence[Row], Sequence[str], Collection[str]], measured: int, spec: DataSpec, *, tested: bool, few_shot: bool
-) -> tuple[Remark, ...]:
-    """The remarks on `labelled` (training rows, their labels, doubtful labels) and so many `measured` rows.
-
-    `tested`: these are of a test file.
-    """
-    train, labels, doubtful = labelled
-    found = []
+    measured, found = len(dataset.test or dataset.held_out), []
+    train, labels, doubtful = dataset.train, dataset.labels, dataset.doubtful
     if 0 < measured < FEW:
         found.append(Remark(few_rows_note(measured, labelled=bool(labels))))
-    if measured and not tested:
+    if measured and not dataset.test:
         found.append(
             Remark(
                 "There are no test rows: the checkpoint will be chosen on the same held-out rows that it is measured on, which "
