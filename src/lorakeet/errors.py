@@ -91,16 +91,27 @@ def is_of_the_device(error: BaseException) -> bool:
 
 def _as_flag(setting: str, value: str | None) -> str:
     """A setting on the command line, as a shell takes it: "--data.encoding cp1252"."""
+    if setting.startswith(COMMAND):
+        return f"{setting}{value or ''}"
     quoted = "" if value is None else shlex.quote(value)
     sign = bool(quoted) and quoted == value and not any(map(str.isalnum, quoted))  # which would read as a part of the sentence
     return f"--{setting} {repr(quoted) if sign else quoted}".rstrip()
 
 
+COMMAND = "lorakeet "  # which begins what is a command, and no setting
 SPELLING: ContextVar[Callable[[str, str | None], str]] = ContextVar("SPELLING", default=_as_flag)
+_VALUE = r"""'[^'\n]*'|"[^"\n]*"|[^\s,;:()'"`-](?:[^\s,;:()'"`]*[^\s,;:.()'"`])?"""
+_NAMED = rf"--(?P<setting>[a-z](?:[\w.-]*\w)?)(?:[ =](?P<value>{_VALUE}))?"
+_WORD = rf"--[a-z][\w.-]*(?: (?:{_VALUE}))?|[A-Z]{{2,}}\S*\b|…|\S*/\S*[\w/]"  # of a command
+_WRITTEN = re.compile(rf"(?<![\w-])(?:{_NAMED}|(?P<verb>{COMMAND}[a-z]+\b)(?P<words>(?: (?:{_WORD})(?=\W|$))*))")
+_ENDS = re.compile(r"$|[.,;:)]|\s*\n| (?:and|or|to)\b| \(")  # what comes after the value of a setting that is a plain word
 
 
 def spelt(setting: str, value: str | None = None) -> str:
-    """A setting, with its value where one is given, as the caller writes it: a flag, or what a context set as SPELLING."""
+    """A setting, with its value where one is given, as the caller writes it: a flag, or what a context set as SPELLING.
+
+    What that makes of "lorakeet VERB" with the words behind it is a command as the caller gives it.
+    """
     return SPELLING.get()(setting, value)
 
 
@@ -112,6 +123,25 @@ def spelling(spell: Callable[[str, str | None], str]) -> Iterator[None]:
         yield
     finally:
         SPELLING.reset(before)
+
+
+def respelt(message: str) -> str:
+    """The message with the flags and commands that stand in it as the caller writes them (`spelling`)."""
+    spell = SPELLING.get()
+
+    def written(found: re.Match[str]) -> str:
+        if found["verb"] is not None:
+            return spell(found["verb"], found["words"])
+        value, given = found["value"], found[0].partition(found["setting"])[2]
+        if value is None:
+            return spell(found["setting"], None)
+        plain = value.isalpha() and not value.isupper()
+        if plain and (value in ("and", "or", "to", "is") or not _ENDS.match(message, found.end())):
+            return spell(found["setting"], None) + given
+        bare = value[1:-1] if value[0] in "'\"" else value
+        return spell(found["setting"], bare)
+
+    return message if spell is _as_flag else _WRITTEN.sub(written, message)
 
 
 @dataclass(frozen=True)
@@ -140,7 +170,7 @@ class LorakeetError(Exception):
     exit_code = 2
 
     def __init__(self, *details: object, remedies: Iterable[Remedy] = ()) -> None:
-        super().__init__(*(shortened(one) if isinstance(one, str) else one for one in details))
+        super().__init__(*(shortened(respelt(one)) if isinstance(one, str) else one for one in details))
         self.remedies = tuple(remedies)
 
 

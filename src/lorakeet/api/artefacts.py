@@ -8,12 +8,13 @@ from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any, TypeVar
 
+from lorakeet.api.arguments import as_argument
 from lorakeet.api.display import ShownCertificate, ShownMerge
 from lorakeet.api.records import is_frame, row_names
-from lorakeet.api.rows import said_in_python, stored
+from lorakeet.api.rows import naming_rows, stored
 from lorakeet.api.run import FinishedRun, ShownReport
 from lorakeet.data.tables import InMemory
-from lorakeet.errors import ConfigError
+from lorakeet.errors import ConfigError, spelling
 from lorakeet.evaluate.certificate import Certificate
 from lorakeet.settings import load as load_settings
 from lorakeet.workflows.evaluate import evaluate as evaluate_verb
@@ -32,6 +33,7 @@ AnyRun = FinishedRun | str | Path
 OptionsT = TypeVar("OptionsT", EvaluateOptions, MergeOptions, ExportOptions, PredictOptions, VerifyOptions)
 
 
+@spelling(as_argument)
 def merge(*runs: AnyRun, out: str | Path, quiet: bool = False, **options: Any) -> Merged:
     """Merges a run into its base at `out`, or combines several into one adapter; the certificate is in the result.
 
@@ -41,6 +43,7 @@ def merge(*runs: AnyRun, out: str | Path, quiet: bool = False, **options: Any) -
     return ShownMerge.of(merge_verb(_options(MergeOptions, given, "lk.merge"), console=TerminalConsole(quiet=quiet)))
 
 
+@spelling(as_argument)
 def export(run: AnyRun, out: str | Path, *, quant: str = "f16", quiet: bool = False, **options: Any) -> Exported:
     """Writes the merged model as a GGUF file (`out` ends in .gguf) or, with to="ollama", as a folder for Ollama; checks it.
 
@@ -50,6 +53,7 @@ def export(run: AnyRun, out: str | Path, *, quant: str = "f16", quiet: bool = Fa
     return export_verb(_options(ExportOptions, given, "lk.export"), console=TerminalConsole(quiet=quiet))
 
 
+@spelling(as_argument)
 def predict(run: AnyRun, data: Any, out: str | Path | None = None, *, quiet: bool = False, **options: Any) -> Any:
     """Answers rows: of records in memory, or of the file `data`, which needs `out` (.csv, .tsv or .jsonl).
 
@@ -80,10 +84,11 @@ def _predicted(
     run: AnyRun, data: str, out: str | Path, known: Mapping[str, InMemory], *, quiet: bool, **options: Any
 ) -> Predicted:
     given = {"run_or_adapter": _path(run), "data": data, "out": str(out), **options}
-    with said_in_python(known):
+    with naming_rows(known):
         return predict_verb(_options(PredictOptions, given, "lk.predict"), console=TerminalConsole(quiet=quiet))
 
 
+@spelling(as_argument)
 def evaluate(run: AnyRun, data: Any = None, out: str | Path | None = None, *, quiet: bool = False, **options: Any) -> ShownReport:
     """Measures a run or an adapter against its base, on a file or records in memory; without `data` on the run's own rows.
 
@@ -92,7 +97,7 @@ def evaluate(run: AnyRun, data: Any = None, out: str | Path | None = None, *, qu
     """
     path, known = (data, {}) if data is None or isinstance(data, (str, Path)) else _given(data)
     given = {"run_or_adapter": _path(run), "data": None if path is None else str(path), **options}
-    with said_in_python(known):
+    with naming_rows(known):
         chosen = _options(EvaluateOptions, given | ({} if out is None else {"out": str(out)}), "lk.evaluate")
         return ShownReport(evaluate_verb(chosen, console=TerminalConsole(quiet=quiet)).report)
 
@@ -103,13 +108,14 @@ def _given(records: Any) -> tuple[str, dict[str, InMemory]]:
     return str(path), {str(path): InMemory("data", row_names(records, "data", count))}
 
 
+@spelling(as_argument)
 def verify(run: AnyRun, *against: str | Path, quiet: bool = False, **options: Any) -> Certificate:
     """Compares the trained adapter with merged folders, .gguf files or servers; returns the certificate.
 
     Without `against`, what earlier commands wrote beside the run. Raises VerificationFailed where they differ.
     """
     if "deploy" in options:
-        raise ConfigError("lk.verify compares artefacts. `lorakeet verify RUN --deploy vllm` says if vLLM loads the adapter.")
+        raise ConfigError("lk.verify compares artefacts; only the command line says if vLLM loads an adapter. Leave deploy= out.")
     given = {"run_or_adapter": _path(run), "against": [str(one) for one in against], **options}
     found = verify_verb(_options(VerifyOptions, given, "lk.verify"), console=TerminalConsole(quiet=quiet))
     assert isinstance(found, Verified)  # without `deploy`, which has no argument here

@@ -8,12 +8,13 @@ from weakref import WeakKeyDictionary, ref
 from torch import nn
 
 from lorakeet.api.adapter import AdapterValue
+from lorakeet.api.arguments import as_argument
 from lorakeet.api.display import ShownPairs
 from lorakeet.core.adapter import Adapter
 from lorakeet.core.layers.linear import LoraLinear
 from lorakeet.core.plan import Plan
 from lorakeet.core.spec import LoraSpec
-from lorakeet.errors import ConfigError
+from lorakeet.errors import ConfigError, spelling
 from lorakeet.models import inject
 from lorakeet.models.families import family_of
 from lorakeet.models.fits import plan_of
@@ -24,6 +25,7 @@ from lorakeet.settings import to_mapping
 _FLAGS: WeakKeyDictionary[nn.Module, list[tuple[ref[nn.Parameter], bool]]] = WeakKeyDictionary()  # requires_grad before
 
 
+@spelling(as_argument)
 def attach(net: nn.Module, lora: LoraSpec | Adapter = LoraSpec(), *, name: str = "default", seed: int = 0) -> Plan:
     """Adds trainable pairs to `net`, or a finished adapter, and freezes everything else; returns what was added.
 
@@ -43,6 +45,8 @@ def attach(net: nn.Module, lora: LoraSpec | Adapter = LoraSpec(), *, name: str =
     """
     if not isinstance(net, nn.Module):
         raise ConfigError(f"net is {net!r:.80} ({type(net).__name__}); expected a torch module. lk.load takes names and paths.")
+    if not isinstance(lora, (LoraSpec, Adapter)):
+        raise ConfigError(f"lora is {lora!r:.80} ({type(lora).__name__}); expected lk.Lora(…), or an adapter.")
     if inject.has_adapter(net, name):
         raise ConfigError(f"An adapter {name!r} is already attached. Detach it first, or give another name.")
     if inject.adapter_names(net) and net not in _FLAGS:

@@ -17,6 +17,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from lorakeet.api.adapter import AdapterValue
+from lorakeet.api.arguments import in_python
 from lorakeet.api.display import ShownPlan, table_of
 from lorakeet.api.in_memory_model import saved_model
 from lorakeet.api.rows import RowPart, RowSet
@@ -26,7 +27,7 @@ from lorakeet.core.spec import LoraSpec
 from lorakeet.data.chat import Encoder
 from lorakeet.data.locate import locate_model
 from lorakeet.data.spec import NO_ROWS, DataSpec
-from lorakeet.errors import ConfigError, nearest
+from lorakeet.errors import ConfigError, nearest, spelling
 from lorakeet.memory.allocator import release_free_memory
 from lorakeet.memory.spec import MemorySpec
 from lorakeet.models.generate.score import row_losses
@@ -47,6 +48,7 @@ CONTEXT = 2048  # tokens of a prompt with its reply under a budget
 _USED: ContextVar[Mapping[int, AnyAdapter]] = ContextVar("_USED", default={})  # noqa: B039 (never changed); adapters by handle
 
 
+@spelling(in_python)
 def load(
     model: Any,
     *,
@@ -94,6 +96,7 @@ class BaseModelHandle:
         rows += [("budget", self.memory.budget or "none"), ("in memory", "no" if self._opened is None else "yes")]
         return table_of([("", "base model"), *rows])
 
+    @spelling(in_python)
     def plan(
         self,
         lora: LoraSpec = LoraSpec(),
@@ -115,6 +118,7 @@ class BaseModelHandle:
         console = TerminalConsole(file=StringIO(), record=True, width=110, force_jupyter=False)
         return ShownPlan(plan(config, console=console), console)
 
+    @spelling(in_python)
     def generate(
         self,
         prompt: Prompt | Sequence[Prompt],
@@ -149,6 +153,7 @@ class BaseModelHandle:
             texts = generation.texts(ids, [_alone(one) for one, _ in adapters], settings)
         return texts if several else texts[0]
 
+    @spelling(in_python)
     def stream(
         self, prompt: Prompt, *, adapter: AnyAdapter = None, max_tokens: int = 256, temperature: float = 0.0, raw: bool = False,
         template: bool = True, **sampling: Any,
@@ -170,6 +175,7 @@ class BaseModelHandle:
             yield first
             yield from pieces
 
+    @spelling(in_python)
     def losses(self, rows: RowSet | RowPart, *, adapter: AnyAdapter = None, micro_tokens: int = 2048) -> NDArray[np.float64]:
         """The loss of each row in nats per target token, (rows,): of `rows.held_out`, or of the part that is given.
 

@@ -13,6 +13,7 @@ from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any, overload
 
+from lorakeet.api.arguments import in_python
 from lorakeet.api.records import jsonl_of, row_names
 from lorakeet.data.prepare import Dataset, load_dataset
 from lorakeet.data.rows import Row
@@ -25,9 +26,9 @@ from lorakeet.settings import load as load_settings
 _SHOWN, _SHOWN_TEXT = 5, 120  # rows, and characters of each, in a notebook
 _FILES = ("train", "held_out", "test")
 _ARGUMENTS = {"train": "source"}  # of `rows`, where it is called otherwise
-_SECTIONS = ("train", "lora", "evaluate", "ranks")
 
 
+@spelling(in_python)
 def rows(source: Any, *, held_out: Any = None, test: Any = None, **settings: Any) -> RowSet:
     """The rows of a run.
 
@@ -67,14 +68,6 @@ def _folder() -> TemporaryDirectory[str]:
     return TemporaryDirectory(prefix="lorakeet-rows-")
 
 
-def in_python(setting: str, value: str | None = None) -> str:
-    """A setting as an argument in Python: text_column='review', lk.Train(micro_tokens=512)."""
-    section, _, name = setting.rpartition(".")
-    said = "" if value is None else value if value.isnumeric() or value.isupper() else repr(value)
-    argument = f"{name.replace('-', '_')}={said}"
-    return f"lk.{section.title()}({argument})" if section in _SECTIONS else argument
-
-
 def stored(records: Any, name: str) -> tuple[Path, int]:
     """A file with the records, named by its content, and their number."""
     if not isinstance(records, Iterable):
@@ -88,12 +81,11 @@ def stored(records: Any, name: str) -> tuple[Path, int]:
 
 
 @contextmanager
-def said_in_python(known: Mapping[str, InMemory]) -> Iterator[None]:
-    """A context in whose messages settings are arguments, and `known` rows are named by their index or number."""
+def naming_rows(known: Mapping[str, InMemory]) -> Iterator[None]:
+    """A context in whose messages `known` rows are named by their index or number."""
     before = IN_MEMORY.set(known)
     try:
-        with spelling(in_python):
-            yield
+        yield
     finally:
         IN_MEMORY.reset(before)
 
@@ -129,12 +121,12 @@ class RowSet:
     @cached_property
     def dataset(self) -> Dataset:
         """All parts, with labels and leaks. Raises ConfigError or DataError, as a run would."""
-        with self.said_in_python():
+        with self.naming_rows(), spelling(in_python):
             return load_dataset(self.spec, None)
 
-    def said_in_python(self, spec: DataSpec | None = None) -> AbstractContextManager[None]:
-        """`said_in_python` for these rows; `spec`: the settings of a run with them (`beside`)."""
-        return said_in_python({
+    def naming_rows(self, spec: DataSpec | None = None) -> AbstractContextManager[None]:
+        """`naming_rows` for these rows; `spec`: the settings of a run with them (`beside`)."""
+        return naming_rows({
             getattr(spec or self.spec, name): InMemory(_ARGUMENTS.get(name, name), rows)
             for name, rows in self.in_memory.items()
         })  # fmt: skip

@@ -11,11 +11,12 @@ from pathlib import Path
 from typing import Any
 
 from lorakeet.api.adapter import AdapterValue
+from lorakeet.api.arguments import in_python
 from lorakeet.api.classify import LabelAnswer, classified
 from lorakeet.api.display import ShownCertificate, page_of, table_of
 from lorakeet.api.model import BaseModelHandle
 from lorakeet.api.model import load as load_model
-from lorakeet.api.rows import RowSet, in_python
+from lorakeet.api.rows import RowSet
 from lorakeet.api.rows import rows as rows_of
 from lorakeet.config import RunConfig, read_run
 from lorakeet.core.spec import LoraSpec
@@ -42,6 +43,7 @@ _LOSSES = ("loss", "log_loss", "denoising_loss")
 Called = Callable[[Record], object]
 
 
+@spelling(in_python)
 def finetune(
     model: BaseModelHandle | RunConfig | str | Path,
     rows: RowSet | Any = None,
@@ -79,19 +81,19 @@ def finetune(
         config = _config(handle, rows, lora=lora or LoraSpec(), train=train or TrainSpec(), out=place, more=more)
         handle.release()  # a run reads the weights itself
     options = FinetuneOptions(seeds=seeds)
-    with rows.said_in_python(config.data) if isinstance(rows, RowSet) else nullcontext():
+    with rows.naming_rows(config.data) if isinstance(rows, RowSet) else nullcontext():
         finetune_run(config, options, console=TerminalConsole(quiet=quiet), on_step=on_step, on_held_out=on_held_out)
     return open_run(config.out)
 
 
+@spelling(in_python)
 def resume(run: FinishedRun | str | Path, *, quiet: bool = False) -> FinishedRun:
     """Goes on with a run that ended early, from its last checkpoint, with the settings that it began with.
 
     Raises ConfigError where there is no run or nothing to go on from, and as `finetune` does.
     """
     path = run.path if isinstance(run, FinishedRun) else Path(run)
-    with spelling(in_python):
-        finetune_run(open_run(path).config, FinetuneOptions(resume=path), console=TerminalConsole(quiet=quiet))
+    finetune_run(open_run(path).config, FinetuneOptions(resume=path), console=TerminalConsole(quiet=quiet))
     return open_run(path)
 
 
@@ -109,6 +111,7 @@ def _config(
     return replace(checked, data=rows.beside(out))  # written only now, so that a wrong setting leaves nothing
 
 
+@spelling(in_python)
 def open_run(path: str | Path) -> FinishedRun:
     """The run in the folder `path`. Raises DataError where there is none."""
     folder = RunFolder.at(Path(path))
@@ -165,6 +168,7 @@ class FinishedRun:
         found = read_split_record(self.folder.split).get("labels")
         return tuple(map(str, found)) if isinstance(found, list) else ()
 
+    @spelling(in_python)
     def classify(self, texts: Sequence[str | Mapping[str, Any]]) -> list[LabelAnswer]:
         """The label of each text, with its probability; of each record, if the template has other columns than the text."""
         if isinstance(texts, (str, Mapping)):

@@ -132,7 +132,7 @@ def accept_content(subject: str, apart: list[str], *, uncertified: bool, say: Ca
     if not uncertified:
         raise VerificationFailed(
             f"{subject} is not what its certificate was made for: {names}. Put back the files of the training. Verbs but "
-            "finetune use it as it is with --uncertified (in Python uncertified=True)."
+            "finetune use it as it is with --uncertified."
         )
     note = f"{UNCERTIFIED}: {names}"
     say(f"{subject} is used {note}")

@@ -186,8 +186,8 @@ def time_words(result: PlanResult) -> str:
         return f"A step of full rows takes at least {duration_text(step)} on this machine. Choose rows to see how long all takes."
     counted = f"{steps:,} steps" if lengths.exact else f"about {steps:,} steps (copies are not searched in so many rows)"
     return (
-        f"A step takes about {duration_text(seconds / steps)} on this machine; training about {duration_text(seconds)}, {counted}. "
-        "Measuring before and after comes on top, often as long again."
+        f"A step takes about {duration_text(seconds / steps)} on this machine; training about {duration_text(seconds)}, "
+        f"{counted}. Measuring before and after comes on top, often as long again."
     )
 
 

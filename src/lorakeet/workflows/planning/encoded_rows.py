@@ -138,7 +138,7 @@ def workload_of_files(config: RunConfig, model_config: Any, say: Say) -> Workloa
 
 
 def _prepared(config: RunConfig) -> tuple[Sequence[Sequence[Row]], tuple[str, ...], list[str], str, bool]:
-    """The parts of the rows, the labels, what a dry run says of them, why no run starts with them, and whether copies are left out.
+    """The parts of the rows, the labels, what a dry run says of them, why no run starts with them, and if copies were searched.
 
     Rows with which no run starts are in one part, as they are in their files.
     """
@@ -152,7 +152,7 @@ def _prepared(config: RunConfig) -> tuple[Sequence[Sequence[Row]], tuple[str, ..
         return parts, find_labels(parts[0], data), notes, str(error), True
     said = [*dataset.notes, *(remark.words for remark in remarks_on(dataset, data, few_shot=config.evaluate.examples > 0))]
     if not (exact := bool(dataset.leaks.searched)):
-        said.append(f"More than {MOST_COMPARED:,} rows: a run also leaves out copies of measured rows, which are not searched here.")
+        said.append(f"More than {MOST_COMPARED:,} rows: a run leaves out copies of measured rows, which are not searched here.")
     return (dataset.train, dataset.held_out, dataset.test), dataset.labels, said, "", exact
 
 
