@@ -50,10 +50,10 @@ ADDED, ORDERED = 0.95, 0.8  # of the copies with text around them, and of those 
 SHORTEST = 4  # words (six characters) of a text of which one is changed: shorter ones are compared whole
 SECONDS = 120.0
 TRIES = 100  # of a change, for a copy that is no other text of the kind
-PLANTED, ROUNDS = 60, 5  # copies of each change at once, and how often, with other originals
+PLANTED, ROUNDS = 60, 2  # copies of each change at once, and how often, with other originals
 CHANGED = ("one replaced", "one misspelt")  # in place: what "one word changed" says
 SCALE = ("reviews", "labels", "instructed")
-FEW_PLANTED, FEW_ROUNDS = 12, 20  # of rows of one slot: 60 copies have the same changes of its dozen words, and hide each other
+FEW_PLANTED = 12  # of rows of one slot: 60 copies have the same changes of its dozen words, and hide each other
 _OLD_PAIRS = 200_000
 _LENGTHS = ((4, 4), (5, 8), (9, 16), (17, 40), (41, 10**9))
 
@@ -134,7 +134,7 @@ def false_positives(corpus: Corpus, seed: int) -> dict[str, Any]:
 def of_corpus(corpus: Corpus, seed: int, count: int) -> dict[str, Any]:
     """All numbers of one kind of text, printed line by line."""
     print(f"\n{corpus.name}: {len(corpus.texts):,} different texts, such as {corpus.texts[0][:90]!r}", flush=True)
-    rounds, at_once = (ROUNDS, count) if corpus.slot is None else (FEW_ROUNDS, min(count, FEW_PLANTED))
+    rounds, at_once = (ROUNDS, count) if corpus.slot is None else (ROUNDS * PLANTED // FEW_PLANTED, min(count, FEW_PLANTED))
     by_change = {
         name: [line for turn in range(rounds) for line in recall(corpus, change, 1000 * seed + turn, at_once)]
         for name, change in changes(corpus.characters).items()

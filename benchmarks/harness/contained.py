@@ -18,6 +18,14 @@ MARKUP = (
     "> {}", "| 17 | {} | yes |", "<p>{}</p>", "<s>[INST] {} [/INST]", "<|user|>{}<|end|>", "Input -> {}", "{} = ?",
     "=== Text ===\n{}", "{} => ", ">>> {}", '{{"text": "{}"}}', "~~{}~~", "Solve for x + y = : {}", "{} (1 = bad, 5 = good)",
 )  # fmt: skip
+_ONE = (
+    "Classify this text:", "Here is some text, please label it.", "Read carefully and answer:", "What is this about?",
+    "Tell me the class of the following.", "Please say which label fits", "Decide the category of this:", "Input text below:",
+)  # fmt: skip
+_ANOTHER = (
+    "Answer with one of the labels given.", "Consider the passage that comes next.", "Q:", "TASK 7: sort it", "Category?",
+    "Give 3 labels at most for:", "In 5 words or less, describe", "Given the content, find its kind:", "Which of these is it?",
+)  # fmt: skip
 _SIGNS = ("=", "!=", "<", "<=", ">", ">=")
 
 
@@ -52,6 +60,12 @@ def _in_markup(text: list[str], chance: random.Random) -> list[str]:
     return chance.choice(MARKUP).format(" ".join(text)).split(" ")
 
 
+def _behind(instructions: Sequence[str]) -> Edit:
+    """The row below one of these instructions."""
+    return lambda text, chance: [*chance.choice(instructions).split(), *text]
+
+
+ORIGINALS = {"another instruction": _behind(_ONE)}  # edits of all but the copies
 EDITS: dict[str, tuple[Edit, int]] = {  # with the fewest words of a row
     "six words before": (lambda text, _: [*_INSTRUCTION[:6], *text], 5),
     "four words behind": (lambda text, _: [*text, *_INSTRUCTION[:4]], 5),
@@ -61,6 +75,7 @@ EDITS: dict[str, tuple[Edit, int]] = {  # with the fewest words of a row
     "as many own words before": (_own(False), 5),
     "as many own words behind": (_own(True), 5),
     "markup around": (_in_markup, 5),
+    "another instruction": (_behind(_ANOTHER), 5),
     "two words replaced": (_two_changed, 10),
     "clauses in another order": (_turned, 10),
 }
@@ -68,16 +83,17 @@ ORDERED = ("two words replaced", "clauses in another order")  # of which fewer h
 
 
 def edited(sentences: Sequence[str], name: str, *, every: bool, seed: int) -> tuple[list[str], list[str], list[str]]:
-    """Originals, other rows and copies of the originals; `every`: the other rows are edited too."""
+    """Originals, other rows and copies of the originals; `every`: other rows are edited too."""
     edit, fewest = EDITS[name]
     chance = random.Random(f"{name} {seed}")
     rows = [text for text in sentences if fewest <= len(text.split()) <= 40][:ROWS]
-    originals, others = rows[:COPIES], rows[COPIES:]
 
-    def made(text: str) -> str:
-        return " ".join(edit(text.split(), chance))
+    def made(text: str, edit: Edit | None) -> str:
+        return text if edit is None else " ".join(edit(text.split(), chance))
 
-    return originals, [*map(made, others)] if every else others, [*map(made, originals)]
+    first = ORIGINALS.get(name)
+    others = [made(text, edit if every and (first is None or n % 2) else first) for n, text in enumerate(rows[COPIES:])]
+    return [made(text, first) for text in rows[:COPIES]], others, [made(text, edit) for text in rows[:COPIES]]
 
 
 def different_rows() -> dict[str, list[str]]:

@@ -21,6 +21,12 @@ from lorakeet.data.copies.words import is_character, letters, normal_words
         ("안녕 하세요", ["안녕", "하세요"]),
         ("Straße STRASSE", ["strasse"] * 2),
         ("!! 😀", []),
+        ("KALICI İzmir", ["kalici", "izmir"]),  # written in capitals by rules of another language
+        ("kalıcı IZMIR", ["kalici", "izmir"]),
+        ("> 5 km", [">", "5", "km"]),
+        ("> 5 of them left\n> 0 表示禁用超时", ["5", "of", "them", "left", *"0表示禁用超时"]),
+        ("<p id='a'>a < b</p> => x | y = ?", ["p", "id", "a", "a", "<", "b", "p", "x", "y"]),
+        ("a % b, 5 %, a||b, List<int>", ["a", "%", "b", "5", "%", "a", "||", "b", "list", "int"]),
     ],
 )
 def test_words_of_many_scripts(text: str, words: list[str]) -> None:

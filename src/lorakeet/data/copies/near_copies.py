@@ -143,11 +143,14 @@ class _Search:
         moved: Matched = []
         if rearranged := changed > allowed:  # text was added around the other, or passages were moved
             moved = _moved(texts, matched)
-            gaps = _without_moved(gaps, moved)
+            core = [place for place, (i, j) in enumerate(matched) if min(bits[i], other_bits[j]) > 0]
+            if not core:
+                return None
+            gaps = _without_moved(_gaps(matched[core[0] : core[-1] + 1], (len(ids), len(others))), moved)
             inner, added = _changed(gaps[1:-1], weights), 0
             for gap in (gaps[0], gaps[-1]):
                 own = [_own(side, weight) for side, weight in zip(gap, weights, strict=True)]
-                inner, added = (inner, added + max(own)) if not all(gap) else (inner + max(own), added)
+                inner, added = inner + min(own), added + max(own) - min(own)
             if min(map(self._length, texts)) < fewest_words(self.threshold):
                 return None
             longest, allowed = self._allowed(texts, (first, second), added)
@@ -183,7 +186,10 @@ class _Search:
             places = [[i for i in range(before[side] + 1, behind[side]) if i not in gone[side]] for side in range(2)]
             signs = [[before_each[side][i] for i in (*places[side], behind[side])] for side in range(2)]
             words = [[self.numbered.words[ids[side][i]] for i in places[side]] for side in range(2)]
-            if (before == (-1, -1) or behind == ends) and any(places) and not all(places):
+            around = before == (-1, -1) or behind == ends
+            if around and min(map(len, places)) >= _OPERAND:  # another instruction
+                continue
+            if around and any(places) and not all(places):
                 longer, beside = (0 if places[0] else 1), (0 if behind == ends else -1)
                 sign, other = (signs[side][beside] for side in (longer, 1 - longer))
                 operands = self.numbered.words[ids[longer][(before if behind == ends else behind)[longer]]], words[longer][beside]

@@ -14,7 +14,7 @@ from collections.abc import Sequence
 import regex
 
 _SPACELESS = r"\p{Han}\p{Hiragana}\p{Katakana}\p{Thai}\p{Lao}\p{Khmer}\p{Myanmar}"
-_APOSTROPHES = str.maketrans("", "", "'’ʼ`´")
+_APOSTROPHES = str.maketrans("ı", "i", "'’ʼ`´\u0307")  # and Turkish I, whose case depends on the language
 _LETTER = rf"[\w--[{_SPACELESS}_]]"
 _INSIDE = r"(?:(?<=\d)[.,:/](?=\d)|(?<!\d)[-‐‑]|[-‐‑](?!\d))"  # not the hyphen of "4-5"
 _HYPHENS = str.maketrans("", "", "-‐‑")
@@ -24,7 +24,7 @@ _SIGN = (
     r"|(?<=[\w)\]])(?:\*+|\^)(?=[\w(])|(?<=[\w)\]]\s)(?:\*+|[/^%])(?=\s[\w(])|&&"
 )
 _WORD = regex.compile(rf"(?V1)[{_SPACELESS}]\p{{M}}*|{_LETTER}+(?:{_INSIDE}{_LETTER}+)*|{_SIGN}")
-_MORE = r"(?=[ \t]+(?:\p{L}|\S+[ \t]+\S+[ \t]+\S))"  # behind a mark: a word, or more than an operand
+_MORE = r"(?=[ \t]+\S)(?![ \t]+-?\p{Sc}?\d\S*(?:[ \t]+\S{1,4})?[ \t]*$)"  # behind a mark: more than an operand
 _MARKUP = regex.compile(
     r"(?m)<(?P<name>[/!?]?[A-Za-z][\w:.-]*(?:\s+[\w:.-]+\s*=\s*(?:\"[^\"<>]*\"|'[^'<>]*'|[^\s<>\"']+))*)\s*/?>|<!--"  # tags
     r"|<\|(?P<token>[^|<>\n]+)\|>|[-=]+>|~~|([<>])\3\3+|([<>=+~|^])\4{3,}"  # tokens of a chat, arrows, rules
