@@ -5,13 +5,14 @@ str, Path, `X | None`, `tuple[X, ...]`, `dict[str, X]`, `Literal[...]` of string
 dataclass type with metadata `{"shorthand": "path"}` may be given as one plain text, which then stands for that inner field.
 
 Text is read as the declared type, so that flags and YAML follow one rule: "8" is a whole number, "1e-3" a number, "true" a
-truth value, "none" is None where None is allowed, "a,b" two items of a list, "q_proj=8,v_proj=4" a mapping.
+truth value, "none" is None where None is allowed, "a,b" two items of a list, "q_proj=8,v_proj=4" or JSON a mapping.
 """
 
 from __future__ import annotations
 
 import dataclasses
 import difflib
+import json
 import math
 import re
 import types
@@ -137,7 +138,8 @@ def shown_default(value: Any) -> str:
     if isinstance(value, (tuple, list)):
         return ",".join(map(str, value))
     if isinstance(value, dict):
-        return ",".join(f"{name}={item}" for name, item in value.items())
+        plain = not any(re.search(r"[,=]|^[\s{]|\s$", str(word)) for pair in value.items() for word in pair)
+        return ",".join(f"{name}={item}" for name, item in value.items()) if plain else json.dumps(value, ensure_ascii=False)
     return repr(value) if isinstance(value, str) and not value.isprintable() else str(value)
 
 
@@ -322,6 +324,11 @@ def _read(kind: Any, value: Any) -> Any:
 
 
 def _read_dict(item_kind: Any, value: Any) -> dict[str, Any]:
+    if isinstance(value, str) and value.lstrip().startswith("{"):
+        try:
+            value = json.loads(value)
+        except (ValueError, RecursionError):
+            raise _Misfit from None
     if isinstance(value, str):
         pairs = [part.rpartition("=") for part in value.split(",") if part.strip()]
         if not all(name and sign for name, sign, _ in pairs):

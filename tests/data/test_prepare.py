@@ -1,14 +1,18 @@
 """From a spec to all rows of a run, or to one message that says what is wrong."""
 
 import json
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 
 from lorakeet.data.prepare import check_labels, find_labels, load_dataset, template_remedy, unnamed_labels_note
+from lorakeet.data.proposals.labels import merges, merging
 from lorakeet.data.rows import Row, Turn
 from lorakeet.data.spec import DataSpec, fill_template, template_fields
 from lorakeet.errors import ConfigError, DataError
+from lorakeet.settings import load
+from tiny.runs import write_rows
 
 NOUNS = ("film", "book", "song", "play", "meal", "trip", "game", "show", "talk", "walk")
 
@@ -163,3 +167,33 @@ def test_names_are_whole_words_in_every_prompt() -> None:
     some = [*prompts("net or bill? {}")[:3], *prompts("net? {}")[:3]]
     assert unnamed_labels_note(some, labels, "{text}", few_shot=True) != ""
     assert unnamed_labels_note(prompts("Number {}"), (), "{text}", few_shot=True) == "", "rows without labels"
+
+
+def test_labels_are_read_as_others_by_the_setting_that_a_note_advises(tmp_path: Path) -> None:
+    """What a note advises merges the labels, also those that it cannot write without JSON, after those that were renamed."""
+    labels = {"Yes": 30, "yes": 4, "YES": 2, "No": 30, "a, b": 12, "A, B": 3}
+    texts = (f"{words} {n}" for n, words in enumerate(("ash bay", "cup dew", "elm fog") * 40))
+    rows = [{"text": next(texts), "label": label} for label, count in labels.items() for _ in range(count)]
+    spec = DataSpec(train=str(write_rows(tmp_path / "rows.jsonl", rows)), near_duplicates=0.0)
+    counts = load_dataset(spec).label_counts
+    first, *others = merges({label: labels[label] for label in counts}, {})
+    assert others == [] and load(DataSpec, {"train": "x", "rename_labels": first.value}, where="a flag").rename_labels == {
+        "yes": "Yes", "YES": "Yes", "A, B": "a, b"
+    }  # fmt: skip
+    merged = replace(spec, rename_labels=json.loads(first.value))
+    found = load_dataset(merged)
+    assert found.labels == ("No", "Yes", "a, b") and not [note for note in found.notes if "differ in case" in note]
+    assert merging({"Yes": "Y"}, {"yes": "Yes"}).value == "yes=Y,Yes=Y", "one after another"
+    with pytest.raises(ConfigError, match="renames 'Yes', and another label to it"):
+        replace(spec, rename_labels={"yes": "Yes", "Yes": "YES"}).validate()
+
+
+def test_a_held_out_label_of_another_case_is_mended_by_one_setting(tmp_path: Path) -> None:
+    train = write_rows(tmp_path / "train.jsonl", [{"text": f"word {n} {n * 7}", "label": "YN"[n % 2]} for n in range(8)])
+    held = write_rows(tmp_path / "held.jsonl", [{"text": "other", "label": "y"}])
+    spec = DataSpec(train=str(train), held_out=str(held), rename_labels={"n": "N"})
+    with pytest.raises(DataError, match=r"set --data.rename_labels n=N,y=Y") as caught:
+        load_dataset(spec)
+    (remedy,) = caught.value.remedies
+    read = load(DataSpec, {"train": "x", "rename_labels": remedy.value}, where="a flag").rename_labels
+    assert load_dataset(replace(spec, rename_labels=read)).held_out[0].label == "Y"

@@ -111,11 +111,11 @@ def test_a_value_of_an_array_that_is_too_long_is_named(tmp_path: Path, monkeypat
     assert len(of_array(tmp_path / "a.json", text, longest=6000)) == 3
 
 
-def test_csv_field_over_several_lines_counts_lines_right(tmp_path):
+def test_csv_rows_have_the_numbers_of_a_spreadsheet(tmp_path):
     found = records(tmp_path / "a.csv", 'text,label\r\n"one\r\ntwo ""quoted""",x\r\n\r\nthree,y\r\n')
     assert found == [
         ("a.csv:2", {"text": 'one\r\ntwo "quoted"', "label": "x"}),
-        ("a.csv:5", {"text": "three", "label": "y"}),
+        ("a.csv:4", {"text": "three", "label": "y"}),
     ]
 
 
@@ -129,7 +129,7 @@ def test_csv_row_of_another_length_is_named(tmp_path):
 
 
 def test_csv_quote_that_never_closes_is_named(tmp_path):
-    with pytest.raises(DataError, match=r"a.csv:3: .*expected closed double quotes"):
+    with pytest.raises(DataError, match=r"a.csv:2: .*expected closed double quotes"):
         records(tmp_path / "a.csv", 'text,label\n"open,b\nc,d\n')
 
 

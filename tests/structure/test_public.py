@@ -52,7 +52,7 @@ def allowed(kind: Any, options: bool) -> bool:
     if origin is tuple:
         return len(inner) == 2 and inner[1] is ... and allowed(inner[0], options)
     if origin is dict:
-        return inner in ((str, int), (str, float))
+        return inner in ((str, int), (str, float), (str, str))
     return kind in PLAIN or dataclasses.is_dataclass(kind) or (options and kind.__name__ == "Path")
 
 

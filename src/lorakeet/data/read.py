@@ -10,7 +10,7 @@ from itertools import islice
 from pathlib import Path
 from typing import Any
 
-from lorakeet.data.locate import PACKAGE, locate_data
+from lorakeet.data.locate import PACKAGE, WORKBOOKS, locate_data
 from lorakeet.data.parquet import parquet_records
 from lorakeet.data.preferences import common_words_note, unread_verdict_note, with_prompt_groups
 from lorakeet.data.proposals.columns import SAMPLED, doubtful_label_note, overlooked_label, overlooked_label_note
@@ -19,13 +19,14 @@ from lorakeet.data.rows import Row
 from lorakeet.data.shapes import shape_rows
 from lorakeet.data.spec import DataSpec
 from lorakeet.data.tables import READERS, SHOWN_PROBLEMS, FileRecord, RowProblems, TextFormat, given_name, text_records
+from lorakeet.data.workbook import sheets_note, workbook_records
 from lorakeet.errors import DataError, EnvironmentProblem, Remedy, nearest
 
 HUB = "hub:"
 _READ_ON = 100_000  # rows that are read for the other problems of a file
 SAVED = ("dataset_info.json", "dataset_dict.json", "state.json")  # what datasets' save_to_disk leaves
 _HUB_ID = re.compile(r"[\w.-]+/[\w.-]+")
-_FILE = re.compile(r"\.(jsonl?|ndjson|csv|tsv|txt|parquet|zip|gz)$", re.IGNORECASE)
+_FILE = re.compile(r"\.(jsonl?|ndjson|csv|tsv|txt|parquet|xls[xm]|zip|gz)$", re.IGNORECASE)
 
 
 def read_rows(
@@ -43,6 +44,8 @@ def read_rows(
     with all_problems(name, spec, objective):
         rows = _read(name, spec, notes, objective, first=first)
     words, values = given_name(name), [each.values for each in first]
+    if notes is not None and (several := sheets_note(name)):
+        notes.append(several)
     unread = "" if objective != "sft" or rows[0].label is not None else unread_verdict_note(words, values)
     if unread and notes is not None:
         notes.append(unread)
@@ -150,10 +153,12 @@ def read_records(name: str, problems: RowProblems, spec: DataSpec | None = None)
     most = spec.largest_unpacked << 20
     if location.kind == ".parquet":
         return parquet_records(location, problems, most, 8 * spec.longest_row)
+    if location.kind in WORKBOOKS:
+        return workbook_records(location, problems, most, 8 * spec.longest_row)
     if location.kind in READERS:
         text = TextFormat(spec.encoding, spec.separator_of_columns, 8 * spec.longest_row, most)
         return text_records(location, problems, text)
-    known = [*READERS, ".parquet"]
+    known = [*READERS, ".parquet", *WORKBOOKS]
     raise DataError(
         f"{name} ends in '{location.kind}', which has no reader; expected one of {', '.join(known)} "
         f"(text files also with .gz).{nearest(location.kind, known)}"

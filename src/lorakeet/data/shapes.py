@@ -310,6 +310,7 @@ def _classification(values: dict[str, object], spec: DataSpec) -> tuple[tuple[Tu
     if not prompt.strip():
         raise UnusableRow("the prompt is empty; remove the row or fill its columns.")
     label = _text(values, spec.label_column or _LABEL, spec).strip()
+    label = spec.rename_labels.get(label, label)
     if spec.labels and label not in spec.labels:
         known = ", ".join(map(repr, spec.labels))
         raise UnusableRow(f"label {label!r} is not one of data.labels ({known}).{nearest(label, spec.labels)}")

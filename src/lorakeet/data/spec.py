@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import string
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Literal
 
 from lorakeet.errors import ConfigError, Problems, spelt
@@ -31,6 +31,9 @@ class DataSpec:
     label_column: str | None = setting(None, "Column of the label, for classification rows (default: label).")
     group_column: str | None = setting(None, "Column whose equal values stay on one side of the split (a patient, an author).")
     labels: tuple[str, ...] = setting((), "Labels in reporting order; by default those of the training rows, sorted.")
+    rename_labels: dict[str, str] = field(
+        default_factory=dict, metadata={"help": "Labels that are read as another one, such as YES=Yes; in a run file a mapping."}
+    )
     template: str = setting("{text}", "Prompt of a classification row, with {text} and any {column}; write {{ and }} for braces.")
     label_template: str = setting("{label}", "Answer of a classification row, made from {label}.")
     system: str | None = setting(None, "System prompt for rows without one; by default the chat template decides.")
@@ -92,6 +95,8 @@ class DataSpec:
         if len(set(self.labels)) != len(self.labels):
             twice = sorted({label for label in self.labels if self.labels.count(label) > 1})
             problems.add(f"data.labels names {', '.join(map(repr, twice))} more than once; name each label once.")
+        if again := sorted({*self.rename_labels} & {*self.rename_labels.values()}):
+            problems.add(f"data.rename_labels renames {again[0]!r}, and another label to it; name the last label for both.")
         if len(self.labels) == 1:
             problems.add(f"data.labels has only {self.labels[0]!r}; a classification needs at least two labels.")
         problems.raise_if_any()

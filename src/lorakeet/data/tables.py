@@ -1,11 +1,12 @@
-"""Reads records with their line numbers from text files: JSON lines, JSON arrays, CSV, TSV and plain lines."""
+"""Reads records with their places from text files: JSON lines, JSON arrays, CSV, TSV and plain lines."""
 
 from __future__ import annotations
 
 import csv
 import json
 import re
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections import Counter
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from contextvars import ContextVar
 from dataclasses import dataclass
@@ -279,32 +280,30 @@ def _where(error: Exception) -> str:
 
 def _separated(delimiter: str, *, given: bool = False) -> Callable[[LineReader, str, RowProblems], Iterator[FileRecord]]:
     def read(stream: LineReader, name: str, problems: RowProblems) -> Iterator[FileRecord]:
-        lines = _whole_lines(stream, name)
+        lines = iter(stream)
         first = next(lines, "")
         _refuse_excel_s_line(first, delimiter, name)
         other = _other_separator(first, delimiter)
         hint = separator_remedies(first, delimiter)
         with _long_fields(stream.longest):
-            reader = csv.reader(chain([first], lines), delimiter=delimiter, strict=True)
-            header = next(_checked(reader, name, hint), None)
+            reader = csv.reader(_whole_lines(chain([first], lines), stream), delimiter=delimiter, strict=True)
+            header = next(_checked(reader, name, hint, 1), None)
         if header is None:
             return
         one = len(header) == 1
         if one and hint and not given:
             said = f"{name} has one column, {header[0]!r:.80}, which seems to be several."
             raise DataError(f"{said}{separator_hint(hint)}", remedies=hint)
-        twice = sorted({column for column in header if header.count(column) > 1})
-        if twice:
-            raise DataError(f"{name} has more than one column {', '.join(map(repr, twice))}; give each column its own name.")
-        start = reader.line_num + 1
-        rows, none_yet = _checked(reader, name, hint if one else []), True
+        refuse_equal_columns(header, name)
+        rows, none_yet, number = _checked(reader, name, hint if one else [], 2), True, 1
         while True:
             # Set around each row: the limit is global to the process, and a reader may be abandoned halfway.
             with _long_fields(stream.longest):
                 row = next(rows, None)
             if row is None:
                 return
-            source, start = f"{name}:{start}", reader.line_num + 1
+            number += 1
+            source = row_place(name, number)
             if not row:
                 continue
             if len(row) != len(header):
@@ -317,6 +316,17 @@ def _separated(delimiter: str, *, given: bool = False) -> Callable[[LineReader, 
             yield FileRecord(source, dict(zip(header, row, strict=True)))
 
     return read
+
+
+def row_place(name: str, number: int) -> str:
+    """The place of a row of the table `name` as a spreadsheet numbers it: the header is row 1, a row of several lines is one."""
+    return f"{name}:{number}"
+
+
+def refuse_equal_columns(header: Sequence[str], name: str) -> None:
+    """Raises DataError for columns of one name."""
+    if twice := sorted(column for column, count in Counter(header).items() if count > 1):
+        raise DataError(f"{name} has more than one column {', '.join(map(repr, twice))}; give each column its own name.")
 
 
 def separator_remedies(text: str, delimiter: str = "") -> list[Remedy]:
@@ -342,23 +352,30 @@ def _refuse_excel_s_line(first: str, delimiter: str, name: str) -> None:
         raise DataError(f"{name} begins with {first.strip()!r}, a line for Excel alone. Remove that line{other}.")
 
 
-def _checked(reader: Iterator[list[str]], name: str, hint: Sequence[Remedy]) -> Iterator[list[str]]:
-    """The rows; DataError for what is no row, with the `hint` that another separator may be the cause."""
+class _LongLine(csv.Error):
+    """A line that is too long, after which the end of a quoted field is not known."""
+
+
+def _checked(reader: Iterator[list[str]], name: str, hint: Sequence[Remedy], number: int) -> Iterator[list[str]]:
+    """The rows from `number` on; DataError for what is no row, with the `hint` that another separator may be the cause."""
     try:
-        yield from reader
+        for row in reader:
+            yield row
+            number += 1
     except csv.Error as error:
-        number = getattr(reader, "line_num", 0)
+        place = row_place(name, number)
+        if isinstance(error, _LongLine):
+            raise DataError(f"{place}: {error}") from error
         if "field limit" in str(error):
-            raise DataError(f"{name}:{number}: {error}; close double quotes, or raise {spelt('data.longest_row')}.") from error
+            raise DataError(f"{place}: {error}; close double quotes, or raise {spelt('data.longest_row')}.") from error
         expected = "expected closed double quotes, and doubled quotes inside a field."
-        raise DataError(f"{name}:{number}: {error}; {expected}{separator_hint(hint)}", remedies=hint) from error
+        raise DataError(f"{place}: {error}; {expected}{separator_hint(hint)}", remedies=hint) from error
 
 
-def _whole_lines(stream: LineReader, name: str) -> Iterator[str]:
-    """The lines; DataError for one that is too long, after which the end of a quoted field is not known."""
-    for number, line in enumerate(stream, start=1):
+def _whole_lines(lines: Iterable[str], stream: LineReader) -> Iterator[str]:
+    for line in lines:
         if stream.too_long(line):
-            raise DataError(f"{name}:{number}: {stream.refusal}")
+            raise _LongLine(stream.refusal)
         yield line
 
 

@@ -25,6 +25,7 @@ _LABELS = {  # where the last part of the path says too little
     "data.held_out": "held-out rows", "data.test": "test rows", "data.held_out_fraction": "share held out",
     "data.max_tokens": "longest row in tokens", "data.too_long": "longer rows", "data.near_duplicates": "near-copies",
     "data.on_leak": "copies on both sides", "data.bad_rows": "rows that cannot be read", "data.format": "format of the rows",
+    "data.rename_labels": "labels to merge",
     "data.template": "prompt template", "data.system": "system prompt", "data.delimiter": "separator",
     "kind": "texts or pictures", "train.micro_tokens": "tokens at once", "images.near_duplicates": "near-copies",
 }  # fmt: skip

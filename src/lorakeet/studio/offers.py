@@ -22,6 +22,7 @@ from starlette.responses import Response
 from starlette.routing import Route
 
 from lorakeet.data.images.folder import ENDINGS
+from lorakeet.data.locate import WORKBOOKS
 from lorakeet.disk import create, erase, open_in_place, stage_in_use, written_whole
 from lorakeet.errors import ConfigError
 from lorakeet.evaluate.wording import bytes_text
@@ -31,8 +32,8 @@ from lorakeet.studio.places import UPLOADED, Places
 from lorakeet.studio.safety import LARGEST_UPLOAD
 from lorakeet.workflows.runs.quickstart_packages import QUICKSTART_PACKAGES, installed_version
 
-ROWS = (".jsonl", ".json", ".csv", ".tsv", ".txt", ".parquet", ".zip", ".gz")
-WORKBOOKS = (".xlsx", ".xls", ".xlsm", ".xlsb", ".ods", ".numbers")  # of offices, which save their sheets as CSV
+ROWS = (".jsonl", ".json", ".csv", ".tsv", ".txt", ".parquet", *WORKBOOKS, ".zip", ".gz")
+OTHER_TABLES = (".xls", ".xlsb", ".ods", ".numbers")  # of offices, which save them as .xlsx
 _ENDED = re.compile(rf"(.+?)(?:{'|'.join(map(re.escape, ROWS))})+(?:[!#].*)?", re.IGNORECASE | re.DOTALL)
 _DEPTH = 3  # folders below a chosen one
 _MOST = 200  # of each kind
@@ -55,7 +56,7 @@ class Offers:
 
     models: tuple[str, ...]
     rows: tuple[str, ...]
-    accepted: str = ",".join((*ROWS, *WORKBOOKS))  # endings that a browser offers; a workbook is answered with what to do
+    accepted: str = ",".join((*ROWS, *OTHER_TABLES))  # endings that a browser offers; the last are answered with what to do
 
     def short(self, name: str) -> str:
         """The end of a path that tells it from all others that are offered; any other name as it is."""
@@ -128,8 +129,8 @@ async def _receive(request: Request) -> Response:
     """Keeps a file of rows that the browser sends; answers with its path. Another one of that name stays: runs need it."""
     name = str(request.path_params["name"])
     places = studio_of(request).places
-    if name.lower().endswith(WORKBOOKS):
-        raise ConfigError(f"{name:.80} is a workbook. Open it, save the sheet as CSV (Save as, CSV UTF-8), and choose that file.")
+    if name.lower().endswith(OTHER_TABLES):
+        raise ConfigError(f"{name:.80} cannot be read as it is. Open it, save it as .xlsx (Save as), and choose that file.")
     if not name.lower().endswith(ROWS) or len(name.encode()) > 200 or name.startswith(".") or not name.isprintable():
         raise ConfigError(f"The file's name is {name!r:.80}; expected a plain name that ends with {', '.join(ROWS)}.")
     await asyncio.to_thread(_require_space, places, int(request.headers.get("content-length") or 0))

@@ -19,14 +19,17 @@ from lorakeet.config import RunConfig, read_run
 from lorakeet.data.chat import Encoder, Example
 from lorakeet.data.images.folder import ImageRow, bucket_of, bucket_sizes, fit_remarks, open_pixels, png_of
 from lorakeet.data.images.split import ImageDataset, load_images
-from lorakeet.data.leaks import KINDS, LeakPair, counted_once
-from lorakeet.data.prepare import Dataset, load_dataset
+from lorakeet.data.leaks import KINDS, LeakPair, LeakReport, counted_once
+from lorakeet.data.locate import WORKBOOKS, locate_data
+from lorakeet.data.prepare import Dataset, label_counts, load_dataset
 from lorakeet.data.proposals.columns import SAMPLED, overlooked_label, possible_labels, propose_columns
+from lorakeet.data.proposals.labels import merges
 from lorakeet.data.read import all_problems, read_records
 from lorakeet.data.rows import Row
 from lorakeet.data.shapes import columns_used
 from lorakeet.data.spec import DataSpec
 from lorakeet.data.tables import FileRecord, RowProblems
+from lorakeet.data.workbook import sheet_names
 from lorakeet.errors import DataError, EnvironmentProblem, Remedy
 from lorakeet.models.files.quiet import quiet_transformers
 from lorakeet.models.image.latent_cache import cache_in
@@ -50,8 +53,9 @@ _THUMB = 160
 def show_rows_of(settings: Mapping[str, str], send: Send) -> None:
     """Reads the rows or pictures of `settings` as a run would, and sends each part as soon as it is known.
 
-    Parts: first (records and columns), split (counts, labels, leaks), tokens (rows as the model sees them), lengths; of pictures
-    one: album. Raises what a run would raise; what is known before that was sent.
+    Parts: sheets (of a workbook), first (records and columns), columns (what they become), split (counts, labels, leaks), tokens
+    (rows as the model sees them), lengths; of pictures one: album. Raises what a run would raise; what is known before that was
+    sent.
     """
     config = read_run(None, {"model.path": NO_MODEL, **settings})
     require_local_rows(config.data)
@@ -64,6 +68,8 @@ def show_rows_of(settings: Mapping[str, str], send: Send) -> None:
 
 def _show_text(config: RunConfig, send: Send) -> None:
     data, objective = config.data, config.train.objective
+    if (found := sheet_values(data.train))["sheets"]:
+        send({"part": "sheets", **found})
     with all_problems(data.train, data, objective):
         records = list(islice(read_records(data.train, RowProblems(data.train), data), SAMPLED))
         send({"part": "first", **first_values(records[:FIRST])})
@@ -80,7 +86,7 @@ def _show_text(config: RunConfig, send: Send) -> None:
     send({"say": "Reads all rows, and searches for copies"})
     dataset = load_dataset(data, objective)
     remarks = remarks_on(dataset, data, few_shot=config.evaluate.examples > 0)
-    send({"part": "split", **split_values(dataset, remarks, data.train)})
+    send({"part": "split", **split_values(dataset, remarks, data)})
     if config.model.path == NO_MODEL:
         return
     if why := unready_model(config):
@@ -113,12 +119,17 @@ def first_values(records: Sequence[FileRecord]) -> dict[str, Any]:
     return {"columns": columns, "rows": rows}
 
 
-def split_values(dataset: Dataset, remarks: Sequence[Remark], rows: str) -> dict[str, Any]:
-    """How the rows are split, their labels, every pair of copies with both rows, and `remarks` with what one click sets.
+def sheet_values(name: str) -> dict[str, Any]:
+    """The sheets of a workbook, each with the name of the rows in it, and the one that is read; none of other files."""
+    file = name.partition("#")[0]
+    names, chosen = sheet_names(locate_data(name)) if file.lower().endswith(WORKBOOKS) else ([], "")
+    return {"sheets": [[sheet, f"{file}#{sheet}"] for sheet in names], "chosen": chosen}
 
-    `rows` is their file.
-    """
-    report = dataset.leaks
+
+def split_values(dataset: Dataset, remarks: Sequence[Remark], data: DataSpec) -> dict[str, Any]:
+    """How the rows are split, their labels, every pair of copies with both rows, and `remarks` with what one click sets."""
+    report, rows = dataset.leaks, data.train
+    counts = label_counts((*dataset.train, *dataset.held_out, *dataset.test), dataset.labels)
     dropped = {row.source for row in report.dropped}
     within = sorted(report.within, key=_contradicts, reverse=True)  # what needs a decision comes first
     preferred = any(pair.row.rejected or pair.row.desirable is not None for pair in report.within)
@@ -126,6 +137,7 @@ def split_values(dataset: Dataset, remarks: Sequence[Remark], rows: str) -> dict
         "counts": {"training": len(dataset.train), "held-out": len(dataset.held_out), "test": len(dataset.test)},
         "labels": [[label, count] for label, count in Counter(dataset.label_counts).most_common(MOST_LABELS)],
         "all_labels": len(dataset.labels),
+        "merges": [remedies_together([one])[0] for one in merges(counts, data.rename_labels)],
         "measured": len(dataset.test or dataset.held_out) if preferred else len(counted_once(dataset.test or dataset.held_out)),
         "notes": [
             *({"words": words, "remedies": []} for words in unmeasured_labels(dataset)),
@@ -135,12 +147,24 @@ def split_values(dataset: Dataset, remarks: Sequence[Remark], rows: str) -> dict
         "method": page_words(report.method()),
         "leaks": len(report.across),
         "dropped": len(report.dropped),
+        "near": near_values(report),
         "repeats": len(report.within),
         "repeated": ALL_MEASURED if preferred else REPEATED,
         "contradicted": sum(map(_contradicts, report.within)),
         "pairs": [pair_values(pair, dropped) for pair in (*report.across, *within)[:PAIRS]],
         "all": len(report.pairs),
     }
+
+
+def near_values(report: LeakReport) -> dict[str, Any]:
+    """What to say of near-copies that are left out, or not searched, and what one click makes of them."""
+    path = "data.near_duplicates"
+    if not report.threshold:
+        again = one_click({path: ""}, "Search near-copies again")
+        return {"says": "Near-copies are not searched, and kept.", "remedies": [again]}
+    gone = {pair.row.source for pair in report.across if pair.kind == "near"} & {row.source for row in report.dropped}
+    says = f"{len(gone):,} {'differs' if len(gone) == 1 else 'differ'} from another row in a word or two." if gone else ""
+    return {"says": says, "remedies": [one_click({path: "0"}, f"Keep near-copies ({len(gone):,})")] if gone else []}
 
 
 def unmeasured_labels(dataset: Dataset) -> list[str]:

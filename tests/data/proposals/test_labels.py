@@ -10,7 +10,8 @@ from lorakeet.data.proposals.labels import doubtful_labels, label_notes, slips
 
 def test_a_typo_is_named_and_not_proposed() -> None:
     counts = {"Abrechnung": 30, "Verpflegng": 1, "Verpflegung": 25}
-    assert label_notes(counts) == ["'Verpflegng' has 1 row and is very like 'Verpflegung' (25): a typo? If so, mend the file."]
+    said = "'Verpflegng' has 1 row and is very like 'Verpflegung' (25): a typo? If so, mend the file, or set "
+    assert label_notes(counts) == [f"{said}--data.rename_labels Verpflegng=Verpflegung."]
     assert doubtful_labels(counts) == {"Verpflegng"}
 
 

@@ -7,6 +7,9 @@ from collections import defaultdict
 from collections.abc import Iterator, Mapping, Sequence
 from itertools import product
 
+from lorakeet.errors import Remedy
+from lorakeet.settings import shown_default
+
 _RARE = 2  # rows of a slip, at most
 _TIMES = 5  # as many rows has the label that is meant
 _SHORTEST, _LONGEST = 5, 40  # letters of a word in which one other letter is a slip
@@ -23,15 +26,20 @@ _PREFIXES = (
 Words = Mapping[str, tuple[str, ...]]  # of each label
 
 
-def label_notes(counts: Mapping[str, int]) -> list[str]:
+def label_notes(counts: Mapping[str, int], renamed: Mapping[str, str] | None = None) -> list[str]:
     """Sentences on labels that are equal but for case, spaces or Unicode form, on likely slips, and on labels of one row.
 
-    `counts` has the rows of each label, in all parts together.
+    `counts` has the rows of each label, in all parts together; `renamed` is data.rename_labels, which they advise.
     """
     like = slips(counts)
-    notes = _alike(list(counts))
+    notes = [
+        f"The labels {_listed(sorted([*names, meant]))} differ in case, spaces or Unicode form only, but count as "
+        f"{len(names) + 1}. If they are one, mend the file, or set {merging(dict.fromkeys(names, meant), renamed).flag}."
+        for meant, names in alike(counts).items()
+    ]
     notes += [
-        f"{label!r} has {_rows(counts[label])} and is very like {other!r} ({counts[other]:,}): a typo? If so, mend the file."
+        f"{label!r} has {_rows(counts[label])} and is very like {other!r} ({counts[other]:,}): a typo? If so, mend the file, or "
+        f"set {merging({label: other}, renamed).flag}."
         for label, other in like.items()
         if _folded(label) != _folded(other)
     ]
@@ -40,6 +48,21 @@ def label_notes(counts: Mapping[str, int]) -> list[str]:
         named = f"The label {single[0]!r} has" if len(single) == 1 else f"{_listed(single)}{more} have"
         notes.append(f"{named} 1 row{'' if len(single) == 1 else ' each'}: too few to train on and to measure.")
     return notes
+
+
+def merges(counts: Mapping[str, int], renamed: Mapping[str, str]) -> list[Remedy]:
+    """What merges labels that are equal but for case, spaces or Unicode form, all together; then each likely slip by itself."""
+    equal = {name: meant for meant, names in alike(counts).items() for name in names}
+    single = [{label: meant} for label, meant in slips(counts).items() if label not in equal]
+    return [merging(names, renamed) for names in ([equal] if equal else []) + single[:_NAMED]]
+
+
+def merging(names: Mapping[str, str], renamed: Mapping[str, str] | None = None) -> Remedy:
+    """The setting that reads each label as the one that it is mapped to, after those that are `renamed` already."""
+    every = {**{label: names.get(meant, meant) for label, meant in (renamed or {}).items()}, **names}
+    words = "; ".join(f"read “{label:.40}” as “{meant:.40}”" for label, meant in [*names.items()][:_NAMED])
+    more = f" and {len(names) - _NAMED:,} more" if len(names) > _NAMED else ""
+    return Remedy("data.rename_labels", shown_default(every), f"{words[:1].upper()}{words[1:]}{more}")
 
 
 def doubtful_labels(counts: Mapping[str, int]) -> set[str]:
@@ -180,17 +203,12 @@ def edit_distance(one: str, two: str) -> int:
     return row[-1]
 
 
-def _alike(labels: Sequence[str]) -> list[str]:
-    """A sentence for each group of labels that differ in case, white space or Unicode form only."""
+def alike(counts: Mapping[str, int]) -> dict[str, list[str]]:
+    """The labels that differ in case, white space or Unicode form only from one with as many rows or more, by that one."""
     groups: dict[str, list[str]] = {}
-    for label in labels:
+    for label in sorted(counts, key=lambda each: (-counts[each], each)):
         groups.setdefault(_folded(label), []).append(label)
-    return [
-        f"The labels {_listed(group)} differ in case, spaces or Unicode form only, but count as {len(group)}. If they are one, "
-        "mend the file."
-        for group in groups.values()
-        if len(group) > 1
-    ]
+    return {meant: sorted(others) for meant, *others in groups.values() if others}
 
 
 def _listed(labels: Sequence[str]) -> str:

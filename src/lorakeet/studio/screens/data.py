@@ -22,7 +22,7 @@ WORK = "lorakeet.studio.shown_rows:show_rows_of"
 CHOSEN = ("data.train", "model.path", "kind")
 COLUMNS = (
     "data.text_column", "data.label_column", "data.group_column", "data.template", "data.system", "data.format", "data.encoding",
-    "data.delimiter", "data.bad_rows",
+    "data.delimiter", "data.bad_rows", "data.rename_labels",
 )
 SPLIT = (
     "data.max_tokens", "data.too_long", "data.held_out_fraction", "data.held_out", "data.test", "data.near_duplicates",

@@ -87,7 +87,7 @@ function mark(form) {
   for (const chip of form.querySelectorAll("[data-fill]")) chip.setAttribute("aria-pressed", String(form.elements[chip.dataset.fill].value === chip.dataset.value));
 }
 
-const OF_A_FILE = ["data.encoding", "data.delimiter", "data.text_column", "data.label_column", "data.group_column", "data.bad_rows", "data.format", "data.template"];
+const OF_A_FILE = ["data.encoding", "data.delimiter", "data.text_column", "data.label_column", "data.group_column", "data.bad_rows", "data.format", "data.template", "data.rename_labels", "data.near_duplicates"];
 
 /** Keeps in this browser how a file was read, for the next time that it is chosen. */
 export function rememberFile(form) {

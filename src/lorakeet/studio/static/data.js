@@ -64,6 +64,12 @@ function few(place, elements, most, word) {
 }
 
 const draw = {
+  sheets(part) {
+    by("sheets").hidden = part.sheets.length < 2;
+    const select = make("select", { id: "sheet" }, ...part.sheets.map(([name, path]) => make("option", { value: path, selected: name === part.chosen ? "" : null }, name)));
+    select.addEventListener("change", () => { setFields(form, { "data.train": select.value }); ask(); });
+    by("sheets").replaceChildren(make("label", { for: "sheet" }, "Sheet of the workbook"), " ", select);
+  },
   first(part) { head = { first: part }; records(); by("shape").textContent = ""; },
   columns(part) {
     head.used = part.used;
@@ -77,12 +83,14 @@ const draw = {
     by("next").hidden = false;
     rememberFile(form);
     by("split-bar").replaceChildren(shares(part.counts));
-    by("labels").replaceChildren(...(part.labels.length ? [bars(`Labels of the training rows${part.all_labels > part.labels.length ? `: the ${part.labels.length} most frequent; ${short(part.all_labels - part.labels.length)} more are not shown` : ""}`, part.labels)] : []));
+    by("labels").replaceChildren(...(part.labels.length ? [bars(`Labels of the training rows${part.all_labels > part.labels.length ? `: the ${part.labels.length} most frequent; ${short(part.all_labels - part.labels.length)} more are not shown` : ""}`, part.labels)] : []), ...actions(part.merges));
     by("notes").replaceChildren(...part.notes.map((note) => make("div", { class: "warning" }, make("p", { class: "message" }, note.words), ...actions(note.remedies))));
     by("leaks").hidden = false;
     const fate = part.dropped ? `${short(part.dropped)} of these rows are left out.` : "None is left out.";
     by("leaks-says").textContent = part.leaks ? `${short(part.leaks)} pairs of rows stand on both sides of the split, so the measure would repeat what was trained. ${fate}` : "No held-out row is among the training rows.";
     if (part.repeats) by("leaks-says").append(` ${short(part.repeats)} ${part.repeats === 1 ? "row repeats another" : "rows repeat others"} on the same side; ${part.repeated}.`);
+    if (part.near.says) by("leaks-says").append(` ${part.near.says}`);
+    by("leaks-says").append(...actions(part.near.remedies).flatMap((line) => [" ", ...line.childNodes]));
     if (part.contradicted) by("leaks-says").append(" ", make("b", {}, `${short(part.contradicted)} ${part.contradicted === 1 ? "text has" : "texts have"} different labels in two rows: see which is right.`));
     by("method").textContent = part.method;
     few("pairs", part.pairs.map(pair), 3, part.all > part.pairs.length ? `of ${short(part.all)} pairs` : "pairs");
@@ -186,6 +194,7 @@ function ask() {
   by("pictures-part").hidden = !image;
   for (const id of SECTIONS) by(id).hidden = true;
   by("same").hidden = true;
+  by("sheets").hidden = true;
   head = null;
   if (!fields["data.train"]) return;
   by("sentence").textContent = "Reads the rows …";
