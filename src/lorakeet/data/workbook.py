@@ -122,7 +122,7 @@ def _opened(location: Location, most: int) -> Iterator[_Workbook]:
 
 
 @dataclass
-class _Row:
+class _SheetRow:
     """A row that has a value or a formula: its number, its values by column from 1 on, and columns of formulas without one."""
 
     number: int
@@ -238,7 +238,7 @@ class _Workbook:
                 before = piece[-200:]
         return list(found)
 
-    def rows(self, part: str, dates: Mapping[int, bool], texts: Sequence[str], longest: int) -> Iterator[_Row]:
+    def rows(self, part: str, dates: Mapping[int, bool], texts: Sequence[str], longest: int) -> Iterator[_SheetRow]:
         """The rows of a sheet that have a value, in order."""
         reader = _Cells(self._first_day, dates, texts, longest)
         for _ in self._pieces(part, reader.start, reader.end, reader.said):
@@ -285,16 +285,16 @@ class _Cells:
 
     def __init__(self, first_day: datetime.datetime, dates: Mapping[int, bool], texts: Sequence[str], longest: int) -> None:
         self._first_day, self._dates, self._texts, self._longest = first_day, dates, texts, longest
-        self._row = _Row(0)
+        self._row = _SheetRow(0)
         self._column = 0
         self._about: Mapping[str, str] = {}
         self._said: list[str] | None = None
         self._pieces: list[str] = []
         self._formula = False
         self._phonetic = 0
-        self._ready: list[_Row] = []
+        self._ready: list[_SheetRow] = []
 
-    def taken(self) -> list[_Row]:
+    def taken(self) -> list[_SheetRow]:
         """The rows that have ended, which are given once."""
         ready, self._ready = self._ready, []
         return ready
@@ -304,7 +304,7 @@ class _Cells:
             number = int(given.get("r", self._row.number + 1))
             if not self._row.number < number <= MOST_ROWS:
                 raise ValueError(f"row {number:,} after row {self._row.number:,}, of at most {MOST_ROWS:,}")
-            self._row, self._column = _Row(number), 0
+            self._row, self._column = _SheetRow(number), 0
         elif tag == "c":
             place = _CELL.match(given.get("r", ""))
             column = _number(place[1]) if place else self._column + 1
