@@ -11,10 +11,11 @@ import posixpath
 import re
 import sys
 import zipfile
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
-from typing import NamedTuple
+from pathlib import Path
+from typing import IO, NamedTuple
 from xml.parsers import expat
 
 from lorakeet.data.guarded_stream import MOST_UNPACKED, too_large, unpacking
@@ -28,15 +29,14 @@ _PIECE = 1 << 16  # bytes
 _SMALL = 16 << 20  # bytes of a part that is not cells or their texts
 _NO_ZIP = b"\xd0\xcf\x11\xe0"  # the beginning of an .xls file, and of a workbook with a password
 _DATES = {*range(14, 23), *range(27, 37), *range(45, 48), *range(50, 59)}  # numbers of built-in formats of dates and times
+_DURATION = 46  # the built-in format of hours beyond 24
 _NOT_DATE = re.compile(r'"[^"]*"|\\.|_.|\*.|\[(?![hms]+\])[^\]]*\]', re.IGNORECASE)  # of a format what is no code of a date
 _ELAPSED = re.compile(r"\[[hms]+\]", re.IGNORECASE)
 _ESCAPE = re.compile(r"_x([0-9A-Fa-f]{4})_")
-_MERGED = re.compile(rb'mergeCell [^>]*?ref="([A-Z]+)(\d+):([A-Z]+)(\d+)"')
-_CELL = re.compile(r"([A-Z]{1,3})(\d*)")
-_FIRST_DAYS = {False: datetime.datetime(1899, 12, 30), True: datetime.datetime(1904, 1, 1)}  # by date1904
+_MERGED = re.compile(rb'mergeCell [^>]*?ref="([A-Z]+(\d+):[A-Z]+(\d+))"')
+_CELL = re.compile(r"([A-Z]{1,3})\d*")
+_FIRST_DAYS = (datetime.datetime(1899, 12, 30), datetime.datetime(1904, 1, 1))  # by date1904
 _FALSE_LEAP_DAY = 60  # 29 February 1900, which was none; days before it are one more
-
-Elements = Callable[[str, Mapping[str, str]], None]
 
 
 class Sheet(NamedTuple):
@@ -74,40 +74,32 @@ def workbook_records(
     name = location.name.rsplit("/", 1)[-1]
     header: dict[int, str] = {}
     with _opened(location, most) as book:
-        sheet = book.chosen(location.sheet)
-        dates, texts = book.date_styles(), book.texts()
-        merged = book.merged(sheet.part)
-        for row in book.rows(sheet.part, dates, texts, longest):
+        part = book.chosen(location.sheet).part
+        merged = book.merged_rows(part)
+        for row in book.rows(part, longest):
             source = row_place(name, row.number)
             if not header and row.cells:
                 header = {column: str(value) for column, value in row.cells.items()}
-                _require_header(header, row.number, merged, name)
-                continue
-            if row.size > longest or not header:
+                if cells := next((cells for cells, (first, last) in merged.items() if first <= row.number <= last), ""):
+                    raise DataError(
+                        f"{source}: the cells {cells} of the header are merged; expected one name above each column. Take the "
+                        "cells apart in a spreadsheet program (unmerge), and remove rows above the names."
+                    )
+                refuse_equal_columns(list(header.values()), name)
+            elif row.size > longest or not header:
                 problems.add(source, f"the row has more than {longest:,} characters; shorten or remove it, or raise "
                              f"{spelt('data.longest_row')} (a row of a workbook may have 8 times as many).")  # fmt: skip
-                continue
-            if stray := sorted(row.cells.keys() - header.keys()):
+            elif stray := sorted(row.cells.keys() - header.keys()):
                 raise DataError(
                     f"{source}: column {_letters(stray[0])} has {row.cells[stray[0]]!r:.60}, but the header has no name for it. "
                     "Name the column there (of merged cells only the first has a name), or clear the cell."
                 )
-            if row.uncounted:
-                missing = header.get(row.uncounted[0], _letters(row.uncounted[0]))
-                problems.add(source, f"column {missing!r} has a formula whose value the file does not keep; open the file in a "
+            elif row.uncounted:
+                column = header.get(row.uncounted[0], _letters(row.uncounted[0]))
+                problems.add(source, f"column {column!r} has a formula whose value the file does not keep; open the file in a "
                              "spreadsheet program and save it.")  # fmt: skip
-                continue
-            yield FileRecord(source, {column: row.cells.get(place) for place, column in header.items()})
-
-
-def _require_header(header: Mapping[int, str], number: int, merged: Sequence[tuple[str, int, int]], name: str) -> None:
-    for cells, first, last in merged:
-        if first <= number <= last:
-            raise DataError(
-                f"{row_place(name, number)}: the cells {cells} of the header are merged; expected one name above each column. "
-                "Take the cells apart in a spreadsheet program (unmerge), and remove rows above the names."
-            )
-    refuse_equal_columns(list(header.values()), name)
+            else:
+                yield FileRecord(source, {column: row.cells.get(place) for place, column in header.items()})
 
 
 @contextmanager
@@ -118,7 +110,59 @@ def _opened(location: Location, most: int) -> Iterator[_Workbook]:
             what = "is an old workbook (.xls) or has a password" if beginning == _NO_ZIP else "is no .xlsx workbook, or damaged"
             raise DataError(f"{location.name} {what}. Open it in a spreadsheet program, and save it as .xlsx without a password.")
         with zipfile.ZipFile(stream) as archive:
-            yield _Workbook(location, archive, most)
+            yield _Workbook(location.path, archive, most)
+
+
+class _Tags:
+    """Takes the elements of a part that has no texts."""
+
+    def __init__(self) -> None:
+        self.found: list[tuple[str, Mapping[str, str]]] = []
+
+    def start(self, tag: str, given: Mapping[str, str]) -> None:
+        self.found.append((tag, given))
+
+    def end(self, tag: str) -> None:
+        pass
+
+    def said(self, text: str) -> None:
+        pass
+
+
+class _Texts(_Tags):
+    """Takes the texts that cells share. Together they take at most `most` bytes of memory."""
+
+    def __init__(self, most: int) -> None:
+        super().__init__()
+        self.texts: list[str] = []
+        self.bytes, self.size = 0, 0
+        self._most = most
+        self._pieces: list[str] = []
+        self._phonetic, self._within = 0, False
+
+    def start(self, tag: str, given: Mapping[str, str]) -> None:
+        self._phonetic += tag == "rPh"
+        self._within = tag in ("t", "v") and not self._phonetic
+
+    def end(self, tag: str) -> None:
+        self._phonetic -= tag == "rPh"
+        self._within = False
+        if tag == "si":
+            self.texts.append(self.taken())
+            self.bytes += sys.getsizeof(self.texts[-1]) + 8
+
+    def said(self, text: str) -> None:
+        if self._within:
+            self.size += len(text)
+            if self.size <= self._most:  # of a longer row no more is kept
+                self._pieces.append(text)
+
+    def taken(self) -> str:
+        """What was said since the last call. What XML cannot have is written as _x0007_; halves of characters stay so."""
+        text, self._pieces = "".join(self._pieces), []
+        if "_x" not in text:
+            return text
+        return _ESCAPE.sub(lambda found: chr(code) if not 0xD800 <= (code := int(found[1], 16)) < 0xE000 else found[0], text)
 
 
 @dataclass
@@ -131,231 +175,54 @@ class _SheetRow:
     size: int = 0  # characters
 
 
-class _Workbook:
-    """The parts of an open workbook."""
+class _Cells(_Texts):
+    """Takes the cells of a sheet, and makes rows of them. Of a row at most `most` characters are kept."""
 
-    def __init__(self, location: Location, archive: zipfile.ZipFile, most: int) -> None:
-        self._location, self._archive, self._most = location, archive, most
-        main = next(iter(self._targets("", "/officeDocument").values()), "xl/workbook.xml")
-        self._sheet_parts = self._targets(main, "/worksheet")
-        self._strings, self._styles = (
-            next(iter(self._targets(main, kind).values()), "") for kind in ("/sharedStrings", "/styles")
-        )
-        self.sheets: list[Sheet] = []
-        self._first_day = _FIRST_DAYS[False]
-        self._parse(main, self._about_sheet, small=True)
-
-    def chosen(self, name: str) -> Sheet:
-        """The sheet `name`, or the first that is not hidden. DataError for none."""
-        known = [sheet for sheet in self.sheets if sheet.name == name] if name else sorted(self.sheets, key=_is_hidden)
-        if not known:
-            names, path = [sheet.name for sheet in self.sheets], self._location.name
-            raise DataError(
-                f"{path} has no sheet {name!r}; it has {', '.join(map(repr, names[:20])) or 'none with cells'}."
-                f"{nearest(name, names)}"
-            )
-        return known[0]
-
-    def _about_sheet(self, tag: str, given: Mapping[str, str]) -> None:
-        if tag == "workbookPr":
-            self._first_day = _FIRST_DAYS[given.get("date1904") in ("1", "true")]
-        elif tag == "sheet" and (part := self._sheet_parts.get(given.get("id", ""))):
-            self.sheets.append(Sheet(given.get("name", ""), part, given.get("state", "visible") != "visible"))
-
-    def _targets(self, part: str, kind: str) -> dict[str, str]:
-        """The parts that `part` names with a relation whose type ends in `kind`, by id."""
-        folder, name = posixpath.split(part)
-        found: dict[str, str] = {}
-
-        def take(tag: str, given: Mapping[str, str]) -> None:
-            if tag == "Relationship" and given.get("Type", "").endswith(kind) and given.get("TargetMode") != "External":
-                found[given.get("Id", "")] = posixpath.normpath(posixpath.join("/", folder, given.get("Target", "")))[1:]
-
-        relations = posixpath.join(folder, "_rels", f"{name}.rels")
-        if relations in self._archive.NameToInfo:
-            self._parse(relations, take, small=True)
-        return found
-
-    def date_styles(self) -> dict[int, bool]:
-        """The numbers of the cell styles that show a date or a time, each with whether it is a duration."""
-        formats: dict[int, str] = {}
-        found: dict[int, bool] = {}
-        inside, count = [""], [0]
-
-        def take(tag: str, given: Mapping[str, str]) -> None:
-            if tag == "numFmt":
-                formats[int(given.get("numFmtId", 0))] = given.get("formatCode", "")[:255]
-            elif tag in ("cellStyleXfs", "cellXfs"):
-                inside[0] = tag
-            elif tag == "xf" and inside[0] == "cellXfs":
-                number = int(given.get("numFmtId", 0))
-                code = _NOT_DATE.sub("", formats.get(number, ""))
-                if (number in _DATES and number not in formats) or re.search("[dmyhs]", code, re.IGNORECASE):
-                    found[count[0]] = number == 46 or bool(_ELAPSED.search(code))
-                count[0] += 1
-
-        if self._styles in self._archive.NameToInfo:
-            self._parse(self._styles, take, small=True)
-        return found
-
-    def texts(self) -> list[str]:
-        """The texts that cells share. Together they take at most as much memory as the file may unpack to."""
-        found: list[str] = []
-        pieces: list[str] = []
-        state = {"size": 0, "phonetic": 0, "text": 0}
-
-        def start(tag: str, _: Mapping[str, str]) -> None:
-            state["phonetic"] += tag == "rPh"
-            state["text"] = tag == "t" and not state["phonetic"]
-
-        def end(tag: str) -> None:
-            state["phonetic"] -= tag == "rPh"
-            state["text"] = 0
-            if tag == "si":
-                found.append(_unescaped("".join(pieces)))
-                pieces.clear()
-                state["size"] += sys.getsizeof(found[-1]) + 8
-                if state["size"] > self._most:
-                    raise too_large(self._location.path, self._most)
-
-        def said(text: str) -> None:
-            if state["text"]:
-                pieces.append(text)
-
-        if self._strings in self._archive.NameToInfo:
-            self._parse(self._strings, start, end, said)
-        return found
-
-    def merged(self, part: str) -> list[tuple[str, int, int]]:
-        """The merged cells of a sheet, each with its first and last row; they stand behind all cells."""
-        found, before = dict[tuple[str, int, int], None](), b""
-        with self._archive.open(self._admitted(part)) as stream:
-            while piece := stream.read(_PIECE):
-                for left, top, right, bottom in _MERGED.findall(before + piece):
-                    found[f"{(left + top).decode()}:{(right + bottom).decode()}", int(top[:9]), int(bottom[:9])] = None
-                if len(found) > MOST_COLUMNS:
-                    break
-                before = piece[-200:]
-        return list(found)
-
-    def rows(self, part: str, dates: Mapping[int, bool], texts: Sequence[str], longest: int) -> Iterator[_SheetRow]:
-        """The rows of a sheet that have a value, in order."""
-        reader = _Cells(self._first_day, dates, texts, longest)
-        for _ in self._pieces(part, reader.start, reader.end, reader.said):
-            yield from reader.taken()
-
-    def _admitted(self, part: str, most: int | None = None) -> zipfile.ZipInfo:
-        """The part, unless it unpacks to more than `most` bytes, by default as many as the file may; zipfile reads no more than
-        it says here."""
-        about, most = self._archive.getinfo(part), self._most if most is None else most
-        if about.file_size > most:
-            raise too_large(self._location.path, most)
-        return about
-
-    def _parse(
-        self, part: str, start: Elements, end: Callable[[str], None] | None = None, said: Callable[[str], None] | None = None,
-        *, small: bool = False,
-    ) -> None:  # fmt: skip
-        for _ in self._pieces(part, start, end, said, small=small):
-            pass
-
-    def _pieces(
-        self, part: str, start: Elements, end: Callable[[str], None] | None, said: Callable[[str], None] | None,
-        *, small: bool = False,
-    ) -> Iterator[None]:  # fmt: skip
-        """Gives a part to the functions, by elements without their namespaces; yields after each piece of it."""
-        parser = expat.ParserCreate()
-        parser.buffer_text = True
-        parser.StartDoctypeDeclHandler = _refuse_entities
-        parser.StartElementHandler = lambda tag, given: start(_local(tag), {_local(key): given[key] for key in given})
-        if end is not None:
-            parser.EndElementHandler = lambda tag: end(_local(tag))
-        if said is not None:
-            parser.CharacterDataHandler = said
-        with self._archive.open(self._admitted(part, _SMALL if small else self._most)) as stream:
-            while piece := stream.read(_PIECE):
-                parser.Parse(piece, False)
-                yield
-            parser.Parse(b"", True)
-            yield
-
-
-class _Cells:
-    """Takes the elements of a sheet, and makes rows of them."""
-
-    def __init__(self, first_day: datetime.datetime, dates: Mapping[int, bool], texts: Sequence[str], longest: int) -> None:
-        self._first_day, self._dates, self._texts, self._longest = first_day, dates, texts, longest
-        self._row = _SheetRow(0)
-        self._column = 0
+    def __init__(self, first_day: datetime.datetime, dates: Mapping[int, bool], texts: Sequence[str], most: int) -> None:
+        super().__init__(most)
+        self._first_day, self._dates, self._shared = first_day, dates, texts
+        self._row, self._column = _SheetRow(0), 0
         self._about: Mapping[str, str] = {}
-        self._said: list[str] | None = None
-        self._pieces: list[str] = []
         self._formula = False
-        self._phonetic = 0
-        self._ready: list[_SheetRow] = []
-
-    def taken(self) -> list[_SheetRow]:
-        """The rows that have ended, which are given once."""
-        ready, self._ready = self._ready, []
-        return ready
+        self.rows: list[_SheetRow] = []  # that have ended
 
     def start(self, tag: str, given: Mapping[str, str]) -> None:
+        super().start(tag, given)
         if tag == "row":
             number = int(given.get("r", self._row.number + 1))
             if not self._row.number < number <= MOST_ROWS:
                 raise ValueError(f"row {number:,} after row {self._row.number:,}, of at most {MOST_ROWS:,}")
-            self._row, self._column = _SheetRow(number), 0
+            self._row, self._column, self.size = _SheetRow(number), 0, 0
         elif tag == "c":
             place = _CELL.match(given.get("r", ""))
             column = _number(place[1]) if place else self._column + 1
             if not self._column < column <= MOST_COLUMNS:
                 raise ValueError(f"column {column:,} after column {self._column:,}, of at most {MOST_COLUMNS:,}")
             self._column, self._about, self._formula = column, given, False
-            self._pieces = []
         elif tag == "f":
             self._formula = True
-        elif tag == "rPh":
-            self._phonetic += 1
-        elif tag in ("v", "t") and not self._phonetic:
-            self._said = self._pieces
 
     def end(self, tag: str) -> None:
-        if tag in ("v", "t"):
-            self._said = None
-        elif tag == "rPh":
-            self._phonetic -= 1
-        elif tag == "c":
-            self._end_cell()
-        elif tag == "row" and (self._row.cells or self._row.uncounted or self._row.size):
-            self._ready.append(self._row)
-
-    def said(self, text: str) -> None:
-        if self._said is not None:
-            self._row.size += len(text)
-            if self._row.size <= self._longest:  # of a longer row no more is kept
-                self._said.append(text)
-
-    def _end_cell(self) -> None:
-        text, self._pieces = "".join(self._pieces), []
-        if not text:
-            if self._formula and self._about.get("t") != "str":  # an empty text is the value of such a formula
+        super().end(tag)
+        if tag == "c":
+            kind, text = self._about.get("t", "n"), self.taken()
+            value = self._value(kind, text) if text else None
+            if value is not None:
+                self._row.cells[self._column] = value
+            elif self._formula and not text and kind != "str":  # an empty text is the value of such a formula
                 self._row.uncounted.append(self._column)
-            return
-        value = self._value(self._about.get("t", "n"), text)
-        if value is not None and value != "":
-            self._row.cells[self._column] = value
+        elif tag == "row" and (self._row.cells or self._row.uncounted or self.size):
+            self._row.size = self.size
+            self.rows.append(self._row)
 
     def _value(self, kind: str, text: str) -> object:
         if kind == "s":
-            shared = self._texts[int(text)]
-            self._row.size += len(shared)
-            return shared
+            self.size += len(self._shared[int(text)])
+            return self._shared[int(text)] or None
         if kind == "b":
             return text.strip() == "1"
-        if kind == "e":
-            return None
         if kind != "n":
-            return _unescaped(text)
+            return None if kind == "e" else text
         number = float(f"{float(text):.15g}")  # as many digits as a spreadsheet shows
         if not math.isfinite(number):
             return None
@@ -365,13 +232,119 @@ class _Cells:
         return int(number) if number.is_integer() else number
 
 
+class _Workbook:
+    """The parts of an open workbook."""
+
+    def __init__(self, path: Path, archive: zipfile.ZipFile, most: int) -> None:
+        self._path, self._archive, self._most = path, archive, most
+        main = next(iter(self._targets("", "/officeDocument").values()), "xl/workbook.xml")
+        parts = self._targets(main, "/worksheet")
+        self._strings, self._styles = (
+            next(iter(self._targets(main, kind).values()), "") for kind in ("/sharedStrings", "/styles")
+        )
+        self._first_day = _FIRST_DAYS[0]
+        self.sheets: list[Sheet] = []
+        for tag, given in self._elements(main):
+            if tag == "workbookPr":
+                self._first_day = _FIRST_DAYS[given.get("date1904") in ("1", "true")]
+            elif tag == "sheet" and (part := parts.get(given.get("id", ""))):
+                self.sheets.append(Sheet(given.get("name", ""), part, given.get("state", "visible") != "visible"))
+
+    def chosen(self, name: str) -> Sheet:
+        """The sheet `name`, or the first that is not hidden. DataError for none."""
+        known = [sheet for sheet in self.sheets if not name or sheet.name == name]
+        if not known:
+            names = [sheet.name for sheet in self.sheets]
+            said = f"{name!r}; it has {', '.join(map(repr, names[:20]))}.{nearest(name, names)}" if names else "with cells."
+            raise DataError(f"{self._path.name} has no sheet {said}")
+        return min(known, key=lambda sheet: sheet.hidden)
+
+    def merged_rows(self, part: str) -> dict[str, tuple[int, int]]:
+        """The merged cells of a sheet, each with its first and last row; they stand behind all cells."""
+        found, before = dict[str, tuple[int, int]](), b""
+        with self._opened(part, self._most) as stream:
+            while (piece := stream.read(_PIECE)) and len(found) < MOST_COLUMNS:
+                for cells, top, bottom in _MERGED.findall(before + piece):
+                    found[cells.decode()] = int(top[:9]), int(bottom[:9])
+                before = piece[-200:]
+        return found
+
+    def rows(self, part: str, longest: int) -> Iterator[_SheetRow]:
+        """The rows of a sheet that have a value, in order."""
+        texts = _Texts(self._most)
+        for _ in self._pieces(self._strings, texts, self._most):
+            if texts.bytes > self._most:
+                raise too_large(self._path, self._most)
+        cells = _Cells(self._first_day, self._date_styles(), texts.texts, longest)
+        for _ in self._pieces(part, cells, self._most):
+            yield from cells.rows
+            cells.rows.clear()
+
+    def _date_styles(self) -> dict[int, bool]:
+        """The numbers of the cell styles that show a date or a time, each with whether it is a duration."""
+        formats: dict[int, str] = {}
+        found: dict[int, bool] = {}
+        of_cells, count = False, 0
+        for tag, given in self._elements(self._styles):
+            if tag == "numFmt":
+                formats[int(given.get("numFmtId", 0))] = given.get("formatCode", "")[:255]
+            elif tag in ("cellStyleXfs", "cellXfs"):
+                of_cells = tag == "cellXfs"
+            elif tag == "xf" and of_cells:
+                number = int(given.get("numFmtId", 0))
+                code = _NOT_DATE.sub("", formats.get(number, "d" if number in _DATES else ""))
+                if re.search("[dmyhs]", code, re.IGNORECASE):
+                    found[count] = number == _DURATION or bool(_ELAPSED.search(code))
+                count += 1
+        return found
+
+    def _targets(self, part: str, kind: str) -> dict[str, str]:
+        """The parts that `part` names with a relation whose type ends in `kind`, by id."""
+        folder, name = posixpath.split(part)
+        return {
+            given.get("Id", ""): posixpath.normpath(posixpath.join("/", folder, given.get("Target", "")))[1:]
+            for tag, given in self._elements(posixpath.join(folder, "_rels", f"{name}.rels"))
+            if tag == "Relationship" and given.get("Type", "").endswith(kind)
+        }
+
+    def _elements(self, part: str) -> Iterator[tuple[str, Mapping[str, str]]]:
+        """The elements of a small part, with what stands in their tags; none where the file has no such part."""
+        tags = _Tags()
+        for _ in self._pieces(part, tags, _SMALL):
+            yield from tags.found
+            tags.found.clear()
+
+    def _pieces(self, part: str, taker: _Tags, most: int) -> Iterator[None]:
+        """Gives a part to `taker`, names without their namespaces; yields after each piece of it."""
+        if part not in self._archive.NameToInfo:
+            return
+        parser = expat.ParserCreate()
+        parser.buffer_text = True
+        parser.StartDoctypeDeclHandler = _refuse_entities
+        parser.StartElementHandler = lambda tag, given: taker.start(_local(tag), {_local(key): given[key] for key in given})
+        parser.EndElementHandler = lambda tag: taker.end(_local(tag))
+        parser.CharacterDataHandler = taker.said
+        with self._opened(part, most) as stream:
+            while piece := stream.read(_PIECE):
+                parser.Parse(piece, False)
+                yield
+            parser.Parse(b"", True)
+            yield
+
+    def _opened(self, part: str, most: int) -> IO[bytes]:
+        about = self._archive.getinfo(part)
+        if about.file_size > most:  # zipfile reads no more than it says here
+            raise too_large(self._path, most)
+        return self._archive.open(about)
+
+
 def _moment(days: float, first_day: datetime.datetime, elapsed: bool) -> object:
     """A date, a date with its time, a time alone or a duration; the number itself where no calendar has it."""
     seconds = round(days * 86400)
     if elapsed or 0 <= days < 1:
         return f"{seconds // 3600:02d}:{seconds // 60 % 60:02d}:{seconds % 60:02d}" if days >= 0 else days
     try:
-        early = days < _FALSE_LEAP_DAY and first_day == _FIRST_DAYS[False]
+        early = days < _FALSE_LEAP_DAY and first_day == _FIRST_DAYS[0]
         moment = first_day + datetime.timedelta(days=int(early), seconds=seconds)
     except OverflowError:
         return days
@@ -382,33 +355,15 @@ def _refuse_entities(*_: object) -> None:
     raise ValueError("it declares a document type, which no workbook does")
 
 
-def _unescaped(text: str) -> str:
-    """The text with the signs that XML cannot have, such as _x0007_; halves of characters stay escapes."""
-    if "_x" not in text:
-        return text
-    return _ESCAPE.sub(lambda found: chr(code) if not 0xD800 <= (code := int(found[1], 16)) < 0xE000 else found[0], text)
-
-
 def _local(tag: str) -> str:
     return tag.rpartition(":")[2]
 
 
-def _is_hidden(sheet: Sheet) -> bool:
-    return sheet.hidden
-
-
 def _number(letters: str) -> int:
     """The number of a column: A is 1, AA is 27."""
-    number = 0
-    for letter in letters:
-        number = 26 * number + ord(letter) - 64
-    return number
+    return sum((ord(letter) - 64) * 26**place for place, letter in enumerate(reversed(letters)))
 
 
 def _letters(number: int) -> str:
     """The letters of a column: 1 is A, 27 is AA."""
-    found = ""
-    while number:
-        number, place = divmod(number - 1, 26)
-        found = chr(65 + place) + found
-    return found
+    return _letters((number - 1) // 26) + chr(65 + (number - 1) % 26) if number else ""
