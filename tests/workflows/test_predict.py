@@ -11,11 +11,14 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import openpyxl
 import pytest
 
 import lorakeet as lk
 from lorakeet.data.chat import Encoder
+from lorakeet.data.predicted.written_records import TableForm
 from lorakeet.data.rows import Row
+from lorakeet.data.tables import FileRecord
 from lorakeet.errors import ConfigError, DataError
 from lorakeet.evaluate.calibration import ReliabilityBin
 from lorakeet.evaluate.intervals import proportion
@@ -81,6 +84,37 @@ def test_a_table_comes_out_as_it_was_with_more_columns(finished: Any, tmp_path: 
     assert found.notes[1].startswith("1 of 3 rows get no answer; first new.csv:3: column 'TEXT' is empty")
 
 
+@pytest.mark.parametrize(
+    ("delimiter", "cells", "mark"),
+    [
+        (";", ("1,5", "-2,25"), ","), (";", ("1.234,50", "x"), ","), (",", ("0,5", ""), ","), (";", ("12", "1.2.2024"), ","),
+        (";", ("1.5", "2"), "."), (",", ("a", "1.234"), "."), (";", ("1.234", "7"), ","), (",", (1.5, None), "."),
+    ],
+)  # fmt: skip
+def test_new_numbers_have_the_decimal_mark_of_the_table(delimiter: str, cells: tuple[object, ...], mark: str) -> None:
+    records = [FileRecord("a.csv:2", {str(place): cell for place, cell in enumerate(cells)})]
+    assert predicting.table_decimal(records, TableForm(delimiter)) == mark
+
+
+def test_probabilities_of_a_table_with_decimal_commas_have_commas(finished: Any, tmp_path: Path) -> None:
+    """In a table with ";", and in a workbook as numbers; a sheet is named, and the file that comes out is a workbook again."""
+    (tmp_path / "new.csv").write_text("text;price\nred sky;1,5\nblue sea;2,25\n")
+    predict(PredictOptions(str(finished.path), str(tmp_path / "new.csv"), tmp_path / "out.csv", delimiter=";"), console=quiet())
+    rows = table_of(tmp_path / "out.csv", ";")
+    assert [row["price"] for row in rows] == ["1,5", "2,25"]
+    assert all("." not in row[name] for row in rows for name in ("label_probability", "label_margin"))
+    book = openpyxl.Workbook()
+    for row in (["text", "price"], ["red sky", 1.5], ["blue sea", 2.25]):
+        book.active.append(row)
+    book.active.title = "Neu"
+    book.create_sheet("leer")
+    book.save(tmp_path / "new.xlsx")
+    predict(PredictOptions(str(finished.path), f"{tmp_path}/new.xlsx#Neu", tmp_path / "out.xlsx"), console=quiet())
+    header, *read = [[cell.value for cell in row] for row in openpyxl.load_workbook(tmp_path / "out.xlsx").active.iter_rows()]
+    assert header[:4] == ["text", "price", "label", "label_probability"] and [row[1] for row in read] == [1.5, 2.25]
+    assert [str(row[3]).replace(".", ",") for row in read] == [row["label_probability"] for row in rows]
+
+
 def test_rows_of_several_readings_are_those_of_one(finished: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     data = write_rows(tmp_path / "new.jsonl", [{"text": row["text"]} for row in reviews(7, seed=5)])
     predict(PredictOptions(str(finished.path), str(data), tmp_path / "whole.csv"), console=quiet())
@@ -121,7 +155,7 @@ def test_what_is_wrong_with_a_file_is_said_before_and_nothing_is_written(
             predict(PredictOptions(run_path, str(tmp_path / "new.csv"), tmp_path / "o.tsv", **settings), console=quiet())
         assert "--data." not in str(caught.value), "the flags are those of this verb"
     (tmp_path / "out.csv").write_text("")
-    for out, message in ((tmp_path / "out.csv", "exists already"), (tmp_path / "out.xlsx", "ends in '.xlsx'")):
+    for out, message in ((tmp_path / "out.csv", "exists already"), (tmp_path / "out.ods", "ends in '.ods'")):
         with pytest.raises(ConfigError, match=message):
             predict(PredictOptions(str(finished.path), str(tmp_path / "new.csv"), out), console=quiet())
     assert sorted(path.name for path in tmp_path.iterdir()) == ["new.csv", "out.csv"]

@@ -32,7 +32,9 @@ class DataSpec:
     group_column: str | None = setting(None, "Column whose equal values stay on one side of the split (a patient, an author).")
     labels: tuple[str, ...] = setting((), "Labels in reporting order; by default those of the training rows, sorted.")
     rename_labels: dict[str, str] = field(
-        default_factory=dict, metadata={"help": "Labels that are read as another one, such as YES=Yes; in a run file a mapping."}
+        default_factory=dict,
+        hash=False,
+        metadata={"help": "Labels that are read as another one, such as YES=Yes; in a run file a mapping."},
     )
     template: str = setting("{text}", "Prompt of a classification row, with {text} and any {column}; write {{ and }} for braces.")
     label_template: str = setting("{label}", "Answer of a classification row, made from {label}.")

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from lorakeet.config import read_run
+from lorakeet.data.locate import WORKBOOKS
 from lorakeet.errors import ConfigError
 from lorakeet.studio.forms import FormField, run_fields, settings_of
 from lorakeet.studio.jobs import Job, Queue
@@ -22,7 +23,8 @@ VERB = "predict"
 ROWS = "data.train"
 OWN_FLAGS = ("text_column", "encoding", "delimiter")  # settings of data that are options of the command
 HOW = {f"data.{name}": f"--{name.replace('_', '-')}" for name in OWN_FLAGS}
-_ENDINGS = {".tsv": ".tsv", ".jsonl": ".jsonl", ".json": ".jsonl"}  # of what is written; a table otherwise
+# Endings of what is written; a table otherwise.
+_ENDINGS = {".tsv": ".tsv", ".jsonl": ".jsonl", ".json": ".jsonl", **dict.fromkeys(WORKBOOKS, ".xlsx")}
 _NONE = {"data.delimiter": "a comma, or a tab in .tsv files"}  # what no setting means
 _LONGEST_STEM = 60  # letters, of at most four bytes: a file's name has at most 255
 _HELP = "A table like the one of the training, with a text in each row. Labels are not needed."
@@ -65,7 +67,7 @@ def wanted_answers(places: Places, run: str, form: Mapping[str, str]) -> Predict
         raise ConfigError("No file of rows is chosen. Choose one first.")
     places.require({ROWS: rows})
     stem = stem_of(Path(rows).name)[:_LONGEST_STEM] or "rows"
-    name = f"{stem}-answered{_ENDINGS.get(Path(rows).suffix.lower(), '.csv')}"
+    name = f"{stem}-answered{_ENDINGS.get(Path(rows.partition('#')[0]).suffix.lower(), '.csv')}"
     given: dict[str, Any] = {name: form.get(f"data.{name}", "").strip() or None for name in OWN_FLAGS}
     options = PredictOptions(str(folder), rows, Path(name), **given)
     check_early(VERB, replace(options, out=places.own / "answers" / name), None)

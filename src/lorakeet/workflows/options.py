@@ -80,7 +80,7 @@ class PredictOptions:
 
     run_or_adapter: str = field(metadata=_help(_RUN, positional=True))
     data: str = field(metadata=_help("File of rows to answer, of any format that training reads; labels are not needed."))
-    out: Path = field(metadata=_help("File for the rows with their answers: .csv, .tsv or .jsonl; it must not exist yet."))
+    out: Path = field(metadata=_help("File for the rows with their answers: .csv, .tsv, .xlsx or .jsonl; it must not exist yet."))
     column: str | None = setting(None, "Name of the new column; the default is the label column of the training, or answer.")
     text_column: str | None = setting(None, "Column of the text, if it has another name than in training.")
     encoding: str | None = setting(None, "Encoding of the file, such as cp1252; the default is that of the training file.")

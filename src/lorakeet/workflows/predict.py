@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import re
 from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
@@ -17,17 +18,25 @@ from lorakeet.config import RunConfig
 from lorakeet.data.chat import Candidates, Encoder, Ids
 from lorakeet.data.predicted.contents import Contents, require_rereadable
 from lorakeet.data.predicted.unlabelled import fitting_columns, row_shaper
-from lorakeet.data.predicted.written_records import TableForm, can_write, form_like, record_writer, require_written_format
+from lorakeet.data.predicted.written_records import (
+    TableForm,
+    can_write,
+    cell_text,
+    form_like,
+    record_writer,
+    require_written_format,
+)
 from lorakeet.data.read import read_records
 from lorakeet.data.rows import Row
 from lorakeet.data.spec import DataSpec
-from lorakeet.data.tables import LEAVE_OUT, RowProblems, given_name
+from lorakeet.data.tables import LEAVE_OUT, FileRecord, RowProblems, given_name
 from lorakeet.data.template import uses_template
 from lorakeet.disk import written_whole
 from lorakeet.errors import SPELLING, ConfigError, DataError, EnvironmentProblem, Remedy, spelling, spelt
 from lorakeet.evaluate.calibration import ReliabilityBin
 from lorakeet.evaluate.intervals import Estimate
 from lorakeet.evaluate.likelihood import label_log_probs
+from lorakeet.evaluate.reading.numbers import decimal_mark
 from lorakeet.evaluate.report.report import read_report
 from lorakeet.memory.cuda import enforcing_gpu_budget
 from lorakeet.models.generate.score import label_scores
@@ -46,6 +55,7 @@ from lorakeet.workflows.runs.residency import peak_said
 from lorakeet.workflows.runs.trained_prompt import trained_labels
 
 TOGETHER = 2048  # rows that are in memory at once
+_DECIMALS = re.compile(r"(?![-+]?\d{1,3}[.,]\d{3}$)[-+]?\d+(?:(?:\.\d{3})*,|(?:,\d{3})*\.)\d+")  # 1,5 and 1.234,5; not 1.234
 _SAMPLED = 100  # records from which columns are proposed
 _DIGITS = 6  # of a probability
 ANSWER = "answer"
@@ -188,6 +198,7 @@ def _read_first(options: PredictOptions, trained: DataSpec, labels: Sequence[str
     try:
         form = form_like(options.data, spec, options.out, labels or None)
         if first := list(islice(read_records(options.data, lines, spec), _SAMPLED)):
+            form = dataclasses.replace(form, decimal=table_decimal(first, form))
             spec, taken = fitting_columns(first, given_name(options.data), spec, labels)
             notes += [taken] if taken else []
         lines = RowProblems(f"{given_name(options.data)} cannot be used as it is")
@@ -210,6 +221,13 @@ def _read_first(options: PredictOptions, trained: DataSpec, labels: Sequence[str
         form = form.in_utf_8(options.out, "a column or a cell has")
     notes += [form.said] if form.said else []
     return _RowsFile(spec, form, tuple(contents.columns), columns, rows, characters, tuple(notes))
+
+
+def table_decimal(records: Sequence[FileRecord], form: TableForm) -> str:
+    """The decimal mark of a table's numbers; where it has none, that of spreadsheets that separate columns in its way."""
+    every = (cell_text(value).strip() for record in records for value in record.values.values())
+    cells = [cell for cell in every if _DECIMALS.fullmatch(cell)]
+    return decimal_mark(cells) if cells else "," if form.delimiter == ";" else "."
 
 
 def _own_spelling() -> Callable[[str, str | None], str]:

@@ -4,6 +4,7 @@ import csv
 import io
 from pathlib import Path
 
+import openpyxl
 import pytest
 
 from lorakeet.data.predicted.written_records import TableForm, form_like, record_writer, require_written_format
@@ -53,8 +54,8 @@ def test_json_lines_keep_values(tmp_path: Path) -> None:
 
 def test_other_endings_are_refused(tmp_path: Path) -> None:
     require_written_format(tmp_path / "a.CSV")
-    with pytest.raises(ConfigError, match=r"ends in '\.xlsx'; expected one of \.csv, \.tsv, \.jsonl"):
-        require_written_format(tmp_path / "a.xlsx")
+    with pytest.raises(ConfigError, match=r"ends in '\.ods'; expected one of \.csv, \.tsv, \.xlsx, \.jsonl"):
+        require_written_format(tmp_path / "a.ods")
 
 
 @pytest.mark.parametrize("line_end", ["\n", "\r\n"])
@@ -83,3 +84,22 @@ def test_what_cannot_be_written_is_replaced_or_escaped(tmp_path: Path) -> None:
     half = "\ud83d"
     found = written(tmp_path / "a.jsonl", TableForm(), {"é": half}, {"é": "é"})
     assert found == b'{"\\u00e9": "\\ud83d"}\n{"\xc3\xa9": "\xc3\xa9"}\n'
+
+
+def test_a_workbook_is_read_again_as_it_was_written(tmp_path: Path) -> None:
+    """By Lorakeet, and by openpyxl."""
+    records = [{"text": 'a <b> & "c"\n_x0041_ \x07 \uffff é', "n": 0.25, "ok": True}, {"text": " =1+1", "n": -3, "ok": None}]
+    path = tmp_path / "a.xlsx"
+    written(path, TableForm(), *records)
+    read = [record.values for record in read_records(str(path), RowProblems("bad"), DataSpec())]
+    assert read == records and [type(values["n"]) for values in read] == [float, int]
+    book = openpyxl.load_workbook(path)
+    assert [[cell.value for cell in row[1:]] for row in book.active.iter_rows()] == [["n", "ok"], [0.25, True], [-3, None]]
+    with pytest.raises(ConfigError, match="A cell has 32,768 characters"):
+        written(tmp_path / "b.xlsx", TableForm(), {"text": "x" * 32_768})
+
+
+def test_a_table_has_numbers_in_its_own_form(tmp_path: Path) -> None:
+    form = TableForm(";", decimal=",")
+    assert written(tmp_path / "a.csv", form, {"a": 0.25, "b": 3, "c": "1.5"}).decode() == "a;b;c\n0,25;3;1.5\n"
+    assert written(tmp_path / "b.csv", TableForm(decimal=","), {"a": 0.25}).decode() == 'a\n"0,25"\n'

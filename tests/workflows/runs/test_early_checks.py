@@ -30,7 +30,7 @@ def folder(tmp_path: Path) -> Path:
     """Rows, an earlier run with these rows, an adapter folder, and a folder that stands for a model."""
     (tmp_path / "rows.jsonl").write_text(RECORD)
     (tmp_path / "broken.jsonl").write_text(f"{RECORD}{{\n")
-    (tmp_path / "rows.xlsx").write_text("a")
+    (tmp_path / "rows.ods").write_text("a")
     (tmp_path / "adapter").mkdir()
     (tmp_path / "model").mkdir()
     (tmp_path / "run").mkdir()
@@ -47,7 +47,7 @@ TRAIN = ["--model", "model", "--data.train"]
     ("arguments", "words"),
     [
         (["finetune", *TRAIN, "rows.jsonk"], "'rows.jsonk' does not exist in"),
-        (["finetune", *TRAIN, "rows.xlsx"], "rows.xlsx ends in '.xlsx', which has no reader"),
+        (["finetune", *TRAIN, "rows.ods"], "rows.ods ends in '.ods', which has no reader"),
         (["finetune", *TRAIN, "rows.jsonl", "--data.text_column", "review"], "the columns 'text', 'label' match no known shape"),
         (["finetune", *TRAIN, "rows.jsonl", "--data.group_column", "patient"], "rows.jsonl has no column 'patient'"),
         (["finetune", *TRAIN, "broken.jsonl"], "broken.jsonl:2: broken JSON at column"),
@@ -66,7 +66,7 @@ TRAIN = ["--model", "model", "--data.train"]
         (["evaluate", "adapter", "--out", "run"], "run exists already and is no empty folder"),
         (["predict", "run", "--data", "/dev/null", "--out", "new.csv"], "/dev/null is a pipe or a device; expected a regular"),
         (["predict", "run", "--data", "gone.jsonl", "--out", "new.csv"], "'gone.jsonl' does not exist in"),
-        (["predict", "run", "--data", "rows.jsonl", "--out", "new.xlsx"], "ends in '.xlsx'; expected one of .csv, .tsv, .jsonl"),
+        (["predict", "run", "--data", "rows.jsonl", "--out", "new.ods"], "ends in '.ods'; expected one of .csv, .tsv, .xlsx, .jsonl"),
         (["predict", "run", "--data", "rows.jsonl", "--out", "rows.jsonl"], "rows.jsonl exists already"),
         (["merge", "runs/nope", "--out", "merged"], "runs/nope does not exist"),
         (["merge", "run", "--out", "adapter"], "adapter exists already and is never overwritten"),

@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 
 from lorakeet.data.locate import locate_data
-from lorakeet.data.predicted.written_records import TABLES, TableForm, can_write, cell_text
+from lorakeet.data.predicted.written_records import TABLES, WORKBOOK, TableForm, can_write, cell_text
 from lorakeet.data.read import is_hub_id
 from lorakeet.data.tables import FileRecord, RowProblems
 from lorakeet.errors import DataError
@@ -37,7 +37,7 @@ class Contents:
         self.columns: dict[str, None] = {}
         self.fits = True
         self._encoding, self._problems = form.encoding, problems
-        self._table = out.suffix.lower() in TABLES
+        self._table = out.suffix.lower() in (*TABLES, WORKBOOK)
 
     def add(self, record: FileRecord) -> None:
         """Takes one more record into account."""

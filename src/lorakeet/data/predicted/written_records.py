@@ -1,23 +1,52 @@
-"""Writes records as they were read, with more columns: tables keep delimiter, encoding and line ends, JSON lines their fields."""
+"""Writes records as they were read, with more columns.
+
+Tables keep delimiter, decimal mark, encoding and line ends, JSON lines their fields. A workbook is written as one sheet.
+"""
 
 from __future__ import annotations
 
 import codecs
 import io
+import itertools
 import json
+import math
+import re
+import zipfile
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import IO
+from xml.sax.saxutils import escape
 
 from lorakeet.data.locate import locate_data, open_binary
 from lorakeet.data.read import is_hub_id
 from lorakeet.data.spec import DataSpec
 from lorakeet.disk import create
-from lorakeet.errors import ConfigError
+from lorakeet.errors import ConfigError, spelt
 
 TABLES = {".csv": ",", ".tsv": "\t"}
-WRITTEN = (*TABLES, ".jsonl")
+WORKBOOK = ".xlsx"
+WRITTEN = (*TABLES, WORKBOOK, ".jsonl")
+_MOST_ROWS, _LONGEST_CELL = 1 << 20, 32_767  # of a sheet in Excel, and characters
+_NO_XML = re.compile(r"[\x00-\x08\x0b-\x1f\ufffe\uffff]|_(?=x[0-9A-Fa-f]{4}_)")  # what a workbook writes as _x0007_
+_MAIN = "http://schemas.openxmlformats.org/spreadsheetml/2006/main"
+_PACKAGE = "http://schemas.openxmlformats.org/package/2006"
+_OFFICE = "http://schemas.openxmlformats.org/officeDocument/2006/relationships"
+_TYPE = "application/vnd.openxmlformats-"
+_CELLS = "xl/worksheets/sheet1.xml"
+_PARTS = {  # of a workbook beside its one sheet (ECMA-376, part 1)
+    "[Content_Types].xml": f'<Types xmlns="{_PACKAGE}/content-types">'
+    f'<Default Extension="rels" ContentType="{_TYPE}package.relationships+xml"/>'
+    f'<Override PartName="/xl/workbook.xml" ContentType="{_TYPE}officedocument.spreadsheetml.sheet.main+xml"/>'
+    f'<Override PartName="/{_CELLS}" ContentType="{_TYPE}officedocument.spreadsheetml.worksheet+xml"/></Types>',
+    "_rels/.rels": f'<Relationships xmlns="{_PACKAGE}/relationships"><Relationship Id="r" Type="{_OFFICE}/officeDocument" '
+    'Target="xl/workbook.xml"/></Relationships>',
+    "xl/workbook.xml": f'<workbook xmlns="{_MAIN}" xmlns:r="{_OFFICE}"><sheets>'
+    '<sheet name="Answers" sheetId="1" r:id="r"/></sheets></workbook>',
+    "xl/_rels/workbook.xml.rels": f'<Relationships xmlns="{_PACKAGE}/relationships"><Relationship Id="r" '
+    f'Type="{_OFFICE}/worksheet" Target="worksheets/sheet1.xml"/></Relationships>',
+}
 _UTF_8_MARK = b"\xef\xbb\xbf"
 _FIRST = 1 << 16  # bytes in which the first line ends
 _MARKED = "utf-8-sig"
@@ -27,11 +56,15 @@ Write = Callable[[Mapping[str, object]], bool]
 
 @dataclass(frozen=True)
 class TableForm:
-    """How a table is written: its separator, its encoding and the end of its lines; `said` is a sentence on what is not kept."""
+    """How a table is written: its separator, its encoding, the end of its lines and the decimal mark of its numbers.
+
+    `said` is a sentence on what is not kept.
+    """
 
     delimiter: str = ","
     encoding: str = "utf-8"
     line_end: str = "\n"
+    decimal: str = "."
     said: str = ""
 
     def in_utf_8(self, out: Path, what: str) -> TableForm:
@@ -87,8 +120,21 @@ def record_writer(path: Path, form: TableForm, columns: Sequence[str]) -> Iterat
 
     It returns False for a record with a character that the encoding cannot write, in whose place "?" stands.
     """
-    with create(path) as binary, io.TextIOWrapper(binary, encoding=form.encoding, errors="replace", newline="") as stream:
-        yield _json_lines(stream) if path.suffix.lower() not in TABLES else _table(stream, form, columns)
+    kind = path.suffix.lower()
+    with ExitStack() as opened:
+        binary: IO[bytes] = opened.enter_context(create(path))
+        if kind == WORKBOOK:
+            archive = opened.enter_context(zipfile.ZipFile(binary, "w", zipfile.ZIP_DEFLATED))
+            for name, text in _PARTS.items():
+                archive.writestr(name, text)
+            binary = opened.enter_context(archive.open(_CELLS, "w", force_zip64=True))
+        stream = opened.enter_context(io.TextIOWrapper(binary, encoding=form.encoding, errors="replace", newline=""))
+        if kind == WORKBOOK:
+            stream.write(f'<worksheet xmlns="{_MAIN}"><sheetData>')
+            yield _sheet(stream, columns)
+            stream.write("</sheetData></worksheet>")
+        else:
+            yield _table(stream, form, columns) if kind in TABLES else _json_lines(stream)
         stream.flush()
 
 
@@ -109,7 +155,34 @@ def _table(stream: io.TextIOWrapper, form: TableForm, columns: Sequence[str]) ->
         return can_write(form.encoding, text)
 
     line(columns)
-    return lambda values: line([cell_text(values.get(column)) for column in columns])
+    return lambda values: line([cell_text(values.get(column), form.decimal) for column in columns])
+
+
+def _sheet(stream: io.TextIOWrapper, columns: Sequence[str]) -> Write:
+    rows = itertools.count(1)
+
+    def line(values: Sequence[object]) -> bool:
+        if next(rows) > _MOST_ROWS:
+            raise ConfigError(f"A workbook has at most {_MOST_ROWS:,} rows. Name a .csv file as {spelt('out')}.")
+        stream.write(f"<row>{''.join(map(_cell, values))}</row>")
+        return True
+
+    line(columns)
+    return lambda values: line([values.get(column) for column in columns])
+
+
+def _cell(value: object) -> str:
+    """A cell of a workbook; numbers stay numbers, which each office shows in its own way."""
+    if isinstance(value, bool):
+        return f'<c t="b"><v>{value:d}</v></c>'
+    if isinstance(value, (int, float)) and math.isfinite(value):
+        return f"<c><v>{value!r}</v></c>"
+    text = cell_text(value)
+    if len(text) > _LONGEST_CELL:
+        said = f"A cell has {len(text):,} characters; in a workbook it has at most {_LONGEST_CELL:,}."
+        raise ConfigError(f"{said} Name a .csv file as {spelt('out')}.")
+    text = escape(_NO_XML.sub(lambda found: f"_x{ord(found[0]):04X}_", text))
+    return f'<c t="inlineStr"><is><t xml:space="preserve">{text}</t></is></c>' if text else "<c/>"
 
 
 def _quoted(cell: str, delimiter: str) -> str:
@@ -117,8 +190,10 @@ def _quoted(cell: str, delimiter: str) -> str:
     return '"' + cell.replace('"', '""') + '"' if any(sign in cell for sign in (delimiter, '"', "\r", "\n")) else cell
 
 
-def cell_text(value: object) -> str:
+def cell_text(value: object, decimal: str = ".") -> str:
     """A value as a cell of a table: nothing for None, JSON for lists and objects."""
     if value is None:
         return ""
+    if isinstance(value, float):
+        return str(value).replace(".", decimal)
     return json.dumps(value, ensure_ascii=False, default=str) if isinstance(value, (list, dict)) else str(value)
