@@ -66,7 +66,7 @@ TRAIN = ["--model", "model", "--data.train"]
         (["evaluate", "adapter", "--out", "run"], "run exists already and is no empty folder"),
         (["predict", "run", "--data", "/dev/null", "--out", "new.csv"], "/dev/null is a pipe or a device; expected a regular"),
         (["predict", "run", "--data", "gone.jsonl", "--out", "new.csv"], "'gone.jsonl' does not exist in"),
-        (["predict", "run", "--data", "rows.jsonl", "--out", "new.ods"], "ends in '.ods'; expected one of .csv, .tsv, .xlsx, .jsonl"),
+        (["predict", "run", "--data", "rows.jsonl", "--out", "new.ods"], "ends in '.ods'; expected one of .csv, .tsv, .xlsx"),
         (["predict", "run", "--data", "rows.jsonl", "--out", "rows.jsonl"], "rows.jsonl exists already"),
         (["merge", "runs/nope", "--out", "merged"], "runs/nope does not exist"),
         (["merge", "run", "--out", "adapter"], "adapter exists already and is never overwritten"),
