@@ -4,11 +4,12 @@
 
 Shares: systems that are right on the same rows or not, by cells of (only left right, only right right). Means: differences of
 several shapes, of rows and of groups of 5 rows. Macro-F1: tables of labels and answers, of one system and of two with equal
-macro-F1. Of each, the interval of a run, and the bootstrap (BCa) that it had before, for shares that of Bonett and Price too.
-Printed: coverage in the mean over cells and in the worst one, the mean width, false alarms where there is no difference, and how
-often words took the interval's place, which counts as covered. Before, an alarm in means needed the randomisation test too.
-Apart from the claim: rare large losses, of which the rows may hold none. Where fewer than 3 are expected no interval covers.
-Claimed: LEAST coverage in the mean (FEWER for means of less than 64 rows), WORST in the worst cell, and ALARMS.
+macro-F1. Printed: coverage in the mean over cells and in the worst one, the mean width, false alarms where there is no
+difference, and how often words took the interval's place, which counts as covered. Margins: how often a system that is worse by
+exactly the margin passes as non-inferior (`check --no-worse`, `compress`), in shares and in losses of the same shapes and of
+their mirror images. Apart from the claim: rare large losses, of which the rows may hold none. Where fewer than 3 are expected no
+interval covers. Claimed: LEAST coverage in the mean (FEWER for means of less than 64 rows), WORST in the worst cell, ALARMS, and
+PASSED in the mean over cells of a margin.
 """
 
 from __future__ import annotations
@@ -18,20 +19,24 @@ import math
 import sys
 from collections.abc import Callable
 from functools import cache, partial
+from itertools import product
 from typing import Any
 
 import numpy as np
 from harness.machine import origin, write_result
-from scipy import stats
 
-from lorakeet.evaluate.answers import Answers, macro_f1, measure
-from lorakeet.evaluate.intervals import Estimate, Floats, bootstrap, halves_of, limits, ratio_with_test
+from lorakeet.evaluate.answers import Answers, measure
+from lorakeet.evaluate.compare import compare_values
+from lorakeet.evaluate.intervals import Estimate, Floats, ratio_with_test
+from lorakeet.evaluate.non_inferiority import Margin
 from lorakeet.evaluate.paired import Paired, macro_f1_difference, score_difference
 from lorakeet.evaluate.spec import EvaluateSpec
 
-LEAST, FEWER, WORST, ALARMS = 0.94, 0.93, 0.9, 0.06
+LEAST, FEWER, WORST, ALARMS, PASSED = 0.94, 0.93, 0.9, 0.06, 0.03
 SIZES = (10, 20, 30, 64, 379)
 CELLS = ((0.05, 0.05), (0.03, 0.03), (0.25, 0.25), (0.1, 0.02), (0.15, 0.05), (0.3, 0.1), (0.08, 0.0), (0.15, 0.0), (0.3, 0.0))
+MARGIN = 0.05
+AT_MARGIN = ((0.0, 0.05), (0.02, 0.07), (0.05, 0.1), (0.15, 0.2))  # cells of a system that is worse by the margin
 SHAPES: dict[str, Callable[[np.random.Generator, int], Floats]] = {
     "normal": lambda chance, n: chance.normal(size=n),
     "laplace": lambda chance, n: chance.laplace(size=n),
@@ -54,96 +59,65 @@ TABLES: dict[str, list[list[float]]] = {  # shares of all rows, by true and answ
     ).tolist(),
 }
 SYMMETRIC = ("normal", "laplace", "Student's t, 3 degrees", "log-losses")
-SPEC = EvaluateSpec(resamples=1000)
-OURS, BEFORE = "bootstrap-t, random halves", "BCa bootstrap"
-
-
-@cache
-def share_interval(method: str, b: int, c: int, n: int) -> tuple[Estimate, bool]:
-    """The interval of a paired difference of shares, and whether a difference is shown."""
-    if method == "Tango":
-        found = score_difference(Paired(0, b, c, n - b - c), 0.95)[0]
-        return found, found.excludes_zero
-    if method == "Bonett-Price" or b + c == 0 or max(b, c) == n:
-        p, q = (b + 1) / (n + 2), (c + 1) / (n + 2)
-        reach = stats.norm.ppf(0.975) * math.sqrt((p + q - (p - q) ** 2) / (n + 2))
-        found = Estimate((b - c) / n, max(-1.0, p - q - reach), min(1.0, p - q + reach), n, "Bonett-Price")
-        return found, found.excludes_zero
-    found = of_mean(np.repeat([1.0, -1.0, 0.0], [b, c, n - b - c]), SPEC)
-    return found, found.excludes_zero and b + c > 0 and bool(stats.binomtest(b, b + c).pvalue < 0.05)
-
-
-def of_mean(rows: Floats, spec: EvaluateSpec, groups: list[int] | None = None) -> Estimate:
-    """The mean with the bootstrap's interval."""
-    return bootstrap(lambda weights: (weights @ rows) / weights.sum(axis=1), len(rows), spec=spec, groups=groups)
-
-
-def mean_interval(method: str, rows: Floats, spec: EvaluateSpec, groups: list[int] | None = None) -> tuple[Estimate, bool]:
-    """The interval of a mean difference, and whether a difference is shown."""
-    if method == OURS:
-        found = ratio_with_test(rows, np.ones(len(rows)), spec=spec, groups=groups)[0]
-        return found, found.excludes_zero
-    before = of_mean(rows, spec, groups)
-    p_value = limits(*halves_of(rows, np.ones(len(rows)), spec), 0.05)[2]
-    return before, before.excludes_zero and p_value < 0.05
 
 
 def shares(n: int, samples: int, seed: int) -> dict[str, dict[str, float]]:
-    """Coverage, width and alarms of each method for shares of n rows."""
-    found: dict[str, dict[str, float]] = {}
-    for method in ("Tango", "Bonett-Price", "BCa bootstrap"):
-        covered, widths, alarms = [], [], []
-        for b, c in CELLS:
-            drawn = np.random.default_rng(seed).multinomial(n, [b, c, 1 - b - c], size=samples)
-            intervals = [share_interval(method, int(one), int(other), n) for one, other, _ in drawn]
-            covered.append(np.mean([one.low - 1e-9 <= b - c <= one.high + 1e-9 for one, _ in intervals]))
-            widths.append(np.mean([one.high - one.low for one, _ in intervals]))
-            if b == c:
-                alarms.append(np.mean([shown for _, shown in intervals]))
-        found[method] = _line(covered, widths, alarms, [0.0])
-    return found
+    """Coverage, width and alarms for shares of n rows."""
+    covered, widths, words, alarms = [], [], [], []
+    for b, c in CELLS:
+        drawn = np.random.default_rng(seed).multinomial(n, [b, c, 1 - b - c], size=samples)
+        intervals = [_share_difference(int(one), int(other), n) for one, other, _ in drawn]
+        _count(intervals, b - c, covered, widths, words)
+        if b == c:
+            alarms.append(_alarms(intervals))
+    return {"Tango": _line(covered, widths, alarms, words)}
+
+
+@cache
+def _share_difference(b: int, c: int, n: int) -> Estimate:
+    return score_difference(Paired(0, b, c, n - b - c), 0.95)[0]
 
 
 def means(n: int, samples: int, seed: int, *, of_groups: int = 0) -> dict[str, dict[str, float]]:
-    """Coverage, width and alarms of each method for mean differences of n rows, or of n groups of so many rows."""
-    found: dict[str, dict[str, float]] = {}
+    """Coverage, width and alarms for mean differences of n rows, or of n groups of so many rows."""
     groups = list(np.repeat(np.arange(n), of_groups)) if of_groups else None
-    for method in (OURS, BEFORE):
-        covered, widths, alarms, words = [], [], [], []
-        for number, (name, shape) in enumerate(SHAPES.items()):
-            chance = np.random.default_rng([seed, n, number])
-            intervals = []
-            for sample in range(samples):  # with draws of its own
-                rows = shape(chance, n)
-                if of_groups:
-                    rows = np.repeat(rows, of_groups) + 0.3 * chance.normal(size=n * of_groups)
-                intervals.append(mean_interval(method, rows, EvaluateSpec(resamples=1000, seed=sample), groups))
-            _count(intervals, 0.0, covered, widths, words)
-            if name in SYMMETRIC:
-                alarms.append(np.mean([shown for _, shown in intervals]))
-        found[method] = _line(covered, widths, alarms, words)
-    return found
+    covered, widths, words, alarms = [], [], [], []
+    for number, (name, shape) in enumerate(SHAPES.items()):
+        chance = np.random.default_rng([seed, n, number])
+        intervals = []
+        for sample in range(samples):  # with draws of its own
+            rows = shape(chance, n)
+            if of_groups:
+                rows = np.repeat(rows, of_groups) + 0.3 * chance.normal(size=n * of_groups)
+            intervals.append(_mean(rows, sample, groups))
+        _count(intervals, 0.0, covered, widths, words)
+        if name in SYMMETRIC:
+            alarms.append(_alarms(intervals))
+    return {"bootstrap-t, random halves": _line(covered, widths, alarms, words)}
+
+
+def _mean(rows: Floats, seed: int, groups: list[int] | None = None) -> Estimate:
+    return ratio_with_test(rows, np.ones(len(rows)), spec=EvaluateSpec(resamples=1000, seed=seed), groups=groups)[0]
 
 
 def rare(n: int, samples: int, seed: int) -> dict[str, dict[str, float]]:
     """The same where a few rows decide, by the share of these: none may be among the rows."""
     found: dict[str, dict[str, float]] = {}
     for name, share in RARE.items():
-        for method in (OURS, BEFORE):
-            chance, covered, widths, alarms, words = np.random.default_rng([seed, n]), [], [], [], []
-            intervals = []
-            for sample in range(samples):
-                rows = np.where(chance.random(n) < share, 5.0, 0.0) - 5 * share + 0.1 * chance.normal(size=n)
-                intervals.append(mean_interval(method, rows, EvaluateSpec(resamples=1000, seed=sample)))
-            _count(intervals, 0.0, covered, widths, words)
-            alarms.append(np.mean([shown for _, shown in intervals]))
-            found[f"{method}, {name}"] = _line(covered, widths, alarms, words)
+        chance, covered, widths, words = np.random.default_rng([seed, n]), [], [], []
+        intervals = [
+            _mean(np.where(chance.random(n) < share, 5.0, 0.0) - 5 * share + 0.1 * chance.normal(size=n), sample)
+            for sample in range(samples)
+        ]
+        _count(intervals, 0.0, covered, widths, words)
+        found[name] = _line(covered, widths, [_alarms(intervals)], words)
     return found
 
 
 def tables(n: int, samples: int, seed: int) -> dict[str, dict[str, float]]:
     """Coverage, width and alarms for macro-F1 of one system and of the difference of two alike ones."""
-    kept = {what: ([], [], [], []) for what in ("of one", "of one, BCa bootstrap", "difference")}
+    kept = {what: ([], [], []) for what in ("of one", "difference")}
+    alarms = []
     for number, table in enumerate(TABLES.values()):
         shares = np.array(table) / np.sum(table)
         truth = float(np.mean(2 * np.diag(shares) / (shares.sum(0) + shares.sum(1))))
@@ -151,15 +125,37 @@ def tables(n: int, samples: int, seed: int) -> dict[str, dict[str, float]]:
         for sample in range(samples):
             spec = EvaluateSpec(resamples=1000, seed=sample)
             left, right = _answers(shares, n, chance)
-            found = macro_f1_difference(left, right, spec)[0]
-            before = bootstrap(macro_f1(left), n, spec=spec)
-            intervals["of one"].append((measure(left, spec)["macro_f1"], False))
-            intervals["of one, BCa bootstrap"].append((before, False))
-            intervals["difference"].append((found, found.excludes_zero))
-        for what, (covered, widths, alarms, words) in kept.items():
-            _count(intervals[what], 0.0 if what == "difference" else truth, covered, widths, words)
-            alarms.append(np.mean([shown for _, shown in intervals[what]]))
-    return {what: _line(*lists) for what, lists in kept.items()}
+            intervals["of one"].append(measure(left, spec)["macro_f1"])
+            intervals["difference"].append(macro_f1_difference(left, right, spec)[0])
+        for what, lists in kept.items():
+            _count(intervals[what], 0.0 if what == "difference" else truth, *lists)
+        alarms.append(_alarms(intervals["difference"]))
+    return {what: _line(*lists[:2], alarms if what == "difference" else [0.0], lists[2]) for what, lists in kept.items()}
+
+
+def margins(n: int, samples: int, seed: int) -> dict[str, dict[str, float]]:
+    """How often a system that is worse by exactly MARGIN is called as good, in the mean over cells and in the worst one."""
+    margin = Margin(MARGIN, MARGIN)
+
+    @cache
+    def passes_share(b: int, c: int) -> bool:
+        left, right = (np.repeat(flags, [b, c, n - b - c]) for flags in ([1.0, 0.0, 1.0], [0.0, 1.0, 1.0]))
+        return not margin.why_not([compare_values(("cut", "whole"), "accuracy", (left, right), EvaluateSpec())])
+
+    of_shares = []
+    for b, c in AT_MARGIN:
+        drawn = np.random.default_rng([seed, n]).multinomial(n, [b, c, 1 - b - c], size=5 * samples)
+        of_shares.append(np.mean([passes_share(int(one), int(other)) for one, other, _ in drawn]))
+    of_losses = []
+    for number, (shape, side) in enumerate(product(SHAPES.values(), (1, -1))):
+        chance, passed = np.random.default_rng([seed, n, number]), []
+        for sample in range(samples):
+            losses, spec = (side * shape(chance, n) + MARGIN, np.zeros(n)), EvaluateSpec(resamples=1000, seed=sample)
+            found = compare_values(("cut", "whole"), "log_loss", losses, spec, higher_is_better=False)
+            passed.append(not margin.why_not([found]))
+        of_losses.append(np.mean(passed))
+    kinds = {"share": of_shares, "loss": of_losses}
+    return {kind: {"passed": float(np.mean(found)), "worst": float(np.max(found))} for kind, found in kinds.items()}
 
 
 def _answers(shares: Floats, n: int, chance: np.random.Generator) -> tuple[Answers, Answers]:
@@ -175,11 +171,15 @@ def _answers(shares: Floats, n: int, chance: np.random.Generator) -> tuple[Answe
     return left, right
 
 
-def _count(found: list[tuple[Estimate, bool]], truth: float, covered: list[Any], widths: list[Any], words: list[Any]) -> None:
-    covered.append(np.mean([one.low - 1e-9 <= truth <= one.high + 1e-9 for one, _ in found]))
-    shown = [one.high - one.low for one, _ in found if math.isfinite(one.high - one.low) and not one.why_none]
+def _count(found: list[Estimate], truth: float, covered: list[Any], widths: list[Any], words: list[Any]) -> None:
+    covered.append(np.mean([one.low - 1e-9 <= truth <= one.high + 1e-9 for one in found]))
+    shown = [one.high - one.low for one in found if math.isfinite(one.high - one.low) and not one.why_none]
     widths.append(np.mean(shown) if shown else 0.0)
-    words.append(np.mean([bool(one.why_none) for one, _ in found]))
+    words.append(np.mean([bool(one.why_none) for one in found]))
+
+
+def _alarms(found: list[Estimate]) -> Any:
+    return np.mean([one.excludes_zero for one in found])
 
 
 def _line(covered: list[Any], widths: list[Any], alarms: list[Any], words: list[Any]) -> dict[str, float]:
@@ -197,7 +197,8 @@ def main(arguments: list[str] | None = None) -> int:
     kept = True
     groups = partial(means, of_groups=5)
     plan = [("shares", shares, SIZES[1:], 2000), ("means", means, SIZES, 400), ("groups", groups, (3, 6, 10, 20), 300)]
-    plan += [("rare", rare, (30, 64, 379), 200), ("macro-F1", tables, (20, 64, 200, 500), 150)]
+    plan += [("rare", rare, (30, 64, 379), 200), ("macro-F1", tables, (20, 64, 200, 500), 300)]
+    plan += [("margin", margins, (20, 64, 379), 400)]
     for what, measured, sizes, samples in plan:
         for n in sizes[:2] if given.quick else sizes:
             found = measured(n, 20 if given.quick else samples, given.seed)
@@ -205,10 +206,12 @@ def main(arguments: list[str] | None = None) -> int:
             for method, line in found.items():
                 numbers = "  ".join(f"{key} {value:.3f}" for key, value in line.items())
                 print(f"{what:8} {n:4}  {method:32} {numbers}", flush=True)
-            if what != "rare":
-                ours = [line for method, line in found.items() if method not in (BEFORE, "Bonett-Price", "of one, BCa bootstrap")]
+            if what == "margin":
+                kept &= all(one["passed"] <= PASSED for one in found.values())
+            elif what != "rare":
                 least = FEWER if what in ("means", "groups") and n < 64 else LEAST
-                kept &= all(one["coverage"] >= least and one["worst"] >= WORST and one["alarms"] <= ALARMS for one in ours)
+                lines = found.values()
+                kept &= all(one["coverage"] >= least and one["worst"] >= WORST and one["alarms"] <= ALARMS for one in lines)
     name = "coverage_quick" if given.quick else "coverage"
     print(f"Written: {write_result(name, {'results': results, 'kept': kept}, seed=given.seed, about=about)}")
     return 0 if kept or given.quick else 1
