@@ -44,7 +44,7 @@ from lorakeet.data.spec import DataSpec
 from lorakeet.evaluate.intervals import proportion
 
 LEAST = {"words": 0.95, "characters": 0.9}  # of the copies
-LEFT_OUT = 0.85  # of those with a word or character left out: what stood around it often stands together in further rows
+LEFT_OUT = 0.75  # of those with a word or character left out: what stood around it often stands together in further rows
 FALSE = 1e-3  # of the pairs
 ADDED, ORDERED = 0.95, 0.8  # of the copies with text around them, and of those with two words replaced or clauses turned
 SHORTEST = 4  # words (six characters) of a text of which one is changed: shorter ones are compared whole

@@ -132,8 +132,8 @@ def filled(slots: Sequence[Sequence[str]], count: int, seed: int, form: str) -> 
     return list(found)
 
 
-# What is no letter, digit or space; vowel signs of Hindi and Thai are no \w in Python, but parts of words.
-_MARKS = r"[^\w\s'’\u0300-\u036f\u0591-\u05c7\u0610-\u061a\u064b-\u065f\u0900-\u0dff\u0e31-\u0e4e-]"
+# What is no letter, digit, space or sign that calculates; vowel signs of Hindi and Thai are no \w in Python, but parts of words.
+_MARKS = r"[^\w\s%+<=>|~^*/&'’\u0300-\u036f\u0591-\u05c7\u0610-\u061a\u064b-\u065f\u0900-\u0dff\u0e31-\u0e4e-]"
 
 Change = Callable[[str, random.Random, Sequence[str]], str]
 

@@ -7,8 +7,8 @@ from lorakeet.evaluate.baselines import CONSTANT, MAJORITY, MEDIAN, NEAREST, TFI
 from lorakeet.evaluate.compare import Comparison, Verdict, paired_verdict
 from lorakeet.evaluate.intervals import Estimate
 from lorakeet.evaluate.replies import SHOWN
-from lorakeet.evaluate.verdict import OF_ANSWERS, WITHOUT_MODEL, noted, verdict_of
-from lorakeet.evaluate.wording import metric_words, signed
+from lorakeet.evaluate.verdict import BESIDE_ANSWERS, WITHOUT_MODEL, noted, verdict_of
+from lorakeet.evaluate.wording import METRIC_WORDS, metric_words, signed
 
 
 def comparison(right: str, verdict: Verdict, value: float, *, metric: str = "accuracy") -> Comparison:
@@ -137,7 +137,7 @@ def test_no_sentence_contradicts_its_own_table() -> None:
         assert found is not None
         sentence, main = found.sentence, table[0].metric
         of_base = {one.metric: one for one in table if one.right == "base"}
-        elsewhere = {one.verdict for one in of_base.values() if one.metric in OF_ANSWERS - {main}}
+        elsewhere = {one.verdict for one in of_base.values() if one.metric not in BESIDE_ANSWERS | {main}}
         for words in said:
             said[words] += words in sentence
         if "No better answers" in sentence or "The answers are worse" in sentence:
@@ -159,10 +159,23 @@ def test_no_sentence_contradicts_its_own_table() -> None:
             stated = [one for one in stated if signed(one.difference.value) in phrase.text]
             assert bool(stated) == bool(phrase.interval), phrase
             for one in stated[:1]:
-                others = {other.verdict for other in table if other.right == one.right and other.metric in OF_ANSWERS}
+                others = {other.verdict for other in table if other.right == one.right and other.metric not in BESIDE_ANSWERS}
                 if others & {"better": {"worse"}, "worse": {"better"}}.get(one.verdict, {"better", "worse"}):
                     assert metric_words(one.metric).inline in phrase.text, (phrase, sentence)
     assert min(said.values()) >= 20, said
+
+
+@pytest.mark.parametrize("metric", [*sorted(METRIC_WORDS.keys() - BESIDE_ANSWERS - {"accuracy"}), "a_new_metric"])
+def test_a_headline_names_every_metric_that_says_something_else(metric: str) -> None:
+    """Metrics were listed by name: balanced accuracy was missing, and so was each metric of a user's own."""
+    shown = Estimate(0.1, 0.05, 0.15, 64, "made up")
+    level = Estimate(0.0, -0.1, 0.1, 64, "made up")
+    table = [
+        Comparison("adapter", "base", "accuracy", level, 0.5, "made up", True, "no difference shown"),
+        Comparison("adapter", "base", metric, shown, 0.01, "made up", True, "better"),
+    ]
+    found = verdict_of(table)
+    assert found is not None and f"+0.100 {metric_words(metric).inline}" in found.sentence
 
 
 def _ends(one: Comparison) -> str:

@@ -10,8 +10,7 @@ from typing import Literal
 from lorakeet.evaluate.answers import Answers, balanced_accuracy, recall_of_rarest
 from lorakeet.evaluate.baselines import CONSTANT, EMBEDDED, MAJORITY, MEDIAN, NEAREST, TFIDF
 from lorakeet.evaluate.compare import Comparison
-from lorakeet.evaluate.preferences import DIFFERENCE, LONGER, SHORTER
-from lorakeet.evaluate.replies import SCORES, TOGETHER
+from lorakeet.evaluate.preferences import DIFFERENCE, LIKELIER, LONGER, PREFERRED, PREFERRED_ALIKE, SHORTER
 from lorakeet.evaluate.spec import EvaluateSpec
 from lorakeet.evaluate.wording import metric_words, number, signed, span
 
@@ -32,7 +31,7 @@ ONE_SEED = "One seed was trained"
 COPIES = (NEAREST, CONSTANT, MEDIAN)
 WITHOUT_MODEL = (TFIDF, EMBEDDED, MAJORITY, *COPIES)
 GRADED = ("valid_json", "chrf")  # of replies: how near they come where few are right; named before others
-OF_ANSWERS = {"accuracy", "macro_f1", "log_loss", *SCORES, *TOGETHER}  # metrics that say how good answers are
+BESIDE_ANSWERS = {"loss", PREFERRED, PREFERRED_ALIKE, LIKELIER}  # all other metrics say how good answers are
 NAMED_ELSEWHERE = 2  # metrics beside the headline's that it names at most, of each direction
 Tone = Literal["better", "mixed", "none", "worse"]
 
@@ -143,11 +142,8 @@ def _lead(one: Comparison) -> float:
 
 def _elsewhere(one: Comparison, comparisons: Sequence[Comparison], verdict: str) -> list[Comparison]:
     """Comparisons of the same systems in other metrics of answers that have this verdict."""
-    found = [
-        other
-        for other in comparisons
-        if other.right == one.right and other.metric != one.metric and other.metric in OF_ANSWERS and other.verdict == verdict
-    ]
+    rest = [other for other in comparisons if other.metric not in BESIDE_ANSWERS | {one.metric}]
+    found = [other for other in rest if other.right == one.right and other.verdict == verdict]
     return sorted(found, key=lambda other: other.metric not in GRADED)[:NAMED_ELSEWHERE]
 
 

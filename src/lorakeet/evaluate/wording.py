@@ -46,7 +46,7 @@ METRIC_WORDS = {
     "log_loss": MetricWords("Log-loss", "log-loss", "−log p of the true label, in nats", False),
     "calibration_error": MetricWords("Calibration error", "calibration error", "Gap between confidence and accuracy", False),
     "exact_match": MetricWords("Exact match", "exact match", "Share of replies equal to the reference", True),
-    "normalised_match": MetricWords("Normalised match", "normalised match", "Equal but for case and punctuation", True),
+    "normalised_match": MetricWords("Normalised match", "normalised match", "Equal but for case, marks, a label's reason", True),
     "json_match": MetricWords("JSON match", "JSON match", "Share of replies that are JSON of equal value", True),
     "numeric_match": MetricWords("Numeric match", "numeric match", "Share of replies with the right number", True),
     "absolute_error": MetricWords(

@@ -32,9 +32,10 @@ EITHER_ORDER = 0.1  # of neighbouring labels may stand in the rarer order: where
 SEPARATORS = (";", "|", ",", "\n")
 _LEAD_IN = regex.compile(
     r"^\W*(?:(?:so|the|my|final|correct|right|die|la|el)\s+)*(?:answer|label|category|class|result|antwort|réponse|respuesta|cevap)"
-    r"\s*(?:(?:is|ist|est|es)\b\s*[:=]?|[:=])\s*",
+    r"\s*(?:(?:is|ist|est|es)\b\s*[:=]?|[:=])\s*|^\W*(?:option|choice)\s+",
     regex.I,
 )
+_CLAUSE = regex.compile(r"[.,;:)\n]+(?=\s|$)|\s[-–—]+\s|—")
 _MARKED = regex.compile(r"####|\\boxed\s*\{")
 
 
@@ -76,6 +77,7 @@ class Conventions:
         key = self.normal(reference)
         if self.normal(reply) != key:
             led = _LEAD_IN.sub("", reply, count=1)
+            led = self._label_of(reply) if led == reply and key in self.labels else led
             return led != reply and self.same_text(led, reference)
         reply, reference = _spaced(reply), _spaced(reference)
         others = self.alike.get(key, frozenset()) - {reference}
@@ -84,6 +86,12 @@ class Conventions:
         forms: tuple[Callable[[str], str], ...] = (self.cased, lambda text: folded(text, self.turkish), str)
         form = next(form for form in forms if form(reference) not in {form(other) for other in others})
         return form(reply) == form(reference)
+
+    def _label_of(self, reply: str) -> str:
+        """The label that is the first clause of a reply, where the next one is none: "Yes, because …"; else the reply."""
+        clauses = [part for part in _CLAUSE.split(reply) if self.normal(part)]
+        known = [self.normal(part) in self.labels for part in clauses[:2]]
+        return clauses[0] if known == [True, False] else reply
 
     def number(self, text: str) -> float | None:
         """The number with which a text answers, a place on the `scale` where there is one; None if there is none."""
@@ -174,7 +182,7 @@ def conventions_of(references: tuple[str, ...], known: tuple[str, ...] = (), sca
     letters = "".join(texts)
     found = Conventions(decimal=decimal_mark(texts))
     if any(sign in letters for sign in DOTLESS):
-        small = (word for text in texts for word in words(text) if "I" not in word and "İ" not in word)
+        small = (word for text in texts for word in words(text) if "I" not in word)
         found = replace(found, turkish=frozenset(folded(word) for word in small))
     alike: dict[str, set[str]] = defaultdict(set)
     for text in texts:
@@ -184,9 +192,12 @@ def conventions_of(references: tuple[str, ...], known: tuple[str, ...] = (), sca
     if kind is not None:
         return kind
     short = np.median([len(words(text)) for text in references]) <= SHORT
+    labels = {found.normal(text) for text in every}
+    few = len(every) >= TIMES_A_LABEL * len(labels) and max(len(label.split()) for label in labels) <= LABEL_WORDS
     return replace(
         found,
         kind="short texts" if short else "texts",
+        labels=frozenset(labels if few else ()),
         why=f"as {'short ' if short else ''}texts{', equal but for case and punctuation' if short else ''}",
     )
 
@@ -217,9 +228,7 @@ def _json_or_sets(found: Conventions, references: tuple[str, ...], every: tuple[
     return None
 
 
-def _sets(
-    found: Conventions, every: Sequence[str], separator: str, parts: Sequence[Sequence[Any]]
-) -> Conventions | None:
+def _sets(found: Conventions, every: Sequence[str], separator: str, parts: Sequence[Sequence[Any]]) -> Conventions | None:
     """Sets, if few short labels recur, none twice in an answer, and hardly ever in another order."""
     listed = [[found.normal(str(part)) for part in some] for some in parts]
     counts = Counter(label for some in listed for label in some)
@@ -280,7 +289,7 @@ def _numbers(found: Conventions, references: tuple[str, ...], every: tuple[str, 
         return None
     values = np.array([one.value for text in every if (one := number(text)) is not None])
     levels, counts = np.unique(values, return_counts=True)
-    decimals = sum(one.value != round(one.value) for one in some)
+    decimals = sum("/" not in text and (one := number(text)) is not None and one.value % 1 != 0 for text in references)
     found = replace(
         found,
         kind="numbers",

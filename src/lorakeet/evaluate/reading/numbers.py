@@ -13,6 +13,11 @@ UNITS = {
     **dict.fromkeys(("percent", "prozent", "procent", "pct"), "%"), **dict.fromkeys(("eur", "euro", "euros"), "€"),
     **dict.fromkeys(("usd", "dollar", "dollars"), "$"), "gbp": "£", "jpy": "¥", "try": "₺", "inr": "₹",
 }  # fmt: skip
+TIMES = {
+    **dict.fromkeys(("k", "thousand", "tausend", "mille", "mil", "bin"), 1e3),
+    **dict.fromkeys(("million", "millions", "mio", "millionen", "milyon", "millones"), 1e6),
+    **dict.fromkeys(("billion", "billions", "bn", "mrd", "milliarde", "milliarden", "milliard", "milliards", "milyar"), 1e9),
+}  # fmt: skip
 LARGEST = 1e100  # larger ones are none: their differences would overflow
 _CURRENCY = r"\p{Sc}"
 _SPACE = r"[ \u00a0\u2009\u202f'’]"
@@ -23,6 +28,7 @@ _NUMBER = regex.compile(
     rf"(?:[eE](?P<e>[-+]?[0-9]{{1,3}}(?![0-9]))|[ ]?[×x*·][ ]?10(?:\^|\*\*)(?P<ten>[-+]?[0-9]{{1,3}}(?![0-9])))?"
     rf"(?:[ ]?(?P<unit>%|°?\p{{L}}+(?:/\p{{L}}+)?|{_CURRENCY}|°))?"
 )
+_MINUS = regex.compile(r"\b(?:minus|negative|moins|menos|eksi)\s+(?=[\d.,])", regex.I)
 _GROUPS = regex.compile(r"\d{1,3}(?:([.,])\d{3})(?:\1\d{3})*")
 _FRACTION = regex.compile(r"[-+]?[0-9]{1,15}\s*/\s*[1-9][0-9]{0,14}")
 _IS = r"(?:is|are|was|equals|ist|sind|lautet|beträgt|est|es|è|:|=)"
@@ -75,10 +81,12 @@ def numbers_in(text: str, decimal: str) -> Iterator[Number]:
     for found in _NUMBER.finditer(text):
         sign = -1 if "-" in ((found["sign"] or "") + (found["inner"] or "")) else 1
         power = int(found["e"] or found["ten"] or 0)
-        unit = (found["money"] or found["unit"] or "").strip().casefold()
+        behind = (found["unit"] or "").casefold()
+        times = TIMES.get(behind, 1e6 if found["money"] and behind == "m" else 1.0)  # "$5m", but 5 m
+        unit = (found["money"] or ("" if times > 1 else behind)).strip().casefold()
         unit = UNITS.get(unit, unit)
         for value in _values(found["digits"], decimal):
-            scaled = float(f"{value!r}e{power}") if power and value < LARGEST else value
+            scaled = times * (float(f"{value!r}e{power}") if power and value < LARGEST else value)
             if scaled < LARGEST:
                 yield Number(sign * scaled, found.start(), found.end(), unit)
                 sign = 1
@@ -106,7 +114,9 @@ def _values(digits: str, decimal: str) -> list[float]:
 
 def whole_number(text: str, decimal: str) -> Number | None:
     """The number that a text consists of, with its unit; None if there is more in it, or a code such as 007."""
-    text = plain(text).strip().strip("*`").rstrip(".").strip()
+    text = _MINUS.sub("-", plain(text).strip().strip("*`").rstrip(".").strip())
+    if (fraction := _fraction(text)) is not None:
+        return fraction
     found = _NUMBER.fullmatch(text)
     parts = list(numbers_in(text, decimal)) if found else []
     zeros = found is not None and regex.match(r"0\d", found["digits"])
@@ -119,10 +129,9 @@ def answering(text: str, decimal: str) -> Number | None:
     That of the last "####", box, "the answer is" or bold type; else the one behind the last =, the one the text starts with, the
     one behind the verb of a single sentence; else the last, not in brackets and not of a page or a step.
     """
-    text = plain(text).strip()
-    if _FRACTION.fullmatch(text):
-        above, below = text.split("/")
-        return Number(int(above) / int(below), 0, len(text), "")
+    text = _MINUS.sub("-", plain(text).strip())
+    if (fraction := _fraction(text)) is not None:
+        return fraction
     found = list(numbers_in(text, decimal))
     if not found:
         return None
@@ -140,6 +149,14 @@ def answering(text: str, decimal: str) -> Number | None:
     ranges = {one.start for one in outside if regex.match(r"\s?[-–]\s?\d", text[one.end :])}
     copula = _behind(_COPULA, text, [one for one in outside if one.start not in ranges]) if one_sentence else None
     return _behind(_EQUALS, text, found) or (first if starts else copula or (outside or found)[-1])
+
+
+def _fraction(text: str) -> Number | None:
+    """The number that is written as one fraction, such as 3/4; None for other texts."""
+    if not _FRACTION.fullmatch(text):
+        return None
+    above, below = text.split("/")
+    return Number(int(above) / int(below), 0, len(text), "")
 
 
 def _behind(sign: regex.Pattern[str], text: str, found: list[Number]) -> Number | None:

@@ -11,9 +11,7 @@ _LETTER = r"[\p{L}\p{M}\p{N}]"
 _SIGNS = r"[^\s\p{L}\p{M}\p{N}]"
 _HAS_LETTER = regex.compile(_LETTER)
 _WORD = regex.compile(rf"(?<!{_LETTER})[-+](?=\p{{N}}){_LETTER}+|{_LETTER}+(?:['’]{_LETTER}+)*|{_SIGNS}+")
-_UNSPACED = regex.compile(
-    r"([\u0e00-\u0eff\u1000-\u109f\u1780-\u17ff\u3040-\u30ff\u3400-\u4dbf\u4e00-\u9fff\uf900-\ufaff])"
-)
+_UNSPACED = regex.compile(r"([\u0e00-\u0eff\u1000-\u109f\u1780-\u17ff\u3040-\u30ff\u3400-\u4dbf\u4e00-\u9fff\uf900-\ufaff])")
 _FENCED = regex.compile(r"^[ \t]*(```+|~~~+)[^\n`]*\n(.*?)^[ \t]*\1[ \t]*$", regex.M | regex.S)
 _EMPHASIS = regex.compile(r"(?<![\w*])(\*{1,3})(?=\S)([^*\n]+)(?<=\S)\1(?![\w*])")
 _MARKUP = regex.compile(r"^[ \t]*(?:[-*•][ \t]+|#{1,6}[ \t]+(?!\d))", regex.M)  # a bullet, or a heading
@@ -21,7 +19,10 @@ _POWER = regex.compile(r"(\p{L}?)([⁰¹²³⁴-⁹⁺⁻]+)")
 _CLOSING = ".,;:!?…'`\"’”»)]}"  # behind a sign they end the sentence or the bracket, and are no part of it
 _OPENING = "([{`\"'«‘“¿¡"
 _SOFT = regex.compile(r"(?:(?![%‰&*@#/\\\-_§])\p{P}|[`´])+")  # between words they only separate them
-_ONE_SIGN = str.maketrans({**dict.fromkeys("‐‑−﹣－", "-"), **dict.fromkeys("‘’ʼ", "'")})
+_RAISED = regex.compile(r"(?<=\p{L}\d*)\^\{?([-+]?\d+[-+]?|[-+])\}?")  # x^2 is x²; 10^2 stays
+_ONE_SIGN = str.maketrans(
+    {**dict.fromkeys("‐‑−﹣－", "-"), **dict.fromkeys("‘’ʼ", "'"), "≥": ">=", "≤": "<=", "≠": "!=", "\ufe0f": ""}
+)
 DOTLESS = "ıİ"
 
 
@@ -30,9 +31,8 @@ def plain(text: str) -> str:
 
     NFC, and of the compatible forms (NFKC) those that change no value: 10² is not 102, but 10^2; m² is m2; 1½ is 1 1/2.
     """
-    if text.isascii():
-        return text
-    return _one_form(text)
+    text = text if text.isascii() else _one_form(text)
+    return _RAISED.sub(r"\1", text) if "^" in text else text
 
 
 @lru_cache(4096)
