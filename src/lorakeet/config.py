@@ -50,6 +50,9 @@ class RunConfig:
         default="text", metadata={"help": "Kind of model: text (a causal language model) or image (a diffusion model)."}
     )
     out: str = setting("runs/lorakeet", "Folder of the run; it must not exist yet.")
+    uncertified: bool = setting(
+        False, "Begin with an earlier adapter whose content is not that of its certificate; results say so."
+    )
 
     def __post_init__(self) -> None:
         """Raises ConfigError for every section that is not of its class, such as a mapping: only `read_run` reads those."""

@@ -7,6 +7,7 @@ import shutil
 from collections.abc import Callable
 from dataclasses import fields
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -14,11 +15,19 @@ from safetensors.torch import load_file, save_file
 
 import lorakeet as lk
 from lorakeet.cli.main import main
+from lorakeet.config import RunConfig, dump_yaml, read_run
 from lorakeet.errors import DataError, LorakeetError, VerificationFailed
 from lorakeet.evaluate.certificate import Certificate, read_certificate
 from lorakeet.evaluate.report.report import read_report
+from lorakeet.formats.detect import read_certified
+from lorakeet.formats.files.loaded_file import open_header
 from lorakeet.formats.identity import require_certified
-from lorakeet.workflows.generate import _opened as opened_to_draw
+from lorakeet.formats.peft import peft
+from lorakeet.models.spec import ModelSpec
+from lorakeet.models.text.load import load_text_model
+from lorakeet.models.text.serving import ServingModel
+from lorakeet.quant.spec import QuantSpec
+from lorakeet.serve.adapter_files import inspect_adapter, read_stored_adapter
 from lorakeet.workflows.options import VERBS
 from lorakeet.workflows.runs.open_adapter import open_adapter
 from tiny.exports import certified_anew
@@ -126,6 +135,8 @@ def test_every_damage_is_named(copied: Path, name: str) -> None:
     assert main(["check", str(copied)]) in (2, 3), "exit 0 for seven of seven on 2b423591"
 
 
+SEVEN = list(DAMAGES)[:7]  # of issue 56, each of which `check` called "pass" on 2b423591
+
 # How each verb with an adapter is called; a new verb with a run or adapter stands here or in FREE, or the law fails.
 CALLS: dict[str, Callable[[Path, Path, Path], list[str]]] = {
     "evaluate": lambda run, out, base: [str(run)],
@@ -139,38 +150,130 @@ CALLS: dict[str, Callable[[Path, Path, Path], list[str]]] = {
     "chat": lambda run, out, base: [str(run)],
     "serve": lambda run, out, base: ["--model", str(base), "--adapter", f"a={run}", "--port", "0"],
     "push": lambda run, out, base: [str(run), "a/b", "--base", "c/d"],
-}
+    "generate": lambda run, out, base: ["--prompt", "a fox", "--adapter", f"a={run}", "--out", str(out / "drawn")],
+    "finetune": lambda run, out, base: [
+        str(run / "config.yaml"), "--lora.continue_from", str(run), "--out", str(out / "again"), "--train.steps", "1"
+    ],
+}  # fmt: skip
 FREE = {
-    "quickstart", "finetune", "plan", "tune",  # train
+    "quickstart", "plan", "tune",  # train anew
     "extract", "quantize",  # read models
     "studio", "doctor",
-    "generate",  # pictures: test_pictures_are_not_drawn_with_another_content
 }  # fmt: skip
 
 
 def test_every_verb_is_in_the_table() -> None:
     assert {verb.name for verb in VERBS} == {*CALLS, *FREE}
     for verb in VERBS:
-        assert ("uncertified" in {one.name for one in fields(verb.options)}) == (verb.name in {*CALLS, "generate"})
+        names = {one.name for one in fields(verb.options)} | ({one.name for one in fields(RunConfig)} & {"uncertified"})
+        assert ("uncertified" in names) >= (verb.name in CALLS)
 
 
+def called(verb: str, run: Path, out: Path, base: Path, *more: str) -> int:
+    """The exit code of a verb about `run`; `generate` is for runs on images, which are compared before any model is read."""
+    if verb == "generate":
+        config = run / "config.yaml"
+        config.write_text(config.read_text().replace("kind: text", "kind: image"))
+    return main([verb, *CALLS[verb](run, out, base), *more])
+
+
+@pytest.mark.parametrize("name", SEVEN)
 @pytest.mark.parametrize("verb", CALLS)
 def test_every_verb_refuses(
-    copied: Path, verb: str, finished: Any, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
-) -> None:
+    copied: Path, verb: str, name: str, finished: Any, tmp_path: Path, capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:  # fmt: skip
     monkeypatch.setenv("HF_TOKEN", "none")
     (copied / "rows.jsonl").write_text('{"text": "alder birch"}\n')
-    DAMAGES["A of two layers swapped"][0](copied)
-    assert main([verb, *CALLS[verb](copied, tmp_path, finished.model)]) == 3
-    assert "lora_A.weight has changed" in " ".join(capsys.readouterr().err.split())
+    damage, named = DAMAGES[name]
+    damage(copied)
+    code = called(verb, copied, tmp_path / "out", finished.model)
+    said = " ".join(capsys.readouterr().err.split())
+    assert code == (2 if name == "cut in half" else 3) and named in said, said
+    assert not [*tmp_path.glob("out/*")], "nothing is written"
 
 
-def test_pictures_are_not_drawn_with_another_content(copied: Path) -> None:
-    DAMAGES["B x 3"][0](copied)
+BASED = [verb for verb in CALLS if verb not in ("generate", "finetune")]  # an image run has another base; it may train on any
+
+
+@pytest.mark.parametrize("verb", BASED)
+def test_every_verb_compares_the_base(
+    copied: Path, verb: str, finished: Any, tmp_path: Path, other_base: Path, monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:  # fmt: skip
+    """The base of the run changed where it lies, and, for verbs that can name one, another base is named."""
+    monkeypatch.setenv("HF_TOKEN", "none")
+    (copied / "rows.jsonl").write_text('{"text": "alder birch"}\n')
+    options = {one.name for one in fields(next(one.options for one in VERBS if one.name == verb))}
+    if "base" in options and verb not in ("push", "convert"):
+        assert called(verb, copied, tmp_path / "out", other_base, "--base", str(other_base)) == 3
+        assert "base weights has changed" in " ".join(capsys.readouterr().err.split())
     config = copied / "config.yaml"
-    config.write_text(config.read_text().replace("kind: text", "kind: image"))
-    with pytest.raises(LorakeetError, match="has changed"):
-        opened_to_draw({"a": copied}, print, False)
+    config.write_text(config.read_text().replace(str(finished.model), str(other_base)))
+    assert called(verb, copied, tmp_path / "out", other_base) == 3
+    assert "base weights has changed" in " ".join(capsys.readouterr().err.split())
+
+
+@pytest.fixture
+def other_base(finished: Any, tmp_path: Path) -> Path:
+    """The base with one matrix moved by 0.01."""
+    other = Path(shutil.copytree(finished.model, tmp_path / "other"))
+    weights = next(other.glob("*.safetensors"))
+    found = load_file(weights)
+    found[sorted(found)[0]] += 0.01
+    save_file(found, weights, metadata={"format": "pt"})
+    return other
+
+
+def test_another_base_goes_on_with_uncertified(copied: Path, other_base: Path, tmp_path: Path) -> None:
+    out = tmp_path / "report"
+    assert main(["evaluate", str(copied), "--base", str(other_base), "--uncertified", "--out", str(out)]) == 0
+    assert read_report(out / "report.json").facts["Adapter"].startswith("uncertified: base weights")
+    assert main(["check", str(copied), "--certificate", "any"]) == 0, "the run itself stays as it was"
+
+
+def test_the_same_base_quantised_otherwise_is_said(copied: Path, tmp_path: Path) -> None:
+    settings = tmp_path / "packed.yaml"
+    config = read_run(copied / "config.yaml")
+    settings.write_text(dump_yaml(config.changed(model={"quantize": QuantSpec(method="int8")})))
+    said = open_adapter(copied, config=settings, say=lambda _: None).note
+    assert said.startswith("uncertified: base quantisation"), "what --config requests is no damage"
+    config_file = copied / "config.yaml"
+    config_file.write_text(settings.read_text())
+    with pytest.raises(VerificationFailed, match="base quantisation"):
+        open_adapter(copied, say=lambda _: None)
+
+
+def test_a_base_that_is_not_here_is_said(copied: Path, finished: Any, capsys: pytest.CaptureFixture[str]) -> None:
+    config = copied / "config.yaml"
+    config.write_text(config.read_text().replace(str(finished.model), "/nowhere/model"))
+    assert main(["check", str(copied)]) == 0
+    assert "base not compared" in " ".join(capsys.readouterr().out.split())
+
+
+@pytest.mark.parametrize("place", ["lorakeet.formats.detect.peft.read", "lorakeet.serve.adapter_files.peft.read"])
+def test_what_was_read_is_compared(copied: Path, finished: Any, place: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A file that is put back between reading and comparing is another one than is used."""
+    file = copied / "adapter" / "adapter_model.safetensors"
+    good = file.read_bytes()
+    DAMAGES["B x 3"][0](copied)
+
+    def read(folder: Path, **how: Any) -> Any:
+        found = peft.read(folder, **how)
+        if how.get("opened") is not open_header:
+            file.write_bytes(good)
+        return found
+
+    with monkeypatch.context() as patch:
+        patch.setattr(place.replace("peft.read", "peft"), SimpleNamespace(**{**vars(peft), "read": read}))
+        with pytest.raises(VerificationFailed, match=r"lora_B\.weight has changed"):
+            if "serve" in place:
+                live = ServingModel(load_text_model(ModelSpec(path=str(finished.model), dtype="float32")))
+                source = inspect_adapter(copied, live)
+                read_stored_adapter(source, "a", live, lambda path, held: require_certified(path, held=held))
+            else:
+                read_certified(copied, say=lambda _: None)
+    assert require_certified(copied) == ""
 
 
 def test_uncertified_goes_on_and_the_results_say_so(copied: Path, tmp_path: Path) -> None:
@@ -194,12 +297,34 @@ def test_a_resumed_run_that_is_cut_off_keeps_its_own_adapter(copied: Path, monke
     monkeypatch.setattr("lorakeet.workflows.finetune.complete", cut_off)
     assert main(["finetune", "--resume", str(copied)]) != 0
     assert (copied / "adapter").is_dir() and not (copied / "certificate.json").exists()
-    assert require_certified(copied).startswith("not trained here")
+    with pytest.raises(VerificationFailed, match="certificate is missing"):
+        require_certified(copied)
+
+
+@pytest.mark.parametrize("verb", CALLS)
+def test_a_run_that_lost_its_certificate_is_refused(
+    copied: Path, verb: str, finished: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("HF_TOKEN", "none")
+    (copied / "rows.jsonl").write_text('{"text": "alder birch"}\n')
+    (copied / "certificate.json").unlink()
+    for path in (copied, copied / "adapter"):
+        with pytest.raises(VerificationFailed, match="its certificate is missing"):
+            require_certified(path)
+    assert called(verb, copied, tmp_path / "out", finished.model) == (2 if verb == "push" else 3)
+    assert require_certified(copied, uncertified=True).startswith("uncertified: its certificate is missing")
 
 
 def test_a_missing_certificate_is_a_requirement_that_is_not_met(copied: Path) -> None:
     (copied / "certificate.json").unlink()
-    assert main(["check", str(copied), "--certificate", "passed"]) == 3
+    assert main(["check", str(copied), "--certificate", "passed", "--uncertified"]) == 3
+    assert main(["check", str(copied), "--certificate", "any", "--uncertified"]) == 0
+
+
+def test_any_certificate_does_not_skip_the_comparison(copied: Path) -> None:
+    DAMAGES["B x 3"][0](copied)
+    assert main(["check", str(copied), "--certificate", "any"]) == 3
+    assert main(["check", str(copied), "--certificate", "any", "--uncertified"]) == 0
 
 
 def test_the_card_of_what_was_made_of_it_says_so(copied: Path, tmp_path: Path) -> None:
@@ -214,8 +339,7 @@ def test_without_a_certificate_it_is_not_trained_here(copied: Path, tmp_path: Pa
     bare = Path(shutil.copytree(copied / "adapter", tmp_path / "bare"))
     said: list[str] = []
     assert require_certified(bare, say=said.append) == "not trained here" and "not trained here" in said[0]
-    (copied / "certificate.json").unlink()
-    assert open_adapter(copied, say=lambda _: None).note == "not trained here"
+    assert open_adapter(bare, say=lambda _: None).note == "not trained here"
 
 
 def test_older_certificates_stay_readable(copied: Path) -> None:
@@ -232,13 +356,6 @@ def test_the_base_is_compared_by_content(copied: Path, finished: Any, tmp_path: 
     config = copied / "config.yaml"
     config.write_text(config.read_text().replace(str(finished.model), str(moved)))
     assert open_adapter(copied, say=lambda _: None).note == ""
-    weights = next(moved.glob("*.safetensors"))
-    found = load_file(weights)
-    found[sorted(found)[0]] += 0.01
-    save_file(found, weights, metadata={"format": "pt"})
-    with pytest.raises(VerificationFailed, match="base weights has changed"):
-        open_adapter(copied, say=lambda _: None)
-    assert "base weights" in open_adapter(copied, uncertified=True, say=lambda _: None).note
 
 
 def test_a_broken_certificate_is_no_missing_one(copied: Path) -> None:

@@ -12,8 +12,7 @@ from lorakeet.api.display import table_of
 from lorakeet.core.adapter import Adapter, Pair
 from lorakeet.errors import ConfigError, VerificationFailed, nearest, spelling
 from lorakeet.formats.compare import compare_adapters
-from lorakeet.formats.detect import read_adapter
-from lorakeet.formats.identity import require_certified
+from lorakeet.formats.detect import read_certified
 from lorakeet.formats.peft import peft
 from lorakeet.merging.combine import CombineSpec, combination
 from lorakeet.settings import load as load_settings
@@ -38,8 +37,7 @@ class AdapterValue(Adapter):
         VerificationFailed for another content than its certificate was made for, unless `uncertified`.
         """
         say = (lambda _: None) if quiet else print
-        require_certified(Path(path), uncertified=uncertified, say=say)
-        return cls.of(read_adapter(Path(path), say=say))
+        return cls.of(read_certified(Path(path), uncertified=uncertified, say=say)[0])
 
     @classmethod
     def of(cls, adapter: Adapter) -> AdapterValue:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections import Counter
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 from lorakeet.core.adapter import Adapter
@@ -15,9 +15,11 @@ from lorakeet.formats.adapter_format import READABLE, AdapterFormat, Say, requir
 from lorakeet.formats.compress import CompressionTarget
 from lorakeet.formats.diffusion import diffusers, kohya, lycoris
 from lorakeet.formats.files.base_model import BaseModel
+from lorakeet.formats.files.loaded_file import LoadedFile, load_safetensors
 from lorakeet.formats.files.safetensors_file import open_safetensors
+from lorakeet.formats.identity import Held, require_certified
 from lorakeet.formats.peft import peft
-from lorakeet.formats.peft.peft_config import CONFIG_NAME, LARGEST_SCALE
+from lorakeet.formats.peft.peft_config import CONFIG_NAME, LARGEST_SCALE, config_bytes
 
 LYCORIS = "lycoris"  # kohya's files with products that are no pair: read by its module, never written
 FORMATS: tuple[AdapterFormat, ...] = (peft, kohya, mlx, gguf, diffusers)  # the first that owns a tensor's name has it
@@ -137,7 +139,32 @@ def read_found(
 ) -> Adapter:
     """The adapter that `detect` found; arguments and errors as in `read_adapter`."""
     module = kohya if found.format == LYCORIS else format_of(found.format)
-    adapter = module.read(found.path, base=base, compression=compression, say=say)
+    return _plausible(found, module.read(found.path, base=base, compression=compression, say=say), say)
+
+
+def read_certified(
+    path: Path, *, base: BaseModel | None = None, compression: CompressionTarget | None = None, uncertified: bool = False,
+    say: Say = print,
+) -> tuple[Adapter, str]:  # fmt: skip
+    """As `read_adapter`, with how it compares with its certificate (`require_certified`): of the bytes that were read."""
+    found = detect(path)
+    if found.format != peft.NAME:
+        note = require_certified(path, uncertified=uncertified, say=say)
+        return read_found(found, base=base, compression=compression, say=say), note
+    files: list[LoadedFile] = []
+
+    def opened(file: Path) -> LoadedFile:
+        files.append(replace(load_safetensors(file), header=None))  # adapters that share a layout are for servers
+        return files[0]
+
+    configured = config_bytes(found.path)
+    adapter = peft.read(found.path, opened=opened, configured=configured)
+    note = require_certified(path, held=Held(files[0], configured), uncertified=uncertified, say=say)
+    return _plausible(found, adapter, say), note
+
+
+def _plausible(found: Found, adapter: Adapter, say: Say) -> Adapter:
+    """The adapter; DataError for a scale that is no number, and a word about ranks that are too large."""
     if odd := [name for name, pair in adapter.pairs.items() if not abs(pair.scale) <= LARGEST_SCALE]:
         shown = f"{odd[0]}: {adapter.pairs[odd[0]].scale}"
         raise DataError(f"{found.path} has {len(odd)} pairs whose scale is no finite number in fp32 ({shown}). Fetch it again.")

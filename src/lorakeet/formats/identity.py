@@ -7,17 +7,23 @@ import json
 from collections.abc import Callable, Mapping
 from dataclasses import replace
 from pathlib import Path
+from typing import TYPE_CHECKING, NamedTuple
 
-from lorakeet.disk import open_buffered
+from lorakeet.disk import open_buffered, read_regular
 from lorakeet.errors import DataError, VerificationFailed, readable
 from lorakeet.evaluate.certificate import Certificate, read_certificate
 from lorakeet.formats.files.digest import PIECE, sha256_of
-from lorakeet.formats.files.json_object import read_object
+from lorakeet.formats.files.json_object import parse_object
+
+if TYPE_CHECKING:  # imports torch
+    from lorakeet.formats.files.loaded_file import LoadedFile
 
 CONFIG_NAME, MODEL_NAME = "adapter_config.json", "adapter_model.safetensors"  # of PEFT, whose reader needs torch
 CERTIFICATE = "certificate.json"
 BASE = "base "  # begins the names that are about the base, which is compared where it is opened
+WEIGHTS, QUANTISATION = f"{BASE}weights", f"{BASE}quantisation"
 NOT_TRAINED, UNCERTIFIED = "not trained here", "uncertified"
+Say = Callable[[str], object]
 # Keys of adapter_config.json that say where things are and who wrote them; all others may change what is computed.
 _NOT_COMPUTED = ("base_model_name_or_path", "revision", "inference_mode", "peft_version", "auto_mapping")
 _TOKENIZER = (
@@ -27,13 +33,22 @@ _TOKENIZER = (
 _SHOWN = 8  # names in a refusal
 
 
-def identity_of(folder: Path) -> dict[str, str]:
+class Held(NamedTuple):
+    """The files of a PEFT folder as they were read: what is compared is then what is used, even if they change meanwhile."""
+
+    tensors: LoadedFile
+    config: bytes
+
+
+def identity_of(folder: Path, held: Held | None = None) -> dict[str, str]:
     """By name: the SHA-256 of each tensor (dtype, shape, bytes) and tokenizer file of a PEFT folder, and each key of its config.
 
-    Heads and token rows are tensors of the same file. DataError for a damaged file.
+    Heads and token rows are tensors of the same file. Of what is `held` no file is read. DataError for a damaged file.
     """
-    found = _tensors(folder / MODEL_NAME)
-    config = read_object(folder / CONFIG_NAME, expected="the settings of an adapter")
+    with readable(folder / CONFIG_NAME):
+        raw = read_regular(folder / CONFIG_NAME) if held is None else held.config
+    config = parse_object(raw, folder / CONFIG_NAME, expected="the settings of an adapter")
+    found = dict(_tensors(folder / MODEL_NAME) if held is None else held.tensors.tensor_digests)
     found |= {f"config {key}": _canonical(value) for key, value in sorted(config.items()) if key not in _NOT_COMPUTED}
     with readable(folder):
         return found | {f"tokenizer {name}": sha256_of(folder / name) for name in _TOKENIZER if (folder / name).is_file()}
@@ -87,23 +102,29 @@ def content_differences(certified: Mapping[str, str], found: Mapping[str, str]) 
 
 def find_certificate(path: Path) -> Path | None:
     """The certificate of the adapter at `path`: beside its files, or in the run folder around an adapter/."""
+    return next((place for place in _places(path) if place.is_file()), None)
+
+
+def _places(path: Path) -> list[Path]:
+    """Where the certificate of the adapter at `path` would be."""
     folder = path if path.is_dir() else path.parent
     if path.is_file() and path.name not in (MODEL_NAME, CONFIG_NAME):
-        places = []  # a file of another format: no certificate is about it alone
-    elif (folder / "adapter" / MODEL_NAME).is_file() or folder.absolute().name != "adapter":
-        places = [folder / CERTIFICATE]
-    else:
-        places = [folder / CERTIFICATE, folder.absolute().parent / CERTIFICATE]
-    return next((place for place in places if place.is_file()), None)
+        return []  # a file of another format: no certificate is about it alone
+    if (folder / "adapter" / MODEL_NAME).is_file() or folder.absolute().name != "adapter":
+        return [folder / CERTIFICATE]
+    return [folder / CERTIFICATE, folder.absolute().parent / CERTIFICATE]
 
 
-def require_certified(path: Path, *, uncertified: bool = False, say: Callable[[str], None] = lambda _: None) -> str:
+def require_certified(path: Path, *, held: Held | None = None, uncertified: bool = False, say: Say = lambda _: None) -> str:
     """Compares the adapter at `path` with its certificate: empty if it is the same, or a note for results, which `say` hears.
 
     VerificationFailed names what differs, unless `uncertified`; DataError for a certificate that was edited.
     """
     place = find_certificate(path)
     if place is None:
+        if run := next((one.parent for one in _places(path) if _is_run(one.parent)), None):
+            lost = [f"its certificate is missing (of a run that has not ended, too: lorakeet finetune --resume {run})"]
+            return accept_content(str(path), lost, uncertified=uncertified, say=say)
         say(f"{path} is {NOT_TRAINED}: no certificate says what it holds.")
         return NOT_TRAINED
     certified = {name: value for name, value in read_certificate(place).identity.items() if not name.startswith(BASE)}
@@ -113,26 +134,55 @@ def require_certified(path: Path, *, uncertified: bool = False, say: Callable[[s
         return note
     folder = path if path.is_dir() else path.parent
     folder = folder if (folder / MODEL_NAME).is_file() or not (folder / "adapter").is_dir() else folder / "adapter"
-    return accept_content(str(path), content_differences(certified, identity_of(folder)), uncertified=uncertified, say=say)
+    return accept_content(str(path), content_differences(certified, identity_of(folder, held)), uncertified=uncertified, say=say)
 
 
-def is_certified(adapter: Path) -> bool:
-    """Whether the adapter is the one of its certificate; False for a certificate that cannot be read."""
+def _is_run(folder: Path) -> bool:
+    """Whether a folder is laid out as a run that has an adapter; its certificate is written when it ends."""
+    return (folder / "config.yaml").is_file() and (folder / "adapter").is_dir()
+
+
+def require_base(
+    path: Path, base: Callable[[], Mapping[str, str]], *, quantised: bool = False, uncertified: bool = False,
+    say: Say = lambda _: None,
+) -> str:  # fmt: skip
+    """Compares what the `base` at hand holds with what the certificate of the adapter at `path` says, as `require_certified`.
+
+    A base of nothing is not on this machine, which is said. With `quantised` the same base quantised otherwise is accepted with
+    a note: that was requested.
+    """
+    place = find_certificate(path)
+    certified = {} if place is None else read_certificate(place).identity
+    certified = {name: value for name, value in certified.items() if name.startswith(BASE)}
+    if not certified:
+        return ""
+    if not (found := base()):
+        note = "base not compared: it is not on this machine"
+        say(f"{path}: {note}.")
+        return note
+    apart = content_differences(certified, found)
+    requested = quantised and certified.get(WEIGHTS) == found[WEIGHTS]
+    return accept_content(str(path), apart, uncertified=uncertified or requested, say=say)
+
+
+def is_certified(folder: Path, certificate: Path) -> bool:
+    """Whether the adapter in `folder` is the one that `certificate` was made for; False for one that cannot be read."""
     try:
-        return not require_certified(adapter, uncertified=True)
+        certified = read_certificate(certificate).identity
+        return not content_differences({k: v for k, v in certified.items() if not k.startswith(BASE)}, identity_of(folder))
     except DataError:
         return False
 
 
-def accept_content(subject: str, apart: list[str], *, uncertified: bool, say: Callable[[str], None] = lambda _: None) -> str:
+def accept_content(subject: str, apart: list[str], *, uncertified: bool, say: Say = lambda _: None) -> str:
     """Empty if nothing is `apart`, a note of it if `uncertified`; else VerificationFailed."""
     if not apart:
         return ""
     names = "; ".join(apart[:_SHOWN]) + (f"; and {len(apart) - _SHOWN} more" if len(apart) > _SHOWN else "")
     if not uncertified:
         raise VerificationFailed(
-            f"{subject} is not what its certificate was made for: {names}. Put back the files of the training. Verbs but "
-            "finetune use it as it is with --uncertified."
+            f"{subject} is not what its certificate was made for: {names}. Put back what was there, or go on with --uncertified; "
+            "results then say so."
         )
     note = f"{UNCERTIFIED}: {names}"
     say(f"{subject} is used {note}")

@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import logging
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from functools import partial
@@ -21,6 +21,7 @@ from lorakeet.formats.files.base_model import open_base
 from lorakeet.formats.files.digest import add_file
 from lorakeet.formats.files.loaded_file import LoadedFile, load_safetensors, open_header
 from lorakeet.formats.files.lru_cache import LruCache
+from lorakeet.formats.identity import Held
 from lorakeet.formats.peft import peft
 from lorakeet.formats.peft.peft_config import CONFIG_NAME, config_bytes
 from lorakeet.kernels.cpu.inference_pairs import even
@@ -118,9 +119,12 @@ def _seen(outline: Adapter) -> _Seen:
     return _Seen(tuple(sorted(ranks)), tuple(sorted(scales)), bool(surplus_rank(outline, "")), of_experts)
 
 
-def read_stored_adapter(source: AdapterSource, name: str, live: ServingModel) -> tuple[Adapter, AdapterSource]:
+def read_stored_adapter(
+    source: AdapterSource, name: str, live: ServingModel, compare: Callable[[Path, Held | None], object] = lambda *_: None
+) -> tuple[Adapter, AdapterSource]:
     """Reads the adapter with its numbers; returns it and its source with the digest.
 
+    `compare` gets its path and its files as they were read (None of other formats than PEFT's), and refuses them by an error.
     DataError if the content has changed: if the files' stamps differ, their digest decides.
     """
     stamp = _stamp(source.found)
@@ -133,6 +137,7 @@ def read_stored_adapter(source: AdapterSource, name: str, live: ServingModel) ->
             adapter = peft.read(source.path, opened=partial(_kept, opened, source.private, known), configured=configured)
         else:
             adapter = _converted(source.found, live)
+    compare(source.path, Held(opened[0], configured) if opened else None)
     if any(pair.kind == "experts" for pair in adapter.pairs.values()):
         adapter = _apart_from_file(adapter)
     if known and stamp == _stamp(source.found):

@@ -13,12 +13,13 @@ import time
 from collections import Counter
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 
 from lorakeet.core.adapter import Adapter
 from lorakeet.errors import ConfigError, EnvironmentProblem, VerificationFailed, nearest
 from lorakeet.formats.files.loaded_file import free_spare_memory
-from lorakeet.formats.identity import find_certificate, require_certified
+from lorakeet.formats.identity import Held, find_certificate, require_base, require_certified
 from lorakeet.models.text.serving import ServingModel
 from lorakeet.serve.adapter_files import AdapterSource, inspect_adapter, read_stored_adapter
 from lorakeet.serve.cache_slots import Key, prefix_key
@@ -76,11 +77,13 @@ class Registry:
         budget: int | None = None,
         changed: Callable[[], object] | None = None,
         uncertified: bool = False,
+        held: Callable[[], Mapping[str, str]] | None = None,
     ) -> None:
         """`budget`: bytes of adapters in memory and of the copies that texts use, of adapters and of mixes. `changed` is called
-        after names are added, removed or replaced."""
+        after names are added, removed or replaced. `held` says what the base holds (formats/identity); None: not compared.
+        """
         self.live, self.engine, self.base, self.budget = live, engine, base, budget
-        self._uncertified = uncertified  # serve adapters that are not what their certificates were made for
+        self._uncertified, self._held = uncertified, held  # serve adapters that are not what their certificates were made for
         self.prober = Prober(live.text, live.selection)
         self._changed = changed or (lambda: None)
         self.loaded: Callable[[Version], object] = lambda _: None  # called with every version that was read into memory
@@ -313,13 +316,20 @@ class Registry:
             self._free_memory(expected.bytes, copied=expected.filled)
             if expected.beside:
                 self._free_memory(expected.bytes, beside=expected.beside)
-            adapter, version.source = read_stored_adapter(expected, version.name, self.live)
+            compare = partial(self.require_certified, say=log.warning) if not version.loads else lambda *_: None
+            adapter, version.source = read_stored_adapter(expected, version.name, self.live, compare)
             self._free_memory(version.source.bytes, copied=version.source.filled)  # the files may have changed since
         except BaseException:
             if self.budget is not None:
                 self.engine.most_copies = self.budget - self.resident_bytes  # texts may use what was kept for it
             raise
         return adapter
+
+    def require_certified(self, path: Path, held: Held | None = None, *, say: Callable[[str], object]) -> None:
+        """Compares an adapter and the base with its certificate. VerificationFailed if they differ, unless that is allowed."""
+        require_certified(path, held=held, uncertified=self._uncertified, say=say)
+        if self._held is not None:
+            require_base(path, self._held, quantised=True, uncertified=self._uncertified, say=say)
 
     def most_alike(self, source: AdapterSource) -> int | None:
         """How many adapters of this size are in memory at once; None without a budget. The last is read beside the others."""
@@ -336,8 +346,6 @@ class Registry:
 
     def _verify(self, version: Version, record: bool) -> bool:
         """Whether it was compared with a record of it, and is the same. VerificationFailed if it is not."""
-        if version.certificate is not None:
-            require_certified(version.source.path, uncertified=self._uncertified, say=log.warning)
         certified = None if version.certificate is None else read_record(version.certificate)
         if not record and certified is None and version.probe is None:
             return False

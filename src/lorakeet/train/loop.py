@@ -421,8 +421,8 @@ class Training(Generic[BatchT]):
     def _publish(self) -> None:
         with self._writing("The adapter"), durable.new_folder(self.run.adapter) as folder:
             self.task.save(folder)
-        if self.run.certificate.exists() and not is_certified(self.run.adapter):  # it is of an adapter from an earlier end
-            self.run.certificate.unlink()
+            if self.run.certificate.exists() and not is_certified(folder, self.run.certificate):  # of an earlier end
+                self.run.certificate.unlink()
 
     def _write(self, record: Record) -> None:
         if self.metrics is None:

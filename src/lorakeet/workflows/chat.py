@@ -18,9 +18,9 @@ from lorakeet.config import RunConfig, read_run
 from lorakeet.core.adapter import Adapter
 from lorakeet.data.spec import DataSpec
 from lorakeet.errors import ConfigError, LorakeetError, visible
-from lorakeet.formats.detect import read_adapter
+from lorakeet.formats.detect import read_certified
 from lorakeet.formats.files.gguf_file import GgufFile
-from lorakeet.formats.identity import require_certified
+from lorakeet.formats.identity import require_base
 from lorakeet.memory.spec import MemorySpec
 from lorakeet.models.spec import ModelSpec
 from lorakeet.quant.spec import QuantSpec
@@ -30,6 +30,7 @@ from lorakeet.workflows.options import ChatOptions
 from lorakeet.workflows.replying.session import ChatSession
 from lorakeet.workflows.replying.speakers import BASE, LocalSpeaker, ServerSpeaker, Speaker
 from lorakeet.workflows.replying.texts import open_texts
+from lorakeet.workflows.runs.certified import base_identity
 from lorakeet.workflows.runs.chat_options import is_server, require_chattable, target_name
 from lorakeet.workflows.runs.serving_options import named_paths
 from lorakeet.workflows.runs.trained_prompt import prompt_settings, unlabelled
@@ -90,9 +91,11 @@ def _opened(options: ChatOptions, console: Console) -> tuple[Speaker, str, str |
                 raise ConfigError(f"{path} is a run of kind {kind}; chat is for text. Draw with lorakeet generate.")
             data[name] = prompt_settings(settings[name].data, run)
             data[name] = unlabelled(data[name]) if options.plain else data[name]
-        adapters[name] = read_adapter(path, say=console.print)
-        require_certified(path, uncertified=options.uncertified, say=console.print)
+        adapters[name], _ = read_certified(path, uncertified=options.uncertified, say=console.print)
     spec = _base(options, model, adapters, settings)
+    for name, path in paths.items():
+        otherwise = options.quantize is not None or name not in settings
+        require_base(path, partial(base_identity, spec), quantised=otherwise, uncertified=options.uncertified, say=console.print)
     memory = MemorySpec(budget=options.memory or "")
     say = partial(console.print, markup=False, soft_wrap=True)
     first_adapter = next(iter(adapters.values()), None)

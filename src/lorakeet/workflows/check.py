@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +20,7 @@ from lorakeet.evaluate.requirement import Requirement, parse_requirement
 from lorakeet.formats.identity import require_certified
 from lorakeet.train.run import RunFolder
 from lorakeet.workflows.options import CheckOptions
+from lorakeet.workflows.runs.certified import require_own_base
 
 DRIFT, CERTIFICATE = "drift", "certificate"
 
@@ -57,8 +59,9 @@ def check(options: CheckOptions, *, console: Console) -> Checked:
     folder = RunFolder.at(Path(options.run))
     if folder is None or not folder.report.is_file():
         raise DataError(f"{options.run} is no run with a report. Give the folder of a run that was evaluated.")
-    if options.certificate != "any":
-        require_certified(folder.path, uncertified=options.uncertified, say=lambda text: console.print(text, soft_wrap=True))
+    say = partial(console.print, markup=False, soft_wrap=True)
+    require_certified(folder.path, uncertified=options.uncertified, say=say)
+    require_own_base(folder.path, uncertified=options.uncertified, say=say)
     report = read_report(folder.report)
     found = [_metric(report, name, requirement) for name, requirement in wanted]
     found += [_beats(report, system) for system in _rivals(report, options.beats)]

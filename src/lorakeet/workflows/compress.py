@@ -65,7 +65,8 @@ from lorakeet.workflows.planning.encoded_rows import within_context
 from lorakeet.workflows.planning.evaluation import fit_evaluation
 from lorakeet.workflows.planning.forecast_text_run import Workload, largest_rows
 from lorakeet.workflows.planning.rehearse_text import made_up_rows
-from lorakeet.workflows.runs.open_adapter import NAME, Opened, identified, open_adapter
+from lorakeet.workflows.runs.certified import identified
+from lorakeet.workflows.runs.open_adapter import NAME, Opened, open_adapter
 from lorakeet.workflows.runs.output_paths import require_empty, writing
 from lorakeet.workflows.runs.residency import peak_said
 from lorakeet.workflows.runs.terminal import WholeTable

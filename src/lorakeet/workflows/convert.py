@@ -18,13 +18,13 @@ from lorakeet.errors import ConfigError, VerificationFailed
 from lorakeet.formats.compare import LIMIT, AdapterDifference, compare_adapters
 from lorakeet.formats.components import with_components, without_component
 from lorakeet.formats.compress import CompressionTarget, fold_dora
-from lorakeet.formats.detect import FORMATS, Found, detect, format_of, read_found
+from lorakeet.formats.detect import FORMATS, Found, detect, format_of, read_certified, read_found
 from lorakeet.formats.files.base_model import CONFIG, BaseModel, check_fits, open_base
-from lorakeet.formats.identity import require_certified
 from lorakeet.formats.peft.renamed_targets import model_type_of
 from lorakeet.models.files.source import find_source, on_this_machine
 from lorakeet.train.run import RunFolder
 from lorakeet.workflows.options import ConvertOptions
+from lorakeet.workflows.runs.certified import require_own_base
 from lorakeet.workflows.runs.output_paths import require_place, writing
 
 Target = Literal["peft", "kohya", "diffusers", "gguf", "mlx"]
@@ -80,10 +80,11 @@ def convert(options: ConvertOptions, *, console: Console) -> Converted:
         known: BaseModel | None = open_base(options.base)
     else:
         known = _base_of_run(source, say) if to == "gguf" else None
-    require_certified(source, uncertified=options.uncertified, say=say)
     found = detect(source)
     say(f"{found.path} is {found.format}: {found.evidence}")
-    adapter = with_components(read_found(found, base=known, compression=compression, say=say))
+    adapter, _ = read_certified(source, base=known, compression=compression, uncertified=options.uncertified, say=say)
+    require_own_base(source, options.base, uncertified=options.uncertified, say=say)
+    adapter = with_components(adapter)
     if known is not None:
         check_fits(adapter, known)
         adapter = replace(adapter, metadata={**adapter.metadata, **model_type_of(known.config())})

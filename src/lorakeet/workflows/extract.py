@@ -36,7 +36,8 @@ from lorakeet.workflows.finetuning.terminal import progress_line, show_certifica
 from lorakeet.workflows.merge import CERTIFICATE, CHECK_TOKENS, SAMPLED_TEXTS, SAMPLED_TOKENS, show_matrices
 from lorakeet.workflows.options import ExtractOptions
 from lorakeet.workflows.planning.check import MERGE_TOKENS, why_not_on_gpu
-from lorakeet.workflows.runs.open_adapter import NAME, identified
+from lorakeet.workflows.runs.certified import identified
+from lorakeet.workflows.runs.open_adapter import NAME
 from lorakeet.workflows.runs.output_paths import require_absent, require_place, writing, writing_certificate
 
 

@@ -39,9 +39,9 @@ from lorakeet.workflows.finetuning.report import PhaseTimes, complete
 from lorakeet.workflows.finetuning.terminal import show_certificate, show_results
 from lorakeet.workflows.finetuning.trained_targets import Moved, target_rows
 from lorakeet.workflows.options import FinetuneOptions
+from lorakeet.workflows.runs.certified import identified
 from lorakeet.workflows.runs.early_checks import require_new_run
 from lorakeet.workflows.runs.multi_process import evaluating_together, require_combinable, starting_together
-from lorakeet.workflows.runs.open_adapter import identified
 from lorakeet.workflows.runs.output_paths import writing
 from lorakeet.workflows.runs.residency import say_peak
 from lorakeet.workflows.runs.run_folder import begin_run, rates_of

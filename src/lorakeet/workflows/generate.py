@@ -17,9 +17,9 @@ from lorakeet.config import RunConfig, read_run
 from lorakeet.core.adapter import Adapter
 from lorakeet.data.images.folder import png_of
 from lorakeet.disk import write_new
-from lorakeet.errors import ConfigError, DataError, LorakeetError, Problems
-from lorakeet.formats.detect import read_adapter
-from lorakeet.formats.identity import require_certified
+from lorakeet.errors import ConfigError, DataError, LorakeetError, Problems, VerificationFailed
+from lorakeet.formats.detect import read_certified
+from lorakeet.formats.identity import require_base
 from lorakeet.merging.combine import CombineSpec, combination
 from lorakeet.models.image.model import ImageModel, load_image_model, put_image_adapter
 from lorakeet.models.image.sample import Mix, Sampler, draw_latents, require_finite_latents, why_not_mixed
@@ -30,6 +30,7 @@ from lorakeet.train.progress import counted
 from lorakeet.train.run import RunFolder
 from lorakeet.workflows.finetuning.evaluate_image import scaled_adapter
 from lorakeet.workflows.options import GenerateOptions
+from lorakeet.workflows.runs.certified import base_identity
 from lorakeet.workflows.runs.drawing_options import adapters_and_mixes
 from lorakeet.workflows.runs.output_paths import require_empty, writing
 
@@ -76,6 +77,9 @@ def generate(options: GenerateOptions, *, console: Console) -> GenerateResult:
     named = ModelSpec(path=options.model, config=options.config) if options.model else None
     base = named or _base_of(runs, adapters, options.config)
     spec = replace(base, dtype=options.dtype, device=options.device)
+    for name, path in paths.items():
+        otherwise = name not in runs or named is not None
+        require_base(path, partial(base_identity, spec), quantised=otherwise, uncertified=options.uncertified, say=say)
     predicted = _predicted(runs, base.path) if options.prediction == "auto" else options.prediction
     image_model = load_image_model(spec, prediction=predicted, say=say)
     for name, value in adapters.items():
@@ -112,8 +116,9 @@ def _opened(
                         f"{path} is a run of kind {runs[name].kind}; give one of kind image. lorakeet serve serves text."
                     )
                     continue
-            adapters[name] = read_adapter(path, say=say)
-            require_certified(path, uncertified=uncertified, say=say)
+            adapters[name], _ = read_certified(path, uncertified=uncertified, say=say)
+        except VerificationFailed:
+            raise
         except LorakeetError as error:
             problems.add(str(error))
     problems.raise_if_any()

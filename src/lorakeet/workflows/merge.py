@@ -43,7 +43,8 @@ from lorakeet.workflows.packing.base_choice import AT_LOAD, BaseChoice, both_bas
 from lorakeet.workflows.packing.base_choice import Into as DenseInto
 from lorakeet.workflows.packing.merge import merge_packed
 from lorakeet.workflows.planning.check import MERGE_TOKENS, CheckSize, fit_check, size_of_merge
-from lorakeet.workflows.runs.open_adapter import NAME, Opened, identified, open_adapter
+from lorakeet.workflows.runs.certified import identified
+from lorakeet.workflows.runs.open_adapter import NAME, Opened, open_adapter
 from lorakeet.workflows.runs.output_paths import require_absent, require_place, writing, writing_certificate
 from lorakeet.workflows.runs.residency import peak_said, temporary_stores
 from lorakeet.workflows.runs.terminal import WholeTable

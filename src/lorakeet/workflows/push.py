@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from dataclasses import asdict, dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +18,7 @@ from lorakeet.exporting.published_readme import published_readme
 from lorakeet.formats.identity import require_certified
 from lorakeet.train.run import RunFolder
 from lorakeet.workflows.options import PushOptions
+from lorakeet.workflows.runs.certified import require_own_base
 from lorakeet.workflows.runs.pushing_options import CERTIFICATE, beside, named_base, named_here, require_pushable
 
 README, REPORT = "README.md", "report.html"
@@ -42,12 +44,10 @@ def push_run(options: PushOptions, *, console: Console) -> Pushed:
     name, and EnvironmentProblem without a token or where the hub refuses or fails; the same command again goes on.
     """
     run = require_pushable(options)
-    require_certified(run.path, uncertified=options.uncertified, say=lambda text: console.print(text, soft_wrap=True))
+    say = partial(console.print, markup=False, soft_wrap=True)
+    require_certified(run.path, uncertified=options.uncertified, say=say)
+    require_own_base(run.path, uncertified=options.uncertified, say=say)
     files = _files(options, run)
-
-    def say(text: str) -> None:
-        console.print(text, soft_wrap=True)
-
     if REPORT in files:
         say(f"{REPORT} shows rows of the data; --no-report leaves it out.")
     message = f"{run.path.absolute().name}, by Lorakeet"

@@ -10,6 +10,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import datetime, timezone
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +19,6 @@ from rich.console import Console
 
 from lorakeet.errors import ConfigError, EnvironmentProblem, LorakeetError, is_out_of_memory, visible
 from lorakeet.evaluate.wording import bytes_text
-from lorakeet.formats.identity import require_certified
 from lorakeet.kernels.threads import can_compute_alone, compute_alone, compute_with
 from lorakeet.memory.budget import larger_than_machine, parse_size
 from lorakeet.memory.cuda import out_of_memory_text
@@ -37,6 +37,7 @@ from lorakeet.serve.load_places import LoadPlaces
 from lorakeet.serve.registry import Registry
 from lorakeet.serve.service import RequestLimits, Service
 from lorakeet.workflows.options import ServeOptions
+from lorakeet.workflows.runs.certified import base_identity
 from lorakeet.workflows.runs.serving_options import named_paths, require_servable
 from lorakeet.workflows.serving.gpu_memory import require_gpu_memory
 from lorakeet.workflows.serving.with_vllm import serve_with_vllm
@@ -96,9 +97,10 @@ def serve(options: ServeOptions, *, console: Console) -> Served:
         console.print("\n".join(lines), soft_wrap=True)
 
     name = Path(options.model.rpartition(":")[2]).name or options.model  # the last part of its path or id
-    registry = Registry(live, runner, base=name, budget=budget.limit, changed=changed, uncertified=options.uncertified)
+    allowed, held = options.uncertified, partial(base_identity, spec)
+    registry = Registry(live, runner, base=name, budget=budget.limit, changed=changed, uncertified=allowed, held=held)
     for name, path in adapters.items():
-        require_certified(registry.register(name, path).source.path, uncertified=options.uncertified, say=console.print)
+        registry.require_certified(registry.register(name, path).source.path, say=console.print)
     if store is not None:
         store.restore(registry, console.print)
     places = LoadPlaces([*([] if store is None else [store.folder]), *options.lora_paths], adapters)

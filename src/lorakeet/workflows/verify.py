@@ -31,8 +31,7 @@ from lorakeet.evaluate.values import encode
 from lorakeet.exporting.merged_tensors import StoredTensor
 from lorakeet.exporting.runtime_support import Feature, Limit, Runtime, features_of_adapter, features_of_plan, has_head, limits_of
 from lorakeet.exporting.tolerances import F16, FEW_BITS, PRECISIONS, Q8
-from lorakeet.formats.detect import read_adapter
-from lorakeet.formats.identity import require_certified
+from lorakeet.formats.detect import read_certified
 from lorakeet.memory.free import free_memory
 from lorakeet.memory.ledger import Ledger
 from lorakeet.models.files.source import find_source
@@ -489,9 +488,7 @@ def check_deployment(
     ConfigError where settings do not fit the model, or where its configuration is needed and cannot be had.
     """
     say, planned = partial(console.print, markup=False, soft_wrap=True), config_or_run.is_file()
-    if not planned:
-        require_certified(config_or_run, uncertified=uncertified, say=say)
-    features = _planned(config_or_run, base, say) if planned else _finished(config_or_run, base, runtime, say)
+    features = _planned(config_or_run, base, say) if planned else _finished(config_or_run, base, runtime, say, uncertified)
     limits = limits_of(runtime, features)
     bad = [limit for limit in limits if limit.effect != "note"]
     if bad:
@@ -530,9 +527,9 @@ def _planned(run_file: Path, base: str | None, say: Say) -> frozenset[Feature]:
     return features_of_plan(plan, tied=_ties(model_config), auto=auto)
 
 
-def _finished(folder: Path, base: str | None, runtime: Runtime, say: Say) -> frozenset[Feature]:
+def _finished(folder: Path, base: str | None, runtime: Runtime, say: Say, uncertified: bool) -> frozenset[Feature]:
     """Of an adapter as it is; its base is read only if a pair is on the head and `runtime` minds a tied one."""
-    adapter = read_adapter(folder, say=say)
+    adapter, _ = read_certified(folder, uncertified=uncertified, say=say)
     asks = has_head(adapter.pairs) and bool(limits_of(runtime, ("tied head pairs",)))
     if not asks:
         return features_of_adapter(adapter, tied=False)

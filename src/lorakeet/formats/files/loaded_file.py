@@ -30,7 +30,7 @@ from torch import Tensor
 from lorakeet.disk import open_regular
 from lorakeet.errors import DataError, readable
 from lorakeet.formats.files.lru_cache import LruCache
-from lorakeet.formats.files.safetensors_file import Header, SafeFile, check_header, read_header
+from lorakeet.formats.files.safetensors_file import DTYPE_NAMES, Header, SafeFile, check_header, read_header
 
 _AT_ONCE = getattr(mmap, "MAP_POPULATE", 0)  # Linux allocates all pages in one call
 _LARGE_PAGES = getattr(mmap, "MADV_HUGEPAGE", None)
@@ -85,6 +85,17 @@ class LoadedFile(SafeFile):
         if self.data is not None:
             found.update(self.data[self.tensors_at - self.start :].data)
         return found.hexdigest()
+
+    @cached_property
+    def tensor_digests(self) -> dict[str, str]:
+        """SHA-256 of each tensor's dtype, shape and bytes, as formats/identity takes it of a file."""
+        found = {}
+        for name, stored in sorted(self.tensors.items()):
+            one = hashlib.sha256(f"{DTYPE_NAMES[stored.dtype]} {[*stored.shape]}".encode())
+            if self.data is not None:
+                one.update(self.data[stored.begin - self.start : stored.end - self.start].data)
+            found[f"tensor {name}"] = one.hexdigest()
+        return found
 
 
 @dataclass(frozen=True)

@@ -8,7 +8,6 @@ from pathlib import Path
 
 from lorakeet.disk import open_buffered, read_regular
 from lorakeet.formats.files.digest import add_file, sha256_of
-from lorakeet.formats.files.safetensors_file import open_safetensors
 
 WHOLE = 256 * 2**20  # bytes: shards that are smaller together are hashed whole, in about a second
 WINDOWS, WINDOW = 16, 256  # pieces of each tensor of a larger model, and their bytes
@@ -35,7 +34,13 @@ def content_of(model: Path) -> str:
             return fingerprint(model)
         parts = [(part.name, fingerprint(part)) for part in sorted(model.iterdir()) if (part / "config.json").is_file()]
         return hashlib.sha256(repr(parts).encode()).hexdigest()
-    size = model.stat().st_size
+    stat = model.stat()
+    return _hashed_file(model, stat.st_size, stat.st_mtime_ns, stat.st_ino)
+
+
+@lru_cache(maxsize=8)
+def _hashed_file(model: Path, size: int, *_: int) -> str:
+    """The hash of a single file; the further numbers tell a file that changed."""
     if size <= WHOLE:
         return sha256_of(model)
     found = hashlib.sha256(str(size).encode())
@@ -61,6 +66,8 @@ def _hashed(files: tuple[Path, ...], stats: tuple[tuple[int, int, int], ...], wi
 
 
 def _add_pieces(found: hashlib._Hash, shard: Path, window: int) -> None:
+    from lorakeet.formats.files.safetensors_file import open_safetensors  # imports torch, which small models do without
+
     opened = open_safetensors(shard)
     with open_buffered(shard) as file:
         for name, stored in sorted(opened.tensors.items()):

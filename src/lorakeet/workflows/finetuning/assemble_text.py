@@ -17,7 +17,6 @@ from lorakeet.core.spec import LoraSpec
 from lorakeet.data.chat import Encoded, Encoder, Example
 from lorakeet.data.prepare import Dataset, load_dataset
 from lorakeet.errors import ConfigError, DataError
-from lorakeet.formats.detect import read_adapter
 from lorakeet.memory.allocator import release_free_memory
 from lorakeet.models.files.quantized import packing_divided
 from lorakeet.models.modules import outside_text
@@ -31,7 +30,7 @@ from lorakeet.train.processes import ALONE, Processes
 from lorakeet.train.text.own_code import OwnCodeDifference
 from lorakeet.train.text.preference_task import Reference
 from lorakeet.train.text.task import TextTask
-from lorakeet.workflows.finetuning.continued import require_same_base, start_from
+from lorakeet.workflows.finetuning.continued import earlier_note, read_earlier, require_same_base, start_from
 from lorakeet.workflows.finetuning.kind import Assembly
 from lorakeet.workflows.finetuning.ranks import choose_ranks, start_directions
 from lorakeet.workflows.finetuning.stacked import earlier_facts, start_on_top, with_earlier
@@ -59,6 +58,7 @@ class TextAssembly(Assembly):
     reference: Reference | None = None  # of a preference run, once it is trained
     graphs: str = ""  # whether passes were CUDA graphs, in words, once it is trained; empty where that is no question
     halved: bool = False  # whether memory was too small for train.micro_tokens, against the plan
+    begun: str = ""  # that an earlier adapter was not what its certificate was made for
 
     @property
     def name(self) -> str:
@@ -108,6 +108,7 @@ def assemble_text(
     if why := why_not_cuda(config.model.device):
         console.print(why, markup=False, soft_wrap=True)
     config = with_earlier(on_own_device(config, processes))
+    begun = earlier_note(config)
     dataset = load_dataset(config.data, config.train.objective)
     if not dataset.held_out:
         raise DataError(
@@ -150,7 +151,7 @@ def assemble_text(
         config, plan = choose_ranks(config, text, plan, train.examples, console)
     setup = TextAssembly(
         config=config, plan=plan, dataset=dataset, text=text, encoder=rows.encoder, train=train, held_out=held_out, test=test,
-        new_token_ids=new_token_ids, residency=residency, processes=processes,
+        new_token_ids=new_token_ids, residency=residency, processes=processes, begun=begun,
     )  # fmt: skip
     _ = setup.cuts  # raises now if they cannot be made
     return setup
@@ -172,8 +173,8 @@ def text_task(
         processes=setup.processes,
     )  # fmt: skip
     task.pruning = pruning_of(setup.config, text, setup.plan, setup.steps)
-    if (below := setup.config.lora.on_top_of) is not None:
-        task.kept_terms = earlier_facts(Path(below)).kept_terms
+    if setup.config.lora.on_top_of is not None:
+        task.kept_terms = earlier_facts(setup.config).kept_terms
     return task
 
 
@@ -182,11 +183,11 @@ def add_pairs(setup: TextAssembly, plan: Plan, *, seed: int, name: str = "defaul
     directions = start_directions(setup.config, setup.text, plan, setup.train.examples)
     text = initialise_adapter(setup.text, plan, seed=seed, token_ids=setup.new_token_ids, name=name, directions=directions)
     if (earlier := setup.config.lora.continue_from) is not None:
-        adapter = read_adapter(Path(earlier))
+        adapter = read_earlier(setup.config, earlier)
         require_same_base(Path(earlier), adapter, text)
         start_from(text, plan, adapter, name)
     if (below := setup.config.lora.on_top_of) is not None:
-        adapter = read_adapter(Path(below))
+        adapter = read_earlier(setup.config, below)
         require_same_base(Path(below), adapter, text)
         start_on_top(text, plan, adapter, name)
     if directions or reads_weights(setup.config):

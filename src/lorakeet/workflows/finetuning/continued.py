@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 from collections import Counter
+from collections.abc import Callable
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from re import escape
 from typing import TypeVar
@@ -14,16 +16,40 @@ from lorakeet.config import RunConfig, read_run
 from lorakeet.core.adapter import Adapter
 from lorakeet.core.plan import Plan
 from lorakeet.errors import ConfigError, Problems
-from lorakeet.formats.detect import read_adapter
-from lorakeet.formats.identity import require_certified
+from lorakeet.formats.detect import read_certified
+from lorakeet.formats.identity import UNCERTIFIED, require_base, require_certified
 from lorakeet.models.files.fingerprint import fingerprint
 from lorakeet.models.fits import plan_of
 from lorakeet.models.inject import trained_parameters
 from lorakeet.models.text.from_config import local_files
 from lorakeet.models.text.model import TextModel
+from lorakeet.train.preference_spec import BASE, START, needs_reference
 from lorakeet.train.run import RunFolder
+from lorakeet.workflows.runs.certified import base_identity
 
 T = TypeVar("T", int, float)
+
+
+def read_earlier(config: RunConfig, given: str | Path, say: Callable[[str], None] = lambda _: None) -> Adapter:
+    """The adapter that a run begins with or is compared with. VerificationFailed as `earlier_note` says."""
+    return read_certified(Path(given), uncertified=config.uncertified, say=say)[0]
+
+
+def earlier_note(config: RunConfig) -> str:
+    """What results say of such adapters: empty if all, and their bases, are what their certificates were made for.
+
+    VerificationFailed if they are not, unless config.uncertified.
+    """
+    reference = config.train.reference if needs_reference(config.train.objective) else BASE
+    named = [config.lora.earlier, None if reference in (BASE, START) else reference]
+    said, uncertified = [], config.uncertified
+    for path in (Path(one) for one in dict.fromkeys(named) if one is not None and Path(one).exists()):
+        notes = (
+            require_certified(path, uncertified=uncertified),
+            require_base(path, partial(base_identity, config.model), quantised=True, uncertified=uncertified),
+        )
+        said += [f"begun with {path}, {note}" for note in notes if note.startswith(UNCERTIFIED)]
+    return "; ".join(said)
 
 
 def with_continued(config: RunConfig) -> RunConfig:
@@ -34,8 +60,7 @@ def with_continued(config: RunConfig) -> RunConfig:
     given = config.lora.continue_from
     if given is None:
         return config
-    require_certified(Path(given))
-    adapter, problems = read_adapter(Path(given)), Problems(f"The adapter {given} cannot be trained further")
+    adapter, problems = read_earlier(config, given, print), Problems(f"The adapter {given} cannot be trained further")
     if adapter.extras or adapter.token_rows:
         problems.add("It has trained modules or token rows beside its pairs, which are not continued. Take one of pairs alone.")
     pairs = adapter.pairs

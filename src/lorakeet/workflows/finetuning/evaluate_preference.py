@@ -36,6 +36,7 @@ from lorakeet.train.progress import counted
 from lorakeet.train.run import RunFolder
 from lorakeet.train.text.preference_loss import log_ratio_gap
 from lorakeet.train.text.preference_task import Floats, pair_scores
+from lorakeet.workflows.finetuning.continued import read_earlier
 from lorakeet.workflows.finetuning.evaluate_text import TextEvaluator, text_of_turns
 from lorakeet.workflows.finetuning.reply import ADAPTER, Replier
 from lorakeet.workflows.finetuning.reply import BASE as BASE_SYSTEM
@@ -56,7 +57,7 @@ def reference_path(config: RunConfig) -> Path | None:
 def reference_adapter(config: RunConfig) -> Adapter | None:
     """That adapter; None where there is none. Raises DataError if it cannot be read."""
     path = reference_path(config)
-    return None if path is None else read_adapter(path)
+    return None if path is None else read_earlier(config, path)
 
 
 def begins_at_reference(config: RunConfig) -> bool:
@@ -146,7 +147,7 @@ class PreferenceEvaluator(TextEvaluator):
             return None, []
         if not Path(given).exists():
             return None, [f"The earlier adapter {given} is not there any more, so the adapter is not compared with it."]
-        with as_reference(self.text, read_adapter(Path(given)), self.name):
+        with as_reference(self.text, read_earlier(self.config, given), self.name):
             return self._scored(examples, EARLIER)[0], []
 
     def drift_from_reference(self, batches: Sequence[Batch]) -> str:
@@ -279,7 +280,3 @@ def _known_answers(rows: Sequence[Row], rated: bool) -> list[tuple[str, str]]:
 def _answers(row: Row) -> tuple[str, str]:
     other: Any = row.other
     return text_of_turns(row, supervised=True), text_of_turns(other, supervised=True)
-
-
-
-

@@ -24,8 +24,7 @@ from lorakeet.core.plan import Plan
 from lorakeet.core.spec import SUM, pattern_value
 from lorakeet.errors import ConfigError, Problems
 from lorakeet.evaluate.certificate import Check, tolerance_check
-from lorakeet.formats.detect import read_adapter
-from lorakeet.formats.identity import require_certified
+from lorakeet.formats.detect import read_certified
 from lorakeet.models.fits import plan_of
 from lorakeet.models.inject import trained_parameters
 from lorakeet.models.text.model import TextModel
@@ -57,7 +56,7 @@ def with_stacked(config: RunConfig) -> RunConfig:
     )
     ranks: dict[str, int] = {}
     alphas: dict[str, float] = {}
-    for path, (below, _) in earlier_facts(Path(given)).pairs.items():
+    for path, (below, _) in earlier_facts(config).pairs.items():
         rank = int(pattern_value(own.rank_pattern, path) or own.rank)
         scale = scale_of(pattern_value(own.alpha_pattern, path) or own.alpha, rank, own.scale_rule)
         key = escape(path) + SUM
@@ -85,17 +84,18 @@ class EarlierFacts:
         }  # fmt: skip
 
 
-def earlier_facts(path: Path) -> EarlierFacts:
-    """Read once for each state of the files at `path`. Raises ConfigError where no adapter can be trained on top of it."""
+def earlier_facts(config: RunConfig) -> EarlierFacts:
+    """Of lora.on_top_of, read once for each state of its files. ConfigError where no adapter can be trained on top of it."""
+    path = Path(str(config.lora.on_top_of))
     files = [path] if path.is_file() else sorted(file for place in (path, path / "adapter") for file in place.glob("*"))
     stats = [(file, file.stat()) for file in files]
-    return _facts(path, tuple((str(file), stat.st_size, stat.st_mtime_ns, stat.st_ino) for file, stat in stats))
+    state = tuple((str(file), stat.st_size, stat.st_mtime_ns, stat.st_ino) for file, stat in stats)
+    return _facts(path, state, config.uncertified)
 
 
 @lru_cache(maxsize=2)
-def _facts(path: Path, state: tuple[tuple[str, int, int, int], ...]) -> EarlierFacts:
-    require_certified(path)
-    adapter = read_adapter(path)
+def _facts(path: Path, state: tuple[tuple[str, int, int, int], ...], uncertified: bool) -> EarlierFacts:
+    adapter, _ = read_certified(path, uncertified=uncertified)
     pairs = {name: (pair.rank, pair.kind) for name, pair in earlier_pairs(path, adapter).items()}
     return EarlierFacts(pairs, adapter_digest(adapter))
 

@@ -26,6 +26,7 @@ from lorakeet.evaluate.values import encode
 from lorakeet.evaluate.verdict import noted
 from lorakeet.evaluate.wording import bytes_text, duration_text
 from lorakeet.formats.detect import read_adapter
+from lorakeet.formats.identity import with_note
 from lorakeet.kernels.choose import in_words
 from lorakeet.kernels.cpu import operators
 from lorakeet.kernels.protocol import Situation
@@ -446,8 +447,8 @@ class TextRunKind(RunKind[TextAssembly]):
             "lora settings": {key: value for key, value in dataclasses.asdict(config.lora).items() if value is not None},
             "tokens of the rows": [[example.key, example.ids.tolist()] for example in examples],
         }
-        if (below := config.lora.on_top_of) is not None:
-            parts["the earlier adapter"] = earlier_facts(Path(below)).digest
+        if config.lora.on_top_of is not None:
+            parts["the earlier adapter"] = earlier_facts(config).digest
         if cuts := setup.cuts:  # all that a pruned run takes from the ranks settings
             parts["cuts of the ranks"] = cuts
         alone = config.model if setup.processes.count == 1 else None  # earlier versions refused several CUDA devices
@@ -512,7 +513,7 @@ class TextRunKind(RunKind[TextAssembly]):
         if (below := setup.config.lora.on_top_of) is not None:
             stays = check_earlier(read_adapter(run.adapter), read_adapter(Path(below)))
             found = dataclasses.replace(found, checks=(*found.checks, stays))
-        return with_own_code(found, setup.own_code)
+        return with_note(with_own_code(found, setup.own_code), setup.begun)
 
     def model_text(self, setup: TextAssembly) -> str:
         model = setup.config.model
@@ -584,6 +585,8 @@ def _summed(processes: Processes, tokens: dict[str, list[int]]) -> dict[str, lis
 
 
 def _warnings(setup: TextAssembly) -> Iterator[str]:
+    if setup.begun:
+        yield f"The adapter was {setup.begun}."
     yield from setup.dataset.notes
     yield from filter(None, [setup.dataset.leaks.warning()])
     for name, encoded in setup.encoded.items():

@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -16,11 +17,9 @@ from lorakeet.core.spec import LoraSpec
 from lorakeet.data.prepare import Dataset, load_dataset
 from lorakeet.data.spec import DataSpec
 from lorakeet.errors import ConfigError, DataError
-from lorakeet.evaluate.certificate import Certificate, read_certificate
-from lorakeet.formats.detect import read_adapter
-from lorakeet.formats.identity import BASE, accept_content, content_differences, find_certificate, identity_of, require_certified
+from lorakeet.formats.detect import read_certified
+from lorakeet.formats.identity import require_base
 from lorakeet.memory.budget import Budget
-from lorakeet.models.files.fingerprint import content_of
 from lorakeet.models.files.origin import stored_as
 from lorakeet.models.files.source import on_this_machine
 from lorakeet.models.kernels import with_runnable_kernels
@@ -31,6 +30,7 @@ from lorakeet.models.text.load import load_text_model, load_tokenizer
 from lorakeet.models.text.model import TextModel
 from lorakeet.quant.spec import QuantSpec
 from lorakeet.train.run import RunFolder
+from lorakeet.workflows.runs.certified import base_identity
 from lorakeet.workflows.runs.residency import Residency
 
 NAME = "default"
@@ -137,8 +137,7 @@ def open_adapter(
     where adapter or base are not what its certificate was made for, unless `uncertified`.
     """
     run = RunFolder.at(path)
-    adapter = read_adapter(path, say=say)
-    note = require_certified(path, uncertified=uncertified, say=say)
+    adapter, note = read_certified(path, uncertified=uncertified, say=say)
     settings = read_run(config) if config else read_run(run.config) if run else _bare(path, adapter, base)
     if settings.kind == "image":
         raise ConfigError(
@@ -148,30 +147,11 @@ def open_adapter(
         settings = dataclasses.replace(settings, model=with_runnable_kernels(dataclasses.replace(settings.model, device="auto")))
     if base is not None:
         settings = settings.changed(model={"path": base})
-    if (place := find_certificate(path)) is not None:
-        certified = {name: value for name, value in read_certificate(place).identity.items() if name.startswith(BASE)}
-        found = base_identity(settings.model) if certified else {}
-        apart = content_differences(certified, found) if found else []
-        allowed = uncertified or base is not None or config is not None  # another base that was named is no mistake, and is said
-        note = "; ".join(filter(None, (note, accept_content(str(path), apart, uncertified=allowed, say=say))))
+    settings = dataclasses.replace(settings, uncertified=uncertified or settings.uncertified)  # of the adapter it began with
+    otherwise = run is None or config is not None  # nothing says how a bare adapter's base was quantised
+    about = require_base(path, partial(base_identity, settings.model), quantised=otherwise, uncertified=uncertified, say=say)
+    note = "; ".join(filter(None, (note, about)))
     return Opened(adapter, settings, run, run.adapter if run else path, note)
-
-
-def base_identity(model: ModelSpec) -> dict[str, str]:
-    """What the base `model` holds and how it is quantised, by content; empty if it is not on this machine.
-
-    Of weights above 256 MiB pieces of every tensor are read (models/files/fingerprint).
-    """
-    place = on_this_machine(model)
-    if place is None:
-        return {}
-    return {f"{BASE}weights": content_of(place), f"{BASE}quantisation": model.quantize.method}
-
-
-def identified(certificate: Certificate, folder: Path, base: ModelSpec | None) -> Certificate:
-    """The certificate with what the adapter in `folder` and the base that it was trained on hold."""
-    found = identity_of(folder) | ({} if base is None else base_identity(base))
-    return dataclasses.replace(certificate, identity=found)
 
 
 def _bare(path: Path, adapter: Adapter, base: str | None) -> RunConfig:

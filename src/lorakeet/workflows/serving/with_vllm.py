@@ -11,14 +11,15 @@ import subprocess
 from collections.abc import Mapping
 from contextlib import suppress
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 from rich.console import Console
 
 from lorakeet.data.locate import locate_model
 from lorakeet.errors import ConfigError, EnvironmentProblem, LorakeetError, Problems
-from lorakeet.formats.detect import detect, read_adapter
-from lorakeet.formats.identity import require_certified
+from lorakeet.formats.detect import detect, read_certified
+from lorakeet.formats.identity import require_base
 from lorakeet.formats.limits import check_vllm, misread_by_vllm, uniform, vllm_max_rank
 from lorakeet.formats.peft import peft
 from lorakeet.models.files.source import find_source
@@ -28,6 +29,7 @@ from lorakeet.train.durable import new_folder
 from lorakeet.train.interrupt import terminable
 from lorakeet.workflows.finetuning.terminal import show_certificate
 from lorakeet.workflows.options import ServeOptions, VerifyOptions
+from lorakeet.workflows.runs.certified import base_identity
 from lorakeet.workflows.runs.open_adapter import open_adapter
 from lorakeet.workflows.runs.output_paths import writing
 from lorakeet.workflows.runs.serving_options import vllm_flags
@@ -54,9 +56,10 @@ def vllm_command(options: ServeOptions, adapters: Mapping[str, Path], console: C
     problems = Problems("vLLM cannot serve these adapters")
     ready: dict[str, Path] = {}
     ranks = []
+    base = partial(base_identity, ModelSpec(path=options.model))
     for name, path in adapters.items():
-        require_certified(path, uncertified=options.uncertified, say=console.print)
-        found, adapter = detect(path), read_adapter(path, say=console.print)
+        found, (adapter, _) = detect(path), read_certified(path, uncertified=options.uncertified, say=console.print)
+        require_base(path, base, quantised=True, uncertified=options.uncertified, say=console.print)
         try:
             check_vllm(adapter)
         except ConfigError as error:
