@@ -105,9 +105,9 @@ def test_a_disk_that_is_full_after_the_model_is_said_in_words(
         monkeypatch.setattr(workflow, "save_text", full)
     else:
         monkeypatch.setattr(workflow.Certificate, "write", full)
-    with pytest.raises(EnvironmentProblem, match=r"card of .*a\.gguf could not be written: the disk .*is full.*and export again"):
+    with pytest.raises(EnvironmentProblem, match=r"export .*a\.gguf could not be written: the disk .*is full"):
         export(ExportOptions(str(finished.path), out=tmp_path / "a.gguf"), console=quiet())
-    assert (tmp_path / "a.gguf").is_file()
+    assert not (tmp_path / "a.gguf").exists(), "no file stands there without its certificate"
 
 
 def test_what_cannot_be_is_refused_before_anything_is_written(finished: Any, tmp_path: Path) -> None:

@@ -12,8 +12,10 @@ from pathlib import Path
 
 import pytest
 
+from lorakeet.evaluate.certificate import read_certificate
 from lorakeet.exporting.hub import Uploaded
 from lorakeet.workflows.push import Pushed
+from lorakeet.workflows.runs.certified import of_model
 from tiny.model_hub import TOKEN, Hub, serving
 from tiny.runs import reviews, run, write_rows
 
@@ -44,9 +46,9 @@ def finished(tiny_llama_folder: Path, tmp_path_factory: pytest.TempPathFactory) 
     for name, content in {"config.json": "{}", "model.safetensors": "weights", "README.md": card}.items():
         (merged / name).write_text(content)
     (folder / "mine.gguf").write_bytes(b"GGUF")
-    certificate = (folder / "mine" / "certificate.json").read_bytes()
-    (merged / "certificate.json").write_bytes(certificate)
-    (folder / "mine.certificate.json").write_bytes(certificate)
+    certificate = read_certificate(folder / "mine" / "certificate.json")
+    of_model(certificate, merged).write(merged / "certificate.json")
+    of_model(certificate, folder / "mine.gguf").write(folder / "mine.certificate.json")
     return folder
 
 

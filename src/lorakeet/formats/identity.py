@@ -50,8 +50,13 @@ def identity_of(folder: Path, held: Held | None = None) -> dict[str, str]:
     config = parse_object(raw, folder / CONFIG_NAME, expected="the settings of an adapter")
     found = dict(_tensors(folder / MODEL_NAME) if held is None else held.tensors.tensor_digests)
     found |= {f"config {key}": _canonical(value) for key, value in sorted(config.items()) if key not in _NOT_COMPUTED}
+    return found | tokenizer_identity(folder)
+
+
+def tokenizer_identity(folder: Path) -> dict[str, str]:
+    """By name the SHA-256 of each tokenizer file in `folder`."""
     with readable(folder):
-        return found | {f"tokenizer {name}": sha256_of(folder / name) for name in _TOKENIZER if (folder / name).is_file()}
+        return {f"tokenizer {name}": sha256_of(folder / name) for name in _TOKENIZER if (folder / name).is_file()}
 
 
 def _tensors(path: Path) -> dict[str, str]:

@@ -22,9 +22,8 @@ from lorakeet.studio.places import NotHere, Places
 from lorakeet.train.run import RunFolder
 from lorakeet.workflows.options import ConvertOptions, ExportOptions, MergeOptions, PushOptions, Quant
 from lorakeet.workflows.runs.early_checks import check_early
-from lorakeet.workflows.runs.pushing_options import beside
+from lorakeet.workflows.runs.pushing_options import certificate_of
 
-CERTIFICATE = "certificate.json"
 QUANTS = get_args(Quant)
 WRITTEN_HERE = ("f32", "f16", "bf16", "q8_0")  # without llama.cpp
 LLAMA_CPP = "llama_cpp_py_sync"
@@ -185,9 +184,8 @@ def use_of(job: Job, out: Path | None) -> list[tuple[str, str]]:
 
 def certificate_values(out: Path) -> dict[str, Any] | None:
     """The certificate that lies in or beside a result: its verdict, and each check; None without one."""
-    path = out / CERTIFICATE if out.is_dir() else beside(out, CERTIFICATE)
     try:
-        found = read_certificate(path)
+        found = read_certificate(certificate_of(out))
     except LorakeetError:
         return None
     return {

@@ -40,7 +40,7 @@ from lorakeet.evaluate.spec import EvaluateSpec
 from lorakeet.evaluate.values import encode
 from lorakeet.evaluate.verdict import verdict_of
 from lorakeet.evaluate.wording import metric_words, signed, span
-from lorakeet.formats.identity import with_note
+from lorakeet.formats.identity import UNCERTIFIED, with_note
 from lorakeet.formats.peft import peft
 from lorakeet.memory.cuda import enforcing_gpu_budget
 from lorakeet.models.fits import plan_of
@@ -417,10 +417,11 @@ def _report(evaluator: TextEvaluator, item: _Cut, curve: RankCurve, about: tuple
         measured = {**measure_replies(full.replies, share_metric(full.replies.how), spec), **measured}
     uncut = SystemResult(FULL, "floor", measured)
     compared = (*against, *report.comparisons)
+    noted = (f"The uncut adapter is {opened.note}.",) if opened.note.startswith(UNCERTIFIED) else ()
     chosen_here = part == "held-out" and item.name == curve.marked
     return replace(
         report,
-        warnings=(*report.warnings, *((CHOSEN_HERE,) if chosen_here else ())),
+        warnings=(*noted, *report.warnings, *((CHOSEN_HERE,) if chosen_here else ())),
         subtitle=f"{evaluator.text.name}, cut to {item.name}, evaluated on {report.rows_of} {part} rows",
         systems=(adapter, uncut, *others),
         comparisons=compared,
@@ -428,7 +429,7 @@ def _report(evaluator: TextEvaluator, item: _Cut, curve: RankCurve, about: tuple
         part=part,
         rank_curve=curve,
         facts={
-            "Adapter": f"{item.name}, cut from {opened.folder}",
+            "Adapter": f"{item.name}, cut from {opened.folder}" + (f", which is {opened.note}" if opened.note else ""),
             f"Against the uncut adapter, on {part} rows": "; ".join(f"{_difference(one)}: {one.verdict}" for one in against),
             "Versions": versions(),
             "Machine": machine(evaluator.text.device),

@@ -28,16 +28,17 @@ from lorakeet.formats.files.base_model import open_base
 from lorakeet.formats.files.digest import sha256_of
 from lorakeet.formats.files.gguf_file import GgufFile
 from lorakeet.formats.files.safetensors_file import open_safetensors, save_text
-from lorakeet.formats.identity import with_note
+from lorakeet.formats.identity import accept_content, content_differences, with_note
 from lorakeet.models.files.origin import base_form
 from lorakeet.models.files.source import find_source
 from lorakeet.models.text.load import load_tokenizer
-from lorakeet.train.durable import new_folder
 from lorakeet.workflows.finetuning.terminal import progress_line, show_certificate
 from lorakeet.workflows.options import ExportOptions, VerifyOptions
 from lorakeet.workflows.planning.check import FP32, fit_check, size_of_check, tensor_peak
+from lorakeet.workflows.runs.certified import certified_whole, model_identity, of_model
 from lorakeet.workflows.runs.open_adapter import Opened, open_adapter
-from lorakeet.workflows.runs.output_paths import require_absent, require_place, writing, writing_certificate
+from lorakeet.workflows.runs.output_paths import require_absent, require_place
+from lorakeet.workflows.runs.pushing_options import beside
 from lorakeet.workflows.runs.residency import peak_said, temporary_stores
 from lorakeet.workflows.verification.checks import named_check
 from lorakeet.workflows.verify import certify_artefacts
@@ -140,16 +141,20 @@ def _written(job: _Job) -> Exported:
     console, out = job.console, job.options.out
     if job.opened.config.model.quantize.method != "none":
         console.print("The adapter was trained on a quantised base; it is folded into the dense weights that were quantised.")
-    with writing(f"The export {out}", "Free some space, or choose another --out."):
-        written = _write_model(job, out, with_adapter=True) if job.options.to == "gguf" else _to_ollama(job, out)
-    for note in written.notes:
-        console.print(note, soft_wrap=True)
-    console.print(f"Wrote {written.bytes:,} bytes (tensors: {_types(written)}) to {out}", soft_wrap=True)
-    certificate = _certify(job, out)
-    with writing_certificate(out, "export", "The certificate and the model card"):
-        if certificate is not None:
-            certificate.write(_beside(out, CERTIFICATE))
-        _write_readme(job, out, written, certificate)
+    with certified_whole(out, "The export") as made:
+        written = _write_model(job, made, with_adapter=True) if job.options.to == "gguf" else _to_ollama(job, made)
+        for note in written.notes:
+            console.print(note, soft_wrap=True)
+        console.print(f"Wrote {written.bytes:,} bytes (tensors: {_types(written)}) to {out}", soft_wrap=True)
+        certificate = _certify(job, made)
+        # Beside a file they come first: it never stands without its own certificate, nor with another one's.
+        place = (made / CERTIFICATE, made / README) if made.is_dir() else (beside(out, CERTIFICATE), beside(out, README))
+        if certificate is None:
+            place[0].unlink(missing_ok=True)
+        else:
+            certificate.write(place[0])
+        _write_readme(job, made, written, certificate, place[1])
+    written = dataclasses.replace(written, path=out / written.path.relative_to(made))
     if certificate is not None:
         certificate.raise_if_failed()
     return Exported(out, written, certificate)
@@ -171,6 +176,8 @@ def _written_before(job: _Job) -> Exported:
             f"of this adapter with these settings ({said}). Choose another --out or remove that one."
         )
     found.raise_if_failed()
+    apart = content_differences(found.identity, model_identity(out)) if found.identity else []
+    accept_content(str(out), apart, uncertified=job.options.uncertified, say=job.console.print)
     job.console.print(f"{out} holds this export already, and its check passed: it is sent as it is.", soft_wrap=True)
     return Exported(out, GgufModel(files[0], files[0].stat().st_size, dict(GgufFile(files[0]).tensor_types), ()), found)
 
@@ -192,17 +199,17 @@ def _push(job: _Job, exported: Exported) -> None:
 
 
 def _to_ollama(job: _Job, out: Path) -> GgufModel:
-    """The folder, whole or not at all: the Modelfile beside the GGUF files."""
+    """The new folder `out`: the Modelfile beside the GGUF files."""
     if job.options.separate:
         _require_separable(job.opened)
         job.console.print(_REFUSES_ADAPTERS, soft_wrap=True)
     model = _ollama_model(job)
-    with new_folder(out) as folder:
-        if model.adapter:
-            gguf.write(job.opened.adapter, folder / model.adapter, base=open_base(job.source))
-        written = _write_model(job, folder / model.model, with_adapter=not job.options.separate)
-        save_text(folder / ollama.MODELFILE, model.modelfile())
-    return dataclasses.replace(written, path=out / model.model)
+    out.mkdir()
+    if model.adapter:
+        gguf.write(job.opened.adapter, out / model.adapter, base=open_base(job.source))
+    written = _write_model(job, out / model.model, with_adapter=not job.options.separate)
+    save_text(out / ollama.MODELFILE, model.modelfile())
+    return written
 
 
 def _require_separable(opened: Opened) -> None:
@@ -285,23 +292,21 @@ def _certify(job: _Job, out: Path) -> Certificate | None:
         job.console.print("Not checked: llama.cpp is not installed here. pip install 'lorakeet[llama]', then: lorakeet verify")
         return None
     try:
-        with temporary_stores(job.opened.residency, f"{out} itself is written, but not checked: remove it and export again."):
+        with temporary_stores(job.opened.residency):
             check_options = VerifyOptions(job.options.run_or_adapter, against=(str(out),), rows=CHECK_ROWS)
             found = certify_artefacts(job.opened, check_options, job.console)
     except ModelRefused as error:
         names = ("live adapter", out.name)
-        check = named_check("loads in llama.cpp", names, {"refusals": 1.0}, {"refusals": 0.0}, n=1, detail=str(error))
+        said = str(error).replace(str(out), out.name)
+        check = named_check("loads in llama.cpp", names, {"refusals": 1.0}, {"refusals": 0.0}, n=1, detail=said)
         found = Certificate(f"What became of {job.options.run_or_adapter}", (check,))
-    found = with_note(dataclasses.replace(found, facts={**found.facts, **_identity(job)}), job.opened.note)
+    found = of_model(dataclasses.replace(found, facts={**found.facts, **_identity(job)}), out)
+    found = with_note(found, job.opened.note)
     show_certificate(found, job.console)
     return found
 
 
-def _beside(out: Path, name: str) -> Path:
-    return out / name if out.is_dir() else out.with_name(f"{out.stem}.{name}")
-
-
-def _write_readme(job: _Job, out: Path, written: GgufModel, certificate: Certificate | None) -> None:
+def _write_readme(job: _Job, out: Path, written: GgufModel, certificate: Certificate | None, place: Path) -> None:
     to, run, config = job.options.to, job.opened.run, job.opened.config
     report: Report | None = read_report(run.report) if run is not None and run.report.exists() else None
     files = {written.path.name: f"the model, {written.bytes:,} bytes (tensors: {_types(written)})"}
@@ -317,4 +322,4 @@ def _write_readme(job: _Job, out: Path, written: GgufModel, certificate: Certifi
         title=job.name, base_model=config.model.path, files=files, usage=usage, library="gguf", licence=licence_of(job.source),
         datasets=(config.data.train,), notes=written.notes, settings=settings, base_form=base_form(config.model),
     )  # fmt: skip
-    save_text(_beside(out, README), card(facts, report, certificate))
+    save_text(place, card(facts, report, certificate))

@@ -30,15 +30,14 @@ from lorakeet.models.text.adapters import add_adapter
 from lorakeet.models.text.compare import compare_outputs, first_tokens
 from lorakeet.models.text.load import load_text_model, read_config
 from lorakeet.models.text.model import TextModel
-from lorakeet.train.durable import new_folder
 from lorakeet.workflows.finetuning.evaluate_text import sampled_texts
 from lorakeet.workflows.finetuning.terminal import progress_line, show_certificate
 from lorakeet.workflows.merge import CERTIFICATE, CHECK_TOKENS, SAMPLED_TEXTS, SAMPLED_TOKENS, show_matrices
 from lorakeet.workflows.options import ExtractOptions
 from lorakeet.workflows.planning.check import MERGE_TOKENS, why_not_on_gpu
-from lorakeet.workflows.runs.certified import identified
+from lorakeet.workflows.runs.certified import certified_whole, identified
 from lorakeet.workflows.runs.open_adapter import NAME
-from lorakeet.workflows.runs.output_paths import require_absent, require_place, writing, writing_certificate
+from lorakeet.workflows.runs.output_paths import require_absent, require_place
 
 
 @dataclass(frozen=True)
@@ -83,16 +82,16 @@ def extract(options: ExtractOptions, *, console: Console) -> ExtractedAdapter:
         )
     found = replace(found, adapter=replace(found.adapter, base=base))
     _show(found, console)
-    with writing(f"The adapter {out}", "Free some space, or choose another --out."), new_folder(out) as place:
-        peft.write(found.adapter, place)
-    console.print(f"Wrote an adapter of {found.adapter.parameters:,} parameters to {out}", soft_wrap=True)
     if why_not := why_not_on_gpu("the comparison of both models", "auto", plain, copies=2):
         console.print(why_not, markup=False, soft_wrap=True)
-    certificate = _certify(base, tuned, out, (rows, data), console, why_not)
-    certificate = identified(certificate, out, ModelSpec(path=base))
+    with certified_whole(out, "The adapter") as made:
+        made.mkdir()
+        peft.write(found.adapter, made)
+        certificate = _certify((base, tuned), (made, out), (rows, data), console, why_not)
+        certificate = identified(certificate, made, ModelSpec(path=base))
+        certificate.write(made / CERTIFICATE)
+    console.print(f"Wrote an adapter of {found.adapter.parameters:,} parameters to {out}", soft_wrap=True)
     show_certificate(certificate, console)
-    with writing_certificate(out, "extract"):
-        certificate.write(out / CERTIFICATE)
     certificate.raise_if_failed()
     return ExtractedAdapter(out, found, certificate)
 
@@ -122,19 +121,19 @@ def _examples(rows: Sequence[Row], data: str, text: TextModel) -> Sequence[Examp
 
 
 def _certify(
-    base: str, tuned: str, out: Path, data: tuple[Sequence[Row], str], console: Console, why_not: str = ""
+    models: tuple[str, str], places: tuple[Path, Path], data: tuple[Sequence[Row], str], console: Console, why_not: str = ""
 ) -> Certificate:
     """KL(tuned ‖ base + adapter), beside KL(tuned ‖ base): an approximation has no tolerance but to be nearer than nothing.
 
     `why_not` says why both are computed on the CPU though there is a GPU.
     """
-    spec = EvaluateSpec()
+    (base, tuned), (made, out), spec = models, places, EvaluateSpec()
     device = "cpu" if why_not else "auto"
     specs = (ModelSpec(path=name, dtype="float32", products="float32", device=device) for name in (tuned, base))
     theirs, mine = (load_text_model(model, say=console.print) for model in specs)
     batches = micro_batches(_examples(*data, theirs), MERGE_TOKENS)
     before = compare_outputs((theirs, None), (mine, None), batches, spec=spec)
-    add_adapter(mine, peft.read(out), NAME)
+    add_adapter(mine, peft.read(made), NAME)
     after = compare_outputs((theirs, None), (mine, NAME), batches, spec=spec)
     distance = before.mean_kl.value
     measured = {"mean_kl": after.mean_kl.value, "non_finite": float(after.non_finite)}

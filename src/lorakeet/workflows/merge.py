@@ -43,9 +43,9 @@ from lorakeet.workflows.packing.base_choice import AT_LOAD, BaseChoice, both_bas
 from lorakeet.workflows.packing.base_choice import Into as DenseInto
 from lorakeet.workflows.packing.merge import merge_packed
 from lorakeet.workflows.planning.check import MERGE_TOKENS, CheckSize, fit_check, size_of_merge
-from lorakeet.workflows.runs.certified import identified
+from lorakeet.workflows.runs.certified import certified_whole, identified, of_model
 from lorakeet.workflows.runs.open_adapter import NAME, Opened, open_adapter
-from lorakeet.workflows.runs.output_paths import require_absent, require_place, writing, writing_certificate
+from lorakeet.workflows.runs.output_paths import require_absent, require_place, writing
 from lorakeet.workflows.runs.residency import peak_said, temporary_stores
 from lorakeet.workflows.runs.terminal import WholeTable
 from lorakeet.workflows.verification.merged_model import certify_combined, certify_merge, changes_of
@@ -206,18 +206,18 @@ class _ModelMerge:
                 "give the changes a --rank, or the check more --memory."
             )
         before = rounding_steps(source, quantize) if at_load else None
-        with peak_said(said.residency, console):
-            result = self._write(model, adapter, whole, before)
+        spec = evaluated.config.evaluate
+        with peak_said(said.residency, console), certified_whole(self.out, "The merged model") as made:
+            result = self._write(model, adapter, whole, before, made)
             notes = tuple(note for note in (*result.notes, choice.why) if note)
             for note in notes:
                 console.print(note, soft_wrap=True)
-            with temporary_stores(said.residency, f"{self.out} itself is written, but not checked: remove it and merge again."):
-                live, rows, effect, merged = self._sides(said, whole, dataset)
-                certificate = certify_merge(live, merged, rows, out=self.out, spec=evaluated.config.evaluate, effect=effect)
-                certificate = with_note(certificate, *(item.note for item in self.opened))
+            with temporary_stores(said.residency):
+                live, rows, effect, merged = self._sides(said, whole, dataset, made)
+                certificate = certify_merge(live, merged, rows, out=self.out, spec=spec, effect=effect)
+                certificate = with_note(of_model(certificate, made), *(item.note for item in self.opened))
+            certificate.write(made / CERTIFICATE)
         show_certificate(certificate, console)
-        with writing_certificate(self.out, "merge"):
-            certificate.write(self.out / CERTIFICATE)
         certificate.raise_if_failed()
         return Merged(self.out, certificate, result, combined, choice, notes)
 
@@ -230,22 +230,22 @@ class _ModelMerge:
         return replace(size, artefact=needs.disk, more_stores=0 if whole is None else 1)
 
     def _write(
-        self, source: Path | Checkpoint, adapter: Adapter, whole: Combination | None, before: Roundings | None
+        self, source: Path | Checkpoint, adapter: Adapter, whole: Combination | None, before: Roundings | None, made: Path
     ) -> MergeResult:
         console, first = self.console, self.opened[0]
         with progress_line(console, "folding") as step:
             result = merge_into(
-                source, adapter, self.out, dtype=self.dtype, tokenizer=first.tokenizer, before=before, on_progress=step,
+                source, adapter, made, dtype=self.dtype, tokenizer=first.tokenizer, before=before, on_progress=step,
                 change=whole.change if whole else None,
             )  # fmt: skip
         wrote = f"Wrote {result.tensors} tensors ({result.changed} changed, {result.bytes:,} bytes) to {self.out}"
         console.print(wrote, soft_wrap=True)
         if result.worst[0]:
             console.print(f"Rounding moved {result.worst[0]} most, by {result.worst[1]:.2g}", soft_wrap=True)
-        return result
+        return replace(result, folder=self.out)
 
     def _sides(
-        self, opened: Opened, whole: Combination | None, dataset: Dataset | None
+        self, opened: Opened, whole: Combination | None, dataset: Dataset | None, made: Path
     ) -> tuple[tuple[TextModel, str | None], Sequence[Example], Parity | None, TextModel]:
         """What should be, the rows to compare on, how far it is from the base where that is known, and what was written."""
         console, residency = self.console, opened.residency
@@ -260,7 +260,7 @@ class _ModelMerge:
             encoder = Encoder(live.tokenizer, dataclasses.replace(opened.config.data, supervise="all"), dataset.labels)
             rows = first_tokens(encode_rows(dataset.held_out, encoder).examples, CHECK_TOKENS)
         live.release()
-        spec = ModelSpec(path=str(self.out), dtype="float32", products="float32", device=opened.config.model.device)
+        spec = ModelSpec(path=str(made), dtype="float32", products="float32", device=opened.config.model.device)
         merged = load_text_model(spec, say=console.print, store=residency.store, slots=residency.way.slots)
         merged.release()
         if whole is None:

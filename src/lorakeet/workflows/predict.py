@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import re
-from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from itertools import islice
@@ -38,6 +38,7 @@ from lorakeet.evaluate.intervals import Estimate
 from lorakeet.evaluate.likelihood import label_log_probs
 from lorakeet.evaluate.reading.numbers import decimal_mark
 from lorakeet.evaluate.report.report import read_report
+from lorakeet.formats.identity import UNCERTIFIED
 from lorakeet.memory.cuda import enforcing_gpu_budget
 from lorakeet.models.generate.score import label_scores
 from lorakeet.models.inject import activate
@@ -149,7 +150,7 @@ def predict(options: PredictOptions, *, console: Console) -> Predicted:
     require_encodable(opened.config)
     labels = trained_labels(opened.run, opened.config.data)
     with spelling(_own_spelling()):
-        file = _read_first(options, opened.config.data, labels)
+        file = _read_first(options, opened, labels)
     one_line, unknown = (False, "") if labels else _one_line(opened)
     for note in file.notes:
         say(note)
@@ -170,13 +171,17 @@ def predict(options: PredictOptions, *, console: Console) -> Predicted:
     found = dataclasses.replace(found, notes=(*filter(None, (opened.note,)), *file.notes, *later))
     shortened = f", {found.shortened:,} shortened to {settings.data.max_tokens:,} tokens" if found.shortened else ""
     marked = f"{found.review:,} marked for review{measured.said}"
+    marked += "".join(f"; the adapter is {said}" for said in file.constant.values())
     say(f"{found.answered:,} of {found.rows:,} rows answered{shortened}; {marked}: {options.out}")
     return found
 
 
 @dataclass(frozen=True)
 class _RowsFile:
-    """A file that was read once: how it is read and written, its columns and those that are added, its rows and characters."""
+    """A file that was read once: how it is read and written, its columns and those that are added, its rows and characters.
+
+    `constant` is what each row has in an added column: that the adapter is uncertified.
+    """
 
     spec: DataSpec
     form: TableForm
@@ -185,10 +190,12 @@ class _RowsFile:
     rows: int
     characters: int
     notes: tuple[str, ...]
+    constant: Mapping[str, str]
 
 
-def _read_first(options: PredictOptions, trained: DataSpec, labels: Sequence[str]) -> _RowsFile:
+def _read_first(options: PredictOptions, opened: Opened, labels: Sequence[str]) -> _RowsFile:
     """Reads the whole file, so that what is wrong with it is known before the model is loaded."""
+    trained = opened.config.data
     given: dict[str, Any] = {name: getattr(options, name) for name in OWN_FLAGS}
     spec = dataclasses.replace(trained, limit=None, **{key: value for key, value in given.items() if value is not None})
     spec = dataclasses.replace(spec, train=options.data, held_out=None, test=None)
@@ -216,11 +223,13 @@ def _read_first(options: PredictOptions, trained: DataSpec, labels: Sequence[str
         raise DataError(f"No row of {given_name(options.data)} can be answered; first {empty.first}")
     if empty.count:
         notes.append(f"{empty.count:,} of {rows:,} rows get no answer; first {empty.first}")
-    columns = _new_columns(options, trained, contents.columns, labels)
-    if not (contents.fits and can_write(form.encoding, "".join(columns))):
+    said = opened.note if opened.note.startswith(UNCERTIFIED) else ""
+    columns = _new_columns(options, trained, contents.columns, labels, uncertified=bool(said))
+    constant = {columns[-1]: said} if said else {}
+    if not (contents.fits and can_write(form.encoding, "".join((*columns, said)))):
         form = form.in_utf_8(options.out, "a column or a cell has")
     notes += [form.said] if form.said else []
-    return _RowsFile(spec, form, tuple(contents.columns), columns, rows, characters, tuple(notes))
+    return _RowsFile(spec, form, tuple(contents.columns), columns, rows, characters, tuple(notes), constant)
 
 
 def table_decimal(records: Sequence[FileRecord], form: TableForm) -> str:
@@ -252,11 +261,14 @@ def _own_remedies(remedies: Iterable[Remedy]) -> Iterator[Remedy]:
             yield dataclasses.replace(one, setting=name.replace("_", "-"))
 
 
-def _new_columns(options: PredictOptions, trained: DataSpec, known: Collection[str], labels: Sequence[str]) -> tuple[str, ...]:
+def _new_columns(
+    options: PredictOptions, trained: DataSpec, known: Collection[str], labels: Sequence[str], *, uncertified: bool
+) -> tuple[str, ...]:
     """The names of the added columns; ConfigError if a record of the file has one of them."""
     own = (trained.label_column or "label") if labels else ANSWER
     name = options.column or (f"{own}_predicted" if own in known else own)
-    columns = (name, f"{name}_probability", f"{name}_margin", f"{name}_review") if labels else (name, f"{name}_review")
+    endings = ("probability", "margin") * bool(labels) + ("review",) + ("adapter",) * uncertified
+    columns = (name, *(f"{name}_{ending}" for ending in endings))
     if not can_write("utf-8", name):
         raise ConfigError(f"{spelt('column')} {name!r} has half of a character. Choose another name.")
     if taken := [column for column in columns if column in known]:
@@ -289,6 +301,7 @@ def _written(options: PredictOptions, file: _RowsFile, answerer: _Answerer) -> P
     """Reads the rows once more, and writes each with its answer."""
     counts = {"rows": 0, "answered": 0, "review": 0, "shortened": 0, "replaced": 0}
     known = {*file.own}
+    own = [name for name in file.columns if name not in file.constant]
     ignored = RowProblems(options.data)  # all are known since the first reading
     shaped = row_shaper(given_name(options.data), file.spec, answerer.encoder.labels, ignored)
     with (
@@ -302,7 +315,7 @@ def _written(options: PredictOptions, file: _RowsFile, answerer: _Answerer) -> P
             for record, answer in zip(records, answers, strict=True):
                 if new := record.values.keys() - known:
                     raise DataError(f"{options.data} changed while it was answered: column {min(new)!r} is new. Try again.")
-                counts["replaced"] += not write({**record.values, **answer.cells(file.columns)})
+                counts["replaced"] += not write({**record.values, **answer.cells(own), **file.constant})
                 counts["answered"] += bool(answer.text)
                 counts["review"] += answer.review
                 counts["shortened"] += answer.shortened

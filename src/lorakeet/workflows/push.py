@@ -12,14 +12,14 @@ from rich.console import Console
 
 from lorakeet.disk import read_regular
 from lorakeet.errors import DataError, one_message
-from lorakeet.evaluate.certificate import with_digest
+from lorakeet.evaluate.certificate import read_certificate, with_digest
 from lorakeet.exporting.hub import Uploaded, upload
 from lorakeet.exporting.published_readme import published_readme
-from lorakeet.formats.identity import require_certified
+from lorakeet.formats.identity import accept_content, content_differences, require_certified
 from lorakeet.train.run import RunFolder
 from lorakeet.workflows.options import PushOptions
-from lorakeet.workflows.runs.certified import require_own_base
-from lorakeet.workflows.runs.pushing_options import CERTIFICATE, beside, named_base, named_here, require_pushable
+from lorakeet.workflows.runs.certified import model_identity, require_own_base
+from lorakeet.workflows.runs.pushing_options import CERTIFICATE, certificate_of, named_base, named_here, require_pushable
 
 README, REPORT = "README.md", "report.html"
 _TEXTS = (README, REPORT, "adapter_config.json")
@@ -47,6 +47,10 @@ def push_run(options: PushOptions, *, console: Console) -> Pushed:
     say = partial(console.print, markup=False, soft_wrap=True)
     require_certified(run.path, uncertified=options.uncertified, say=say)
     require_own_base(run.path, uncertified=options.uncertified, say=say)
+    for artefact in filter(None, (options.merged, options.gguf)):
+        certificate = read_certificate(certificate_of(artefact))
+        apart = content_differences(certificate.identity, model_identity(artefact)) if certificate.identity else []
+        accept_content(str(artefact), apart, uncertified=options.uncertified, say=say)
     files = _files(options, run)
     if REPORT in files:
         say(f"{REPORT} shows rows of the data; --no-report leaves it out.")
@@ -68,7 +72,7 @@ def _files(options: PushOptions, run: RunFolder) -> dict[str, Path | bytes]:
         files[CERTIFICATE] = _own(run.certificate)
     if options.gguf is not None:
         files[options.gguf.name] = options.gguf
-        certificate = _own(beside(options.gguf, CERTIFICATE))
+        certificate = _own(certificate_of(options.gguf))
         files[certificate.name] = certificate
     if run.page.is_file() and options.report:
         files[REPORT] = _own(run.page)

@@ -63,7 +63,15 @@ from lorakeet.workflows.planning.fit import Say
 from lorakeet.workflows.runs.open_adapter import NAME, Opened, open_adapter
 from lorakeet.workflows.runs.output_paths import writing
 from lorakeet.workflows.runs.residency import peak_said, temporary_stores
-from lorakeet.workflows.verification.artefact import Artefact, InTorch, Messages, is_there, live_side, open_artefact
+from lorakeet.workflows.verification.artefact import (
+    Artefact,
+    InTorch,
+    Messages,
+    artefact_name,
+    is_there,
+    live_side,
+    open_artefact,
+)
 from lorakeet.workflows.verification.checks import (
     Probes,
     ask_all,
@@ -229,7 +237,8 @@ def certify_artefacts(
     modules: list[ServedModules] = []
     incomplete: dict[str, str] = {}
     for target in options.against:
-        say(f"Comparing {target} with the live adapter.")
+        shown = target if target.startswith(SERVERS) else artefact_name(Path(target), beside)
+        say(f"Comparing {shown} with the live adapter.")
         if target.startswith(SERVERS):
             server = Server(target, F16, key)
             precision = (server.said_precision() if options.precision == "auto" else "") or options.precision

@@ -51,8 +51,9 @@ from lorakeet.workflows.finetuning.terminal import show_certificate
 from lorakeet.workflows.options import MergeOptions
 from lorakeet.workflows.planning.fit import require_space_to_unpack
 from lorakeet.workflows.planning.packed_merge import PackedMergeJob, calibration, fit_packed_merge, products_of, reloaded
+from lorakeet.workflows.runs.certified import certified_whole, of_model
 from lorakeet.workflows.runs.open_adapter import NAME, Opened
-from lorakeet.workflows.runs.output_paths import writing_certificate
+from lorakeet.workflows.runs.pushing_options import beside
 from lorakeet.workflows.runs.residency import peak_said, require_planned_attention, stream_closed, temporary_stores
 from lorakeet.workflows.runs.terminal import WholeTable
 
@@ -87,16 +88,16 @@ def merge_packed(
     check_tokens(job.rows, inputs_of_widest({path: cast(nn.Module, find(plain, path)) for path in layout.layers}))
     del plain
     opened = fit_packed_merge(job, out, console)
-    with temporary_stores(opened.residency), peak_said(opened.residency, console):
-        solved, shares = _written(Merging(opened, dataset, layout, options, console), out)
+    residency = opened.residency
+    with temporary_stores(residency), certified_whole(out, "The merged model") as made, peak_said(residency, console):
+        solved, shares = _written(Merging(opened, dataset, layout, options, console), made)
+        certificate = with_note(of_model(_certificate(layout, shares, options, solved), made), opened.note)
+        certificate.write(beside(out, CERTIFICATE) if layout.file else made / CERTIFICATE)  # first: no file is without its own
     table = WholeTable("way", "share of the held-out gain", title="What survives of the adapter", title_justify="left")
     for system, share in shares.items():
         table.add_row(system, str(share))
     console.print(table)
-    certificate = with_note(_certificate(layout, shares, options, solved), opened.note)
     show_certificate(certificate, console)
-    with writing_certificate(out, "merge"):
-        certificate.write(out.with_name(f"{out.name}.{CERTIFICATE}") if layout.file else out / CERTIFICATE)
     certificate.raise_if_failed()
     return certificate, shares
 
@@ -124,7 +125,7 @@ def _written(merge: Merging, out: Path) -> tuple[Mapping[str, Requantised], dict
         scales = f"{kept} with the file's own scales, the others with fitted ones"
         console.print(f"{len(solved)} layers packed: {scales}.", soft_wrap=True)
         written = write_repacked(layout, bases, out, tokenizer=opened.tokenizer, waiting=opened.residency.waiting())
-        console.print(f"Wrote {written:,} bytes to {out}", soft_wrap=True)
+        console.print(f"Wrote {written:,} bytes", soft_wrap=True)
     outcome = {path: replace(found, base=meta_base(found.base), latent=None) for path, found in solved.items()}
     _drop(text)
     del text, solved, bases  # one model at a time

@@ -3,18 +3,23 @@
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Iterator
+from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
 
 from lorakeet.config import read_run
 from lorakeet.data.locate import locate_model
+from lorakeet.disk import written_whole
 from lorakeet.errors import LorakeetError
 from lorakeet.evaluate.certificate import Certificate
+from lorakeet.exporting.ollama import MODELFILE
 from lorakeet.formats.files.json_object import read_object
-from lorakeet.formats.identity import CONFIG_NAME, QUANTISATION, WEIGHTS, Say, identity_of, require_base
+from lorakeet.formats.identity import CONFIG_NAME, QUANTISATION, WEIGHTS, Say, identity_of, require_base, tokenizer_identity
 from lorakeet.models.files.fingerprint import content_of
 from lorakeet.models.spec import ModelSpec
 from lorakeet.train.run import RunFolder
+from lorakeet.workflows.runs.output_paths import writing
 
 
 def base_identity(model: ModelSpec) -> dict[str, str]:
@@ -47,6 +52,26 @@ def identified(certificate: Certificate, folder: Path, base: ModelSpec | None) -
     """The certificate with what the adapter in `folder` and the base that it was trained on hold."""
     found = identity_of(folder) | ({} if base is None else base_identity(base))
     return dataclasses.replace(certificate, identity=found)
+
+
+def of_model(certificate: Certificate, model: Path) -> Certificate:
+    """The certificate with what the merged model in a folder, or in a file, holds."""
+    return dataclasses.replace(certificate, identity=model_identity(model))
+
+
+def model_identity(model: Path) -> dict[str, str]:
+    """What a written model holds: its weights with config.json, as of a base, and its tokenizer; or the files for Ollama."""
+    if (model / MODELFILE).is_file():
+        files = sorted(file for file in model.iterdir() if file.suffix == ".gguf" or file.name == MODELFILE)
+        return {f"model {file.name}": content_of(file) for file in files}
+    return {"model weights": content_of(model)} | (tokenizer_identity(model) if model.is_dir() else {})
+
+
+@contextmanager
+def certified_whole(out: Path, what: str) -> Iterator[Path]:
+    """Yields where to make `out`, which appears by one rename when the block ends: with its certificate, or not at all."""
+    with writing(f"{what} {out}", "Free some space, or choose another --out."), written_whole(out) as made:
+        yield made
 
 
 def require_own_base(path: Path, base: Path | None = None, *, uncertified: bool, say: Say) -> str:

@@ -83,11 +83,3 @@ def writing(what: str, remedy: str) -> Iterator[None]:
     except OSError as error:
         why, remedy = refusal(error, remedy)
         raise EnvironmentProblem(f"{what} could not be written: {why} ({error}). {remedy}") from error
-
-
-@contextmanager
-def writing_certificate(out: Path, verb: str, what: str = "The certificate") -> Iterator[None]:
-    """As `writing`, for what is written about `out` once that is on disk; it stays, unverified."""
-    remedy = f"{out} itself is written. Free some space, remove it and {verb} again, or choose another --out."
-    with writing(f"{what} of {out}", remedy):
-        yield

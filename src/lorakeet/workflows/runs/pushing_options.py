@@ -26,11 +26,11 @@ def require_pushable(options: PushOptions) -> RunFolder:
     if options.merged is not None:
         if not (options.merged / "config.json").is_file():
             raise DataError(f"{options.merged} is no merged model. Write one with: lorakeet merge {options.run} --out FOLDER")
-        _require_passed(options.merged / CERTIFICATE, str(options.merged))
+        _require_passed(certificate_of(options.merged), str(options.merged))
     if options.gguf is not None:
         if not options.gguf.is_file():
             raise DataError(f"{options.gguf} does not exist. Write it with: lorakeet export {options.run} --out {options.gguf}")
-        _require_passed(beside(options.gguf, CERTIFICATE), str(options.gguf))
+        _require_passed(certificate_of(options.gguf), str(options.gguf))
     base = named_base(run)
     if options.base is None and named_here(base) and not base.startswith(PACKAGE):
         raise ConfigError(f"The base is named {base}, found on this machine only. Give its id on the hub with --base.")
@@ -46,6 +46,11 @@ def named_base(run: RunFolder) -> str:
 def beside(file: Path, name: str) -> Path:
     """Where an export to one file keeps its certificate."""
     return file.with_name(f"{file.stem}.{name}")
+
+
+def certificate_of(artefact: Path) -> Path:
+    """Where the certificate of a written model is: in its folder, or beside its file."""
+    return artefact / CERTIFICATE if artefact.is_dir() else beside(artefact, CERTIFICATE)
 
 
 def named_here(name: str) -> bool:
