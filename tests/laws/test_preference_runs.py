@@ -203,7 +203,7 @@ def test_an_adapter_of_another_base_is_refused(
 ) -> None:
     other = save_tiny_llama(tmp_path / "other", seed=5)
     for changes in ({"lora.continue_from": taught}, {"train.reference": taught}):
-        with pytest.raises(ConfigError, match="whose weights are others"):
+        with pytest.raises(VerificationFailed, match="base weights has changed"):
             run(other, rows / "pairs.jsonl", tmp_path / "run", {"train.objective": "dpo", **changes})
         shutil.rmtree(tmp_path / "run", ignore_errors=True)
 

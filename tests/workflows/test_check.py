@@ -63,11 +63,9 @@ def test_the_majority_class_has_to_be_beaten_too_where_it_is_compared(finished: 
 
 def test_a_failed_certificate_fails(finished: Any, tmp_path: Path) -> None:
     run = shutil.copytree(finished.path, tmp_path / "run")
-    told = json.loads((run / "certificate.json").read_text())
-    told["checks"][0]["measured"][next(iter(told["checks"][0]["tolerance"]))] = 1e9
-    told["checks"][0]["passed"] = told["passed"] = False
-    (run / "certificate.json").write_text(json.dumps(told))
-    with pytest.raises((VerificationFailed, DataError)):
+    before = read_certificate(run / "certificate.json")
+    replace(before, checks=(replace(before.checks[0], passed=False), *before.checks[1:])).write(run / "certificate.json")
+    with pytest.raises(VerificationFailed):
         check(CheckOptions(run=str(run)), console=quiet())
     assert check(CheckOptions(run=str(run), certificate="any", loss=None), console=quiet()).requirements == ()
 

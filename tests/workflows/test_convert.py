@@ -87,10 +87,11 @@ def test_a_run_goes_to_gguf_with_its_own_base(kind: str, tiny_llama_folder: Path
     peft.write(random_adapter(tiny_model("llama"), "q_proj"), run / "adapter")
     (run / "config.yaml").write_text(dump_yaml(read_run(None, {"model": str(base), "data.train": "rows.jsonl"})))
     for source, out in ((run, "out.gguf"), (run / "adapter", "same.gguf")):
-        done = convert(ConvertOptions(source, tmp_path / out, to="gguf"), console=Console(quiet=True))
+        done = convert(ConvertOptions(source, tmp_path / out, to="gguf", uncertified=True), console=Console(quiet=True))
         assert f"The base is {base}, on which {run} was trained; --base would name another one." in done.notes
     config = tiny_llama_folder / "config.json"
-    named = convert(ConvertOptions(run, tmp_path / "named.gguf", to="gguf", base=config), console=Console(quiet=True))
+    options = ConvertOptions(run, tmp_path / "named.gguf", to="gguf", base=config, uncertified=True)
+    named = convert(options, console=Console(quiet=True))
     assert not any("The base is" in note for note in named.notes)
     written = [(tmp_path / name).read_bytes() for name in ("out.gguf", "same.gguf", "named.gguf")]
     assert written[0] == written[1] == written[2]
@@ -101,7 +102,7 @@ def test_without_a_base_on_this_machine_it_must_be_named(tmp_path: Path) -> None
     peft.write(text_adapter(), run / "adapter")
     (run / "config.yaml").write_text(dump_yaml(read_run(None, {"model": str(tmp_path / "gone"), "data.train": "rows.jsonl"})))
     with pytest.raises(ConfigError, match="name the base: --base FOLDER"):
-        convert(ConvertOptions(run, tmp_path / "out.gguf", to="gguf"), console=Console(quiet=True))
+        convert(ConvertOptions(run, tmp_path / "out.gguf", to="gguf", uncertified=True), console=Console(quiet=True))
 
 
 def test_dora_goes_to_gguf_folded_on_request(tmp_path: Path) -> None:

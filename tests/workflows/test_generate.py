@@ -180,7 +180,7 @@ def test_the_base_of_a_run_is_the_one_that_it_was_trained_on(tmp_path: Path, nam
 def test_pictures_are_drawn_with_the_base_of_the_run(
     inside: str, adapters: dict[str, Path], tiny_sd_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Beside config.yaml and the adapter nothing need be there."""
+    """Beside config.yaml and the adapter nothing need be there but, unless that is allowed, the certificate."""
     run, asked = tmp_path / "run", []
     shutil.copytree(adapters["linear"], run / "adapter")
     (run / "config.yaml").write_text(dump_yaml(image_config(tiny_sd_folder, tmp_path, model__quantize="int8")))
@@ -190,7 +190,7 @@ def test_pictures_are_drawn_with_the_base_of_the_run(
         return load_image_model(spec, **options)
 
     monkeypatch.setattr("lorakeet.workflows.generate.load_image_model", load)
-    drawn(tmp_path / "out", adapter=(str(run / inside),), steps=1)
+    drawn(tmp_path / "out", adapter=(str(run / inside),), steps=1, uncertified=True)
     assert [(spec.path, spec.quantize.method, spec.dtype) for spec in asked] == [(str(tiny_sd_folder), "int8", "float32")]
 
 

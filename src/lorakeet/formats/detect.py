@@ -158,9 +158,8 @@ def read_certified(
         return files[0]
 
     configured = config_bytes(found.path)
-    adapter = peft.read(found.path, opened=opened, configured=configured)
-    note = require_certified(path, held=Held(files[0], configured), uncertified=uncertified, say=say)
-    return _plausible(found, adapter, say), note
+    adapter = _plausible(found, peft.read(found.path, opened=opened, configured=configured), say)
+    return adapter, require_certified(path, held=Held(files[0], configured), uncertified=uncertified, say=say)
 
 
 def _plausible(found: Found, adapter: Adapter, say: Say) -> Adapter:

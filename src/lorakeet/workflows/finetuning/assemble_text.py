@@ -184,11 +184,11 @@ def add_pairs(setup: TextAssembly, plan: Plan, *, seed: int, name: str = "defaul
     text = initialise_adapter(setup.text, plan, seed=seed, token_ids=setup.new_token_ids, name=name, directions=directions)
     if (earlier := setup.config.lora.continue_from) is not None:
         adapter = read_earlier(setup.config, earlier)
-        require_same_base(Path(earlier), adapter, text)
+        require_same_base(Path(earlier), adapter, text, setup.config)
         start_from(text, plan, adapter, name)
     if (below := setup.config.lora.on_top_of) is not None:
         adapter = read_earlier(setup.config, below)
-        require_same_base(Path(below), adapter, text)
+        require_same_base(Path(below), adapter, text, setup.config)
         start_on_top(text, plan, adapter, name)
     if directions or reads_weights(setup.config):
         release_free_memory()  # measuring, or a matrix in fp32, leaves freed memory that training has no use for

@@ -193,7 +193,7 @@ def _kept_reference(setup: TextAssembly, run: RunFolder) -> Adapter | None:
         return read_adapter(run.reference_adapter)
     path, held = reference_path(setup.config), reference_adapter(setup.config)
     if path is not None and held is not None:
-        require_same_base(path, held, setup.text)
+        require_same_base(path, held, setup.text, setup.config)
     return held
 
 

@@ -47,7 +47,7 @@ class PairTrials(Trials):
         self.unit = f"in the {self.measure}"
         self._held, path = reference_adapter(self.setup.config), reference_path(self.setup.config)
         if self._held is not None and path is not None:
-            require_same_base(path, self._held, self.setup.text)
+            require_same_base(path, self._held, self.setup.text, self.setup.config)
         self._known: dict[SearchPoint | None, tuple[Floats, dict[bytes, Floats]]] = {}
         rows = (*self.setup.dataset.train, *self.setup.dataset.held_out, *self.setup.dataset.test)
         self._wanted = {row.key: bool(row.desirable) for row in rows}
