@@ -26,6 +26,7 @@ from lorakeet.train.text.preference_task import PreferenceTask
 from lorakeet.workflows.evaluate import evaluate
 from lorakeet.workflows.finetune import FinetuneResult, finetune
 from lorakeet.workflows.options import EvaluateOptions, FinetuneOptions
+from tiny.exports import certified_anew
 from tiny.models import save_tiny_llama
 from tiny.runs import WORDS, adapter_bytes, quiet, run, sentence, settings, write_rows
 
@@ -364,7 +365,7 @@ def test_a_run_on_top_of_an_adapter_that_changed_is_not_resumed(taught: Path, ti
     shutil.rmtree(earlier / "adapter")
     (earlier / "adapter").mkdir()
     peft.write(changed, earlier / "adapter")
-    (earlier / "certificate.json").unlink()  # which would find the change first
+    certified_anew(earlier)  # or its certificate would find the change first
     with pytest.raises(ConfigError, match="the earlier adapter"):
         resumed = settings(tiny_llama_folder, data, tmp_path / "run", changes)
         finetune(resumed, FinetuneOptions(resume=tmp_path / "run"), console=quiet())

@@ -18,6 +18,7 @@ from lorakeet.formats.identity import BASE, identity_of
 from lorakeet.formats.peft import peft
 from lorakeet.merging.merged_folder import merge_into
 from lorakeet.models.text.load import load_tokenizer
+from lorakeet.serve.probe import FACT
 
 
 def loud_run(run: Path, out: Path, *, seed: int = 0) -> Path:
@@ -36,10 +37,11 @@ def loud_run(run: Path, out: Path, *, seed: int = 0) -> Path:
 
 
 def certified_anew(run: Path) -> None:
-    """Makes the certificate of a run one of the adapter that is there now: a test has changed it."""
+    """Makes the certificate of a run one of the adapter that is there now, without the probe of the one before."""
     held = read_certificate(run / "certificate.json")
     base = {name: value for name, value in held.identity.items() if name.startswith(BASE)}
-    dataclasses.replace(held, identity={**identity_of(run / "adapter"), **base}).write(run / "certificate.json")
+    facts = {name: value for name, value in held.facts.items() if name != FACT}
+    dataclasses.replace(held, facts=facts, identity={**identity_of(run / "adapter"), **base}).write(run / "certificate.json")
 
 
 def write_model(base: Path, adapter: Adapter | None, out: Path, quant: str = "f32", **more: Any) -> Path:

@@ -85,7 +85,7 @@ def test_faithful_artefacts_pass_and_the_run_keeps_the_proof(loud: Loud, tmp_pat
     console = Console(file=(said := io.StringIO()), width=300)
     found = verify(VerifyOptions(str(run), against=targets, base_gguf=loud.base_gguf, rows=2), console=console)
     named = [line for line in said.getvalue().splitlines() if line.startswith("Comparing ")]
-    assert named == [f"Comparing {target} with the live adapter." for target in targets]
+    assert named == [f"Comparing {Path(target).name} with the live adapter." for target in targets]
     assert found.to_mapping()["passed"] is True and found.exit_code == 0
     kept = read_certificate(run / "certificate.json")
     kinds = ["prompt ids", "logits", "answers", "greedy text", "weights"]

@@ -26,7 +26,7 @@ from lorakeet.workflows.verification.artefact import InTorch, live_side
 from lorakeet.workflows.verification.diagnose import changed_pairs
 from lorakeet.workflows.verification.rounding import Reading, SplitSums, in_groups, replicas, replicas_of_few_bits, seen_by
 from lorakeet.workflows.verify import verify
-from tiny.exports import loud_run
+from tiny.exports import certified_anew, loud_run
 from tiny.runs import quiet
 from tiny.site import Site
 
@@ -90,7 +90,6 @@ def test_in_fp32_every_order_is_the_live_adapter(loud: Path) -> None:
 def test_a_server_in_bfloat16_is_measured_and_no_false_alarm(finished: Any, loud: Path, tmp_path: Path) -> None:
     """Real rounding passes and says by which format; the adapter with 0.8 of its scale does not."""
     run = shutil.copytree(loud, tmp_path / "run")
-    (run / "certificate.json").unlink()  # its record is of the adapter before it was made loud
     weak = shutil.copytree(run, tmp_path / "weak")
     config = weak / "adapter" / "adapter_config.json"
     held = open_adapter(run).adapter
@@ -98,6 +97,7 @@ def test_a_server_in_bfloat16_is_measured_and_no_false_alarm(finished: Any, loud
     alpha = next(iter(held.pairs.values())).alpha
     config.write_text(config.read_text().replace(shown, f'"lora_alpha": {0.8 * alpha:g}'))
     assert shown not in config.read_text()
+    certified_anew(weak)
     text = load_text_model(ModelSpec(path=str(finished.model), dtype="bfloat16"))
     live = ServingModel(text)
     engine = Engine(text, live.selection, slots=2, context=256, chunk=64)

@@ -221,7 +221,6 @@ def test_a_check_says_when_and_against_what_it_was_made(finished: Any, loud: Pat
 
 def test_lorakeet_serve_gives_what_the_live_adapter_gives(finished: Any, loud: Path, tmp_path: Path) -> None:
     run = shutil.copytree(loud, tmp_path / "run")
-    (run / "certificate.json").unlink()  # its record is of the adapter before it was made loud
     text = load_text_model(ModelSpec(path=str(finished.model), dtype="float32"))
     live = ServingModel(text)
     engine = Engine(text, live.selection, slots=2, context=256, chunk=64)

@@ -104,7 +104,7 @@ def test_names_of_targets_are_quoted() -> None:
 def test_the_command(finished: Any, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     """A right server ends it with 0, the base with 3, none with 2; the run's certificate stays as it was."""
     run = loud_run(finished.path, tmp_path / "run")
-    (run / "certificate.json").unlink()
+    before = (run / "certificate.json").read_bytes()
     tokenizer, metrics = load_tokenizer(finished.model), tmp_path / "m.prom"
     right = write_model(finished.model, open_adapter(run).adapter, tmp_path / "right.gguf")
     base = write_model(finished.model, None, tmp_path / "base.gguf")
@@ -116,7 +116,7 @@ def test_the_command(finished: Any, tmp_path: Path, capsys: pytest.CaptureFixtur
     with serving(base, tokenizer, "vLLM") as wrong:
         assert main([*shared, "--watch", wrong]) == 3
     assert f'lorakeet_watched_certified{{target="{wrong}"}} 0' in metrics.read_text()
-    assert not (run / "certificate.json").exists()
+    assert (run / "certificate.json").read_bytes() == before
     assert main([*shared, "--watch", "here"]) == 2 and "expected the address of a server" in capsys.readouterr().err
     assert main([*shared, "--watch", url, "--against", url]) == 2
     shutil.rmtree(run)
