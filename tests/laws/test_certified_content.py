@@ -186,7 +186,7 @@ def test_what_was_read_is_compared(copied: Path, finished: Any, place: str, monk
             if "serve" in place:
                 live = ServingModel(load_text_model(ModelSpec(path=str(finished.model), dtype="float32")))
                 source = inspect_adapter(copied, live)
-                read_stored_adapter(source, "a", live, lambda path, held: require_certified(path, held=held))
+                read_stored_adapter(source, "a", live, lambda path, read: require_certified(path, read=read))
             else:
                 read_certified(copied, say=lambda _: None)
     assert require_certified(copied) == ""

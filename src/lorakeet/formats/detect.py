@@ -17,7 +17,7 @@ from lorakeet.formats.diffusion import diffusers, kohya, lycoris
 from lorakeet.formats.files.base_model import BaseModel
 from lorakeet.formats.files.loaded_file import LoadedFile, load_safetensors
 from lorakeet.formats.files.safetensors_file import open_safetensors
-from lorakeet.formats.identity import Held, require_certified
+from lorakeet.formats.identity import AdapterFiles, require_certified
 from lorakeet.formats.peft import peft
 from lorakeet.formats.peft.peft_config import CONFIG_NAME, LARGEST_SCALE, config_bytes
 
@@ -159,7 +159,7 @@ def read_certified(
 
     configured = config_bytes(found.path)
     adapter = _plausible(found, peft.read(found.path, opened=opened, configured=configured), say)
-    return adapter, require_certified(path, held=Held(files[0], configured), uncertified=uncertified, say=say)
+    return adapter, require_certified(path, read=AdapterFiles(files[0], configured), uncertified=uncertified, say=say)
 
 
 def _plausible(found: Found, adapter: Adapter, say: Say) -> Adapter:

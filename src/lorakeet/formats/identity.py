@@ -33,22 +33,23 @@ _TOKENIZER = (
 _SHOWN = 8  # names in a refusal
 
 
-class Held(NamedTuple):
+class AdapterFiles(NamedTuple):
     """The files of a PEFT folder as they were read: what is compared is then what is used, even if they change meanwhile."""
 
     tensors: LoadedFile
     config: bytes
 
 
-def identity_of(folder: Path, held: Held | None = None) -> dict[str, str]:
+def identity_of(folder: Path, read: AdapterFiles | None = None) -> dict[str, str]:
     """By name: the SHA-256 of each tensor (dtype, shape, bytes) and tokenizer file of a PEFT folder, and each key of its config.
 
-    Heads and token rows are tensors of the same file. Of what is `held` no file is read. DataError for a damaged file.
+    Heads and token rows are tensors of the same file. Files that were read before are not read again.
+    DataError for a damaged file.
     """
     with readable(folder / CONFIG_NAME):
-        raw = read_regular(folder / CONFIG_NAME) if held is None else held.config
+        raw = read_regular(folder / CONFIG_NAME) if read is None else read.config
     config = parse_object(raw, folder / CONFIG_NAME, expected="the settings of an adapter")
-    found = dict(_tensors(folder / MODEL_NAME) if held is None else held.tensors.tensor_digests)
+    found = dict(_tensors(folder / MODEL_NAME) if read is None else read.tensors.tensor_digests)
     found |= {f"config {key}": _canonical(value) for key, value in sorted(config.items()) if key not in _NOT_COMPUTED}
     return found | tokenizer_identity(folder)
 
@@ -120,7 +121,9 @@ def _places(path: Path) -> list[Path]:
     return [folder / CERTIFICATE, folder.absolute().parent / CERTIFICATE]
 
 
-def require_certified(path: Path, *, held: Held | None = None, uncertified: bool = False, say: Say = lambda _: None) -> str:
+def require_certified(
+    path: Path, *, read: AdapterFiles | None = None, uncertified: bool = False, say: Say = lambda _: None
+) -> str:
     """Compares the adapter at `path` with its certificate: empty if it is the same, or a note for results, which `say` hears.
 
     VerificationFailed names what differs, unless `uncertified`; DataError for a certificate that was edited.
@@ -139,7 +142,7 @@ def require_certified(path: Path, *, held: Held | None = None, uncertified: bool
         return note
     folder = path if path.is_dir() else path.parent
     folder = folder if (folder / MODEL_NAME).is_file() or not (folder / "adapter").is_dir() else folder / "adapter"
-    return accept_content(str(path), content_differences(certified, identity_of(folder, held)), uncertified=uncertified, say=say)
+    return accept_content(str(path), content_differences(certified, identity_of(folder, read)), uncertified=uncertified, say=say)
 
 
 def _is_run(folder: Path) -> bool:
@@ -151,7 +154,7 @@ def require_base(
     path: Path, base: Callable[[], Mapping[str, str]], *, quantised: bool = False, uncertified: bool = False,
     say: Say = lambda _: None,
 ) -> str:  # fmt: skip
-    """Compares what the `base` at hand holds with what the certificate of the adapter at `path` says, as `require_certified`.
+    """Compares what the available `base` holds with what the certificate of the adapter at `path` says, as `require_certified`.
 
     A base of nothing is not on this machine, which is said. With `quantised` the same base quantised otherwise is accepted with
     a note: that was requested.

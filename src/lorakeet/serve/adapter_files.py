@@ -21,7 +21,7 @@ from lorakeet.formats.files.base_model import open_base
 from lorakeet.formats.files.digest import add_file
 from lorakeet.formats.files.loaded_file import LoadedFile, load_safetensors, open_header
 from lorakeet.formats.files.lru_cache import LruCache
-from lorakeet.formats.identity import Held
+from lorakeet.formats.identity import AdapterFiles
 from lorakeet.formats.peft import peft
 from lorakeet.formats.peft.peft_config import CONFIG_NAME, config_bytes
 from lorakeet.kernels.cpu.inference_pairs import even
@@ -120,7 +120,7 @@ def _seen(outline: Adapter) -> _Seen:
 
 
 def read_stored_adapter(
-    source: AdapterSource, name: str, live: ServingModel, compare: Callable[[Path, Held | None], object] = lambda *_: None
+    source: AdapterSource, name: str, live: ServingModel, compare: Callable[[Path, AdapterFiles | None], object] = lambda *_: None
 ) -> tuple[Adapter, AdapterSource]:
     """Reads the adapter with its numbers; returns it and its source with the digest.
 
@@ -137,7 +137,7 @@ def read_stored_adapter(
             adapter = peft.read(source.path, opened=partial(_kept, opened, source.private, known), configured=configured)
         else:
             adapter = _converted(source.found, live)
-    compare(source.path, Held(opened[0], configured) if opened else None)
+    compare(source.path, AdapterFiles(opened[0], configured) if opened else None)
     if any(pair.kind == "experts" for pair in adapter.pairs.values()):
         adapter = _apart_from_file(adapter)
     if known and stamp == _stamp(source.found):

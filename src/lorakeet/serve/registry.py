@@ -19,7 +19,7 @@ from pathlib import Path
 from lorakeet.core.adapter import Adapter
 from lorakeet.errors import ConfigError, EnvironmentProblem, VerificationFailed, nearest
 from lorakeet.formats.files.loaded_file import free_spare_memory
-from lorakeet.formats.identity import Held, find_certificate, require_base, require_certified
+from lorakeet.formats.identity import AdapterFiles, find_certificate, require_base, require_certified
 from lorakeet.models.text.serving import ServingModel
 from lorakeet.serve.adapter_files import AdapterSource, inspect_adapter, read_stored_adapter
 from lorakeet.serve.cache_slots import Key, prefix_key
@@ -77,13 +77,14 @@ class Registry:
         budget: int | None = None,
         changed: Callable[[], object] | None = None,
         uncertified: bool = False,
-        held: Callable[[], Mapping[str, str]] | None = None,
+        stored_base: Callable[[], Mapping[str, str]] | None = None,
     ) -> None:
         """`budget`: bytes of adapters in memory and of the copies that texts use, of adapters and of mixes. `changed` is called
-        after names are added, removed or replaced. `held` says what the base holds (formats/identity); None: not compared.
+        after names are added, removed or replaced. `stored_base` says what the base holds (formats/identity); None: not compared.
         """
         self.live, self.engine, self.base, self.budget = live, engine, base, budget
-        self._uncertified, self._held = uncertified, held  # serve adapters that are not what their certificates were made for
+        self._uncertified = uncertified  # serve adapters that are not what their certificates were made for
+        self._stored_base = stored_base
         self.prober = Prober(live.text, live.selection)
         self._changed = changed or (lambda: None)
         self.loaded: Callable[[Version], object] = lambda _: None  # called with every version that was read into memory
@@ -325,11 +326,11 @@ class Registry:
             raise
         return adapter
 
-    def require_certified(self, path: Path, held: Held | None = None, *, say: Callable[[str], object]) -> None:
+    def require_certified(self, path: Path, read: AdapterFiles | None = None, *, say: Callable[[str], object]) -> None:
         """Compares an adapter and the base with its certificate. VerificationFailed if they differ, unless that is allowed."""
-        require_certified(path, held=held, uncertified=self._uncertified, say=say)
-        if self._held is not None:
-            require_base(path, self._held, quantised=True, uncertified=self._uncertified, say=say)
+        require_certified(path, read=read, uncertified=self._uncertified, say=say)
+        if self._stored_base is not None:
+            require_base(path, self._stored_base, quantised=True, uncertified=self._uncertified, say=say)
 
     def most_alike(self, source: AdapterSource) -> int | None:
         """How many adapters of this size are in memory at once; None without a budget. The last is read beside the others."""

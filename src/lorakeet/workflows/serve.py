@@ -97,8 +97,10 @@ def serve(options: ServeOptions, *, console: Console) -> Served:
         console.print("\n".join(lines), soft_wrap=True)
 
     name = Path(options.model.rpartition(":")[2]).name or options.model  # the last part of its path or id
-    allowed, held = options.uncertified, partial(base_identity, spec)
-    registry = Registry(live, runner, base=name, budget=budget.limit, changed=changed, uncertified=allowed, held=held)
+    registry = Registry(
+        live, runner, base=name, budget=budget.limit, changed=changed, uncertified=options.uncertified,
+        stored_base=partial(base_identity, spec),
+    )  # fmt: skip
     for name, path in adapters.items():
         registry.require_certified(registry.register(name, path).source.path, say=console.print)
     if store is not None:
@@ -108,16 +110,21 @@ def serve(options: ServeOptions, *, console: Console) -> Served:
     with cores_for_the_engine(), _logs(), existing_objects_frozen():
         runner.start()
         try:
-            for version in registry.versions:  # those that were pinned before a restart
-                try:
-                    if version.pinned:
-                        registry.release(registry.lease(version.name))
-                except (LorakeetError, OSError) as error:  # whose requests are refused
-                    console.print(f"'{version.name}' is pinned and cannot be loaded: {error}", soft_wrap=True, markup=False)
+            _load_pinned(registry, console)
             run_server(service, host=options.host, port=options.port, ready=announce, connections=connections)
         finally:
             runner.drain(timeout=0.0)
     return Served(registry.names)
+
+
+def _load_pinned(registry: Registry, console: Console) -> None:
+    """Loads the adapters that were pinned before a restart; requests for those that cannot be loaded are refused."""
+    for version in registry.versions:
+        try:
+            if version.pinned:
+                registry.release(registry.lease(version.name))
+        except (LorakeetError, OSError) as error:
+            console.print(f"'{version.name}' is pinned and cannot be loaded: {error}", soft_wrap=True, markup=False)
 
 
 def _context(options: ServeOptions, most: int | None) -> int:

@@ -58,7 +58,7 @@ class TextAssembly(Assembly):
     reference: Reference | None = None  # of a preference run, once it is trained
     graphs: str = ""  # whether passes were CUDA graphs, in words, once it is trained; empty where that is no question
     halved: bool = False  # whether memory was too small for train.micro_tokens, against the plan
-    begun: str = ""  # that an earlier adapter was not what its certificate was made for
+    start_note: str = ""  # that an earlier adapter was not what its certificate was made for
 
     @property
     def name(self) -> str:
@@ -108,7 +108,7 @@ def assemble_text(
     if why := why_not_cuda(config.model.device):
         console.print(why, markup=False, soft_wrap=True)
     config = with_earlier(on_own_device(config, processes))
-    begun = earlier_note(config)
+    start_note = earlier_note(config)
     dataset = load_dataset(config.data, config.train.objective)
     if not dataset.held_out:
         raise DataError(
@@ -151,7 +151,7 @@ def assemble_text(
         config, plan = choose_ranks(config, text, plan, train.examples, console)
     setup = TextAssembly(
         config=config, plan=plan, dataset=dataset, text=text, encoder=rows.encoder, train=train, held_out=held_out, test=test,
-        new_token_ids=new_token_ids, residency=residency, processes=processes, begun=begun,
+        new_token_ids=new_token_ids, residency=residency, processes=processes, start_note=start_note,
     )  # fmt: skip
     _ = setup.cuts  # raises now if they cannot be made
     return setup

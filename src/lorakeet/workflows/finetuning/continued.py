@@ -48,7 +48,7 @@ def earlier_note(config: RunConfig) -> str:
             require_certified(path, uncertified=uncertified),
             require_base(path, partial(base_identity, config.model), quantised=True, uncertified=uncertified),
         )
-        said += [f"begun with {path}, {note}" for note in notes if note.startswith(UNCERTIFIED)]
+        said += [f"started from {path}, {note}" for note in notes if note.startswith(UNCERTIFIED)]
     return "; ".join(said)
 
 

@@ -513,7 +513,7 @@ class TextRunKind(RunKind[TextAssembly]):
         if (below := setup.config.lora.on_top_of) is not None:
             stays = check_earlier(read_adapter(run.adapter), read_adapter(Path(below)))
             found = dataclasses.replace(found, checks=(*found.checks, stays))
-        return with_note(with_own_code(found, setup.own_code), setup.begun)
+        return with_note(with_own_code(found, setup.own_code), setup.start_note)
 
     def model_text(self, setup: TextAssembly) -> str:
         model = setup.config.model
@@ -585,8 +585,8 @@ def _summed(processes: Processes, tokens: dict[str, list[int]]) -> dict[str, lis
 
 
 def _warnings(setup: TextAssembly) -> Iterator[str]:
-    if setup.begun:
-        yield f"The adapter was {setup.begun}."
+    if setup.start_note:
+        yield f"The adapter was {setup.start_note}."
     yield from setup.dataset.notes
     yield from filter(None, [setup.dataset.leaks.warning()])
     for name, encoded in setup.encoded.items():

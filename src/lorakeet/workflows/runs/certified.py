@@ -1,4 +1,4 @@
-"""What a certificate says of an adapter and its base, and whether that base is the one at hand. Imports no torch by itself."""
+"""What a certificate says of an adapter and its base, and whether that base is the available one. Imports no torch by itself."""
 
 from __future__ import annotations
 
@@ -82,7 +82,7 @@ def require_own_base(path: Path, base: Path | None = None, *, uncertified: bool,
     elif run is not None:
         model = read_run(run.config).model
     else:
-        told = read_object(config, expected="the settings of an adapter") if config.is_file() else {}
-        model = ModelSpec(path=str(told.get("base_model_name_or_path") or ""))
+        settings = read_object(config, expected="the settings of an adapter") if config.is_file() else {}
+        model = ModelSpec(path=str(settings.get("base_model_name_or_path") or ""))
     otherwise = run is None or base is not None  # nothing says how that one was quantised
     return require_base(path, partial(base_identity, model), quantised=otherwise, uncertified=uncertified, say=say)
