@@ -77,7 +77,10 @@ def inspect_adapter(path: Path, live: ServingModel, digest: str = "", *, private
     with _reading(path):
         found = detect(path)
         stamp = () if digest else _stamp(found)  # a digest from before a restart is compared with the content at the first load
-        outline = peft.read(found.path, opened=open_header) if found.format == "peft" else _converted(found, live)
+        if found.format == "peft":
+            outline = peft.read(found.path, opened=partial(open_header, longest=live.longest_header))
+        else:
+            outline = _converted(found, live)
     alike = outline.pairs.outline if isinstance(outline.pairs, FlatPairs) else None
     seen = _seen(outline) if alike is None else _SEEN.get_or_make(alike, lambda: _seen(outline))
     if seen.surplus:
@@ -134,7 +137,7 @@ def read_stored_adapter(
     with _reading(source.path):
         if source.found.format == "peft":
             configured = config_bytes(source.path)
-            adapter = peft.read(source.path, opened=partial(_kept, opened, source.private, known), configured=configured)
+            adapter = peft.read(source.path, opened=partial(_kept, opened, source.private, known, live), configured=configured)
         else:
             adapter = _converted(source.found, live)
     compare(source.path, AdapterFiles(opened[0], configured) if opened else None)
@@ -165,10 +168,10 @@ def _apart_from_file(adapter: Adapter) -> Adapter:
     return replace(adapter, pairs={path: replace(pair, A=own(pair.A), B=own(pair.B)) for path, pair in adapter.pairs.items()})
 
 
-def _kept(opened: list[LoadedFile], private: bool, known: bool, path: Path) -> LoadedFile:
+def _kept(opened: list[LoadedFile], private: bool, known: bool, live: ServingModel, path: Path) -> LoadedFile:
     """Loads a file and appends it to `opened`. An unknown digest, which takes longest, is computed at once, while the numbers
     are in the processor's caches."""
-    file = load_safetensors(path, mapped=private)
+    file = load_safetensors(path, mapped=private, longest=live.longest_header)
     if not known:
         _ = file.digest
     opened.append(file)

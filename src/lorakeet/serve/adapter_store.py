@@ -42,7 +42,8 @@ class AdapterStore:
         """`most`: bytes of all uploads."""
         self.folder = folder
         self._lock = threading.Lock()  # of the list
-        self._changing = threading.Lock()  # of the uploads
+        self._changing = threading.Lock()  # of the uploads, never while one is read
+        self._reading: set[Path] = set()  # uploads that are looked at
         self._restoring = False
         folder.mkdir(parents=True, exist_ok=True)
         shutil.rmtree(folder / _INCOMING, ignore_errors=True)  # unfinished by a killed server
@@ -161,31 +162,32 @@ class AdapterStore:
             number = 1 + max((int(p.name.rpartition("@")[2]) for p in self._uploads(name)), default=0)
             place = self.folder / UPLOADS / f"{name}@{number}"
             os.rename(came, place)
+            self._reading.add(place)
+        try:
             flush(place)
             flush_folder(place.parent)
-            try:
-                came_with = {path.name: sha256_of(path) for path in sorted(place.iterdir())}
-                if digests is not None and digests != came_with:
-                    raise DataError(
-                        f"The files of '{name}' are not those of sha256: {', '.join(came_with)} came, and at least one differs. "
-                        "Send all files again, with an ?upload=ID of your own."
-                    )
-                registry.load(name, place, replace=replace, private=True)
-            except BaseException:
-                shutil.rmtree(place, ignore_errors=True)
-                raise
-            self._tidy(name, registry)
+            came_with = {path.name: sha256_of(path) for path in sorted(place.iterdir())}
+            if digests is not None and digests != came_with:
+                raise DataError(
+                    f"The files of '{name}' are not those of sha256: {', '.join(came_with)} came, and at least one differs. "
+                    "Send all files again, with an ?upload=ID of your own."
+                )
+            registry.load(name, place, replace=replace, private=True)
+        except BaseException:
+            shutil.rmtree(place, ignore_errors=True)
+            raise
+        finally:
+            with self._changing:
+                self._reading.discard(place)
+        self.tidy(name, registry)
 
     def tidy(self, name: str, registry: Registry) -> None:
         """Removes the uploads of a name except the one that it points to; adapters in memory stay as long as they are used."""
         with self._changing:
-            self._tidy(name, registry)
-
-    def _tidy(self, name: str, registry: Registry) -> None:
-        served = {version.source.path for version in registry.versions if version.name == name}
-        for place in self._uploads(name):
-            if place not in served:
-                shutil.rmtree(place, ignore_errors=True)
+            kept = self._reading | {version.source.path for version in registry.versions if version.name == name}
+            for place in self._uploads(name):
+                if place not in kept:
+                    shutil.rmtree(place, ignore_errors=True)
 
     def _uploads(self, name: str) -> list[Path]:
         return list((self.folder / UPLOADS).glob(f"{name}@*"))

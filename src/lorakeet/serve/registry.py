@@ -154,10 +154,10 @@ class Registry:
         served before is still served.
         """
         check_name(name, self.base)
+        source = inspect_adapter(path, self.live, private=private)  # without the lock: it takes longest for what is refused
         with self._loading:
             if name in self._current and not replace:
                 raise ConfigError(f"An adapter '{name}' is loaded already; unload it first, or load it in place.")
-            source = inspect_adapter(path, self.live, private=private)
             version = Version(name, source, pinned=pinned, certificate=find_certificate(path))
             self._bring_to_memory(version, record=True)
             with self._lock:

@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import math
 import re
-import time
 import warnings
 from pathlib import Path
 from typing import Any
@@ -17,7 +16,6 @@ from lorakeet.core.adapter import Adapter, TokenRows
 from lorakeet.errors import ConfigError, DataError
 from lorakeet.formats.peft import peft as lorakeet_peft
 from lorakeet.formats.peft import peft_config
-from lorakeet.formats.peft.peft_config import MOST_STEPS, pattern_problem, steps_of
 from tiny.adapters import random_pair
 from tiny.dense import fold_into
 from tiny.models import tiny_model
@@ -233,17 +231,7 @@ def test_numbers_that_are_none_are_refused_by_name_and_value(key: str, value: An
         lorakeet_peft.read(folder)
 
 
-SLOW = [
-    "(a+)+$",
-    "(.*a)*b",
-    "(a|a)+$",
-    "(a?){40}b",
-    "a?" * 30 + "a" * 30,
-    "(a|a)" * 30 + "b",
-    ".*.*.*.*.*b",
-    "(?x)(a+ )+",
-    "a" * 1001,
-]
+SLOW = ["(a+)+$", "(.*a)*b", "(a|a)+$", "(a?){40}b", "(?x)(a+ )+", "a?" * 501]
 
 
 @pytest.mark.parametrize("key", SLOW)
@@ -251,6 +239,16 @@ SLOW = [
 def test_keys_that_could_take_for_ever_are_refused(name: str, key: str) -> None:
     with pytest.raises(ConfigError, match=rf"x: {name} has the key {re.escape(repr(key[:80]))}, which (may|is)"):
         peft_config.parse_config({"r": 4, "lora_alpha": 8, name: {key: 2}}, "x")
+
+
+@pytest.mark.parametrize("key", ["a?" * 30 + "a" * 30, "(a|a)" * 30 + "b", ".*.*.*.*.*b"])
+def test_what_python_s_matcher_takes_for_ever_for_ends(key: str) -> None:
+    """With an answer, or by its time."""
+    config = peft_config.parse_config({"r": 4, "lora_alpha": 8, "rank_pattern": {key: 2}}, "x")
+    try:
+        assert config.rank_of("a." * 40 + "a" * 29) == 4
+    except ConfigError as error:
+        assert "the regular expressions of rank_pattern take too long" in str(error)
 
 
 def test_a_slow_text_of_target_modules_is_refused_where_it_is_needed() -> None:
@@ -283,43 +281,3 @@ def test_another_rank_than_the_configuration_s_is_not_called_an_empty_file(tmp_p
         lorakeet_peft.read(tmp_path)
     assert "has rank 4 on disk, but adapter_config.json says 7" in str(caught.value)
     assert "holds no tensor" not in str(caught.value)
-
-
-@pytest.mark.parametrize(
-    ("key", "steps"),
-    [
-        ("q_proj", 1),
-        ("a|b|c", 3),
-        ("(a|b)(c|d)", 4),
-        ("a?", 2),
-        ("a?b?", 4),
-        ("a{3}", 1),
-        ("a{2,5}", 4),
-        (".*", 128),
-        (r".*\.(q|v)_proj", 256),
-        (r"[+*?]\+\*", 1),
-        ("(a+)+", math.inf),
-        ("(a|b)*", math.inf),
-        ("(a?)+", math.inf),
-        ("(?#x)", math.inf),
-    ],
-)
-def test_ways_multiply_in_a_row_add_up_as_alternatives_and_have_no_end_where_repetitions_nest(key: str, steps: float) -> None:
-    assert steps_of(key) == steps
-
-
-def test_what_is_let_through_is_quick_on_a_long_path() -> None:
-    path = "model." + "layers.0." * 20 + "q_proj!"
-    for key in (".*a.*b.*c", r"(?:model\.)?.*\.(?:q|k|v)_proj", ".*.*.*x"):
-        assert pattern_problem(key, key) == "" and steps_of(key) <= MOST_STEPS
-        began = time.perf_counter()
-        re.fullmatch(key, path)
-        assert time.perf_counter() - began < 5
-
-
-def test_the_problem_is_named() -> None:
-    assert "may take for ever" in pattern_problem("(a+)+$", "(a+)+$")
-    assert "1,001 characters long" in pattern_problem("a" * 1001, "a")
-    assert "is not a regular expression" in pattern_problem("(", "(")
-    assert "is not a regular expression" in pattern_problem("a", "(a"), "as it is used"
-    assert pattern_problem(".*.*.*.*.*b", "x") != "" == pattern_problem(".*.*.*.*.*b", "x", most_steps=math.inf)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import threading
 import time
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
@@ -17,7 +18,7 @@ from lorakeet.evaluate.certificate import Certificate, read_certificate, toleran
 from lorakeet.formats.files.digest import sha256_of
 from lorakeet.formats.identity import WEIGHTS, identity_of
 from lorakeet.formats.peft import peft
-from lorakeet.serve import adapter_files, adapter_store
+from lorakeet.serve import adapter_files, adapter_store, registry
 from lorakeet.serve.registry import Registry
 from lorakeet.serve.service import RequestLimits
 from tiny.damages import DAMAGES, SEVEN
@@ -337,5 +338,62 @@ def test_another_base_is_refused_unless_that_is_allowed(live: Any, asking: Calla
     allowed = Registry(live, engine, base="base", stored_base=lambda: other, uncertified=True)
     packed = {**held, "base quantisation": "nf4"}  # as --quantize requests
     quantised, same = (Registry(live, engine, base="base", stored_base=lambda base=base: base) for base in (packed, held))
-    for name, registry in {"b": allowed, "c": quantised, "d": same}.items():
-        assert registry.load(name, run).loaded
+    for name, found in {"b": allowed, "c": quantised, "d": same}.items():
+        assert found.load(name, run).loaded
+
+
+def test_an_upload_that_takes_long_holds_no_other_and_no_reply(
+    http: Any, served: Any, saved: Callable[..., Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    begun, end = threading.Event(), threading.Event()
+    inspected = registry.inspect_adapter
+
+    def slowly(path: Path, *given: Any, **more: Any) -> Any:
+        if path.name.startswith("slow"):
+            begun.set()
+            assert end.wait(60)
+        return inspected(path, *given, **more)
+
+    monkeypatch.setattr(registry, "inspect_adapter", slowly)
+    with ThreadPoolExecutor() as pool:
+        slow = pool.submit(send, http, "slow", saved("slow", seed=5))
+        try:
+            assert begun.wait(30)
+            other = pool.submit(send, http, "other", saved("other", seed=6))
+            assert other.result(30).status_code == 200
+            assert text(http, "other") and text(http, "a") and http.delete("/v1/adapters/a").status_code == 200
+            assert not slow.done()
+        finally:
+            end.set()
+        assert slow.result().status_code == 200
+    assert text(http, "slow")
+
+
+def test_a_header_of_more_tensors_than_the_model_has_is_not_parsed(http: Any, saved: Callable[..., Path], tmp_path: Path) -> None:
+    """600,000 empty tensors took 30 s."""
+    folder = saved("up", seed=6)
+    entry = {"dtype": "F32", "shape": [0, 4], "data_offsets": [0, 0]}
+    header = json.dumps({f"base_model.model.{number}.lora_A.weight": entry for number in range(20_000)}).encode()
+    (folder / peft.MODEL_NAME).write_bytes(len(header).to_bytes(8, "little") + header)
+    answer = send(http, "up", folder)
+    assert answer.status_code == 400
+    assert f"a header of {len(header):,} bytes; expected at most" in answer.json()["error"]["message"]
+
+
+@pytest.mark.parametrize(
+    "config",
+    [
+        {"rank_pattern": {f"layers.{number}.(q|v)_proj": 4 for number in range(30_000)}},
+        {"target_modules": "(a+)+$"}, {"target_modules": r".*(.).*\1.*\1.*\1.*\1.*\1.*\1.*b"}, {"exclude_modules": "(.*a)*b"},
+        {"layers_pattern": ["(a|b)*"], "layers_to_transform": [0], "target_modules": ["q_proj", "v_proj"]},
+        {"modules_to_save": ["(.*)*x"] * 3},
+        {"target_modules": "x" * (17 << 20)},
+    ],
+)  # fmt: skip
+def test_a_configuration_of_endless_work_is_refused(http: Any, saved: Callable[..., Path], config: dict[str, Any]) -> None:
+    folder = saved("up", seed=6)
+    place = folder / "adapter_config.json"
+    place.write_text(json.dumps(json.loads(place.read_text()) | config))
+    answer = send(http, "up", folder)
+    assert answer.status_code == 400, answer.text
+    assert text(http, "a")

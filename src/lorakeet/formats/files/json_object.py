@@ -6,7 +6,7 @@ import json
 from pathlib import Path
 from typing import Any
 
-from lorakeet.disk import read_regular
+from lorakeet.disk import LARGEST_READ, read_regular
 from lorakeet.errors import DataError, unreadable
 
 
@@ -15,10 +15,10 @@ def read_object(path: Path, *, expected: str) -> dict[str, Any]:
     return parse_object(read_bytes(path, expected=expected), path, expected=expected)
 
 
-def read_bytes(path: Path, *, expected: str) -> bytes:
-    """The bytes of `path`; DataError if it cannot be read."""
+def read_bytes(path: Path, *, expected: str, most: int = LARGEST_READ) -> bytes:
+    """The bytes of `path`; DataError if it cannot be read, or has more than `most`."""
     try:
-        return read_regular(path)
+        return read_regular(path, most)
     except OSError as error:
         raise DataError(f"{unreadable(path, error)} Expected {expected}.") from error
 

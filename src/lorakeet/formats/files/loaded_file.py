@@ -30,7 +30,7 @@ from torch import Tensor
 from lorakeet.disk import open_regular
 from lorakeet.errors import DataError, readable
 from lorakeet.formats.files.lru_cache import LruCache
-from lorakeet.formats.files.safetensors_file import DTYPE_NAMES, Header, SafeFile, check_header, read_header
+from lorakeet.formats.files.safetensors_file import DTYPE_NAMES, LARGEST_HEADER, Header, SafeFile, check_header, read_header
 
 _AT_ONCE = getattr(mmap, "MAP_POPULATE", 0)  # Linux allocates all pages in one call
 _LARGE_PAGES = getattr(mmap, "MADV_HUGEPAGE", None)
@@ -120,13 +120,13 @@ class HeaderOnlyFile(SafeFile):
         return torch.empty(self.header.count, device="meta", dtype=torch.float32)
 
 
-def load_safetensors(path: Path, *, mapped: bool = False) -> LoadedFile:
-    """Loads the whole file, copied or `mapped`.
+def load_safetensors(path: Path, *, mapped: bool = False, longest: int = LARGEST_HEADER) -> LoadedFile:
+    """Loads the whole file, copied or `mapped`; its header is at most `longest` bytes long.
 
     DataError as in `open_safetensors`, and if the file becomes shorter while it is read.
     """
     with _opened(path) as file:
-        header, known = _header(path, file)
+        header, known = _header(path, file, longest)
         length = header.size - header.start
         if not length:
             return LoadedFile(path, header.tensors, header.metadata, header=known)
@@ -143,10 +143,10 @@ def load_safetensors(path: Path, *, mapped: bool = False) -> LoadedFile:
     return LoadedFile(path, header.tensors, header.metadata, finite, known, data, start, header.start)
 
 
-def open_header(path: Path) -> HeaderOnlyFile:
-    """Reads and checks the header; DataError as in `open_safetensors`."""
+def open_header(path: Path, *, longest: int = LARGEST_HEADER) -> HeaderOnlyFile:
+    """Reads and checks the header of at most `longest` bytes; DataError as in `open_safetensors`."""
     with _opened(path) as file:
-        header, known = _header(path, file)
+        header, known = _header(path, file, longest)
     return HeaderOnlyFile(path, header.tensors, header.metadata, header=known)
 
 
@@ -155,10 +155,10 @@ def _opened(path: Path) -> FileIO:
         return open_regular(path)
 
 
-def _header(path: Path, file: FileIO) -> tuple[Header, Header | None]:
+def _header(path: Path, file: FileIO, longest: int) -> tuple[Header, Header | None]:
     """The checked header, twice, the second None if it is too long to be cached; leaves `file` at the first tensor."""
     with readable(path):
-        raw, size = read_header(path, file)
+        raw, size = read_header(path, file, longest)
     if len(raw) > LONGEST_HEADER:
         return check_header(path, raw, size), None
     header = _HEADERS.get_or_make((raw, size), lambda: check_header(path, raw, size))

@@ -163,14 +163,21 @@ def open_safetensors(path: Path) -> SafeFile:
     return SafeFile(path, header.tensors, header.metadata)
 
 
-def read_header(path: Path, file: BinaryIO | FileIO) -> tuple[bytes, int]:
-    """Returns the header's bytes and the length of the file, and leaves `file` at the first tensor. DataError, OSError."""
+def read_header(path: Path, file: BinaryIO | FileIO, longest: int = LARGEST_HEADER) -> tuple[bytes, int]:
+    """Returns the header's bytes and the length of the file, and leaves `file` at the first tensor. DataError, OSError.
+
+    `longest`: bytes of a header that is taken.
+    """
     size = os.fstat(file.fileno()).st_size
     length = int.from_bytes(file.read(8), "little")
     if size < 8 or length > min(size - 8, LARGEST_HEADER):
         raise DataError(
             f"{path} is not a whole safetensors file: it is {size:,} bytes long and declares a header of "
             f"{length:,} bytes. It may have been cut off; fetch it again."
+        )
+    if length > longest:
+        raise DataError(
+            f"{path} has a header of {length:,} bytes; expected at most {longest:,}. It has tensors of another model."
         )
     raw = file.read(length)
     if len(raw) != length:

@@ -8,15 +8,23 @@ from collections.abc import Collection, Iterable
 import torch
 from torch import Tensor
 
-from lorakeet.errors import Problems
+from lorakeet.errors import DataError, Problems
 from lorakeet.formats.files.safetensors_file import SafeFile
 
 _NAME = re.compile(r"[\w-]+(\.[\w-]+)*")  # no slash, no empty part: never a path to anywhere
+MOST_TENSORS = 200_000  # two for each expert of the largest mixtures
 _LONGEST_NAME = 300  # characters: names are matched against regular expressions
+
+
+def require_few(file: SafeFile) -> None:
+    """Raises DataError for more tensors than an adapter has, of which each takes some 50 µs."""
+    if len(file.tensors) > MOST_TENSORS:
+        raise DataError(f"{file.path} has {len(file.tensors):,} tensors; expected at most {MOST_TENSORS:,} of an adapter.")
 
 
 def read_tensors(file: SafeFile, problems: Problems) -> dict[str, Tensor]:
     """Every tensor of `file` by name, floating ones in fp32; NaN, infinities and strange names go to `problems`."""
+    require_few(file)
     found: dict[str, Tensor] = {}
     for name in sorted(file.tensors):
         if not named_like_a_part(name, file, problems):

@@ -42,7 +42,7 @@ from lorakeet.errors import DataError, Problems, reader
 from lorakeet.formats.files.json_object import parse_object
 from lorakeet.formats.files.lru_cache import LruCache
 from lorakeet.formats.files.safetensors_file import Header, SafeFile, open_safetensors, save_tensors, save_text
-from lorakeet.formats.files.tensors import check_finite, missing_slots, named_like_a_part
+from lorakeet.formats.files.tensors import check_finite, missing_slots, named_like_a_part, require_few
 from lorakeet.formats.limits import metadata_without_peft
 from lorakeet.formats.peft.peft_config import (
     CONFIG_NAME,
@@ -94,6 +94,7 @@ def read(
             f"Save the adapter again in PEFT, which writes {MODEL_NAME}."
         )
     file = opened(model)
+    require_few(file)
     if file.header is None or len(configured) > LONGEST:
         return _read(folder, config, file)
     key = (configured, file.header)
@@ -444,9 +445,7 @@ LAYOUTS: LruCache[tuple[bytes, Header], SharedLayout] = LruCache(8)  # by the by
 
 def parameters_at(config: PeftConfig, path: str) -> list[str]:
     """The parameters of the module at `path` that target_parameters names."""
-    wholes = {target: f"{path}.{target.rpartition('.')[2]}" for target in config.target_parameters}
-    found = {whole.rpartition(".")[2] for target, whole in wholes.items() if whole == target or whole.endswith(f".{target}")}
-    return sorted(found, key=_registration)
+    return sorted(config.parameters_at(path), key=_registration)
 
 
 def _registration(name: str) -> tuple[int, str]:

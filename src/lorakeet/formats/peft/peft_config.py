@@ -7,24 +7,25 @@ training, or that the tensors on disk make redundant, are ignored.
 from __future__ import annotations
 
 import json
-import math
 import re
 from collections import Counter
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
 from lorakeet.core.adapter import Adapter
 from lorakeet.core.math import ScaleRule, alpha_for
-from lorakeet.core.spec import pattern_value
 from lorakeet.errors import ConfigError, Problems
 from lorakeet.formats.components import of_image_model
 from lorakeet.formats.files.json_object import parse_object, read_bytes
 from lorakeet.formats.files.lru_cache import LruCache
+from lorakeet.formats.peft.patterns import MOST, PLAIN, SIMPLER, Allowance, KeyPatterns, ends_of, pattern_problem
 from lorakeet.formats.peft.renamed_targets import WEIGHT, as_parameter
 
 CONFIG_NAME = "adapter_config.json"
+LARGEST_CONFIG = 16 << 20  # bytes: ranks, alphas and targets of 30,000 modules by their whole paths take 8
 LARGEST_SCALE = 3.4028234663852886e38  # in fp32
 ALL_LINEAR = "all-linear"
 NO_TARGETS = "dummy-target-modules"  # in PEFT, for an adapter without pairs
@@ -48,6 +49,8 @@ _REFUSED = {
 }  # fmt: skip
 # Initialisations that do not change the base weights. "eva" and "mica" only read them.
 _HARMLESS_INITS = {"true", "false", "gaussian", "eva", "orthogonal", "mica"}
+_PLAIN_NAME = re.compile(r"[\w.-]+")
+_MOST_SAVED, _MOST_EMBEDDINGS = 1000, 64  # whole modules, embeddings with trained rows: each is compared with every module
 _EMPTY: tuple[Any, ...] = (None, False, "", [], {})
 _EXPECTED = "the configuration of an adapter in PEFT's layout"
 
@@ -67,7 +70,7 @@ class PeftConfig:
     target_modules: tuple[str, ...] | str = ()
     target_parameters: tuple[str, ...] = ()
     exclude_modules: tuple[str, ...] | str = ()
-    layers: tuple[int, ...] = ()  # layers_to_transform; empty for all
+    layers: frozenset[int] = frozenset()  # layers_to_transform; empty for all
     layers_pattern: tuple[str, ...] = ()
     modules_to_save: tuple[str, ...] = ()
     token_ids: tuple[int, ...] | Mapping[str, tuple[int, ...]] | None = None
@@ -78,22 +81,48 @@ class PeftConfig:
     def scale_rule(self) -> ScaleRule:
         return "alpha/sqrt(rank)" if self.rslora else "alpha/rank"
 
+    @cached_property
+    def _allowance(self) -> Allowance:
+        return Allowance()
+
+    @cached_property
+    def _ranks(self) -> KeyPatterns:
+        return KeyPatterns("rank_pattern", self.rank_pattern, self._allowance)
+
+    @cached_property
+    def _alphas(self) -> KeyPatterns:
+        return KeyPatterns("alpha_pattern", self.alpha_pattern, self._allowance)
+
+    @cached_property
+    def _names(self) -> Mapping[str, frozenset[str]]:
+        """The names of each setting that may be a list."""
+        return {key: frozenset(names) for key in ("target_modules", "exclude_modules") if (names := getattr(self, key))}
+
+    @cached_property
+    def _parameters(self) -> Mapping[str, list[str]]:
+        """The parameters that target_parameters names, by the end of their module's path."""
+        found: dict[str, list[str]] = {}
+        for target in self.target_parameters:
+            module, _, name = target.rpartition(".")
+            found.setdefault(module, []).append(name)
+        return found
+
     def rank_of(self, path: str) -> int:
         """The rank of the pair at `path`: the first matching key of rank_pattern, or r."""
-        return int(pattern_value(dict(self.rank_pattern), path) or self.rank)
+        return next((int(rank) for _, rank in self._ranks.matching(path)), self.rank)
 
     def alpha_of(self, path: str) -> float:
         """The alpha of the pair at `path`: that of the matching keys of alpha_pattern, or lora_alpha.
 
         ConfigError if matching keys disagree: PEFT takes the first, and JSON does not guarantee the order of keys.
         """
-        values = {key: value for key, value in self.alpha_pattern.items() if pattern_value({key: value}, path) is not None}
-        if len(set(values.values())) > 1:
-            said = ", ".join(f"{key!r} says {value:g}" for key, value in values.items())
+        values = self._alphas.matching(path)
+        if len({value for _, value in values}) > 1:
+            said = ", ".join(f"{key[:80]!r} says {value:g}" for key, value in values[:10])
             raise ConfigError(
                 f"{CONFIG_NAME}: alpha_pattern has keys that disagree on {path}: {said}. Keep the one that it was trained with."
             )
-        return next(iter(values.values()), self.alpha)
+        return next((value for _, value in values), self.alpha)
 
     @property
     def all_linear(self) -> bool:
@@ -105,39 +134,40 @@ class PeftConfig:
 
         ConfigError for a regular expression that may take for ever.
         """
-        if self.exclude_modules and _named(self.exclude_modules, path, "exclude_modules"):
+        if self.exclude_modules and self._named("exclude_modules", path):
             return False
         for name in self.modules_to_save:
-            if _matched(rf"(^|.*\.){name}($|\..*)", path, name, "modules_to_save"):
+            apart = _PLAIN_NAME.fullmatch(name) and max(name.split("."), key=len) not in path  # whatever its dots stand for
+            if not apart and self._allowance.match(rf"(^|.*\.){name}($|\..*)", path, name, "modules_to_save"):
                 return False
         if self.all_linear:
             return path.rpartition(".")[2] != "lm_head"
-        if isinstance(self.target_modules, str) or path in self.target_modules:  # then layers_to_transform has no effect in PEFT
-            return _named(self.target_modules, path, "target_modules")
-        return _named(self.target_modules, path, "target_modules") and (not self.layers or self._layer_of(path) in self.layers)
+        if not self._named("target_modules", path):
+            return False
+        if isinstance(self.target_modules, str) or path in self._names["target_modules"]:
+            return True  # and layers_to_transform has no effect in PEFT
+        return not self.layers or self._layer_of(path) in self.layers
 
     def _layer_of(self, path: str) -> int | None:
         """The number of the layer that holds the module at `path`, by PEFT's rule."""
-        match = None
+        match: Any = None
         for pattern in self.layers_pattern:
-            match = match or _matched(rf"(?:^|.*?\.){pattern}\.(?P<idx>\d+)\.", path, pattern, "layers_pattern")
+            used = rf"(?:^|.*?\.){pattern}\.(?P<idx>\d+)\."
+            match = match or self._allowance.match(used, path, pattern, "layers_pattern")
         if not self.layers_pattern:
             match = re.match(r".*?\.[^.]*\.(?P<idx>\d+)\.", path)
         return int(match["idx"]) if match else None
 
+    def _named(self, key: str, path: str) -> bool:
+        """True if the setting `key` has the module at `path`: by regular expression, or as an end of it."""
+        names = getattr(self, key)
+        if isinstance(names, str):
+            return self._allowance.match(rf"(?:{names})\Z", path, names, key) is not None
+        return any(end in self._names[key] for end in ends_of(path)) if names else False
 
-def _named(names: tuple[str, ...] | str, path: str, key: str) -> bool:
-    """True if `names`, the value of `key`, has the module at `path`: by regular expression, or as an end of it."""
-    if isinstance(names, str):
-        return _matched(rf"(?:{names})\Z", path, names, key) is not None
-    return any(path == name or path.endswith(f".{name}") for name in names)
-
-
-def _matched(used: str, path: str, pattern: str, key: str) -> re.Match[str] | None:
-    """The match of `used`, made from the value `pattern` of `key`; ConfigError if it may take for ever or is none."""
-    if wrong := pattern_problem(pattern, used, most_steps=math.inf):
-        raise ConfigError(f"{CONFIG_NAME}: {key} is {pattern[:80]!r}, {wrong}")
-    return re.match(used, path)
+    def parameters_at(self, path: str) -> set[str]:
+        """The parameters of the module at `path` that target_parameters names."""
+        return {name for end in ("", *ends_of(path)) for name in self._parameters.get(end, ())}
 
 
 LONGEST = 1 << 20  # bytes of a configuration that is cached
@@ -157,7 +187,7 @@ def read_peft_config(folder: Path, raw: bytes) -> PeftConfig:
 
 def config_bytes(folder: Path) -> bytes:
     """The bytes of the configuration in `folder`; DataError if it cannot be read."""
-    return read_bytes(folder / CONFIG_NAME, expected=_EXPECTED)
+    return read_bytes(folder / CONFIG_NAME, expected=_EXPECTED, most=LARGEST_CONFIG)
 
 
 def parse_config(data: dict[str, Any], path: object) -> PeftConfig:
@@ -216,6 +246,7 @@ def _check_values(data: dict[str, Any], path: object, problems: Problems) -> Non
     layers = [] if data.get("layers_to_transform") is None else data["layers_to_transform"]
     if not _whole(layers) and not (isinstance(layers, list) and all(map(_whole, layers))):
         problems.add(f"{path}: layers_to_transform is {layers!r}; expected the number of a layer, or a list of them.")
+    _check_lengths(data, path, problems)
     tokens = data.get("trainable_token_indices")
     lists = list(tokens.values()) if isinstance(tokens, dict) else [[] if tokens is None else tokens]
     if not all(isinstance(ids, list) and all(_whole(i) and i < 2**31 for i in ids) and len({*ids}) == len(ids) for ids in lists):
@@ -223,6 +254,14 @@ def _check_values(data: dict[str, Any], path: object, problems: Problems) -> Non
             f"{path}: trainable_token_indices is {tokens!r}; expected token ids of 0 or more, each once, or lists of them by "
             "embedding name."
         )
+
+
+def _check_lengths(data: dict[str, Any], path: object, problems: Problems) -> None:
+    """Bounds the lists of which every entry is compared with every module."""
+    for name, most in (("modules_to_save", _MOST_SAVED), ("layers_pattern", MOST), ("trainable_token_indices", _MOST_EMBEDDINGS)):
+        given = data.get(name)
+        if isinstance(given, dict if most == _MOST_EMBEDDINGS else list) and len(given) > most:
+            problems.add(f"{path}: {name} has {len(given):,} entries; expected at most {most:,}. {_AGAIN}")
 
 
 _AGAIN = "Put in the value that it was trained with, or fetch the file again."
@@ -237,10 +276,13 @@ def _check_pattern(
     if not isinstance(pattern, dict):
         problems.add(f"{path}: {name} is {pattern!r}; expected numbers by regular expression.")
         return
+    if (count := sum(PLAIN.fullmatch(key) is None for key in pattern)) > MOST:
+        problems.add(f"{path}: {name} has {count:,} regular expressions; expected at most {MOST}. {SIMPLER}")
+        return
     for key, value in pattern.items():
         if not good(value):
             problems.add(f"{path}: {name} says {value!r} for {key[:80]!r}; expected {words}. {_AGAIN}")
-        if wrong := pattern_problem(key, rf"(.*\.)?({key})$"):
+        if not PLAIN.fullmatch(key) and (wrong := pattern_problem(key, rf"(.*\.)?({key})$")):
             problems.add(f"{path}: {name} has the key {key[:80]!r}, {wrong}")
 
 
@@ -286,7 +328,7 @@ def _parse(data: dict[str, Any]) -> PeftConfig:
         target_modules=targets if isinstance(targets, str) else tuple(targets),
         target_parameters=tuple(data.get("target_parameters") or ()),
         exclude_modules=excluded if isinstance(excluded, str) else tuple(excluded),
-        layers=tuple(layers) if isinstance(layers, list) else () if layers is None else (int(layers),),
+        layers=frozenset(layers if isinstance(layers, list) else () if layers is None else (int(layers),)),
         layers_pattern=(pattern,) if isinstance(pattern, str) else tuple(pattern),
         modules_to_save=tuple(data.get("modules_to_save") or ()),
         token_ids=tokens,
@@ -387,72 +429,3 @@ def check_writable(adapter: Adapter) -> None:
         if len(rows.ids) != rows.rows.shape[0]:
             problems.add(f"{path} has {len(rows.ids)} token ids and {rows.rows.shape[0]} rows.")
     problems.raise_if_any()
-
-
-MOST_STEPS = 1e8  # three repetitions, with some alternatives
-_LONGEST_KEY = 1000
-_STEPS_OF_A_REPETITION = 128.0
-_TOKEN = re.compile(
-    r"\\.|\[\^?\]?(?:\\.|[^\]\\])*\]|\(\?P<\w+>|\(\?<?[:=!]|\(\?[aimsuL-]+[:)]|\(\??|(?P<repeat>(?:[*+?]|\{(?:\d+,?\d*|,\d*)\})[?+]?)|.",
-    re.DOTALL,
-)
-
-
-def pattern_problem(key: str, used: str, *, most_steps: float = MOST_STEPS) -> str:
-    """What is wrong with the regular expression `key`, which is matched as `used`; an empty string if it is safe.
-
-    Python's matcher backtracks, so (a+)+$ on a path of 60 characters takes practically for ever. An adapter's file may have such
-    a key, by malice or by accident. `most_steps`: infinity accepts all but repetitions within repetitions.
-    """
-    if len(key) > _LONGEST_KEY:
-        return f"which is {len(key):,} characters long; expected at most {_LONGEST_KEY:,}. Split it into several."
-    try:
-        re.compile(key)
-        re.compile(used)
-    except (re.error, OverflowError, RecursionError) as error:
-        return f"which is not a regular expression: {error}."
-    if (steps := steps_of(key)) > most_steps or steps == math.inf:
-        return (
-            "which may take for ever to match: expected at most three repetitions in a row, no repetition of a group that holds "
-            "repetitions or alternatives, and no rare kind of (?…). Use simpler keys, such as 'layers.0.q_proj' for one module."
-        )
-    return ""
-
-
-def steps_of(key: str) -> float:
-    """An upper bound of the ways to match the regular expression `key` on a long path; infinite for nested repetitions.
-
-    Consecutive parts multiply, alternatives add, and a repetition counts as the length of a path.
-    """
-    groups = [(0.0, 1.0, 1.0)]  # by open group: finished alternatives, the present one without its last part, that part
-    for match in _TOKEN.finditer(key):
-        token, (done, before, last) = match[0], groups[-1]
-        if match["repeat"]:
-            low, high = _times(token)
-            if high > 1 and last > 1:
-                return math.inf
-            last = last + 1 if (low, high) == (0, 1) else max(last, min(high - low + 1, _STEPS_OF_A_REPETITION))
-            groups[-1] = (done, before, last)
-        elif token == "|":
-            groups[-1] = (done + before * last, 1.0, 1.0)
-        elif token == ")":
-            groups.pop()
-            outer_done, outer_before, outer_last = groups[-1]
-            groups[-1] = (outer_done, outer_before * outer_last, done + before * last)
-        elif token == "(?":
-            return math.inf
-        elif token.startswith("(") and not token.endswith(")"):
-            groups.append((0.0, 1.0, 1.0))
-        else:
-            groups[-1] = (done, before * last, 1.0)
-    done, before, last = groups[0]
-    return done + before * last
-
-
-def _times(token: str) -> tuple[float, float]:
-    """The least and the largest number of repetitions of the quantifier `token`."""
-    if token[0] != "{":
-        return {"*": (0, math.inf), "+": (1, math.inf), "?": (0, 1)}[token[0]]
-    low, comma, high = token.rstrip("?+")[1:-1].partition(",")
-    least = float(low or 0)
-    return least, float(high or math.inf) if comma else least

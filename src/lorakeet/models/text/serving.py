@@ -35,6 +35,7 @@ from lorakeet.models.text.model import TextModel
 from lorakeet.quant.construct import base_of
 
 LARGEST_COPY = 128 << 20  # bytes of a tied head up to which it gets a reordered copy: 16 tokens take 3.3 ms for 6.8 (SmolLM2)
+_BYTES_OF_NOTES, _BYTES_OF_TARGET = 1 << 18, 1000  # in the header of a safetensors file
 CACHED_FITS = 8  # adapter outlines whose check against the model is cached
 
 
@@ -149,6 +150,11 @@ class ServingModel:
     def table_bytes(self) -> int:
         """Bytes of the copies of pairs that layers make for a batch (core/batched/stack)."""
         return self.selection.table_bytes
+
+    @property
+    def longest_header(self) -> int:
+        """Bytes of the longest header of an adapter for this model: names, shapes and kinds of four tensors for each target."""
+        return _BYTES_OF_NOTES + _BYTES_OF_TARGET * len(self._targets)
 
     def check(self, adapter: Adapter) -> Mapping[str, PlanEntry]:
         """Returns the entries of the pairs of `adapter`, whose tensors may be on the meta device.
