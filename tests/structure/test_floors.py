@@ -26,7 +26,7 @@ PLACES: dict[str, tuple[str, ...]] = {
              "exporting/published_readme.py"),
     "scipy": ("evaluate/",),
     "sklearn": (),
-    "regex": ("data/copies/words.py", "evaluate/reading/"),
+    "regex": ("data/copies/words.py", "evaluate/reading/", "formats/peft/patterns.py"),
     "datasets": ("data/",),
     "pyarrow": ("data/",),
     "tensorboard": ("train/log.py",),

@@ -38,14 +38,14 @@ def _drawn_key(draw: random.Random, path: str) -> str:
 def spent_on(config: dict[str, Any], modules: int, monkeypatch: pytest.MonkeyPatch) -> int:
     """The calls into a matcher of regular expressions, or refused ones, that so many modules need."""
     calls = 0
-    compiled = patterns._compiled
+    known = patterns.compiled
 
     def counted(used: str) -> Any:
         nonlocal calls
         calls += 1
-        return compiled(used)
+        return known(used)
 
-    monkeypatch.setattr(patterns, "_compiled", counted)
+    monkeypatch.setattr(patterns, "compiled", counted)
     found = parse_config({"r": 4, "lora_alpha": 8, **config}, "x")
     for number in range(modules):
         path = f"model.layers.{number}.self_attn.q_proj"

@@ -48,7 +48,7 @@ class Allowance:
         try:
             if wrong := pattern_problem(pattern, used):
                 raise ConfigError(f"{CONFIG_NAME}: {key} is {pattern[:80]!r}, {wrong}")
-            return _compiled(used).match(path, timeout=max(self.left, 1e-6), concurrent=True)
+            return compiled(used).match(path, timeout=max(self.left, 1e-6), concurrent=True)
         except TimeoutError:
             self.left = 0.0
             raise self._spent(key) from None
@@ -66,7 +66,8 @@ class Allowance:
 
 
 @functools.lru_cache(1024)
-def _compiled(used: str) -> regex.Pattern[str]:
+def compiled(used: str) -> regex.Pattern[str]:
+    """The expression, for the matcher of `regex`."""
     return regex.compile(used)
 
 
