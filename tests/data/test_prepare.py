@@ -106,7 +106,7 @@ def test_labels_that_look_alike_are_said(tmp_path: Path) -> None:
     lines = ["text\tlabel", *(f"number {number} of it\t{labels[number % 3]}" for number in range(30))]
     (tmp_path / "rows.tsv").write_text("\n".join(lines))
     found = load_dataset(DataSpec(train=str(tmp_path / "rows.tsv"), held_out_fraction=0.3))
-    assert any("'Positive' and 'positive' differ in case" in note for note in found.notes)
+    assert any("count as several: 'Positive' and 'positive'. If they are one" in note for note in found.notes)
     assert set(found.label_counts) == set(labels) and sum(found.label_counts.values()) == len(found.train)
 
 

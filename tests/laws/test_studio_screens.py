@@ -7,8 +7,9 @@ import json
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
-from urllib.parse import unquote_plus, urlencode
+from urllib.parse import parse_qsl, unquote_plus, urlencode, urlsplit
 
+import openpyxl
 import pytest
 
 pytest.importorskip("starlette", reason="starlette, of the extra lorakeet[studio], makes the pages")
@@ -92,6 +93,36 @@ def test_rows_are_shown_as_text_with_what_is_trained(page: Any, tmp_path: Path, 
     page.select_option("#field-data-format", "alpaca")
     page.wait_for_selector("#problems .warning", timeout=WAIT)
     assert "instruction" in page.inner_text("#problems") and HOSTILE in page.inner_text("#records"), "the records stay in sight"
+
+
+def test_a_workbook_is_read_by_clicks_and_its_labels_stay_text(page: Any, tmp_path: Path) -> None:
+    """Another sheet, labels that become one, near-copies that are kept: each a click, and a setting of the run file."""
+    book, turned = openpyxl.Workbook(), "ab\u202ecd"
+    book.active.append(["notes"])
+    sheet = book.create_sheet("Rows")
+    sheet.append(["text", "label"])
+    kinds = [HOSTILE, turned, turned.upper()]
+    for number in range(90):
+        said = " ".join(f"w{number * 7919 % 1009}x{place}" for place in range(20))
+        for end in ("", " again"):
+            sheet.append([f"{said}{end}", kinds[number % 3]])
+    book.save(tmp_path / "a.xlsx")
+    page.at("/data", **{"data.train": str(tmp_path / "a.xlsx")})
+    page.wait_for_selector("#problems .warning", timeout=WAIT)
+    page.select_option("#sheet", label="Rows")
+    page.wait_for_selector("#near-copies button", timeout=WAIT)
+    before = page.inner_text("#labels")
+    assert HOSTILE in before and "ab\\u202ecd" in before and "\u202e" not in page.inner_text("body")
+    page.click("#labels button")
+    page.wait_for_selector("#labels tbody:not(:has(tr:nth-child(3)))", timeout=WAIT)
+    page.click("#near-copies button")
+    page.wait_for_selector("#sentence:has-text('162 rows to train on, 18 to measure on')", timeout=WAIT)
+    assert "Search near-copies again" in page.inner_text("#near-copies")
+    settings = dict(parse_qsl(urlsplit(page.url).query))
+    assert settings.pop("data.train").endswith("a.xlsx#Rows") and settings.pop("data.near_duplicates") == "0"
+    (renamed,) = settings.values()
+    assert renamed == f"{turned}={turned.upper()}" and list(settings) == ["data.rename_labels"]
+    assert page.title() != "taken" and not page.query_selector("main img") and page.said == []
 
 
 def test_a_run_is_merged_and_its_certificate_shown(page: Any, studio: Studio, tmp_path: Path, tiny_llama_folder: Path) -> None:

@@ -17,13 +17,14 @@ from lorakeet.data.prepare import load_dataset
 from lorakeet.data.rows import Row, Turn
 from lorakeet.data.spec import DataSpec
 from lorakeet.errors import DataError, EnvironmentProblem
+from lorakeet.evaluate.report.report import read_report
 from lorakeet.studio import shown_rows
 from lorakeet.studio.forms import run_file, run_words
 from lorakeet.studio.shown_rows import length_values, row_values, show_rows_of, split_values
 from lorakeet.workflows.planning import encoded_rows
 from tiny.models import save_tiny_llama, tiny_tokenizer
 from tiny.pictures import album
-from tiny.runs import write_rows
+from tiny.runs import run, write_rows
 
 WORDS = ["ash", "bay", "cup", "dew", "elm", "fog", "gem", "hat", "ice", "jar", "key", "lap", "map", "net", "oak", "pin", "rug"]
 HOSTILE = "<script>alert(1)</script>"
@@ -42,6 +43,12 @@ def file(tmp_path: Path) -> Path:
     path = tmp_path / "rows.jsonl"
     path.write_text("".join(json.dumps(row) + "\n" for row in made))
     return path
+
+
+def said_for(settings: Mapping[str, str]) -> list[str]:
+    sent: list[Any] = []
+    show_rows_of(settings, sent.append)
+    return [values["say"] for values in sent if "say" in values]
 
 
 def sent_for(settings: Mapping[str, str]) -> dict[str, Any]:
@@ -236,3 +243,26 @@ def test_one_click_merges_labels_and_keeps_near_copies(tmp_path: Path) -> None:
     assert read_run(tmp_path / "run.yaml").data == config.data and load_dataset(config.data).labels == ("No", "Yes")
     words = run_words(config)
     assert words[words.index("--data.rename_labels") + 1] == "YES=Yes,yes=Yes" and "--data.near_duplicates" in words
+
+
+def test_each_part_of_a_long_work_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The rows that were read are counted; then copies are searched."""
+    monkeypatch.setattr("lorakeet.data.read._SAID_EACH", 20)
+    file = write_rows(tmp_path / "rows.jsonl", rows(50))
+    searched = "Searches 50 rows for copies"
+    assert said_for({"data.train": str(file)}) == ["Reads all rows", *(f"Reads all rows, {n} so far" for n in (20, 40)), searched]
+
+
+def test_what_is_to_be_measured_is_what_the_verdict_counts(tmp_path: Path, tiny_llama_folder: Path) -> None:
+    """Also where groups stay on one side, and rows that stand twice are measured once."""
+    chance = np.random.default_rng(0)
+    lines = [f"{' '.join(chance.choice(WORDS, 9))} {n};{'ab'[n % 2]};{n // 7}" for n in range(140)]
+    path = tmp_path / "rows.csv"
+    path.write_text("text;label;who\n" + "\n".join(lines + lines[::3]) + "\n")
+    settings = {"data.train": str(path), "data.delimiter": ";", "data.group_column": "who", "data.held_out_fraction": "0.3"}
+    split = sent_for(settings)["split"]
+    assert split["measured"] < split["counts"]["held-out"], "some stand twice"
+    short = {"train.steps": 1, "evaluate.drift_texts": 0, "evaluate.answers": 0, "evaluate.examples": 0}
+    finished = run(tiny_llama_folder, path, tmp_path / "run", {**short, **settings})
+    (adapter,) = (one for one in read_report(finished.run.report).systems if one.role == "adapter")
+    assert adapter.metrics["accuracy"].n == split["measured"]

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 from collections import Counter
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass
 
 from lorakeet.data.copies.answer_copies import answer_copy_notes
@@ -50,21 +50,25 @@ class Dataset:
         return split_record(self.train, self.held_out, self.test, labels=self.labels)
 
 
-def load_dataset(spec: DataSpec, objective: str | None = "sft", *, most_compared: int | None = None) -> Dataset:
+def load_dataset(
+    spec: DataSpec, objective: str | None = "sft", *, most_compared: int | None = None, say: Callable[[str], None] | None = None
+) -> Dataset:
     """Loads the rows that `spec` describes and applies its leak policy. Raises ConfigError or DataError.
 
     `objective` is train.objective, which says of what shape the rows must be; None for any. More rows than `most_compared` are
-    split only: copies are neither searched nor dropped, and `leaks.searched` is empty.
+    split only: copies are neither searched nor dropped, and `leaks.searched` is empty. `say` is told what is done.
     """
     spec.validate()
     notes: list[str] = []
     remedies: list[Remedy] = []
-    rows = read_rows(spec.train, spec, notes, objective, remedies)
+    rows = read_rows(spec.train, spec, notes, objective, remedies, say)
     test = read_rows(spec.test, spec, notes, objective) if spec.test else []
     if spec.held_out:
         split = Split(by_content(rows, spec.split_seed), tuple(read_rows(spec.held_out, spec, notes, objective)))
     else:
         split = split_rows(rows, spec)
+    if say is not None:
+        say(f"Searches {len(rows) + len(test):,} rows for copies")
     # Checked before and after: the leak check may remove all training rows of a label.
     find_labels(split.train, spec)
     if most_compared is None or len(rows) + len(test) <= most_compared:

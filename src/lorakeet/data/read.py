@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import replace
 from itertools import islice
@@ -23,6 +23,7 @@ from lorakeet.data.workbook import sheets_note, workbook_records
 from lorakeet.errors import DataError, EnvironmentProblem, Remedy, nearest
 
 HUB = "hub:"
+_SAID_EACH = 20_000  # rows
 _READ_ON = 100_000  # rows that are read for the other problems of a file
 SAVED = ("dataset_info.json", "dataset_dict.json", "state.json")  # what datasets' save_to_disk leaves
 _HUB_ID = re.compile(r"[\w.-]+/[\w.-]+")
@@ -30,7 +31,12 @@ _FILE = re.compile(r"\.(jsonl?|ndjson|csv|tsv|txt|parquet|xls[xm]|zip|gz)$", re.
 
 
 def read_rows(
-    name: str, spec: DataSpec, notes: list[str] | None = None, objective: str | None = None, proposed: list[Remedy] | None = None
+    name: str,
+    spec: DataSpec,
+    notes: list[str] | None = None,
+    objective: str | None = None,
+    proposed: list[Remedy] | None = None,
+    say: Callable[[str], None] | None = None,
 ) -> list[Row]:
     """Reads the rows of one file, folder or hub data set, at most `spec.limit` of them; `objective` as in `shape_rows`.
 
@@ -38,11 +44,11 @@ def read_rows(
 
     Raises one DataError that lists all problems of single rows, and of the file (`every_problem`). With data.bad_rows "drop" such
     rows are left out; a sentence about them is added to `notes`. So is one about a column of labels or verdicts that is not read,
-    and about a prompt that is guessed; the setting of labels is added to `proposed`.
+    and about a prompt that is guessed; the setting of labels is added to `proposed`. `say` is told how many were read.
     """
     first: list[FileRecord] = []
     with all_problems(name, spec, objective):
-        rows = _read(name, spec, notes, objective, first=first)
+        rows = _read(name, spec, notes, objective, first=first, say=say)
     words, values = given_name(name), [each.values for each in first]
     if notes is not None and (several := sheets_note(name)):
         notes.append(several)
@@ -84,12 +90,14 @@ def _read(
     spec: DataSpec,
     dropped: list[str] | None,
     objective: str | None,
+    *,
     shown: int = SHOWN_PROBLEMS,
     first: list[FileRecord] | None = None,
+    say: Callable[[str], None] | None = None,
 ) -> list[Row]:
     words = given_name(name)
     problems = RowProblems(f"{words} cannot be used as it is", shown)
-    records = _first_kept(islice(read_records(name, problems, spec), spec.limit), first)
+    records = _first_kept(islice(read_records(name, problems, spec), spec.limit), first, say)
     rows = list(shape_rows(records, words, spec, problems, objective))
     if spec.bad_rows == "stop" or not rows:
         problems.raise_if_any()
@@ -102,9 +110,13 @@ def _read(
     return with_prompt_groups(rows)
 
 
-def _first_kept(records: Iterator[FileRecord], kept: list[FileRecord] | None) -> Iterator[FileRecord]:
-    """The records; the first of them are added to `kept`."""
-    for record in records:
+def _first_kept(
+    records: Iterator[FileRecord], kept: list[FileRecord] | None, say: Callable[[str], None] | None
+) -> Iterator[FileRecord]:
+    """The records; the first of them are added to `kept`, and `say` is told their number from time to time."""
+    for number, record in enumerate(records):
+        if say is not None and number and number % _SAID_EACH == 0:
+            say(f"Reads all rows, {number:,} so far")
         if kept is not None and len(kept) < SAMPLED:
             kept.append(record)
         yield record

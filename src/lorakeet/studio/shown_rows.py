@@ -83,8 +83,8 @@ def _show_text(config: RunConfig, send: Send) -> None:
             error.remedies = error.remedies or (proposal.remedies if proposal else ())
             raise
     send({"part": "columns", "shape": shape, "used": used, **label_values(records, used, data)})
-    send({"say": "Reads all rows, and searches for copies"})
-    dataset = load_dataset(data, objective)
+    send({"say": "Reads all rows"})
+    dataset = load_dataset(data, objective, say=lambda line: send({"say": line}))
     remarks = remarks_on(dataset, data, few_shot=config.evaluate.examples > 0)
     send({"part": "split", **split_values(dataset, remarks, data)})
     if config.model.path == NO_MODEL:

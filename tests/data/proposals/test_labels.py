@@ -110,4 +110,5 @@ def test_two_thousand_long_labels_need_few_comparisons(shape: str, monkeypatch: 
 
 def test_equal_but_for_case_is_said_once() -> None:
     (note,) = label_notes({"Positive": 1, "positive": 40})
-    assert "'Positive' and 'positive' differ in case" in note
+    assert "count as several: 'Positive' and 'positive'. If they are one, mend" in note
+    assert note.endswith("set --data.rename_labels Positive=positive.")

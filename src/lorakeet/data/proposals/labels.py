@@ -16,6 +16,7 @@ _SHORTEST, _LONGEST = 5, 40  # letters of a word in which one other letter is a 
 _LONG = range(8, 21)  # letters of a word in which two are
 _MOST_WORDS = 40  # of a label that is compared word by word; more are a text
 _NAMED = 8  # labels of one row that are named
+_SHOWN = 4  # labels on a button
 _MEANT = frozenset("#%&*@")  # punctuation that makes another label, as in C#
 _PREFIXES = (
     "ab", "ad", "ante", "anti", "bi", "con", "contra", "de", "dis", "endo", "epi", "exo", "extra", "hyper", "hypo", "im", "in",
@@ -32,11 +33,15 @@ def label_notes(counts: Mapping[str, int], renamed: Mapping[str, str] | None = N
     `counts` has the rows of each label, in all parts together; `renamed` is data.rename_labels, which they advise.
     """
     like = slips(counts)
-    notes = [
-        f"The labels {_listed(sorted([*names, meant]))} differ in case, spaces or Unicode form only, but count as "
-        f"{len(names) + 1}. If they are one, mend the file, or set {merging(dict.fromkeys(names, meant), renamed).flag}."
-        for meant, names in alike(counts).items()
-    ]
+    notes = []
+    if groups := alike(counts):
+        named = "; ".join(_listed(sorted([*names, meant])) for meant, names in [*groups.items()][:_NAMED])
+        more = f"; and {len(groups) - _NAMED:,} more" if len(groups) > _NAMED else ""
+        every = {name: meant for meant, names in groups.items() for name in names}
+        notes.append(
+            f"Labels that differ in case, spaces or Unicode form only count as several: {named}{more}. If they are one, mend the "
+            f"file, or set {merging(every, renamed).flag}."
+        )
     notes += [
         f"{label!r} has {_rows(counts[label])} and is very like {other!r} ({counts[other]:,}): a typo? If so, mend the file, or "
         f"set {merging({label: other}, renamed).flag}."
@@ -60,9 +65,9 @@ def merges(counts: Mapping[str, int], renamed: Mapping[str, str]) -> list[Remedy
 def merging(names: Mapping[str, str], renamed: Mapping[str, str] | None = None) -> Remedy:
     """The setting that reads each label as the one that it is mapped to, after those that are `renamed` already."""
     every = {**{label: names.get(meant, meant) for label, meant in (renamed or {}).items()}, **names}
-    words = "; ".join(f"read “{label:.40}” as “{meant:.40}”" for label, meant in [*names.items()][:_NAMED])
-    more = f" and {len(names) - _NAMED:,} more" if len(names) > _NAMED else ""
-    return Remedy("data.rename_labels", shown_default(every), f"{words[:1].upper()}{words[1:]}{more}")
+    words = ", ".join(f"“{label:.40}” into “{meant:.40}”" for label, meant in [*names.items()][:_SHOWN])
+    more = f" and {len(names) - _SHOWN:,} more" if len(names) > _SHOWN else ""
+    return Remedy("data.rename_labels", shown_default(every), f"Merge {words}{more}")
 
 
 def doubtful_labels(counts: Mapping[str, int]) -> set[str]:

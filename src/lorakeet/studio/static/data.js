@@ -89,8 +89,7 @@ const draw = {
     const fate = part.dropped ? `${short(part.dropped)} of these rows are left out.` : "None is left out.";
     by("leaks-says").textContent = part.leaks ? `${short(part.leaks)} pairs of rows stand on both sides of the split, so the measure would repeat what was trained. ${fate}` : "No held-out row is among the training rows.";
     if (part.repeats) by("leaks-says").append(` ${short(part.repeats)} ${part.repeats === 1 ? "row repeats another" : "rows repeat others"} on the same side; ${part.repeated}.`);
-    if (part.near.says) by("leaks-says").append(` ${part.near.says}`);
-    by("leaks-says").append(...actions(part.near.remedies).flatMap((line) => [" ", ...line.childNodes]));
+    by("near-copies").replaceChildren(part.near.says, ...actions(part.near.remedies));
     if (part.contradicted) by("leaks-says").append(" ", make("b", {}, `${short(part.contradicted)} ${part.contradicted === 1 ? "text has" : "texts have"} different labels in two rows: see which is right.`));
     by("method").textContent = part.method;
     few("pairs", part.pairs.map(pair), 3, part.all > part.pairs.length ? `of ${short(part.all)} pairs` : "pairs");

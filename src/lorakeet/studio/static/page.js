@@ -16,10 +16,29 @@ export async function post(path, fields = {}) {
   return found;
 }
 
+const TURNING = /[\x1b\u202a-\u202e\u2066-\u2069]/g; // as the templates write them: they would turn the order of what follows
+
+/** A text as a page shows it. */
+function shown(text) {
+  return text.replace(TURNING, (sign) => `\\u${sign.charCodeAt(0).toString(16).padStart(4, "0")}`);
+}
+
+/** Writes the texts in `node` as a page shows them. */
+function mend(node) {
+  const texts = document.createTreeWalker(node, NodeFilter.SHOW_TEXT);
+  for (let text = node.nodeType === Node.TEXT_NODE ? node : texts.nextNode(); text; text = texts.nextNode()) {
+    const mended = shown(text.data);
+    if (mended !== text.data) text.data = mended;
+  }
+}
+
+new MutationObserver((changes) => { for (const { target, addedNodes, type } of changes) for (const node of type === "characterData" ? [target] : addedNodes) mend(node); })
+  .observe(document.documentElement, { subtree: true, childList: true, characterData: true }); // whichever script draws them
+
 /** A new element; `attributes` of null are left out, `children` are elements or texts, never HTML. */
 export function make(name, attributes = {}, ...children) {
   const element = document.createElement(name);
-  for (const [key, value] of Object.entries(attributes)) if (value !== null && value !== undefined) element.setAttribute(key, value);
+  for (const [key, value] of Object.entries(attributes)) if (value !== null && value !== undefined) element.setAttribute(key, ["title", "alt", "aria-label"].includes(key) ? shown(String(value)) : value);
   element.append(...children);
   return element;
 }
