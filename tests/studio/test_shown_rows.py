@@ -247,7 +247,7 @@ def test_one_click_merges_labels_and_keeps_near_copies(tmp_path: Path) -> None:
 
 def test_each_part_of_a_long_work_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """The rows that were read are counted; then copies are searched."""
-    monkeypatch.setattr("lorakeet.data.read._SAID_EACH", 20)
+    monkeypatch.setattr("lorakeet.data.read.SAID_EACH", 20)
     file = write_rows(tmp_path / "rows.jsonl", rows(50))
     searched = "Searches 50 rows for copies"
     assert said_for({"data.train": str(file)}) == ["Reads all rows", *(f"Reads all rows, {n} so far" for n in (20, 40)), searched]

@@ -56,7 +56,7 @@ def load_dataset(
     """Loads the rows that `spec` describes and applies its leak policy. Raises ConfigError or DataError.
 
     `objective` is train.objective, which says of what shape the rows must be; None for any. More rows than `most_compared` are
-    split only: copies are neither searched nor dropped, and `leaks.searched` is empty. `say` is told what is done.
+    split only: copies are neither searched nor dropped, and `leaks.searched` is empty. `say` is given what is done, in words.
     """
     spec.validate()
     notes: list[str] = []

@@ -23,7 +23,7 @@ from lorakeet.data.workbook import sheets_note, workbook_records
 from lorakeet.errors import DataError, EnvironmentProblem, Remedy, nearest
 
 HUB = "hub:"
-_SAID_EACH = 20_000  # rows
+SAID_EACH = 20_000  # rows
 _READ_ON = 100_000  # rows that are read for the other problems of a file
 SAVED = ("dataset_info.json", "dataset_dict.json", "state.json")  # what datasets' save_to_disk leaves
 _HUB_ID = re.compile(r"[\w.-]+/[\w.-]+")
@@ -44,7 +44,7 @@ def read_rows(
 
     Raises one DataError that lists all problems of single rows, and of the file (`every_problem`). With data.bad_rows "drop" such
     rows are left out; a sentence about them is added to `notes`. So is one about a column of labels or verdicts that is not read,
-    and about a prompt that is guessed; the setting of labels is added to `proposed`. `say` is told how many were read.
+    and about a prompt that is guessed; the setting of labels is added to `proposed`. `say` is given their number meanwhile, in words.
     """
     first: list[FileRecord] = []
     with all_problems(name, spec, objective):
@@ -113,9 +113,9 @@ def _read(
 def _first_kept(
     records: Iterator[FileRecord], kept: list[FileRecord] | None, say: Callable[[str], None] | None
 ) -> Iterator[FileRecord]:
-    """The records; the first of them are added to `kept`, and `say` is told their number from time to time."""
+    """The records; the first of them are added to `kept`, and `say` is given their number from time to time."""
     for number, record in enumerate(records):
-        if say is not None and number and number % _SAID_EACH == 0:
+        if say is not None and number and number % SAID_EACH == 0:
             say(f"Reads all rows, {number:,} so far")
         if kept is not None and len(kept) < SAMPLED:
             kept.append(record)
