@@ -44,7 +44,7 @@ def read_rows(
 
     Raises one DataError that lists all problems of single rows, and of the file (`every_problem`). With data.bad_rows "drop" such
     rows are left out; a sentence about them is added to `notes`. So is one about a column of labels or verdicts that is not read,
-    and about a prompt that is guessed; the setting of labels is added to `proposed`. `say` is given their number meanwhile, in words.
+    and about a prompt that is guessed; the setting of labels is added to `proposed`. `say` is given their number meanwhile.
     """
     first: list[FileRecord] = []
     with all_problems(name, spec, objective):
