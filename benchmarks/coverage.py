@@ -6,7 +6,7 @@ Shares: systems that are right on the same rows or not, by cells of (only left r
 several shapes, of rows and of groups of 5 rows. Macro-F1: tables of labels and answers, of one system and of two with equal
 macro-F1. Printed: coverage in the mean over cells and in the worst one, the mean width, false alarms where there is no
 difference, and how often words took the interval's place, which counts as covered. Margins: how often a system that is worse by
-exactly the margin passes as non-inferior (`check --no-worse`, `compress`), in shares and in losses of the same shapes and of
+exactly the margin passes as non-inferior (`compress`), in shares and in losses of the same shapes and of
 their mirror images. Apart from the claim: rare large losses, of which the rows may hold none. Where fewer than 3 are expected no
 interval covers. Claimed: LEAST coverage in the mean (FEWER for means of less than 64 rows), WORST in the worst cell, ALARMS, and
 PASSED in the mean over cells of a margin.

@@ -25,7 +25,7 @@ KINDS = {
     "group": "same group",
 }
 MANY = (20, 0.01)  # rows, and their share of all, from which one whole prompt is an instruction
-RECALL = "95 %"  # measured by benchmarks/leaks.py
+RECALL, RECALL_LEFT_OUT = "97 %", "79 %"  # the least that benchmarks/leaks.py measured, of a word left out in labels
 UNSEEN = "paraphrases, translations, changes within text that many rows share, and another word in the only slot of such text"
 _SHOWN = 5
 _MANY_NEAR = (5, 0.02)  # rows, and their share of the training rows
@@ -96,7 +96,9 @@ class LeakReport:
         return (
             f"Searched {rows} rows for texts that share {self.threshold:.0%} of their words{one}; text that many rows share does "
             "not count, and rows whose answers take up the words that differ are other rows. In tests it found at least "
-            f"{RECALL} of the copies that were planted in sentences and labels. It cannot find {UNSEEN}."
+            f"{RECALL} of the copies that were planted in sentences and labels: one word replaced, misspelt or added, two "
+            f"replaced, clauses turned, or text around them. With a word left out it was {RECALL_LEFT_OUT}. "
+            f"It cannot find {UNSEEN}."
         )
 
     def much_dropped(self) -> str:

@@ -1,7 +1,8 @@
 """Finds texts that are nearly equal: at most one word in five is changed, or one word of a short text.
 
 Only words of a text's own count as changes: what many texts share weighs nothing, wherever it stands. A text may stand whole in
-another, and passages may have changed places. Two texts with other numbers or signs are no copies (`copies/words`).
+another, other text may stand around both, and passages may have changed places. Two texts with other numbers or signs are no
+copies (`copies/words`).
 
 Candidates share a rare sequence of three to five words, or are equal but for one word. Each candidate is then aligned word by
 word. Two texts are near-copies if few words differ, and if what they share is too rare to be chance: words that many texts have
@@ -187,7 +188,7 @@ class _Search:
             signs = [[before_each[side][i] for i in (*places[side], behind[side])] for side in range(2)]
             words = [[self.numbered.words[ids[side][i]] for i in places[side]] for side in range(2)]
             around = before == (-1, -1) or behind == ends
-            if around and min(map(len, places)) >= _OPERAND:  # another instruction
+            if around and min(map(len, places)) >= _OPERAND:  # other text stands around the same
                 continue
             if around and any(places) and not all(places):
                 longer, beside = (0 if places[0] else 1), (0 if behind == ends else -1)

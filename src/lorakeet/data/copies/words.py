@@ -25,9 +25,10 @@ _SIGN = (
 )
 _WORD = regex.compile(rf"(?V1)[{_SPACELESS}]\p{{M}}*|{_LETTER}+(?:{_INSIDE}{_LETTER}+)*|{_SIGN}")
 _MORE = r"(?=[ \t]+\S)(?![ \t]+-?\p{Sc}?\d\S*(?:[ \t]+\S{1,4})?[ \t]*$)"  # behind a mark: more than an operand
+_ATTRIBUTE = r"(?:\s++[\w:.-]++\s*+=\s*+(?:\"[^\"<>]*+\"|'[^'<>]*+'|[^\s<>\"']++))"
 _MARKUP = regex.compile(
-    r"(?m)<(?P<name>[/!?]?[A-Za-z][\w:.-]*(?:\s+[\w:.-]+\s*=\s*(?:\"[^\"<>]*\"|'[^'<>]*'|[^\s<>\"']+))*)\s*/?>|<!--"  # tags
-    r"|<\|(?P<token>[^|<>\n]+)\|>|[-=]+>|~~|([<>])\3\3+|([<>=+~|^])\4{3,}"  # tokens of a chat, arrows, rules
+    rf"(?m)<(?P<name>[/!?]?[A-Za-z][\w:.-]*+{_ATTRIBUTE}{{0,99}}+)\s*/?>|<!--"  # tags
+    r"|<\|(?P<token>[^|<>\n]+)\|>|(?<![-=])[-=]+>|~~|([<>])\3\3+|([<>=+~|^])\4{3,}"  # tokens of a chat, arrows, rules
     rf"|^[ \t]*(?:(?:>[ \t]*)+|==+){_MORE}|\A\s*[=+~|]+{_MORE}|[ \t]==+[ \t]*$|\s[=>~]+[\s.?!…_]*\Z"  # quotes, headings
 )
 _MARKS = frozenset("<>=~|+^")
