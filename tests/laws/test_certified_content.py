@@ -109,6 +109,36 @@ def test_every_verb_refuses(
     assert not [*tmp_path.glob("out/*")], "nothing is written"
 
 
+@pytest.mark.parametrize("name", SEVEN)
+def test_python_refuses(copied: Path, name: str, tmp_path: Path) -> None:
+    DAMAGES[name][0](copied)
+    calls: list[Callable[[], Any]] = [
+        lambda: lk.open_run(copied).adapter, lambda: lk.merge(copied, out=tmp_path / "m", quiet=True),
+        lambda: lk.export(copied, tmp_path / "a.gguf", quiet=True), lambda: lk.evaluate(copied, quiet=True),
+        lambda: lk.predict(copied, [{"text": "alder"}], quiet=True), lambda: lk.verify(copied, against=["x"], quiet=True),
+    ]  # fmt: skip
+    for call in calls:
+        with pytest.raises(LorakeetError) as refused:
+            call()
+        assert DAMAGES[name][1] in str(refused.value)
+    assert [path.name for path in tmp_path.iterdir()] == ["copied"]
+
+
+@pytest.mark.parametrize("way", ["merge", "gguf", "ollama", "mlx"])
+@pytest.mark.parametrize("name", SEVEN)
+def test_the_studios_commands_refuse(copied: Path, way: str, name: str, capsys: pytest.CaptureFixture[str]) -> None:
+    """What its buttons carry out; the job shows what is said, with a click that goes on (tests/studio/test_taking.py)."""
+    pytest.importorskip("starlette", reason="starlette, of the extra lorakeet[studio], makes the pages")
+    from lorakeet.studio.places import Places
+    from lorakeet.studio.taking import wanted
+
+    DAMAGES[name][0](copied)
+    found = wanted(Places.of(copied.parent, (copied.parent,)), copied.name, way, {"quant": "f16"})
+    assert main(list(found.words)) == (2 if name == "cut in half" else 3)
+    said = " ".join(capsys.readouterr().err.split())
+    assert DAMAGES[name][1] in said and (name == "cut in half" or "--uncertified" in said)
+
+
 BASED = [verb for verb in CALLS if verb not in ("generate", "finetune")]  # an image run has another base; it may train on any
 
 

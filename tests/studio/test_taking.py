@@ -20,6 +20,7 @@ from lorakeet.studio.taking import (
     bytes_of,
     certificate_values,
     default_name,
+    go_on_uncertified,
     job_values,
     jobs_of,
     last_line,
@@ -123,3 +124,19 @@ def test_a_folder_keeps_its_certificate_inside(studio: Studio, run: Path) -> Non
     (run / "certificate.json").write_text(json.dumps({"passed": True}))
     assert certificate_values(run) is None, "a broken one is none"
     assert "q4_k_m" in QUANTS
+
+
+def test_a_refused_content_is_shown_in_its_words_and_a_click_goes_on(studio: Studio, run: Path) -> None:
+    """The click repeats the command with --uncertified, in a folder of its own, and is offered once."""
+    said = "Error: mine is not what its certificate was made for: tensor x has changed. Go on with --uncertified.\n"
+    job = made_job(studio, ["predict", str(run), "--data=rows.csv", "--out", "{folder}/answers.csv"], 3, said)
+    values = job_values(job)
+    assert values["uncertified"] and "tensor x has changed" in values["error"]
+    again = go_on_uncertified(studio.places, studio.queue, "mine", job.name)
+    assert [*again.words] == ["predict", str(run), "--data=rows.csv", "--out", f"{again.folder}/answers.csv", "--uncertified"]
+    assert again.folder != job.folder and not job_values(again)["uncertified"]
+    for name, text in (("alive", ""), ("code", "3"), ("log", said)):
+        (again.folder / name).write_text(text)
+    assert not job_values(again)["uncertified"], "it was given already"
+    with pytest.raises(NotHere):
+        go_on_uncertified(studio.places, studio.queue, "mine", again.name)

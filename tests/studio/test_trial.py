@@ -66,6 +66,12 @@ def test_a_trial_is_the_command_serve_beside_other_jobs(studio: Studio) -> None:
     assert current_trial(studio.queue) is None
 
 
+def test_a_trial_goes_on_uncertified_where_that_is_requested(studio: Studio) -> None:
+    made(studio, "mine")
+    assert "--uncertified" not in open_trial(studio.places, studio.queue, "mine").job.words
+    assert open_trial(studio.places, studio.queue, "mine", uncertified=True).job.words[-1] == "--uncertified"
+
+
 def test_a_second_click_loads_no_second_model(studio: Studio) -> None:
     made(studio, "mine")
     first = open_trial(studio.places, studio.queue, "mine", once="a")

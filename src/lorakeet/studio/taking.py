@@ -29,6 +29,7 @@ WRITTEN_HERE = ("f32", "f16", "bf16", "q8_0")  # without llama.cpp
 LLAMA_CPP = "llama_cpp_py_sync"
 HUB = "huggingface_hub"
 VERBS = ("merge", "export", "convert", "push", "predict")
+UNCERTIFIED = "--uncertified"  # the flag that a refusal names
 MANY = 20  # jobs that are shown with what they printed
 
 
@@ -155,7 +156,18 @@ def job_values(job: Job) -> dict[str, Any]:
         "certificate": None if out is None else certificate_values(out),
         "use": use_of(job, out) if state == "done" else [],
         "advice": advice_of(job),
+        "uncertified": state == "failed" and UNCERTIFIED in job.error and UNCERTIFIED not in job.words,
     }
+
+
+def go_on_uncertified(places: Places, queue: Queue, run: str, name: str, once: str = "") -> Job:
+    """Puts a command into the queue again that was refused because of another content; results then say so. NotHere if none."""
+    refused = next((job for job in jobs_of(places, queue, run) if job.name == name and job_values(job)["uncertified"]), None)
+    if refused is None:
+        raise NotHere("There is no such command that was refused. Start it again.")
+    folder = f"{refused.folder}/"
+    words = [f"{{folder}}/{word.removeprefix(folder)}" if word.startswith(folder) else word for word in refused.words]
+    return queue.add([*words, UNCERTIFIED], title=refused.title, once=once)
 
 
 def advice_of(job: Job) -> str:

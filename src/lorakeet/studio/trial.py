@@ -46,7 +46,7 @@ class TriedModel:
     key: str
 
 
-def open_trial(places: Places, queue: Queue, run: str, once: str = "") -> TriedModel:
+def open_trial(places: Places, queue: Queue, run: str, once: str = "", *, uncertified: bool = False) -> TriedModel:
     """Puts a server of the run's base and adapter into the queue. It runs beside other jobs. ConfigError without an adapter.
 
     The server before it is ended; where that was made with the same `once` (pages.once_of), it goes on.
@@ -67,7 +67,7 @@ def open_trial(places: Places, queue: Queue, run: str, once: str = "") -> TriedM
         words = [
             "serve", "--model", config.model.path, "--adapter", f"{adapter_name(run)}={folder}", "--lora-paths", str(places.runs),
             "--port", "0", "--keys", f"{{folder}}/{_KEYS}", "--quantize", method if method in ("nf4", "int8") else "none",
-            "--slots", "4",
+            "--slots", "4", *(["--uncertified"] if uncertified else []),
         ]  # fmt: skip
         files = {
             _ABOUT: json.dumps({"run": run, "key": key}),

@@ -35,6 +35,7 @@ from lorakeet.studio.taking import (
     QUANTS,
     Wanted,
     default_name,
+    go_on_uncertified,
     job_values,
     jobs_of,
     stamp_of,
@@ -94,6 +95,12 @@ def _start(request: Request) -> Response:
         raise ConfigError(missing)
     where = found.options.name if found.out is None else found.out.name
     studio.queue.add(found.words, title=f"{found.way.title}: {where}", once=once_of(request))
+    return moved(page_address("take", name))
+
+
+def _uncertified(request: Request) -> Response:
+    studio, name = studio_of(request), _name(request)
+    go_on_uncertified(studio.places, studio.queue, name, form_of(request).get("job", ""), once=once_of(request))
     return moved(page_address("take", name))
 
 
@@ -179,6 +186,7 @@ SCREEN = Screen(
         Route("/take/{name}/sizes", _sizes),
         *answer.ROUTES,
         Route("/take/{name}/{way}/check", _check, methods=["POST"]),
+        Route("/take/{name}/uncertified", _uncertified, methods=["POST"]),
         Route("/take/{name}/{way}", _start, methods=["POST"]),
     ),
 )

@@ -17,6 +17,7 @@ from lorakeet.studio.forms import settings_of
 from lorakeet.studio.jobs import last_line
 from lorakeet.studio.pages import Screen, Studio, form_of, json_answer, moved, once_of, page, page_address, studio_of
 from lorakeet.studio.screens import pictures
+from lorakeet.studio.taking import UNCERTIFIED
 from lorakeet.studio.trial import (
     TriedModel,
     add_run,
@@ -45,11 +46,12 @@ def _talk(request: Request) -> Response:
     trial = current_trial(studio.queue)
     state, message = trial_state(trial)
     runs = [run for run in studio.index.summaries() if (studio.places.runs / run.name / "adapter").is_dir()]
+    refused = trial.run if trial is not None and UNCERTIFIED in message and UNCERTIFIED not in trial.job.words else ""
     loaded = trial if trial is not None and state in ("ready", "starting") else None
     wanted = request.query_params.get("run") or (loaded.run if loaded else "") or (runs[0].name if runs else "")
     base = next((run.model for run in runs if loaded is not None and run.name == loaded.run), "")
     return page(
-        request, "talk.html", runs=runs, wanted=wanted, loaded=loaded, state=state, message=message,
+        request, "talk.html", runs=runs, wanted=wanted, loaded=loaded, state=state, message=message, refused=refused,
         system=_trained(studio, loaded, "data.system"), column=_trained(studio, loaded, "data.text_column"),
         same=[run.name for run in runs if loaded is not None and run.model == base and run.name != loaded.run],
         examples=examples_of(studio.places.runs / loaded.run) if loaded else [], beside=running_beside(studio.queue),
@@ -68,7 +70,8 @@ def _open(request: Request) -> Response:
     studio, run = studio_of(request), form_of(request).get("run", "")
     if settings_of(studio.places.run(run)).get("kind") == "image":
         return moved(page_address("try", "pictures", run))
-    open_trial(studio.places, studio.queue, run, once=once_of(request))
+    uncertified = form_of(request).get("uncertified") == "true"
+    open_trial(studio.places, studio.queue, run, once=once_of(request), uncertified=uncertified)
     return moved("/try", {"run": run})
 
 

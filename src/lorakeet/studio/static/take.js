@@ -53,6 +53,12 @@ function again(one) {
   return make("form", { method: "post", action: `${root.dataset.run}/answer` }, ...hidden, make("button", { type: "submit", class: "remedy" }, one.again_words));
 }
 
+/** A form that carries out what was refused because of another content than the certificate's. */
+function uncertified(one) {
+  const hidden = Object.entries({ csrf, once: `${one.name}-uncertified`, job: one.name }).map(([name, value]) => make("input", { type: "hidden", name, value }));
+  return make("form", { method: "post", action: `${root.dataset.run}/uncertified` }, ...hidden, make("button", { type: "submit" }, "Go on uncertified"), make("span", { class: "soft" }, " The result says what differs."));
+}
+
 /** What deletes a file of answers for good, after a second click. */
 function forgetting(one) {
   const form = make("form", { method: "post", action: `${root.dataset.run}/saved/${encodeURIComponent(one.name)}/delete` }, make("input", { type: "hidden", name: "csrf", value: csrf }), make("button", { type: "submit", class: "danger" }, "Delete for good"));
@@ -70,6 +76,7 @@ function job(one, open) {
   else if (one.error) parts.push(make("p", { class: "warning message" }, one.error));
   if (one.saves && one.certificate?.passed !== false) parts.push(make("p", {}, make("a", { class: "button primary", href: `${root.dataset.run}/saved/${encodeURIComponent(one.name)}`, download: one.saves }, `Save ${one.saves}`), one.held ? forgetting(one) : ""));
   if (Object.keys(one.again).length) parts.push(again(one));
+  if (one.uncertified) parts.push(uncertified(one));
   if (one.certificate && one.state !== "running") parts.push(certificate(one.certificate));
   parts.push(...one.use.map(([text, purpose]) => command(text, purpose)));
   const printed = one.log ? make("pre", { tabindex: "0", role: "group", "aria-label": "Log" }, make("code", {}, one.log)) : "";
