@@ -155,7 +155,7 @@ def test_a_report_never_lands_on_something_else(finished: Any, tmp_path: Path) -
 def test_an_adapter_on_another_base_is_refused_with_every_mismatch(finished: Any, tmp_path: Path) -> None:
     other = save_tiny_llama(tmp_path / "other", hidden_size=16, num_hidden_layers=1)
     with pytest.raises(ConfigError, match=r"does not fit this base \((\d+) problems\)") as refused:
-        evaluate(EvaluateOptions(str(finished.path), base=str(other)), console=quiet())
+        evaluate(EvaluateOptions(str(finished.path), base=str(other), uncertified=True), console=quiet())
     said = str(refused.value)
     assert "'model.layers.0.self_attn.q_proj': A is 4×32, but this base needs 4×16." in said
     assert all(f"'model.layers.1.{name}'" in said for name in ("self_attn.q_proj", "mlp.down_proj"))

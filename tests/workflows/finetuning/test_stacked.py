@@ -55,16 +55,20 @@ def test_ranks_add_up_and_the_new_pairs_have_their_own_scale(rule: str, earlier:
     assert with_stacked(found) == found  # as a resumed run reads them
 
 
+def on_top_of(earlier: Path) -> RunConfig:
+    return RunConfig(lora=LoraSpec(on_top_of=str(earlier)))
+
+
 def test_the_terms_that_stay_are_named_by_their_dimension(earlier: Path) -> None:
-    kept = earlier_facts(earlier).kept_terms
+    kept = earlier_facts(on_top_of(earlier)).kept_terms
     assert kept[f"{QUERY}.A"] == (0, 4) and kept[f"{QUERY}.B"] == (1, 4)
 
 
 def test_facts_follow_the_files(earlier: Path) -> None:
-    before = earlier_facts(earlier)
-    assert earlier_facts(earlier) is before
+    before = earlier_facts(on_top_of(earlier))
+    assert earlier_facts(on_top_of(earlier)) is before
     peft.write(Adapter({QUERY: pair(5, 8.0)}, base="model"), earlier)
-    after = earlier_facts(earlier)
+    after = earlier_facts(on_top_of(earlier))
     assert after.digest != before.digest and after.pairs == {QUERY: (5, "linear")}
 
 

@@ -158,7 +158,7 @@ def test_both_bases_of_a_run_on_a_quantised_file_are_measured(
     for worse in ("original", "dequantised"):
         measured = make_worse(monkeypatch, worse)
         console, said = heard()
-        merged = merge(MergeOptions((str(path),), out=tmp_path / worse, base=str(dense)), console=console)
+        merged = merge(MergeOptions((str(path),), out=tmp_path / worse, base=str(dense), uncertified=True), console=console)
         assert merged.choice is not None and merged.choice.base != worse and merged.certificate.passed
         assert measured == {"original": str(dense), "dequantised": str(packed)}
         assert "Paired, on the same rows" in said.getvalue() and f"Merged into the {merged.choice.base} base" in said.getvalue()
@@ -201,7 +201,7 @@ def test_without_a_known_original_the_quantised_base_is_taken_and_it_is_said(on_
     finally:
         if card.is_file():
             card.write_text(record)
-    several = choose("auto", [open_adapter(path, base=str(dense))] * 2)
+    several = choose("auto", [open_adapter(path, base=str(dense), uncertified=True)] * 2)
     assert several.base == "original" and "unmeasured" in several.why
 
 
@@ -213,6 +213,6 @@ def test_a_base_that_is_not_at_its_place_is_looked_for_where_base_says(tiny_llam
     bases = both_bases(open_adapter(tmp_path / "run", base=str(moved)))
     assert bases.kind == "nf4" and bases.of("dequantised").config.model.path == str(moved)
     assert bases.of("original").config.model.path == str(tiny_llama_folder)
-    elsewhere = open_adapter(tmp_path / "run", base=str(tiny_llama_folder))
+    elsewhere = open_adapter(tmp_path / "run", base=str(tiny_llama_folder), uncertified=True)
     choice = choose("auto", [elsewhere])
     assert choice.base == "original" and "packed, is not on this machine" in choice.why and "unmeasured" in choice.why
