@@ -7,18 +7,24 @@ import re
 import resource
 import zipfile
 from collections.abc import Callable, Mapping, Sequence
+from functools import cache
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any
 
 import openpyxl
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
 
 from lorakeet.data.locate import locate_data
 from lorakeet.data.read import check_first_record, is_absent, read_records, read_rows
 from lorakeet.data.spec import DataSpec
 from lorakeet.data.tables import RowProblems
 from lorakeet.data.workbook import MOST_COLUMNS, MOST_ROWS, sheet_names
-from lorakeet.errors import DataError
+from lorakeet.errors import LONGEST_MESSAGE, DataError
+from tiny.damage import other_folder
+from tiny.fuzz import case_folder, fuzzed
 
 MAIN = 'xmlns="http://schemas.openxmlformats.org/spreadsheetml/2006/main"'
 CELLS = "xl/worksheets/sheet1.xml"
@@ -227,3 +233,25 @@ def test_the_widest_sheet_is_read_as_openpyxl_reads_it(tmp_path: Path) -> None:
     read = [list(row) for row in book.active.iter_rows(min_row=2, values_only=True)]
     book.close()
     assert [list(values.values()) for _, values in records(path)] == read
+
+
+@cache
+def parts() -> dict[str, bytes]:
+    with TemporaryDirectory() as folder:
+        rows = [["text", "label", "n"], *([f"row {n}", "ab"[n % 2], datetime.date(2024, 1, n + 1)] for n in range(6))]
+        with zipfile.ZipFile(workbook(Path(folder) / "a.xlsx", {"s": rows, "t": [["text"]]})) as archive:
+            return {name: archive.read(name) for name in archive.namelist()}
+
+
+@fuzzed(quick=300, many=20_000)
+@given(files=st.deferred(lambda: other_folder(parts())))
+def test_damaged_workbooks(files: dict[str, bytes]) -> None:
+    with case_folder() as folder:
+        path = folder / "a.xlsx"
+        with zipfile.ZipFile(path, "w") as archive:
+            for name, content in files.items():
+                archive.writestr(name, content)
+        try:
+            read_rows(str(path), DataSpec(), [], "sft")
+        except DataError as error:
+            assert "a.xlsx" in str(error) and len(str(error)) <= LONGEST_MESSAGE
