@@ -14,11 +14,12 @@ from typing import TYPE_CHECKING
 import numpy as np
 from numpy.typing import NDArray
 
+from lorakeet.data.foreign_tokenizer import decoded, encoded
 from lorakeet.data.rows import Row, Turn
 from lorakeet.data.shapes import label_text
 from lorakeet.data.spec import DataSpec
 from lorakeet.data.template import Tokenizer, is_templated, render, uses_template
-from lorakeet.errors import ConfigError, DataError, nearest, one_message, spelt
+from lorakeet.errors import ConfigError, DataError, nearest, spelt
 
 if TYPE_CHECKING:
     from rich.text import Text
@@ -75,7 +76,7 @@ class Encoder:
         self.labels = tuple(labels)
         self._last: tuple[str, list[int]] = ("", [])
         uses_template(tokenizer, spec)  # raises for a missing template before the first row
-        first, bos = tokenizer.encode("a", add_special_tokens=True)[0], tokenizer.bos_token_id
+        first, bos = encoded(tokenizer, "a", add_special_tokens=True)[0], tokenizer.bos_token_id
         self._bos: list[int] = [first] if bos is not None and first == bos else []
         self._longest_label = max((len(self._encode(label_text(label, spec))) for label in self.labels), default=0)
 
@@ -182,8 +183,7 @@ class Encoder:
         return [] if is_templated(row, self.tokenizer, self.spec) else self._bos
 
     def _encode(self, text: str) -> list[int]:
-        with one_message(f"The tokenizer cannot read {text[:60]!r}", "It may be damaged: fetch the model again."):
-            return list(self.tokenizer.encode(text, add_special_tokens=False)) if text else []
+        return encoded(self.tokenizer, text, add_special_tokens=False) if text else []
 
     def _beginning(self, text: str) -> list[int]:
         """The ids of a row's beginning; the last one is remembered, since each label of a row is encoded behind the same."""
@@ -212,7 +212,7 @@ class Encoder:
         )
 
     def _decode(self, ids: list[int]) -> str:
-        return str(self.tokenizer.decode(ids, skip_special_tokens=False, clean_up_tokenization_spaces=False))
+        return decoded(self.tokenizer, ids, skip_special_tokens=False, clean_up_tokenization_spaces=False)
 
     def _end_of_text(self) -> int:
         if self.tokenizer.eos_token_id is None:
@@ -301,7 +301,7 @@ def show_example(example: Example, tokenizer: Tokenizer) -> Text:
     text = Text()
     borders = [0, *(np.flatnonzero(np.diff(example.supervised)) + 1).tolist(), len(example.ids)]
     for start, end in pairwise(borders):
-        part = tokenizer.decode(example.ids[start:end].tolist(), skip_special_tokens=False, clean_up_tokenization_spaces=False)
+        part = decoded(tokenizer, example.ids[start:end].tolist(), skip_special_tokens=False, clean_up_tokenization_spaces=False)
         text.append(str(part), style="bold green" if example.supervised[start] else "dim")
     text.append(f"\n[{len(example.ids)} tokens, {int(example.supervised.sum())} targets]", style="italic")
     return text

@@ -12,12 +12,11 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, Protocol
 
-from jinja2 import TemplateError
-
+from lorakeet.data.foreign_tokenizer import TemplateRefused, templated
 from lorakeet.data.rows import Row, Turn
 from lorakeet.data.spec import DataSpec
 from lorakeet.data.tool_calls import require_written
-from lorakeet.errors import ConfigError, DataError, one_message, spelt
+from lorakeet.errors import ConfigError, DataError, spelt
 
 # Replaces a turn's text to find its place; some templates trim surrounding white space.
 _MARK = "\u2402lorakeet\u2403"
@@ -184,9 +183,8 @@ def _apply(turns: Sequence[Turn], tokenizer: Tokenizer, row: Row, generation: bo
     messages = [{"role": turn.role, "content": turn.text, **(json.loads(turn.extra) if turn.extra else {})} for turn in turns]
     tools = {"tools": json.loads(row.tools)} if row.tools else {}
     try:
-        with one_message(f"{row.source}: the chat template fails", "Use --data.chat_template off.", passing=(TemplateError,)):
-            return str(tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=generation, **tools))
-    except TemplateError as error:
+        return templated(tokenizer, messages, add_generation_prompt=generation, **tools)
+    except TemplateRefused as error:
         roles = ", ".join(turn.role for turn in turns)
         other = "remove the row" if _has_tools(row) else f"set {spelt('data.chat_template', 'off')}"
         raise DataError(

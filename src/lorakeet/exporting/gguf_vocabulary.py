@@ -13,6 +13,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
+from lorakeet.data.foreign_tokenizer import encoded
 from lorakeet.errors import ConfigError
 
 NORMAL, UNKNOWN, CONTROL, USER_DEFINED, UNUSED, BYTE = 1, 2, 3, 4, 5, 6  # llama_token_type
@@ -80,7 +81,7 @@ def vocabulary_of(tokenizer: Any, rows: int) -> Vocabulary:
     if count > rows:
         raise ConfigError(f"The tokenizer has {count} tokens and the embedding {rows} rows; is it the tokenizer of this model?")
     merges = tuple(" ".join(pair) if isinstance(pair, list) else pair for pair in model["merges"])
-    first = tokenizer.encode("a", add_special_tokens=True)
+    first = encoded(tokenizer, "a", add_special_tokens=True)
     bos, eos = tokenizer.bos_token_id, tokenizer.eos_token_id
     byte_level = not model.get("byte_fallback")
     tokens = tuple(by_id.get(number, f"[PAD{number}]") for number in range(count))

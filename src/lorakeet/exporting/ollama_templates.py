@@ -11,8 +11,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
-from jinja2 import TemplateError
-
+from lorakeet.data.foreign_tokenizer import TemplateRefused, encoded, templated
 from lorakeet.errors import ConfigError
 
 _USER, _ANSWER, _QUESTION, _RULE = "Why is it so?", "Because.", 'And "now"? 3 > 2', "Be brief."
@@ -96,7 +95,7 @@ def recognise(tokenizer: Any) -> Recognised | None:
         return None
     rendered = [_rendered(tokenizer, sample) for sample in SAMPLES]
     bos = str(tokenizer.bos_token or "")
-    added = bool(bos) and tokenizer.encode("a", add_special_tokens=True)[:1] == [tokenizer.bos_token_id]
+    added = bool(bos) and encoded(tokenizer, "a", add_special_tokens=True)[:1] == [tokenizer.bos_token_id]
     begins = bool(bos) and all(said is None or said.startswith(bos) for said in rendered)
     bare = [None if said is None else said.removeprefix(bos) for said in rendered]
     ways = [(bare, "")] if added and begins else [(rendered, ""), (bare, bos)] if begins else [(rendered, "")]
@@ -112,8 +111,8 @@ def _rendered(tokenizer: Any, sample: Sequence[tuple[str, str]]) -> str | None:
     """The tokenizer's rendering; None if its template refuses the conversation."""
     messages = [{"role": role, "content": content} for role, content in sample]
     try:
-        return str(tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True))
-    except TemplateError:
+        return templated(tokenizer, messages, add_generation_prompt=True)
+    except TemplateRefused:
         return None
 
 

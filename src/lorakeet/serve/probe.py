@@ -17,6 +17,7 @@ import torch
 from torch import Tensor
 
 from lorakeet.core.selection import Selection
+from lorakeet.data.foreign_tokenizer import encoded
 from lorakeet.data.pack import Batch
 from lorakeet.errors import ConfigError, DataError, VerificationFailed
 from lorakeet.evaluate.certificate import Certificate, read_certificate, tolerance_check
@@ -118,7 +119,7 @@ class Prober:
 
 def _prefixes(text: TextModel) -> list[tuple[int, ...]]:
     """A few prefixes of the probe prompt."""
-    ids = tuple(text.tokenizer.encode(_PROMPT, add_special_tokens=False))
+    ids = tuple(encoded(text.tokenizer, _PROMPT, add_special_tokens=False))
     every = max(1, len(ids) // _PLACES)
     return [ids[: every * (place + 1)] for place in range(_PLACES) if every * (place + 1) <= len(ids)]
 

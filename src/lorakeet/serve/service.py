@@ -12,10 +12,10 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
-from jinja2 import TemplateError
 
+from lorakeet.data.foreign_tokenizer import TemplateRefused, encoded, templated
 from lorakeet.data.tool_calls import unwritten
-from lorakeet.errors import ConfigError, one_message
+from lorakeet.errors import ConfigError
 from lorakeet.models.modules import is_packed
 from lorakeet.models.text.model import TextModel
 from lorakeet.serve.access import Access, Caller
@@ -164,8 +164,7 @@ class Service:
                     f"The prompt has {len(prompt):,} characters, which is more than the {self.engine.context:,} tokens of the "
                     "context can hold. Shorten it, or start the server with a larger --context."
                 )
-            with one_message(f"The tokenizer of {self.base} cannot read the prompt", "Send another text.", ConfigError):
-                return tuple(self.text.tokenizer.encode(prompt, add_special_tokens=not whole))
+            return tuple(encoded(self.text.tokenizer, prompt, add_special_tokens=not whole))
 
     def _chat_ids(self, messages: Sequence[dict[str, Any]], tools: Sequence[dict[str, Any]]) -> tuple[int, ...]:
         tokenizer = self.text.tokenizer
@@ -173,11 +172,8 @@ class Service:
             raise ConfigError(f"{self.base} has no chat template; send the whole prompt to /v1/completions instead.")
         try:
             more = {"tools": list(tools)} if tools else {}
-            with one_message(
-                f"The chat template of {self.base} fails on these messages", "Send others.", ConfigError, passing=(TemplateError,)
-            ):
-                prompt = str(tokenizer.apply_chat_template(list(messages), tokenize=False, add_generation_prompt=True, **more))
-        except TemplateError as error:
+            prompt = templated(tokenizer, messages, add_generation_prompt=True, **more)
+        except TemplateRefused as error:
             raise ConfigError(f"The chat template of {self.base} refuses these messages: {error}.") from error
         if left_out := unwritten(messages, tools, prompt):
             raise ConfigError(

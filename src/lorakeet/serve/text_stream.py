@@ -6,6 +6,8 @@ import re
 from collections.abc import Sequence
 from typing import Any
 
+from lorakeet.data.foreign_tokenizer import decoded
+
 UNFINISHED = "\ufffd"  # decoded from bytes of an incomplete character
 LONGEST_CHARACTER = 4  # tokens: a character of UTF-8 has at most four bytes, and a token at least one
 
@@ -58,7 +60,7 @@ class TextStream:
         return text[: len(text) - keep]
 
     def _decode(self, first: int, last: int | None = None) -> str:
-        return str(self._tokenizer.decode(self._ids[first:last], skip_special_tokens=True, clean_up_tokenization_spaces=False))
+        return decoded(self._tokenizer, self._ids[first:last], skip_special_tokens=True, clean_up_tokenization_spaces=False)
 
 
 def token_bytes(tokenizer: Any, number: int, text: str) -> bytes:

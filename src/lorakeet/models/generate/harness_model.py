@@ -13,6 +13,7 @@ from typing import Any
 import numpy as np
 
 from lorakeet.data.chat import Example, Ids
+from lorakeet.data.foreign_tokenizer import decoded, encoded, templated
 from lorakeet.errors import ConfigError
 from lorakeet.models.generate.sample import sample
 from lorakeet.models.generate.score import scored_rows
@@ -51,7 +52,7 @@ def harness_model(text: TextModel, *, longest: int, micro_tokens: int) -> Any:
         def loglikelihood_rolling(self, requests: Any) -> list[float]:
             found = []
             for request in requests:
-                ids = tokenizer.encode(request.args[0], add_special_tokens=False)
+                ids = encoded(tokenizer, request.args[0], add_special_tokens=False)
                 windows = get_rolling_token_windows(ids, prefix_token=start, max_seq_len=longest, context_len=1)
                 found.append(sum(score for score, _ in scores([make_disjoint_window(window) for window in windows])))
             return found
@@ -70,9 +71,7 @@ def harness_model(text: TextModel, *, longest: int, micro_tokens: int) -> Any:
 
         def apply_chat_template(self, chat_history: list[dict[str, str]], add_generation_prompt: bool = True) -> str:
             more = {"continue_final_message": not add_generation_prompt}
-            return str(
-                tokenizer.apply_chat_template(chat_history, tokenize=False, add_generation_prompt=add_generation_prompt, **more)
-            )
+            return templated(tokenizer, chat_history, add_generation_prompt=add_generation_prompt, **more)
 
         def chat_template(self, chat_template: bool | str = False) -> str:
             return str(tokenizer.chat_template or "")
@@ -81,10 +80,10 @@ def harness_model(text: TextModel, *, longest: int, micro_tokens: int) -> Any:
     return model
 
 
-def _encoded(tokenizer: Any, text: str) -> list[int]:
+def _without_second_bos(tokenizer: Any, text: str) -> list[int]:
     """The tokens of a text; one that begins with the BOS token, as chat templates write it, gets no second one."""
     own = bool(tokenizer.bos_token) and text.startswith(tokenizer.bos_token)
-    return list(tokenizer.encode(text, add_special_tokens=False) if own else tokenizer.encode(text))
+    return encoded(tokenizer, text, **({"add_special_tokens": False} if own else {}))
 
 
 def _tokens(tokenizer: Any, context: str, continuation: str, start: int) -> tuple[list[int], list[int]]:
@@ -93,8 +92,8 @@ def _tokens(tokenizer: Any, context: str, continuation: str, start: int) -> tupl
     if spaces:
         context, continuation = context[:-spaces], context[-spaces:] + continuation
     if not context:
-        return [start], tokenizer.encode(continuation, add_special_tokens=False)
-    whole, first = _encoded(tokenizer, context + continuation), _encoded(tokenizer, context)
+        return [start], encoded(tokenizer, continuation, add_special_tokens=False)
+    whole, first = _without_second_bos(tokenizer, context + continuation), _without_second_bos(tokenizer, context)
     return first, whole[len(first) :]
 
 
@@ -120,18 +119,18 @@ def _replies(text: TextModel, contexts: Sequence[str], settings: dict[str, Any],
         )
     sampled = bool(settings.get("do_sample", settings.get("temperature", 0) > 0))
     temperature = float(settings.get("temperature", 1.0)) if sampled else 0.0
-    prompts = [_encoded(text.tokenizer, context) for context in contexts]
+    prompts = [_without_second_bos(text.tokenizer, context) for context in contexts]
     shortened = sum(len(prompt) > longest - most for prompt in prompts)
 
-    def decoded(written: list[int] | Ids) -> str:
-        return str(text.tokenizer.decode(written, skip_special_tokens=True))
+    def said_by(written: list[int] | Ids) -> str:
+        return decoded(text.tokenizer, written, skip_special_tokens=True)
 
     def done(written: list[int]) -> bool:
-        said = decoded(written)
+        said = said_by(written)
         return any(stop in said for stop in stops)
 
     cut = [prompt[-(longest - most) :] for prompt in prompts]
-    replies = [decoded(ids) for ids in sample(text, cut, max_tokens=most, temperature=temperature, done=done)]
+    replies = [said_by(ids) for ids in sample(text, cut, max_tokens=most, temperature=temperature, done=done)]
     for stop in stops:
         replies = [reply.split(stop, 1)[0] for reply in replies]
     return replies, shortened

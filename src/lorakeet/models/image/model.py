@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from lorakeet.core.adapter import Adapter
 from lorakeet.core.plan import Plan
 from lorakeet.core.spec import LoraSpec
+from lorakeet.data.foreign_tokenizer import tokenised
 from lorakeet.errors import ConfigError, DataError, EnvironmentProblem, one_message
 from lorakeet.formats.components import with_components
 from lorakeet.models.every_weight import every_weight
@@ -208,7 +209,7 @@ class ImageModel:
         else:
             limits = [(tokenizer, int(tokenizer.model_max_length)) for tokenizer in tokenizers]
         with quiet_diffusers():
-            return [text for text in captions if any(len(tokenizer(text).input_ids) > limit for tokenizer, limit in limits)]
+            return [text for text in captions if any(len(tokenised(one, text).input_ids) > limit for one, limit in limits)]
 
     def predict(self, noisy: Tensor, times: Tensor, conditioning: Conditioning, sizes: Tensor) -> Tensor:
         """Returns the denoiser's prediction (n, channels, h, w), fp32, for `noisy` latents at `times` (n,) of `noising`.

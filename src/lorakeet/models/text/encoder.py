@@ -10,6 +10,7 @@ import numpy as np
 import torch
 from transformers import AutoModel, AutoTokenizer
 
+from lorakeet.data.foreign_tokenizer import tokenised
 from lorakeet.errors import ConfigError
 from lorakeet.formats.files.json_object import read_object
 from lorakeet.memory.store import CPU
@@ -62,9 +63,8 @@ def text_embedder(folder: Path) -> Callable[[Sequence[str]], Vectors]:
         found: dict[int, Any] = {}
         for start in range(0, len(order), TOGETHER):
             chosen = order[start : start + TOGETHER]
-            batch = tokenizer(
-                [texts[number] for number in chosen], padding=True, truncation=True, max_length=longest, return_tensors="pt"
-            )
+            settings = {"padding": True, "truncation": True, "max_length": longest, "return_tensors": "pt"}
+            batch = tokenised(tokenizer, [texts[number] for number in chosen], **settings)
             with torch.no_grad():
                 states = model(**batch).last_hidden_state  # (texts, tokens, width)
             mask = batch["attention_mask"][:, :, None].to(states.dtype)

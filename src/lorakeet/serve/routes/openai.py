@@ -13,6 +13,7 @@ from dataclasses import dataclass, replace
 from itertools import accumulate
 from typing import Any
 
+from lorakeet.data.foreign_tokenizer import decoded
 from lorakeet.data.tables import UnusableRow
 from lorakeet.data.tool_calls import message_extra
 from lorakeet.errors import ConfigError, LorakeetError
@@ -312,7 +313,7 @@ def _entry(service: Service, number: int, logprob: float | None) -> dict[str, An
 
 
 def _token(service: Service, number: int) -> str:
-    return str(service.text.tokenizer.decode([number], skip_special_tokens=False, clean_up_tokenization_spaces=False))
+    return decoded(service.text.tokenizer, [number], skip_special_tokens=False, clean_up_tokenization_spaces=False)
 
 
 def _usage(writing: Generation) -> dict[str, Any]:

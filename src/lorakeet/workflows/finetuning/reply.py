@@ -16,6 +16,7 @@ from rich.console import Console
 from lorakeet.config import RunConfig
 from lorakeet.data.chat import Encoder, Ids
 from lorakeet.data.few_shot import BETWEEN, FewShot, choose_examples, wider
+from lorakeet.data.foreign_tokenizer import decoded
 from lorakeet.data.rows import Row, row_groups
 from lorakeet.data.template import is_templated
 from lorakeet.evaluate.baselines import constant_answer, median_answer, nearest_answers
@@ -202,8 +203,7 @@ class Replier:
         return is_templated(row, self.encoder.tokenizer, self.encoder.spec)
 
     def _decoded(self, ids: Ids) -> str:
-        decoded = self.text.tokenizer.decode(ids, skip_special_tokens=True, clean_up_tokenization_spaces=False)
-        return str(decoded).strip()
+        return decoded(self.text.tokenizer, ids, skip_special_tokens=True, clean_up_tokenization_spaces=False).strip()
 
     def _reference(self, row: Row, answer: Ids | None = None) -> str:
         """The row's own last answer; a tool call as the template writes it, which is `answer` as tokens."""

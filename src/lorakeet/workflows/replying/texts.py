@@ -17,6 +17,7 @@ from lorakeet.config import RunConfig
 from lorakeet.core.adapter import Adapter, Pair
 from lorakeet.core.spec import LoraSpec
 from lorakeet.data.chat import Encoder
+from lorakeet.data.foreign_tokenizer import encoded
 from lorakeet.data.rows import Row, Turn
 from lorakeet.data.shapes import ROLES
 from lorakeet.data.spec import DataSpec
@@ -121,7 +122,7 @@ class TextSource(ABC):
         """
         turns = _turns(prompt, raw=raw)
         if raw:
-            ids = self.text.tokenizer.encode(turns[0].text, add_special_tokens=True)
+            ids = encoded(self.text.tokenizer, turns[0].text, add_special_tokens=True)
         else:
             system = (Turn("system", data.system, False),) if data.system and turns[0].role != "system" else ()
             settings = DataSpec(train=data.train, max_tokens=_LONGEST, chat_template=data.chat_template, separator=data.separator)

@@ -19,8 +19,9 @@ from rich.console import Console
 from torch import Tensor
 
 from lorakeet.data.chat import Example
+from lorakeet.data.foreign_tokenizer import encoded, templated
 from lorakeet.data.pack import pack_examples
-from lorakeet.errors import ConfigError
+from lorakeet.errors import ConfigError, one_message
 from lorakeet.exporting.gguf_model import GgufTensors
 from lorakeet.exporting.llama_cpp import PASS, LlamaCpp
 from lorakeet.exporting.merged_tensors import MergedTensors, StoredTensor, compare_stored
@@ -80,14 +81,14 @@ class InTorch:
     together: int = ROWS_TOGETHER  # tokens of rows that are computed at once; 0: each row alone
 
     def tokenise(self, text: str) -> list[int]:
-        return [int(number) for number in self.text.tokenizer.encode(text, add_special_tokens=True)]
+        return [int(number) for number in encoded(self.text.tokenizer, text, add_special_tokens=True)]
 
     def prompt(self, messages: Messages) -> list[int] | None:
         tokenizer = self.text.tokenizer
         if not tokenizer.chat_template:
             return None
-        text = tokenizer.apply_chat_template(list(messages), tokenize=False, add_generation_prompt=True)
-        return [int(number) for number in tokenizer.encode(text, add_special_tokens=False)]
+        text = templated(tokenizer, messages, add_generation_prompt=True)
+        return [int(number) for number in encoded(tokenizer, text, add_special_tokens=False)]
 
     def logits(self, ids: Sequence[int], last: int | None = None) -> Tensor:
         return torch.cat(list(self._parts(ids, len(ids) if last is None else last)))
@@ -222,12 +223,10 @@ def render_template(template: str, messages: Messages, *, bos: str, eos: str) ->
 
     environment = ImmutableSandboxedEnvironment(trim_blocks=True, lstrip_blocks=True, extensions=["jinja2.ext.loopcontrols"])
     environment.globals["raise_exception"] = refuse
-    try:
+    with one_message("The chat template in the file cannot be rendered", "It may be damaged: fetch it again.", ConfigError):
         return environment.from_string(template).render(
             messages=list(messages), add_generation_prompt=True, bos_token=bos, eos_token=eos
         )
-    except jinja2.TemplateError as error:
-        raise ConfigError(f"The chat template in the file cannot be rendered: {error}.") from error
 
 
 _JOINED = " + "  # between a base and an adapter that is applied as it runs

@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from lorakeet.data.chat import Candidates, Ids
+from lorakeet.data.foreign_tokenizer import decoded
 from lorakeet.evaluate.certificate import Check, tolerance_check
 from lorakeet.evaluate.intervals import Floats, share
 from lorakeet.evaluate.parity import ParityMeter
@@ -104,7 +105,7 @@ def first_difference(live: InTorch, ours: Sequence[int], theirs: Sequence[int], 
 def _shown(live: InTorch, ids: list[int]) -> str:
     """The text of ids; the ids themselves where one is of no token."""
     known = range(len(live.text.tokenizer))
-    return repr(live.text.tokenizer.decode(ids)) if all(one in known for one in ids) else f"ids {ids}"
+    return repr(decoded(live.text.tokenizer, ids)) if all(one in known for one in ids) else f"ids {ids}"
 
 
 def check_logits(
@@ -239,7 +240,7 @@ def check_greedy(live: InTorch, artefact: Artefact, probes: Probes, count: Count
             gap = float(after[ours[place]] - after[theirs[place]])
         if gap >= worst:
             worst = gap
-            tokens = [repr(live.text.tokenizer.decode(ids[place : place + 1])) for ids in (ours, theirs)]
+            tokens = [repr(decoded(live.text.tokenizer, ids[place : place + 1])) for ids in (ours, theirs)]
             detail = f"The first diverging token is number {place}: {tokens[0]} here, {tokens[1]} there, {gap:.3g} nats apart."
     detail = detail or f"{equal} of {len(probes.prompts)} texts of up to {GREEDY_TOKENS} tokens are equal."
     names, allowed = (live.name, artefact.name), {"gap": artefact.allowed.gap}

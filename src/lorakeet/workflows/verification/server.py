@@ -18,6 +18,7 @@ from torch import Tensor
 
 from lorakeet.core.lowrank import LoraPair
 from lorakeet.data.chat import Ids
+from lorakeet.data.foreign_tokenizer import decoded
 from lorakeet.errors import EnvironmentProblem
 from lorakeet.evaluate.certificate import Check, ServedModules, Unchecked
 from lorakeet.evaluate.intervals import mean, share
@@ -246,7 +247,7 @@ class _Comparison:
                     mine = float(ours[place][token])
                     if max(mine, value) >= LIKELY and abs(mine - value) > worst:
                         worst = abs(mine - value)
-                        said = repr(live.text.tokenizer.decode([token]))
+                        said = repr(decoded(live.text.tokenizer, [token]))
                         detail = f"The worst is {said} after token {place} of text {number}: {mine:.3f} here, {value:.3f} there."
             del base, ours  # before the next row's
         groups = texts if len(set(texts)) > 1 else None
@@ -454,7 +455,7 @@ def _compare(found: _Comparison) -> None:
 
 
 def _said(live: InTorch, ids: Sequence[int]) -> str:
-    return str(live.text.tokenizer.decode(list(ids), skip_special_tokens=True)).strip()
+    return decoded(live.text.tokenizer, list(ids), skip_special_tokens=True).strip()
 
 
 def _label(labels: Sequence[str], text: str) -> int:

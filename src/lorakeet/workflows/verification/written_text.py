@@ -12,6 +12,7 @@ from typing import Any
 
 from torch import Tensor
 
+from lorakeet.data.foreign_tokenizer import decoded
 from lorakeet.models.generate.sample import end_ids
 from lorakeet.workflows.planning.check import GREEDY_TOKENS
 from lorakeet.workflows.verification.artefact import InTorch
@@ -103,7 +104,7 @@ def read_text(live: InTorch, prompt: list[int], written: Written) -> TextReading
             if step.token.logprob is not None:
                 difference = abs(float(place.after[theirs]) - step.token.logprob)
         there = rest[:12] if step is None else step.token.text
-        reading.steps.append(_WrittenStep(behind, tokenizer.decode([ours]), there, difference))
+        reading.steps.append(_WrittenStep(behind, decoded(tokenizer, [ours]), there, difference))
         if theirs is None:
             break
         ids.append(theirs)
@@ -119,7 +120,7 @@ def _ended_at_once(live: InTorch, prompt: list[int]) -> TextReading:
     ends = [number for number in {*end_ids(live.text), *tokenizer.all_special_ids} if 0 <= number < len(after)]
     if ends:
         ours, theirs = int(after.argmax()), max(ends, key=lambda number: float(after[number]))
-        reading.steps.append(_WrittenStep(float(after[ours] - after[theirs]), tokenizer.decode([ours]), "the end of the text"))
+        reading.steps.append(_WrittenStep(float(after[ours] - after[theirs]), decoded(tokenizer, [ours]), "the end of the text"))
         reading.reported.ids.append(theirs)
         reading.tokens = 1
     return reading
@@ -130,7 +131,7 @@ def _before_joined_pieces(tokenizer: Any, steps: tuple[Step, ...], vocabulary: r
     for number, step in enumerate(steps):
         if step.token.number not in vocabulary or step.token.by_id:  # ids of no token are compared further on
             continue
-        text = tokenizer.decode([step.token.number])
+        text = decoded(tokenizer, [step.token.number])
         if _PIECE in text + step.token.text and text != step.token.text:
             return steps[:number]
     return steps
@@ -147,7 +148,7 @@ class TextPosition:
     @property
     def begins_a_piece(self) -> bool:
         """Whether the live model's next token is a piece of a character, which no text can show."""
-        return _PIECE in self.tokenizer.decode([int(self.after.argmax())])
+        return _PIECE in decoded(self.tokenizer, [int(self.after.argmax())])
 
     @property
     def sure_of_its_piece(self) -> bool:
@@ -155,7 +156,7 @@ class TextPosition:
         if not self.begins_a_piece:
             return False
         numbers = self.after.topk(min(_READ_TOKENS, len(self.after))).indices.tolist()
-        first, *others = (number for number in numbers if _PIECE in self.tokenizer.decode([number]))
+        first, *others = (number for number in numbers if _PIECE in decoded(self.tokenizer, [number]))
         return all(float(self.after[first] - self.after[other]) > _SURE for other in others[:1])
 
     def find(self, token: Token) -> tuple[int | None, str]:
