@@ -20,7 +20,8 @@ def bare_calls(nodes: Iterable[ast.AST]) -> Iterator[tuple[int, str]]:
         if isinstance(node, ast.Call):
             called = ast.unparse(node.func)
             owner, _, method = called.rpartition(".")
-            if method == "apply_chat_template" or (owner.endswith("tokenizer") and method in CALLS) or called.endswith("tokenizer"):
+            of_tokenizer = owner.endswith("tokenizer") and method in CALLS
+            if of_tokenizer or method == "apply_chat_template" or called.endswith("tokenizer"):
                 yield node.lineno, called
 
 

@@ -19,6 +19,7 @@ from lorakeet.formats.files.json_object import read_object
 EVERYTHING = "*"
 _KEY = re.compile(r"[!-~]{8,}")  # what an HTTP header carries unchanged
 _HASH = re.compile(r"[0-9A-Fa-f]{64}")
+_WORD = re.compile(r"[^\s/?&='\"]{8,}")
 _MINUTE = 60.0
 
 
@@ -107,6 +108,14 @@ class Access:
                 if hmac.compare_digest(known, given):
                     return caller
         raise NotAllowed("No valid API key; send it as 'Authorization: Bearer KEY'.", 401)
+
+    def without_keys(self, text: str, header: str | None = None) -> str:
+        """The text with *** in place of the key in `header`, and of each word that is a known one: a client may put its key
+        into a path."""
+        if len(given := (header or "").partition(" ")[2].strip()) >= 8:
+            text = text.replace(given, "***")
+        known = self._callers or {}
+        return _WORD.sub(lambda word: "***" if hash_key(word[0]) in known else word[0], text)
 
 
 def hash_key(key: str) -> str:

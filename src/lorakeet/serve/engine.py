@@ -21,7 +21,7 @@ from typing import Literal, TypeVar
 from torch import Tensor
 
 from lorakeet.core.selection import Selection
-from lorakeet.errors import ConfigError, LorakeetError, is_device_fault
+from lorakeet.errors import ConfigError, DataError, LorakeetError, is_device_fault
 from lorakeet.formats.files.loaded_file import free_spare_memory
 from lorakeet.kernels.threads import compute_with
 from lorakeet.memory.allocator import release_free_memory
@@ -352,7 +352,11 @@ class Engine:
         if chosen.token in self._ends:
             self._finish(job, "stop")
             return
-        piece = job.stream.add(chosen.token)
+        try:
+            piece = job.stream.add(chosen.token)
+        except DataError as error:  # of a stranger's tokenizer: the other texts go on
+            self._finish(job, "error", str(error))
+            return
         job.listener(Event(piece, chosen))
         if job.stream.stopped or (job.chooser.guide is not None and job.chooser.guide.finished):
             self._finish(job, "stop")
@@ -370,4 +374,8 @@ class Engine:
             with self._wake:
                 self._queue.remove(job)
         job.timing.ended = time.monotonic()
-        job.listener(Event(job.stream.end(), None, reason, error))
+        try:
+            rest = job.stream.end()
+        except DataError as failed:
+            rest, reason, error = "", "error", error or str(failed)
+        job.listener(Event(rest, None, reason, error))

@@ -451,3 +451,57 @@ def test_no_request_is_a_failure_of_the_server(strange: httpx.Client, request: t
     assert answer.status_code < 500 or answer.status_code in (501, 503, 507), (answer.status_code, answer.text[:500])
     assert len(answer.text) < 100_000 and "Traceback" not in answer.text
     assert strange.get("/v1/models").status_code == 200
+
+
+class PanicException(BaseException):
+    """As pyo3 names what a panic becomes: no Exception."""
+
+
+@pytest.mark.parametrize("error", [PanicException("index out of bounds"), RecursionError("deep"), ValueError("odd")])
+def test_a_tokenizer_that_fails_is_one_message_and_the_server_goes_on(
+    site: Callable[..., Any], monkeypatch: pytest.MonkeyPatch, error: BaseException
+) -> None:
+    served = site()
+    tokenizer = served.service.text.tokenizer
+    asked = {"model": "tiny", "prompt": "This drug", "max_tokens": 4, "temperature": 0}
+    talk = {"model": "tiny", "messages": [{"role": "user", "content": "hi"}], "max_tokens": 4}
+
+    def fail(*_: Any, **__: Any) -> Any:
+        raise error
+
+    with monkeypatch.context() as patch:
+        patch.setattr(tokenizer, "chat_template", "x")
+        for method in ("encode", "apply_chat_template", "decode"):
+            with patch.context() as broken:
+                broken.setattr(tokenizer, method, fail)
+                path, body = ("/v1/chat/completions", talk) if method == "apply_chat_template" else ("/v1/completions", asked)
+                answer = httpx.post(served.url + path, json=body, timeout=30)
+                assert answer.status_code == (500 if method == "decode" else 400), answer.text
+                assert type(error).__name__ in answer.json()["error"]["message"]
+    assert httpx.post(f"{served.url}/v1/completions", json=asked, timeout=30).status_code == 200
+
+
+def test_no_key_is_logged_wherever_a_client_puts_it(site: Callable[..., Any], caplog: pytest.LogCaptureFixture) -> None:
+    served = site(access=Access({hash_key("sk-known-1234"): Caller("a")}))
+    for key in ("sk-known-1234", "sk-other-5678"):
+        sent = {"headers": {"authorization": f"Bearer {key}"}}
+        for path in (f"/v1/models/{key}", f"/v1/adapters/{key}/x?upload={key}", f"/v1/{key}?key={key}"):
+            httpx.get(served.url + path, **sent), httpx.put(served.url + path, **sent), httpx.delete(served.url + path, **sent)
+        httpx.post(f"{served.url}/v1/completions", json={"model": key, "prompt": "x"}, **sent)
+    httpx.get(f"{served.url}/v1/models/sk-known-1234", headers={"authorization": "Bearer sk-other-5678"})
+    assert "refused path=" in caplog.text and "***" in caplog.text
+    assert "sk-known-1234" not in caplog.text and "sk-other-5678" not in caplog.text
+
+
+def test_a_request_without_memory_is_one_message(site: Callable[..., Any], monkeypatch: pytest.MonkeyPatch) -> None:
+    served = site()
+    asked = {"model": "tiny", "prompt": "This drug", "max_tokens": 4}
+
+    def fail(*_: Any, **__: Any) -> Any:
+        raise MemoryError
+
+    with monkeypatch.context() as patch:
+        patch.setattr(served.service, "write", fail)
+        answer = httpx.post(f"{served.url}/v1/completions", json=asked, timeout=30)
+        assert answer.status_code == 503 and "more memory" in answer.json()["error"]["message"]
+    assert httpx.post(f"{served.url}/v1/completions", json=asked, timeout=30).status_code == 200

@@ -56,6 +56,7 @@ _STATUS: tuple[tuple[type[Exception], int, str], ...] = (  # the first that matc
     (EnvironmentProblem, 503, "unavailable"),
     (LorakeetError, 500, "server_error"),
     (OSError, 507, "storage_error"),
+    (MemoryError, 503, "unavailable"),
 )
 MOST_FIELDS = 50_000  # of a JSON body, in all its objects
 MOST_BRACKETS = 200_000  # of objects and arrays, and in texts; no prompt of a model's context has as many
@@ -88,10 +89,10 @@ def build_app(service: Service) -> Starlette:
         Route("/metrics", _of_caller(service, lambda caller: _metrics(service, caller))),
         Route("/v1/models", _of_caller(service, lambda caller: openai.models(service, caller))),
         Route("/v1/models/", _of_caller(service, lambda caller: openai.models(service, caller))),  # no model of an empty name
-        Route("/v1/models/{name:path}", _guarded(model)),
+        Route("/v1/models/{name:path}", _guarded(service, model)),
         Route("/v1/chat/completions", _of_body(service, openai.chat_completions), methods=["POST"]),
         Route("/v1/completions", _of_body(service, openai.completions), methods=["POST"]),
-        Route("/v1/embeddings", _guarded(embeddings), methods=["POST"]),
+        Route("/v1/embeddings", _guarded(service, embeddings), methods=["POST"]),
         Route("/tokenize", _of_body(service, openai.tokenize), methods=["POST"]),
         Route("/v1/load_lora_adapter", _of_body(service, adapters.load_adapter), methods=["POST"]),
         Route("/v1/unload_lora_adapter", _of_body(service, adapters.unload), methods=["POST"]),
@@ -128,7 +129,7 @@ def _adapter_routes(service: Service) -> list[Route]:
         async def handle(request: HttpRequest) -> Response:
             return _sent(await answer(service, _caller(service, request), name(request)))
 
-        return _guarded(handle)
+        return _guarded(service, handle)
 
     async def accept(request: HttpRequest) -> Response:
         caller = _caller(service, request)
@@ -144,11 +145,11 @@ def _adapter_routes(service: Service) -> list[Route]:
     one = "/v1/adapters/{name}"
     return [
         Route(one, of_name(adapters.show), methods=["GET"]),
-        Route(one, _guarded(accept), methods=["POST"]),
+        Route(one, _guarded(service, accept), methods=["POST"]),
         Route(one, of_name(adapters.remove), methods=["DELETE"]),
-        Route(f"{one}/pin", _guarded(pin), methods=["POST"]),
+        Route(f"{one}/pin", _guarded(service, pin), methods=["POST"]),
         Route(f"{one}/certificate", of_name(adapters.certify), methods=["POST"]),
-        Route(f"{one}/{{file}}", _guarded(receive), methods=["PUT"]),
+        Route(f"{one}/{{file}}", _guarded(service, receive), methods=["PUT"]),
     ]
 
 
@@ -226,7 +227,7 @@ def _plain(service: Service, answer: Callable[[], Response]) -> Handler:
         _require_own_host(service, request)
         return answer()
 
-    return _guarded(handle)
+    return _guarded(service, handle)
 
 
 def _sent(reply: HttpReply) -> Response:
@@ -241,7 +242,7 @@ def _of_caller(service: Service, answer: Callable[[Caller], Awaitable[HttpReply]
     async def handle(request: HttpRequest) -> Response:
         return _sent(await answer(_caller(service, request)))
 
-    return _guarded(handle)
+    return _guarded(service, handle)
 
 
 def _of_body(service: Service, answer: Callable[[Service, Caller, HttpRequest, Any], Awaitable[HttpReply]]) -> Handler:
@@ -251,10 +252,10 @@ def _of_body(service: Service, answer: Callable[[Service, Caller, HttpRequest, A
         caller = _caller(service, request)
         return _sent(await answer(service, caller, request, await _body(service, request)))
 
-    return _guarded(handle)
+    return _guarded(service, handle)
 
 
-def _guarded(handle: Handler) -> Handler:
+def _guarded(service: Service, handle: Handler) -> Handler:
     """Turns errors into replies: as vLLM and OpenAI do, or as Ollama does on its paths."""
 
     async def answer(request: HttpRequest) -> Response:
@@ -262,17 +263,25 @@ def _guarded(handle: Handler) -> Handler:
             return await handle(request)
         except ClientDisconnect:
             return Response(status_code=499)  # never read
-        except (LorakeetError, OSError) as error:
+        except (LorakeetError, OSError, MemoryError) as error:
             status, kind = next((status, kind) for known, status, kind in _STATUS if isinstance(error, known))
             if isinstance(error, NotAllowed):
                 status, kind = error.status, "authentication_error"
-            message = f"The server's disk refuses: {error.strerror}." if isinstance(error, OSError) else str(error)
-            log.warning("refused path=%s status=%d reason=%s", json.dumps(request.url.path), status, json.dumps(message[:500]))
+            message = _words_of(error)
+            path, said = json.dumps(request.url.path), json.dumps(message[:500])
+            about = f"refused path={path} status={status} reason={said}"
+            log.warning("%s", service.access.without_keys(about, request.headers.get("authorization")))
             seconds = getattr(error, "retry_after", _MEMORY_FULL_SECONDS if isinstance(error, AdapterMemoryFull) else None)
             headers = {} if seconds is None else {"Retry-After": str(seconds)}
             return _refused(request, message, status, kind, headers)
 
     return answer
+
+
+def _words_of(error: Exception) -> str:
+    if isinstance(error, MemoryError):
+        return "This request needs more memory than the server has; send a smaller one."
+    return f"The server's disk refuses: {error.strerror}." if isinstance(error, OSError) else str(error)
 
 
 def _refused(request: HttpRequest, message: str, status: int, kind: str, headers: Mapping[str, str] | None = None) -> Response:
