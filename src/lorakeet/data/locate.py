@@ -100,7 +100,7 @@ def state_of_data(name: str | None) -> tuple[object, ...] | None:
         states = tuple((str(file), file.stat().st_size, file.stat().st_mtime_ns) for file in files)
         if found.member is None:
             return states
-        with unpacking(found.path), zipfile.ZipFile(found.path) as archive:
+        with _archive(found.path) as archive:
             entry = archive.getinfo(found.member)
         about = entry.filename, entry.date_time, entry.CRC, entry.file_size, entry.compress_size, entry.header_offset
         return (*states, hashlib.sha256(repr(about).encode("utf-8", "surrogatepass")).hexdigest())
@@ -152,7 +152,7 @@ def open_binary(location: Location, most: int = MOST_UNPACKED) -> Iterator[io.Bu
             if location.member is None:
                 stream = stack.enter_context(open_buffered(path))
             else:
-                archive = stack.enter_context(zipfile.ZipFile(path))
+                archive = stack.enter_context(_archive(path))
                 about = archive.getinfo(location.member)
                 if about.flag_bits & 1:
                     raise DataError(f"'{location.member}' in {path} is encrypted; unpack it and name the file.")
@@ -162,6 +162,12 @@ def open_binary(location: Location, most: int = MOST_UNPACKED) -> Iterator[io.Bu
             if packed:
                 stream = cast(IO[bytes], stack.enter_context(gzip.GzipFile(fileobj=stream)))
         yield stack.enter_context(io.BufferedReader(GuardedStream(stream, path, most if packed else None)))
+
+
+@contextmanager
+def _archive(path: Path) -> Iterator[zipfile.ZipFile]:
+    with unpacking(path), open_buffered(path) as file, zipfile.ZipFile(file) as archive:
+        yield archive
 
 
 @contextmanager
@@ -184,7 +190,7 @@ def _ends_with(path: str, suffix: str) -> bool:
 
 
 def _find_member(path: Path, member: str) -> str:
-    with unpacking(path), zipfile.ZipFile(path) as archive:
+    with _archive(path) as archive:
         names = [info.filename for info in archive.infolist() if not info.is_dir()]
     found = [name for name in names if name == member] or [name for name in names if _ends_with(name, member)]
     if len(found) == 1:

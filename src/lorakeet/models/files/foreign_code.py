@@ -7,6 +7,7 @@ its attention. If the installed packages have a class for what it describes, tha
 from __future__ import annotations
 
 import json
+import os
 from collections.abc import Collection, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
@@ -16,7 +17,7 @@ from transformers import AutoTokenizer, GenerationConfig, PreTrainedTokenizerBas
 from transformers.models.auto.tokenization_auto import tokenizer_class_from_name
 
 from lorakeet.disk import read_regular
-from lorakeet.errors import DataError, EnvironmentProblem, one_message, shortened
+from lorakeet.errors import DataError, EnvironmentProblem, one_message, require_regular, shortened
 from lorakeet.formats.files.json_object import read_object
 
 # The files that may name code, in the order in which a refusal names them.
@@ -32,6 +33,7 @@ def read_native(owner: Any, source: str | Path, **settings: Any) -> Any:
 
     DataError with file and key where only code of the folder could read it. Other errors are the library's.
     """
+    require_regular_files(Path(source))
     if owner is AutoTokenizer:
         _require_native_tokenizer(Path(source))
     with no_foreign_code(source):
@@ -46,6 +48,13 @@ def read_native(owner: Any, source: str | Path, **settings: Any) -> Any:
             if getattr(part, choice, None) is not None:
                 setattr(part, choice, None)
     return found
+
+
+def require_regular_files(folder: Path) -> None:
+    """Raises DataError for a pipe or a device in a folder of which libraries open the files: reading it may never end."""
+    for place, _, files in os.walk(folder):
+        for name in files:
+            require_regular(Path(place, name))
 
 
 def build_native(owner: Any, config: Any, **settings: Any) -> Any:
