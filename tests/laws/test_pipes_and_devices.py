@@ -43,7 +43,7 @@ SECONDS = 60.0  # until a call counts as hung
 
 
 def ends(call: Callable[[], Any], place: Path) -> None:
-    """Calls it in a thread; it returns, or raises what the command line says in one message. A reader that hangs at a pipe is let go."""
+    """Calls it in a thread: it returns, or raises what is one message. A reader that waits at a pipe is let go."""
     found: list[BaseException | None] = []
 
     def run() -> None:

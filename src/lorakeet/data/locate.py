@@ -152,7 +152,7 @@ def open_binary(location: Location, most: int = MOST_UNPACKED) -> Iterator[io.Bu
             if location.member is None:
                 stream = stack.enter_context(open_buffered(path))
             else:
-                archive = stack.enter_context(_archive(path))
+                archive = stack.enter_context(zipfile.ZipFile(stack.enter_context(open_buffered(path))))
                 about = archive.getinfo(location.member)
                 if about.flag_bits & 1:
                     raise DataError(f"'{location.member}' in {path} is encrypted; unpack it and name the file.")
