@@ -1,10 +1,23 @@
 """The supervised places of many kinds of chat template: the answer's text and the token that ends the turn."""
 
+from collections.abc import Callable
+from typing import Any
+
 import pytest
+from jinja2 import TemplateError, UndefinedError
 
 from lorakeet.data.rows import Row, Turn
 from lorakeet.data.spec import DataSpec
-from lorakeet.data.template import end_of_turn_tokens, render, uses_template
+from lorakeet.data.template import (
+    TemplateRefused,
+    decoded,
+    encoded,
+    end_of_turn_tokens,
+    render,
+    templated,
+    tokenised,
+    uses_template,
+)
 from lorakeet.errors import ConfigError, DataError
 
 TRIMMED = (
@@ -145,3 +158,45 @@ def test_end_of_turn_tokens_leave_white_space_out(byte_tokenizer):
     tokenizer = byte_tokenizer()
     tokenizer.add_tokens(["\n\n", "<|start|>long"])
     assert end_of_turn_tokens(tokenizer)[0] == "<|start|>long" and "\n\n" not in end_of_turn_tokens(tokenizer)
+
+
+class PanicException(BaseException):
+    """As pyo3 names what a panic becomes: no Exception."""
+
+
+class Broken:
+    """A tokenizer of which every call raises."""
+
+    def __init__(self, error: BaseException) -> None:
+        self.error = error
+
+    def fail(self, *_: Any, **__: Any) -> Any:
+        raise self.error
+
+    encode = decode = apply_chat_template = __call__ = fail
+
+
+CALLS: list[Callable[[Any], Any]] = [
+    lambda tokenizer: encoded(tokenizer, "a"),
+    lambda tokenizer: decoded(tokenizer, [1]),
+    lambda tokenizer: templated(tokenizer, [{"role": "user", "content": "a"}]),
+    lambda tokenizer: tokenised(tokenizer, ["a"]),
+]
+
+
+@pytest.mark.parametrize("call", CALLS)
+@pytest.mark.parametrize("error", [PanicException("index"), RecursionError("deep"), OverflowError("-1"), KeyError("x")])
+def test_what_it_raises_is_one_message(call: Callable[[Any], Any], error: BaseException) -> None:
+    with pytest.raises(DataError, match=type(error).__name__):
+        call(Broken(error))
+
+
+def test_a_template_that_refuses_is_told_from_one_that_fails() -> None:
+    for error in (TemplateError("no system prompt"), UndefinedError("x is undefined")):
+        with pytest.raises(TemplateRefused, match=str(error)):
+            templated(Broken(error), [])
+
+
+def test_requests_to_stop_pass() -> None:
+    with pytest.raises(KeyboardInterrupt):
+        encoded(Broken(KeyboardInterrupt()), "a")

@@ -9,7 +9,7 @@ from pathlib import Path
 
 from structure.tree import ROOT, named, nodes_of, source_files
 
-BOUNDARY = "data/foreign_tokenizer.py"
+BOUNDARY = "data/template.py"
 CALLS = {"encode", "decode", "batch_decode", "batch_encode_plus", "apply_chat_template"}
 AS_HTML = re.compile(r"innerHTML|outerHTML|insertAdjacentHTML|document\.write|createContextualFragment|\beval\(|new Function")
 

@@ -14,11 +14,10 @@ from typing import TYPE_CHECKING
 import numpy as np
 from numpy.typing import NDArray
 
-from lorakeet.data.foreign_tokenizer import decoded, encoded
 from lorakeet.data.rows import Row, Turn
 from lorakeet.data.shapes import label_text
 from lorakeet.data.spec import DataSpec
-from lorakeet.data.template import Tokenizer, is_templated, render, uses_template
+from lorakeet.data.template import Tokenizer, decoded, encoded, is_templated, render, uses_template
 from lorakeet.errors import ConfigError, DataError, nearest, spelt
 
 if TYPE_CHECKING:

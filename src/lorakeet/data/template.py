@@ -8,15 +8,17 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from typing import Any, Protocol
 
-from lorakeet.data.foreign_tokenizer import TemplateRefused, templated
+from jinja2 import TemplateError
+
 from lorakeet.data.rows import Row, Turn
 from lorakeet.data.spec import DataSpec
 from lorakeet.data.tool_calls import require_written
-from lorakeet.errors import ConfigError, DataError, spelt
+from lorakeet.errors import ConfigError, DataError, one_message, spelt
 
 # Replaces a turn's text to find its place; some templates trim surrounding white space.
 _MARK = "\u2402lorakeet\u2403"
@@ -47,6 +49,45 @@ class Rendered:
     text: str
     spans: tuple[tuple[int, int], ...]
     ends: bool
+
+
+# The boundary around a tokenizer and its template, which may be a stranger's: code in Rust panics, and a template is a program.
+class TemplateRefused(DataError):
+    """The chat template itself refuses the messages, or is none; the text is its reason."""
+
+
+@contextmanager
+def _bounded(tokenizer: Any, does: str) -> Iterator[None]:
+    name = getattr(tokenizer, "name_or_path", "") or "the model"
+    with one_message(f"The tokenizer of {name} {does}", "It may be damaged: fetch the model again, or use another text."):
+        yield
+
+
+def encoded(tokenizer: Any, text: str, **options: Any) -> list[int]:
+    """The tokens of a text."""
+    with _bounded(tokenizer, f"cannot read {text[:60]!r}"):
+        return list(tokenizer.encode(text, **options))
+
+
+def tokenised(tokenizer: Any, texts: str | list[str], **options: Any) -> Any:
+    """What the tokenizer makes of texts: ids, mask and more."""
+    with _bounded(tokenizer, "cannot read the texts"):
+        return tokenizer(texts, **options)
+
+
+def decoded(tokenizer: Any, ids: Any, **options: Any) -> str:
+    """The text of tokens."""
+    with _bounded(tokenizer, "cannot write its tokens as text"):
+        return str(tokenizer.decode(ids, **options))
+
+
+def templated(tokenizer: Any, messages: Sequence[Any], **options: Any) -> str:
+    """The messages as the chat template writes them. TemplateRefused where it says that it takes no such messages."""
+    with _bounded(tokenizer, "has a chat template that fails on these messages"):
+        try:
+            return str(tokenizer.apply_chat_template(list(messages), tokenize=False, **options))
+        except TemplateError as error:
+            raise TemplateRefused(str(error) or type(error).__name__) from error
 
 
 def uses_template(tokenizer: Tokenizer, spec: DataSpec) -> bool:

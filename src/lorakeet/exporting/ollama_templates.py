@@ -11,7 +11,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
-from lorakeet.data.foreign_tokenizer import TemplateRefused, encoded, templated
+from lorakeet.data.template import TemplateRefused, encoded, templated
 from lorakeet.errors import ConfigError
 
 _USER, _ANSWER, _QUESTION, _RULE = "Why is it so?", "Because.", 'And "now"? 3 > 2', "Be brief."

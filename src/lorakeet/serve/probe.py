@@ -17,8 +17,8 @@ import torch
 from torch import Tensor
 
 from lorakeet.core.selection import Selection
-from lorakeet.data.foreign_tokenizer import encoded
 from lorakeet.data.pack import Batch
+from lorakeet.data.template import encoded
 from lorakeet.errors import ConfigError, DataError, VerificationFailed
 from lorakeet.evaluate.certificate import Certificate, read_certificate, tolerance_check
 from lorakeet.models.generate.kv_cache import CacheRow, KeyValues, step

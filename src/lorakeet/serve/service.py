@@ -13,7 +13,7 @@ from typing import Any
 
 import torch
 
-from lorakeet.data.foreign_tokenizer import TemplateRefused, encoded, templated
+from lorakeet.data.template import TemplateRefused, encoded, templated
 from lorakeet.data.tool_calls import unwritten
 from lorakeet.errors import ConfigError
 from lorakeet.models.modules import is_packed

@@ -6,7 +6,7 @@ import re
 from collections.abc import Sequence
 from typing import Any
 
-from lorakeet.data.foreign_tokenizer import decoded
+from lorakeet.data.template import decoded
 
 UNFINISHED = "\ufffd"  # decoded from bytes of an incomplete character
 LONGEST_CHARACTER = 4  # tokens: a character of UTF-8 has at most four bytes, and a token at least one

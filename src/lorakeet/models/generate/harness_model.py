@@ -13,7 +13,7 @@ from typing import Any
 import numpy as np
 
 from lorakeet.data.chat import Example, Ids
-from lorakeet.data.foreign_tokenizer import decoded, encoded, templated
+from lorakeet.data.template import decoded, encoded, templated
 from lorakeet.errors import ConfigError
 from lorakeet.models.generate.sample import sample
 from lorakeet.models.generate.score import scored_rows

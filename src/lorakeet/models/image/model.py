@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from lorakeet.core.adapter import Adapter
 from lorakeet.core.plan import Plan
 from lorakeet.core.spec import LoraSpec
-from lorakeet.data.foreign_tokenizer import tokenised
+from lorakeet.data.template import tokenised
 from lorakeet.errors import ConfigError, DataError, EnvironmentProblem, one_message
 from lorakeet.formats.components import with_components
 from lorakeet.models.every_weight import every_weight

@@ -10,7 +10,7 @@ import numpy as np
 import torch
 from transformers import AutoModel, AutoTokenizer
 
-from lorakeet.data.foreign_tokenizer import tokenised
+from lorakeet.data.template import tokenised
 from lorakeet.errors import ConfigError
 from lorakeet.formats.files.json_object import read_object
 from lorakeet.memory.store import CPU

@@ -13,8 +13,8 @@ from dataclasses import dataclass, replace
 from itertools import accumulate
 from typing import Any
 
-from lorakeet.data.foreign_tokenizer import decoded
 from lorakeet.data.tables import UnusableRow
+from lorakeet.data.template import decoded
 from lorakeet.data.tool_calls import message_extra
 from lorakeet.errors import ConfigError, LorakeetError
 from lorakeet.serve.access import Caller

@@ -16,9 +16,8 @@ from rich.console import Console
 from lorakeet.config import RunConfig
 from lorakeet.data.chat import Encoder, Ids
 from lorakeet.data.few_shot import BETWEEN, FewShot, choose_examples, wider
-from lorakeet.data.foreign_tokenizer import decoded
 from lorakeet.data.rows import Row, row_groups
-from lorakeet.data.template import is_templated
+from lorakeet.data.template import decoded, is_templated
 from lorakeet.evaluate.baselines import constant_answer, median_answer, nearest_answers
 from lorakeet.evaluate.own_metric import OwnMetric
 from lorakeet.evaluate.replies import Replies

@@ -17,10 +17,10 @@ from lorakeet.config import RunConfig
 from lorakeet.core.adapter import Adapter, Pair
 from lorakeet.core.spec import LoraSpec
 from lorakeet.data.chat import Encoder
-from lorakeet.data.foreign_tokenizer import encoded
 from lorakeet.data.rows import Row, Turn
 from lorakeet.data.shapes import ROLES
 from lorakeet.data.spec import DataSpec
+from lorakeet.data.template import encoded
 from lorakeet.errors import ConfigError, LorakeetError
 from lorakeet.memory.free import fits_now
 from lorakeet.memory.spec import MemorySpec

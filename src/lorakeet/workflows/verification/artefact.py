@@ -19,8 +19,8 @@ from rich.console import Console
 from torch import Tensor
 
 from lorakeet.data.chat import Example
-from lorakeet.data.foreign_tokenizer import encoded, templated
 from lorakeet.data.pack import pack_examples
+from lorakeet.data.template import encoded, templated
 from lorakeet.errors import ConfigError, one_message
 from lorakeet.exporting.gguf_model import GgufTensors
 from lorakeet.exporting.llama_cpp import PASS, LlamaCpp

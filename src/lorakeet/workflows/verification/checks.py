@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from lorakeet.data.chat import Candidates, Ids
-from lorakeet.data.foreign_tokenizer import decoded
+from lorakeet.data.template import decoded
 from lorakeet.evaluate.certificate import Check, tolerance_check
 from lorakeet.evaluate.intervals import Floats, share
 from lorakeet.evaluate.parity import ParityMeter

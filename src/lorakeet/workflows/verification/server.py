@@ -18,7 +18,7 @@ from torch import Tensor
 
 from lorakeet.core.lowrank import LoraPair
 from lorakeet.data.chat import Ids
-from lorakeet.data.foreign_tokenizer import decoded
+from lorakeet.data.template import decoded
 from lorakeet.errors import EnvironmentProblem
 from lorakeet.evaluate.certificate import Check, ServedModules, Unchecked
 from lorakeet.evaluate.intervals import mean, share

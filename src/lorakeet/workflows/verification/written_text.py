@@ -12,7 +12,7 @@ from typing import Any
 
 from torch import Tensor
 
-from lorakeet.data.foreign_tokenizer import decoded
+from lorakeet.data.template import decoded
 from lorakeet.models.generate.sample import end_ids
 from lorakeet.workflows.planning.check import GREEDY_TOKENS
 from lorakeet.workflows.verification.artefact import InTorch
