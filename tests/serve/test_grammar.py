@@ -91,3 +91,11 @@ def test_without_the_library_the_remedy_is_said(text: Any, monkeypatch: pytest.M
     monkeypatch.setitem(sys.modules, "llguidance", None)
     with pytest.raises(EnvironmentProblem, match=r"pip install 'lorakeet\[serve\]'"):
         Grammars(text).of_schema(SCHEMA)
+
+
+def test_a_schema_without_any_text_is_refused_before_a_text_is_begun(text: Any) -> None:
+    """It was an error of the server."""
+    looped = {"$defs": {"a": {"anyOf": [{"$ref": "#/$defs/a"}]}}, "$ref": "#/$defs/a"}
+    for schema in ({"$ref": "#"}, looped):
+        with pytest.raises(ConfigError, match="has no text that fits it"):
+            Grammars(text).of_schema(schema)

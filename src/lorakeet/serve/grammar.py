@@ -72,7 +72,8 @@ class Grammars:
     def of_schema(self, schema: Mapping[str, Any]) -> Grammar:
         """The grammar of a JSON schema.
 
-        ConfigError for a schema that is wrong, too large or not supported by llguidance, EnvironmentProblem without llguidance.
+        ConfigError for a schema that is wrong, too large, without any text or not supported by llguidance. EnvironmentProblem
+        without llguidance.
         """
         guidance = _library()
         tokenizer, limits = self._prepared(guidance), guidance.LLParserLimits(max_grammar_size=_MOST_SYMBOLS)
@@ -82,7 +83,12 @@ class Grammars:
             raise ConfigError(f"The JSON schema cannot be read: {_first_line(str(error))}.") from error
         if problem := guidance.LLMatcher.validate_grammar(grammar, tokenizer, limits=limits):
             raise ConfigError(f"The JSON schema cannot be used: {_first_line(problem)}.")
-        return Grammar(guidance.LLMatcher(tokenizer, grammar, log_level=0, limits=limits))
+        found = Grammar(guidance.LLMatcher(tokenizer, grammar, log_level=0, limits=limits))
+        try:
+            found.begin().narrow(torch.zeros(0))
+        except GrammarFailed as error:
+            raise ConfigError(f"The JSON schema has no text that fits it: {error}") from error
+        return found
 
     def _prepared(self, guidance: Any) -> Any:
         """The model's tokens for llguidance, prepared once for the first schema."""
