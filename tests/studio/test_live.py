@@ -63,7 +63,7 @@ def test_a_run_that_ended_early_shows_the_commands_message_and_can_go_on(
     (job.folder / "log").write_text("step 3\nError: Ctrl-C: stopped after step 3.\nResume with: it\n")
     monkeypatch.setattr(type(job), "state", state)
     live = live_run(studio.places, studio.queue, "mine")
-    said = "No step was trained yet" if state == "stopped" else "Ctrl-C: stopped after step 3."
+    said = "No step was trained yet" if state == "stopped" else "Stop: stopped after step 3."
     assert live.message.startswith(said) and live.can_resume and not live.can_stop
     words = {"stopped": "Stopped before the first step", "failed": "Could not go on", "killed": "Was ended from outside"}
     assert live.said == words[state]

@@ -29,6 +29,7 @@ from lorakeet.models.spec import ModelSpec
 from lorakeet.models.text.from_config import config_of, local_files, published_configs
 from lorakeet.settings import fields_of
 from lorakeet.studio.local import fetched_rows, unready_model
+from lorakeet.studio.remedies import page_words
 from lorakeet.studio.workbench import Send
 from lorakeet.workflows.finetuning.kind import Advice, PlanResult
 from lorakeet.workflows.finetuning.text import TextPlanResult
@@ -215,9 +216,10 @@ def _helping(result: PlanResult) -> list[dict[str, Any]]:
     def values(advice: Advice) -> dict[str, Any]:
         how = ", with blocks read from disk as they are needed" if advice.streamed else ""
         settings = changed_settings(advice.change)
+        named = [page_words(f"{name} {value}") for name, value in settings.items()]
         return {
             "settings": settings,
-            "words": f"{', '.join(f'{name} {value}' for name, value in settings.items()) or advice.change}{how}",
+            "words": f"{', '.join(named) or page_words(advice.change)}{how}",
             "size": bytes_text(advice.peak),
             "fits": advice.peak <= result.bound.bytes,
         }

@@ -15,6 +15,7 @@ from lorakeet.disk import open_regular
 from lorakeet.errors import LorakeetError
 from lorakeet.studio.jobs import Job, Queue, last_line, read_lock
 from lorakeet.studio.places import NotHere, Places, regular_within
+from lorakeet.studio.remedies import page_words
 from lorakeet.train.run import RunFolder
 
 AT_ONCE = 1 << 22  # bytes of metrics in one event
@@ -33,7 +34,7 @@ _WORDS = {
     "unfinished": "Is not finished",
 }
 GOING = ("waiting", "starting", "training", "measuring", "stopping", "running")
-_KILLED = "The system ends a process so when memory has run out: lower memory.budget, or see on the screen Fit what helps."
+_KILLED = "The system ends a process so when memory has run out: lower the memory budget, or see on the screen Fit what helps."
 _STOP = {
     "waiting": ("Take it out of the queue", "It has not started."),
     "starting": ("Stop", "It has trained no step yet, so nothing is kept."),
@@ -141,7 +142,7 @@ def followed(places: Places, queue: Queue, name: str, job: Job | None, numbers: 
         state=state,
         said=_WORDS[state] if step or state != "stopped" else "Stopped before the first step",
         message=_message(state, job, step, total, resumed=run is not None) if job is not None and ended else "",
-        doing=last_line(job.log) if job is not None and state in ("starting", "measuring", "stopping") else "",
+        doing=page_words(last_line(job.log)) if job is not None and state in ("starting", "measuring", "stopping") else "",
         step=step,
         total=total,
         seconds_left=(total - step) * numbers.pace if state == "training" and total and numbers.pace else None,
@@ -171,7 +172,7 @@ def _message(state: str, job: Job, step: int, total: int | None, *, resumed: boo
     if state == "stopped":
         again = "Resume begins again." if resumed else "To begin again, prepare another with these settings."
         return f"No step was trained yet, so nothing was lost. {again}"
-    return job.error or (_KILLED if state == "killed" else "")
+    return page_words(job.error) or (_KILLED if state == "killed" else "")
 
 
 def thinned(records: list[dict[str, Any]], most: int = 4000) -> list[dict[str, Any]]:

@@ -26,7 +26,7 @@ from lorakeet.studio.forms import command_line, given_settings
 from lorakeet.studio.index import Index
 from lorakeet.studio.jobs import Queue
 from lorakeet.studio.places import NotHere, Places
-from lorakeet.studio.remedies import remedies_of_error
+from lorakeet.studio.remedies import page_words, remedies_of_error
 from lorakeet.studio.safety import FORM, csrf_of
 from lorakeet.studio.workbench import Workbench
 
@@ -109,11 +109,11 @@ def page_address(*parts: str) -> str:
 
 
 def refused_page(request: Request, error: LorakeetError) -> Response:
-    """The command line's own message, as a page; as JSON for a script."""
-    status = 404 if isinstance(error, NotHere) else 400
+    """What was refused, as a page; as JSON for a script."""
+    status, message = 404 if isinstance(error, NotHere) else 400, page_words(str(error))
     if request.headers.get("accept") == "application/json":
-        return json_answer({"message": str(error)}, status)
-    return page(request, "error.html", status, message=str(error))
+        return json_answer({"message": message}, status)
+    return page(request, "error.html", status, message=message)
 
 
 def json_answer(value: Any, status: int = 200) -> Response:
@@ -123,7 +123,7 @@ def json_answer(value: Any, status: int = 200) -> Response:
 
 def problems_of(error: LorakeetError) -> list[str]:
     """The problems of a message, one by one."""
-    lines = str(error).split("\n  - ")
+    lines = page_words(str(error)).split("\n  - ")
     return lines[1:] or lines
 
 
@@ -166,6 +166,7 @@ def _templates() -> jinja2.Environment:
     environment = page_templates(lambda name: asset("templates", name))
     filters: dict[str, Callable[..., str]] = {
         "number": number, "signed": signed, "span": span, "bytes": bytes_text, "duration": duration_text, "command": _command,
+        "page_words": page_words,
         "shell": shlex.join,
     }  # fmt: skip
     environment.filters.update(filters)

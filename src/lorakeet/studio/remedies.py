@@ -5,11 +5,13 @@ from __future__ import annotations
 import ast
 import re
 from collections.abc import Mapping, Sequence
+from functools import cache
 from typing import Any
 
-from lorakeet.config import read_run
+from lorakeet.config import RunConfig, read_run
 from lorakeet.data.spec import NO_ROWS
-from lorakeet.errors import LorakeetError, Remedy
+from lorakeet.errors import COMMAND, LorakeetError, Remedy, respelt, spelling
+from lorakeet.settings import fields_of
 from lorakeet.studio.forms import run_fields
 
 # "set --data.encoding cp1252", "set data.template, for instance '{text}'": the words of all messages that advise a value.
@@ -17,7 +19,12 @@ _ADVICE = re.compile(r"\b[Ss]et (?:--)?([a-z]+(?:\.[a-z_]+)+)(?:, for instance)?
 
 # "data.test" in a sentence; not the flag "--data.test", which is part of a command.
 _PATH = re.compile(r"(?<![-\w./])[a-z]+(?:\.[a-z_]+)+(?![\w/])")
-_SET_FLAG = re.compile(r"\b([Ss]et) --([a-z]+(?:\.[a-z_]+)+)")  # of a note, which a page says without flags
+_QUOTED = re.compile(r"'/(?:[^'\n]*/)?([^'/\n]+)/?'")  # a path of this machine
+_BARE = re.compile(r"(?<![\w./:~])(?:/[^\s/'\",;:()]+)+/([^\s/'\",;:()]*[^\s/'\",;:().])")
+_PAGES = {
+    "merge": "“Take away”", "export": "“Take away”", "convert": "“Take away”", "push": "“Take away”", "predict": "“Take away”",
+    "finetune": "“New run”", "plan": "“Fit”", "evaluate": "“Compare two”", "serve": "“Try”", "chat": "“Try”", "generate": "“Try”",
+}  # fmt: skip
 _LINE_BREAK = "↵"  # on a button, which has one line
 
 Remedies = dict[str, Any]  # {"settings": {path: value}, "words": of the button}
@@ -41,7 +48,8 @@ def in_one_line(value: str) -> str:
 
 
 def page_words(message: str, rows: str = "") -> str:
-    """The sentences of a note in the words of a page: settings by the labels of their fields, advised texts as they are.
+    """The sentences of a message in the words of a page: settings by the labels of their fields, commands by the screens that
+    do the same, files by their names, advised texts as they are.
 
     The file `rows` is named without its folders, as it was chosen.
     """
@@ -49,9 +57,28 @@ def page_words(message: str, rows: str = "") -> str:
         message = message.replace(rows, rows.rpartition("/")[2] or rows)
     for value in (value for one in remedies_of(message) for value in one["settings"].values()):
         message = message.replace(repr(value), f"“{value}”")
-    labels = {field.path: field.label for field in run_fields()}
-    message = _SET_FLAG.sub(lambda found: f"{found[1]} {found[2]}" if found[2] in labels else found[0], message)
-    return _PATH.sub(lambda found: f"“{labels[found[0]]}”" if found[0] in labels else found[0], message)
+    with spelling(_on_page):
+        message = respelt(message)
+    message = _BARE.sub(r"\1", _QUOTED.sub(r"'\1'", message)).replace(" by Ctrl-C", "").replace("Ctrl-C", "Stop")
+    return _PATH.sub(lambda found: _on_page(found[0]) if found[0] in _labels() else found[0], message)
+
+
+def _on_page(setting: str, value: str | None = None) -> str:
+    """A setting by the label of its field, an option by its name, a command by the screen that does the same."""
+    if setting.startswith(COMMAND):
+        verb = setting.removeprefix(COMMAND)
+        if verb == "finetune" and "--resume" in (value or ""):
+            return "“Resume”"
+        return _PAGES.get(verb, f"lorakeet {verb} in a terminal")
+    label = _labels().get(setting) or re.sub(r"[-_.]", " ", setting)
+    return f"“{label}”{'' if value is None else f' {value}'}"
+
+
+@cache
+def _labels() -> dict[str, str]:
+    """The labels of fields, by their paths and by the shorter names of flags."""
+    by_path = {field.path: field.label for field in run_fields()}
+    return by_path | {one.shorthand: by_path[one.path] for one in fields_of(RunConfig) if one.shorthand} | {"out": "name"}
 
 
 def one_click(settings: Mapping[str, str], words: str) -> Remedies:

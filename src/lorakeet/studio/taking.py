@@ -19,6 +19,7 @@ from lorakeet.evaluate.certificate import read_certificate
 from lorakeet.studio.deleted import jobs_of_run
 from lorakeet.studio.jobs import Job, Queue, last_line
 from lorakeet.studio.places import NotHere, Places
+from lorakeet.studio.remedies import page_words
 from lorakeet.train.run import RunFolder
 from lorakeet.workflows.options import ConvertOptions, ExportOptions, MergeOptions, PushOptions, Quant
 from lorakeet.workflows.runs.early_checks import check_early
@@ -119,7 +120,7 @@ def why_not(found: Wanted) -> str:
     try:
         check_early(found.verb, found.options, None)
     except LorakeetError as error:
-        return str(error)
+        return page_words(str(error))
     return ""
 
 
@@ -148,8 +149,8 @@ def job_values(job: Job) -> dict[str, Any]:
         "title": job.title,
         "state": state,
         "command": list(job.words),
-        "error": job.error if state not in ("done", "running", "waiting") else "",
-        "last": last_line(job.log) if state == "running" else "",
+        "error": page_words(job.error) if state not in ("done", "running", "waiting") else "",
+        "last": page_words(last_line(job.log)) if state == "running" else "",
         "log": job.log,
         "out": "" if out is None else str(out),
         "bytes": 0 if out is None else bytes_of(out),

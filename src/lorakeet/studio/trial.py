@@ -20,6 +20,7 @@ from lorakeet.errors import ConfigError, DataError, EnvironmentProblem, one_mess
 from lorakeet.formats.files.json_object import read_object
 from lorakeet.studio.jobs import BESIDE, Job, Queue
 from lorakeet.studio.places import Places, regular_within
+from lorakeet.studio.remedies import page_words
 from lorakeet.train.run import RunFolder
 from lorakeet.workflows.runs.server_answer import LONGEST_LINE
 from lorakeet.workflows.runs.studio_options import LOOPBACK_ADDRESS
@@ -56,7 +57,7 @@ def open_trial(places: Places, queue: Queue, run: str, once: str = "", *, uncert
         raise ConfigError(f"'{run}' has no adapter yet. Wait until it has trained, or resume it.")
     config = read_run(folder / "config.yaml")
     if config.kind != "text":
-        raise ConfigError(f"'{run}' draws pictures. Use: lorakeet generate --prompt TEXT --adapter it={folder} --out pictures")
+        raise ConfigError(f"'{run}' draws pictures, which are tried on a page of their own. Choose it under Run, and load it.")
     with _OPENING:
         before = current_trial(queue)
         if once and before is not None and before.job.once == once and before.job.state in ("waiting", "running"):
@@ -139,7 +140,7 @@ def trial_state(trial: TriedModel | None) -> tuple[TrialState, str]:
                 return ("ready" if answer.status == 200 else "starting"), ""
         except (OSError, HTTPException):
             return "starting", ""
-    return ("failed", trial.job.error) if state in ("failed", "killed") else ("off", "")
+    return ("failed", page_words(trial.job.error)) if state in ("failed", "killed") else ("off", "")
 
 
 def adapter_name(run: str) -> str:
@@ -238,7 +239,7 @@ def in_trained_prompts(folder: Path, messages: Sequence[Any]) -> list[Any]:
     if not data.labels:
         return list(messages)
     if data.chat_template == "off":
-        raise ConfigError("This run was trained without the chat template, which is used here. Use: lorakeet predict.")
+        raise ConfigError("This run was trained without the chat template, which is used here. Take its answers on “Take away”.")
 
     def prompted(message: Any) -> Any:
         if not isinstance(message, dict) or message.get("role") != "user":

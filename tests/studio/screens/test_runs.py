@@ -6,6 +6,7 @@ import fcntl
 import json
 import sys
 from pathlib import Path
+from urllib.parse import parse_qsl
 
 import pytest
 from starlette.testclient import TestClient
@@ -46,6 +47,20 @@ def test_a_job_without_a_folder_yet_is_in_the_table(browser: TestClient, studio:
     made(studio, "old")
     assert [(line.run.name, line.state) for line in lines_of(studio)] == [("coming", "waiting"), ("old", "stopped")]
     assert 'href="/run/coming"' in browser.get("/runs").text
+
+
+def test_a_run_that_ended_before_its_first_step_stays_with_a_way_to_start_again(browser: TestClient, studio: Studio) -> None:
+    job = studio.queue.add(
+        ["finetune", "{folder}/run.yaml"], title="x", run="early", files={"run.yaml": "{model: package:tiny, data: rows.jsonl}"}
+    )
+    for name, text in (("alive", ""), ("code", "4")):
+        (job.folder / name).write_text(text)
+    [line] = lines_of(studio)
+    assert (line.run.name, line.state, line.run.model, line.run.rows) == ("early", "stopped", "package:tiny", "rows.jsonl")
+    assert dict(parse_qsl(line.again)) == {"model.path": "package:tiny", "data.train": "rows.jsonl"} and line.run.problem
+    assert 'href="/run?model.path=package%3Atiny&amp;data.train=rows.jsonl"' in browser.get("/runs").text
+    browser.post("/runs/early/delete")
+    assert lines_of(studio) == [] and not job.folder.exists()
 
 
 def test_the_table_says_what_the_page_of_a_run_says(browser: TestClient, studio: Studio) -> None:

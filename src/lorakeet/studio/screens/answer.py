@@ -12,6 +12,7 @@ from lorakeet.errors import LorakeetError
 from lorakeet.studio.answering import add_answers, answer_words, forget_answers, wanted_answers, written_file
 from lorakeet.studio.forms import command_line
 from lorakeet.studio.pages import form_of, json_answer, moved, once_of, page_address, studio_of
+from lorakeet.studio.remedies import page_words
 
 
 def _answer(request: Request) -> Response:
@@ -25,7 +26,7 @@ def _check(request: Request) -> Response:
     try:
         options = wanted_answers(studio_of(request).places, str(request.path_params["name"]), form_of(request))
     except LorakeetError as error:
-        return json_answer({"missing": str(error), "command": ""})
+        return json_answer({"missing": page_words(str(error)), "command": ""})
     return json_answer({"missing": "", "command": command_line(answer_words(options, options.out.name))})
 
 

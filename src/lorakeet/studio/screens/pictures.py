@@ -10,6 +10,7 @@ from lorakeet.errors import LorakeetError
 from lorakeet.studio.drawing import draw_strengths, drawing_jobs, drawn_pictures, picture_bytes
 from lorakeet.studio.forms import settings_of
 from lorakeet.studio.pages import form_of, moved, once_of, page, page_address, studio_of
+from lorakeet.studio.remedies import page_words
 
 
 def _pictures(request: Request, problem: str = "", status: int = 200) -> Response:
@@ -21,6 +22,7 @@ def _pictures(request: Request, problem: str = "", status: int = 200) -> Respons
     form = form_of(request)
     return page(
         request, "pictures.html", status, name=name, job=job, state=job.state if job else "", problem=problem,
+        error=page_words(job.error) if job else "",
         pictures=drawn_pictures(job) if job else [], prompt=form.get("prompt") or prompts.partition(",")[0],
         seed=form.get("seed", "0"), steps=form.get("steps", "30"),
         words=list(job.words) if job else ["generate", "--adapter", f"it={folder}", "--prompt", "…", "--out", "pictures"],

@@ -173,7 +173,7 @@ def _stop(request: Request) -> Response:
     studio, name = studio_of(request), _name(request)
     job = job_of(studio.places, studio.queue, name)
     if job is None:
-        raise ConfigError(f"'{name}' was not started here. Stop it where it was started, with Ctrl-C.")
+        raise ConfigError(f"'{name}' was not started here. Stop it where it was started.")
     studio.queue.stop(job, at_once=_at_once(request))
     return moved(page_address("run", name))
 

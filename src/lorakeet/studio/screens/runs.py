@@ -5,6 +5,7 @@ from __future__ import annotations
 import time
 from collections.abc import Mapping
 from dataclasses import dataclass
+from urllib.parse import urlencode
 
 from starlette.requests import Request
 from starlette.responses import Response
@@ -13,10 +14,11 @@ from starlette.routing import Route
 from lorakeet.errors import ConfigError, DataError, LorakeetError
 from lorakeet.evaluate.report.charts import interval_axis
 from lorakeet.evaluate.wording import metric_words, signed, span
-from lorakeet.studio.deleted import DeletedRun, delete_run, deleted_runs, erase_run, jobs_erased_with, restore_run
+from lorakeet.studio.deleted import DeletedRun, delete_run, deleted_runs, erase_run, jobs_erased_with, jobs_of_run, restore_run
+from lorakeet.studio.forms import settings_of
 from lorakeet.studio.index import RunSummary, write_tags
 from lorakeet.studio.jobs import Job, locked_files
-from lorakeet.studio.live import all_records, job_of, run_state, thinned
+from lorakeet.studio.live import GOING, all_records, followed, job_of, run_state, thinned
 from lorakeet.studio.pages import Screen, Studio, form_of, moved, page, studio_of
 from lorakeet.studio.pairing import PairedRuns, measuring, pair_runs, was_measured, whole_report
 from lorakeet.train.run import RunFolder
@@ -33,19 +35,40 @@ class RunLine:
     state: str
     spark: str  # the points of its small curve, in a box of 100 by 24
     age: str
+    again: str = ""  # the settings to start again with, as an address has them: of one that made no folder
 
 
 def lines_of(studio: Studio, most: int | None = None) -> list[RunLine]:
-    """The runs, the newest first, and before them those that wait or run without a folder yet."""
+    """The runs, the newest first, and before them those without a folder: they wait, run, or were stopped before a step."""
     summaries = studio.index.summaries(most)
     jobs = {job.run: job for job in studio.queue.jobs() if job.run}
     known = {summary.name for summary in summaries}
-    coming = [RunSummary(name=job.run, made=job.made) for job in jobs.values() if job.run not in known and _goes_on(job)]
+    gone = known | {one.name for one in deleted_runs(studio.places)}
+    bare = [_bare_line(studio, job) for job in jobs.values() if job.run not in gone and _is_bare(studio, job)]
     locked = locked_files()
-    return [
-        RunLine(run, _state(studio, run, jobs, locked), sparkline(run.spark), age_of(time.time() - run.made))
-        for run in (*reversed(coming), *summaries)
+    lines = [
+        RunLine(run, _state(studio, run, jobs, locked), sparkline(run.spark), age_of(time.time() - run.made)) for run in summaries
     ]
+    return [*reversed(bare), *lines]
+
+
+def _is_bare(studio: Studio, job: Job) -> bool:
+    """True for a run that waits, or was over, before it had a folder; not for one that was taken out of the queue."""
+    return job.state not in ("done", "cancelled") and RunFolder.at(studio.places.runs / job.run) is None
+
+
+def _goes_on(job: Job) -> bool:
+    return job.state in ("waiting", "running")
+
+
+def _bare_line(studio: Studio, job: Job) -> RunLine:
+    live, settings = followed(studio.places, studio.queue, job.run, job), settings_of(job.folder)
+    run = RunSummary(
+        name=job.run, made=job.made, model=settings.get("model.path", ""), rows=settings.get("data.train", ""),
+        problem="" if live.state in GOING else live.message or live.said,
+    )  # fmt: skip
+    again = "" if live.state in GOING else urlencode(settings)
+    return RunLine(run, job.state, "", age_of(time.time() - job.made), again)
 
 
 def sparkline(values: tuple[float, ...]) -> str:
@@ -64,10 +87,6 @@ def age_of(seconds: float) -> str:
             count = int(seconds // size)
             return f"{count} {unit}{'' if count == 1 else 's'} ago"
     return "just now"
-
-
-def _goes_on(job: Job) -> bool:
-    return job.state in ("waiting", "running")
 
 
 def _state(studio: Studio, run: RunSummary, jobs: Mapping[str, Job], locked: frozenset[str]) -> str:
@@ -190,8 +209,12 @@ def _tag(request: Request) -> Response:
 
 
 def _delete(request: Request) -> Response:
-    studio = studio_of(request)
-    gone = delete_run(studio.places, studio.queue, str(request.path_params["name"]))
+    studio, name = studio_of(request), str(request.path_params["name"])
+    if RunFolder.at(studio.places.new_run(name)) is None:  # it ended before it had a folder: there is nothing to keep
+        for job in jobs_of_run(studio.places, studio.queue, name):
+            studio.queue.forget(job)
+        return moved("/runs")
+    gone = delete_run(studio.places, studio.queue, name)
     return moved("/runs", {"undo": gone.key})
 
 

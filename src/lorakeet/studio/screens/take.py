@@ -14,7 +14,7 @@ from starlette.routing import Route
 from lorakeet.errors import ConfigError, LorakeetError
 from lorakeet.studio.answering import answer_fields, answer_values
 from lorakeet.studio.forms import command_line
-from lorakeet.studio.jobs import Job
+from lorakeet.studio.jobs import BESIDE, Job
 from lorakeet.studio.offers import offers
 from lorakeet.studio.pages import (
     Screen,
@@ -29,6 +29,7 @@ from lorakeet.studio.pages import (
     page_address,
     studio_of,
 )  # fmt: skip
+from lorakeet.studio.remedies import page_words
 from lorakeet.studio.screens import answer
 from lorakeet.studio.taking import (
     MANY,
@@ -43,6 +44,7 @@ from lorakeet.studio.taking import (
     ways_of,
     why_not,
 )  # fmt: skip
+from lorakeet.studio.trial import running_beside
 from lorakeet.workflows.options import PredictOptions
 
 WORK = "lorakeet.studio.sizing:sizes_of_run"
@@ -72,7 +74,7 @@ def _take(request: Request) -> Response:
     return page(
         request, "take.html", name=name, ways=ways, runs=taken_runs(studio), quants=QUANTS, chosen=CHOSEN,
         names={way.key: default_name(name, way, CHOSEN) for way in ways}, offers=offers(studio.places),
-        review=round(100 * PredictOptions.review),
+        review=round(100 * PredictOptions.review), beside=running_beside(studio.queue),
         answers=answer_fields(studio.places.run(name)) if any("text" in way.kinds and way.quant for way in ways) else [],
     )  # fmt: skip
 
@@ -83,7 +85,7 @@ def _check(request: Request) -> Response:
     try:
         found = wanted(studio.places, _name(request), str(request.path_params["way"]), form_of(request))
     except ConfigError as error:
-        return json_answer({"missing": str(error), "command": ""})
+        return json_answer({"missing": page_words(str(error)), "command": ""})
     command = command_line(found.words) if all(found.words) else ""  # a repository is not named yet
     return json_answer({"missing": _being_made(studio, found) or why_not(found), "command": command})
 
@@ -94,7 +96,7 @@ def _start(request: Request) -> Response:
     if not _sent_before(studio, request) and (missing := _being_made(studio, found) or why_not(found)):
         raise ConfigError(missing)
     where = found.options.name if found.out is None else found.out.name
-    studio.queue.add(found.words, title=f"{found.way.title}: {where}", once=once_of(request))
+    studio.queue.add(found.words, title=f"{found.way.title}: {where}", once=once_of(request), device=_device(found.verb))
     return moved(page_address("take", name))
 
 
@@ -102,6 +104,11 @@ def _uncertified(request: Request) -> Response:
     studio, name = studio_of(request), _name(request)
     go_on_uncertified(studio.places, studio.queue, name, form_of(request).get("job", ""), once=once_of(request))
     return moved(page_address("take", name))
+
+
+def _device(verb: str) -> str:
+    """The device of a job: what reads the adapter alone waits for no run; the others need the memory that a run may take."""
+    return BESIDE if verb in ("convert", "push") else "auto"
 
 
 def _sent_before(studio: Studio, request: Request) -> bool:
@@ -165,11 +172,11 @@ async def _measured(studio: Studio, name: str) -> AsyncIterator[str]:
     try:
         folder = str(studio.places.run(name))
     except LorakeetError as error:
-        yield event({"message": str(error)}, name="problem")
+        yield event({"message": page_words(str(error))}, name="problem")
         return
     async for found in studio.workbench.answers(WORK, {"folder": folder}):
         if "error" in found:
-            yield event({"message": found["error"]}, name="problem")
+            yield event({"message": page_words(found["error"])}, name="problem")
         elif "sizes" in found:
             yield event(found, name="sizes")
         elif "done" in found:

@@ -16,6 +16,7 @@ from lorakeet.errors import ConfigError, LorakeetError
 from lorakeet.studio.forms import settings_of
 from lorakeet.studio.jobs import last_line
 from lorakeet.studio.pages import Screen, Studio, form_of, json_answer, moved, once_of, page, page_address, studio_of
+from lorakeet.studio.remedies import page_words
 from lorakeet.studio.screens import pictures
 from lorakeet.studio.taking import UNCERTIFIED
 from lorakeet.studio.trial import (
@@ -83,7 +84,7 @@ def _close(request: Request) -> Response:
 def _state(request: Request) -> Response:
     trial = current_trial(studio_of(request).queue)
     state, message = trial_state(trial)
-    return json_answer({"state": state, "message": message, "log": last_line(trial.job.log) if trial else ""})
+    return json_answer({"state": state, "message": message, "log": page_words(last_line(trial.job.log)) if trial else ""})
 
 
 def _ready(request: Request) -> TriedModel:
@@ -127,7 +128,7 @@ def _say(request: Request) -> Response:
         try:
             yield from itertools.chain([first], lines)
         except (LorakeetError, OSError) as error:
-            yield f"data: {json.dumps({'error': {'message': str(error)}})}\n\n".encode()
+            yield f"data: {json.dumps({'error': {'message': page_words(str(error))}})}\n\n".encode()
 
     return StreamingResponse(all_lines(), media_type="text/event-stream")
 
