@@ -19,6 +19,7 @@ _ADVICE = re.compile(r"\b[Ss]et (?:--)?([a-z]+(?:\.[a-z_]+)+)(?:, for instance)?
 
 # "data.test" in a sentence; not the flag "--data.test", which is part of a command.
 _PATH = re.compile(r"(?<![-\w./])[a-z]+(?:\.[a-z_]+)+(?![\w/])")
+_ORIGIN = re.compile(r" \(flag --[\w.-]+\)")
 _QUOTED = re.compile(r"'/(?:[^'\n]*/)?([^'/\n]+)/?'")  # a path of this machine
 _BARE = re.compile(r"(?<![\w./:~])(?:/[^\s/'\",;:()]+)+/([^\s/'\",;:()]*[^\s/'\",;:().])")
 _PAGES = {
@@ -58,7 +59,7 @@ def page_words(message: str, rows: str = "") -> str:
     for value in (value for one in remedies_of(message) for value in one["settings"].values()):
         message = message.replace(repr(value), f"“{value}”")
     with spelling(_on_page):
-        message = respelt(message)
+        message = respelt(_ORIGIN.sub("", message))
     message = _BARE.sub(r"\1", _QUOTED.sub(r"'\1'", message)).replace(" by Ctrl-C", "").replace("Ctrl-C", "Stop")
     return _PATH.sub(lambda found: _on_page(found[0]) if found[0] in _labels() else found[0], message)
 

@@ -49,14 +49,14 @@ def test_the_form_becomes_the_run_file_of_a_job(browser: TestClient, studio: Stu
     ("change", "words"),
     [
         ({"model.path": ""}, "model is missing"),
-        ({"lora.rank": "x"}, "lora.rank (flag --lora.rank) is 'x'"),
+        ({"lora.rank": "x"}, "“rank” is 'x'"),
         ({"data.train": "gone.jsonl"}, "'gone.jsonl' does not exist"),
         ({"data.train": "/etc/passwd"}, "outside of the folders"),
         ({"out": "../run"}, "expected a plain name"),
         ({"data.text_column": "<script>alert(1)</script>", "data.format": "text"}, "&lt;script&gt;"),
     ],
 )
-def test_what_is_missing_is_said_in_place_in_the_commands_words(
+def test_what_is_missing_is_said_in_place_in_the_words_of_the_page(
     browser: TestClient, studio: Studio, filled: dict[str, str], change: dict[str, str], words: str
 ) -> None:
     refused = browser.post("/run", data={**filled, **change})
