@@ -132,8 +132,9 @@ def test_what_is_documented_of_a_report_is_there(shared: Shared) -> None:
 
 def test_everything_shows_itself(shared: Shared, tmp_path: Path) -> None:
     merged = lk.merge(shared.run, out=tmp_path / "merged", quiet=True)
-    for one in (shared.model, shared.run.adapter, merged, shared.run, shared.rows):
+    for one in (shared.model, shared.run.adapter, merged, shared.run, shared.rows, merged.certificate, shared.model.plan()):
         assert len(repr(one)) < 300 and "<table>" in one._repr_html_()
+    assert len(repr(shared.run.report)) < 300
 
 
 def test_rows_in_memory_leave_nothing_behind(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -91,10 +91,10 @@ def test_no_message_of_the_code_brings_a_flag_a_path_or_ctrl_c_to_a_page() -> No
 
 
 @pytest.mark.parametrize(("message", "said"), [
-    ("Go on with it: lorakeet finetune --resume /home/x/runs/a", "Go on with it: “Resume”"),
+    ("Go on with it: lorakeet finetune --resume /srv/x/runs/a", "Go on with it: “Resume”"),
     ("Raise it with --memory, or choose another --out.", "Raise it with “memory budget”, or choose another “name”."),
     ("Stopped by Ctrl-C before it finished.", "Stopped before it finished."),
-    ("'/home/u/my rows.csv' and /home/u/b.csv:3 stay, http://127.0.0.1:8/a/b too.",
+    ("'/srv/u/my rows.csv' and /srv/u/b.csv:3 stay, http://127.0.0.1:8/a/b too.",
      "'my rows.csv' and b.csv:3 stay, http://127.0.0.1:8/a/b too."),
     ("set --data.too_long truncate.", "set “longer rows” truncate."),
 ])  # fmt: skip

@@ -9,11 +9,14 @@ from typing import Any
 from rich.console import Console
 
 from lorakeet.core.plan import Plan
+from lorakeet.errors import shortened
 from lorakeet.evaluate.certificate import Certificate
 from lorakeet.evaluate.report.report import Report, render_html
+from lorakeet.evaluate.wording import bytes_text
 from lorakeet.workflows.finetuning.kind import PlanResult
 from lorakeet.workflows.merge import Merged
 
+_LONGEST = 290  # characters
 HEAD = ("weights", "shape", "rank", "scale", "trained parameters")
 
 
@@ -37,7 +40,8 @@ class ShownPlan:
     def __str__(self) -> str:
         return self.console.export_text(clear=False, styles=False).rstrip()
 
-    __repr__ = __str__
+    def __repr__(self) -> str:
+        return one_line(f"Plan: peak {bytes_text(self.peak)}, {self.result.planned.plan.summary()}")
 
     def _repr_html_(self) -> str:
         forecast, later = self.result.planned.forecast, self.result.later_commands
@@ -71,7 +75,8 @@ class ShownPairs(Plan):
         lines = ("  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip() for row in rows)
         return "\n".join([*lines, self.summary()])
 
-    __repr__ = __str__
+    def __repr__(self) -> str:
+        return one_line(self.summary())
 
     def _repr_html_(self) -> str:
         return f"{table_of([HEAD, *self.rows()])}<p>{html.escape(self.summary())}</p>"
@@ -88,7 +93,8 @@ class ShownCertificate(Certificate):
     def __str__(self) -> str:
         return "\n".join([f"{self.subject}: {self.verdict}", *map(str, (*self.checks, *self.modules, *self.unchecked))])
 
-    __repr__ = __str__
+    def __repr__(self) -> str:
+        return one_line(f"{self.subject}: {self.verdict}, {len(self.checks)} checks")
 
     def _repr_html_(self) -> str:
         rows: list[tuple[Any, ...]] = [("", "compared", "with", "measure", "found", "limit", "n")]
@@ -118,6 +124,11 @@ class ShownMerge(Merged):
 
     def _repr_html_(self) -> str:
         return f"<p>{html.escape(str(self))}</p>{ShownCertificate.of(self.certificate)._repr_html_()}"
+
+
+def one_line(text: str) -> str:
+    """The text of a value where a list or a debugger shows it: one line of less than 300 characters."""
+    return shortened(" ".join(text.split()), _LONGEST)
 
 
 def page_of(report: Report, *, height: int = 900) -> str:

@@ -13,7 +13,7 @@ from typing import Any
 from lorakeet.api.adapter import AdapterValue
 from lorakeet.api.arguments import in_python
 from lorakeet.api.classify import LabelAnswer, classified
-from lorakeet.api.display import ShownCertificate, page_of, table_of
+from lorakeet.api.display import ShownCertificate, one_line, page_of, table_of
 from lorakeet.api.model import BaseModelHandle
 from lorakeet.api.model import load as load_model
 from lorakeet.api.rows import RowSet
@@ -235,7 +235,8 @@ class ShownReport:
             lines.append(f"  {system.name}: " + ", ".join(f"{name} {value}" for name, value in system.metrics.items()))
         return "\n".join(lines)
 
-    __repr__ = __str__
+    def __repr__(self) -> str:
+        return one_line(f"Report: {self.value.title}; systems {', '.join(system.name for system in self.value.systems)}")
 
     def _repr_html_(self) -> str:
         return page_of(self.value)
