@@ -121,7 +121,7 @@ def test_every_family_ends_in_right_numbers_or_a_refusal(kind: str, tmp_path: Pa
     assert not wrong({column: one for column, one in found.items() if column != "build"}), "\n".join(wrong(found))
 
 
-IN_COMPANY = ("bigbird_pegasus", "deepseek_v32", "deepseek_v4", "git", "nemotron_h", "phi3 (longrope)")
+IN_COMPANY = ("bigbird_pegasus", "blenderbot", "deepseek_v32", "deepseek_v4", "git", "nemotron_h", "phi3 (longrope)")
 
 
 @pytest.mark.families

@@ -25,6 +25,8 @@ import transformers
 from rich.console import Console
 from safetensors.torch import save_file
 from torch import Tensor
+from transformers import AutoModelForCausalLM, AutoModelForMultimodalLM
+from transformers.models.auto.modeling_auto import MODEL_FOR_MULTIMODAL_LM_MAPPING
 
 from lorakeet.core.spec import LoraSpec
 from lorakeet.data.chat import Example
@@ -82,6 +84,11 @@ class Outcome:
     detail: str = ""
 
 
+def whole_class_of(config: Any) -> Any:
+    """The Auto class whose model has all parts of the configuration, as released: Qwen3.5 can be read as its text part alone."""
+    return AutoModelForMultimodalLM if type(config) in MODEL_FOR_MULTIMODAL_LM_MAPPING else AutoModelForCausalLM
+
+
 def saved(kind: str, folder: Path, **changes: Any) -> Path:
     """Writes a small random model of this type with a tokenizer to folder/model; `changes` are to its configuration."""
     config = small_config(kind)
@@ -89,7 +96,7 @@ def saved(kind: str, folder: Path, **changes: Any) -> Path:
         setattr(config, name, value)
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)  # for what is not written below, as a state's decay
-        model = auto_class_of(config).from_config(config)
+        model = whole_class_of(config).from_config(config)
     generator = torch.Generator().manual_seed(0)
     with torch.no_grad():
         for name, weight in sorted(model.named_parameters()):
@@ -117,13 +124,12 @@ def rows() -> list[Example]:
 
 
 def chunked(folder: Path) -> bool:
-    """Whether the model attends within chunks that only its mask has: packed attention refuses rows longer than a chunk."""
+    """Whether the model attends within chunks: served texts are no longer than one."""
     config = json.loads((folder / "model" / "config.json").read_text())
     return "attention_chunk_size" in {**config, **config.get("text_config", {})}
 
 
-def loaded(folder: Path, dtype: str = "float32", attention: str = "", **more: Any) -> TextModel:
-    attention = attention or ("sdpa" if chunked(folder) else "auto")
+def loaded(folder: Path, dtype: str = "float32", attention: Any = "auto", **more: Any) -> TextModel:
     spec = ModelSpec(path=str(folder / "model"), dtype=dtype, device="cpu", attention=attention, **more)
     return load_text_model(spec, say=lambda line: None)
 
@@ -300,7 +306,7 @@ def nf4(folder: Path) -> str:
 
 def served(folder: Path) -> str:
     """What is served greedily is what transformers' generate writes with the merged model or PEFT."""
-    text = loaded(folder, attention="auto")
+    text = loaded(folder)
     live, adapter = ServingModel(text), peft.read(folder / "adapter")
     within = chunked(folder)
     prompt = [int(number) for number in rows()[1].ids][: WINDOW - TOKENS if within else None]
@@ -365,8 +371,7 @@ def gguf(folder: Path) -> str:
 
 def simulated_gpu(folder: Path) -> str:
     """A whole run on the simulated card gives the numbers of the CPU."""
-    changes = {"lora.exclude_modules": ".*experts"} if (folder / "note").exists() else {}
-    return same_on_card(folder, {**changes, **({"model.attention": "sdpa"} if chunked(folder) else {})})
+    return same_on_card(folder, {"lora.exclude_modules": ".*experts"} if (folder / "note").exists() else {})
 
 
 def in_company(folder: Path) -> str:

@@ -29,6 +29,7 @@ from lorakeet.kernels.flash_varlen import STEP, FlashVarlen, flash_kernel
 from lorakeet.kernels.row_sinks import SinkRows, takes_sinks
 
 VARLEN = "lorakeet_varlen"
+CHUNKED = "chunked_attention"
 
 
 def register() -> None:
@@ -50,7 +51,7 @@ def packed_attention(
     """
     lengths = settings.get("row_lengths")
     _refuse_unknown(module, (query, key), lengths, attention_mask, settings)
-    rows, prefix = cast("tuple[int, ...]", lengths), cast(int, settings.get("row_prefix", 0))
+    rows, prefix = _chunks(module, settings, cast("tuple[int, ...]", lengths)), cast(int, settings.get("row_prefix", 0))
     scale = settings.get("scaling") or 1 / math.sqrt(query.shape[-1])
     window, softcap, dropout = _window(module, settings), settings.get("softcap"), settings.get("dropout") or 0.0
     sinks = settings.get("s_aux")
@@ -143,12 +144,14 @@ def _refuse_unknown(
         unknown.append("is_causal=False")
     if mask is not None:
         unknown.append("attention_mask")
-    if (limit := _limit_in_mask(module, settings)) is not None and longest > limit:
+    limit = _limit_in_mask(module, settings)
+    if limit is not None and longest > limit and not _divides(module, settings):
         unknown.append(f"a window of {limit} tokens that only its mask has, for a row of {longest} tokens")
-    if (constant := _constant_up_to(module)) is not None and query.shape[2] >= constant:
-        unknown.append(
-            f"a temperature by position, constant up to {constant:g}, for {query.shape[2]} tokens (train.micro_tokens)"
-        )
+    captured = settings.get("row_offsets") is not None
+    alone = len(lengths) == 1 and cache is None and not captured  # its places are those of the batch
+    places = query.shape[2] if captured else total
+    if (constant := _constant_up_to(module)) is not None and not alone and places >= constant:
+        unknown.append(f"a temperature by position, constant up to {constant:g}, for {places} tokens")
     if unknown:
         raise EnvironmentProblem(f"{kind} uses {', '.join(unknown)}, which row attention does not have; use attention: sdpa.")
 
@@ -170,6 +173,27 @@ def _constant_up_to(module: nn.Module) -> float | None:
         return None
     found: float | None = getattr(module, "floor_scale", None)
     return found
+
+
+def temperature_start(config: Any) -> int | None:
+    """The place in a batch from which on a query's temperature depends on its place there (Llama 4); None for most models."""
+    own = config.get_text_config()
+    tuned = getattr(own, "attn_temperature_tuning", False) and not all(getattr(own, "no_rope_layers", None) or [True])
+    return int(own.floor_scale) - 1 if tuned else None
+
+
+def _divides(module: nn.Module, settings: dict[str, Any]) -> bool:
+    """Whether rows are cut into the chunks of a layer: each attends to itself, so that packed rows are their chunks."""
+    alone = not settings.get("row_prefix", 0) and all(settings.get(name) is None for name in ("row_cache", "row_offsets"))
+    return alone and _layer_kind(module) == CHUNKED
+
+
+def _chunks(module: nn.Module, settings: dict[str, Any], rows: tuple[int, ...]) -> tuple[int, ...]:
+    """The lengths of the rows, or of their chunks in a layer that attends within chunks (Llama 4)."""
+    if not _divides(module, settings):
+        return rows
+    size = cast(int, cast(Any, module.config).attention_chunk_size)
+    return tuple(min(size, row - start) for row in rows for start in range(0, row, size))
 
 
 def _layer_kind(module: nn.Module) -> str:

@@ -95,7 +95,7 @@ UNSCALED = ("aya_vision", "cohere2_vision")
 # Modules that only choose which tokens are attended to: no gradient reaches them.
 CHOOSING = ("indexer",)
 # Models whose replies depend on padding on the left, beside those with such modules: texts are continued one by one.
-READS_PADDING = ("bigbird_pegasus", "deepseek_v4", "git")
+READS_PADDING = ("deepseek_v4", "git")
 # Parts of wrappers that stand within the language model, by model type; others stand beside it.
 OUTSIDE_TEXT = {"phi4_multimodal": ("embed_tokens_extend",), "git": ("image_encoder", "visual_projection")}
 

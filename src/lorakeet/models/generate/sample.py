@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import inspect
 import sys
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator, Sequence
 from contextlib import closing, contextmanager, nullcontext
 from dataclasses import dataclass, fields
 from typing import Any, TypeAlias
@@ -19,9 +19,10 @@ from transformers.modeling_outputs import BaseModelOutputWithPast
 from lorakeet.core.initialise import seed_for
 from lorakeet.data.prefix import PASS
 from lorakeet.memory.spill import Spill
+from lorakeet.models.attention import temperature_start
 from lorakeet.models.families import CHOOSING, READS_PADDING
 from lorakeet.models.modules import decoder_of
-from lorakeet.models.text.load import set_attention
+from lorakeet.models.text.load import ATTENTION_TOLERANCE, set_attention
 from lorakeet.models.text.model import TextModel
 
 Ids = NDArray[np.int64]
@@ -113,7 +114,9 @@ def _batches(
     Prompts with other frequencies are in other batches.
     """
     anew = not _takes_cache(text)
-    if anew or _reads_padding(text):
+    start = temperature_start(text.model.config)
+    placed = start is not None and max(lengths, default=0) + max_tokens > start  # padding moves a text's own tokens there
+    if anew or placed or _reads_padding(text):
         yield from (([row], anew) for row in order)
         return
     switch = text.switch_length
@@ -126,7 +129,17 @@ def _batches(
 def _reads_padding(text: TextModel) -> bool:
     """Whether a text's own tokens depend on how many tokens of padding stand before them."""
     chooses = any(path.rpartition(".")[2] in CHOOSING for path, _ in text.model.named_modules())
-    return chooses or str(getattr(text.model.config, "model_type", "")) in READS_PADDING
+    return chooses or str(getattr(text.model.config, "model_type", "")) in READS_PADDING or _counts_padding(text)
+
+
+def _counts_padding(text: TextModel) -> bool:
+    """Whether code that takes no positions counts padding among them, as BART's does; measured on two tokens."""
+    if "position_ids" in _parameters(text):
+        return False
+    alone, padded = (torch.tensor([ids], device=text.device) for ids in ([1, 2], [0, 0, 0, 1, 2]))
+    states = _decoded(text, alone, None, None), _decoded(text, padded, (padded != 0).long(), None)
+    wanted, found = (each.float() for each in states)
+    return bool((found - wanted).abs().max() > ATTENTION_TOLERANCE[text.dtype] * wanted.abs().max())
 
 
 def rows_at_once(text: TextModel, length: int, *, blocks: int | None = None) -> int:
@@ -278,7 +291,12 @@ def _shared(prompts: Sequence[Ids]) -> int:
 
 def _takes_cache(text: TextModel) -> bool:
     """Whether the model's own code takes transformers' cache. RWKV and the first GPT do not: the whole text is computed anew."""
-    return CACHE in inspect.signature(type(decoder_of(text.model)).forward).parameters
+    return CACHE in _parameters(text)
+
+
+def _parameters(text: TextModel) -> Collection[str]:
+    """The names that the forward pass of the model's own decoder takes."""
+    return inspect.signature(type(decoder_of(text.model)).forward).parameters
 
 
 def _new_cache(text: TextModel) -> DynamicCache:
@@ -286,7 +304,11 @@ def _new_cache(text: TextModel) -> DynamicCache:
     code = sys.modules[type(decoder_of(text.model)).__module__]
     known = [kind for kind in vars(code).values() if isinstance(kind, type) and issubclass(kind, DynamicCache)]
     own = [kind for kind in known if kind is not DynamicCache]
-    return own[0]() if own else DynamicCache(config=text.model.config)
+    if own:
+        return own[0]()
+    config = text.model.config
+    counted = config.attribute_map.get("num_hidden_layers") != "encoder_layers"  # of another part, in BART's relatives
+    return DynamicCache(config=config) if counted else DynamicCache()
 
 
 def _selectable(cache: DynamicCache, kinds: tuple[type, ...]) -> bool:

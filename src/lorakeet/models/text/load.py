@@ -262,7 +262,9 @@ def check_head(text: TextModel, reference: Tensor) -> None:
     """
     kind = text.model.config.model_type
     if text.model.get_output_embeddings() is None:
-        raise EnvironmentProblem(f"Models of type '{kind}' have no output layer over the vocabulary that could be found.")
+        raise EnvironmentProblem(
+            f"Models of type '{kind}' have no output layer over the vocabulary that could be found. {_language_part(text.model)}"
+        )
     rows = _check_batch(text).ids.split(list(CHECK_ROWS))  # type: ignore[no-untyped-call]
     states, output = zip(*(_states_and_output(text, row) for row in rows), strict=True)
     _require_same_head(text, torch.cat([text.head(part) for part in states]), reference)
@@ -271,6 +273,17 @@ def check_head(text: TextModel, reference: Tensor) -> None:
         factor = size / largest
         own = _own_head(text, output[0], states[0] * factor)
         _require_same_head(text, text.head(states[0] * factor), own)
+
+
+def _language_part(model: nn.Module) -> str:
+    """What to do with a wrapper that keeps its head to a part of it: that part is a language model."""
+    for name, part in model.named_children():
+        if isinstance(part, transformers.PreTrainedModel) and part.get_output_embeddings() is not None:
+            return (
+                f"Its part {name} has one: save that with the tokenizer (model.{name}.save_pretrained(FOLDER) in transformers), "
+                "and name that folder."
+            )
+    return "Name another model."
 
 
 def _states_and_output(text: TextModel, row: Tensor) -> tuple[Tensor, Any]:
@@ -338,8 +351,26 @@ def _try_attention(text: TextModel, attention: str, reference: Tensor) -> str | 
         if is_of_the_device(error):
             raise
         return f"'{kind}' models do not run with {attention} ({first_line(error)})"
+    if attention == "varlen" and (window := _window_in_mask(text)):
+        return f"'{kind}' models have a window of {window:,} tokens in their mask alone"
     worst = _away(logits, reference, text.dtype)
     return None if worst is None else f"{attention} gives other logits than the '{kind}' model's own code (by {worst:.3g})"
+
+
+def _window_in_mask(text: TextModel) -> int | None:
+    """The window of a model whose code does not pass it to its attention, nor lists kinds of layers (Moshi); None for others."""
+    own = text.model.config.get_text_config()
+    window = getattr(own, "sliding_window", None)
+    if not window or getattr(own, "layer_types", None):
+        return None
+    own.sliding_window = 1  # shorter than the rows of the check, which packed attention refuses then
+    try:
+        text.hidden(_check_batch(text))
+    except EnvironmentProblem:
+        return int(window)
+    finally:
+        own.sliding_window = window
+    return None
 
 
 def _away(logits: Tensor, reference: Tensor, dtype: torch.dtype) -> float | None:

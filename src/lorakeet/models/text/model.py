@@ -36,7 +36,7 @@ from lorakeet.kernels.host_copies import to_device, together_on
 from lorakeet.kernels.tiled_weight import TritonRequest
 from lorakeet.memory.store import WeightStore
 from lorakeet.models import modules
-from lorakeet.models.attention import VARLEN
+from lorakeet.models.attention import VARLEN, temperature_start
 from lorakeet.models.families import Family, LogitScaling
 from lorakeet.models.files.origin import packed_folder
 from lorakeet.models.frozen_prefix import FrozenPrefix, PrefixBlock
@@ -202,14 +202,21 @@ class TextModel:
         return nullcontext() if self.streamed is None else self.streamed.looking_up(torch.from_numpy(layout.numbers)[None])
 
     def layout(self, batch: Batch) -> PrefixLayout:
-        """The packed batch as the model gets it. Rows whose rotary frequencies differ share no prefix."""
-        share = self.options.share_prefix and not lengths_differ(self.switch_length, batch.lengths)
+        """The packed batch as the model gets it. Rows whose rotary frequencies differ, or that exceed a chunk of the attention,
+        share no prefix."""
+        apart = lengths_differ(self.switch_length, batch.lengths) or self._exceeds_chunk(batch.lengths)
+        share = self.options.share_prefix and not apart
         return (shared_layout if share else unshared_layout)(batch, self.computed_tokens)
 
     @property
     def switch_length(self) -> int | None:
         """The most tokens of a row with the rotary frequencies of short rows; None where all rows have the same ones."""
         return self._rotaries[0].switch if self._rotaries else None
+
+    def _exceeds_chunk(self, lengths: Sequence[int]) -> bool:
+        """Whether rows of these lengths in tokens are cut into chunks by some layers, which share no prefix."""
+        size = getattr(self.model.config.get_text_config(), "attention_chunk_size", None)
+        return size is not None and max(lengths, default=0) > size
 
     @cached_property
     def _rotaries(self) -> list[RowRotary]:
@@ -232,12 +239,14 @@ class TextModel:
 
         A prefix that all rows of a batch share counts once. Only Lorakeet's own attention does not copy it for each row; with
         another, `max_tokens` also bounds the tokens of the rows in all, and of their padding. Rows with other rotary frequencies
-        are in other batches.
+        are in other batches, and rows whose temperatures depend on their place in a batch go alone.
         """
+        if (start := temperature_start(self.model.config)) is not None:
+            max_tokens = min(max_tokens, start)
         if (switch := self.switch_length) is not None and rows and lengths_differ(switch, [len(row.ids) for row in rows]):
             kinds = [row for row in rows if len(row.ids) <= switch], [row for row in rows if len(row.ids) > switch]
             return [batch for kind in kinds for batch in self.micro_batches(kind, max_tokens)]
-        if not self.options.share_prefix or self.pads:
+        if not self.options.share_prefix or self.pads or self._exceeds_chunk([len(row.ids) for row in rows]):
             return micro_batches(rows, max_tokens, padded=self.pads)
         return prefix_batches(rows, self.batch_limits([len(row.ids) for row in rows], max_tokens))
 
