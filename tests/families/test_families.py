@@ -10,6 +10,7 @@ import fcntl
 import json
 import os
 import shutil
+from contextlib import suppress
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -23,9 +24,9 @@ from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_N
 from lorakeet.errors import DataError
 from lorakeet.models.files.validate import require_text_model
 from tiny import family_columns
-from tiny.family_columns import COLUMNS, Outcome, tried
+from tiny.family_columns import COLUMNS, Outcome, tried, whole_class_of
 from tiny.simulated_card import Card
-from tiny.small_configs import VARIANTS, type_of
+from tiny.small_configs import VARIANTS, parts_of, small_config, type_of
 
 RESULTS = Path(__file__).with_name("results.json")
 ALL = os.environ.get("LORAKEET_FAMILIES", "") not in ("", "0")
@@ -43,6 +44,16 @@ LARGE = (
 RIGHT = ("passed", "refused", "not tried")
 
 
+# Parts of configurations of which no module is built: sizes alone, or parts that no Auto class for text builds.
+WITHOUT_MODULES = {
+    "dbrx": {"attn_config", "ffn_config"},
+    "gemma4_unified": {"vision_config", "audio_config"},  # sizes of its embedders; it has no towers
+    "idefics": {"perceiver_config"},  # only of the sizes with a resampler
+    "moshi": {"audio_encoder_config", "depth_decoder_config"},
+    "mpt": {"attn_config"},
+}
+
+
 @pytest.fixture(autouse=True)
 def quiet_and_alone() -> None:
     transformers.utils.logging.disable_progress_bar()
@@ -51,6 +62,30 @@ def quiet_and_alone() -> None:
 
 def wrong(found: dict[str, Outcome]) -> list[str]:
     return [f"{column}: {one.outcome}: {one.detail}" for column, one in found.items() if one.outcome not in RIGHT]
+
+
+@pytest.mark.parametrize("kind", (*QUICK, "qwen3_5", "qwen3_vl_moe", "llama4", "mllama", "nemotron_h_omni", *WITHOUT_MODULES))
+def test_a_small_model_has_every_part_that_its_configuration_has(kind: str) -> None:
+    """As released: towers, projectors and the language model."""
+    assert without_modules(kind) == WITHOUT_MODULES.get(kind, set())
+
+
+@pytest.mark.families
+def test_every_small_model_has_every_part_that_its_configuration_has() -> None:
+    found = {}
+    for kind in KNOWN:
+        with suppress(Exception):  # what cannot be built is "not tried" in results.json
+            found[kind] = without_modules(kind)
+    assert {kind: parts for kind, parts in found.items() if parts} == WITHOUT_MODULES and len(found) > 200
+
+
+def without_modules(kind: str) -> set[str]:
+    """The parts of a small configuration that are missing, or of which its small model has no module."""
+    config = small_config(kind)
+    with torch.device("meta"):
+        model = whole_class_of(config).from_config(config)
+    built = {type(module.config) for module in model.modules() if hasattr(module, "config")}
+    return {name for name, part in parts_of(config) if type(part) not in built}
 
 
 @pytest.mark.parametrize("kind", QUICK)

@@ -1,4 +1,4 @@
-"""Llama 4 beyond a chunk of its attention and beyond the place from which on its temperature grows: rows in a batch are those alone."""
+"""Llama 4 beyond a chunk of its attention, and where its temperature grows: rows of a batch are as alone."""
 
 from __future__ import annotations
 

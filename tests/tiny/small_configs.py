@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import copy
 import re
+from collections.abc import Iterator
 from typing import Any
 
 import transformers
@@ -87,7 +88,10 @@ CHANGES: dict[str, dict[str, Any]] = {
     "mamba2": {"num_heads": 4, "head_dim": 32, "expand": 2},
     "ministral": {"head_dim": 16},
     "nemotron": {"num_key_value_heads": 2},
-    "nemotron_h_omni": {"vision_config": {"video_temporal_patch_size": 2}},
+    "nemotron_h_omni": {
+        "vision_config": {"video_temporal_patch_size": 2},
+        "audio_config": {"projection_hidden_size": 64, "projection_bias": False},
+    },
     "nemotron_h": {
         "moe_latent_size": None, "layers_block_type": ["mamba", "moe", "attention", "moe"], "mamba_num_heads": 4,
         "mamba_head_dim": 32, "n_routed_experts": 4,
@@ -148,11 +152,27 @@ def small_config(kind: str) -> Any:
     found = _small(usual)
     for name, part_owner in (owner.sub_configs or {}).items():
         part = getattr(usual, name, None)
-        if part is None and issubclass(part_owner, transformers.PretrainedConfig):  # released with this part, but none by default
-            part = part_owner()
+        if part is None:  # released with this part, but none by default
+            part = _default_part(owner, name, part_owner)
         if part is not None:
             found[name] = {**_small(part), **changes.pop(name, {}), "model_type": part.model_type}
     return owner(**{**found, **changes})
+
+
+def _default_part(owner: Any, name: str, part_owner: type) -> Any:
+    """The usual configuration of a part: of its own class, or of the type that its owner names; else None."""
+    if issubclass(part_owner, transformers.PretrainedConfig):
+        return part_owner()
+    told = getattr(owner, "sub_configs_defaults", {}).get(name)
+    return CONFIG_MAPPING[told.model_type]() if told is not None and told.model_type else None
+
+
+def parts_of(config: Any, within: str = "") -> Iterator[tuple[str, Any]]:
+    """The parts of a configuration by path, those of parts too: as many as its class has, None where one is missing."""
+    for name in type(config).sub_configs or {}:
+        yield f"{within}{name}", (part := getattr(config, name, None))
+        if isinstance(part, transformers.PretrainedConfig):
+            yield from parts_of(part, f"{within}{name}.")
 
 
 def _small(usual: Any) -> dict[str, Any]:
