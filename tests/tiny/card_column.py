@@ -25,12 +25,14 @@ QUICK: dict[str, Any] = {
 }  # fmt: skip
 
 
-def same_on_card(folder: Path, changes: dict[str, Any]) -> str:
+def same_on_card(folder: Path, changes: dict[str, Any], seed: int = 0) -> str:
     """Trains, evaluates, certifies and generates with folder/model on both; AssertionError where the numbers are not the CPU's.
 
     Returns the largest relative difference, and which attention the card took.
     """
-    model, rows = _without_dropout(folder), write_rows(folder / "rows.jsonl", chats(24))
+    model, rows = _without_dropout(folder), write_rows(folder / "rows.jsonl", chats(24, seed=seed))
+    for earlier in ("by_cpu", "by_card"):
+        shutil.rmtree(folder / earlier, ignore_errors=True)
     cpu = run(model, rows, folder / "by_cpu", {**QUICK, **changes, "model.device": "cpu"})
     with simulated_card() as card:
         try:
@@ -48,7 +50,7 @@ def _without_dropout(folder: Path) -> Path:
     quiet = _quiet(told)
     if quiet == told:
         return folder / "model"
-    shutil.copytree(folder / "model", folder / "without_dropout")
+    shutil.copytree(folder / "model", folder / "without_dropout", dirs_exist_ok=True)
     (folder / "without_dropout" / "config.json").write_text(json.dumps(quiet))
     return folder / "without_dropout"
 
