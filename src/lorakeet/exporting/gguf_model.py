@@ -36,7 +36,7 @@ _WIDE = ("_norm.weight", "ffn_gate_inp.weight", "ffn_gate_inp_shexp.weight", "ss
 _BLOCK = 32  # weights in a block of Q8_0
 _TOWERS = (
     "vision_tower.", "multi_modal_projector.", "vision_model.", "audio_tower.", "embed_vision.", "embed_audio.", "visual.",
-    "merger.",
+    "vision_embedder.", "merger.",
 )  # fmt: skip
 _PREDICTION = "the prediction of several tokens"
 _NOT_WRITTEN = {
