@@ -141,10 +141,10 @@ def test_what_the_hub_refuses_is_said(hub: str, tmp_path: Path) -> None:
 
 
 def test_a_server_fetches_no_weights_of_a_model_that_it_refuses(tmp_path: Path) -> None:
-    with shelved(saved("lfm2", tmp_path)) as (url, asked):
+    with shelved(saved("jamba", tmp_path)) as (url, asked):
         (refused,) = fetched(url, tmp_path / "cache", "serve plants/tiny")
         fetched_files = {line.rpartition("/")[2] for line in asked if line.startswith("GET") and "/resolve/" in line}
-    assert refused["error"].startswith("ConfigError: plants/tiny is a 'lfm2' model, which cannot be served here: its Lfm2Short")
+    assert refused["error"].startswith("ConfigError: plants/tiny is a 'jamba' model, which cannot be served here: its JambaMamba")
     assert refused["said"] == ["Fetching the config.json of plants/tiny from the model hub."]
     assert fetched_files == {"config.json"}
 

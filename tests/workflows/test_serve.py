@@ -206,7 +206,7 @@ def test_refusals(
 @pytest.mark.parametrize(
     ("kind", "reason"),
     [
-        ("lfm2", "its Lfm2ShortConv carries a state from token to token"),
+        ("jamba", "its JambaMambaMixer carries a state from token to token"),
         ("deepseek_v32", "its indexer chooses by a mask which tokens are attended to"),
         ("stablelm", "its code does not tell its attention where a text of the batch begins"),
         ("diffllama", "its blocks attend twice"),

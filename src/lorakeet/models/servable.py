@@ -20,6 +20,7 @@ from lorakeet.models.files.quantized import plain_config
 from lorakeet.models.files.quiet import quiet_transformers
 from lorakeet.models.files.source import find_source, on_this_machine
 from lorakeet.models.files.validate import auto_class_of
+from lorakeet.models.generate.slot_states import are_kept
 from lorakeet.models.module_kinds import stateful_parts
 from lorakeet.models.spec import ModelSpec
 from lorakeet.models.text.from_config import config_of
@@ -31,10 +32,15 @@ REMEDY = (
     "Merge its adapter (lorakeet merge) and serve the merged model with another server; with llama.cpp, where lorakeet export "
     "writes a GGUF file of it. Or try --engine vllm: each adapter is verified in vLLM before it is served."
 )
+# Models whose states are not in transformers' cache, that begin a state anew within a prompt, or whose layers compute earlier
+# tokens again, for which they have no adapters. Of other models with states, the server keeps them for each text.
+OWN_STATES = (
+    "bailing_hybrid", "falcon_mamba", "jamba", "kimi_linear", "mamba", "mamba2", "minimax", "recurrent_gemma", "zaya",
+)  # fmt: skip
 _OWN_MASK = "its attention adds a mask of its own, and texts that share a batch have none"
 _OWN_ATTENTION = "its attention cannot be exchanged for one over the texts of a batch"
 _SEVERAL_PASSES = "its blocks run several times for a token, and the server keeps keys and values of one pass"
-# Why, by model_type. Layers with a state and indexers are found by their modules, of any type.
+# Why, by model_type. Other layers with a state and indexers are found by their modules, of any type.
 NOT_SERVED = {
     "diffllama": "its blocks attend twice, and the server keeps keys and values of one attention",
     **dict.fromkeys(("dory", "hrm_text"), _SEVERAL_PASSES),
@@ -53,13 +59,14 @@ NOT_SERVED = {
 
 def why_not_served(model: nn.Module) -> str:
     """Why the server cannot write texts of this model, which may have no weights; empty where the table knows no reason."""
-    if parts := stateful_parts(model):
+    kind = str(getattr(model.config, "model_type", ""))
+    if (parts := stateful_parts(model)) and (kind in OWN_STATES or not are_kept(model.config)):
         carry = "carries" if len(parts) == 1 else "carry"
         named = f"its {' and '.join(parts)} {carry} a state from token to token"
-        return f"{named}, and the server keeps only keys and values of a text"
+        return f"{named} in a way of its own, which the server does not keep for each text"
     if any(path.rpartition(".")[2] in CHOOSING for path, _ in model.named_modules()):
         return "its indexer chooses by a mask which tokens are attended to, and texts that share a batch have no mask"
-    return NOT_SERVED.get(str(getattr(model.config, "model_type", "")), "")
+    return NOT_SERVED.get(kind, "")
 
 
 def require_served(spec: ModelSpec, say: Callable[[str], None]) -> ReadBefore:

@@ -1,7 +1,8 @@
 """Slots of the KV cache, and reuse of prefixes that they contain for new prompts.
 
 A prefix is reused only for the adapters and weights that it was computed with. Adapters are identified by version, so that a new
-version under an old name never reuses what the old one computed.
+version under an old name never reuses what the old one computed. Where layers pass a state on, a slot has only the one after its
+last token, so that it is reused as a whole or not at all.
 """
 
 from __future__ import annotations
@@ -49,7 +50,7 @@ class CacheSlots:
         tokens of a running text never change.
         """
         self._clock += 1
-        shared = {slot.number: _common(slot.ids, ids[:-1]) if slot.key == key else 0 for slot in self._slots}
+        shared = {slot.number: self._shared(slot, ids[:-1]) if slot.key == key else 0 for slot in self._slots}
         open_slots = [slot for slot in self._slots if not slot.busy]
         own = max(open_slots, key=lambda slot: (shared[slot.number], -slot.used))
         best = max(self._slots, key=lambda slot: shared[slot.number])
@@ -63,6 +64,11 @@ class CacheSlots:
                 self.cache.copy_prefix(best.number, chosen.number, count)
         chosen.key, chosen.ids, chosen.busy, chosen.used = key, list(ids[:count]), True, self._clock
         return chosen.number, count
+
+    def _shared(self, slot: _SlotState, wanted: tuple[int, ...]) -> int:
+        """How many tokens of a slot can be reused for the tokens `wanted`."""
+        count = _common(slot.ids, wanted)
+        return 0 if self.cache.states and count < len(slot.ids) else count
 
     def wrote(self, number: int, ids: tuple[int, ...]) -> None:
         """Records that the keys and values of `ids` were appended to the slot."""

@@ -301,6 +301,7 @@ class Engine:
             if is_device_fault(error):
                 raise
             for job in jobs:
+                self.slots.wipe(job.slot)  # a part of the layers may have gone on
                 self._finish(job, "error", f"{type(error).__name__}: {error}")
             return
         finally:  # each layer keeps the copies of earlier batches

@@ -135,9 +135,9 @@ def test_a_model_that_a_cache_does_not_hold_is_refused(tmp_path: Path) -> None:
 
 
 def test_a_model_whose_layers_carry_a_state_is_refused_with_their_names(tmp_path: Path) -> None:
-    saved("lfm2", tmp_path)
+    saved("jamba", tmp_path)
     text = load_text_model(ModelSpec(path=str(tmp_path / "model"), dtype="float32"), say=lambda line: None)
-    with pytest.raises(ConfigError, match=r"'lfm2' model, .*: its Lfm2ShortConv carries a state from token to token"):
+    with pytest.raises(ConfigError, match=r"'jamba' model, .*: its JambaMambaMixer carries a state from token to token"):
         check_cached(text)
 
 

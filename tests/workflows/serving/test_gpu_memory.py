@@ -18,11 +18,12 @@ from lorakeet.workflows import serve as serve_module
 from lorakeet.workflows.serving import gpu_memory
 from lorakeet.workflows.serving.gpu_memory import least_cache_bytes
 from tiny.family_columns import saved
+from tiny.hybrids import HYBRIDS
 from tiny.models import save_tiny_llama
 from tiny.simulated_card import simulated_card
 
 
-@pytest.mark.parametrize("family", ["qwen3", "gemma2", "gpt2", "deepseek_v3"])
+@pytest.mark.parametrize("family", ["qwen3", "gemma2", "gpt2", "deepseek_v3", *HYBRIDS])
 def test_keys_and_values_are_never_counted_higher_than_they_are(family: str, tmp_path: Path) -> None:
     folder = saved(family, tmp_path)
     text = load_text_model(ModelSpec(path=str(folder), dtype="float32", device="cpu"))

@@ -1,7 +1,8 @@
 """Generation step by step: rows of different lengths in one pass, each with its own slot of a bounded KV cache.
 
 A step takes any rows together: prompts (many tokens), prompts whose prefix is cached, and rows that generate one token. They are
-packed as in training, so there is no padding; attention of all single tokens is one product.
+packed as in training, so there is no padding; attention of all single tokens is one product. Where layers pass a state on from
+token to token (models/generate/slot_states), rows with equally many new tokens are a pass instead.
 """
 
 from __future__ import annotations
@@ -23,11 +24,13 @@ from lorakeet.errors import ConfigError, LorakeetError, is_of_the_device
 from lorakeet.kernels.cpu.block import NewTokens
 from lorakeet.kernels.device import is_cpu
 from lorakeet.models.files.validate import first_line
+from lorakeet.models.generate.sample import CACHE
+from lorakeet.models.generate.slot_states import RowsPass, SlotStates
 from lorakeet.models.modules import decoder_of
 from lorakeet.models.servable import refusal_to_serve, why_not_served
 from lorakeet.models.text.model import TextModel
 
-CHECKED = 5  # tokens before the last one, in the check
+CHECKED, FIRST = 5, 3  # tokens before the last one in the check, and those of them that are computed first
 CACHE_TOLERANCE = {torch.float32: 1e-3, torch.float16: 2e-2, torch.bfloat16: 0.1}  # of the largest logit
 KEY_MULTIPLE, TOKEN_MULTIPLE = 32, 8  # their counts are padded to these: products leave compiled code for every size
 
@@ -46,10 +49,11 @@ class CacheRow:
 
 
 class KeyValues:
-    """Keys and values of up to `slots` sequences of up to `capacity` tokens. Memory is used once it is written."""
+    """Keys, values and states of up to `slots` sequences of up to `capacity` tokens. Memory is used once it is written."""
 
     def __init__(self, *, slots: int, capacity: int) -> None:
         self.slots, self.capacity = slots, capacity
+        self.states = SlotStates(slots)
         self._layers: dict[int, tuple[Tensor, Tensor]] = {}
 
     def layer(self, number: int, key: Tensor, value: Tensor) -> tuple[Tensor, Tensor]:
@@ -60,20 +64,22 @@ class KeyValues:
         return self._layers[number]
 
     def copy_prefix(self, source: int, target: int, count: int) -> None:
-        """Copies the first `count` tokens of one sequence to another."""
+        """Copies the first `count` tokens of one sequence to another: all of its tokens, where there are states."""
+        self.states.copy(source, target)
         for key, value in self._layers.values():
             key[target, :, :count] = key[source, :, :count]
             value[target, :, :count] = value[source, :, :count]
 
     def wipe(self, slot: int) -> None:
         """Zeroes a slot: numbers that are not finite would reach its next sequence even if masked (0·NaN)."""
+        self.states.wipe([slot])
         for states in (states for layer in self._layers.values() for states in layer):
             states[slot].zero_()
 
     @property
     def bytes(self) -> int:
         """Bytes of the cache with every slot full."""
-        return sum(states.numel() * states.element_size() for layer in self._layers.values() for states in layer)
+        return self.states.bytes + sum(states.nbytes for layer in self._layers.values() for states in layer)
 
 
 class CacheStep:
@@ -247,7 +253,10 @@ def require_batched(text: TextModel) -> None:
     """Raises ConfigError for a model whose rows cannot share a batch, each with its own part of the cache, with the reason."""
     if text.attention == "varlen":
         return
-    if not (reason := why_not_served(text.model)):
+    reason = why_not_served(text.model)
+    if text.masks_by_kind and not reason:  # its layers pass states on
+        return
+    if not reason:
         why = f", as {text.why_not_varlen}" if text.why_not_varlen else ""
         reason = f"texts share a batch by model.attention varlen only, and it runs with {text.attention}{why}"
     raise _not_served(text, reason)
@@ -258,7 +267,7 @@ def check_cached(text: TextModel, context: int = CHECKED + 1) -> None:
     """Raises ConfigError unless a text that is written over the cache has the logits of the text as a whole, and texts of
     `context` tokens can be.
 
-    Blocks that attend twice, or keep more than keys and values, would be wrong. So would texts that are longer than a chunk of
+    Blocks that attend twice, or keep what is in no table here, would be wrong. So would texts that are longer than a chunk of
     the model's attention which only its mask has.
     """
     require_batched(text)
@@ -271,8 +280,8 @@ def check_cached(text: TextModel, context: int = CHECKED + 1) -> None:
     ids = tuple((number * 7919 + 11) % size for number in range(CHECKED + 1))
     cache = KeyValues(slots=2, capacity=max(context, KEY_MULTIPLE))
     try:
-        parts = [step(text, cache, [CacheRow(1, 0, ids[:-1], {})]), step(text, cache, [CacheRow(1, CHECKED, ids[-1:], {})])]
-        found = torch.cat(parts)
+        step(text, cache, [CacheRow(1, 0, ids[:FIRST], {})])
+        found = torch.cat([step(text, cache, [CacheRow(1, *part, {})]) for part in ((FIRST, ids[FIRST:-1]), (CHECKED, ids[-1:]))])
         step(text, cache, [CacheRow(0, context - 1, ids[:1], {})])
     except LorakeetError:
         raise
@@ -300,10 +309,13 @@ def step(text: TextModel, cache: KeyValues, rows: Sequence[CacheRow], selection:
     `selection` is the model's (models/inject.selection_of), needed if rows use adapters. Raises ConfigError without packed
     attention, ValueError for a row longer than the cache.
     """
-    require_batched(text)
+    if not cache.states:  # else an earlier step found that it can be
+        require_batched(text)
     for row in rows:
         if not row.ids or row.start + len(row.ids) > cache.capacity or not 0 <= row.slot < cache.slots:
             raise ValueError(f"{len(row.ids)} tokens after {row.start} in slot {row.slot} do not fit the cache")
+    if text.masks_by_kind:
+        return _step_with_states(text, cache, rows, selection)
     lengths = tuple(len(row.ids) for row in rows)
     padding = [0] * (-sum(lengths) % TOKEN_MULTIPLE if max(lengths) > 1 else 0)
     ids = torch.tensor([number for row in rows for number in row.ids] + padding, device=text.device)
@@ -317,6 +329,33 @@ def step(text: TextModel, cache: KeyValues, rows: Sequence[CacheRow], selection:
         )  # fmt: skip
         last = torch.tensor(lengths).cumsum(0).sub(1).to(text.device)
         return text.head(output.last_hidden_state[0, last]).float()
+
+
+def _step_with_states(text: TextModel, cache: KeyValues, rows: Sequence[CacheRow], selection: Selection | None) -> Tensor:
+    """As `step`, for a model whose layers pass states on: rows with equally many new tokens together."""
+    places: dict[int, list[int]] = {}
+    for place, row in enumerate(rows):
+        places.setdefault(len(row.ids), []).append(place)
+    found = torch.cat([_pass_with_states(text, cache, [rows[place] for place in own], selection) for own in places.values()])
+    order = torch.tensor([place for own in places.values() for place in own])
+    return found[order.argsort().to(found.device)]
+
+
+@torch.no_grad()
+def _pass_with_states(text: TextModel, cache: KeyValues, rows: Sequence[CacheRow], selection: Selection | None) -> Tensor:
+    count, longest = len(rows[0].ids), max(row.start + len(row.ids) for row in rows)
+    longest = min(longest + -longest % KEY_MULTIPLE, cache.capacity)
+    laid = RowsPass([row.slot for row in rows], [row.start for row in rows], count, longest, text.device)
+    if selection is not None:
+        selection.divide(shares_of(rows), units=len(rows) * count)
+    window = getattr(text.model.config.get_text_config(), "sliding_window", None)
+    ids = torch.tensor([row.ids for row in rows], device=text.device)
+    with cache.states.lent(text.model.config, laid, cache.layer) as own:
+        output: Any = decoder_of(text.model)(
+            input_ids=ids, attention_mask=laid.masks(window, text.dtype), position_ids=laid.positions, use_cache=True,
+            **{CACHE: own},
+        )  # fmt: skip
+    return text.head(output.last_hidden_state[:, -1]).float()
 
 
 def _positions(rows: Sequence[CacheRow]) -> list[int]:

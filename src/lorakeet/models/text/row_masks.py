@@ -38,6 +38,10 @@ def masks_by_kind(config: Any, ids: Tensor, dtype: torch.dtype) -> Masks | None:
     if not kinds or (limited and not slides) or "hybrid_sliding" in kinds:
         return None
     states = torch.empty(*ids.shape, 0, dtype=dtype, device=ids.device)  # of which only the shape is read
-    full = create_causal_mask(own, states, None, None)
-    found: Masks = {"full_attention": full, "hybrid": full, "linear_attention": None, "conv": None}
+    found = masks_of(create_causal_mask(own, states, None, None))
     return found | {SLIDING: create_sliding_window_causal_mask(own, states, None, None)} if slides else found
+
+
+def masks_of(full: Tensor | None) -> Masks:
+    """The masks of each kind of layer without a window, given that of attention; padding reaches no state."""
+    return {"full_attention": full, "hybrid": full, "linear_attention": None, "conv": None}
