@@ -5,7 +5,9 @@ from __future__ import annotations
 import torch
 
 from lorakeet.models.generate.kv_cache import KeyValues
+from lorakeet.models.generate.slot_states import RowsPass
 from lorakeet.serve.cache_slots import CacheSlots, prefix_key
+from tiny.small_configs import small_config
 
 A, B = prefix_key({"a@1": 1.0}), prefix_key({"a@2": 1.0})
 LONG = tuple(range(40))
@@ -62,6 +64,20 @@ def test_the_slot_that_was_used_longest_ago_is_written_over() -> None:
     slots.release(first)
     slots.release(second)
     assert slots.take(prefix_key({}), LONG) == (first, 0)
+
+
+def test_where_layers_pass_states_on_a_beginning_is_reused_at_its_end_only() -> None:
+    cache = KeyValues(slots=2, capacity=64)
+    slots = CacheSlots(cache)
+    number = filled(slots, A, LONG)
+    rows = RowsPass([number], [0], 1, 32, torch.device("cpu"))
+    with cache.states.lent(small_config("lfm2"), rows, cache.layer) as lent:
+        lent.update_conv_state(torch.full((1, 2, 3), 7.0), 0)
+    assert slots.take(A, (*LONG, 7)) == (1 - number, 40), "copied from the busy slot"
+    with cache.states.lent(small_config("lfm2"), RowsPass([1 - number], [40], 1, 64, torch.device("cpu")), cache.layer) as lent:
+        assert lent.get_conv_state(0).tolist() == [[[7.0] * 3] * 2]
+    slots.release(number)
+    assert slots.take(A, (*LONG[:30], 99)) == (number, 0), "the state is that after 40 tokens"
 
 
 def test_what_a_version_computed_is_forgotten() -> None:

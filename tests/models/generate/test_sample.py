@@ -17,6 +17,7 @@ from lorakeet.models.spec import ModelSpec
 from lorakeet.models.text.load import load_text_model, set_attention
 from lorakeet.models.text.model import TextModel
 from tiny.family_columns import saved
+from tiny.hybrids import hybrid, prompts
 from tiny.models import save_tiny_llama, tiny_model
 from tiny.streams import loaded
 
@@ -46,6 +47,16 @@ def test_greedy_is_the_likeliest_token_each_time(text: TextModel) -> None:
         assert ids.dtype == np.int64
         assert ids.tolist() == greedy_by_hand(text, prompt, 12)
     assert text.attention == "varlen"
+
+
+@pytest.mark.parametrize("kind", ["qwen3_next", "granitemoehybrid", "lfm2", "falcon_h1", "nemotron_h"])
+def test_padding_reaches_no_state(kind: str, tmp_path: Path) -> None:
+    """Prompts around the length of a convolution and of a chunk of linear attention, in one batch with an adapter."""
+    made, written = hybrid(kind, tmp_path), 6
+    made.live.selection.use("a")
+    found = sample(made.live.text, prompts(), max_tokens=written, temperature=0)
+    ends, wanted = end_ids(made.live.text), [made.reply(ids, "a", written) for ids in prompts()]
+    assert [ids.tolist()[: -1 if ids[-1] in ends else None] for ids in found] == wanted
 
 
 class Counted:
