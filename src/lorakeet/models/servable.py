@@ -20,12 +20,12 @@ from lorakeet.models.files.quantized import plain_config
 from lorakeet.models.files.quiet import quiet_transformers
 from lorakeet.models.files.source import find_source, on_this_machine
 from lorakeet.models.files.validate import auto_class_of
-from lorakeet.models.generate.slot_states import are_kept
 from lorakeet.models.module_kinds import stateful_parts
 from lorakeet.models.spec import ModelSpec
 from lorakeet.models.text.from_config import config_of
 from lorakeet.models.text.load import ReadBefore, read_config
 from lorakeet.models.text.repeated_blocks import first_blocks_of_config
+from lorakeet.models.text.row_masks import states_are_cached
 
 BLOCKS = 8  # that are built of a model whose configuration does not list the kinds of its blocks
 REMEDY = (
@@ -60,7 +60,7 @@ NOT_SERVED = {
 def why_not_served(model: nn.Module) -> str:
     """Why the server cannot write texts of this model, which may have no weights; empty where the table knows no reason."""
     kind = str(getattr(model.config, "model_type", ""))
-    if (parts := stateful_parts(model)) and (kind in OWN_STATES or not are_kept(model.config)):
+    if (parts := stateful_parts(model)) and (kind in OWN_STATES or not states_are_cached(model.config)):
         carry = "carries" if len(parts) == 1 else "carry"
         named = f"its {' and '.join(parts)} {carry} a state from token to token"
         return f"{named} in a way of its own, which the server does not keep for each text"

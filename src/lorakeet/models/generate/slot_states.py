@@ -16,19 +16,10 @@ from typing import Any, TypeAlias
 
 import torch
 from torch import Tensor
-from transformers.cache_utils import (
-    Cache,
-    DummyLayer,
-    DynamicCache,
-    DynamicLayer,
-    DynamicSlidingWindowLayer,
-    LinearAttentionAndFullAttentionLayer,
-    LinearAttentionLayer,
-)
+from transformers.cache_utils import Cache, DynamicCache, LinearAttentionAndFullAttentionLayer
 
 from lorakeet.models.text.row_masks import SLIDING, Masks, masks_of
 
-STATEFUL = LinearAttentionLayer, LinearAttentionAndFullAttentionLayer
 KINDS = "conv", "recurrent"  # of states, as transformers names them
 Table: TypeAlias = Callable[[int, Tensor, Tensor], tuple[Tensor, Tensor]]  # keys and values of a layer: KeyValues.layer
 
@@ -132,9 +123,3 @@ def _give(layer: _RowsLayer, kind: str, index: int, states: Tensor) -> None:
     layer.device, layer.dtype = states.device, states.dtype
     if kind == "conv":
         layer.conv_kernel_size[index] = states.shape[-1]
-
-
-def are_kept(config: Any) -> bool:
-    """Whether layers of a model with this configuration pass states on, all in transformers' cache, in a way known here."""
-    kinds = {type(layer) for layer in DynamicCache(config=config).layers}
-    return bool(kinds & set(STATEFUL)) and kinds <= {*STATEFUL, DynamicLayer, DynamicSlidingWindowLayer, DummyLayer}

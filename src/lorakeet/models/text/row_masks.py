@@ -14,10 +14,19 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from transformers.cache_utils import (
+    DummyLayer,
+    DynamicCache,
+    DynamicLayer,
+    DynamicSlidingWindowLayer,
+    LinearAttentionAndFullAttentionLayer,
+    LinearAttentionLayer,
+)
 from transformers.masking_utils import create_causal_mask, create_sliding_window_causal_mask
 
 SLIDING = "sliding_attention"
 RECURRENT = ("linear_attention", "conv", "hybrid", "hybrid_sliding")  # they pass a state on from token to token
+STATEFUL = LinearAttentionLayer, LinearAttentionAndFullAttentionLayer  # layers of transformers' cache
 Masks = dict[str, Tensor | None]
 
 
@@ -25,6 +34,15 @@ def recurrent_kinds(config: Any) -> list[str]:
     """The kinds of layers of a model with this configuration that pass a state on from each token to the next."""
     kinds = getattr(config.get_text_config(), "layer_types", None) or ()
     return [kind for kind in RECURRENT if kind in kinds]
+
+
+def states_are_cached(config: Any) -> bool:
+    """Whether layers of a model with this configuration pass states on, and all keep what they need in transformers' cache.
+
+    Layers that keep still more, as an indexer's keys, are of other classes.
+    """
+    kinds = {type(layer) for layer in DynamicCache(config=config).layers}
+    return bool(kinds & set(STATEFUL)) and kinds <= {*STATEFUL, DynamicLayer, DynamicSlidingWindowLayer, DummyLayer}
 
 
 def masks_by_kind(config: Any, ids: Tensor, dtype: torch.dtype) -> Masks | None:
