@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -11,7 +12,7 @@ import torch
 from lorakeet.errors import ConfigError
 from lorakeet.models import servable
 from lorakeet.models.generate.kv_cache import CacheRow, KeyValues, check_cached, step
-from tiny.family_columns import EXACT, loaded, saved
+from tiny.family_columns import EXACT, NOISE, loaded, saved
 from tiny.hybrids import HYBRIDS, LENGTHS, OTHERS, Hybrid, hybrid, prompts
 
 CAPACITY, WRITTEN = 80, 4
@@ -27,6 +28,14 @@ def made(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactor
 def off(found: torch.Tensor, wanted: torch.Tensor) -> float:
     """The largest difference, of the largest logit."""
     return float((found - wanted).abs().max()) / float(wanted.abs().max())
+
+
+def own_noise(made: Hybrid, texts: list[tuple[int, ...]]) -> float:
+    """The most that the logits of transformers' code in fp32 are off its own in fp64, as in tiny/family_columns."""
+    wide = {name: copy.deepcopy(model).double() for name, model in made.own.items()}
+    exact = Hybrid(made.folder, made.live, wide)
+    named = [(ids, adapter_for(number)) for number, ids in enumerate(texts)]
+    return max(off(made.logits(ids, name).double(), exact.logits(ids, name)) for ids, name in named)
 
 
 def adapter_for(number: int) -> str:
@@ -59,17 +68,19 @@ def test_texts_in_company_have_transformers_logits(made: Hybrid) -> None:
         for row, number, found in zip(rows, owners, step(text, cache, rows, selection), strict=True):
             done[number] += len(row.ids)
             most = max(most, off(found, wanted[number][done[number] - 1]))
-    assert done == [len(ids) for ids in texts] and most <= EXACT, most
+    assert done == [len(ids) for ids in texts]
+    assert most <= EXACT or most <= NOISE * own_noise(made, texts), most
 
 
 def test_a_slot_used_again_has_nothing_of_its_former_text(made: Hybrid) -> None:
     text, selection = made.live.text, made.live.selection
     first, second = prompts((65, 7))
     cache, anew = KeyValues(slots=2, capacity=CAPACITY), KeyValues(slots=2, capacity=CAPACITY)
-    step(text, cache, [CacheRow(1, 0, first, {"a": 1.0})], selection)
+    for own, slot in ((cache, 1), (anew, 0)):
+        step(text, own, [CacheRow(slot, 0, first, {"a": 1.0})], selection)
     for start, end in ((0, 1), (1, 6), (6, 7)):
         row = CacheRow(1, start, second[start:end], {"b": 1.0})
-        assert off(step(text, cache, [row], selection), step(text, anew, [row], selection)) <= 1e-6
+        assert torch.equal(step(text, cache, [row], selection), step(text, anew, [row], selection))
 
 
 def test_a_text_goes_on_in_a_copy_and_a_wiped_slot_holds_no_number(made: Hybrid) -> None:
