@@ -14,7 +14,7 @@ UNITS = {
     **dict.fromkeys(("usd", "dollar", "dollars"), "$"), "gbp": "£", "jpy": "¥", "try": "₺", "inr": "₹",
 }  # fmt: skip
 TIMES = {
-    **dict.fromkeys(("k", "thousand", "tausend", "mille", "mil", "bin"), 1e3),
+    **dict.fromkeys(("k", "thousand", "tausend", "mille", "bin"), 1e3),
     **dict.fromkeys(("million", "millions", "mio", "millionen", "milyon", "millones"), 1e6),
     **dict.fromkeys(("billion", "billions", "bn", "mrd", "milliarde", "milliarden", "milliard", "milliards", "milyar"), 1e9),
 }  # fmt: skip
