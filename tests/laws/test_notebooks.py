@@ -95,7 +95,7 @@ def test_the_notebooks_run(small: dict[str, dict[str, Any]], tmp_path: Path) -> 
         assert "MetricWords(" not in text, name
     assert not lost, lost
     first = shown(json.loads((tmp_path / "first_adapter.ipynb").read_text(encoding="utf-8")))
-    assert first.count("Targets by kind of module") == 2, "as text and in the page, and not printed beside it"
+    assert first.count("Targets by kind of module") == 1, "in the page; the text is one line"
 
 
 def test_notebooks_are_short_have_no_outputs_and_are_all_run() -> None:

@@ -256,7 +256,7 @@ def answer_rows(page: Any, folder: Path) -> None:
         page.click(".taken a:has-text('Save')")
     head, first, _ = Path(saving.value.path()).read_text().splitlines()
     assert saving.value.suggested_filename == "new-answered.csv" and head.startswith("ward;text;label;label_probability")
-    assert re.match(r"A;alder birch;\w+;0\.\d+;", first) and serious(page) == []
+    assert re.match(r"A;alder birch;\w+;0,\d+;", first) and serious(page) == []
     answered = page.locator(".taken:has-text('Rows answered')")
     assert answered.count() == 1, "the attempt that was mended is not shown, and a double click starts one job"
     page.click(".taken summary:has-text('Delete …')")

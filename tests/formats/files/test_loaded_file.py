@@ -270,8 +270,8 @@ def test_memory_of_a_file_that_became_shorter_holds_nothing_of_it_later(tmp_path
     save_file({"a": torch.ones(1000)}, file)
     save_file({"a": torch.full((1000,), 2.0)}, path)
 
-    def cut_short(path: Path, opened: Any) -> tuple[bytes, int]:
-        found = safetensors_file.read_header(path, opened)
+    def cut_short(path: Path, *others: Any) -> tuple[bytes, int]:
+        found = safetensors_file.read_header(path, *others)
         os.truncate(path, file.stat().st_size - 40)
         return found
 
