@@ -35,7 +35,8 @@ from lorakeet.workflows.verification import modules as modules_file
 from lorakeet.workflows.verification.artefact import InTorch, live_side
 from lorakeet.workflows.verification.checks import Probes
 from lorakeet.workflows.verification.diagnose import changed_pairs
-from lorakeet.workflows.verification.modules import Further, ProbedValues, check_modules, choose_rows, left_out, sets_of
+from lorakeet.workflows.verification.left_out import left_out
+from lorakeet.workflows.verification.modules import Further, ProbedValues, check_modules, choose_rows, sets_of
 from lorakeet.workflows.verification.rounding import Reported
 from lorakeet.workflows.verification.server import Server, check_server
 from lorakeet.workflows.verify import probes_of, verify

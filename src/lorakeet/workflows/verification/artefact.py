@@ -79,6 +79,7 @@ class InTorch:
     name: str
     allowed: Allowed = F32
     together: int = ROWS_TOGETHER  # tokens of rows that are computed at once; 0: each row alone
+    bounded: bool = False  # by a memory budget, which has no room for states that are kept
 
     def tokenise(self, text: str) -> list[int]:
         return [int(number) for number in encoded(self.text.tokenizer, text, add_special_tokens=True)]
@@ -331,7 +332,8 @@ def _folder_types(folder: Path) -> dict[str, int]:
 
 def live_side(opened: Opened, console: Console) -> InTorch:
     """The adapter on its base in fp32, with which everything is compared."""
-    return InTorch(opened.text_model(console, dtype="float32"), "default", "live adapter", together=_together(opened))
+    text, bounded = opened.text_model(console, dtype="float32"), bool(opened.residency.budget)
+    return InTorch(text, "default", "live adapter", together=_together(opened), bounded=bounded)
 
 
 def _together(opened: Opened) -> int:

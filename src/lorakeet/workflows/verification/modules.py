@@ -10,8 +10,8 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
+from functools import partial
 from time import process_time
 from typing import Any
 
@@ -19,7 +19,6 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from lorakeet.core.lowrank import LoraPair
 from lorakeet.data.chat import Example
 from lorakeet.data.pack import pack_examples
 from lorakeet.evaluate.certificate import Check, ServedModules
@@ -42,6 +41,7 @@ from lorakeet.models.modules import adapted_layers
 from lorakeet.workflows.verification.artefact import InTorch
 from lorakeet.workflows.verification.checks import named_check
 from lorakeet.workflows.verification.diagnose import changed_pairs, numbered_part
+from lorakeet.workflows.verification.left_out import KeptOutputs, Outputs, left_out
 from lorakeet.workflows.verification.rounding import Reported
 from lorakeet.workflows.verification.server_apis import TOP
 
@@ -66,6 +66,7 @@ class Further:
     one_by_one: bool = True
     rows: Sequence[list[int]] = ()  # held-out ones, beside those of which it has reported
     minutes: float = MINUTES
+    tokens: int = 0  # of the first rows; 0: PROBE_TOKENS
 
 
 def check_modules(
@@ -87,8 +88,16 @@ def check_modules(
     rows = [one for one in reported if one.places or further.ask is not None]
     if not layers or not rows:
         return "the server does not report log-probabilities" if layers else "the adapter has no pairs"
-    evidence = _Evidence(live, layers, computed, further)
-    evidence.add(choose_rows(live, rows, PROBE_TOKENS))
+    kept = KeptOutputs(live)
+    with kept.in_place():
+        return _compared(_Evidence(kept, layers, computed, further), rows, names, scale)
+
+
+def _compared(
+    evidence: _Evidence, rows: Sequence[Reported], names: tuple[str, str], scale: float
+) -> tuple[list[Check], ServedModules] | str:
+    """The same, of a model whose blocks keep what they return."""
+    evidence.add(choose_rows(evidence.live, rows, evidence.further.tokens or PROBE_TOKENS))
     values = evidence.compared()
     if (count := len(np.unique(values.places))) < FEWEST_PLACES:
         return f"the server reports log-probabilities at {count} places of the probed rows; {FEWEST_PLACES} are needed"
@@ -241,22 +250,25 @@ class ProbedValues:
         kept = [number for number, places in enumerate(wanted) if places]
         examples = [_example(rows[number].ids, wanted[number]) for number in kept]
         place_of = [(number, place) for number in kept for place in wanted[number]]
-        tops = torch.cat([table.topk(TOP, -1).indices for table in _tables(live, examples)]).tolist()
-        heads, tokens, theirs = list[int](), list[int](), list[float]()
-        for at, ((number, place), likeliest) in enumerate(zip(place_of, tops, strict=True)):
-            given = rows[number].places.get(place, {})
-            for token in dict.fromkeys([*given, *([] if given else likeliest)]):
-                heads.append(at)
-                tokens.append(token)
-                theirs.append(given.get(token, np.nan))
+        heads, tokens, theirs, ours = list[int](), list[int](), list[float](), list[Tensor]()
+        start = 0
+        for table in _tables(live, examples):
+            first = len(heads)
+            for at, likeliest in enumerate(table.topk(TOP, -1).indices.tolist(), start):
+                number, place = place_of[at]
+                given = rows[number].places.get(place, {})
+                for token in dict.fromkeys([*given, *([] if given else likeliest)]):
+                    heads.append(at)
+                    tokens.append(token)
+                    theirs.append(given.get(token, np.nan))
+            ours.append(table[torch.tensor(heads[first:]) - start, torch.tensor(tokens[first:])])
+            start += len(table)
         row_of = np.array([number for number, _ in place_of])
         numbers = np.array(heads)
-        found = cls(
-            examples, torch.tensor(heads), torch.tensor(tokens), row_of[numbers], numbers, np.empty(0), np.array(theirs),
-            place_of, sum(len(example.ids) - 1 for example in examples),
+        return cls(
+            examples, torch.tensor(heads), torch.tensor(tokens), row_of[numbers], numbers, torch.cat(ours).double().numpy(),
+            np.array(theirs), place_of, sum(len(example.ids) - 1 for example in examples),
         )  # fmt: skip
-        found.ours = found.seen_by(live)
-        return found
 
     def as_computed(self, computed: Replica, rows: Sequence[Reported]) -> Floats:
         """(values,) as another computation of these rows has them; NaN for what it does not have."""
@@ -346,10 +358,11 @@ class _Found:
 class _Evidence:
     """The server's numbers beside the live model's, and the effects of what is left out of it; more of both with each look."""
 
-    def __init__(self, live: InTorch, layers: Sequence[str], computed: Sequence[Replica], further: Further) -> None:
-        self.live, self.layers, self.computed, self.further = live, list(layers), computed, further
+    def __init__(self, kept: KeptOutputs, layers: Sequence[str], computed: Sequence[Replica], further: Further) -> None:
+        self.kept, self.live, self.layers, self.computed, self.further = kept, kept.live, list(layers), computed, further
         self.started, self.looks, self.passes, self.tokens = process_time(), 0, 0, 0
         self.batches: list[ProbedValues] = []
+        self.outputs: list[Outputs] = []  # of blocks, by batch
         self.rows: list[list[Reported]] = []
         self.effects: list[dict[Modules | str, Floats]] = []
         self.left = list(further.rows)
@@ -362,10 +375,13 @@ class _Evidence:
         ask = self.further.ask
         if ask is not None and not self.further.one_by_one:
             rows = [one if one.places else Reported(one.ids, _plain(ask(one.ids, range(len(one.ids) - 1)))) for one in rows]
-        self.batches.append(ProbedValues.of(self.live, rows, everywhere=ask is not None))
+        with self.kept.recording() as outputs:
+            self.batches.append(ProbedValues.of(self.live, rows, everywhere=ask is not None))
+        self.outputs.append(outputs)
         self.rows.append(list(rows))
         self.effects.append({})
         self.tokens += self.batches[-1].tokens
+        self.kept.require_same(outputs, self.batches[-1].ours, partial(self.batches[-1].seen_by, self.live))
         if ask is not None and any(not one.complete for one in rows):
             self.query(list(self.members))
 
@@ -458,7 +474,7 @@ class _Evidence:
         values, kept = self.batches[batch], self.effects[batch]
         if modules not in kept:
             self.passes += 1
-            with left_out(self.live, modules):
+            with left_out(self.live, modules), self.kept.beginning(self.outputs[batch], modules):
                 kept[modules] = values.seen_by(self.live) - values.ours
         return kept[modules]
 
@@ -521,28 +537,3 @@ def sets_of(layers: Sequence[str]) -> list[Modules]:
     keys: list[Callable[[str], str]] = [_block, _kind, lambda path: path.rpartition(".")[0].rpartition(".")[2], lambda _: "all"]
     groups = (modules for key in keys for modules in grouped(layers, key).values())
     return list(dict.fromkeys(modules for modules in groups if len(modules) > 1))
-
-
-@contextmanager
-def left_out(live: InTorch, modules: Modules) -> Iterator[None]:
-    """A context in which the live adapter has no pair on these modules; as it was afterwards."""
-    name = live.adapter or ""
-    layers = [layer for path, layer in adapted_layers(live.text.model) if path in modules and name in layer.adapters]
-    zeroed: list[tuple[Tensor, Tensor]] = []
-    taken: list[tuple[Any, torch.nn.Module]] = []
-    with torch.no_grad():
-        try:
-            for layer in layers:
-                pair = layer.adapters[name]
-                if isinstance(pair, LoraPair) and pair.plain and pair.anchor_A is None:
-                    zeroed.append((pair.B, pair.B.detach().clone()))
-                    pair.B.zero_()
-                else:
-                    taken.append((layer, pair))
-                    layer.detach(name)
-            yield
-        finally:
-            for parameter, before in zeroed:
-                parameter.copy_(before)
-            for layer, pair in taken:
-                layer.attach(name, pair)

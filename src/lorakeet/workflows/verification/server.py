@@ -293,12 +293,22 @@ class _Comparison:
         return self._by_id(ids, {place: steps[0].top for place, steps in answers.items() if steps})
 
     def _by_id(self, ids: list[int], reported: Mapping[int, Sequence[Token]]) -> dict[int, dict[int, float]]:
-        """Log-probabilities by place and by token id."""
+        """Log-probabilities by place and by token id. The live model is needed where tokens are reported by their texts alone."""
+        within = {place: top for place, top in reported.items() if place < len(ids) - 1}
+        if all(token.number is not None for top in within.values() for token in top):
+            return {place: found for place, top in within.items() if (found := self._known_ids(top))}
         logits = self.live.logits(ids)
         tokenizer = self.live.text.tokenizer
-        within = {place: top for place, top in reported.items() if place < len(ids) - 1}
         known = {place: TextPosition(tokenizer, logits[place], ids[place]).reported(top) for place, top in within.items()}
         return {place: found for place, found in known.items() if found}
+
+    def _known_ids(self, top: Sequence[Token]) -> dict[int, float]:
+        """The log-probabilities of tokens of the live model's vocabulary, the first of each id."""
+        vocabulary, found = range(self.live.text.model.config.get_text_config().vocab_size), dict[int, float]()
+        for token in top:
+            if token.number in vocabulary and token.logprob is not None:
+                found.setdefault(token.number, token.logprob)
+        return found
 
     def check_answers(self) -> None:
         """The task's metric on both sides, by the label that each writes, and on how many rows they write another one."""
