@@ -74,12 +74,12 @@ FEWEST_BITS = "llama.cpp q4_k_m"
 PRECISION = {"llama.cpp q8_0": "8-bit", FEWEST_BITS: "4-bit"}
 ROUNDED_AWAY = "folded into 4 bits, in 4 bits again"
 FAULTS = (
-    "adapter of the checkpoint before", "scale off by 2 %", "alpha times 1.25", "one pair missing", "A of two layers swapped",
+    "the base", "adapter of the checkpoint before", "scale off by 2 %", "alpha times 1.25", "one pair missing", "A of two layers swapped",
     "a block missing", "a kind missing", "two blocks swapped", "another adapter of the task",
     "prefix cache of another adapter", "another chat template", "BOS doubled", "a base in q4_k_m",
     ROUNDED_AWAY,
 )  # fmt: skip
-IN_VLLM = FAULTS[:9]  # those of adapters
+IN_VLLM = FAULTS[:10]  # those of adapters
 SINGLE = ("one pair missing", "A of two layers swapped")  # which may be named under not proved
 CONTEXT = 1024
 AUTO = dict.fromkeys(("float16", "bfloat16"), ("auto",))
@@ -135,10 +135,9 @@ class Subject:
             return None if self.other is None else open_adapter(self.other, say=lambda _: None).adapter
         if fault.endswith("swapped"):
             return replace(held, pairs=swapped(held.pairs, self.wrong(fault), blocks="blocks" in fault))
-        scale = {"scale off by 2 %": 0.98, "alpha times 1.25": 1.25}.get(fault, 1.0)
+        scale = {"the base": 0.0, "scale off by 2 %": 0.98, "alpha times 1.25": 1.25}.get(fault, 1.0)
         factors = dict.fromkeys(paths, scale) | dict.fromkeys(self.wrong(fault), 0.0)
         return replace(held, pairs={path: replace(pair, B=pair.B * factors[path]) for path, pair in held.pairs.items()})
-
 
     def wrong(self, fault: str) -> list[str]:
         """The modules that a fault of single ones, of blocks or of a kind is about."""
@@ -281,10 +280,10 @@ def served(subject: Subject, form: str, fault: str, folder: Path) -> Iterator[Se
             yield Server(url, allowed)
 
 
-def form_of(fault: str) -> str:
-    """The server in which a fault is planted."""
+def form_of(fault: str, planted: str) -> str:
+    """The server in which a fault is planted: `planted`, but for those of another one."""
     elsewhere = {"a base in q4_k_m": "llama.cpp f16 + LoRA", "prefix cache of another adapter": "ours float32"}
-    return {**elsewhere, ROUNDED_AWAY: FEWEST_BITS}.get(fault, "llama.cpp f16")
+    return {**elsewhere, ROUNDED_AWAY: FEWEST_BITS}.get(fault, planted)
 
 
 def save_family(folder: Path, family: str) -> None:
@@ -355,12 +354,11 @@ def prove_in_vllm(group: Sequence[Subject], form: str, faults: Sequence[str], li
 
 
 def how_found(one: Mapping[str, Any]) -> str:
-    """Whether a planted fault failed, is named under not proved, or is neither."""
+    """Whether a planted fault failed; else, of single modules, whether all of them are named under not proved: or it is missed."""
     if one["failed"]:
         return "found"
-    named = {*one.get("not distinguished", ()), *one.get("missing", ())}
-    single = one["fault"] in SINGLE and {*one.get("wrong", ["?"])} <= named
-    return "named" if single or one.get("groups not seen") else "missed"
+    wrong, named = {*one.get("wrong", ())}, {*one.get("not distinguished", ()), *one.get("missing", ())}
+    return "named" if one["fault"] in SINGLE and wrong and wrong <= named else "missed"
 
 
 class Lines:
@@ -402,11 +400,11 @@ class Lines:
         }
 
 
-def prove(subject: Subject, lines: Lines, forms: Sequence[str], faults: Sequence[str]) -> None:
-    """All servings of one subject, but vLLM's, that are not in `lines` yet."""
+def prove(subject: Subject, lines: Lines, forms: Sequence[str], faults: Sequence[str], form: str) -> None:
+    """All servings of one subject, but vLLM's, that are not in `lines` yet; faults in the server `form`."""
     here = [form for form in forms if form not in VLLM and not (subject.few_bits and form == FEWEST_BITS)]
     planted = [fault for fault in faults if subject.few_bits or fault != ROUNDED_AWAY]
-    for form, fault in [*((form, "") for form in here), *((form_of(fault), fault) for fault in planted)]:
+    for form, fault in [*((one, "") for one in here), *((form_of(fault, form), fault) for fault in planted)]:
         if lines.late or lines.has(subject.name, form, fault):
             continue
         with TemporaryDirectory() as name, served(subject, form, fault, Path(name)) as server:
@@ -433,6 +431,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--families", nargs="*", default=list(FAMILIES), choices=FAMILIES, help="tiny families")
     parser.add_argument("--forms", nargs="*", default=list(FORMS), choices=FORMS, help="servings")
     parser.add_argument("--faults", nargs="*", default=list(FAULTS), choices=FAULTS, help="planted in the first of a model")
+    parser.add_argument("--planted", default="llama.cpp f16", choices=FORMS[:7], help="the server of faults, beside vLLM")
     parser.add_argument("--seeds", type=int, default=SEEDS, help="adapters of each family")
     parser.add_argument("--rows", type=int, default=12, help="held-out rows of each serving that are compared")
     parser.add_argument("--plain", action="store_true", help="modules of the runs are not compared one by one")
@@ -446,7 +445,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     with TemporaryDirectory() as name:
         for group in groups(given, given.work or Path(name)):
             for number, subject in enumerate(group):
-                prove(subject, lines, given.forms, () if number else given.faults)
+                prove(subject, lines, given.forms, () if number else given.faults, given.planted)
             for form in VLLM:
                 if python is not None and form in given.forms:
                     prove_in_vllm(group, form, given.faults, lines, python)

@@ -4,12 +4,16 @@ A served adapter is compared with the live one in fp32. If it is the same functi
 that the replicas have: the same weights in the same format, with sums in other orders. The limits are upper prediction bounds,
 exceeded by a right server in at most `FALSE_ALARM` of certificates:
 
-    mean KL           log-normal over replicas: exp(m + t·s·√(1 + 1/R)), t Student's quantile with R − 1 degrees
+    mean KL           log-normal over replicas: exp(m + t·s·√(1 + 1/R)), t Student's quantile; s of both ways below, each about
+                      its own mean, and as many degrees
     largest |Δ log p| peaks over a threshold: a generalised Pareto tail over the pooled differences, at 1 − α/N for N of them
                       (Pickands 1975; moments by Hosking and Wallis 1987), at least the largest that a replica has
     other tokens      binomial: the replicas' share, with one more counted, over the compared places; at least the bound of
                       Student's t over the replicas' shares. Answers by the binomial alone
     wrong scale       Student's t over what the replicas' differences look like as a scale that is off: |m| + t·s·√(1 + 1/R)
+
+Pairs beside the weights and pairs folded into them are two ways, with limits of their own: folding rounds a small change with its
+weight, and may differ from fp32 ten times as much.
 """
 
 from __future__ import annotations
@@ -43,6 +47,7 @@ class Replica:
     other_tokens: int  # places whose likeliest token is another
     other_answers: int | None = None  # labelled rows with another label; None where no rows were answered
     by_place: Mapping[tuple[int, ...], Mapping[int, float]] = field(default_factory=dict)
+    folded: bool = False  # whether pairs were folded into weights that are rounded
 
 
 @dataclass(frozen=True)
@@ -55,23 +60,26 @@ class RoundingLimits:
     different_answers: float  # share of the labelled rows
 
 
-def rounding_limits(replicas: Sequence[Replica], *, places: int, rows: int) -> RoundingLimits:
-    """The limits for a server of which `places` places and `rows` labelled rows are compared.
+def rounding_limits(
+    replicas: Sequence[Replica], *, places: int, rows: int, others: Sequence[Replica] = ()
+) -> RoundingLimits:
+    """The limits for a server of which `places` places and `rows` labelled rows are compared; it computes as `replicas` do.
 
-    Replicas whose numbers are not finite do not count. ValueError for fewer than FEWEST others, and without places.
+    Of `others`, which compute in another way, the spread of the mean KL counts too. Replicas whose numbers are not finite do not
+    count. ValueError for fewer than FEWEST of `replicas`, and without places.
     """
-    replicas = [one for one in replicas if np.isfinite(one.kl).all() and np.isfinite(one.differences).all()]
+    replicas, others = [one for one in replicas if _is_finite(one)], [one for one in others if _is_finite(one)]
     if len(replicas) < FEWEST or not places:
         raise ValueError(f"limits need {FEWEST} replicas and some places; given are {len(replicas)} and {places}")
     alpha = FALSE_ALARM / MEASURES
-    others = [one.other_tokens for one in replicas]
-    share = _most(sum(others), places * len(replicas), places, alpha) / max(places, 1)
-    agreement = 1 - min(1.0, max(share, _share_bound([count / max(places, 1) for count in others], alpha)))
+    changed = [one.other_tokens for one in replicas]
+    share = _most(sum(changed), places * len(replicas), places, alpha) / max(places, 1)
+    agreement = 1 - min(1.0, max(share, _share_bound([count / max(places, 1) for count in changed], alpha)))
     flips = [one.other_answers for one in replicas if one.other_answers is not None]
     answers = _most(sum(flips), rows * len(flips), rows, alpha) / max(rows, 1)
     pooled = np.concatenate([one.differences for one in replicas])
     return RoundingLimits(
-        mean_kl=_mean_bound([float(one.kl.mean()) for one in replicas], alpha),
+        mean_kl=_mean_bound([float(one.kl.mean()) for one in replicas], [float(one.kl.mean()) for one in others], alpha),
         difference=_largest_bound(pooled, len(replicas[0].differences), alpha),
         top1_agreement=agreement,
         different_answers=answers,
@@ -94,12 +102,17 @@ def _share_bound(shares: Sequence[float], alpha: float) -> float:
     return float(np.mean(shares)) + quantile * float(np.std(shares, ddof=1)) * math.sqrt(1 + 1 / count)
 
 
-def _mean_bound(means: Sequence[float], alpha: float) -> float:
-    """The upper prediction bound of one more mean. A mean far below the others is no spread: it counts as their tenth."""
-    logs, count = np.log(np.maximum(means, max(1e-12, 0.1 * float(np.median(means))))), len(means)
-    spread = max(float(logs.std(ddof=1)), _LEAST_SPREAD)
-    quantile = float(special.stdtrit(count - 1, 1 - alpha))
-    return math.exp(float(logs.mean()) + quantile * spread * math.sqrt(1 + 1 / count))
+def _is_finite(one: Replica) -> bool:
+    return bool(np.isfinite(one.kl).all() and np.isfinite(one.differences).all())
+
+
+def _mean_bound(means: Sequence[float], others: Sequence[float], alpha: float) -> float:
+    """The upper prediction bound of one more of `means`. A mean far below the others is no spread: it counts as their tenth."""
+    parts = [np.log(np.maximum(some, max(1e-12, 0.1 * float(np.median(some))))) for some in (means, others) if len(some)]
+    degrees = sum(map(len, parts)) - len(parts)
+    spread = max(math.sqrt(sum(float(((one - one.mean()) ** 2).sum()) for one in parts) / degrees), _LEAST_SPREAD)
+    quantile = float(special.stdtrit(degrees, 1 - alpha))
+    return math.exp(float(parts[0].mean()) + quantile * spread * math.sqrt(1 + 1 / len(parts[0])))
 
 
 def _largest_bound(pooled: Floats, values: int, alpha: float) -> float:

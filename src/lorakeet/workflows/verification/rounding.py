@@ -126,12 +126,12 @@ def replicas(
     def measured(side: InTorch, parts: int = 1) -> Replica:
         with SplitSums(parts) if parts > 1 or _in_halves(side) else nullcontext():
             changed = sum(mine != known for mine, known in zip(answers_of_rows(side, labelled), answers, strict=True))
-            return _replica(list(seen_by(side, readings)), changed)
+            return _replica(list(seen_by(side, readings)), changed, folded=side.adapter is None)
 
     def stepped(side: InTorch) -> list[Replica]:
         with SplitSums(1) if _in_halves(side) else nullcontext():
             seen = list(step_by_step(side.text, readings, side.adapter))
-        return [_replica(seen, None)] if seen else []
+        return [_replica(seen, None, folded=side.adapter is None)] if seen else []
 
     side = load()
     found = [measured(side)]
@@ -205,7 +205,7 @@ def _in_halves(side: InTorch) -> bool:
     return weight.dtype == torch.float16 and weight.device.type == "cpu"
 
 
-def _replica(seen: Sequence[View], changed: int | None) -> Replica:
+def _replica(seen: Sequence[View], changed: int | None, *, folded: bool = False) -> Replica:
     kl, differences, other, by_place = list[float](), list[float](), 0, dict[tuple[int, ...], dict[int, float]]()
     for place, theirs, same in seen:
         divergence, apart = place.against(theirs)
@@ -214,7 +214,7 @@ def _replica(seen: Sequence[View], changed: int | None) -> Replica:
         if place.held_out:
             kl.append(divergence)
             other += not same
-    return Replica(np.array(kl), np.array(differences), other, changed, by_place)
+    return Replica(np.array(kl), np.array(differences), other, changed, by_place, folded)
 
 
 def step_by_step(text: TextModel, readings: Sequence[Reading], adapter: str | None) -> Iterator[View]:

@@ -8,7 +8,7 @@ KL over those tokens and all others as one, a lower bound of the whole KL. What 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import partial
 from typing import TypeAlias
@@ -73,6 +73,15 @@ class Server:
 
 Earlier: TypeAlias = "tuple[str, Mapping[str, Tensor]]"  # a checkpoint's name, and A and B by module
 InFormat = Callable[[str], InTorch]  # the live adapter in a number format: float16 or bfloat16
+
+
+@dataclass(frozen=True)
+class _Way:
+    """Computations of the live adapter in a number format, all with pairs folded or none, and the others in that format."""
+
+    name: str
+    computed: Sequence[Replica]
+    others: Sequence[Replica]
 
 
 @dataclass
@@ -168,7 +177,28 @@ class _Comparison:
             self.measured = "It computes like float32, whose limits are fixed."
             return
         answers = answers_of_rows(self.live, self.probes.labelled)
-        last, limits = list(self.formats)[-1], None
+        way: _Way | None = None
+        for found in self._ways(kl, readings, answers):
+            try:
+                limits = rounding_limits(found.computed, places=len(counted), rows=len(answers), others=found.others)
+            except ValueError:  # numbers beyond the format's range: it is none in which this adapter is served
+                continue
+            way, self.server.allowed = found, allowed_by_rounding(PRECISIONS[found.name], limits)
+            if kl <= limits.mean_kl and worst <= limits.difference and agreement >= limits.top1_agreement:
+                break
+        if way is None:
+            return
+        self.computed, limit = way.computed, self.server.allowed.parity.mean_kl
+        folded = ", with pairs folded into the weights," if way.computed[0].folded else ""
+        self.measured = (
+            f"The limits are what rounding in {way.name}{folded} does, measured in {len(way.computed)} computations of the live "
+            f"adapter; a right server exceeds them in at most 1 of {1 / FALSE_ALARM:,.0f} certificates. "
+            f"{self._power(readings, limit)} {self._stale(readings, limit)}"
+        ).strip()
+
+    def _ways(self, kl: float, readings: Sequence[Reading], answers: Sequence[int]) -> Iterator[_Way]:
+        """In each number format that may explain a mean KL of `kl`: with pairs beside the weights, then folded into them."""
+        last = list(self.formats)[-1]
         for name, in_format in self.formats.items():
             self.say(f"Computes the live adapter in {name} in several orders, to see what rounding may do.")
             least, load = 0.0 if name == last else kl / _EXPLAINED, partial(in_format, name)
@@ -176,23 +206,9 @@ class _Comparison:
                 found = replicas_of_few_bits(load, bits, readings, self.probes.labelled, answers)
             else:
                 found = replicas(load, readings, self.probes.labelled, answers, least)
-            if len(found) == 1:
-                continue
-            try:
-                limits = rounding_limits(found, places=len(counted), rows=len(answers))
-            except ValueError:  # numbers beyond the format's range: it is none in which this adapter is served
-                continue
-            if kl <= limits.mean_kl and worst <= limits.difference and agreement >= limits.top1_agreement:
-                break
-        if limits is None:
-            return
-        self.server.allowed, self.computed = allowed_by_rounding(PRECISIONS[name], limits), found
-        limit = self.server.allowed.parity.mean_kl
-        self.measured = (
-            f"The limits are what rounding in {name} does, measured in {len(found)} computations of the live adapter; a right "
-            f"server exceeds them in at most 1 of {1 / FALSE_ALARM:,.0f} certificates. {self._power(readings, limit)} "
-            f"{self._stale(readings, limit)}"
-        ).strip()
+            if len(found) > 1:
+                ways = [[one for one in found if one.folded == folded] for folded in (False, True)]
+                yield from (_Way(name, *some) for some in (ways, ways[::-1]) if some[0])
 
     def _power(self, readings: Sequence[Reading], limit: float) -> str:
         """A sentence on the smallest wrong scale that the mean KL shows; KL grows with the square of what is missing."""
@@ -306,7 +322,7 @@ class _Comparison:
         """The log-probabilities of tokens of the live model's vocabulary, the first of each id."""
         vocabulary, found = range(self.live.text.model.config.get_text_config().vocab_size), dict[int, float]()
         for token in top:
-            if token.number in vocabulary and token.logprob is not None:
+            if token.number is not None and token.number in vocabulary and token.logprob is not None:
                 found.setdefault(token.number, token.logprob)
         return found
 
