@@ -74,7 +74,8 @@ FEWEST_BITS = "llama.cpp q4_k_m"
 PRECISION = {"llama.cpp q8_0": "8-bit", FEWEST_BITS: "4-bit"}
 ROUNDED_AWAY = "folded into 4 bits, in 4 bits again"
 FAULTS = (
-    "the base", "adapter of the checkpoint before", "scale off by 2 %", "alpha times 1.25", "one pair missing", "A of two layers swapped",
+    "the base",
+    "adapter of the checkpoint before", "scale off by 2 %", "alpha times 1.25", "one pair missing", "A of two layers swapped",
     "a block missing", "a kind missing", "two blocks swapped", "another adapter of the task",
     "prefix cache of another adapter", "another chat template", "BOS doubled", "a base in q4_k_m",
     ROUNDED_AWAY,
@@ -354,7 +355,7 @@ def prove_in_vllm(group: Sequence[Subject], form: str, faults: Sequence[str], li
 
 
 def how_found(one: Mapping[str, Any]) -> str:
-    """Whether a planted fault failed; else, of single modules, whether all of them are named under not proved: or it is missed."""
+    """Whether a planted fault failed; of single modules also, whether all are named under not proved; else it is missed."""
     if one["failed"]:
         return "found"
     wrong, named = {*one.get("wrong", ())}, {*one.get("not distinguished", ()), *one.get("missing", ())}
@@ -400,11 +401,11 @@ class Lines:
         }
 
 
-def prove(subject: Subject, lines: Lines, forms: Sequence[str], faults: Sequence[str], form: str) -> None:
-    """All servings of one subject, but vLLM's, that are not in `lines` yet; faults in the server `form`."""
+def prove(subject: Subject, lines: Lines, forms: Sequence[str], faults: Sequence[str], faulty: str) -> None:
+    """All servings of one subject, but vLLM's, that are not in `lines` yet; faults in the server `faulty`."""
     here = [form for form in forms if form not in VLLM and not (subject.few_bits and form == FEWEST_BITS)]
     planted = [fault for fault in faults if subject.few_bits or fault != ROUNDED_AWAY]
-    for form, fault in [*((one, "") for one in here), *((form_of(fault, form), fault) for fault in planted)]:
+    for form, fault in [*((one, "") for one in here), *((form_of(fault, faulty), fault) for fault in planted)]:
         if lines.late or lines.has(subject.name, form, fault):
             continue
         with TemporaryDirectory() as name, served(subject, form, fault, Path(name)) as server:

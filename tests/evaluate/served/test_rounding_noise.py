@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import numpy as np
 import pytest
 
-from lorakeet.evaluate.served.rounding_noise import Replica, rounding_limits, scale_bound
+from lorakeet.evaluate.served.rounding_noise import Replica, rounding_limits, scale_bound, two_ways
 
 PLACES, TOKENS, ROWS = 300, 4, 16
 
@@ -66,14 +68,18 @@ def test_one_replica_without_noise_does_not_make_the_limits_vast() -> None:
 
 
 def test_folding_that_differs_ten_times_as_much_does_not_widen_the_limits_of_pairs_beside_the_weights() -> None:
-    """SmolLM2 in bfloat16: means of 0.0014 beside, 0.015 folded; together their limit was 2.8 nats, more than the adapter does."""
+    """SmolLM2 in bfloat16: means of 0.0014 beside, 0.015 folded; their common limit was 2.8 nats, of an adapter of 0.7."""
     chance = np.random.default_rng(3)
 
     def some(mean: float, count: int) -> list[Replica]:
         return [Replica(mean * np.exp(chance.normal(0, 0.1, 1)) * np.ones(PLACES), np.full(PLACES, 0.1), 2) for _ in range(count)]
 
     beside, folded = some(0.0014, 6), some(0.015, 4)
-    ways = (beside, folded), (folded, beside)
+    folded = [replace(one, folded=True) for one in folded]
+    ways = two_ways([*beside, *folded])
+    assert ways == [(beside, folded), (folded, beside)] and two_ways(beside) == [(beside, ())]
+    alike = [*beside, *(replace(one, folded=True) for one in some(0.0018, 4))]
+    assert two_ways(alike) == [(alike, ())]
     limits = [rounding_limits(one, places=PLACES, rows=0, others=other).mean_kl for one, other in ways]
     assert 0.0014 < limits[0] < 0.005 and 0.015 < limits[1] < 0.05
     assert rounding_limits([*beside, *folded], places=PLACES, rows=0).mean_kl > 0.5

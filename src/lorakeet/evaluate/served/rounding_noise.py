@@ -12,8 +12,8 @@ exceeded by a right server in at most `FALSE_ALARM` of certificates:
                       Student's t over the replicas' shares. Answers by the binomial alone
     wrong scale       Student's t over what the replicas' differences look like as a scale that is off: |m| + t·s·√(1 + 1/R)
 
-Pairs beside the weights and pairs folded into them are two ways, with limits of their own: folding rounds a small change with its
-weight, and may differ from fp32 ten times as much.
+Pairs beside the weights and pairs folded into them may be two ways, with limits of their own: folding rounds a small change with
+its weight, and may differ from fp32 ten times as much.
 """
 
 from __future__ import annotations
@@ -31,6 +31,7 @@ FALSE_ALARM = 1e-3  # of a certificate, split among its measures
 MEASURES = 4
 FEWEST = 4  # replicas
 _LEAST_SPREAD = 0.15  # of log mean KL between replicas: they are few, and share the machine's kernels
+_TWO_WAYS = 2.0  # times: alike by less, folded pairs and others are one sample
 _TAIL = 0.05  # share of the differences that are the tail
 _FEWEST = 20  # differences in the tail
 
@@ -100,6 +101,18 @@ def _share_bound(shares: Sequence[float], alpha: float) -> float:
     count = len(shares)
     quantile = float(special.stdtrit(count - 1, 1 - alpha))
     return float(np.mean(shares)) + quantile * float(np.std(shares, ddof=1)) * math.sqrt(1 + 1 / count)
+
+
+def two_ways(replicas: Sequence[Replica]) -> list[tuple[Sequence[Replica], Sequence[Replica]]]:
+    """The replicas with pairs beside the weights, with the folded ones as others, and the other way round; all at once where
+    one kind is not there, or their mean KL is less than _TWO_WAYS times apart."""
+    beside, folded = ([one for one in replicas if one.folded == kind] for kind in (False, True))
+    if not beside or not folded:
+        return [(replicas, ())]
+    apart = [float(np.median([one.kl.mean() for one in some])) for some in (beside, folded)]
+    if max(apart) < _TWO_WAYS * min(apart):
+        return [(replicas, ())]
+    return [(beside, folded), (folded, beside)]
 
 
 def _is_finite(one: Replica) -> bool:

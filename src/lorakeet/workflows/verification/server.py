@@ -23,7 +23,7 @@ from lorakeet.errors import EnvironmentProblem
 from lorakeet.evaluate.certificate import Check, ServedModules, Unchecked
 from lorakeet.evaluate.intervals import mean, share
 from lorakeet.evaluate.parity import kl_lower_bound
-from lorakeet.evaluate.served.rounding_noise import FALSE_ALARM, Replica, RoundingLimits, rounding_limits
+from lorakeet.evaluate.served.rounding_noise import FALSE_ALARM, Replica, RoundingLimits, rounding_limits, two_ways
 from lorakeet.evaluate.spec import EvaluateSpec
 from lorakeet.exporting.tolerances import FEW_BITS, PRECISIONS, Allowed, allowed_by_rounding, precision_said
 from lorakeet.models.generate.sample import end_ids
@@ -77,7 +77,7 @@ InFormat = Callable[[str], InTorch]  # the live adapter in a number format: floa
 
 @dataclass(frozen=True)
 class _Way:
-    """Computations of the live adapter in a number format, all with pairs folded or none, and the others in that format."""
+    """Computations of the live adapter in a number format that are alike, and the others in that format."""
 
     name: str
     computed: Sequence[Replica]
@@ -189,7 +189,7 @@ class _Comparison:
         if way is None:
             return
         self.computed, limit = way.computed, self.server.allowed.parity.mean_kl
-        folded = ", with pairs folded into the weights," if way.computed[0].folded else ""
+        folded = ", with pairs folded into the weights," if way.others and way.computed[0].folded else ""
         self.measured = (
             f"The limits are what rounding in {way.name}{folded} does, measured in {len(way.computed)} computations of the live "
             f"adapter; a right server exceeds them in at most 1 of {1 / FALSE_ALARM:,.0f} certificates. "
@@ -197,7 +197,8 @@ class _Comparison:
         ).strip()
 
     def _ways(self, kl: float, readings: Sequence[Reading], answers: Sequence[int]) -> Iterator[_Way]:
-        """In each number format that may explain a mean KL of `kl`: with pairs beside the weights, then folded into them."""
+        """In each number format that may explain a mean KL of `kl`: with pairs beside the weights, then folded into them, where
+        these are two ways."""
         last = list(self.formats)[-1]
         for name, in_format in self.formats.items():
             self.say(f"Computes the live adapter in {name} in several orders, to see what rounding may do.")
@@ -207,8 +208,7 @@ class _Comparison:
             else:
                 found = replicas(load, readings, self.probes.labelled, answers, least)
             if len(found) > 1:
-                ways = [[one for one in found if one.folded == folded] for folded in (False, True)]
-                yield from (_Way(name, *some) for some in (ways, ways[::-1]) if some[0])
+                yield from (_Way(name, *some) for some in two_ways(found))
 
     def _power(self, readings: Sequence[Reading], limit: float) -> str:
         """A sentence on the smallest wrong scale that the mean KL shows; KL grows with the square of what is missing."""
