@@ -174,14 +174,19 @@ def replicas_of_few_bits(
 def in_groups(values: Tensor, bits: int, start: int = 0) -> Tensor:
     """`values` (…, n), rounded to 2^bits levels between the least and the largest of each group of the last dimension.
 
-    Groups are counted from `start` on and around; the last one may be shorter.
+    In 8 bits the levels are multiples of the largest size / 127, as in q8_0: between least and largest they would contain all levels
+    of a base of 4 bits, and a small change of it would be rounded away, which no such file does. Groups are counted from `start` on
+    and around; the last one may be shorter.
     """
     width = values.shape[-1]
     turned = values.roll(-start, -1)
     padded = nn.functional.pad(turned, (0, -width % _GROUP))
     parts = padded.reshape(*padded.shape[:-1], -1, _GROUP)
-    least = parts.amin(-1, keepdim=True)
-    step = ((parts.amax(-1, keepdim=True) - least) / (2**bits - 1)).clamp_min(1e-12)
+    if bits == 8:
+        least, largest, steps = torch.zeros_like(parts[..., :1]), parts.abs().amax(-1, keepdim=True), 127
+    else:
+        least, largest, steps = parts.amin(-1, keepdim=True), parts.amax(-1, keepdim=True), 2**bits - 1
+    step = ((largest - least) / steps).clamp_min(1e-12)
     rounded: Tensor = ((parts - least) / step).round() * step + least
     return rounded.flatten(-2)[..., :width].roll(start, -1)
 
