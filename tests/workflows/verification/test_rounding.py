@@ -122,7 +122,7 @@ def test_a_server_in_bfloat16_is_measured_and_no_false_alarm(finished: Any, loud
 
 def test_few_bits_are_levels_between_the_ends_of_each_group() -> None:
     values = torch.randn(5, 80, generator=torch.Generator().manual_seed(0))
-    for bits in (8, 4):
+    for bits in (5, 4):
         for start in (0, 12):
             found = in_groups(values, bits, start)
             turned, rounded = values.roll(-start, -1), found.roll(-start, -1)
@@ -134,7 +134,7 @@ def test_few_bits_are_levels_between_the_ends_of_each_group() -> None:
 
 
 def test_a_small_change_of_a_base_of_4_bits_is_not_rounded_away_in_8() -> None:
-    """SmolLM2 from q4_1: levels between least and largest contain the base's own, and the change was gone (KL 0.57, q8_0 0.0035)."""
+    """SmolLM2 from q4_1: levels between least and largest contain the base's; the change was gone (KL 0.57, q8_0's 0.0035)."""
     chance = torch.Generator().manual_seed(0)
     base = in_groups(torch.randn(64, 128, generator=chance), 4)
     change = 0.004 * torch.randn(64, 128, generator=chance)

@@ -174,9 +174,9 @@ def replicas_of_few_bits(
 def in_groups(values: Tensor, bits: int, start: int = 0) -> Tensor:
     """`values` (…, n), rounded to 2^bits levels between the least and the largest of each group of the last dimension.
 
-    In 8 bits the levels are multiples of the largest size / 127, as in q8_0: between least and largest they would contain all levels
-    of a base of 4 bits, and a small change of it would be rounded away, which no such file does. Groups are counted from `start` on
-    and around; the last one may be shorter.
+    In 8 bits the levels are multiples of the largest size / 127, as in q8_0: between least and largest they would contain all
+    levels of a base of 4 bits, and a small change of it would be rounded away, which no such file does. Groups are counted from
+    `start` on and around; the last one may be shorter.
     """
     width = values.shape[-1]
     turned = values.roll(-start, -1)
