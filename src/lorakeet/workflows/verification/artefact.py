@@ -79,7 +79,7 @@ class InTorch:
     name: str
     allowed: Allowed = F32
     together: int = ROWS_TOGETHER  # tokens of rows that are computed at once; 0: each row alone
-    bounded: bool = False  # by a memory budget, which has no room for states that are kept
+    bounded: bool = False  # by a memory budget, which leaves no memory for states that are kept
 
     def tokenise(self, text: str) -> list[int]:
         return [int(number) for number in encoded(self.text.tokenizer, text, add_special_tokens=True)]
