@@ -82,7 +82,7 @@ def vllm_flags(options: ServeOptions) -> list[str]:
     if not options.adapter:
         raise ConfigError("--engine vllm needs at least one --adapter name=PATH.")
     given = non_default(options)
-    lost = sorted(given.keys() - {"model", "adapter", "engine", "out", "command_only", *_VLLM_TOO})
+    lost = sorted(given.keys() - {"model", "adapter", "engine", "out", "command_only", "uncertified", *_VLLM_TOO})
     if lost:
         flags = ", ".join(f"--{name.replace('_', '-')}" for name in lost)
         raise ConfigError(f"--engine vllm cannot pass on {flags}; leave them out, and give vLLM its own options.")
