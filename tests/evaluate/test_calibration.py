@@ -55,3 +55,9 @@ def test_groups_are_named_in_the_method() -> None:
     assert calibration_error(confidence, correct, spec=QUICK, groups=[row // 4 for row in range(40)]).method.endswith(
         "over 10 groups"
     )
+
+
+def test_an_interval_without_width_is_none() -> None:
+    one = calibration_error(np.full(15, 0.5), np.ones(15, dtype=bool), spec=EvaluateSpec())
+    few = calibration_error(np.array([0.7]), np.array([True]), spec=EvaluateSpec())
+    assert one.why_none and few.why_none

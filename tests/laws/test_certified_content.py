@@ -308,3 +308,29 @@ def test_a_broken_certificate_is_no_missing_one(copied: Path) -> None:
     (copied / "certificate.json").write_text("{")
     with pytest.raises(DataError):
         require_certified(copied)
+
+
+def test_the_bases_tokenizer_is_compared(copied: Path, finished: Any, tmp_path: Path) -> None:
+    other = Path(shutil.copytree(finished.model, tmp_path / "retold"))
+    (other / "chat_template.jinja").write_text("{{ messages }}")
+    with pytest.raises(VerificationFailed, match=r"base tokenizer chat_template\.jinja"):
+        open_adapter(copied, base=str(other), say=lambda _: None)
+
+
+def test_a_link_to_an_adapter_has_its_certificate(copied: Path, tmp_path: Path) -> None:
+    link = tmp_path / "link"
+    link.symlink_to(copied / "adapter")
+    assert require_certified(link) == ""
+    DAMAGES["B x 3"][0](copied)
+    with pytest.raises(VerificationFailed, match=r"lora_B\.weight has changed"):
+        require_certified(link)
+
+
+def test_an_edited_report_is_found(copied: Path) -> None:
+    path = copied / "report.json"
+    path.write_text(path.read_text().replace('"accuracy": {\n', '"accuracy": {\n ', 1))
+    assert main(["check", str(copied)]) == 0, "white space is no content"
+    told = json.loads(path.read_text())
+    told["rows_of"] = 500
+    path.write_text(json.dumps(told))
+    assert main(["check", str(copied), "--accuracy", ">=0"]) == 2

@@ -61,6 +61,16 @@ def tokenizer(run: Path) -> None:
     (run / "adapter" / "chat_template.jinja").write_text("{{ messages }}")
 
 
+def more_templates(run: Path) -> None:
+    (run / "adapter" / "additional_chat_templates").mkdir()
+    (run / "adapter" / "additional_chat_templates" / "tool_use.jinja").write_text("{{ messages }}")
+
+
+def prompts(run: Path) -> None:
+    path = run / "config.yaml"
+    path.write_text(path.read_text().replace("  template: '{text}'", "  template: '{text}!'", 1))
+
+
 def verdict(run: Path) -> None:
     path = run / "certificate.json"
     path.write_text(path.read_text().replace('"subject": "', '"subject": "Another: ', 1))
@@ -89,6 +99,8 @@ DAMAGES: dict[str, tuple[Damage, str]] = {
     "saved in bf16": (tensors(halved), "has changed"),
     "rank_pattern": (edited("adapter/adapter_config.json", rank_pattern={"q_proj": 2}), "config rank_pattern has changed"),
     "chat template": (tokenizer, "tokenizer chat_template.jinja is new"),
+    "additional chat template": (more_templates, "tokenizer additional_chat_templates/tool_use.jinja is new"),
+    "prompts made otherwise": (prompts, "setting data.template has changed"),
     "certificate edited": (verdict, "was edited"),
     "certificate without its digest": (without_digest, "was edited"),
     "certificate of another run": (of_another_run, "has changed"),

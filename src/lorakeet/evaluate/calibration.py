@@ -8,7 +8,7 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 
-from lorakeet.evaluate.intervals import Estimate, Floats, Integers, proportion, resample_weights
+from lorakeet.evaluate.intervals import Estimate, Floats, Integers, or_words, proportion, resample_weights
 from lorakeet.evaluate.spec import EvaluateSpec
 
 _BISECTIONS = 30
@@ -70,7 +70,8 @@ def calibration_error(
         low = _edge(lambda scale: bool(np.mean(errors(scale) >= value) >= tail), outside=0.0, inside=1.0)
         high = _edge(lambda scale: bool(np.mean(errors(scale) <= value) >= tail), outside=1 / value, inside=1.0)
     over = "" if groups is None else f" over {len(set(groups))} groups"
-    return Estimate(value, low * value, high * value, n, "bootstrap test inversion" + over, spec.confidence, spec.seed)
+    found = Estimate(value, low * value, high * value, n, "bootstrap test inversion" + over, spec.confidence, spec.seed)
+    return or_words(found, groups)
 
 
 def _edge(accepted: Callable[[float], bool], *, outside: float, inside: float) -> float:

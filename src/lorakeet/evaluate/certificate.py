@@ -224,6 +224,12 @@ def with_digest(text: str) -> str:
     return to_text({**data, _DIGEST: _digest(data)})
 
 
+def takes_digest(data: dict[str, Any]) -> bool | None:
+    """Takes its digest from what `with_digest` wrote: whether it is of the rest; None if there is none."""
+    digest = data.pop(_DIGEST, None)
+    return None if digest is None else digest == _digest(data)
+
+
 def _digest(data: Mapping[str, Any]) -> str:
     return hashlib.sha256(json.dumps(data, sort_keys=True, separators=(",", ":")).encode()).hexdigest()
 
@@ -235,8 +241,8 @@ def read_certificate(path: Path) -> Certificate:
         data = from_text(dict[str, Any], read_regular(path).decode("utf-8"), where=str(path))
     except (OSError, UnicodeDecodeError) as error:
         raise DataError(f"Cannot read the certificate {path}: {error}; expected a file that a verified run wrote.") from error
-    digest = data.pop(_DIGEST, None)
-    edited = (digest is not None or bool(data.get("identity"))) and digest != _digest(data)
+    intact = takes_digest(data)
+    edited = not intact and (intact is False or bool(data.get("identity")))
     claimed, artefacts = data.pop("passed", None), data.pop("artefacts", None)
     certificate = decode(Certificate, data, where=str(path))
     expected = {certificate.passed}

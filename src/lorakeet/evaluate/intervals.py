@@ -270,7 +270,12 @@ def bootstrap_or_words(
     statistic: Statistic, n: int, *, spec: EvaluateSpec, groups: Sequence[Hashable] | None = None
 ) -> Estimate:
     """The same, or words where rows (or groups) are too few, or the statistic is equal in all resamples."""
-    found, (units, _) = bootstrap(statistic, n, spec=spec, groups=groups), numbered_units(n, groups)
+    return or_words(bootstrap(statistic, n, spec=spec, groups=groups), groups)
+
+
+def or_words(found: Estimate, groups: Sequence[Hashable] | None) -> Estimate:
+    """A resampled interval, or words where rows (or groups) are too few, or the value is equal in all resamples."""
+    units, _ = numbered_units(found.n, groups)
     if units < FEWEST:
         return found.without(f"too few {'rows' if groups is None else 'groups'} ({units})")
     return found if found.low < found.high else found.without("equal in all resamples")

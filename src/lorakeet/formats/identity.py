@@ -14,6 +14,7 @@ from lorakeet.errors import DataError, VerificationFailed, readable
 from lorakeet.evaluate.certificate import Certificate, read_certificate
 from lorakeet.formats.files.digest import PIECE, sha256_of
 from lorakeet.formats.files.json_object import parse_object
+from lorakeet.formats.files.yaml_mapping import parse_yaml
 
 if TYPE_CHECKING:  # imports torch
     from lorakeet.formats.files.loaded_file import LoadedFile
@@ -22,14 +23,21 @@ CONFIG_NAME, MODEL_NAME = "adapter_config.json", "adapter_model.safetensors"  # 
 CERTIFICATE = "certificate.json"
 BASE = "base "  # begins the names that are about the base, which is compared where it is opened
 WEIGHTS, QUANTISATION = f"{BASE}weights", f"{BASE}quantisation"
+SETTING = "setting "  # begins the names that are about the run around an adapter, which a copy of the adapter alone lacks
 NOT_TRAINED, UNCERTIFIED = "not trained here", "uncertified"
 Say = Callable[[str], object]
 # Keys of adapter_config.json that say where things are and who wrote them; all others may change what is computed.
 _NOT_COMPUTED = ("base_model_name_or_path", "revision", "inference_mode", "peft_version", "auto_mapping")
-_TOKENIZER = (
-    "tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json", "tokenizer.model", "spiece.model",
-    "vocab.json", "vocab.txt", "merges.txt", "chat_template.jinja", "chat_template.json",
+# Settings of a run by which its prompts and answers are made; the others of `data` say which rows are read, and how.
+_PROMPTS = (
+    "format", "text_column", "label_column", "labels", "rename_labels", "template", "label_template", "system", "chat_template",
+    "separator", "max_tokens", "too_long", "html_unescape", "strip_quotes",
 )  # fmt: skip
+_TOKENIZER = (
+    "tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json", "chat_template.jinja",
+    "chat_template.json",
+)  # fmt: skip
+_SLOW = ("tokenizer.model", "spiece.model", "sentencepiece.bpe.model", "vocab.json", "vocab.txt", "merges.txt")  # of older ones
 _SHOWN = 8  # names in a refusal
 
 
@@ -51,13 +59,21 @@ def identity_of(folder: Path, read: AdapterFiles | None = None) -> dict[str, str
     config = parse_object(raw, folder / CONFIG_NAME, expected="the settings of an adapter")
     found = dict(_tensors(folder / MODEL_NAME) if read is None else read.tensors.tensor_digests)
     found |= {f"config {key}": _canonical(value) for key, value in sorted(config.items()) if key not in _NOT_COMPUTED}
+    if (run := folder.absolute().parent / "config.yaml").is_file() and folder.absolute().name == "adapter":
+        with readable(run):
+            settings = parse_yaml(read_regular(run).decode(), run)
+        data = settings.get("data") if isinstance(settings, dict) else None
+        found |= {f"{SETTING}data.{key}": _canonical(data[key]) for key in _PROMPTS if isinstance(data, dict) and key in data}
     return found | tokenizer_identity(folder)
 
 
-def tokenizer_identity(folder: Path) -> dict[str, str]:
-    """By name the SHA-256 of each tokenizer file in `folder`."""
+def tokenizer_identity(folder: Path, *, base: bool = False) -> dict[str, str]:
+    """By name the SHA-256 of each tokenizer file in `folder`; of a base without those that its tokenizer.json replaces."""
+    names = _TOKENIZER if base and (folder / _TOKENIZER[0]).is_file() else (*_TOKENIZER, *_SLOW)
     with readable(folder):
-        return {f"tokenizer {name}": sha256_of(folder / name) for name in _TOKENIZER if (folder / name).is_file()}
+        files = [*(folder / name for name in names), *sorted(folder.glob("additional_chat_templates/*.jinja"))]
+        found = {f"tokenizer {file.relative_to(folder).as_posix()}": sha256_of(file) for file in files if file.is_file()}
+    return {f"{BASE}{name}": digest for name, digest in found.items()} if base else found
 
 
 def _tensors(path: Path) -> dict[str, str]:
@@ -113,12 +129,14 @@ def find_certificate(path: Path) -> Path | None:
 
 def _places(path: Path) -> list[Path]:
     """Where the certificate of the adapter at `path` would be."""
-    folder = path if path.is_dir() else path.parent
     if path.is_file() and path.name not in (MODEL_NAME, CONFIG_NAME):
         return []  # a file of another format: no certificate is about it alone
-    if (folder / "adapter" / MODEL_NAME).is_file() or folder.absolute().name != "adapter":
-        return [folder / CERTIFICATE]
-    return [folder / CERTIFICATE, folder.absolute().parent / CERTIFICATE]
+    folder = path if path.is_dir() else path.parent
+    inside = not (folder / "adapter" / MODEL_NAME).is_file()
+    found = [folder / CERTIFICATE]
+    for place in (folder.absolute(), folder.resolve()):  # of a link both where it stands and what it names
+        found += [place / CERTIFICATE, *([place.parent / CERTIFICATE] if inside and place.name == "adapter" else [])]
+    return list(dict.fromkeys(found))
 
 
 def require_certified(
@@ -135,14 +153,21 @@ def require_certified(
             return accept_content(str(path), lost, uncertified=uncertified, say=say)
         say(f"{path} is {NOT_TRAINED}: no certificate says what it holds.")
         return NOT_TRAINED
-    certified = {name: value for name, value in read_certificate(place).identity.items() if not name.startswith(BASE)}
-    if not certified:
+    if not (certified := read_certificate(place).identity):
         note = "certified before adapters were identified, so that its content was not compared"
         say(f"{path} was {note}.")
         return note
     folder = path if path.is_dir() else path.parent
     folder = folder if (folder / MODEL_NAME).is_file() or not (folder / "adapter").is_dir() else folder / "adapter"
-    return accept_content(str(path), content_differences(certified, identity_of(folder, read)), uncertified=uncertified, say=say)
+    return accept_content(str(path), _apart(certified, identity_of(folder, read)), uncertified=uncertified, say=say)
+
+
+def _apart(certified: Mapping[str, str], found: Mapping[str, str]) -> list[str]:
+    """The differences of an adapter. Settings are compared where both sides are runs: older certificates have none."""
+    both = all(any(name.startswith(SETTING) for name in side) for side in (certified, found))
+    left_out = (BASE,) if both else (BASE, SETTING)
+    one, other = ({name: value for name, value in side.items() if not name.startswith(left_out)} for side in (certified, found))
+    return content_differences(one, other)
 
 
 def _is_run(folder: Path) -> bool:
@@ -162,22 +187,23 @@ def require_base(
     place = find_certificate(path)
     certified = {} if place is None else read_certificate(place).identity
     certified = {name: value for name, value in certified.items() if name.startswith(BASE)}
+    tokenizer = any(name not in (WEIGHTS, QUANTISATION) for name in certified)  # older certificates have none
     if not certified:
         return ""
     if not (found := base()):
         note = "base not compared: it is not on this machine"
         say(f"{path}: {note}.")
         return note
+    found = {name: value for name, value in found.items() if tokenizer or name in (WEIGHTS, QUANTISATION)}
     apart = content_differences(certified, found)
-    requested = quantised and certified.get(WEIGHTS) == found[WEIGHTS]
+    requested = quantised and {**certified, QUANTISATION: ""} == {**found, QUANTISATION: ""}
     return accept_content(str(path), apart, uncertified=uncertified or requested, say=say)
 
 
 def is_certified(folder: Path, certificate: Path) -> bool:
     """Whether the adapter in `folder` is the one that `certificate` was made for; False for one that cannot be read."""
     try:
-        certified = read_certificate(certificate).identity
-        return not content_differences({k: v for k, v in certified.items() if not k.startswith(BASE)}, identity_of(folder))
+        return not _apart(read_certificate(certificate).identity, identity_of(folder))
     except DataError:
         return False
 

@@ -62,7 +62,8 @@ class RunFolder:
         """
         is_file = adapter.is_file()
         folder = (adapter.parent if is_file else adapter).absolute()
-        return (None if is_file else cls.at(folder)) or (cls.at(folder.parent) if folder.name == "adapter" else None)
+        parents = (one.parent for one in (folder, folder.resolve()) if one.name == "adapter")  # a link, or what it names
+        return (None if is_file else cls.at(folder)) or next(filter(None, map(cls.at, parents)), None)
 
     @classmethod
     def create(cls, path: Path) -> RunFolder:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
@@ -211,3 +213,36 @@ def test_labels_have_an_order_only_where_it_is_plain(labels: tuple[str, ...], pl
 def test_an_error_has_the_range_of_the_answers_at_most() -> None:
     file = read("10.5", "20.5", known=("30.5",))
     assert [absolute_error(reply, "20.5", file) for reply in ("22", "1e9", "no idea")] == [1.5, 20.0, 20.0]
+
+
+@pytest.mark.parametrize(
+    ("references", "metric", "reply", "reference", "expected"),
+    [
+        (("0.5 mg", "5 mg", "1 g", "250 mcg"), normalised_match, ".5 mg", "5 mg", 0.0),
+        (("0.5 mg", "5 mg", "1 g", "250 mcg"), normalised_match, "5mg", "5 mg", 1.0),
+        (("q.d.", "q.i.d.", "b.i.d."), normalised_match, "qd", "q.d.", 1.0),
+        (("q.d.", "q.i.d.", "b.i.d."), normalised_match, "q.d.", "q.i.d.", 0.0),
+        (("1.6e-19", "9.11e-31", "6.02e23"), numeric_match, "0", "1.6e-19", 0.0),
+        (("1.6e-19", "9.11e-31", "6.02e23"), numeric_match, "1.6 x 10^-19", "1.6e-19", 1.0),
+        (("(1,200)", "3,400", "(75)", "880"), numeric_match, "1,200", "(1,200)", 0.0),
+        (("(1,200)", "3,400", "(75)", "880"), numeric_match, "-1200", "(1,200)", 1.0),
+        (("1 1/2", "2 3/4", "1/2"), numeric_match, "1.5", "1 1/2", 1.0),
+        (("12%", "45%"), numeric_match, "12\u2030", "12%", 0.0),
+        (("$3", "$45"), numeric_match, "HK$3", "$3", 0.0),
+        (("12", "18", "54"), numeric_match, "12 \u00b1 1", "12", 1.0),
+        (("foo(bar)", "a[0]", "!done"), normalised_match, "foo[bar]", "foo(bar)", 0.0),
+        (("foo(bar)", "a[0]", "!done"), normalised_match, "done", "!done", 0.0),
+        (("48.85, 2.35", "-33.87, 151.21", "40.71, -74.01") * 4, normalised_match, "2.35, 48.85", "48.85, 2.35", 0.0),
+        (("spam", "not spam"), normalised_match, "not_spam", "not spam", 1.0),
+    ],
+)  # fmt: skip
+def test_values_are_read_as_a_person_reads_them(
+    references: tuple[str, ...], metric: Any, reply: str, reference: str, expected: float
+) -> None:
+    assert metric(reply, reference, read(*references)) == expected
+
+
+def test_pairs_of_decimals_are_no_sets_and_four_out_of_five_is_four() -> None:
+    assert read(*("48.85, 2.35", "-33.87, 151.21", "40.71, -74.01") * 4).kind != "sets of labels"
+    scale = read(*("1", "2", "3", "4", "5") * 6)
+    assert [scale.number(text) for text in ("4 out of 5", "4/5", "Rating: 4 of 5", "5")] == [4, 4, 4, 5]

@@ -37,6 +37,9 @@ _LEAD_IN = regex.compile(
 )
 _CLAUSE = regex.compile(r"[.,;:)\n]+(?=\s|$)|\s[-–—]+\s|—")
 _MARKED = regex.compile(r"####|\\boxed\s*\{")
+_CODE = regex.compile(r"\w[(\[]|[{};]\s*$|[=!<>]=|[=-]>|&&|\|\||(?<!\w)[!*&~]\w|\\[wdsb]", regex.M)
+_TOKEN = regex.compile(r"\w+|\S")
+_IN_BRACKETS = regex.compile(r"(?<![\w)])(\p{Sc}?)\((\p{Sc}?)\s*(\d[\d.,]*)\s*(%?)\)")
 
 
 @dataclass(frozen=True, eq=False)
@@ -61,6 +64,8 @@ class Conventions:
     unit: str = ""
     measured: bool = False  # most numbers have decimals: how near an answer comes matters, and hardly one is equal
     shares: bool = False  # its numbers lie between -1 and 1 without %: 12 % is 0.12
+    code: bool = False  # most texts are code: every sign counts
+    accounts: bool = False  # some of its numbers stand in brackets: these are negative
 
     def normal(self, text: str) -> str:
         """The text in one case and form, without what does not distinguish it (`bare`)."""
@@ -68,7 +73,13 @@ class Conventions:
 
     def cased(self, text: str) -> str:
         """`normal` in the case that is written."""
-        return bare(_one_mark(text, self.decimal))
+        if self.code:
+            return " ".join(_TOKEN.findall(plain(text).strip().strip("`").rstrip(";.")))
+        return bare(_one_mark(self.signed(text), self.decimal))
+
+    def signed(self, text: str) -> str:
+        """The text with a minus in place of an accountant's brackets: (1,200) is -1,200."""
+        return _IN_BRACKETS.sub(r"-\1\2\3\4", text) if self.accounts else text
 
     def same_text(self, reply: str, reference: str) -> bool:
         """Whether both are equal in `normal`; where another reference is too, also in all that tells that one apart."""
@@ -95,9 +106,12 @@ class Conventions:
 
     def number(self, text: str) -> float | None:
         """The number with which a text answers, a place on the `scale` where there is one; None if there is none."""
-        text = unfenced(text)
+        text = self.signed(unfenced(text))
         if self.scale and not self._numbered:
             return self._place(text)
+        if self.scale:  # "4 out of 5" is 4
+            top = max(self.scale.values())
+            text = regex.sub(rf"(?<=\d)\s*\(?(?:/|out of|of|von|sur|de|su)\s*{top}\b(?![.,]?\d)", "", text)
         found = whole_number(text, self.decimal) or answering(text, self.decimal)
         if found is None:
             return None
@@ -106,12 +120,13 @@ class Conventions:
     def same_number(self, reply: str, reference: str) -> bool:
         """Whether both answer with the same number, within 1e-6 of it, and in no other unit."""
         left, right = self.number(reply), self.number(reference)
-        if left is None or right is None or abs(left - right) > 1e-6 * max(1.0, abs(right)):
+        if left is None or right is None or abs(left - right) > 1e-6 * abs(right):
             return False
         if not self.unit or self.scale:
             return True
-        found = [one.unit for text in (reply, reference) if (one := answering(unfenced(text), self.decimal)) is not None]
-        symbols = [unit for unit in found if unit and (len(unit) <= 3 or not unit.isalpha())]
+        numbers = [answering(self.signed(unfenced(text)), self.decimal) for text in (reply, reference)]
+        found = [one.unit for one in numbers if one is not None]
+        symbols = [unit.lstrip("°") or unit for unit in found if unit and (len(unit) <= 3 or not unit.isalpha())]
         return len(symbols) < 2 or symbols[0] == symbols[1]
 
     @property
@@ -154,6 +169,8 @@ def _one_mark(text: str, decimal: str) -> str:
     """The text with its numbers by one writing: no groups of thousands, a point before the decimals."""
     if not any(sign.isdigit() for sign in text):
         return text
+    text = regex.sub(r"(?<![\w.,])\.(?=\d)", "0.", text)  # .5 is not 5
+    text = regex.sub(r"(?<![\p{L}\d.,])(\d[\d.,]*)(?=\p{L})", r"\1 ", text)  # 5mg is 5 mg
     other = "." if decimal == "," else ","
     text = regex.sub(
         rf"(?<![\d.,])\d{{1,3}}(?:\{other}\d{{3}})+(?!\d|[{other}]\d)", lambda found: found[0].replace(other, ""), text
@@ -180,7 +197,12 @@ def conventions_of(references: tuple[str, ...], known: tuple[str, ...] = (), sca
     every = (*references, *known[:within])
     texts = list(dict.fromkeys(every))
     letters = "".join(texts)
-    found = Conventions(decimal=decimal_mark(texts))
+    in_brackets = sum(_IN_BRACKETS.fullmatch(text.strip()) is not None for text in references)
+    found = Conventions(
+        decimal=decimal_mark(texts),
+        code=2 * sum(_CODE.search(text) is not None for text in references) >= len(references),
+        accounts=0 < in_brackets < len(references),
+    )
     if any(sign in letters for sign in DOTLESS):
         small = (word for text in texts for word in words(text) if "I" not in word)
         found = replace(found, turkish=frozenset(folded(word) for word in small))
@@ -236,7 +258,7 @@ def _sets(found: Conventions, every: Sequence[str], separator: str, parts: Seque
         return None
     if any(len(label.split()) > LABEL_WORDS for label in counts) or any(len(set(some)) < len(some) for some in listed):
         return None
-    if all(regex.fullmatch(r"[-+]?[\d.]+", label) for label in counts):  # coordinates, or a decimal comma
+    if all(regex.fullmatch(r"[-+]?[\d. ]+", label) for label in counts):  # coordinates, or a decimal comma
         return None
     if sum(len(some) > 1 for some in listed) < SEVERAL * len(every) or len({frozenset(some) for some in listed}) < 3:
         return None
@@ -280,6 +302,7 @@ def _numbers(found: Conventions, references: tuple[str, ...], every: tuple[str, 
     """Numbers, if nearly all references are some, in one unit; whole ones of few values in a row, often, are a scale."""
 
     def number(text: str) -> Number | None:
+        text = found.signed(text)
         whole = whole_number(text, found.decimal)
         return answering(text, found.decimal) if whole is None and _MARKED.search(text) else whole
 

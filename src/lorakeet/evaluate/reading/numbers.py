@@ -11,7 +11,7 @@ from lorakeet.evaluate.reading.texts import plain
 
 UNITS = {
     **dict.fromkeys(("percent", "prozent", "procent", "pct"), "%"), **dict.fromkeys(("eur", "euro", "euros"), "€"),
-    **dict.fromkeys(("usd", "dollar", "dollars"), "$"), "gbp": "£", "jpy": "¥", "try": "₺", "inr": "₹",
+    **dict.fromkeys(("usd", "us$", "dollar", "dollars"), "$"), "gbp": "£", "jpy": "¥", "try": "₺", "inr": "₹",
 }  # fmt: skip
 TIMES = {
     **dict.fromkeys(("k", "thousand", "tausend", "mille", "bin"), 1e3),
@@ -19,18 +19,18 @@ TIMES = {
     **dict.fromkeys(("billion", "billions", "bn", "mrd", "milliarde", "milliarden", "milliard", "milliards", "milyar"), 1e9),
 }  # fmt: skip
 LARGEST = 1e100  # larger ones are none: their differences would overflow
-_CURRENCY = r"\p{Sc}"
+_CURRENCY = r"(?:[A-Z]{1,2})?\p{Sc}"  # HK$ is not $
 _SPACE = r"[ \u00a0\u2009\u202f'’]"
-_DIGITS = rf"\d{{1,3}}(?:{_SPACE}\d{{3}})+(?!\d)(?:[.,]\d+)?|\d(?:[\d.,]*\d)?|[.,]\d+"
+_FRACTION = r"(?:\d{1,9} )?(?<!/)\d{1,15} ?/ ?[1-9]\d{0,14}(?![\d/])"  # 3/4 or 1 1/2, and no date
+_DIGITS = rf"{_FRACTION}|\d{{1,3}}(?:{_SPACE}\d{{3}})+(?!\d)(?:[.,]\d+)?|\d(?:[\d.,]*\d)?|[.,]\d+"
 _NUMBER = regex.compile(
     rf"(?<![\p{{L}}\p{{N}}_)\]]|\d[.,])(?P<sign>[-+](?=[\d.,]|{_CURRENCY}))?"
     rf"(?P<money>{_CURRENCY}|(?<!\p{{L}})[A-Z]{{3}}(?=[ ]?[\d-]))?[ ]?(?P<inner>-(?=\d))?(?<!\d)(?P<digits>{_DIGITS})"
     rf"(?:[eE](?P<e>[-+]?[0-9]{{1,3}}(?![0-9]))|[ ]?[×x*·][ ]?10(?:\^|\*\*)(?P<ten>[-+]?[0-9]{{1,3}}(?![0-9])))?"
-    rf"(?:[ ]?(?P<unit>%|°?\p{{L}}+(?:/\p{{L}}+)?|{_CURRENCY}|°))?"
+    rf"(?:[ ]?(?P<unit>[%‰]|°?\p{{L}}+(?:/\p{{L}}+)?|{_CURRENCY}|°))?"
 )
 _MINUS = regex.compile(r"\b(?:minus|negative|moins|menos|eksi)\s+(?=[\d.,])", regex.I)
 _GROUPS = regex.compile(r"\d{1,3}(?:([.,])\d{3})(?:\1\d{3})*")
-_FRACTION = regex.compile(r"[-+]?[0-9]{1,15}\s*/\s*[1-9][0-9]{0,14}")
 _IS = r"(?:is|are|was|equals|ist|sind|lautet|beträgt|est|es|è|:|=)"
 _ANSWER = regex.compile(
     r"\b(?:answer|result|total|solution|antwort|ergebnis|lösung|réponse|résultat|respuesta|resultado|risposta|risultato|cevap|"
@@ -43,7 +43,8 @@ _EQUALS = regex.compile(r"[=≈]")
 _ABOUT = r"(?:about|around|approximately|exactly|only|etwa|rund|genau|environ)"
 _COPULA = regex.compile(rf"\b{_IS}\s+{_ABOUT}?\s*(?=\W{{0,3}}\d)", regex.I)
 _REFERRED = regex.compile(
-    r"\([^()]*\)|\[[^\[\]]*\]|\b(?:pages?|pp?\.|steps?|sections?|chapters?|lines?|rows?|figures?|fig\.|tables?|notes?|seite|"
+    r"\([^()]*\)|\[[^\[\]]*\]|(?:±|\bout of)\s*\d[\d.,]*|"
+    r"\b(?:pages?|pp?\.|steps?|sections?|chapters?|lines?|rows?|figures?|fig\.|tables?|notes?|seite|"
     r"schritt|kapitel|zeile|sayfa|página|pagina)\s*\d+(?:\s?[-–]\s?\d+)?|"
     r"\b(?:not|rather than|instead of|nicht|statt|au lieu de|pas)\s+\d[\d.,]*",
     regex.I,
@@ -77,7 +78,7 @@ def decimal_mark(texts: Iterable[str]) -> str:
 
 
 def numbers_in(text: str, decimal: str) -> Iterator[Number]:
-    """The numbers of a text in `plain` form. A date or a version, such as 1.12.2024, is none; "1,2,3" are three."""
+    """The numbers of a text in `plain` form. A date or a version, such as 1.12.2024, is none; "1,2,3" are three, 1 1/2 is one."""
     for found in _NUMBER.finditer(text):
         sign = -1 if "-" in ((found["sign"] or "") + (found["inner"] or "")) else 1
         power = int(found["e"] or found["ten"] or 0)
@@ -93,6 +94,9 @@ def numbers_in(text: str, decimal: str) -> Iterator[Number]:
 
 
 def _values(digits: str, decimal: str) -> list[float]:
+    if "/" in digits and digits.isascii():
+        *whole, above, below = map(int, regex.findall(r"\d+", digits))
+        return [sum(whole) + above / below]
     digits = regex.sub(_SPACE, "", digits)
     if not digits.isascii():  # of a script that `plain` does not know
         return []
@@ -115,8 +119,6 @@ def _values(digits: str, decimal: str) -> list[float]:
 def whole_number(text: str, decimal: str) -> Number | None:
     """The number that a text consists of, with its unit; None if there is more in it, or a code such as 007."""
     text = _MINUS.sub("-", plain(text).strip().strip("*`").rstrip(".").strip())
-    if (fraction := _fraction(text)) is not None:
-        return fraction
     found = _NUMBER.fullmatch(text)
     parts = list(numbers_in(text, decimal)) if found else []
     zeros = found is not None and regex.match(r"0\d", found["digits"])
@@ -130,8 +132,6 @@ def answering(text: str, decimal: str) -> Number | None:
     one behind the verb of a single sentence; else the last, not in brackets and not of a page or a step.
     """
     text = _MINUS.sub("-", plain(text).strip())
-    if (fraction := _fraction(text)) is not None:
-        return fraction
     found = list(numbers_in(text, decimal))
     if not found:
         return None
@@ -149,14 +149,6 @@ def answering(text: str, decimal: str) -> Number | None:
     ranges = {one.start for one in outside if regex.match(r"\s?[-–]\s?\d", text[one.end :])}
     copula = _behind(_COPULA, text, [one for one in outside if one.start not in ranges]) if one_sentence else None
     return _behind(_EQUALS, text, found) or (first if starts else copula or (outside or found)[-1])
-
-
-def _fraction(text: str) -> Number | None:
-    """The number that is written as one fraction, such as 3/4; None for other texts."""
-    if not _FRACTION.fullmatch(text):
-        return None
-    above, below = text.split("/")
-    return Number(int(above) / int(below), 0, len(text), "")
 
 
 def _behind(sign: regex.Pattern[str], text: str, found: list[Number]) -> Number | None:

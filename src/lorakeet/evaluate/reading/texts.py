@@ -10,7 +10,9 @@ import regex
 _LETTER = r"[\p{L}\p{M}\p{N}]"
 _SIGNS = r"[^\s\p{L}\p{M}\p{N}]"
 _HAS_LETTER = regex.compile(_LETTER)
-_WORD = regex.compile(rf"(?<!{_LETTER})[-+](?=\p{{N}}){_LETTER}+|{_LETTER}+(?:['’]{_LETTER}+)*|{_SIGNS}+")
+_WORD = regex.compile(
+    rf"(?<!{_LETTER})[-+](?=\p{{N}}){_LETTER}+|{_LETTER}+(?:['’]{_LETTER}+)*|{_SIGNS}(?:(?![-+]\p{{N}}){_SIGNS})*"
+)
 _UNSPACED = regex.compile(r"([\u0e00-\u0eff\u1000-\u109f\u1780-\u17ff\u3040-\u30ff\u3400-\u4dbf\u4e00-\u9fff\uf900-\ufaff])")
 _FENCED = regex.compile(r"^[ \t]*(```+|~~~+)[^\n`]*\n(.*?)^[ \t]*\1[ \t]*$", regex.M | regex.S)
 _EMPHASIS = regex.compile(r"(?<![\w*])(\*{1,3})(?=\S)([^*\n]+)(?<=\S)\1(?![\w*])")
@@ -19,6 +21,8 @@ _POWER = regex.compile(r"(\p{L}?)([⁰¹²³⁴-⁹⁺⁻]+)")
 _CLOSING = ".,;:!?…'`\"’”»)]}"  # behind a sign they end the sentence or the bracket, and are no part of it
 _OPENING = "([{`\"'«‘“¿¡"
 _SOFT = regex.compile(r"(?:(?![%‰&*@#/\\\-_§])\p{P}|[`´])+")  # between words they only separate them
+_VOWEL_POINTS = regex.compile("[\u0640\u064b-\u0652]")  # of Arabic, which most texts leave out
+_INITIALS = regex.compile(r"(?<![\w@.-])\p{L}(?:\.\p{L})+\.?(?![\w@])")  # U.S. is US, and q.d. qd
 _RAISED = regex.compile(r"(?<=\p{L}\d*)\^\{?([-+]?\d+[-+]?|[-+])\}?")  # x^2 is x²; 10^2 stays
 _ONE_SIGN = str.maketrans(
     {**dict.fromkeys("‐‑−﹣－", "-"), **dict.fromkeys("‘’ʼ", "'"), "≥": ">=", "≤": "<=", "≠": "!=", "\ufe0f": ""}
@@ -71,6 +75,7 @@ def bare(text: str) -> str:
 
     Punctuation, quotes, brackets, bullets and emphasis around words go; + − = < > % & / and their like stay.
     """
+    text = _INITIALS.sub(lambda found: found[0].replace(".", ""), _VOWEL_POINTS.sub("", text))
     text = _UNSPACED.sub(r" \1 ", plain(_EMPHASIS.sub(r"\2", _MARKUP.sub("", plain(text)))))
     return " ".join(kept for found in _WORD.finditer(text) if (kept := _kept(found[0], text, *found.span())))
 
@@ -80,6 +85,8 @@ def _kept(word: str, text: str, start: int, end: int) -> str:
     if _HAS_LETTER.search(word):
         return word
     before, after = text[start - 1 : start], text[end : end + 1]
+    if word == "_" and before.isalpha() and after.isalpha():
+        return ""  # not_spam is not spam
     if word in "-–" and before.isalnum() and after.isalnum():
         return "-" if before.isdigit() and after.isdigit() else ""  # 2024-01-02, but well-known
     if word in ".:" and before.isdigit() and after.isdigit():

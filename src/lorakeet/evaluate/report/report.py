@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 from functools import cache
 from importlib.resources import files
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 import jinja2
 import numpy as np
@@ -18,7 +18,7 @@ from lorakeet.disk import read_regular
 from lorakeet.errors import DataError, reader
 from lorakeet.evaluate.answers import Confusion
 from lorakeet.evaluate.calibration import ReliabilityBin
-from lorakeet.evaluate.certificate import Certificate
+from lorakeet.evaluate.certificate import Certificate, takes_digest, with_digest
 from lorakeet.evaluate.compare import Comparison
 from lorakeet.evaluate.intervals import Estimate, Floats
 from lorakeet.evaluate.report import charts
@@ -27,7 +27,7 @@ from lorakeet.evaluate.report.rank_values import RankCurve, RankMap, Search, cur
 from lorakeet.evaluate.report.target_row import TargetRow
 from lorakeet.evaluate.report.templates import page_templates
 from lorakeet.evaluate.suspects import SuspectLabel
-from lorakeet.evaluate.values import from_text, put_text, to_text
+from lorakeet.evaluate.values import decode, from_text, put_text, to_text
 from lorakeet.evaluate.verdict import Verdict
 from lorakeet.evaluate.wording import METRIC_WORDS, bytes_text, check_words, compact, metric_words, number, signed, span
 
@@ -241,19 +241,22 @@ class Report:
 
 
 def write_report(report: Report, folder: Path) -> None:
-    """Writes report.json and report.html into `folder`, each atomically."""
-    put_text(folder / "report.json", to_text(report))
+    """Writes report.json, with its own digest, and report.html into `folder`, each atomically."""
+    put_text(folder / "report.json", with_digest(to_text(report)))
     put_text(folder / "report.html", render_html(report))
 
 
 @reader("a report")
 def read_report(path: Path) -> Report:
-    """Reads a report.json. Raises DataError if it cannot be read."""
+    """Reads a report.json. Raises DataError if it cannot be read, or was edited."""
     try:
         text = read_regular(path).decode("utf-8")
     except (OSError, UnicodeDecodeError) as error:
         raise DataError(f"Cannot read the report {path}: {error}; expected a report.json that a run wrote.") from error
-    return from_text(Report, text, where=str(path))
+    data = from_text(dict[str, Any], text, where=str(path))
+    if takes_digest(data) is False:
+        raise DataError(f"{path} was edited after it was written: its digest is of another text. Put back what was written.")
+    return decode(Report, data, where=str(path))
 
 
 def _asset(name: str) -> str:

@@ -30,7 +30,8 @@ def base_identity(model: ModelSpec) -> dict[str, str]:
     place = _place_of(model)
     if place is None or not (_is_weights(place) or any(map(_is_weights, (*place.glob("*"), *place.glob("*/*"))))):
         return {}
-    return {WEIGHTS: content_of(place), QUANTISATION: model.quantize.method}
+    found = {WEIGHTS: content_of(place), QUANTISATION: model.quantize.method}
+    return found | (tokenizer_identity(place, base=True) if place.is_dir() else {})
 
 
 def _is_weights(path: Path) -> bool:
