@@ -27,6 +27,7 @@ from lorakeet.evaluate.served.rounding_noise import FALSE_ALARM, Replica, Roundi
 from lorakeet.evaluate.spec import EvaluateSpec
 from lorakeet.exporting.tolerances import FEW_BITS, PRECISIONS, Allowed, allowed_by_rounding, precision_said
 from lorakeet.models.generate.sample import end_ids
+from lorakeet.models.inject import adapter_of
 from lorakeet.workflows.planning.check import GREEDY_TOKENS
 from lorakeet.workflows.runs.server_answer import CallRefused
 from lorakeet.workflows.verification.artefact import InTorch
@@ -34,6 +35,7 @@ from lorakeet.workflows.verification.checks import Probes, answers_of_rows, chec
 from lorakeet.workflows.verification.diagnose import LIKELY_CAUSE, cause_from_reported, changed_pairs
 from lorakeet.workflows.verification.modules import MINUTES, Further, check_modules
 from lorakeet.workflows.verification.rounding import LIKELY, Place, Reading, Reported, replicas, replicas_of_few_bits, seen_by
+from lorakeet.workflows.verification.same_file import check_same_file
 from lorakeet.workflows.verification.server_apis import TOP, Token, Written, find_api
 from lorakeet.workflows.verification.written_text import TextPosition, TextReading, read_text
 
@@ -361,6 +363,18 @@ class _Comparison:
             self.checks += found[0]
             self.modules.append(found[1])
 
+    def check_same_file(self) -> None:
+        """Whether it answers as the certified adapter does that is loaded beside it, where it loads any at run time."""
+        rows, adapter = [ids.tolist() for ids in self.probes.rows], self.live.adapter
+        if adapter is None or not rows:
+            return
+        self.say("Loads the certified adapter into the server once more, where it takes one, and unloads it.")
+        found = check_same_file(self.server.api, self.names, adapter_of(self.live.text.model, adapter), rows)
+        if isinstance(found, str):
+            self.skip("whether the certified adapter, loaded beside it, gives the same answers", found)
+        else:
+            self.checks.append(found)
+
     def _further(self) -> Further:
         """How more is learned of the server; nothing more where a check has failed already."""
         takes_ids = self.server.api.takes_ids
@@ -474,6 +488,7 @@ def _compare(found: _Comparison) -> None:
     found.check_reported(reported)
     found.check_answers()
     if found.minutes:
+        found.check_same_file()
         found.check_modules(reported)
     else:
         found.skip("which modules are active", "--no-modules was given")

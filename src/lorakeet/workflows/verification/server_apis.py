@@ -84,17 +84,26 @@ def ask(
 
 def _answer(url: str, path: str, body: Mapping[str, Any] | None, key: str) -> dict[str, Any]:
     try:
-        with open_answer(url + path, body, key=key) as response:
-            found = json.loads(read_answer(response))
-    except urllib.error.HTTPError as error:
-        raise CallRefused(f"{url}{path} refuses {refusal_of(error)} Correct --against, or the server.", error.code) from error
-    except (urllib.error.URLError, OSError, ValueError, HTTPException, RecursionError) as error:
-        raise EnvironmentProblem(
-            f"{url}{path} gives no answer that can be used ({error}). Start the server, or correct --against."
-        ) from error
+        found = json.loads(_read(url, path, body, key))
+    except (ValueError, RecursionError) as error:
+        raise _unusable(url + path, error) from error
     if not isinstance(found, dict):
         raise EnvironmentProblem(f"{url}{path} answers {str(found)[:80]!r}; expected a JSON object.")
     return found
+
+
+def _read(url: str, path: str, body: Mapping[str, Any] | None, key: str) -> bytes:
+    try:
+        with open_answer(url + path, body, key=key) as response:
+            return read_answer(response)
+    except urllib.error.HTTPError as error:
+        raise CallRefused(f"{url}{path} refuses {refusal_of(error)} Correct --against, or the server.", error.code) from error
+    except (urllib.error.URLError, OSError, ValueError, HTTPException) as error:
+        raise _unusable(url + path, error) from error
+
+
+def _unusable(place: str, error: Exception) -> EnvironmentProblem:
+    return EnvironmentProblem(f"{place} gives no answer that can be used ({error}). Start the server, or correct --against.")
 
 
 _Call = TypeVar("_Call", bound=Callable[..., Any])
@@ -116,6 +125,7 @@ class Api:
     """OpenAI's API, as lorakeet serve and most servers have it. None stands for what is not reported."""
 
     takes_ids = True
+    loads = "/v1/load_lora_adapter"  # the call that loads an adapter; "" where all are given at the start
 
     def __init__(self, url: str, model: str, key: str = "") -> None:
         """`key` is sent with every call."""
@@ -127,6 +137,17 @@ class Api:
     def serves_it(self) -> bool:
         """Whether the server lists the model."""
         return self.model in {str(one.get("id", "")) for one in self._ask("/v1/models").get("data") or ()}
+
+    @understood
+    def load(self, name: str, folder: str) -> Api:
+        """Loads an adapter folder of PEFT's under another name, beside all others: the API of that one."""
+        _read(self.url, self.loads, {"lora_name": name, "lora_path": folder}, self.key)
+        return type(self)(self.url, name, self.key)
+
+    @understood
+    def unload(self) -> None:
+        """Unloads the adapter that is asked for."""
+        _read(self.url, self.loads.replace("/load_", "/unload_"), {"lora_name": self.model}, self.key)
 
     def _ask(self, path: str, body: Mapping[str, Any] | None = None) -> dict[str, Any]:
         return ask(self.url, path, body, key=self.key)
@@ -263,6 +284,8 @@ class VllmApi(Api):
 class LlamaCppApi(Api):
     """llama-server's own API."""
 
+    loads = ""
+
     @understood
     def serves_it(self) -> bool:
         return True  # it has one model, whatever it is called
@@ -297,6 +320,8 @@ class LlamaCppApi(Api):
 
 class SglangApi(Api):
     """SGLang's own API (0.5.23): log-probabilities as [log p, id, text], and adapters by `lora_path`."""
+
+    loads = "/load_lora_adapter"
 
     @understood
     def about(self) -> str:
@@ -348,6 +373,7 @@ class OllamaApi(Api):
     """Ollama's own API, which goes through its template and takes no token ids."""
 
     takes_ids = False
+    loads = ""
 
     @understood
     def serves_it(self) -> bool:
