@@ -146,7 +146,7 @@ class Api:
 
     @understood
     def unload(self) -> None:
-        """Unloads the adapter that is asked for."""
+        """Unloads the adapter of this API."""
         _read(self.url, self.loads.replace("/load_", "/unload_"), {"lora_name": self.model}, self.key)
 
     def _ask(self, path: str, body: Mapping[str, Any] | None = None) -> dict[str, Any]:
