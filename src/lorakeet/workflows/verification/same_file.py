@@ -37,17 +37,17 @@ def check_same_file(api: Api, names: tuple[str, str], adapter: Adapter, rows: Se
     if api.model not in adapters_of(api.url, api.key):
         return "the server lists no adapter of this name"
     every, chance = np.unique(np.concatenate([np.asarray(row) for row in rows])), np.random.default_rng(0)
-    differ = varied = told = 0
+    differ = varied = known = 0
     try:
         with _loaded(api, adapter) as (first, second):
             for prompt in chance.choice(every, (PROMPTS, LENGTH)).tolist():
                 served, once, again = (one.write(prompt, WRITTEN) for one in (api, first, second))
                 differ, varied = differ + (served != once), varied + (once != again)
-                told += any(step.top for step in once.steps)  # an answer may end at once
+                known += any(step.top for step in once.steps)  # an answer may end at once
     except EnvironmentProblem as error:
         return f"{error} It must load adapters at run time, from the folder for temporary files (TMPDIR)"
-    if told < PROMPTS / 2:
-        return f"the server reports log-probabilities of {told} of {PROMPTS} answers"
+    if known < PROMPTS / 2:
+        return f"the server reports log-probabilities of {known} of {PROMPTS} answers"
     if varied or 0 < differ < PROMPTS / 2:
         return f"the server answers {max(varied, differ)} of {PROMPTS} prompts otherwise from time to time"
     detail = "The server answers with another adapter than the certified one, loaded beside it." if differ else ""
