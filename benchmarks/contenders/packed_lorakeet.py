@@ -16,9 +16,9 @@ from lorakeet.train.run import RunFolder
 from lorakeet.workflows.finetuning.cuda_graphs import record_graphs
 
 
-def train_packed(workload: Workload, dtype: str, *, kernels: str = "torch", recorded: bool = False) -> StepLog:
+def train_packed(workload: Workload, dtype: str, *, recorded: bool = False) -> StepLog:
     """The workload's steps; SystemExit where they would have other rows."""
-    ready = lorakeet_on(workload, kernels, recorded=recorded, dtype=dtype)
+    ready = lorakeet_on(workload, recorded=recorded, dtype=dtype)
     require_same_rows(ready.task, workload)
     text = ready.task.text
     log = StepLog(
@@ -27,7 +27,6 @@ def train_packed(workload: Workload, dtype: str, *, kernels: str = "torch", reco
             "rows lie": "flat",
             "attention": text.attention,
             "products": str(text.products).removeprefix("torch."),
-            "kernels": kernels,
             "recorded": str(recorded),
         },
     )

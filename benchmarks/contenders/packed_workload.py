@@ -38,11 +38,11 @@ class Ready:
     config: RunConfig
 
 
-def lorakeet_on(workload: Workload, kernels: str = "torch", *, recorded: bool = False, dtype: str = "bfloat16") -> Ready:
+def lorakeet_on(workload: Workload, *, recorded: bool = False, dtype: str = "bfloat16") -> Ready:
     """Lorakeet over the workload's model, as a run file with these settings loads it."""
     settings = {
         "data.train": "none", "data.max_tokens": workload.longest, "model.path": workload.model, "model.device": workload.device,
-        "model.dtype": dtype, "model.quantize.method": workload.quantize, "model.kernels": kernels,
+        "model.dtype": dtype, "model.quantize.method": workload.quantize,
         "lora.rank": workload.rank, "lora.alpha": workload.alpha, "train.seed": workload.seed,
         "train.batch_size": workload.batch_size, "train.micro_tokens": workload.micro_tokens, "train.schedule": "constant",
         "train.warmup_fraction": 0.0, "train.length_grouping": False, "train.learning_rate": workload.learning_rate,

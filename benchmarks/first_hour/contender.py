@@ -30,7 +30,6 @@ from lorakeet.core.spec import LoraSpec
 from lorakeet.memory.cuda import gpu_peak_bytes
 from lorakeet.models.targets import plan_for
 from lorakeet.models.text.adapters import initialise_adapter
-from lorakeet.models.text.model import TextModel
 from lorakeet.train.text.task import TextTask
 from lorakeet.workflows.finetuning.cuda_graphs import record_graphs
 from lorakeet.workflows.planning.rehearse_text import silent_training
@@ -122,12 +121,10 @@ def settings_of(tokens: int, steps: int, rows: int, **more: str) -> RunConfig:
 
 def _ours(asked: dict[str, Any], device: torch.device) -> Callable[[list[Any]], tuple[Step, Callable[[], object]]]:
     """Lorakeet's own training step."""
-    graphs, triton = (asked["program"] == name for name in OURS[1:])
-    if device.type != "cuda" and (graphs or triton):
+    graphs = asked["program"] == OURS[1]
+    if device.type != "cuda" and graphs:
         raise NotHere("it needs a CUDA device")
     text = frozen_text(asked["shape"], device, getattr(torch, asked["dtype"]), base=asked["base"])
-    if triton:
-        _put_kernels(text)
     plan = plan_for(text.model, LoraSpec(rank=RANK, alpha=2.0 * RANK), text.family)
     text = initialise_adapter(text, plan, seed=0)
 
@@ -155,15 +152,6 @@ def _ours(asked: dict[str, Any], device: torch.device) -> Callable[[list[Any]], 
         return step, passes
 
     return make
-
-
-def _put_kernels(text: TextModel) -> None:
-    from lorakeet.kernels.tiled_weight import TritonRequest
-    from lorakeet.models.kernels import check_kernels, use_kernels
-
-    request = TritonRequest(64)
-    check_kernels([text.model], request, text.products)
-    use_kernels(text.model, request)
 
 
 def _peer(asked: dict[str, Any], device: torch.device) -> Callable[[list[Any]], tuple[Step, Callable[[], object]]]:

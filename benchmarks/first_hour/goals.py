@@ -8,7 +8,7 @@ from statistics import median
 from typing import Any
 
 GB = 10**9
-OURS = ("lorakeet", "lorakeet, CUDA graphs", "lorakeet, kernels triton")  # Lorakeet's own ways
+OURS = ("lorakeet", "lorakeet, CUDA graphs")  # Lorakeet's own ways
 PEERS = ("PEFT + Liger", "PEFT + Liger, checkpointing")
 FAILED = "failed"
 STREAMED = "8B nf4, budget 3.4 GB, host"

@@ -5,7 +5,6 @@ from __future__ import annotations
 import platform
 import time
 from collections.abc import Callable
-from importlib.util import find_spec
 from typing import Any
 
 import torch
@@ -28,7 +27,6 @@ def run(found: Findings) -> None:
     found.attempt("product_flops", lambda: rate(found.device, probe=probe, dtype=found.dtype))
     found.attempt("copies_bytes_per_second", lambda: _copies(found))
     found.attempt("torch_launch_seconds", lambda: _of_host(found, torch.zeros(64, device=found.device).add_, 1.0))
-    found.attempt("triton_launch_seconds", lambda: _triton_launch(found))
 
 
 def _card(found: Findings) -> dict[str, Any]:
@@ -68,14 +66,3 @@ def _of_host(found: Findings, action: Callable[..., Any], *given: Any) -> float:
     taken = (time.perf_counter() - began) / count
     found.synchronize()
     return taken
-
-
-def _triton_launch(found: Findings) -> Any:
-    """The same for a Triton kernel; on a CPU Triton interprets it."""
-    if find_spec("triton") is None:
-        return {"not_run": "Triton is not installed"}
-    from lorakeet.kernels.triton.tiles import unpack_tiles
-    from lorakeet.quant.nf4 import Nf4Base
-
-    weight, out = Nf4Base((2, 64), device=found.device), torch.zeros(2, 64, device=found.device, dtype=found.dtype)
-    return _of_host(found, unpack_tiles, weight.in_tiles(), out)

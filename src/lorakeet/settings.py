@@ -23,6 +23,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, TypeVar
 
 from lorakeet.errors import ConfigError, Problems, nearest
+from lorakeet.setting import Removed
 
 if TYPE_CHECKING:
     from _typeshed import DataclassInstance
@@ -178,9 +179,11 @@ class _Reader:
         if not isinstance(mapping, Mapping):
             self.misfit(prefix.rstrip(".") or "The whole", mapping, "a mapping with keys " + _listed(_names(cls)))
             return None
-        names = _names(cls)
+        names, removed = _names(cls), getattr(cls, "REMOVED", {})
         for key in mapping:
-            if key not in names:
+            if key in removed:
+                self.removed(f"{prefix}{key}", mapping[key], removed[key])
+            elif key not in names:
                 self.unknown(str(key), names, prefix)
         values: dict[str, Any] = {}
         complete = True
@@ -243,6 +246,10 @@ class _Reader:
             near = difflib.get_close_matches(leaf, by_leaf, n=1, cutoff=0.8)
             hint = f"Did you mean '{by_leaf[near[0]]}'?" if near else f"Known keys here: {_listed(names)}."
         self.problems.add(f"Unknown key '{path}' {self.source(path)}. {hint}")
+
+    def removed(self, path: str, given: Any, setting: Removed) -> None:
+        if setting.same and given not in setting.same:
+            self.problems.add(f"{path} {self.source(path)} is {_shown(given)}. {setting.why} Leave it out.")
 
     def source(self, path: str) -> str:
         return f"({self.origins[path]})" if path in self.origins else f"in {self.where}"

@@ -15,15 +15,10 @@ from lorakeet.kernels.flash_varlen import FlashVarlen, by_definition, proved
 from lorakeet.kernels.newer_flash import implementation
 from lorakeet.kernels.protocol import Situation
 from lorakeet.kernels.row_sinks import sinks_proved
-from lorakeet.kernels.tiled_weight import TritonRequest
-from lorakeet.kernels.triton.support import why_not_on
-from lorakeet.models.kernels import check_kernels
 from lorakeet.quant.construct import quantise_weight
 from lorakeet.quant.int8 import Int8Base
 from lorakeet.quant.nf4 import Nf4Base, dequantise_blocks
-from lorakeet.quant.packed import PackedLinear
 from lorakeet.quant.spec import QuantSpec
-from tiny.triton_device import needs_triton
 
 pytestmark = [pytest.mark.gpu, pytest.mark.filterwarnings("default")]  # those of drivers and compilers are no failures
 SHAPE = (384, 512)
@@ -115,17 +110,6 @@ def test_int8_products(gpu: torch.device, narrow: torch.dtype) -> None:
     found = base.matmul(x.to(gpu, narrow)).float().cpu()
     expected = x.to(narrow).float() @ base.dense().float().cpu().t()
     assert (found - expected).abs().max() <= 0.02 * expected.abs().max()
-
-
-@needs_triton
-def test_lorakeets_triton_kernels(real_gpu: torch.device, narrow: torch.dtype) -> None:
-    """The proof of a load, for a dense weight and one in NF4."""
-    if why := why_not_on(real_gpu):
-        pytest.skip(why)
-    linear = torch.nn.Linear(SHAPE[1], SHAPE[0], bias=False, device=real_gpu, dtype=narrow).requires_grad_(False)
-    packed = PackedLinear(quantise_weight(linear.weight.cpu(), QuantSpec(method="nf4")).to(real_gpu), None)
-    request = TritonRequest(64)
-    check_kernels([linear, torch.nn.ModuleList([packed])], request, narrow)
 
 
 @pytest.mark.parametrize("kind", ["norm", "gates", "rotation", "loss"])

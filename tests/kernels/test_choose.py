@@ -41,8 +41,6 @@ def test_each_kernel_that_is_passed_over_has_a_reason() -> None:
     reasons = {kernel.name: reason for kernel, reason in passed_over("elementwise ops", situation)[1]}
     assert reasons["C: elementwise.c"] == "takes bfloat16; states are float32, matrix products run in float32"
     assert reasons["Liger: norm, gate, rotary positions"] == "it is a kernel for CUDA GPUs"
-    reasons = {kernel.name: reason for kernel, reason in passed_over("dequantise", situation)[1]}
-    assert reasons["Triton: tiles"] == "not requested (model.kernels is torch)"
 
 
 def test_kernels_have_distinct_names_within_a_task() -> None:

@@ -15,9 +15,9 @@ from torch import Tensor
 from lorakeet.core.fused.attention import rotated
 from lorakeet.kernels import liger as kernels
 from lorakeet.kernels import proof
+from lorakeet.kernels import triton_support as support
 from lorakeet.kernels.choose import elementwise_ops, loss_kernel, passed_over
 from lorakeet.kernels.protocol import Situation
-from lorakeet.kernels.triton import support
 from lorakeet.train.text.loss import frozen_head_losses
 
 CPU, CUDA = torch.device("cpu"), torch.device("cuda", 0)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib.util
 import inspect
 from typing import Any
 
@@ -16,7 +15,6 @@ from lorakeet.kernels.protocol import (
     DenseProducts,
     Dequantiser,
     ElementwiseOps,
-    FusedPair,
     InferencePairs,
     Int8Products,
     Kernel,
@@ -34,7 +32,6 @@ TASKS: dict[str, Any] = {
     "product, quantised weight": QuantisedProducts,
     "product in int8": Int8Products,
     "dequantise": Dequantiser,
-    "product and pair in one": FusedPair,
     "low-rank pairs, training": LowRankProducts,
     "low-rank pairs, inference": InferencePairs,
 }
@@ -42,8 +39,6 @@ TASKS: dict[str, Any] = {
 
 @pytest.mark.parametrize("kernel", [kernel for kernels in TABLE.values() for kernel in kernels], ids=lambda kernel: kernel.name)
 def test_every_source_can_be_loaded(kernel: Kernel) -> None:
-    if ".triton." in kernel.source and importlib.util.find_spec("triton") is None:
-        pytest.skip("Triton is not installed")
     assert (kernel.offers is None) == (not kernel.source) and kernel.offers is kernel.offers
     assert bool(kernel.needs) == (kernel.takes is not None)
 
@@ -51,7 +46,7 @@ def test_every_source_can_be_loaded(kernel: Kernel) -> None:
 @pytest.mark.parametrize(("task", "protocol"), TASKS.items())
 def test_kernels_offer_the_functions_of_their_task(task: str, protocol: Any) -> None:
     for kernel in TABLE[task]:
-        if kernel.source and not (".triton." in kernel.source and importlib.util.find_spec("triton") is None):
+        if kernel.source:
             names = {*inspect.get_annotations(protocol), *(name for name in vars(protocol) if not name.startswith("_"))}
             assert names and all(hasattr(kernel.offers, name) for name in names)
 

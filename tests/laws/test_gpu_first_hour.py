@@ -53,7 +53,7 @@ def test_every_stage_runs_in_a_rehearsal(tmp_path: Path) -> None:
     stages = report["stages"]
     assert report["rehearsal"] and [*stages] == [*"abcdefghi"]
     assert {stage["ended"] for stage in stages.values()} == {"done"} and "failed" not in ended.stdout
-    assert stages["a"]["found"]["product_flops"] > 0 and stages["a"]["found"]["triton_launch_seconds"] > 0
+    assert stages["a"]["found"]["product_flops"] > 0
     tests = stages["b"]["found"]["tests"]
     assert tests["tests_passed"] >= 15 and not tests["tests_failed"]
     assert stages["c"]["found"]["nf4, GPU, float32: largest gap"] == 0 and stages["c"]["found"]["fused modules"]["TrainedBlock"]
@@ -96,7 +96,7 @@ def failed(values: Mapping[str, Any]) -> dict[str, str]:
 def test_rates_and_launches_are_measured_on_the_simulated_card(on_card: simulated.Card, tmp_path: Path) -> None:
     values = found_on(on_card, "rates", tmp_path)
     assert not failed(values) and on_card.launches["mm"] > 50
-    assert values["product_flops"] > 0 and values["torch_launch_seconds"] > 0 and values["triton_launch_seconds"] > 0
+    assert values["product_flops"] > 0 and values["torch_launch_seconds"] > 0
     assert len(values["copies_bytes_per_second"]) == 4 and on_card.copies["to the card"] > 5 << 20
 
 
@@ -123,10 +123,9 @@ def test_speed_is_measured_on_the_simulated_card(on_card: simulated.Card, tmp_pa
     """It cannot stand for what other programs call in C, nor for a pool of CUDA graphs."""
     values = found_on(on_card, "speed", tmp_path)
     assert all(name.startswith(("PEFT + Liger", "lorakeet, CUDA graphs")) for name in failed(values)), failed(values)
-    for name in ("lorakeet", "lorakeet, kernels triton"):
-        for case in ("1B, none", "8B, nf4"):
-            run = values[f"{name}, {case}"]["64"]
-            assert run["peak_bytes"] > 0 and run["gpu_seconds"] > 0 and math.isfinite(run["last_loss"])
+    for case in ("1B, none", "8B, nf4"):
+        run = values[f"lorakeet, {case}"]["64"]
+        assert run["peak_bytes"] > 0 and run["gpu_seconds"] > 0 and math.isfinite(run["last_loss"])
 
 
 def test_waits_are_watched_on_the_simulated_card(on_card: simulated.Card, tmp_path: Path) -> None:

@@ -14,11 +14,10 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from lorakeet.core.base import DenseBase, frozen_product, matmul_each
+from lorakeet.core.base import frozen_product, matmul_each
 from lorakeet.core.fused.mlp_and_norm import rms_norm
 from lorakeet.core.fused.packed_attention import causal_rows
 from lorakeet.core.layers.linear import LoraLinear, SharedInput, dense_base_of, new_pair
-from lorakeet.core.lowrank import low_rank_linear
 from lorakeet.core.pair_products import PairProducts, PairSpan
 from lorakeet.core.plan import PlanEntry
 from lorakeet.core.reordered import ReorderedBase
@@ -33,7 +32,6 @@ from lorakeet.models.spec import ModelSpec
 from lorakeet.models.text.load import load_text_model
 from lorakeet.models.text.serving import ServingModel
 from lorakeet.quant.int8 import Int8Base
-from lorakeet.quant.nf4 import Nf4Base
 from lorakeet.train.text.loss import frozen_head_losses
 from tiny import trained_blocks
 from tiny.models import save_tiny_llama
@@ -134,19 +132,6 @@ def dequantise(toys: Toys) -> None:
     assert toys.called == ["dequantise_into"] * 2
 
 
-def product_and_pair(toys: Toys) -> None:
-    toys.first(
-        "product and pair in one",
-        product_and_pair=lambda weight, x, A, B, scale: (x.new_full((len(x), len(B)), 7.0), x @ A.t()),
-        product_and_pair_t=lambda weight, grad, A, B, scale: (grad.new_full((len(grad), IN), 5.0), grad @ B),
-    )
-    x, A, B = numbers(TOKENS, IN).requires_grad_(), numbers(2, IN).requires_grad_(), numbers(OUT, 2).requires_grad_()
-    y = low_rank_linear(x, DenseBase(nn.Linear(IN, OUT, bias=False).requires_grad_(False)), (A, B, 1.0))
-    y.sum().backward()
-    assert y.unique().tolist() == [7.0] and x.grad is not None and x.grad.unique().tolist() == [5.0]
-    assert toys.called == ["product_and_pair", "product_and_pair_t"]
-
-
 def pairs_in_training(toys: Toys) -> None:
     toys.first(
         "low-rank pairs, training",
@@ -239,7 +224,6 @@ TASKS: dict[str, Callable[[Toys], None]] = {
     "product, quantised weight": quantised_product,
     "product in int8": int8_product,
     "dequantise": dequantise,
-    "product and pair in one": product_and_pair,
     "low-rank pairs, training": pairs_in_training,
     "low-rank pairs, inference": pairs_in_inference,
     "dense weights, inference": inference_weights,
@@ -266,16 +250,6 @@ def test_a_report_names_kernels_for_the_weights_at_hand(toys: Toys) -> None:
 
 def test_every_task_has_a_toy() -> None:
     assert {*TASKS, *BLOCKS} == set(TABLE)
-
-
-def test_triton_of_our_own_stays_where_no_library_does_the_job() -> None:
-    """Each such line says what no library does, and stands behind theirs; NF4 is dequantised by bitsandbytes."""
-    own = [(lines, kernel) for lines in TABLE.values() for kernel in lines if "kernels.triton." in kernel.source]
-    assert len(own) == 3
-    for lines, kernel in own:
-        assert "no library" in kernel.needs
-        assert not [each for each in lines[lines.index(kernel) :] if each.name.startswith(("bitsandbytes", "GPTQModel", "Liger"))]
-    assert Nf4Base((8, 64)).tiles_to_dequantise() is None
 
 
 def test_a_kernel_that_does_not_run_leaves_it_to_the_next(toys: Toys) -> None:

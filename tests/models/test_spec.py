@@ -4,7 +4,11 @@ from __future__ import annotations
 
 import dataclasses
 
+import pytest
+
+from lorakeet.errors import ConfigError
 from lorakeet.models.spec import ModelSpec
+from lorakeet.settings import load
 
 
 def test_a_missing_path_is_said_with_examples() -> None:
@@ -14,18 +18,12 @@ def test_a_missing_path_is_said_with_examples() -> None:
     assert ModelSpec(path="x").validate() == []
 
 
-def test_fewer_than_no_tokens_are_refused() -> None:
-    (problem,) = ModelSpec(path="x", fused_tokens=-1).validate()
-    assert problem == "model.fused_tokens is -1; expected 0 or more, such as 64."
-
-
-def test_runs_from_before_there_were_kernels_go_on() -> None:
-    before = dataclasses.asdict(ModelSpec(path="a"))
-    del before["kernels"], before["fused_tokens"]
-    assert ModelSpec(path="b").identity() == {**before, "path": ""} == ModelSpec(path="b", fused_tokens=8).identity()
-    assert list(ModelSpec().identity()) == list(before), "in the same order, since texts of it are compared"
-    assert ModelSpec(kernels="triton").identity() != ModelSpec(kernels="triton", fused_tokens=8).identity()
-    assert ModelSpec(dtype="float32").identity() != ModelSpec().identity()
+def test_a_run_from_before_a_setting_was_removed_goes_on() -> None:
+    """Its run file has the setting with the value that did what is done now; another value is refused by name."""
+    section = {"path": "a", "kernels": "torch", "fused_tokens": 8}
+    assert load(ModelSpec, section, where="old.yaml") == ModelSpec(path="a")
+    with pytest.raises(ConfigError, match=r"kernels in old\.yaml is 'triton'\. .*bitsandbytes.*Leave it out"):
+        load(ModelSpec, section | {"kernels": "triton"}, where="old.yaml")
 
 
 def test_every_field_has_a_sentence_of_help() -> None:

@@ -15,7 +15,7 @@ PLACES: dict[str, tuple[str, ...]] = {
     "huggingface_hub": ("models/", "exporting/hub.py"),
     "diffusers": ("models/image/",),
     "bitsandbytes": ("quant/", "kernels/"),
-    "triton": ("kernels/triton/",),
+    "triton": (),
     "gguf": ("formats/files/gguf_header.py", "quant/gguf.py"),
     "llama_cpp_py_sync": ("exporting/llama_cpp.py",),
     "peft": ("api/peft_bridge.py", "models/text/by_peft.py"),

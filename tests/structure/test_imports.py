@@ -55,8 +55,7 @@ def state():
 before, parts = state(), dict(pieces())
 import lorakeet
 for module in pkgutil.walk_packages(lorakeet.__path__, "lorakeet."):
-    kernels = ".triton" in module.name  # written in Triton, which is there for Linux alone
-    if not module.name.endswith("__main__") and not (kernels and importlib.util.find_spec("triton") is None):
+    if not module.name.endswith("__main__"):
         importlib.import_module(module.name)
 after, now = state(), dict(pieces())
 changed = [key for key in before if key != "handlers" and before[key] != after[key]]

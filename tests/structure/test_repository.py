@@ -11,7 +11,6 @@ from typing import Any
 
 import pytest
 from packaging.requirements import Requirement
-from packaging.version import Version
 
 from lorakeet import __version__
 from lorakeet.workflows.runs.quickstart_packages import QUICKSTART_PACKAGES
@@ -163,12 +162,6 @@ def test_continuous_integration_runs_the_same_command() -> None:
 
 def test_doctor_and_makefile_name_the_same_quickstart_packages() -> None:
     assert f"QUICKSTART := {' '.join(QUICKSTART_PACKAGES)}\n" in text_of("Makefile")
-
-
-def test_make_compile_takes_the_oldest_triton_that_is_allowed() -> None:
-    (least,) = re.findall(r'"triton>=([\d.]+),<4;', text_of("pyproject.toml"))
-    (asked,) = re.findall(r"^OLDEST_TRITON := (.+)$", text_of("Makefile"), re.MULTILINE)
-    assert Version(asked) == Version(least)
 
 
 def test_licence_and_changelog_belong_to_this_version() -> None:

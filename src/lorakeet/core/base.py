@@ -1,8 +1,7 @@
 """Frozen bases: a weight that is never trained, behind four methods.
 
 A base answers `matmul(x)` = x·Wᵀ, `matmul_t(g)` = g·W, `dense()` = W, and `store(weight)`, which writes a new W into it.
-Quantised bases (folder `quant`) answer the same four, so that one autograd function works for all of them. Some also say how
-Triton kernels read them (`in_tiles`, see kernels/triton/tiles).
+Quantised bases (folder `quant`) answer the same four, so that one autograd function works for all of them.
 """
 
 from __future__ import annotations
@@ -20,7 +19,6 @@ from lorakeet.kernels.cpu.int8_rows import MOST
 from lorakeet.kernels.cpu.stored import DENSE, INT8_ROWS, StoredWeight
 from lorakeet.kernels.device import is_cpu
 from lorakeet.kernels.protocol import Int8Products
-from lorakeet.kernels.tiled_weight import TiledWeight, TritonRequest
 
 
 class FrozenBase(Protocol):
@@ -194,7 +192,6 @@ def add_frozen_product(to: Tensor, x: Tensor, weight: Tensor, *, across: bool = 
 class DenseBase:
     """The weight (out, in) of an nn.Linear, read from the module at each call, so that moves and casts take effect."""
 
-    kernels: TritonRequest | None = None  # a request to fuse products with a pair (kernels/triton/tiles)
     transposed = False  # whether the module stores it as (in, out)
 
     def __init__(self, module: nn.Module) -> None:
@@ -224,9 +221,9 @@ class DenseBase:
         return self.weight.detach()
 
     def stored(self) -> StoredWeight | None:
-        """As C reads it; None if it is trained, transposed, not bf16 on the CPU, or read by Triton kernels."""
+        """As C reads it; None if it is trained, transposed, or not bf16 on the CPU."""
         weight = self.weight
-        if self.transposed or self.kernels is not None or weight.requires_grad or weight.dim() != 2:
+        if self.transposed or weight.requires_grad or weight.dim() != 2:
             return None
         read = type(weight) in operators.READ and operators.supports(weight)
         if not read:
@@ -236,13 +233,6 @@ class DenseBase:
     def tensors(self) -> Sequence[Tensor]:
         """The tensors in which it is stored."""
         return (self.weight,)
-
-    def in_tiles(self) -> TiledWeight | None:
-        """W as Triton kernels read it; None unless its rows or its columns are contiguous."""
-        from lorakeet.kernels.triton.tiles import dense_tiles as tiled
-
-        held = self.dense()
-        return tiled(held) if 1 in held.stride() else None
 
     def store(self, weight: Tensor) -> None:
         with torch.no_grad():

@@ -16,10 +16,9 @@ from torch.autograd.function import once_differentiable
 
 from lorakeet.core.adapter import Pair
 from lorakeet.core.base import FrozenBase
-from lorakeet.core.math import Kind, ScaleRule, alpha_for, delta, fold, grad_of_b, term_dims
+from lorakeet.core.math import Kind, ScaleRule, alpha_for, delta, fold, term_dims
 from lorakeet.core.pair_products import PairProducts, PairSpan
 from lorakeet.core.plan import PlanEntry
-from lorakeet.kernels.choose import fused_pair
 
 
 class LowRankLinear(torch.autograd.Function):
@@ -32,8 +31,7 @@ class LowRankLinear(torch.autograd.Function):
     The rank-sized factor is multiplied first, so no (out, in) gradient is ever formed. Saved are x̃ and h, never a
     dequantised weight: the base dequantises W itself in `matmul_t`. ∂L/∂x is skipped where x needs no gradient.
     All products run in `products` (core/precision): x is cast once, y and ∂L/∂x are rounded once to the dtype of x, and the
-    gradients of A and B keep their own dtype. A and B may so be kept in fp32 under a bf16 x. Where a kernel fuses them
-    (kernels/choose.fused_pair), y and h, and u and ∂L/∂x, each come out of one pass over W.
+    gradients of A and B keep their own dtype. A and B may so be kept in fp32 under a bf16 x.
     """
 
     @staticmethod
@@ -49,14 +47,13 @@ class LowRankLinear(torch.autograd.Function):
         products: torch.dtype,
     ) -> Tensor:
         wide = x.to(products)
-        fused = fused_pair(base, wide, A, B, scale) if dropped is None else None
-        y, h = fused or (base.matmul(wide), None)
+        y = base.matmul(wide)
         if bias is not None:
             y.add_(bias)
         pairs = PairProducts([PairSpan(0, len(x), scale)], products)
-        shrunk = pairs.add([y], wide if dropped is None else dropped.to(products), (A, B)) if h is None else (h,)
+        shrunk = pairs.add([y], wide if dropped is None else dropped.to(products), (A, B))
         ctx.save_for_backward(x if dropped is None else dropped, *shrunk, A, B)
-        ctx.pairs, ctx.base, ctx.has_dropout, ctx.dtype, ctx.fused = pairs, base, dropped is not None, x.dtype, fused is not None
+        ctx.pairs, ctx.base, ctx.has_dropout, ctx.dtype = pairs, base, dropped is not None, x.dtype
         return y.to(x.dtype)
 
     @staticmethod
@@ -65,14 +62,7 @@ class LowRankLinear(torch.autograd.Function):
         source, shrunk, A, B = ctx.saved_tensors
         need_x, need_dropped, need_a, _ = ctx.needs_input_grad[:4]
         pairs: PairProducts = ctx.pairs
-        products, scale = pairs.products, pairs.places[0].scale
-        grad, source = grad.to(products).contiguous(), source.to(products)
-        if need_x and ctx.fused:
-            fused = fused_pair(ctx.base, grad, A, B, scale, back=True)
-            if fused is not None:
-                of_x, u = fused
-                grad_a, grad_b = torch.mm(u.t(), source).to(A.dtype), grad_of_b(grad, shrunk, scale).to(B.dtype)
-                return of_x.to(ctx.dtype), None, grad_a, grad_b, None, None, None, None
+        grad, source = grad.to(pairs.products).contiguous(), source.to(pairs.products)
         grad_x = ctx.base.matmul_t(grad) if need_x else None
         to = torch.zeros_like(source) if ctx.has_dropout and need_dropped else None
         through, of_b = pairs.backward(to if ctx.has_dropout else grad_x, [grad], (shrunk,), (A, B))

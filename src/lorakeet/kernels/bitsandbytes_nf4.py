@@ -19,7 +19,7 @@ from torch import Tensor
 from lorakeet.kernels.nf4_codes import Nf4Codes
 from lorakeet.kernels.nf4_maxima import NESTED
 from lorakeet.kernels.proof import difference_found, missing_package
-from lorakeet.kernels.triton.support import are_numbers
+from lorakeet.kernels.triton_support import are_numbers
 
 if TYPE_CHECKING:
     from lorakeet.kernels.protocol import QuantisedWeight, Situation

@@ -1,9 +1,9 @@
 """One table of kernels: for each task the kernels in order of preference. The first one that can run, runs.
 
 The code asks it (`candidates` and the functions below) and calls what the chosen line offers, `lorakeet doctor` prints it
-(`passed_over`), and a run's report records what it chose (`in_words`). A new kernel is a file in kernels/cpu or kernels/triton
-that offers what kernels/protocol says, and a line here. Kernels without a source are torch's own operations, which core writes
-out where they are needed.
+(`passed_over`), and a run's report records what it chose (`in_words`). A new kernel is a file in kernels that offers what
+kernels/protocol says, and a line here. Kernels without a source are torch's own operations, which core writes out where they
+are needed.
 """
 
 from __future__ import annotations
@@ -34,7 +34,6 @@ from lorakeet.kernels.protocol import (
     DenseProducts,
     Dequantiser,
     ElementwiseOps,
-    FusedPair,
     HeadLosses,
     InferencePairs,
     Int8Products,
@@ -45,9 +44,8 @@ from lorakeet.kernels.protocol import (
     Situation,
     TrainedBlocks,
 )
-from lorakeet.kernels.triton import support
 
-_C, _TRITON = "lorakeet.kernels.cpu.", "lorakeet.kernels.triton."
+_C = "lorakeet.kernels.cpu."
 GPTQMODEL = "lorakeet.kernels.gptqmodel"
 _LAST = "the last kernel of a task must take everything"
 PASSES = "decoder passes, training"  # what a run made of it, its report says (workflows/finetuning/cuda_graphs)
@@ -135,9 +133,6 @@ TABLE: dict[str, tuple[Kernel, ...]] = {
     "product, quantised weight": (
         Kernel("bitsandbytes: gemm_4bit", bitsandbytes_nf4.why_not, bitsandbytes_nf4.takes, bitsandbytes_nf4.NEEDS,
                "lorakeet.kernels.bitsandbytes_nf4", "nf4"),
-        Kernel("Triton: tiles", support.why_not, support.takes_rows,
-               "few tokens (model.fused_tokens): no library multiplies more than 4 by NF4 as stored, or any by GPTQ's words",
-               _TRITON + "tiles"),
         Kernel("C: stored.c", stored.why_not, stored.takes, stored.NEEDS, _C + "stored"),
         Kernel("torch, on the dequantised weight", _always),
     ),
@@ -149,15 +144,8 @@ TABLE: dict[str, tuple[Kernel, ...]] = {
         Kernel("GPTQModel: dequant_kernel", gptqmodel.why_not, gptqmodel.takes_columns, gptqmodel.READABLE, GPTQMODEL, "gptq"),
         Kernel("bitsandbytes: dequantize_4bit", bitsandbytes_nf4.why_not, bitsandbytes_nf4.takes_matrix,
                bitsandbytes_nf4.READABLE, "lorakeet.kernels.bitsandbytes_nf4", "nf4"),
-        Kernel("Triton: tiles", support.why_not, support.takes_tiles,
-               "contiguous results: no library writes some rows of W", _TRITON + "tiles", "gptq"),
         Kernel("C: stored.c", stored.why_not_dequantise, stored.takes_whole, stored.READABLE, _C + "stored"),
         TORCH,
-    ),
-    "product and pair in one": (
-        Kernel("Triton: tiles", support.why_not, support.takes_pair,
-               f"few tokens, ranks up to {support.RANK}: no library adds a pair within a product", _TRITON + "tiles"),
-        Kernel("separate kernels", _always),
     ),
     "low-rank pairs, training": (
         Kernel("C: trained_pairs.c", operators.why_not, trained_pairs.takes, trained_pairs.NEEDS, _C + "trained_pairs"),
@@ -183,21 +171,21 @@ CANDIDATES: dict[tuple[object, ...], tuple[Kernel, ...]] = {}  # by task and Sit
 
 
 def candidates(
-    task: str, device: torch.device, dtype: torch.dtype, products: torch.dtype | None = None, *, triton: bool = False
+    task: str, device: torch.device, dtype: torch.dtype, products: torch.dtype | None = None
 ) -> tuple[Kernel, ...]:
     """The kernels that can run, in order; the last one takes every call. `products` None: the dtype of the states."""
-    return _candidates(task, device.type == "cpu" or device, dtype, products, triton)
+    return _candidates(task, device.type == "cpu" or device, dtype, products)
 
 
 def _candidates(
-    task: str, place: bool | torch.device, dtype: torch.dtype, products: torch.dtype | None, triton: bool
+    task: str, place: bool | torch.device, dtype: torch.dtype, products: torch.dtype | None
 ) -> tuple[Kernel, ...]:
     """`candidates` on the CPU (True) or a device: to make, hash and compare torch's devices takes longer than all else here."""
-    key = task, place, dtype, products, triton, ENABLED.get(), REHEARSED.get()
+    key = task, place, dtype, products, ENABLED.get(), REHEARSED.get()
     found = CANDIDATES.get(key)
     if found is None:
         device = torch.device("cpu") if isinstance(place, bool) else place
-        situation = Situation(device, dtype, products or dtype, triton, ENABLED.get(), REHEARSED.get())
+        situation = Situation(device, dtype, products or dtype, ENABLED.get(), REHEARSED.get())
         found = CANDIDATES[key] = tuple(kernel for kernel in TABLE[task] if not kernel.why_not(situation))
     return found
 
@@ -210,17 +198,17 @@ def first_of(kernels: Iterable[Kernel], *facts: object) -> Kernel:
     raise AssertionError(_LAST)
 
 
-def _chosen(task: str, like: Tensor, products: torch.dtype | None, triton: bool, *facts: object) -> Any:
+def _chosen(task: str, like: Tensor, products: torch.dtype | None, *facts: object) -> Any:
     """What the first kernel that takes a call with these facts offers, on states like `like`; None: torch's own operations."""
-    for kernel in _candidates(task, like.is_cpu or like.device, like.dtype, products, triton):
+    for kernel in _candidates(task, like.is_cpu or like.device, like.dtype, products):
         if kernel.takes is None or kernel.takes(*facts):
             return kernel.offers
     raise AssertionError(_LAST)
 
 
-def _first_result(task: str, like: Tensor, triton: bool, call: Callable[[Any], T | None], *facts: object) -> T | None:
+def _first_result(task: str, like: Tensor, call: Callable[[Any], T | None], *facts: object) -> T | None:
     """What `call` gets from the first kernel that takes such a call and can read its weight, else None: then torch must."""
-    for kernel in _candidates(task, like.is_cpu or like.device, like.dtype, None, triton):
+    for kernel in _candidates(task, like.is_cpu or like.device, like.dtype, None):
         if not kernel.source:
             return None
         if (kernel.takes is None or kernel.takes(*facts)) and (found := call(kernel.offers)) is not None:
@@ -233,12 +221,12 @@ def elementwise_ops(*states: Tensor, width: int = operators.LANES, by_rows: bool
 
     C needs last dimensions in multiples of `width`. `by_rows`: for norms, which need a whole row at once.
     """
-    return _chosen("elementwise ops", states[0], None, False, states, width, by_rows)  # type: ignore[no-any-return]
+    return _chosen("elementwise ops", states[0], None, states, width, by_rows)  # type: ignore[no-any-return]
 
 
 def dense_products(x: Tensor, weight: Tensor) -> DenseProducts | None:
     """The kernel for x (tokens, ·) times a frozen weight (out, in) of its dtype; None: torch."""
-    return _chosen("product, dense weight", x, None, False, x, weight)  # type: ignore[no-any-return]
+    return _chosen("product, dense weight", x, None, x, weight)  # type: ignore[no-any-return]
 
 
 def product_as_stored(weight: QuantisedWeight, x: Tensor, *, across: bool = False) -> Tensor | None:
@@ -247,7 +235,7 @@ def product_as_stored(weight: QuantisedWeight, x: Tensor, *, across: bool = Fals
     def call(kernel: QuantisedProducts) -> Tensor | None:
         return kernel.quantised_product(weight, x, across)
 
-    return _first_result("product, quantised weight", x, weight.kernels is not None, call, x, weight)
+    return _first_result("product, quantised weight", x, call, x, weight)
 
 
 def add_product_as_stored(weight: QuantisedWeight, to: Tensor, x: Tensor, *, across: bool = False) -> bool:
@@ -256,7 +244,7 @@ def add_product_as_stored(weight: QuantisedWeight, to: Tensor, x: Tensor, *, acr
     def call(kernel: QuantisedProducts) -> bool | None:
         return kernel.add_quantised_product(weight, to, x, across) or None
 
-    return _first_result("product, quantised weight", x, weight.kernels is not None, call, x, weight) is not None
+    return _first_result("product, quantised weight", x, call, x, weight) is not None
 
 
 def dequantised(weight: QuantisedWeight, out: Tensor, first: int) -> bool:
@@ -265,31 +253,18 @@ def dequantised(weight: QuantisedWeight, out: Tensor, first: int) -> bool:
     def call(kernel: Dequantiser) -> bool | None:
         return kernel.dequantise_into(weight, out, first) or None
 
-    return _first_result("dequantise", out, weight.kernels is not None, call, out, weight) is not None
+    return _first_result("dequantise", out, call, out, weight) is not None
 
 
 def dequantised_by_columns(weight: QuantisedWeight, dtype: torch.dtype, device: torch.device) -> bool:
     """Whether a kernel dequantises all of W by columns, into `out` whose transpose (in, out) is contiguous."""
-    kernels = _candidates("dequantise", device.type == "cpu" or device, dtype, None, weight.kernels is not None)
+    kernels = _candidates("dequantise", device.type == "cpu" or device, dtype, None)
     return kernels[0].source == GPTQMODEL and gptqmodel.reads(weight, dtype)
-
-
-def fused_pair(weight: Any, x: Tensor, A: Tensor, B: Tensor, scale: float, *, back: bool = False) -> tuple[Tensor, Tensor] | None:
-    """kernels/protocol.FusedPair.product_and_pair, or its backward pass, A and B cast to the dtype of x; None: separate ones."""
-    triton = getattr(weight, "kernels", None) is not None
-    if not _candidates("product and pair in one", x.is_cpu or x.device, x.dtype, None, triton)[0].source:
-        return None  # nothing is cast
-    A, B = A.to(x.dtype), B.to(x.dtype)
-
-    def call(kernel: FusedPair) -> tuple[Tensor, Tensor] | None:
-        return (kernel.product_and_pair_t if back else kernel.product_and_pair)(weight, x, A, B, scale)
-
-    return _first_result("product and pair in one", x, triton, call, x, weight, A, B)
 
 
 def int8_products(x: Tensor) -> Int8Products | None:
     """The kernel that quantises x (tokens, width) to int8 and multiplies it with int8 weights; None: torch."""
-    return _chosen("product in int8", x, None, False, x)  # type: ignore[no-any-return]
+    return _chosen("product in int8", x, None, x)  # type: ignore[no-any-return]
 
 
 def low_rank_products(
@@ -307,12 +282,12 @@ def inference_pairs(products: torch.dtype, device: torch.device, shapes: Sequenc
 
 def trained_block(x: Tensor, products: torch.dtype, head: int, rows: Sequence[int], prefix: int) -> TrainedBlocks | None:
     """The kernel for a whole decoder block in training, on packed rows x (1, tokens, hidden); None: separate kernels."""
-    return _chosen("decoder block, training", x, products, False, x, head, rows, prefix)  # type: ignore[no-any-return]
+    return _chosen("decoder block, training", x, products, x, head, rows, prefix)  # type: ignore[no-any-return]
 
 
 def decode_block(x: Tensor) -> DecodeBlocks | None:
     """The kernel for a whole decoder block over new tokens x (tokens, hidden) and a cache; None: separate kernels."""
-    return _chosen("decoder block, generation", x, None, False, x)  # type: ignore[no-any-return]
+    return _chosen("decoder block, generation", x, None, x)  # type: ignore[no-any-return]
 
 
 def packed_rows(  # noqa: PLR0917 - the states' dtype and shape, and the rows
@@ -344,7 +319,7 @@ def records_passes(device: torch.device, dtype: torch.dtype, weights: int) -> bo
 
 def loss_kernel(hidden: Tensor, dtype: torch.dtype, vocabulary: int) -> HeadLosses | None:
     """The kernel for losses of hidden states (tokens, hidden) under a head (vocabulary, hidden) of that dtype; None: torch."""
-    return _chosen("loss of the head", hidden, dtype, False, hidden, vocabulary)  # type: ignore[no-any-return]
+    return _chosen("loss of the head", hidden, dtype, hidden, vocabulary)  # type: ignore[no-any-return]
 
 
 def passed_over(task: str, situation: Situation) -> tuple[Kernel, list[tuple[Kernel, str]]]:

@@ -25,7 +25,7 @@ from torch import Tensor
 
 from lorakeet.kernels.gptq_words import WORD, GptqWords
 from lorakeet.kernels.proof import difference_found, missing_package
-from lorakeet.kernels.triton.support import are_numbers, has_triton, why_not_compiled
+from lorakeet.kernels.triton_support import are_numbers, has_triton, why_not_compiled
 
 if TYPE_CHECKING:
     from lorakeet.kernels.protocol import QuantisedWeight, Situation

@@ -22,7 +22,7 @@ from torch import Tensor
 
 from lorakeet.kernels.proof import difference_found, missing_package
 from lorakeet.kernels.protocol import Situation
-from lorakeet.kernels.triton.support import are_numbers, has_triton, why_not_compiled
+from lorakeet.kernels.triton_support import are_numbers, has_triton, why_not_compiled
 
 PACKAGE, VERSIONS = "liger-kernel", SpecifierSet(">=0.8.5,<0.9")
 DEVICES = ("cuda",)

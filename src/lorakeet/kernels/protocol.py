@@ -20,7 +20,6 @@ from torch import Tensor
 
 from lorakeet.kernels.gptq_words import GptqWords
 from lorakeet.kernels.nf4_codes import Nf4Codes
-from lorakeet.kernels.tiled_weight import TiledWeight, TritonRequest
 
 
 class Situation(NamedTuple):
@@ -29,7 +28,6 @@ class Situation(NamedTuple):
     device: torch.device
     dtype: torch.dtype  # of the states
     products: torch.dtype  # of the matrix products (core/precision)
-    triton: bool = False  # whether Triton kernels are requested (model.kernels)
     c: bool = True  # whether kernels in C, and liger-kernel's, are enabled in this thread (kernels/cpu/operators.torch_only)
     rehearsed: bool = False  # whether tensors on the CPU stand for those of another device (kernels/device)
 
@@ -58,8 +56,6 @@ class Kernel:
 class QuantisedWeight(Protocol):
     """A frozen weight (out, in) in packed buffers, as kernels may read it (quant/packed)."""
 
-    kernels: TritonRequest | None
-
     @property
     def shape(self) -> tuple[int, int]:
         """(out, in)."""
@@ -76,15 +72,9 @@ class QuantisedWeight(Protocol):
     def gptq_words(self) -> GptqWords | None:
         """The weight in GPTQ's words; None if it is in others."""
 
-    def in_tiles(self) -> TiledWeight | None:
-        """The weight as Triton kernels multiply it; None if they cannot."""
-
-    def tiles_to_dequantise(self) -> TiledWeight | None:
-        """The weight as Triton kernels dequantise it; None where they do not."""
-
 
 class QuantisedProducts(Protocol):
-    """x·Wᵀ, or x·W if `across`, of x (tokens, ·) and a weight W as it is stored (kernels/cpu/stored, kernels/triton/tiles)."""
+    """x·Wᵀ, or x·W if `across`, of x (tokens, ·) and a weight W as it is stored (kernels/cpu/stored)."""
 
     # (weight, x, across) to the product, in the dtype of x; None for a weight that the kernel cannot read
     quantised_product: Callable[[QuantisedWeight, Tensor, bool], Tensor | None]
@@ -93,22 +83,10 @@ class QuantisedProducts(Protocol):
 
 
 class Dequantiser(Protocol):
-    """Dequantises a weight W (kernels/cpu/stored, kernels/triton/tiles)."""
+    """Dequantises a weight W (kernels/cpu/stored)."""
 
     # (weight, out, first): writes the rows of W from `first` on to `out` (rows, in), rounded once; False if it cannot read W
     dequantise_into: Callable[[QuantisedWeight, Tensor, int], bool]
-
-
-class FusedPair(Protocol):
-    """A frozen product and its pair in one (kernels/triton/tiles), each sum rounded once; all arguments have one dtype.
-
-    Both return None for a weight that the kernel cannot read.
-    """
-
-    # (weight, x, A, B, s) to y = x·Wᵀ + s·h·Bᵀ and h = x·Aᵀ (tokens, rank), of x (tokens, in), A (rank, in) and B (out, rank)
-    product_and_pair: Callable[[Any, Tensor, Tensor, Tensor, float], tuple[Tensor, Tensor] | None]
-    # (weight, g, A, B, s) to g·W + u·A (tokens, in) and u = s·g·B (tokens, rank), of g (tokens, out)
-    product_and_pair_t: Callable[[Any, Tensor, Tensor, Tensor, float], tuple[Tensor, Tensor] | None]
 
 
 class Int8Products(Protocol):

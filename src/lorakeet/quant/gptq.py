@@ -31,7 +31,6 @@ from lorakeet.kernels.choose import dequantised_by_columns
 from lorakeet.kernels.cpu.stored import GPTQ, StoredWeight, address_of
 from lorakeet.kernels.device import is_cpu
 from lorakeet.kernels.gptq_words import WORD, GptqWords
-from lorakeet.kernels.tiled_weight import TiledWeight
 from lorakeet.quant.packed import TILE, PackedBase, tile_size
 
 PARTS = ("qweight", "qzeros", "scales", "g_idx")
@@ -114,15 +113,6 @@ class GptqBase(PackedBase):
     @property
     def row_step(self) -> int:
         return WORD  # the zero points of so many rows fill whole words
-
-    def in_tiles(self) -> TiledWeight:
-        from lorakeet.kernels.triton.gptq import gptq_tiles
-
-        buffers = (self.qweight, self.qzeros, self.scales, self.g_idx)
-        return gptq_tiles(buffers, self.shape, self.bits, self.zero_format == "gptq")
-
-    def tiles_to_dequantise(self) -> TiledWeight:
-        return self.in_tiles()
 
     def gptq_words(self) -> GptqWords | None:
         """W as other projects' kernels read it; None where zero points of three bits would have to be written anew."""

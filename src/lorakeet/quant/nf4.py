@@ -11,8 +11,7 @@ Double quantisation keeps a itself in 8 bits, less its mean, in blocks of 256 wi
 
 This file packs weights on the CPU, whatever the device, so that a weight becomes the same bytes on every machine. Whole weights
 are dequantised to bf16 on a CPU by kernels/cpu/stored if the C library can be built. Others use bitsandbytes' kernels if that
-package is installed, else this file, bit for bit the same. On a GPU a Triton kernel can be enabled that multiplies few tokens
-without a dequantised copy (kernels/triton/nf4).
+package is installed, else this file, bit for bit the same.
 """
 
 from __future__ import annotations
@@ -34,7 +33,6 @@ from lorakeet.core.gpu_pairs import copies_are_fresh
 from lorakeet.kernels.cpu.stored import NF4, StoredWeight, address_of
 from lorakeet.kernels.nf4_codes import Nf4Codes
 from lorakeet.kernels.nf4_maxima import MOST, MaximaCodes, SharedMaxima
-from lorakeet.kernels.tiled_weight import TiledWeight
 from lorakeet.quant.packed import PackedBase, tile_size
 
 # Section 3 and appendix E of the paper; fp32 values as published with its code.
@@ -145,15 +143,6 @@ class Nf4Base(PackedBase):
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> PackedBase:
         self.shared = None  # it holds the buffers from before
         return super()._apply(fn, recurse)
-
-    def in_tiles(self) -> TiledWeight | None:
-        if self.shape[1] % 2:
-            return None
-        from lorakeet.kernels.triton.nf4 import nf4_tiles
-
-        buffers = (self.packed, self.absmax, *(part for part in (self.scales, self.mean) if part is not None))
-        tables = _table("levels", self.packed), _table("dynamic", self.packed)
-        return nf4_tiles(buffers, tables, self.shape, block=self.block_size)
 
     def _stored_weight(self) -> StoredWeight | None:
         outer, mean = (0 if part is None else address_of(part) for part in (self.scales, self.mean))

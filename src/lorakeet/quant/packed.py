@@ -17,7 +17,6 @@ from lorakeet.kernels.cpu.stored import StoredWeight, is_readable
 from lorakeet.kernels.device import is_cpu
 from lorakeet.kernels.gptq_words import GptqWords
 from lorakeet.kernels.nf4_codes import Nf4Codes
-from lorakeet.kernels.tiled_weight import TiledWeight, TritonRequest
 
 TILE = 1 << 20  # numbers packed or unpacked at once: their temporary copies stay in a CPU's cache
 GPU_TILE = 1 << 24  # on a GPU a call costs more than the memory it takes
@@ -28,12 +27,10 @@ class PackedBase(nn.Module):
     """A frozen weight W (out, in) in packed buffers; a FrozenBase (core/base).
 
     A subclass registers its buffers and implements `unpack_by_torch` and `store`. Kernels multiply by the packed buffers and
-    dequantise them (kernels/choose), if the subclass describes them (`_stored_weight`, `in_tiles`). Otherwise W is dequantised
+    dequantise them (kernels/choose), if the subclass describes them (`_stored_weight`). Otherwise W is dequantised
     for each product into one buffer that all bases share (core/scratch), in fp32 some rows at a time. So one dense matrix
     exists at a time, and autograd never sees it.
     """
-
-    kernels: TritonRequest | None = None
 
     def __init__(self, shape: tuple[int, int]) -> None:
         super().__init__()
@@ -87,14 +84,6 @@ class PackedBase(nn.Module):
         """W dequantised, as a new fp32 tensor (out, in)."""
         return self.unpack(torch.empty(self.shape, dtype=torch.float32, device=self.device))
 
-    def in_tiles(self) -> TiledWeight | None:
-        """W as Triton kernels multiply it; None if no kernel does."""
-        return None
-
-    def tiles_to_dequantise(self) -> TiledWeight | None:
-        """W as Triton kernels dequantise it; None if no kernel does, or a library's does."""
-        return None
-
     def nf4_codes(self, first: int, rows: int) -> Nf4Codes | None:
         """`rows` rows of W from `first` on as NF4 codes in whole blocks; None if they are none."""
         return None
@@ -110,8 +99,7 @@ class PackedBase(nn.Module):
     def stored(self) -> StoredWeight | None:
         """W as C reads it (kernels/cpu/stored); None if it cannot."""
         tensors = self.tensors()
-        plain = self.kernels is None and not self._parameters
-        weight = self._stored_weight() if plain and is_readable(self.shape, tensors) else None
+        weight = self._stored_weight() if not self._parameters and is_readable(self.shape, tensors) else None
         return None if weight is None else weight._replace(owners=tuple([each.detach() for each in tensors]))
 
     def tensors(self) -> list[Tensor]:
@@ -147,7 +135,7 @@ class PackedBase(nn.Module):
         if add_product_as_stored(self, to, grad, across=True):
             return
         parts = self._parts(grad.dtype)
-        if self.kernels is not None or len(parts) > 1:
+        if len(parts) > 1:
             to.add_(self.matmul_t(grad))
         else:
             add_frozen_product(to, grad, self._rows(parts[0], grad.dtype), across=True)

@@ -46,7 +46,6 @@ from lorakeet.memory.cuda import enforcing_gpu_budget
 from lorakeet.models.fits import plan_of
 from lorakeet.models.fuse import fuse, unfuse
 from lorakeet.models.inject import activate, attach, eject
-from lorakeet.models.kernels import use_kernels
 from lorakeet.models.targets import plan_for
 from lorakeet.models.text.model import TextModel
 from lorakeet.ranks import resize
@@ -249,7 +248,6 @@ def _moments(
         parameter.grad = None
     text.model.eval()
     fuse(text.model)  # as evaluate computes
-    use_kernels(text.model, text.kernels)
     return moments
 
 

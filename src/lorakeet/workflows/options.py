@@ -361,9 +361,6 @@ class ServeOptions:
         "auto", "Dtype of the base; auto uses bfloat16 if the processor supports it."
     )
     quantize: Literal["none", "nf4", "int8"] = setting("none", "Quantisation of the base in memory.")
-    kernels: Literal["torch", "triton"] = setting(
-        "torch", "triton uses Lorakeet's own kernels on a CUDA device; they were not run on one yet."
-    )
     engine: Literal["lorakeet", "vllm"] = setting(
         "lorakeet", "vllm checks the adapters against vLLM's limits, starts vLLM where it is installed, and verifies them there."
     )

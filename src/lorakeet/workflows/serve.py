@@ -75,7 +75,7 @@ def serve(options: ServeOptions, *, console: Console) -> Served:
     limits = RequestLimits(timeout=options.timeout, upload=parse_size(options.upload_limit), stop=options.stop)
     connections = ConnectionLimits(options.connections, options.connections_per_address)
     access = None if options.keys is None else read_keys(options.keys)
-    spec = ModelSpec(options.model, dtype=options.dtype, quantize=QuantSpec(method=options.quantize), kernels=options.kernels)
+    spec = ModelSpec(options.model, dtype=options.dtype, quantize=QuantSpec(method=options.quantize))
     before = require_served(spec, console.print)
     limit_code_cache(SERVING)
     if before.config is not None:

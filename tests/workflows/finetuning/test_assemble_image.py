@@ -51,7 +51,7 @@ def test_a_gpu_that_torch_does_not_use_is_said_before_anything_is_read(
         ("data.supervise", "all", r"caption_dropout"), ("train.keep_prefix_states", "true", r"images\.cache"),
         ("train.cuda_graphs", "true", "only text models"), ("train.shard", "true", r"memory\.budget"),
         ("model.products", "float32", r"model\.dtype"),
-        ("model.attention", "eager", "Leave it out"), ("model.kernels", "triton", "set it to torch"),
+        ("model.attention", "eager", "Leave it out"),
     ],
 )  # fmt: skip
 def test_a_setting_of_text_models_is_refused_by_name(

@@ -100,7 +100,7 @@ def _read_arguments(block: Any, names: Sequence[str], x: Tensor) -> BlockArgumen
         x.shape[2], own.head_dim, own.scaling, attention.has_dropout, attention.only is None, mlp.only is None,
         block.__dict__.get("gradient_checkpointing"),
         *[norm.variance_epsilon for norm in norms],
-        *[layer.products for layer in layers], *[base.kernels for base in bases],
+        *[layer.products for layer in layers],
         *[multiplies_int8(base, x) for base in bases],
         *[bias is None for bias in biases],
         *[pair.plain for pair in pairs],

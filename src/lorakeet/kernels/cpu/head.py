@@ -21,7 +21,7 @@ TILED = True  # the logits
 
 def why_not(situation: Situation) -> str:
     """Why losses are not computed here."""
-    return "Triton kernels are requested" if situation.triton else operators.why_not(situation)
+    return operators.why_not(situation)
 
 
 def takes(hidden: Tensor, _: int) -> bool:

@@ -52,12 +52,12 @@ class StoredWeight(NamedTuple):
 
 def why_not(situation: Situation) -> str:
     """Why products with quantised weights do not run here."""
-    return "Triton kernels are requested" if situation.triton else dense.why_not(situation)
+    return dense.why_not(situation)
 
 
 def why_not_dequantise(situation: Situation) -> str:
     """Why weights are not dequantised here."""
-    return "Triton kernels are requested" if situation.triton else operators.why_not(situation)
+    return operators.why_not(situation)
 
 
 def is_readable(shape: tuple[int, ...], owners: Iterable[Tensor]) -> bool:

@@ -241,8 +241,6 @@ def load_image_model(spec: ModelSpec, *, prediction: str = "auto", say: Callable
         raise ConfigError(f"model.quantize is {spec.quantize.method}; the layers of an image model can be {', '.join(METHODS)}.")
     if spec.quantize.int8_products:
         raise ConfigError("model.quantize.int8_products is for text models; leave it out for image models.")
-    if spec.kernels != "torch":
-        raise ConfigError(f"model.kernels {spec.kernels} is for text models; leave it out for image models.")
     device = device_for(spec.device)
     dtype = dtype_for(spec.dtype, device)
     kind, pipeline = _pipeline_of(spec, dtype, say)

@@ -14,7 +14,6 @@ from lorakeet.core.plan import Plan
 from lorakeet.models.fits import plan_of
 from lorakeet.models.fuse import fuse, fuse_blocks, unfuse
 from lorakeet.models.inject import adapter_names, attach, inject, trained_parameters, use_products
-from lorakeet.models.kernels import use_kernels
 from lorakeet.models.streaming.model import make_resident
 from lorakeet.models.text.load import set_attention
 from lorakeet.models.text.model import TextModel
@@ -96,4 +95,3 @@ def _fuse_blocks(text: TextModel) -> None:
 def _fuse(text: TextModel) -> None:
     use_products(text.model, text.products)
     fuse(text.model)
-    use_kernels(text.model, text.kernels)

@@ -17,7 +17,6 @@ from lorakeet.data.pack import Batch
 from lorakeet.errors import ConfigError, DataError, EnvironmentProblem, LorakeetError, is_of_the_device, one_message
 from lorakeet.formats.files.json_object import read_object
 from lorakeet.kernels.cpu import compile as native
-from lorakeet.kernels.tiled_weight import TritonRequest
 from lorakeet.models.attention import VARLEN, register
 from lorakeet.models.families import family_of_model
 from lorakeet.models.files.dense import load_dense, take_generation_settings
@@ -27,13 +26,7 @@ from lorakeet.models.files.quiet import one_at_a_time, quiet_transformers
 from lorakeet.models.files.source import find_source
 from lorakeet.models.files.stored_tensors import stored_quantisation
 from lorakeet.models.files.validate import first_line, require_architecture, require_sizes, require_text_model
-from lorakeet.models.kernels import (
-    check_kernels,
-    kernels_for,
-    missing_libraries,
-    share_block_maxima,
-    use_kernels,
-)
+from lorakeet.models.kernels import missing_libraries, share_block_maxima
 from lorakeet.models.modules import block_prefix, decoder_of
 from lorakeet.models.placement import device_for, products_for, text_dtype_for
 from lorakeet.models.row_rotary import choose_by_row
@@ -86,7 +79,7 @@ def load_text_model(
     say = say or logging.getLogger("lorakeet").info
     source, device = before.source or find_source(spec, say), device_for(spec.device)
     config = read_config(source) if before.config is None else before.config
-    dtype, kernels, streamed = text_dtype_for(spec.dtype, device), kernels_for(spec, device), None
+    dtype, streamed = text_dtype_for(spec.dtype, device), None
     if store is None:
         model = _model(source, config, dtype, spec.quantize, say).to(device)
     else:
@@ -107,7 +100,6 @@ def load_text_model(
         device=device,
         dtype=dtype,
         products=products_for(spec, dtype, device),
-        kernels=kernels,
         streamed=streamed,
     )
     if streamed is None:
@@ -120,8 +112,6 @@ def load_text_model(
         text = _with_masks_by_kind(text, reference)
     for line in _what_is_slower(text, spec):
         say(line)
-    if kernels is not None:
-        _use_checked_kernels(text, kernels)
     return text
 
 
@@ -150,12 +140,6 @@ def _require_end_ids(model: Any, source: Path) -> None:
                 f"{source} has the eos_token_id {repr(given)[:80]}; expected the id of a token, or a list of ids. Correct "
                 "generation_config.json there."
             )
-
-
-def _use_checked_kernels(text: TextModel, kernels: TritonRequest) -> None:
-    """Checks the kernels on this device and makes the model use them; EnvironmentProblem if they differ from torch."""
-    check_kernels(_modules(text), kernels, text.products)
-    use_kernels(text.model, kernels)
 
 
 def load_tokenizer(folder: Path) -> Any:

@@ -33,7 +33,6 @@ from lorakeet.kernels.choose import attends_in_c
 from lorakeet.kernels.cpu.attention import TILED
 from lorakeet.kernels.flash_varlen import RowOffsets
 from lorakeet.kernels.host_copies import to_device, together_on
-from lorakeet.kernels.tiled_weight import TritonRequest
 from lorakeet.memory.store import WeightStore
 from lorakeet.models import modules
 from lorakeet.models.attention import VARLEN, temperature_start
@@ -92,7 +91,6 @@ class TextModel:
     device: torch.device
     dtype: torch.dtype  # of the frozen weights
     products: torch.dtype  # of the matrix products over them (core/precision)
-    kernels: TritonRequest | None = None  # Triton's for the frozen weights, where requested (kernels/choose)
     streamed: StreamedBlocks | None = None  # the blocks, where they are streamed from a store
     sharded: bool = False  # whether the blocks are sharded over processes, so that every pass gathers them
     options: PassOptions = PassOptions()

@@ -30,7 +30,6 @@ from lorakeet.models import modules
 from lorakeet.models.fits import checked_entry
 from lorakeet.models.fuse import fuse, fuse_blocks
 from lorakeet.models.inject import choices_at, experts_layer, selection_of, use_products
-from lorakeet.models.kernels import use_kernels
 from lorakeet.models.text.model import TextModel
 from lorakeet.quant.construct import base_of
 
@@ -114,7 +113,6 @@ class ServingModel:
         self.selection = selection_of(model)
         use_products(model, text.products)
         fuse(model)
-        use_kernels(model, text.kernels)
         fuse_blocks(model, text.family)
         _reorder(text, [target.layer for target in self._targets.values() if isinstance(target.layer, LoraLinear)])
         release_free_memory()  # of the plain weights: 200 MB of SmolLM2

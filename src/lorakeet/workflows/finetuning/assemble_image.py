@@ -181,7 +181,6 @@ TEXT_SETTINGS = {
     "train.shard": "Leave it out; to save memory, set memory.budget or model.quantize.",
     "model.products": "Leave it out; set model.dtype.",
     "model.attention": "Leave it out; diffusers chooses torch's own.",
-    "model.kernels": "Leave it out, or set it to torch.",
 }
 
 

@@ -526,7 +526,7 @@ class TextRunKind(RunKind[TextAssembly]):
         found, text = super().facts(setup), setup.text
         found["Prompt format"] = prompt_format(setup.dataset.train[0], setup.dataset.labels, text.tokenizer, setup.config.data)
         methods = {str(module.settings["method"]) for module in text.model.modules() if isinstance(module, PackedBase)}
-        found["Kernels"] = in_words(Situation(setup.device, text.dtype, text.products, text.kernels is not None), methods)
+        found["Kernels"] = in_words(Situation(setup.device, text.dtype, text.products), methods)
         if setup.graphs:
             found["CUDA graphs"] = setup.graphs
         if setup.initial_plan is not None:

@@ -211,7 +211,7 @@ def fit_check(opened: Opened, size_of: CheckSize | CheckSizes, out: Path, consol
     budget = opened.config.memory.limit
     sizes = (lambda _: size_of) if isinstance(size_of, CheckSize) else size_of
     say = partial(console.print, markup=False, soft_wrap=True)
-    on_cpu = opened.over(replace(opened.config.model, device="cpu", kernels="torch"))
+    on_cpu = opened.over(replace(opened.config.model, device="cpu"))
     if not budget:
         why = _why_not_on_its_gpu(opened, ModelCheck(sizes, opened, out, say))
         if why:

@@ -36,8 +36,6 @@ def require_combinable(config: RunConfig, launch: Launch, *, several: bool = Tru
         problems.add(f"ranks.choose is prune, which one process does. Take auto, or start one process (not {launch.count}).")
     if config.train.shard and config.lora.variant == "dora":
         problems.add("train.shard is on, and lora.variant dora measures whole weights. Leave one of them out.")
-    if config.train.shard and config.model.kernels == "triton":
-        problems.add("train.shard is on, and model.kernels triton reads whole weights. Set model.kernels to torch.")
     if config.train.batch_size < launch.count:
         rows = f"train.batch_size is {config.train.batch_size}, fewer than {launch.count} processes"
         problems.add(f"{rows}, so that some would never see a row. Give {launch.count} or more.")

@@ -22,7 +22,6 @@ from lorakeet.formats.identity import require_base
 from lorakeet.memory.budget import Budget
 from lorakeet.models.files.origin import stored_as
 from lorakeet.models.files.source import on_this_machine
-from lorakeet.models.kernels import with_runnable_kernels
 from lorakeet.models.spec import ModelSpec
 from lorakeet.models.streaming.load import Changes
 from lorakeet.models.text.adapters import add_adapter
@@ -67,7 +66,7 @@ class Opened:
         """The base as the adapter was trained on it, whatever --base says now; of a bare adapter what its file names."""
         if self.run is None:
             return ModelSpec(path=self.adapter.named_base or self.config.model.path)
-        return with_runnable_kernels(dataclasses.replace(read_run(self.run.config).model, device=self.config.model.device))
+        return dataclasses.replace(read_run(self.run.config).model, device=self.config.model.device)
 
     @property
     def trained_on(self) -> str:
@@ -91,7 +90,7 @@ class Opened:
         """
         spec, residency = self.config.model, self.residency
         if dtype is not None:
-            spec = dataclasses.replace(spec, dtype=dtype, products=dtype, kernels="torch")  # type: ignore[arg-type]
+            spec = dataclasses.replace(spec, dtype=dtype, products=dtype)  # type: ignore[arg-type]
         text = load_text_model(
             spec, say=console.print, store=residency.store, slots=residency.way.slots, pinned=residency.pinned, changes=changes
         )
@@ -144,7 +143,7 @@ def open_adapter(
             f"{path} is a run on images. Draw with it by lorakeet generate, or write it for other programs by lorakeet convert."
         )
     if not config:  # a run remembers the device that it was trained on; this machine may have another
-        settings = dataclasses.replace(settings, model=with_runnable_kernels(dataclasses.replace(settings.model, device="auto")))
+        settings = dataclasses.replace(settings, model=dataclasses.replace(settings.model, device="auto"))
     if base is not None:
         settings = settings.changed(model={"path": base})
     settings = dataclasses.replace(settings, uncertified=uncertified or settings.uncertified)  # of the adapter it began with
