@@ -11,8 +11,7 @@ quantisation; LoRA of rank 16 on all linear layers; AdamW, constant rate. A step
 tokens, all of them targets. All contenders get the same rows in the same order and the same A and B. TRL computes a pack
 padding-free (its rows flat) if flash-attn is installed, with gradient checkpointing as is its default, and without. Otherwise it
 pads, which costs half more here, and the table says so. The same holds for unsloth, which decides itself. Both need bitsandbytes
-for NF4, over which TRL has A and B in bf16. Lorakeet runs as it is, and with CUDA graphs,
-whose memory pool is counted.
+for NF4, over which TRL has A and B in bf16.
 
 Every run is a fresh process; contenders alternate, and the first one rotates from round to round. The table has tokens/s, the
 peak of the GPU memory allocated while training, the share of the GPU's fastest plain bf16 product, measured before each case, and
@@ -45,7 +44,6 @@ MODELS = {"1B": "meta-llama/Llama-3.2-1B", "8B": "meta-llama/Llama-3.1-8B"}
 QUICK_MODEL, QUICK_LAYERS, QUICK_TOKENS = "HuggingFaceTB/SmolLM2-135M", 2, 128
 CONTENDERS = {  # in the table's order: module, whether it has an environment of its own, whether it needs a GPU
     "lorakeet": ("packed_lorakeet", False, False),
-    "lorakeet-graphs": ("packed_lorakeet_graphs", False, True),
     "trl": ("packed_trl", False, False),
     "trl-keeping": ("packed_trl_keeping", False, False),
     "unsloth": ("packed_unsloth", True, False),

@@ -4,11 +4,11 @@
 
 Counted on shapes, without a GPU: the operations of the forward and backward pass of a micro-batch that launch kernels on a CUDA
 device (views and empty tensors launch none). Two depths of a model give those of a block and those of the rest. A step's first
-micro-batch makes copies of A and B; later ones add to gradients: the larger count is given. The optimizer's are few. Three
+micro-batch makes copies of A and B; later ones add to gradients: the larger count is given. The optimizer's are few. Two
 variants: torch's operations; norms, gates, rotary positions and the loss by liger-kernel's (kernels/liger), NF4 by those of
-bitsandbytes, one a matrix and three for the block maxima of a decoder block (kernels/nf4_maxima); the decoder's passes as CUDA
-graphs (`train.cuda_graphs`), beside copying rows into their slots. Of attention alone, in both passes: torch's flash kernel, the
-same with sinks (kernels/row_sinks), and blocks of queries (kernels/blockwise_rows), each operation of each block.
+bitsandbytes, one a matrix and three for the block maxima of a decoder block (kernels/nf4_maxima). Of attention alone, in both
+passes: torch's flash kernel, the same with sinks (kernels/row_sinks), and blocks of queries (kernels/blockwise_rows), each
+operation of each block.
 
 **Every time is an estimate.** An operation takes its FLOPs at --rate TFLOP/s or its bytes at --bandwidth TB/s, whichever is
 longer (an H100 reaches about 700 and 2.7). The host takes 5 µs for a launch of torch and 11 for one of Triton, as fused
@@ -48,7 +48,6 @@ from lorakeet.kernels.row_sinks import SinkRows
 from lorakeet.memory.ledger import FLOPS, Ledger
 from lorakeet.models.targets import plan_for
 from lorakeet.models.text.adapters import initialise_adapter
-from lorakeet.models.text.cuda_graphs import BatchShape, GraphedModel
 from lorakeet.models.text.from_config import ShapeBase, config_from_settings, model_from_config
 from lorakeet.quant.construct import empty_base
 from lorakeet.workflows.planning.rehearse_text import RowShape, training_on
@@ -56,7 +55,7 @@ from lorakeet.workflows.planning.rehearse_text import RowShape, training_on
 MODELS = ("HuggingFaceTB/SmolLM2-135M", "meta-llama/Llama-3.2-1B", "meta-llama/Llama-3.1-8B")
 TOKENS, LENGTH, RANK = (512, 2048, 8192), 512, 16
 BASES = ("none", "nf4")
-KERNELS = ("torch", "fused", "graphs")  # of norms, gates and rotary positions; graphs: torch's, in CUDA graphs
+KERNELS = ("torch", "fused")  # of norms, gates and rotary positions
 FEW = (2, 4)  # blocks; the difference is what a block launches
 MOST = {"none": 90, "nf4": 110}  # launches of a block of 8B by fused kernels
 LAUNCH = {"torch": 5e-6, "triton": 11e-6}  # seconds of the host
@@ -99,7 +98,7 @@ class Counts:
 
 
 class Launches(TorchDispatchMode):
-    """Counts the operations that launch kernels. As a recorder (models/text/cuda_graphs) it counts what is recorded as one."""
+    """Counts the operations that launch kernels."""
 
     def __init__(self, rate: float, bandwidth: float) -> None:
         super().__init__()
@@ -183,17 +182,6 @@ def _nothing_kept() -> Iterator[None]:
         each.cache_clear()
 
 
-class Unproved(GraphedModel):
-    """CUDA graphs of shapes: there are no numbers to compare, nor to copy into slots, which takes four operations."""
-
-    def _difference(self, *_: Any) -> str:
-        return ""
-
-    def _fill(self, *_: Any) -> None:
-        for places in (self.ids, self.ids, self.positions, self.starts):
-            places.zero_()
-
-
 @contextmanager
 def passes_by(kernels: str) -> Iterator[None]:
     """Fused kernels for GPUs run on no shapes; the operators in C, which are as many, do."""
@@ -249,10 +237,6 @@ def counts_of(
         task = training_on(text, config.train, RowShape(LENGTH, max(1, tokens // LENGTH), prompt=LENGTH // 2), 1).task
         (batch,) = task.batches(0)
         launches = Launches(rate, bandwidth)
-        if kernels == "graphs":
-            parameters, room = task.parameters(), BatchShape.largest(LENGTH, tokens, len(batch.lengths))
-            task.replayed = Unproved(text, parameters, launches, room)
-            task.loss(batch)  # what is recorded once is not counted
         for _ in range(2):
             launches.counts = Counts()
             with ledger.phase("passes"), passes_by(kernels), unpacking(launches, kernels, text.model), launches:
@@ -363,9 +347,6 @@ def main(arguments: Sequence[str] | None = None) -> int:
     print(f"{'model':14} base {'passes':6} {'tokens':>6} {'a block':>8} {'in all':>7} {'host':>9} {'GPU':>10} {'tokens/s':>9}")
     for model, base, kernels, tokens in itertools.product(MODELS, BASES, KERNELS, TOKENS):
         line = line_of(model, tokens, kernels, base, rates)
-        of_torch = next((one for one in lines if same_work(one, line)), line)
-        if kernels == "graphs":  # which compute what torch's operations do
-            line |= estimated(tokens, line["host"], of_torch["computing"], of_torch["flops"])
         if kernels == "fused" and model == MODELS[-1]:
             line["unsloth"] = unsloth_of(line, rates)
         lines.append(line)

@@ -7,18 +7,16 @@ from tempfile import TemporaryDirectory
 
 from harness.steps import StepLog, contender
 from harness.workload import Workload
-from rich.console import Console
 
 from contenders.packed_workload import lorakeet_on
 from contenders.with_lorakeet import StepRecorder, require_same_rows
 from lorakeet.train.loop import train
 from lorakeet.train.run import RunFolder
-from lorakeet.workflows.finetuning.cuda_graphs import record_graphs
 
 
-def train_packed(workload: Workload, dtype: str, *, recorded: bool = False) -> StepLog:
+def train_packed(workload: Workload, dtype: str) -> StepLog:
     """The workload's steps; SystemExit where they would have other rows."""
-    ready = lorakeet_on(workload, recorded=recorded, dtype=dtype)
+    ready = lorakeet_on(workload, dtype=dtype)
     require_same_rows(ready.task, workload)
     text = ready.task.text
     log = StepLog(
@@ -27,10 +25,8 @@ def train_packed(workload: Workload, dtype: str, *, recorded: bool = False) -> S
             "rows lie": "flat",
             "attention": text.attention,
             "products": str(text.products).removeprefix("torch."),
-            "recorded": str(recorded),
         },
     )
-    record_graphs(text, ready.task, Console(quiet=True))
     with TemporaryDirectory() as folder:
         train(ready.task, ready.config.train, run=RunFolder.create(Path(folder) / "run"), report=StepRecorder(log))
     return log

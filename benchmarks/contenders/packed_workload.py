@@ -38,7 +38,7 @@ class Ready:
     config: RunConfig
 
 
-def lorakeet_on(workload: Workload, *, recorded: bool = False, dtype: str = "bfloat16") -> Ready:
+def lorakeet_on(workload: Workload, *, dtype: str = "bfloat16") -> Ready:
     """Lorakeet over the workload's model, as a run file with these settings loads it."""
     settings = {
         "data.train": "none", "data.max_tokens": workload.longest, "model.path": workload.model, "model.device": workload.device,
@@ -47,7 +47,7 @@ def lorakeet_on(workload: Workload, *, recorded: bool = False, dtype: str = "bfl
         "train.batch_size": workload.batch_size, "train.micro_tokens": workload.micro_tokens, "train.schedule": "constant",
         "train.warmup_fraction": 0.0, "train.length_grouping": False, "train.learning_rate": workload.learning_rate,
         "train.steps": len(workload.steps), "train.evaluate_every": len(workload.steps) + 1,
-        "train.checkpoint_every": len(workload.steps) + 1, "train.cuda_graphs": str(recorded).lower(),
+        "train.checkpoint_every": len(workload.steps) + 1,
     }  # fmt: skip
     config = read_run(None, {key: str(value) for key, value in settings.items()})
     text = load_text_model(config.model)

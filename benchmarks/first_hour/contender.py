@@ -19,7 +19,6 @@ from typing import Any
 import torch
 from contenders.packed_workload import RANK, RATE, drawn_steps, example_of
 from harness.made_up_model import dense_model, frozen_text
-from rich.console import Console
 from torch import Tensor, nn
 
 from first_hour.findings import failure
@@ -31,7 +30,6 @@ from lorakeet.memory.cuda import gpu_peak_bytes
 from lorakeet.models.targets import plan_for
 from lorakeet.models.text.adapters import initialise_adapter
 from lorakeet.train.text.task import TextTask
-from lorakeet.workflows.finetuning.cuda_graphs import record_graphs
 from lorakeet.workflows.planning.rehearse_text import silent_training
 
 TARGETS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
@@ -48,7 +46,7 @@ def main(arguments: Sequence[str]) -> None:
     asked = json.loads(Path(arguments[0]).read_text(encoding="utf-8"))
     path, found = Path(arguments[1]), {}
     device = torch.device(asked["device"])
-    measured = _ours if asked["program"] in OURS else _peer
+    measured = _ours if asked["program"] == OURS else _peer
     try:
         model = measured(asked, device)
         for tokens in asked["tokens"]:
@@ -58,7 +56,7 @@ def main(arguments: Sequence[str]) -> None:
     except NotHere as why:
         found["not_run"] = str(why)
     except torch.OutOfMemoryError as error:
-        found["failed" if asked["program"] in OURS else "not_run"] = f"out of memory: {failure(error)}"
+        found["failed" if asked["program"] == OURS else "not_run"] = f"out of memory: {failure(error)}"
     path.write_text(json.dumps(found), encoding="utf-8")
 
 
@@ -121,9 +119,6 @@ def settings_of(tokens: int, steps: int, rows: int, **more: str) -> RunConfig:
 
 def _ours(asked: dict[str, Any], device: torch.device) -> Callable[[list[Any]], tuple[Step, Callable[[], object]]]:
     """Lorakeet's own training step."""
-    graphs = asked["program"] == OURS[1]
-    if device.type != "cuda" and graphs:
-        raise NotHere("it needs a CUDA device")
     text = frozen_text(asked["shape"], device, getattr(torch, asked["dtype"]), base=asked["base"])
     plan = plan_for(text.model, LoraSpec(rank=RANK, alpha=2.0 * RANK), text.family)
     text = initialise_adapter(text, plan, seed=0)
@@ -131,10 +126,9 @@ def _ours(asked: dict[str, Any], device: torch.device) -> Callable[[list[Any]], 
     def make(rows: list[Any]) -> tuple[Step, Callable[[], object]]:
         count = len(rows) // asked["steps"]
         tokens = sum(len(row.ids) for row in rows[:count])
-        config = settings_of(tokens, asked["steps"], count, **{"train.cuda_graphs": str(graphs).lower()})
+        config = settings_of(tokens, asked["steps"], count)
         examples = [example_of(row) for row in sorted(rows, key=lambda row: int(row.prompt))]
         task = TextTask(text, examples, held_out=(), spec=config.train)
-        record_graphs(text, task, Console(quiet=True))
         training = silent_training(task, config.train)
         recorded: list[float] = []
         training.metrics.write = lambda record: recorded.append(float(record["loss"] or 0))  # type: ignore[union-attr,method-assign]

@@ -42,19 +42,15 @@ def run(found: Findings) -> None:
         kept = replace(workload, quantize=base)
         word = "dense" if base == "none" else base
         mine = found.attempt(f"{word}, CPU, float32", lambda kept=kept: _losses(kept, "float32"))
-        for name, recorded in ((f"{word}, GPU, {dtype}", False), (f"{word}, GPU, {dtype}, CUDA graphs", True)):
-            if recorded and found.toy:
-                found.add(name, {"not_run": "CUDA graphs need a CUDA device"})
-                continue
-            moved = replace(kept, device=there)
-            theirs = found.attempt(name, lambda moved=moved, recorded=recorded: _losses(moved, dtype, recorded=recorded))
-            if isinstance(mine, list) and isinstance(theirs, list):
-                found.add(f"{name}: largest gap", max(abs(a - b) for a, b in zip(mine, theirs, strict=True)))
+        name, moved = f"{word}, GPU, {dtype}", replace(kept, device=there)
+        theirs = found.attempt(name, lambda moved=moved: _losses(moved, dtype))
+        if isinstance(mine, list) and isinstance(theirs, list):
+            found.add(f"{name}: largest gap", max(abs(a - b) for a, b in zip(mine, theirs, strict=True)))
     found.attempt("fused modules", lambda: _fused(workload, there, dtype))
 
 
-def _losses(workload: Workload, dtype: str, *, recorded: bool = False) -> list[float]:
-    return train_packed(workload, dtype, recorded=recorded).losses
+def _losses(workload: Workload, dtype: str) -> list[float]:
+    return train_packed(workload, dtype).losses
 
 
 def _fused(workload: Workload, device: str, dtype: str) -> dict[str, int]:

@@ -70,7 +70,7 @@ class Outcomes:
 
 
 def _tests(found: Findings) -> dict[str, Any]:
-    """How tests/gpu ends: kernels, losses, plans and graphs, with assertions; in a rehearsal what a CPU can stand for."""
+    """How tests/gpu ends: kernels, losses and plans, with assertions; in a rehearsal what a CPU can stand for."""
     if not TESTS.is_dir():
         return {"not_run": "there is no folder tests/gpu: this is an installed package without its tree"}
     if find_spec("pytest") is None:

@@ -43,7 +43,7 @@ def run(found: Findings) -> None:
         }  # fmt: skip
         for each in tokens:
             found.attempt(f"planned, {model}, {base}, {each}", lambda m=model, b=base, e=each: _planned(found, m, b, e))
-        for program in (*OURS[:1], *PEERS, *OURS[1:]):
+        for program in (OURS, *PEERS):
             if found.left < LEAST:
                 found.add(f"{program}, {model}, {base}", {"not_run": "no time was left"})
                 continue

@@ -123,8 +123,6 @@ class RunConfig:
             found.append(f"train.objective is {objective}, which needs text, but kind is {self.kind}. Take sft, or kind: text.")
         if self.data.supervise == "all":
             found.append(f"data.supervise is all, but {objective} compares answers alone. Leave it out.")
-        if self.train.cuda_graphs:
-            found.append(f"train.cuda_graphs is true, but {objective} is not recorded in CUDA graphs. Leave it out.")
         if self.lora.start in MEASURED or self.ranks.choose == "auto":
             what = f"lora.start {self.lora.start}" if self.lora.start in MEASURED else "ranks.choose auto"
             found.append(f"{what} measures gradients of the sft loss; train.objective is {objective}. Take kaiming and given.")

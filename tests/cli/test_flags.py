@@ -127,5 +127,5 @@ def test_a_truth_value_that_is_neither_is_named() -> None:
 def test_the_text_of_a_flag_is_its_own_whatever_it_looks_like() -> None:
     assert held("chat", "system", ["--system", "--plain"]) == "--plain"
     assert held("chat", "plain", ["--system", "--plain"]) is None
-    assert held("finetune", "train.cuda_graphs", ["--train.cuda_graphs", "none"]) == "none"
+    assert held("finetune", "train.learning_rate", ["--train.learning_rate", "none"]) == "none"
     assert held("evaluate", "task_chat", ["--task-chat", "--"]) == "true"

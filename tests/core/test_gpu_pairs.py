@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from lorakeet.core.gpu_pairs import announces_changes, copies_are_fresh, copy_of, fresh_copies, wide_mm
+from lorakeet.core.gpu_pairs import announces_changes, copy_of, wide_mm
 from lorakeet.core.pair_products import PairProducts, PairSpan
 from tiny.simulated_card import Card, simulated_card
 
@@ -67,8 +67,6 @@ def test_copies_are_made_again_after_a_step_that_is_announced() -> None:
     announces_changes([A, other])
     first = copy_of([A, other], torch.bfloat16)
     assert copy_of([A, other], torch.bfloat16) is first and torch.equal(first, torch.cat([A, other]).detach().bfloat16())
-    with fresh_copies():
-        assert copy_of([A, other], torch.bfloat16) is not first
     with torch.no_grad():
         other.mul_(2)
     again = copy_of([A, other], torch.bfloat16)
@@ -89,14 +87,3 @@ def test_a_wide_product_is_not_rounded_to_the_narrow_dtype(card: Card) -> None:
     found = wide_mm(left.to("cuda"), right.to("cuda"), torch.float32)
     assert torch.equal(found.cpu(), left.float() @ right.float())
     assert wide_mm(left, right, torch.float32).dtype == torch.float32
-
-
-def test_while_a_stream_is_captured_copies_are_made_again(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Also where a capture was begun elsewhere; the CPU captures nothing."""
-    cuda, cpu = torch.device("cuda"), torch.device("cpu")
-    monkeypatch.setattr(torch.cuda, "is_initialized", lambda: True)
-    for captured in (True, False):
-        monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda captured=captured: captured)
-        assert copies_are_fresh(cuda) is captured and not copies_are_fresh(cpu)
-    with fresh_copies():
-        assert copies_are_fresh(cuda) and copies_are_fresh(cpu)

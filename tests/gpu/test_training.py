@@ -46,19 +46,6 @@ def test_the_losses_are_those_of_the_cpu(
     assert certificate["passed"]
 
 
-def test_cuda_graphs_learn_the_same(
-    real_gpu: torch.device, narrow: torch.dtype, tiny_llama_folder: Path, rows: Path, tmp_path: Path
-) -> None:
-    dtype = {"model.dtype": str(narrow).removeprefix("torch.")}
-    plain = trained(tiny_llama_folder, rows, tmp_path / "plain", real_gpu, **dtype, **{"train.cuda_graphs": "false"})
-    recorded = trained(tiny_llama_folder, rows, tmp_path / "graphs", real_gpu, **dtype, **{"train.cuda_graphs": "true"})
-    assert recorded == pytest.approx(plain, rel=0.02)
-    by_itself = trained(tiny_llama_folder, rows, tmp_path / "default", real_gpu, **dtype)
-    assert by_itself == pytest.approx(plain, rel=0.02)
-    said = json.loads((tmp_path / "default" / "report.json").read_text())["facts"]["CUDA graphs"]
-    print(f"CUDA graphs by default: {said}")
-
-
 def test_a_plan_is_a_bound(gpu: torch.device, tiny_llama_folder: Path, rows: Path, tmp_path: Path) -> None:
     trained(tiny_llama_folder, rows, tmp_path / "run", gpu)
     report = json.loads((tmp_path / "run" / "report.json").read_text())

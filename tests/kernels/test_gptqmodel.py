@@ -88,7 +88,7 @@ def test_a_product_uses_it_in_the_shared_matrix(gpu: list[torch.dtype]) -> None:
         torch.testing.assert_close(weight.matmul(x), x @ dense.t())
         torch.testing.assert_close(weight.matmul_t(grad), grad @ dense)
         torch.testing.assert_close(to, grad @ dense + 1)
-    assert len(gpu) == 3 and [buffer.numel() for buffer in SCRATCH.lent()] == [96 * 128]
+    assert len(gpu) == 3 and [buffer.numel() for buffer in SCRATCH._buffers.values()] == [96 * 128]
 
 
 def test_parts_and_matrices_by_rows_are_left_to_torch(gpu: list[torch.dtype]) -> None:

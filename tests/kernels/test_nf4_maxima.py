@@ -8,7 +8,6 @@ from __future__ import annotations
 import copy
 import gc
 import logging
-import threading
 from collections import Counter
 from collections.abc import Iterator
 from typing import Any
@@ -18,7 +17,6 @@ import torch
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from lorakeet.core.gpu_pairs import fresh_copies
 from lorakeet.kernels import bitsandbytes_nf4, choose, nf4_maxima
 from lorakeet.kernels.nf4_maxima import LAST, LAUNCHES, MOST, NESTED, MaximaCodes, decoded_bytes
 from lorakeet.quant.nf4 import Nf4Base, decode_maxima_together
@@ -158,7 +156,7 @@ def test_a_copy_has_the_same_numbers(gpu: None) -> None:
 
 
 def test_what_is_not_joined(gpu: None) -> None:
-    """Maxima that are numbers already, parts of a weight, and what a CUDA graph records."""
+    """Maxima that are numbers already, and parts of a weight."""
     plain = Nf4Base.of(torch.randn(8, 64), double_quant=False)
     assert plain.maxima_codes() is None
     bases = [plain, *weights()]
@@ -166,9 +164,6 @@ def test_what_is_not_joined(gpu: None) -> None:
     assert plain.shared is None and bases[1].shared is not None
     whole, part = (bases[4].nf4_codes(0, rows) for rows in (128, 64))
     assert whole is not None and whole.decoded is not None and part is not None and part.decoded is None
-    with fresh_copies():
-        recorded = bases[4].nf4_codes(0, 128)
-    assert recorded is not None and recorded.decoded is None
     with torch.inference_mode():
         made = Nf4Base.of(torch.randn(8, 64))
     assert made.maxima_codes() is None, "whose changes leave no trace"
@@ -192,28 +187,3 @@ def test_maxima_that_differ_are_said_once_and_not_used(
 def test_codes_name_their_buffers() -> None:
     base = weights()[0]
     assert base.maxima_codes() == MaximaCodes(base.absmax, base.scales, base.mean)
-
-
-def test_within_a_recording_no_thread_takes_shared_maxima(gpu: None) -> None:
-    """On a GPU autograd computes backward passes in a thread of its own, where a context variable has its default."""
-    bases = weights()
-    decode_maxima_together(bases)
-    unpacked(bases)
-    LAST.clear()
-    leaf = torch.ones((), requires_grad=True)
-    found: list[Any] = []
-
-    def backward() -> None:
-        leaf.register_hook(lambda _: found.append(bases[0].nf4_codes(0, SHAPES[0][0])))
-        leaf.mul(2).backward()
-        unpacked(bases)
-
-    with fresh_copies():
-        with fresh_copies():
-            pass
-        thread = threading.Thread(target=backward)
-        thread.start()
-        thread.join()
-    assert len(found) == 1 and found[0].decoded is None and not LAST
-    codes = bases[0].nf4_codes(0, SHAPES[0][0])
-    assert codes is not None and codes.decoded is not None

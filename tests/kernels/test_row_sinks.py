@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from lorakeet.kernels import row_sinks
 from lorakeet.kernels.device import standing_for
 from lorakeet.kernels.efficient_varlen import EfficientVarlen
-from lorakeet.kernels.flash_varlen import FlashVarlen, RowOffsets
+from lorakeet.kernels.flash_varlen import FlashVarlen
 from lorakeet.kernels.row_sinks import SinkRows, sinks_proved, takes_sinks
 from lorakeet.models.attention import packed_attention
 from tiny.flash import CARD, Flash
@@ -65,16 +65,6 @@ def test_the_flash_kernel_has_them_too(flash: Flash, prefix: int) -> None:
     assert (flash.efficient_calls, flash.calls) == (0, 1)
     for mine, theirs in zip(found, attended(CPU, torch.float32, prefix, None, 2), strict=True):
         torch.testing.assert_close(mine.float(), theirs, rtol=3e-2, atol=3e-2)
-
-
-def test_rows_at_offsets_have_them_too(flash: Flash) -> None:
-    flash.exact = False
-    q, k, v, _ = states(sum(ROWS), torch.bfloat16)
-    places = RowOffsets(torch.tensor([0, *ROWS]).cumsum(0).int(), max(ROWS))
-    sinks, laid = torch.linspace(-2, 3, HEADS), {"row_lengths": (max(ROWS),), "row_offsets": places}
-    out, _ = packed_attention(nn.Module(), q, k, v, s_aux=sinks, **laid)
-    assert flash.calls == 1
-    torch.testing.assert_close(out.float(), attended(CPU, torch.float32, 0, None, 0)[0], rtol=3e-2, atol=3e-2)
 
 
 def test_frozen_sinks_get_no_gradient(flash: Flash) -> None:

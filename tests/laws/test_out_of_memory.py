@@ -5,7 +5,6 @@ from __future__ import annotations
 import dataclasses
 import gc
 import json
-import re
 import weakref
 from collections.abc import Callable
 from pathlib import Path
@@ -25,10 +24,8 @@ from lorakeet.memory.budget import Budget
 from lorakeet.memory.cuda import enforcing_gpu_budget
 from lorakeet.memory.spill import HostSpill, Spill
 from lorakeet.memory.transfer import CudaTransfer
-from lorakeet.models import kernels
 from lorakeet.models.targets import plan_for
 from lorakeet.models.text.adapters import initialise_adapter
-from lorakeet.models.text.cuda_graphs import NotRecorded, recording_errors
 from lorakeet.train.loop import train
 from lorakeet.train.processes import Processes
 from lorakeet.train.progress import Reporter
@@ -65,8 +62,6 @@ def test_what_is_beside_the_tensors_lacks_memory_too(said: str, tmp_path: Path, 
         full()
     with pytest.raises(EnvironmentProblem, match="The device ran out of memory"), enforcing_gpu_budget(Budget(), ""):
         full()
-    with pytest.raises(NotRecorded, match="the GPU is out of memory"), recording_errors():
-        full()
     with pytest.raises(RuntimeError) as raised:
         difference_found(full, of_any_kind=True)  # which says nothing of a kernel
     assert raised.value is error
@@ -79,8 +74,6 @@ def test_what_is_beside_the_tensors_lacks_memory_too(said: str, tmp_path: Path, 
 @pytest.mark.parametrize("said", OTHERS)
 def test_a_model_is_not_said_to_be_at_fault(said: str, tiny_llama_folder: Path) -> None:
     require_passed_on(loaded(tiny_llama_folder), said)
-    with pytest.raises(RuntimeError, match=re.escape(said)), kernels._refused("a weight", torch.device("cpu")):
-        raise RuntimeError(said)
 
 
 class Short(TinyTask):

@@ -425,7 +425,6 @@ def test_a_run_is_evaluated_again_and_merged(
     ("changes", "said"),
     [
         ({"train.objective": "dpo", "train.reference": "/nowhere"}, "The reference /nowhere does not exist"),
-        ({"train.objective": "dpo", "train.cuda_graphs": True}, "is not recorded in CUDA graphs"),
         ({"train.objective": "dpo", "data.supervise": "all"}, "dpo compares answers alone"),
         ({"train.objective": "dpo", "lora.start": "gradient"}, "measures gradients of the sft loss"),
         ({"train.reference": "base/line"}, "train.objective sft has no reference"),

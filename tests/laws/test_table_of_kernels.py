@@ -24,7 +24,7 @@ from lorakeet.core.reordered import ReorderedBase
 from lorakeet.core.selection import Share
 from lorakeet.data.pack import Batch
 from lorakeet.kernels import choose
-from lorakeet.kernels.choose import PASSES, TABLE, in_words, passed_over, records_passes
+from lorakeet.kernels.choose import TABLE, in_words, passed_over
 from lorakeet.kernels.cpu import block, trained_block
 from lorakeet.kernels.protocol import Kernel, Situation
 from lorakeet.models.generate.kv_cache import CacheRow, KeyValues, step
@@ -209,15 +209,7 @@ def head_losses(toys: Toys) -> None:
     assert losses.tolist() == [7.0] * TOKENS and toys.called == ["loss_in_place"] * 2
 
 
-def recorded_passes(toys: Toys) -> None:
-    assert not records_passes(CPU, torch.bfloat16, 1)
-    toys.called.append("")
-    toys.patch.setattr(choose, "GRAPHS", toys.first(PASSES, ""))
-    assert records_passes(CPU, torch.bfloat16, 1)
-
-
 TASKS: dict[str, Callable[[Toys], None]] = {
-    PASSES: recorded_passes,
     "attention": attention,
     "elementwise ops": elementwise,
     "product, dense weight": dense_product,
@@ -236,7 +228,7 @@ BLOCKS = {"decoder block, training", "decoder block, generation"}  # which are t
 def test_what_is_first_in_its_row_computes(task: str, toys: Toys) -> None:
     TASKS[task](toys)
     said = in_words(Situation(CPU, torch.float32, torch.float32)).count(f"toy: {task.replace(',', '')}")
-    assert toys.called and said == (task != PASSES), "which a run's report says for itself"
+    assert toys.called and said == 1
 
 
 def test_a_report_names_kernels_for_the_weights_at_hand(toys: Toys) -> None:

@@ -27,7 +27,6 @@ def test_the_verb_needs_neither_rows_nor_weights(config_folder: Path) -> None:
     ("words", "why"),
     [
         (["--memory.budget", "64MB"], "it needs at least"),
-        (["--train.cuda_graphs", "--memory.budget", "64MB"], "train.cuda_graphs is true"),
         (["--ranks", "prune", "--ranks.budget", "2k", "--memory.budget", "64MB"], "The memory budget is 64MB"),
     ],
 )

@@ -9,8 +9,7 @@ fused optimizers alone leave no trace of a change. ∂A and ∂B come out of the
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Iterable, Sequence
 
 import torch
 from torch import Tensor
@@ -19,26 +18,6 @@ from lorakeet.core.math import add_low_rank
 
 COPIES = "lorakeet_copies"  # the attribute of a factor that keeps them: by dtype and what they are stacked with
 ANNOUNCED = "lorakeet_announced"  # the attribute of a factor whose every change is counted in its version
-_FRESH: list[None] = []  # open contexts of `fresh_copies`, of all threads: autograd has its own for a GPU's backward pass
-
-
-@contextmanager
-def fresh_copies() -> Iterator[None]:
-    """A context in which each pass makes its own copies, in every thread: a CUDA graph makes them whenever it is replayed."""
-    _FRESH.append(None)
-    try:
-        yield
-    finally:
-        _FRESH.pop()
-
-
-def copies_are_fresh(device: torch.device) -> bool:
-    """Whether nothing may be taken from an earlier pass: within `fresh_copies`, and while a stream of `device` is captured."""
-    if _FRESH:
-        return True
-    initialised = device.type == "cuda" and torch.cuda.is_initialized()  # type: ignore[no-untyped-call]
-    return initialised and torch.cuda.is_current_stream_capturing()
-
 
 def announces_changes(parameters: Iterable[Tensor]) -> None:
     """For an optimizer that calls torch.autograd.graph.increment_version after each step over these parameters."""
@@ -57,7 +36,7 @@ def copy_of(factors: Sequence[Tensor], dtype: torch.dtype) -> Tensor:
     """The factors stacked (all rows, columns), in `dtype`; the same tensor until one of them changes, if that is announced."""
     if len(factors) == 1 and factors[0].dtype == dtype:
         return factors[0].detach()
-    if not all(hasattr(factor, ANNOUNCED) for factor in factors) or copies_are_fresh(factors[0].device):
+    if not all(hasattr(factor, ANNOUNCED) for factor in factors):
         return _made(factors, dtype)
     held: dict[object, tuple[object, Tensor]] = vars(factors[0]).setdefault(COPIES, {})
     key, state = (dtype, *map(id, factors)), [(factor._version, factor.shape, factor.device) for factor in factors]

@@ -27,10 +27,6 @@ class Scratch:
                 held = self._buffers[key] = torch.empty(size, dtype=dtype, device=device)
         return held[:size].view(shape)
 
-    def lent(self) -> tuple[Tensor, ...]:
-        """The buffers in use; CUDA graphs that recorded their addresses must keep them alive."""
-        return tuple(self._buffers.values())
-
     def clear(self) -> None:
         """Frees the memory."""
         self._buffers.clear()

@@ -17,7 +17,6 @@ from torch import Tensor
 from lorakeet.kernels import (
     bitsandbytes_nf4,
     blockwise_rows,
-    cuda_graphs,
     efficient_varlen,
     flash_varlen,
     gptqmodel,
@@ -48,7 +47,6 @@ from lorakeet.kernels.protocol import (
 _C = "lorakeet.kernels.cpu."
 GPTQMODEL = "lorakeet.kernels.gptqmodel"
 _LAST = "the last kernel of a task must take everything"
-PASSES = "decoder passes, training"  # what a run made of it, its report says (workflows/finetuning/cuda_graphs)
 T = TypeVar("T")
 
 
@@ -96,12 +94,7 @@ _in_training = _if_parts_in_c(
     "low-rank pairs, training",
 )  # fmt: skip
 _in_generation = _if_parts_in_c(operators.why_not, "elementwise ops", "low-rank pairs, inference", "dense weights, inference")
-GRAPHS = Kernel("torch: CUDA graphs", cuda_graphs.why_not, cuda_graphs.takes, cuda_graphs.NEEDS)
 TABLE: dict[str, tuple[Kernel, ...]] = {
-    PASSES: (
-        GRAPHS,
-        Kernel("operation by operation", _always),
-    ),
     "decoder block, training": (
         Kernel("C: trained_block.c", _in_training, whole_block.takes, whole_block.NEEDS, _C + "trained_block"),
         Kernel("separate kernels", _always),
@@ -312,11 +305,6 @@ def inference_layout(weight: Tensor) -> Kernel:
     return first_of(candidates("dense weights, inference", weight.device, weight.dtype), weight)
 
 
-def records_passes(device: torch.device, dtype: torch.dtype, weights: int) -> bool:
-    """Whether a text model of so many weights is trained by CUDA graphs, if a run plans them and they prove right."""
-    return first_of(candidates(PASSES, device, dtype), weights) is GRAPHS
-
-
 def loss_kernel(hidden: Tensor, dtype: torch.dtype, vocabulary: int) -> HeadLosses | None:
     """The kernel for losses of hidden states (tokens, hidden) under a head (vocabulary, hidden) of that dtype; None: torch."""
     return _chosen("loss of the head", hidden, dtype, hidden, vocabulary)  # type: ignore[no-any-return]
@@ -334,14 +322,12 @@ def passed_over(task: str, situation: Situation) -> tuple[Kernel, list[tuple[Ker
 
 
 def in_words(situation: Situation, methods: Collection[str] = ()) -> str:
-    """The kernels of all tasks but PASSES in a situation, such as "C: attention, elementwise ops; torch: dequantise".
+    """The kernels of all tasks in a situation, such as "C: attention, elementwise ops; torch: dequantise".
 
     `methods` are those that the model's weights are quantised by: a kernel for another one is left out.
     """
     by_language: dict[str, list[str]] = {}
     for task, kernels in TABLE.items():
-        if task == PASSES:
-            continue
         kernel = next(each for each in kernels if each.method in ("", *methods) and not each.why_not(situation))
         by_language.setdefault(kernel.name.split(":")[0].split(",")[0], []).append(task.replace(",", ""))
     return "; ".join(f"{language}: {', '.join(tasks)}" for language, tasks in by_language.items())

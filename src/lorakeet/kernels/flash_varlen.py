@@ -8,9 +8,6 @@ whole. Padding tokens after the last row form one more sequence.
 A kernel that reads the offsets differently would give numbers that look right. So before the first rows in heads of a shape,
 made-up rows are computed by the kernel and by the definition; if these differ, a warning says so, and the table's next kernel
 computes.
-
-CUDA graphs (models/text/cuda_graphs) need offsets in a tensor at a fixed address: `FlashVarlenAtOffsets`. The number of rows and
-their longest length are fixed when the graph is recorded; unused offsets are empty rows. Such rows share no prefix.
 """
 
 from __future__ import annotations
@@ -335,49 +332,6 @@ def by_definition(
         return out.detach().transpose(1, 2), *torch.autograd.grad(out, (q, k, v), grad.float())
 
 
-@dataclass(frozen=True, eq=False)
-class RowOffsets:
-    """Offsets of rows among the tokens: row i from starts[i] to starts[i + 1], int32; the last is the number of tokens. No row
-    is longer than `longest`.
-    """
-
-    starts: Tensor  # (rows + 1,)
-    longest: int
-
-
-class FlashVarlenAtOffsets(FlashVarlen):
-    """Attention of rows at offsets in a tensor; `window` as in FlashVarlen."""
-
-    def __init__(self, places: RowOffsets, scale: float, window: int | None = None) -> None:
-        self.laid = places.starts, places.longest, scale, EVERYTHING if window is None else window
-
-    @property
-    def operators(self) -> tuple[Any, Any]:
-        return OFFSET_ROWS, OFFSET_ROWS_BACKWARD
-
-
-def flash_kernel(
-    places: RowOffsets | None, rows: tuple[int, ...], scale: float, prefix: int, window: int | None = None
-) -> FlashVarlen:
-    """The kernel for rows of those lengths, or at those offsets if there are any."""
-    return FlashVarlen(rows, scale, prefix, window) if places is None else FlashVarlenAtOffsets(places, scale, window)
-
-
-def offset_rows(q: Tensor, k: Tensor, v: Tensor, *given: Any) -> tuple[Tensor, Tensor]:
-    """O (tokens, heads, d) and the logs of the sums (heads, tokens) of q, and k and v (tokens, kv, d); `given` are starts, the
-    longest, scale and window."""
-    starts, longest, scale, window = given
-    return flash_forward(Sequences(starts, starts, longest, longest), (q, k, v), scale, window)
-
-
-def offset_rows_backward(
-    grad: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tensor, logs: Tensor, *given: Any
-) -> tuple[Tensor, Tensor, Tensor]:
-    """∂Q, ∂K and ∂V in the shapes of q, k and v, from the arguments and results of `offset_rows`."""
-    starts, longest, scale, window = given
-    return flash_backward(Sequences(starts, starts, longest, longest), (grad, q, k, v, out, logs), scale, window)
-
-
 _STATES, _LAID = "Tensor q, Tensor k, Tensor v", "int[] rows, int prefix, float scale, int window"
 FLASH_ROWS = define(
     f"flash_rows({_STATES}, {_LAID}) -> (Tensor, Tensor)",
@@ -393,13 +347,5 @@ FLASH_ROWS_BACKWARD = define(
     attention_backward_shapes,
     lambda grad, q, k, v, out, logs, *given, **_: 5 * _flops(q, k, v, *given) // 2,  # of five products
     _backward_workspace,
-    key=EVERYWHERE,
-)
-_AT_OFFSETS = "Tensor starts, int longest, float scale, int window"
-OFFSET_ROWS = define(f"offset_rows({_STATES}, {_AT_OFFSETS}) -> (Tensor, Tensor)", offset_rows, attention_shapes, key=EVERYWHERE)
-OFFSET_ROWS_BACKWARD = define(
-    f"offset_rows_backward(Tensor grad, {_STATES}, Tensor out, Tensor logs, {_AT_OFFSETS}) -> (Tensor, Tensor, Tensor)",
-    offset_rows_backward,
-    attention_backward_shapes,
     key=EVERYWHERE,
 )

@@ -14,7 +14,7 @@ from lorakeet.memory.allocator import slack
 from lorakeet.memory.usage import NO_BLOCK, Usage, UsageSegment
 
 KINDS = (
-    "runtime", "base", "adapter", "moments", "gradients", "saved activations", "logits", "scratch", "CUDA graphs", "allocator",
+    "runtime", "base", "adapter", "moments", "gradients", "saved activations", "logits", "scratch", "allocator",
 )  # fmt: skip
 
 

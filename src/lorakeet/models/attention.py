@@ -25,7 +25,7 @@ from lorakeet.kernels.blockwise_rows import BlockwiseRows
 from lorakeet.kernels.choose import BLOCKWISE, capped_rows, packed_rows
 from lorakeet.kernels.device import is_cpu
 from lorakeet.kernels.efficient_varlen import DTYPES, EfficientVarlen
-from lorakeet.kernels.flash_varlen import STEP, FlashVarlen, flash_kernel
+from lorakeet.kernels.flash_varlen import STEP, FlashVarlen
 from lorakeet.kernels.row_sinks import SinkRows, takes_sinks
 
 VARLEN = "lorakeet_varlen"
@@ -43,11 +43,10 @@ def packed_attention(
 ) -> tuple[Tensor, None]:
     """Returns the outputs (1, tokens, heads, d) of query (1, heads, tokens, d), key and value (1, kv heads, tokens, d).
 
-    Settings used: `row_lengths`, `row_prefix` (tokens before all rows that belong to each), `row_offsets` (row offsets in a
-    tensor, with the longest row as the one length: kernels/flash_varlen), `row_cache` (earlier tokens of the rows),
-    `row_products` (dtype of the products on a CPU; fp32 by default), `scaling`, `dropout`, `sliding_window`, `softcap`, `s_aux`
-    (a sink's score for each head). Raises EnvironmentProblem for anything else (position biases, non-causal attention), so that
-    nothing is ignored.
+    Settings used: `row_lengths`, `row_prefix` (tokens before all rows that belong to each), `row_cache` (earlier tokens
+    of the rows), `row_products` (dtype of the products on a CPU; fp32 by default), `scaling`, `dropout`, `sliding_window`,
+    `softcap`, `s_aux` (a sink's score for each head). Raises EnvironmentProblem for anything else (position biases, non-causal
+    attention), so that nothing is ignored.
     """
     lengths = settings.get("row_lengths")
     _refuse_unknown(module, (query, key), lengths, attention_mask, settings)
@@ -59,13 +58,11 @@ def packed_attention(
         q, k, v = (states[0].transpose(0, 1) for states in (query, key, value))
         return cast(Tensor, cache.attend(module.layer_idx, q, k, v, AttentionRule(scale, window, softcap, sinks)))[None], None
     rule, laid = AttentionRule(scale, window, softcap, sinks), (rows, prefix)
-    products, offsets = settings.get("row_products") or torch.float32, settings.get("row_offsets")
+    products = settings.get("row_products") or torch.float32
     if not is_cpu(query.device) and query.dtype == key.dtype == value.dtype and query.dtype in DTYPES:
-        found = _on_a_gpu((query, key, value), laid, rule, dropout, products, offsets)
+        found = _on_a_gpu((query, key, value), laid, rule, dropout, products)
         if found is not None:
             return found, None
-    if offsets is not None:
-        raise EnvironmentProblem(f"{type(module).__name__} attends in a way that torch's flash kernel does not have.")
     plain = softcap is None and sinks is None and dropout == 0.0 and (window is None or prefix + max(rows) <= window)
     if plain and is_cpu(query.device) and query.shape[-1] == value.shape[-1]:
         return causal_rows(query, key, value, rows, scale, products, prefix), None
@@ -91,9 +88,8 @@ def _on_a_gpu(
     rule: AttentionRule,
     dropout: float,
     products: torch.dtype,
-    offsets: Any,
 ) -> Tensor | None:
-    """Attention by a kernel that keeps no probabilities; None if there is none, or none for rows at `offsets`.
+    """Attention by a kernel that keeps no probabilities; None if there is none.
 
     Heads are padded with zeros to one width in multiples of 8, which changes no score: DeepSeek's values are narrower than its
     keys.
@@ -105,13 +101,13 @@ def _on_a_gpu(
     own = (capped_rows(query, products) if capped else packed_rows(query, products, *shape, rows, prefix)).offers
     if sinks is not None and own in (FlashVarlen, EfficientVarlen) and not takes_sinks(own, query, *shape):
         own = BLOCKWISE.offers
-    if own is None or (offsets is not None and own is not FlashVarlen):
+    if own is None:
         return None
     if own is BlockwiseRows:
         seed = BlockwiseRows.drawn_seed() if dropout else 0
         kernel: Any = BlockwiseRows(rows, scale, prefix, window, cap, dropout, seed)
     else:
-        kernel = own(rows, scale, prefix, window) if offsets is None else flash_kernel(offsets, rows, scale, prefix, window)
+        kernel = own(rows, scale, prefix, window)
     given = query, key, value, *([] if sinks is None else [sinks]), kernel
     function = CausalRows if sinks is None else SinkRows
     out = cast(Tensor, function.apply(*given))  # type: ignore[no-untyped-call]
@@ -147,11 +143,9 @@ def _refuse_unknown(
     limit = _limit_in_mask(module, settings)
     if limit is not None and longest > limit and not _divides(module, settings):
         unknown.append(f"a window of {limit} tokens that only its mask has, for a row of {longest} tokens")
-    captured = settings.get("row_offsets") is not None
-    alone = len(lengths) == 1 and cache is None and not captured  # its places are those of the batch
-    places = query.shape[2] if captured else total
-    if (constant := _constant_up_to(module)) is not None and not alone and places >= constant:
-        unknown.append(f"a temperature by position, constant up to {constant:g}, for {places} tokens")
+    alone = len(lengths) == 1 and cache is None  # its places are those of the batch
+    if (constant := _constant_up_to(module)) is not None and not alone and total >= constant:
+        unknown.append(f"a temperature by position, constant up to {constant:g}, for {total} tokens")
     if unknown:
         raise EnvironmentProblem(f"{kind} uses {', '.join(unknown)}, which row attention does not have; use attention: sdpa.")
 
@@ -184,7 +178,7 @@ def temperature_start(config: Any) -> int | None:
 
 def _divides(module: nn.Module, settings: dict[str, Any]) -> bool:
     """Whether rows are cut into the chunks of a layer: each attends to itself, so that packed rows are their chunks."""
-    alone = not settings.get("row_prefix", 0) and all(settings.get(name) is None for name in ("row_cache", "row_offsets"))
+    alone = not settings.get("row_prefix", 0) and settings.get("row_cache") is None
     return alone and _layer_kind(module) == CHUNKED
 
 

@@ -29,7 +29,6 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from lorakeet.core.gpu_pairs import copies_are_fresh
 from lorakeet.kernels.cpu.stored import NF4, StoredWeight, address_of
 from lorakeet.kernels.nf4_codes import Nf4Codes
 from lorakeet.kernels.nf4_maxima import MOST, MaximaCodes, SharedMaxima
@@ -123,8 +122,7 @@ class Nf4Base(PackedBase):
         tables = _table("levels", self.packed), _table("dynamic", self.packed)
         packed = self.packed[begin // 2 : (begin + count) // 2]
         shares = rows == self.shape[0] and self.shared is not None
-        # A CUDA graph is to hold all that it computes with.
-        decoded = self._decoded_with_others if shares and not copies_are_fresh(self.packed.device) else None
+        decoded = self._decoded_with_others if shares else None
         return Nf4Codes(packed, self.absmax[blocks], scales, self.mean, *tables, size, decoded)
 
     def maxima_codes(self) -> MaximaCodes | None:

@@ -46,7 +46,6 @@ WORDS = {
     "gradients": "gradients",
     "logits": "predictions",
     "scratch": "needed for a moment",
-    "CUDA graphs": "kept for recorded steps (CUDA graphs)",
     "runtime": "Python and its libraries",
     "allocator": "left over by the allocator",
 }  # in the order of a bar

@@ -40,7 +40,7 @@ from lorakeet.train.stopping import EarlyStopping
 
 MANIFEST = "manifest.json"
 # settings that affect neither training nor reports, except by rounding
-MAY_CHANGE = {"checkpoint_every", "cuda_graphs", "keep_checkpoints", "log_to", "micro_tokens", "rate_trial_steps", "shard"}
+MAY_CHANGE = {"checkpoint_every", "keep_checkpoints", "log_to", "micro_tokens", "rate_trial_steps", "shard"}
 
 
 @dataclass

@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
-from typing import Any, Literal, cast
+from typing import Any, ClassVar, Literal, cast
 
-from lorakeet.setting import setting
+from lorakeet.setting import Removed, setting
 from lorakeet.settings import require_types
 from lorakeet.train.preference_spec import BASE, SFT, START, Objective
 
@@ -50,9 +51,6 @@ class TrainSpec:
     keep_prefix_states: bool = setting(
         False, "Cache the hidden states below the lowest adapted block on disk, for all epochs and all trials of tune."
     )
-    cuda_graphs: bool | None = setting(
-        None, "Replay micro-batches as CUDA graphs; by default for models up to 3B where a plan and a proof allow it."
-    )
     shard: bool = setting(
         False, "Shard the frozen blocks over the processes of torchrun (FSDP2); if false, each process has the whole base."
     )
@@ -71,6 +69,8 @@ class TrainSpec:
     log_to: Literal["none", "tensorboard", "wandb", "trackio", "mlflow"] = setting(
         "none", "Where metrics go besides metrics.jsonl."
     )
+
+    REMOVED: ClassVar[Mapping[str, Removed]] = {"cuda_graphs": Removed((None, False), "Passes are not recorded as CUDA graphs.")}
 
     def __post_init__(self) -> None:
         require_types(self)

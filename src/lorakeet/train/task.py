@@ -63,7 +63,7 @@ def gradients_by_batch(loss: Callable[[BatchT], Tensor], batches: Sequence[Batch
             (found / targets).backward()  # type: ignore[no-untyped-call]
         own = found.detach().double()
         total = own if total is None else total + own
-        del found  # and its autograd graph, before the next CUDA graph is captured (models/text/cuda_graphs)
+        del found  # and its autograd graph
     return torch.zeros((), dtype=torch.float64) if total is None else total
 
 

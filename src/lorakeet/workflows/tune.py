@@ -92,8 +92,6 @@ def tune(config: RunConfig, options: TuneOptions = TuneOptions(), *, console: Co
             f"train.keep_prefix_states is true, but a search over {config.train.objective} computes its reference with every "
             "block. Leave it out."
         )
-    if config.train.cuda_graphs:
-        raise ConfigError("train.cuda_graphs is true, which records one adapter; a search trains several. Leave it out.")
     if quick and SPACE & non_default(options).keys():
         given = "--rate-factors, --rank-choices, --target-choices and --beta-choices"
         raise ConfigError(f"--quick compares half, once and twice the learning rate only. Leave it out, or {given}.")

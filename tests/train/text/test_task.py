@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import weakref
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +18,6 @@ from lorakeet.formats.peft import peft
 from lorakeet.models import inject
 from lorakeet.models.spec import ModelSpec
 from lorakeet.models.targets import plan_for
-from lorakeet.models.text.cuda_graphs import GraphedModel
 from lorakeet.models.text.load import load_text_model
 from lorakeet.models.text.model import TextModel
 from lorakeet.train.interrupt import Interrupt
@@ -139,19 +137,3 @@ def test_what_is_on_disk_is_what_the_model_holds(tiny_llama_folder: Path, tmp_pa
     inject.attach(fresh.model, peft.read(tmp_path / "run" / "adapter"))
     other: Any = TextTask(fresh, rows(14, 1), held_out=rows(6, 2), spec=SPEC).held_out()
     assert other.sums.sum() / other.weights.sum() == pytest.approx(outcome.best_loss, rel=1e-6)
-
-
-def test_less_memory_frees_cuda_graphs_before_and_beside_the_tokens(tiny_llama_folder: Path) -> None:
-    """They hold their largest micro-batch. With rows that cannot be cut, dropping them alone is another try."""
-    task = task_for(tiny_llama_folder)
-    for _ in range(2):
-        task.replayed = graphs = GraphedModel.__new__(GraphedModel)
-        held = weakref.ref(graphs)
-        del graphs
-        said, tokens = task.halve(), task.spec.micro_tokens
-        assert task.replayed is None and held() is None and task.graphs.startswith("none any more")
-        assert said == f"train.micro_tokens {tokens} and no CUDA graphs"
-        task.spec = dataclasses.replace(task.spec, micro_tokens=2 * tokens)
-    task.spec = dataclasses.replace(task.spec, micro_tokens=4)
-    task.replayed = GraphedModel.__new__(GraphedModel)
-    assert task.halve() == "no CUDA graphs" and task.halve() == "" and task.spec.micro_tokens == 4

@@ -49,7 +49,7 @@ def test_a_gpu_that_torch_does_not_use_is_said_before_anything_is_read(
         ("data.text_column", "caption_de", "metadata.jsonl"), ("data.label_column", "kind", "Leave it out"),
         ("data.group_column", "author", r"data\.held_out"), ("data.near_duplicates", "0", r"images\.near_duplicates"),
         ("data.supervise", "all", r"caption_dropout"), ("train.keep_prefix_states", "true", r"images\.cache"),
-        ("train.cuda_graphs", "true", "only text models"), ("train.shard", "true", r"memory\.budget"),
+        ("train.shard", "true", r"memory\.budget"),
         ("model.products", "float32", r"model\.dtype"),
         ("model.attention", "eager", "Leave it out"),
     ],

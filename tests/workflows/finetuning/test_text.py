@@ -67,7 +67,6 @@ def test_the_comparison_with_the_model_s_own_code_is_announced_before_it_begins(
         config=SimpleNamespace(train=SimpleNamespace(keep_prefix_states=False)), residency=Residency()
     )
     monkeypatch.setattr(text_runs, "text_task", lambda _: task)
-    monkeypatch.setattr(text_runs, "use_graphs", lambda *_: None)
     monkeypatch.setattr(text_runs, "require_own_code", lambda *_: before.append(console.export_text()))
     KIND.task(setup, RunFolder(Path("run")), console)
     assert before == ["Comparing the first pass with the model's own code.\n"]
@@ -172,16 +171,6 @@ def test_ranks_that_will_fall_are_planned_as_they_begin(config_folder: Path) -> 
     assert again.planned.plan == pruned.planned.plan
     refused, text = planned(config_folder, ranks="2k", choose="prune", budget="64MB")
     assert refused.streamed is None and "finetune refuses: The memory budget is 64MB" in text and "finetune keeps" not in text
-
-
-def test_what_graphs_take_is_said_where_they_are_asked_for(config_folder: Path) -> None:
-    said = {asked: planned(config_folder, settings={"train.cuda_graphs": asked})[1] for asked in ("true", "false")}
-    assert re.search(r"while it trains the run takes [\d.]+ [GM]iB more, for CUDA graphs", said["true"])
-    assert "CUDA graphs" not in said["false"]
-    _, narrow = planned(config_folder, "1MiB", settings={"train.cuda_graphs": "true"})
-    assert "finetune refuses: train.cuda_graphs is true and memory.budget is given" in narrow
-    refusal, _, advice = narrow.partition("It would take:")
-    assert advice.strip() and "CUDA graphs" in refusal  # the list stands behind its sentence
 
 
 def test_a_budget_that_is_too_small_brings_advice_with_numbers(config_folder: Path) -> None:

@@ -19,15 +19,13 @@ from lorakeet.memory.budget import Budget
 from lorakeet.memory.cuda import CONTEXT
 from lorakeet.memory.free import MARGIN
 from lorakeet.models.recomputed import RecomputedBlock
-from lorakeet.models.text.cuda_graphs import MOST_SHAPES
 from lorakeet.train.processes import Processes
 from lorakeet.workflows.finetuning import assemble_text
 from lorakeet.workflows.finetuning import text as text_kind
 from lorakeet.workflows.planning import rehearse_text, text_run, unbound_text_run
 from lorakeet.workflows.planning.fit import choose
 from lorakeet.workflows.planning.forecast_text_run import CERTIFY, RowLengths, Workload
-from lorakeet.workflows.planning.graphs import DRIVER_BYTES, KIND
-from lorakeet.workflows.planning.rehearse_text import EVALUATE, STEP
+from lorakeet.workflows.planning.rehearse_text import STEP
 from lorakeet.workflows.planning.unbound_text_run import UnboundTextRun, fit_text_run
 from lorakeet.workflows.runs.residency import ALONE, RESIDENT, Residency, Way
 from tiny.made_up_card import card
@@ -151,7 +149,7 @@ def test_several_cards_choose_by_the_smallest_which_is_named(config: Callable[..
     together = Two()
     together.count = 2
     found, said = fitted(mine, 1 << 40, together)
-    assert found.way.micro_tokens == 1024 and not found.budget and not found.way.graphs
+    assert found.way.micro_tokens == 1024 and not found.budget
     differ, planned = said
     assert differ.startswith("The GPUs differ: ") and differ.endswith("choose them with CUDA_VISIBLE_DEVICES.")
     assert "MiB are free on the GPU of process 1, 1024.00 GiB on the GPU of process 0. Every process" in differ
@@ -161,28 +159,6 @@ def test_several_cards_choose_by_the_smallest_which_is_named(config: Callable[..
     smallest = CONTEXT
     with pytest.raises(ConfigError, match=r"2 processes train together\. Start one, or set train\.shard"):
         fitted(mine, 1 << 40, together)
-
-
-def test_graphs_come_first_where_they_fit(config: Callable[..., RunConfig]) -> None:
-    mine = config(**{"model.dtype": "bfloat16"})
-    graphs, plain = Way(graphs=True), RESIDENT
-    more = {way: UnboundTextRun(mine, ROWS, print).plan(way) for way in (graphs, plain)}
-    extra = {phase.name: phase.kinds.get(KIND, 0) for phase in more[graphs].forecast.phases}
-    kinds = more[plain].forecast.phase(STEP).kinds
-    passing = sum(kinds.get(kind, 0) for kind in ("saved activations", "logits", "scratch"))
-    driver = MOST_SHAPES * DRIVER_BYTES
-    assert passing + driver < extra[STEP] < 1.5 * passing + driver and extra[EVALUATE] == extra[STEP] > 0 == extra[CERTIFY]
-    found, said = fitted(mine, more[graphs].peak)
-    assert found.way == graphs and found.unrestricted and found.plan is not None and found.plan.peak == more[graphs].peak
-    assert said[0].endswith("on cuda:0; the passes of the decoder are recorded as CUDA graphs, if they prove right.")
-    found, said = fitted(mine, more[graphs].peak - 1)
-    assert found.way in (plain, Way(one_base=True)) and "With CUDA graphs it would be" in said[0]
-    asked = config(**{"model.dtype": "bfloat16", "train.cuda_graphs": "true"})
-    found, said = fitted(asked, more[graphs].peak - 1)
-    assert found.way.graphs and found.way.micro_tokens == 1024 and "in place of 2,048" in said[0], "what was asked for stays"
-    with pytest.raises(ConfigError, match=r"train\.cuda_graphs is true, which keeps all that a pass computes\. Leave it out\."):
-        fitted(asked, CONTEXT)
-    assert not fitted(config(**{"model.dtype": "bfloat16", "train.cuda_graphs": "false"}), 1 << 40)[0].way.graphs
 
 
 FEW = {"train.steps": "2", "train.micro_tokens": "128", "evaluate.drift_texts": "0", "evaluate.answers": "0"}

@@ -31,7 +31,6 @@ from lorakeet.core.layers.linear import LoraLinear, Replacement
 from lorakeet.core.pair_products import PairProducts, alternated
 from lorakeet.kernels.choose import elementwise_ops, packed_rows
 from lorakeet.kernels.cpu import operators
-from lorakeet.kernels.flash_varlen import FlashVarlen, RowOffsets, flash_kernel
 from lorakeet.kernels.protocol import PackedAttention
 
 INPUTS = ("q_proj", "k_proj", "v_proj")
@@ -201,14 +200,13 @@ class RotaryAttention(Replacement):
         uses.sort(key=lambda use: (use[0].start, use[0].stop))  # q, k and v of the same tokens become neighbours: one part
         bases = [layer.base if isinstance(layer, LoraLinear) else DenseBase(layer) for layer in layers]
         heads, kv = (base.shape[0] // head for base in bases[:2])
-        offsets = cast("RowOffsets | None", settings.get("row_offsets"))
         own = kernel_of(packed_rows(x, settings.get("row_products") or torch.float32, heads, kv, head, rows, prefix))
-        if own is None or (offsets is not None and own is not FlashVarlen):
+        if own is None:
             return nothing
         products = next(layer.products for layer in layers if isinstance(layer, LoraLinear)) or x.dtype
         scale = cast(float, self.original.scaling)
-        kernel = own(rows, scale, prefix) if offsets is None else flash_kernel(offsets, rows, scale, prefix)
-        inputs = AttentionInputs(bases, [layer.bias for layer in layers], pair_products(uses, products), norms, head, kernel)
+        pairs, kernel = pair_products(uses, products), own(rows, scale, prefix)
+        inputs = AttentionInputs(bases, [layer.bias for layer in layers], pairs, norms, head, kernel)
         return inputs, [factor for _, pair, _ in uses for factor in pair.factors()]
 
     def head_norms(self) -> list[HeadNorm] | None:

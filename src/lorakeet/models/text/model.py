@@ -31,7 +31,6 @@ from lorakeet.data.prefix import PASS, BatchLimits, PrefixLayout, prefix_batches
 from lorakeet.errors import EnvironmentProblem
 from lorakeet.kernels.choose import attends_in_c
 from lorakeet.kernels.cpu.attention import TILED
-from lorakeet.kernels.flash_varlen import RowOffsets
 from lorakeet.kernels.host_copies import to_device, together_on
 from lorakeet.memory.store import WeightStore
 from lorakeet.models import modules
@@ -164,15 +163,6 @@ class TextModel:
         with self._by_length(batch):
             states = self._decode(blank.index_copy(0, places, batch.ids).view(-1, longest))
         return states.flatten(0, 1).index_select(0, of_targets)
-
-    def states_at(self, ids: Tensor, positions: Tensor, offsets: RowOffsets) -> Tensor:
-        """Returns the decoder's last hidden states of every token, (tokens, hidden); `ids` and `positions` are (tokens,).
-
-        The work depends only on the memory of the arguments and of the model, so a CUDA graph can capture it. With gradient if
-        enabled. Raises EnvironmentProblem where the attention takes no offsets on the device.
-        """
-        rows = {"row_lengths": (offsets.longest,), "row_offsets": offsets, "row_products": self.products}
-        return self._decode(ids[None], position_ids=positions[None], **rows)[0]
 
     def computed_tokens(self, tokens: int) -> int:
         """How many tokens are computed for `tokens` packed ones, padding included."""

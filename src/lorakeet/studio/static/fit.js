@@ -4,7 +4,7 @@ import { make } from "./page.js";
 import { duration, svg } from "./svg.js";
 
 const form = document.getElementById("fit");
-const KINDS = ["base", "saved activations", "adapter", "moments", "gradients", "logits", "scratch", "runtime", "allocator", "CUDA graphs"];
+const KINDS = ["base", "saved activations", "adapter", "moments", "gradients", "logits", "scratch", "runtime", "allocator"];
 const answers = new Answers(form, ask, problems);
 let later = 0;
 

@@ -20,19 +20,18 @@ from lorakeet.data.pack import Batch
 from lorakeet.kernels.choose import loss_kernel
 from lorakeet.kernels.protocol import HeadLosses
 from lorakeet.memory.repeated import as_before
-from lorakeet.models.text.cuda_graphs import GraphedModel
 from lorakeet.models.text.model import TextModel
 from lorakeet.models.text.tiled_loss import is_read_in_tiles, tiled_losses
 
 CHUNK = 256
 
 
-def text_loss(text: TextModel | GraphedModel, batch: Batch, *, chunk: int = CHUNK) -> tuple[Tensor, int]:
+def text_loss(text: TextModel, batch: Batch, *, chunk: int = CHUNK) -> tuple[Tensor, int]:
     """The sum of −log p(target) over the target tokens of `batch`, with gradient, and their number."""
     return head_losses(text, text.hidden(batch), batch.target_ids, chunk=chunk).sum(), batch.targets
 
 
-def head_losses(text: TextModel | GraphedModel, hidden: Tensor, targets: Tensor, *, chunk: int = CHUNK) -> Tensor:
+def head_losses(text: TextModel, hidden: Tensor, targets: Tensor, *, chunk: int = CHUNK) -> Tensor:
     """−log p(target) (n,) from the decoder's hidden states (n, hidden) and targets (n,), with gradient."""
     targets = targets.to(hidden.device)
     weight = text.head_weight

@@ -23,7 +23,6 @@ from lorakeet.formats.peft import peft
 from lorakeet.memory.spill import Spill
 from lorakeet.models import inject
 from lorakeet.models.generate.score import row_losses
-from lorakeet.models.text.cuda_graphs import GraphedModel
 from lorakeet.models.text.model import TextModel
 from lorakeet.train import durable
 from lorakeet.train.processes import ALONE, Processes
@@ -46,8 +45,6 @@ class TextTask:
 
     pruning: Pruning | None = None
     kept_terms: KeptTerms = NONE_KEPT
-    replayed: GraphedModel | None = None  # with CUDA graphs
-    graphs = ""  # whether its passes are CUDA graphs, and why not, in words
     own_code: OwnCodeDifference | None = None  # of a first pass, where it was compared
 
     def __init__(
@@ -86,8 +83,7 @@ class TextTask:
 
     def batches(self, step: int) -> list[Batch]:
         rows = self.step_rows(step)
-        cut = self.text.micro_batches if self.replayed is None else micro_batches  # CUDA graphs share no prefixes
-        return cut([rows[number] for number in self._own(rows)], self.spec.micro_tokens)
+        return self.text.micro_batches([rows[number] for number in self._own(rows)], self.spec.micro_tokens)
 
     def step_rows(self, step: int) -> list[Example]:
         """The rows of step `step`, counted from 0, with every answer of each."""
@@ -139,7 +135,7 @@ class TextTask:
     def loss(self, batch: Batch) -> Tensor:
         """The sum of the loss over the batch's targets, with gradient, in training mode."""
         self.text.train()
-        return text_loss(self.replayed or self.text, batch.to(self.text.device), chunk=self.spec.head_chunk)[0]
+        return text_loss(self.text, batch.to(self.text.device), chunk=self.spec.head_chunk)[0]
 
     def held_out(self) -> HeldOut | None:
         return HeldOut(*self.losses_of(self.held_out_rows)) if self.held_out_rows else None
@@ -167,19 +163,11 @@ class TextTask:
     def halve(self) -> str:
         shortest = min((len(row.ids) for row in self.train), default=0)
         tokens = self.spec.micro_tokens // 2
-        without = self._without_graphs()
         if tokens < shortest:  # every row is a micro-batch of its own already
-            return without
+            return ""
         self.spill.clear()  # of inputs of blocks that no backward pass has taken
         self.spec = replace(self.spec, micro_tokens=tokens)
-        return f"train.micro_tokens {tokens}" + (f" and {without}" if without else "")
-
-    def _without_graphs(self) -> str:
-        """Drops CUDA graphs, which hold the memory of their largest micro-batch; says so, if there are any."""
-        if self.replayed is None:
-            return ""
-        self.replayed, self.graphs = None, "none any more: the device ran out of memory, and they hold some"
-        return "no CUDA graphs"
+        return f"train.micro_tokens {tokens}"
 
     def adapter(self) -> Adapter:
         """The adapter's current value."""

@@ -177,7 +177,6 @@ TEXT_SETTINGS = {
     "data.near_duplicates": "Set images.near_duplicates.",
     "data.supervise": "Leave it out; images.caption_dropout is the share of captions left out.",
     "train.keep_prefix_states": "Leave it out; latents and captions are always cached (images.cache).",
-    "train.cuda_graphs": "Leave it out; only text models are recorded as CUDA graphs.",
     "train.shard": "Leave it out; to save memory, set memory.budget or model.quantize.",
     "model.products": "Leave it out; set model.dtype.",
     "model.attention": "Leave it out; diffusers chooses torch's own.",

@@ -56,7 +56,6 @@ class TextAssembly(Assembly):
     residency: Residency[TextRunPlan] = field(default_factory=Residency)
     own_code: OwnCodeDifference | None = None  # how the first pass differed from the model's own code; None where not compared
     reference: Reference | None = None  # of a preference run, once it is trained
-    graphs: str = ""  # whether passes were CUDA graphs, in words, once it is trained; empty where that is no question
     halved: bool = False  # whether memory was too small for train.micro_tokens, against the plan
     start_note: str = ""  # that an earlier adapter was not what its certificate was made for
 

@@ -37,7 +37,7 @@ if TYPE_CHECKING:  # a run imports the modules of its own kind only
 
 SHOWN_LABELS = 20
 # short, so that the table is narrow
-_HEADINGS = {"gradients": "grads", "saved activations": "saved", "CUDA graphs": "graphs", "allocator": "alloc."}
+_HEADINGS = {"gradients": "grads", "saved activations": "saved", "allocator": "alloc."}
 
 BESIDE = ("absolute_error", "rank_correlation", "mean_distance", "quadratic_kappa", "set_match", "chrf")  # shown of replies
 

@@ -54,7 +54,6 @@ from lorakeet.train.text.own_code import require_own_code
 from lorakeet.train.text.task import TextTask
 from lorakeet.workflows.finetuning.assemble_text import TextAssembly, assemble_text, text_task
 from lorakeet.workflows.finetuning.certify_text import certify_text, with_own_code
-from lorakeet.workflows.finetuning.cuda_graphs import require_graphable, use_graphs
 from lorakeet.workflows.finetuning.evaluate_text import TextEvaluator, require_encodable
 from lorakeet.workflows.finetuning.kept_answers import kept_answers
 from lorakeet.workflows.finetuning.kind import NO_BOUND, Advice, Digests, PlanResult, RunKind
@@ -68,7 +67,6 @@ from lorakeet.workflows.planning.check import later_phases, with_later
 from lorakeet.workflows.planning.encoded_rows import workload_of_files
 from lorakeet.workflows.planning.fit import WayChoice, choose, fit_free, host_memory, too_small_text
 from lorakeet.workflows.planning.forecast_text_run import LATER, RowLengths, TextRunPlan, forecast_run
-from lorakeet.workflows.planning.graphs import graph_bytes
 from lorakeet.workflows.planning.planned_model import Precision
 from lorakeet.workflows.planning.rehearse_text import SECONDS_BESIDE, planning_within
 from lorakeet.workflows.planning.text_run import LEAST, TextRun, bytes_moved, precision_of
@@ -109,7 +107,6 @@ class TextPlanResult(PlanResult):
     later: tuple[Phase, ...] = ()  # merging and exporting within the budget, or the least that they take
     lengths: RowLengths | None = None  # of the rows, where there are some
     labelled: bool | None = None  # whether the rows have labels; None if they are not known
-    graphs: int = 0  # bytes of CUDA graphs while the run trains, if the settings request them
 
     @property
     def later_commands(self) -> tuple[str, ...]:
@@ -219,9 +216,6 @@ def _show(result: TextPlanResult, console: Console) -> None:
         trained = f"{trained} at first, {left:,} in pairs {cut}"
     say(f"{trained}; micro-batches of {rows.words}, planned as if all were targets.")
     show_peak(result, console, " with its weights in memory")
-    if config.train.cuda_graphs:
-        more = bytes_text(result.graphs)
-        say(f"train.cuda_graphs is true: while it trains the run takes {more} more, for CUDA graphs and their comparison.")
     if result.streamed is not None:
         plan, how = result.streamed.choice.plan, result.streamed.words
         console.print(memory_table(plan.forecast, device))
@@ -252,8 +246,6 @@ def _refusals(result: TextPlanResult, run: TextRun, free: Budget, say: Callable[
     """Why a run would not start, whatever its blocks; says how it fits into what is `free` on a device that is here."""
     if run.workload.refused:
         yield run.workload.refused
-    if result.config.train.cuda_graphs and result.budget:
-        yield "train.cuda_graphs is true and memory.budget is given; leave one of them out."
     if result.unpacks_too_much:
         size = bytes_text(result.planned.forecast.phases[0].bytes)
         yield (
@@ -367,14 +359,13 @@ class TextRunKind(RunKind[TextAssembly]):
         kind = UnboundTextRun if here or free else TextRun
         run = kind(config, workload, console.print, (model_config, files))
         planned = run.plan(RESIDENT)
-        graphs = graph_bytes(planned, run.state_bytes) if config.train.cuda_graphs else 0
         later: tuple[Phase, ...] = ()
         if budget and not precision.on_gpu:  # merging and exporting are checked on the CPU
             later = later_phases(config, model_config, planned.plan, budget)
         planned = dataclasses.replace(planned, forecast=with_later(planned.forecast, later))
         result = TextPlanResult(
             config=config, device=precision.device, planned=_with_unpacking(planned, config, precision), precision=precision,
-            speed=speed, later=later, lengths=run.lengths, free=free, labelled=workload.labelled, graphs=graphs,
+            speed=speed, later=later, lengths=run.lengths, free=free, labelled=workload.labelled,
         )  # fmt: skip
         if watch is not None:
             watch(result)
@@ -389,7 +380,6 @@ class TextRunKind(RunKind[TextAssembly]):
         return result
 
     def check(self, config: RunConfig, processes: int) -> None:
-        require_graphable(config, processes)
         require_encodable(config)
         if config.evaluate.metric is not None:
             load_metric(config.evaluate.metric, outside=Path(config.out))  # raises now rather than after training
@@ -433,7 +423,6 @@ class TextRunKind(RunKind[TextAssembly]):
         if setup.residency.unrestricted:
             console.print("Comparing the first pass with the model's own code.", soft_wrap=True)
             task.own_code = require_own_code(task.text, task.parameters(), task.train)
-        use_graphs(setup, task, console)
         return task
 
     def frozen_digests(self, setup: TextAssembly) -> Digests:
@@ -456,18 +445,15 @@ class TextRunKind(RunKind[TextAssembly]):
 
     @contextmanager
     def training(self, setup: TextAssembly, task: TextTask, run: RunFolder, console: Console) -> Iterator[None]:
-        """Shards the base, caches hidden states, and frees CUDA graphs at the end, before the certificate's second model."""
+        """Shards the base, and caches hidden states."""
         processes = setup.processes
         if setup.sharded:
             with processes.gathering():
                 task.text = shard_blocks(task.text, processes.count, torch.device(setup.config.model.device))
         elif setup.config.train.shard:
             console.print("train.shard has no effect with one process.", soft_wrap=True)
-        try:
-            with _cached_states(setup, task, run, console):
-                yield
-        finally:
-            task.replayed = None
+        with _cached_states(setup, task, run, console):
+            yield
 
     def trained(self, setup: TextAssembly, task: TextTask) -> TextAssembly:
         config = setup.config.changed(train={"micro_tokens": task.spec.micro_tokens})  # halved if memory was too small
@@ -475,7 +461,7 @@ class TextRunKind(RunKind[TextAssembly]):
         moved = None if setup.moved is None else dataclasses.replace(setup.moved, tokens=tokens)
         halved = task.spec.micro_tokens < setup.config.train.micro_tokens
         setup = dataclasses.replace(
-            setup, text=task.text, own_code=task.own_code, graphs=task.graphs, config=config, moved=moved, halved=halved
+            setup, text=task.text, own_code=task.own_code, config=config, moved=moved, halved=halved
         )
         if task.pruning is None:
             return setup
@@ -527,8 +513,6 @@ class TextRunKind(RunKind[TextAssembly]):
         found["Prompt format"] = prompt_format(setup.dataset.train[0], setup.dataset.labels, text.tokenizer, setup.config.data)
         methods = {str(module.settings["method"]) for module in text.model.modules() if isinstance(module, PackedBase)}
         found["Kernels"] = in_words(Situation(setup.device, text.dtype, text.products), methods)
-        if setup.graphs:
-            found["CUDA graphs"] = setup.graphs
         if setup.initial_plan is not None:
             found["Ranks"] = f"pruned in training by AdaLoRA's importance, from {setup.initial_plan.summary()}"
         if (below := setup.config.lora.on_top_of) is not None:

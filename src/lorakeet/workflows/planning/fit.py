@@ -203,15 +203,10 @@ def _chosen(work: BudgetedWork[P], choice: WayChoice[P], budget: Budget, say: Sa
 
 def _why(choice: WayChoice[P], budget: Budget) -> str:
     """Why the preferred way was not taken, where no budget was given; empty where it was."""
-    recorded = [plan for way, plan in choice.tried if way.graphs]
-    others = [one for one in choice.tried if not one[0].graphs]
-    if not budget.free or choice.way.graphs or not others:
+    preferred, plan = choice.tried[0] if choice.tried else (choice.way, choice.plan)
+    if not budget.free or choice.way == preferred:
         return ""
-    without = f" With CUDA graphs it would be {enough_for(min(plan.peak for plan in recorded))}." if recorded else ""
-    preferred, plan = others[0]
-    if choice.way == preferred:
-        return without
-    return f" With nothing saved it would be {bytes_text(plan.peak)}, in phase '{plan.highest.name}'.{without}"
+    return f" With nothing saved it would be {bytes_text(plan.peak)}, in phase '{plan.highest.name}'."
 
 
 def require_space_to_unpack(spec: ModelSpec, budget: Budget, option: str) -> None:

@@ -14,9 +14,8 @@ from lorakeet.train.processes import ALONE as ONE_PROCESS
 from lorakeet.train.processes import Processes
 from lorakeet.workflows.planning.fit import fit_budget, fit_free
 from lorakeet.workflows.planning.forecast_text_run import TextRunPlan, Workload, measures_rows
-from lorakeet.workflows.planning.graphs import why_not_by_itself, with_graphs
 from lorakeet.workflows.planning.rehearse_text import SECONDS_BESIDE, STEP, planning_within
-from lorakeet.workflows.planning.text_run import TextRun, precision_of, streaming_ways, why_not_streamed
+from lorakeet.workflows.planning.text_run import TextRun, streaming_ways, why_not_streamed
 from lorakeet.workflows.runs.residency import ALONE, FEWEST, RESIDENT, MemoryPlan, Residency, Way
 
 FEWEST_TOKENS = 512  # of a micro-batch: fewer leave a GPU idle, and a block computed again costs less than that
@@ -66,21 +65,15 @@ def _least_free(free: Budget, processes: Processes, say: Callable[[str], None]) 
 class UnboundTextRun(TextRun):
     """A run, or a search, without memory.budget.
 
-    Its ways, the preferred one first: everything in memory, with CUDA graphs, then without; fewer tokens at once; blocks that
-    are computed again; streamed blocks. Each with a second base for the certificate if that fits too. All but graphs and fewer
-    tokens, whose sums are rounded in another order, give the same bits.
+    Its ways, the preferred one first: everything in memory; fewer tokens at once; blocks that are computed again; streamed
+    blocks. Each with a second base for the certificate if that fits too. All but fewer tokens, whose sums are rounded in another
+    order, give the same bits.
     """
 
     processes = 1  # that train together, each with the whole base
 
     def ways(self, budget: int) -> Iterator[Way]:
         tokens = self.fewer_tokens()
-        if self.config.train.cuda_graphs:
-            for count in (None, *tokens):
-                yield from self._with_bases(Way(micro_tokens=count, graphs=True))
-            raise NotStreamed("train.cuda_graphs is true, which keeps all that a pass computes. Leave it out.")
-        if not self.why_no_graphs():
-            yield from self._with_bases(Way(graphs=True))
         for count in (None, *tokens):
             yield from self._with_bases(Way(micro_tokens=count))
         fewest = tokens[-1] if tokens else None
@@ -95,13 +88,6 @@ class UnboundTextRun(TextRun):
         for way in streaming_ways(planned, self.batches_of(fewest), budget):
             yield replace(way, micro_tokens=fewest, one_base=True)
 
-    def why_no_graphs(self) -> str:
-        """Why the run does not try CUDA graphs by itself; empty if it does."""
-        if self.workload.members > 1:
-            return "a search trains several adapters"
-        dtype, weights = precision_of(self.config).dtype, super().plan(RESIDENT).plan.frozen_parameters
-        return why_not_by_itself(self.config, self.device, dtype, weights, self.processes)
-
     def fewer_tokens(self) -> list[int]:
         """Values of train.micro_tokens, each half of the one before, down to the longest row or FEWEST_TOKENS."""
         found, least = [self.rows.tokens], max(self.rows.length, FEWEST_TOKENS)
@@ -110,10 +96,8 @@ class UnboundTextRun(TextRun):
         return found[1:]
 
     def plan(self, way: Way) -> TextRunPlan:
-        found = super().plan(replace(way, one_base=False, graphs=False))
+        found = super().plan(replace(way, one_base=False))
         found = found.with_one_base() if way.one_base else found
-        if way.graphs:
-            return with_graphs(found, self.batches_of(way.micro_tokens).state_bytes)
         if not way.recomputed or not found.alike:
             return found
         return self._keeping_blocks(found, self.plan(replace(way, recomputed=False, slots=FEWEST)))
@@ -141,8 +125,6 @@ class UnboundTextRun(TextRun):
             text += f", and {blocks - way.slots} of {blocks} blocks are computed again in the backward pass"
         if way.micro_tokens is not None:
             text += f"; micro-batches have {way.micro_tokens:,} tokens in place of {self.config.train.micro_tokens:,}"
-        if way.graphs:
-            text += "; the passes of the decoder are recorded as CUDA graphs, if they prove right"
         return text + "; the certificate uses the base that was trained on" * way.one_base
 
     @property

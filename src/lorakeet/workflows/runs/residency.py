@@ -42,7 +42,6 @@ class Way:
     ends: bool = False  # whether embedding and head stay in memory where blocks are streamed, in place of reads row by row
     longest: int | None = None  # tokens of a row that a check compares, if longer rows do not fit
     change: str = ""  # of the settings, as a person reads it
-    graphs: bool = False  # whether the decoder's passes are recorded as CUDA graphs
 
     @property
     def residence(self) -> Residence:
@@ -118,7 +117,7 @@ class Residency(Generic[P]):
     @property
     def unrestricted(self) -> bool:
         """Whether the run goes as it would with any amount of memory."""
-        return not self.given and replace(self.way, graphs=False) == RESIDENT
+        return not self.given and self.way == RESIDENT
 
     @property
     def planned(self) -> int | None:
