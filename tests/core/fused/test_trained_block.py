@@ -459,3 +459,27 @@ def test_weights_that_do_not_belong_together_never_reach_c() -> None:
     assert trained_block._fit(((64, 96), (64, 96), (64, 96), (96, 64), (160, 96), (160, 96), (96, 160)), 96, 64)
     assert not trained_block._fit(((64, 96), (64, 96), (128, 96), (96, 64), (160, 96), (160, 96), (96, 160)), 96, 64)
     assert not trained_block._fit(((64, 96), (64, 96), (64, 96), (96, 64), (160, 96), (168, 96), (96, 160)), 96, 64)
+
+
+@pytest.mark.parametrize(("start", "rank"), [("pissa", 1), ("olora", 4)])
+def test_pairs_of_a_difference_too(
+    folder: Path, start: str, rank: int, used: list[bool], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Their factors are made for each pass."""
+    text, examples = load(folder, lora=LoraSpec(rank=rank, start=start)), rows(2)
+    found = step(text, examples, "default")
+    assert any(used)
+    require_same(found, by_parts(text, lambda: step(text, examples, "default"), monkeypatch))
+
+
+def test_a_mix_on_the_same_tokens_is_computed_by_the_parts(
+    folder: Path, used: list[bool], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    text, names, examples = load(folder, names=("one", "other")), ("one", "other"), rows(2)
+    tokens, found = text.computed_tokens(sum(len(row.ids) for row in examples)), []
+    for weights in ((0.7, 0.3), (0.7, 0.0)):
+        shares = [Share(0, tokens, name, weight) for name, weight in zip(names, weights, strict=True)]
+        selection_of(text.model).divide(shares, units=tokens)
+        found.append(step(text, examples, *names))
+        require_same(found[-1], by_parts(text, lambda: step(text, examples, *names), monkeypatch))
+    assert not any(used) and not torch.equal(found[0]["loss"], found[1]["loss"])

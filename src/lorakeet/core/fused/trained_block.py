@@ -12,7 +12,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from functools import lru_cache
-from typing import Any, NamedTuple, cast
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
@@ -21,7 +21,6 @@ from torch.autograd.function import once_differentiable
 from lorakeet.core.base import stored_weight
 from lorakeet.core.fused.attention import CACHES, INPUTS, RotaryAttention
 from lorakeet.core.fused.mlp_and_norm import MLP, FrozenRmsNorm, GatedMlp, shared_uses
-from lorakeet.core.fused.trained_block_cache import HOOKS, BlockArguments, Fingerprint, block_arguments, selection_in
 from lorakeet.core.layers.linear import BLOCK_PARTS, BlockReplacement, LoraLinear
 from lorakeet.core.selection import Share
 from lorakeet.kernels.choose import trained_block
@@ -30,6 +29,8 @@ from lorakeet.kernels.cpu import operators, trained_pairs
 from lorakeet.kernels.cpu.stored import StoredWeight
 from lorakeet.kernels.cpu.workspace import WORKSPACES
 from lorakeet.kernels.protocol import TrainedBlocks
+
+HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
 
 
 class TrainedBlockFunction(torch.autograd.Function):
@@ -64,39 +65,6 @@ class TrainedBlockFunction(torch.autograd.Function):
         return None if grad_x is None else grad_x[None], None, None, None, *of_factors
 
 
-class CachedCall(NamedTuple):
-    """The last arguments of a block's kernel: addresses, valid as long as `noted` matches. It keeps no tensor alive."""
-
-    kernel: TrainedBlocks
-    noted: Fingerprint
-    weights: Any
-    states: tuple[int, int, int]  # heads of queries and of keys, and numbers of a head
-    shares: tuple[Share, ...]
-    tokens: int
-    pairs: Any  # of these shares of so many tokens
-
-    @property
-    def names(self) -> tuple[str, ...]:
-        """The names of the adapters."""
-        return tuple([share.name for share in self.shares])
-
-    def of(self, seen: BlockArguments, shares: tuple[Share, ...], tokens: int) -> CachedCall:
-        """The call for other rows of the same adapters."""
-        weights = [share.weight for share in shares for _ in range(len(seen.scales) // len(shares))]
-        scales = [weight * scale for weight, scale in zip(weights, seen.scales, strict=True)]
-        pairs = self.kernel.Pairs(seen.factors, _spans(shares), scales, tokens)
-        return self._replace(shares=shares, tokens=tokens, pairs=pairs)
-
-
-class _Memory:
-    """The cached call of a block, if any; copies and unpickled ones are empty."""
-
-    before: CachedCall | None = None
-
-    def __reduce__(self) -> tuple[type[_Memory], tuple[()]]:
-        return _Memory, ()
-
-
 class TrainedBlock(BlockReplacement):
     """Replaces a decoder block of two norms, attention and gated MLP whose parts are fused already.
 
@@ -105,15 +73,10 @@ class TrainedBlock(BlockReplacement):
     with hooks on a part.
     """
 
-    def __init__(self, original: nn.Module) -> None:
-        super().__init__(original)
-        self.memory = _Memory()
-
     def forward(self, hidden_states: Tensor, *args: Any, **settings: Any) -> Any:
         prepared = None
         if not args and (kernel := self._kernel_for(hidden_states, settings)) is not None:
-            given = kernel, hidden_states, settings["row_lengths"], settings.get("row_prefix", 0)
-            prepared = self._cached(*given) or self._prepared_and_cached(*given)
+            prepared = self._prepared(kernel, hidden_states, settings["row_lengths"], settings.get("row_prefix", 0))
         if prepared is None:
             if not torch.is_grad_enabled() and not WORKSPACES.taken:
                 WORKSPACES.release()  # this pass needs none, and has memory of its own
@@ -135,42 +98,6 @@ class TrainedBlock(BlockReplacement):
         if torch._C._len_torch_dispatch_stack():  # as when operations are counted
             return None
         return trained_block(x, settings.get("row_products") or torch.float32, head, rows, settings.get("row_prefix", 0))
-
-    def _cached(self, kernel: TrainedBlocks, x: Tensor, rows: Sequence[int], prefix: int) -> tuple[Any, list[Tensor]] | None:
-        """The call from the cache, if nothing that it depends on has changed; else None."""
-        before, tokens, block = self.memory.before, x.shape[1], self._modules["original"]
-        selection = None if before is None else selection_in(block)
-        if before is None or selection is None or before.kernel is not kernel:
-            return None
-        shares = selection.all_shares(tokens)
-        if tuple([share.name for share in shares]) != before.names or not _apart(_spans(shares)):
-            return None
-        seen = block_arguments(block, before.names, x)
-        if seen is None or not before.noted.same(seen) or seen.attention.exceeds_window(prefix + max(rows)):
-            return None
-        if shares != before.shares or tokens != before.tokens:
-            self.memory.before = before = before.of(seen, shares, tokens)
-        shape = _shape_of(tuple(rows), prefix, seen.attention.original.scaling, (tokens, *before.states))
-        return kernel.BlockCall(before.weights, shape, before.pairs, seen.factors, seen.owners), seen.factors
-
-    def _prepared_and_cached(
-        self, kernel: TrainedBlocks, x: Tensor, rows: Sequence[int], prefix: int
-    ) -> tuple[Any, list[Tensor]] | None:
-        """Prepares the call, and caches it if it depends only on what the fingerprint covers.
-
-        The arguments are read first: a later change, in another thread, is then seen by the next call.
-        """
-        selection, tokens = selection_in(self._modules["original"]), x.shape[1]
-        shares = () if selection is None else selection.all_shares(tokens)
-        seen = block_arguments(self._modules["original"], [share.name for share in shares], x)
-        prepared = self._prepared(kernel, x, rows, prefix)
-        if prepared is None or seen is None or len(seen.factors) != len(prepared[1]):  # some shares have no pair here
-            return prepared
-        if all(one is other for one, other in zip(seen.factors, prepared[1], strict=True)):
-            call, shape = prepared[0], prepared[0].shape
-            states = shape.heads, shape.kv, shape.d
-            self.memory.before = CachedCall(kernel, Fingerprint(seen), call.weights, states, shares, tokens, call.pairs)
-        return prepared
 
     def _prepared(self, kernel: TrainedBlocks, x: Tensor, rows: Sequence[int], prefix: int) -> tuple[Any, list[Tensor]] | None:
         """Prepares the call, and A and B of all pairs; None if the block's parts must compute."""
