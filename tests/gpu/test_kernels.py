@@ -12,7 +12,6 @@ from lorakeet.kernels.blockwise_rows import BlockwiseRows
 from lorakeet.kernels.choose import TABLE, passed_over
 from lorakeet.kernels.efficient_varlen import EfficientVarlen
 from lorakeet.kernels.flash_varlen import FlashVarlen, by_definition, proved
-from lorakeet.kernels.newer_flash import implementation
 from lorakeet.kernels.protocol import Situation
 from lorakeet.kernels.row_sinks import sinks_proved
 from lorakeet.quant.construct import quantise_weight
@@ -50,7 +49,7 @@ def test_sinks_beside_a_kernel(real_gpu: torch.device, kernel: type[FlashVarlen]
         pytest.skip("torch's flash kernel needs compute capability 8.0")
     dtypes = (torch.bfloat16, torch.float16) if kernel is FlashVarlen else (torch.float32, torch.bfloat16)
     for dtype in dtypes:
-        assert sinks_proved(kernel, implementation(), real_gpu, dtype, (8, 2, 64))
+        assert sinks_proved(kernel, real_gpu, dtype, (8, 2, 64))
 
 
 @pytest.mark.parametrize("window", [None, 150])

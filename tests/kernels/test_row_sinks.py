@@ -9,11 +9,10 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from lorakeet.kernels import row_sinks
 from lorakeet.kernels.device import standing_for
 from lorakeet.kernels.efficient_varlen import EfficientVarlen
 from lorakeet.kernels.flash_varlen import FlashVarlen
-from lorakeet.kernels.row_sinks import SinkRows, sinks_proved, takes_sinks
+from lorakeet.kernels.row_sinks import SinkRows, sinks_proved
 from lorakeet.models.attention import packed_attention
 from tiny.flash import CARD, Flash
 
@@ -78,9 +77,9 @@ def test_a_kernel_whose_log_sums_are_others_is_left_with_a_word(
     kernel: type[FlashVarlen], flash: Flash, caplog: pytest.LogCaptureFixture
 ) -> None:
     dtype = torch.bfloat16 if kernel is FlashVarlen else torch.float32
-    assert sinks_proved(kernel, "", CPU, dtype, (4, 2, 16)) and not caplog.records
+    assert sinks_proved(kernel, CPU, dtype, (4, 2, 16)) and not caplog.records
     flash.unit = math.log(2)
-    assert not sinks_proved(kernel, "", CPU, dtype, (8, 2, 16))
+    assert not sinks_proved(kernel, CPU, dtype, (8, 2, 16))
     assert "computes O of rows with sinks otherwise than attention is defined on cpu" in caplog.messages[0]
     assert "by blocks of queries, which is slower" in caplog.messages[0] and len(caplog.messages) == 1
 
@@ -93,13 +92,3 @@ def test_without_the_proof_blocks_of_queries_compute_them(flash: Flash, monkeypa
     assert flash.calls == flash.efficient_calls == 0
     for mine, theirs in zip(found, attended(CPU, torch.float32, 4, None, 0), strict=True):
         torch.testing.assert_close(mine, theirs, rtol=1e-5, atol=1e-5)
-
-
-def test_another_flash_attention_is_proved_on_its_own(monkeypatch: pytest.MonkeyPatch) -> None:
-    seen: list[str] = []
-    monkeypatch.setattr(row_sinks, "sinks_proved", lambda _, name, *__: bool(seen.append(name)) or True)
-    like = torch.empty(1, device="meta")
-    for name in ("", "FA3"):
-        monkeypatch.setattr(row_sinks, "implementation", lambda name=name: name)
-        assert takes_sinks(FlashVarlen, like, HEADS, KV, WIDTH)
-    assert seen == ["", "FA3"] and takes_sinks(FlashVarlen, torch.empty(1), HEADS, KV, WIDTH), "a rehearsal"

@@ -553,7 +553,7 @@ def _forget() -> None:
     """Drops what the package keeps of a device from one run to the next."""
     kernels = flash_varlen._has_kernel, efficient_varlen._has_kernel
     laid = flash_varlen.sequences, efficient_varlen._places_of_logs, blockwise_rows.keys_seen
-    of_attention = flash_varlen.proved, flash_varlen.newer_is_proved, row_sinks.sinks_proved, *laid, *kernels
+    of_attention = flash_varlen.proved, row_sinks.sinks_proved, *laid, *kernels
     for kept in (grouped_experts.grouped_product_proved, *of_attention):
         kept.cache_clear()
     choose.CANDIDATES.clear()

@@ -142,18 +142,3 @@ def test_a_gpu_is_named_with_its_driver_and_one_that_torch_does_not_use_with_the
     monkeypatch.setattr(torch.cuda, "get_device_name", lambda _: gpu.name)
     old = module._accelerator(torch, torch.device("cpu"), nvidia, "")
     assert not old.good and "RTX 3060 has compute capability 7.0; expected 7.5 or more" in old.remedy
-
-
-def test_flash_attention_3_and_4_are_named_where_they_are_installed(monkeypatch: pytest.MonkeyPatch) -> None:
-    from lorakeet.kernels import newer_flash
-
-    hopper = torch.device("cuda", 0)
-    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda *_: (9, 0))
-    newer_flash._installed.cache_clear()
-    assert module._newer_attention(hopper) == [], "neither is here"
-    monkeypatch.setattr(newer_flash, "PACKAGES", {"FA3": "json", "FA4": "no_such"})
-    newer_flash._installed.cache_clear()
-    (found,) = module._newer_attention(hopper)
-    newer_flash._installed.cache_clear()
-    assert found.good and "FlashAttention 3 (json) is used" in found.found
-    assert module._newer_attention(torch.device("cpu")) == []

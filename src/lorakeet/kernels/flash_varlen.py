@@ -26,7 +26,6 @@ from torch import Tensor
 from lorakeet.kernels.cpu.attention import RowAttention, attention_backward_shapes, attention_shapes, scores_of
 from lorakeet.kernels.cpu.operators import define
 from lorakeet.kernels.host_copies import together_on
-from lorakeet.kernels.newer_flash import leave_newer_flash, newer_flash
 from lorakeet.kernels.proof import difference_found
 from lorakeet.kernels.protocol import Situation
 
@@ -240,23 +239,8 @@ def _places(rows: Sequence[int], prefix: int) -> list[int]:
 
 
 def matches_definition(device: torch.device, dtype: torch.dtype, heads: int, kv: int, d: int) -> bool:
-    """True if the kernel computes made-up rows, both ways, as the definition does in fp32; else one warning says so.
-
-    FlashAttention 3 or 4 computes them where it is installed (kernels/newer_flash); where it differs, torch's own kernel does.
-    """
-    newer_is_proved(device, dtype, (heads, kv, d))
+    """True if the kernel computes made-up rows, both ways, as the definition does in fp32; else one warning says so."""
     return proved(FlashVarlen, "flash", device, dtype, (heads, kv, d))
-
-
-@functools.cache
-def newer_is_proved(device: torch.device, dtype: torch.dtype, sizes: tuple[int, int, int]) -> bool:
-    """True if FlashAttention 3 or 4 is there and as it is defined; one that is not is turned off, with a warning."""
-    name = newer_flash(device)
-    said = difference_found(lambda: _any_difference(FlashVarlen, device, dtype, sizes), of_any_kind=True) if name else ""
-    if said:
-        leave_newer_flash(name, said)
-        proved.cache_clear()  # what it computed is computed by another kernel now
-    return bool(name) and not said
 
 
 @functools.cache

@@ -23,7 +23,6 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from lorakeet.kernels.flash_varlen import CLOSE, PROOF, FlashVarlen, by_definition
-from lorakeet.kernels.newer_flash import implementation
 from lorakeet.kernels.proof import difference_found
 
 
@@ -65,13 +64,11 @@ def takes_sinks(kernel: type[FlashVarlen], like: Tensor, heads: int, kv: int, d:
     """True for heads of d numbers where the kernel has proved to compute attention with sinks; a rehearsal assumes it."""
     few, group = min(2, kv), min(8, heads // kv)
     sizes = group * few, few, d
-    return like.device.type == "cpu" or sinks_proved(cast(Hashable, kernel), implementation(), like.device, like.dtype, sizes)
+    return like.device.type == "cpu" or sinks_proved(cast(Hashable, kernel), like.device, like.dtype, sizes)
 
 
 @functools.cache
-def sinks_proved(
-    kernel: type[FlashVarlen], _implementation: str, device: torch.device, dtype: torch.dtype, sizes: tuple[int, int, int]
-) -> bool:
+def sinks_proved(kernel: type[FlashVarlen], device: torch.device, dtype: torch.dtype, sizes: tuple[int, int, int]) -> bool:
     """True if made-up rows with sinks are computed by the kernel, both ways, as attention is defined; else one warning says so.
 
     `sizes` are heads, heads of keys, and a head's width.

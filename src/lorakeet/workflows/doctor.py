@@ -148,20 +148,7 @@ def _torch() -> list[Finding]:
         Finding("processor", True, f"{name}: {dtypes}"),
         kernels,
         _accelerator(torch, device_for("auto"), find_nvidia_gpus(), unused_gpus()),
-        *_newer_attention(device_for("auto")),
     ]
-
-
-def _newer_attention(device: Any) -> list[Finding]:
-    """The check of FlashAttention 3 and 4, where they are installed beside a GPU that torch uses."""
-    import torch
-
-    from lorakeet.kernels.newer_flash import newer_flash_in_words
-
-    if device.type != "cuda" or torch.version.hip:
-        return []
-    words = newer_flash_in_words(torch.cuda.get_device_capability(device))
-    return [Finding("attention", True, words)] if words else []
 
 
 @functools.cache
