@@ -1,14 +1,13 @@
-"""Claim: a block of 8B launches at most 90 kernels in both passes, 110 with NF4; est. ahead of unsloth on an H100.
+"""Claim: a block of 8B launches at most 105 kernels in both passes, 145 with NF4; est. ahead of unsloth on an H100.
 
     python benchmarks/launches.py [--rate 700] [--bandwidth 2.7]
 
 Counted on shapes, without a GPU: the operations of the forward and backward pass of a micro-batch that launch kernels on a CUDA
-device (views and empty tensors launch none). Two depths of a model give those of a block and those of the rest. A step's first
-micro-batch makes copies of A and B; later ones add to gradients: the larger count is given. The optimizer's are few. Two
+device (views and empty tensors launch none). Two depths of a model give those of a block and those of the rest. Later
+micro-batches of a step add to gradients: the larger count is given. The optimizer's are few. Two
 variants: torch's operations; norms, gates, rotary positions and the loss by liger-kernel's (kernels/liger), NF4 by those of
-bitsandbytes, one a matrix and three for the block maxima of a decoder block (kernels/nf4_maxima). Of attention alone, in both
-passes: torch's flash kernel, the same with sinks (kernels/row_sinks), and blocks of queries (kernels/blockwise_rows), each
-operation of each block.
+bitsandbytes, three a matrix. Of attention alone, in both passes: torch's flash kernel, the same with sinks (kernels/row_sinks),
+and blocks of queries (kernels/blockwise_rows), each operation of each block.
 
 **Every time is an estimate.** An operation takes its FLOPs at --rate TFLOP/s or its bytes at --bandwidth TB/s, whichever is
 longer (an H100 reaches about 700 and 2.7). The host takes 5 µs for a launch of torch and 11 for one of Triton, as fused
@@ -21,7 +20,6 @@ from __future__ import annotations
 
 import argparse
 import itertools
-import re
 import sys
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
@@ -35,7 +33,7 @@ import torch
 from contenders.planned_run import read_settings
 from harness.machine import origin, write_result
 from plan_accuracy import published_shape
-from torch import Tensor, nn
+from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
@@ -43,7 +41,6 @@ from lorakeet.core.fused.packed_attention import CausalRows
 from lorakeet.kernels import blockwise_rows, flash_varlen
 from lorakeet.kernels.cpu import elementwise
 from lorakeet.kernels.device import standing_for
-from lorakeet.kernels.nf4_maxima import LAUNCHES as OF_MAXIMA
 from lorakeet.kernels.row_sinks import SinkRows
 from lorakeet.memory.ledger import FLOPS, Ledger
 from lorakeet.models.targets import plan_for
@@ -57,15 +54,14 @@ TOKENS, LENGTH, RANK = (512, 2048, 8192), 512, 16
 BASES = ("none", "nf4")
 KERNELS = ("torch", "fused")  # of norms, gates and rotary positions
 FEW = (2, 4)  # blocks; the difference is what a block launches
-MOST = {"none": 90, "nf4": 110}  # launches of a block of 8B by fused kernels
+MOST = {"none": 105, "nf4": 145}  # launches of a block of 8B by fused kernels
 LAUNCH = {"torch": 5e-6, "triton": 11e-6}  # seconds of the host
 PEAK = 989e12  # of an H100, FLOP/s
 SEVERAL = {"flash_rows_backward": 6, "norm_again": 2, "gated_backward_": 2}  # the first: four, and two sums over groups of heads
 FUSED = ("norm", "norm_backward", "rotate_", "gated", "gated_backward_")  # Triton kernels of liger-kernel
-NF4_ALONE = 3  # of a weight outside of the blocks, by bitsandbytes: block maxima from their codes, their mean, W
+NF4 = 3  # of a weight by bitsandbytes: block maxima from their codes, their mean, W
 NF4_BYTES = 0.5 + 2 + 19 / 64  # read and written for each number: codes, bf16, and what a block's maximum takes in four launches
 CARD = torch.device("cuda")
-OF_BLOCK = re.compile(r"\.(\d+)\.")  # in a module's path: the number of its decoder block
 BY_BLOCKS = {"blockwise_rows": blockwise_rows.blockwise_rows, "blockwise_rows_backward": blockwise_rows.blockwise_rows_backward}
 HEADS = 32, 8, 128  # of 8B: heads, heads of keys, and a head's width
 ATTENTION = ("flash", "flash with sinks", "blocks of queries")
@@ -195,19 +191,14 @@ def passes_by(kernels: str) -> Iterator[None]:
 
 
 @contextmanager
-def unpacking(launches: Launches, kernels: str, model: nn.Module) -> Iterator[None]:
+def unpacking(launches: Launches, kernels: str) -> Iterator[None]:
     """A context in which bases of shapes are dequantised as real ones of their rows are: by torch, operation by operation, or by
-    bitsandbytes: a launch for a whole matrix, once the block maxima of its decoder block are decoded.
+    bitsandbytes.
     """
-    blocks = {id(module): found[1] for path, module in model.named_modules() if (found := OF_BLOCK.search(path))}
-    decoded: str | None = None  # the block whose maxima are there
 
     def unpacked(base: ShapeBase, out: Tensor, first: int) -> Tensor:
-        nonlocal decoded
         if kernels == "fused":
-            block = blocks.get(id(base))
-            known, decoded = block is not None and block == decoded, block
-            launches.counts.torch["NF4 by bitsandbytes"] += NF4_ALONE if block is None else 1 if known else 1 + OF_MAXIMA
+            launches.counts.torch["NF4 by bitsandbytes"] += NF4
             launches.counts.seconds += out.numel() * NF4_BYTES / launches.bandwidth
             return out
         launches.paused = True
@@ -239,7 +230,7 @@ def counts_of(
         launches = Launches(rate, bandwidth)
         for _ in range(2):
             launches.counts = Counts()
-            with ledger.phase("passes"), passes_by(kernels), unpacking(launches, kernels, text.model), launches:
+            with ledger.phase("passes"), passes_by(kernels), unpacking(launches, kernels), launches:
                 loss = task.loss(batch)
                 launches.counts.forward = launches.counts.seconds
                 loss.backward()

@@ -1,4 +1,4 @@
-"""Pairs on a card: the products of torch part by part, copies made once a step, and one launch for each product."""
+"""Pairs on a card: the products of torch part by part, copies made once a pass, and one launch for each product."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from lorakeet.core.gpu_pairs import announces_changes, copy_of, wide_mm
+from lorakeet.core.gpu_pairs import wide_mm
 from lorakeet.core.pair_products import PairProducts, PairSpan
 from tiny.simulated_card import Card, simulated_card
 
@@ -59,27 +59,6 @@ def test_each_product_is_one_launch(card: Card) -> None:
     products = {"mm": 3, "addmm_": 1 + 2 + 2 + 1}  # ∂B twice and ∂A; h, y twice, u twice, ∂x
     copies = {"cat": 1, "_to_copy": 3}
     assert {name: count for name, count in card.launches.items() if name != "zeros_like"} == {**products, **copies}
-
-
-def test_copies_are_made_again_after_a_step_that_is_announced() -> None:
-    A, other = (torch.nn.Parameter(torch.randn(3, 8)) for _ in range(2))
-    assert copy_of([A, other], torch.bfloat16) is not copy_of([A, other], torch.bfloat16), "no one says when they change"
-    announces_changes([A, other])
-    first = copy_of([A, other], torch.bfloat16)
-    assert copy_of([A, other], torch.bfloat16) is first and torch.equal(first, torch.cat([A, other]).detach().bfloat16())
-    with torch.no_grad():
-        other.mul_(2)
-    again = copy_of([A, other], torch.bfloat16)
-    assert again is not first and torch.equal(again, torch.cat([A, other]).detach().bfloat16())
-    assert copy_of([A], torch.float32).data_ptr() == A.data_ptr()
-
-
-def test_a_copy_of_inference_serves_training() -> None:
-    A = torch.nn.Parameter(torch.randn(3, 8))
-    announces_changes([A])
-    with torch.inference_mode():
-        found = copy_of([A], torch.bfloat16)
-    assert not found.is_inference()
 
 
 def test_a_wide_product_is_not_rounded_to_the_narrow_dtype(card: Card) -> None:

@@ -2,52 +2,22 @@
 
     h = s·x·Aᵀ      y += h·Bᵀ            u = s·g·B      ∂x += u·A      ∂B = gᵀ·h      ∂A = uᵀ·x
 
-A and B are fp32; products take copies of them in their own dtype, the A's of layers with one input stacked. A pass makes them. If
-an optimizer says when it changes A and B (`announces_changes`), all passes until then share them, until it is closed: torch's
-fused optimizers alone leave no trace of a change. ∂A and ∂B come out of the product in fp32.
+A and B are fp32; products take copies of them in their own dtype, the A's of layers with one input stacked, made in each pass.
+∂A and ∂B come out of the product in fp32.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor
 
 from lorakeet.core.math import add_low_rank
 
-COPIES = "lorakeet_copies"  # the attribute of a factor that keeps them: by dtype and what they are stacked with
-ANNOUNCED = "lorakeet_announced"  # the attribute of a factor whose every change is counted in its version
-
-def announces_changes(parameters: Iterable[Tensor]) -> None:
-    """For an optimizer that calls torch.autograd.graph.increment_version after each step over these parameters."""
-    for parameter in parameters:
-        setattr(parameter, ANNOUNCED, True)
-
-
-def announces_no_more(parameters: Iterable[Tensor]) -> None:
-    """When that optimizer takes no more steps: another one may change the parameters and say nothing. Kept copies are freed."""
-    for parameter in parameters:
-        for name in (ANNOUNCED, COPIES):
-            vars(parameter).pop(name, None)
-
 
 def copy_of(factors: Sequence[Tensor], dtype: torch.dtype) -> Tensor:
-    """The factors stacked (all rows, columns), in `dtype`; the same tensor until one of them changes, if that is announced."""
-    if len(factors) == 1 and factors[0].dtype == dtype:
-        return factors[0].detach()
-    if not all(hasattr(factor, ANNOUNCED) for factor in factors):
-        return _made(factors, dtype)
-    held: dict[object, tuple[object, Tensor]] = vars(factors[0]).setdefault(COPIES, {})
-    key, state = (dtype, *map(id, factors)), [(factor._version, factor.shape, factor.device) for factor in factors]
-    found = held.get(key)
-    if found is None or found[0] != state:
-        with torch.inference_mode(False):  # else no later pass could be differentiated through it
-            found = held[key] = state, _made(factors, dtype)
-    return found[1]
-
-
-def _made(factors: Sequence[Tensor], dtype: torch.dtype) -> Tensor:
+    """The factors stacked (all rows, columns), in `dtype`; one that is in it already is not copied."""
     detached = [factor.detach() for factor in factors]
     return (detached[0] if len(detached) == 1 else torch.cat(detached)).to(dtype)
 

@@ -1,10 +1,10 @@
 """NF4 weights by bitsandbytes' kernels on a CUDA GPU: dequantised into a given matrix, or multiplied with few tokens as stored.
 
 **Lorakeet has not run on a GPU yet**; its own code for NF4 is as little tried, while thousands run these kernels (MIT). W is
-whole in three launches: the block maxima from their codes, their mean, W. It was seven for 2^24 numbers, and a copy. With the
-maxima of a decoder block's weights decoded together (kernels/nf4_maxima) it is one. Before the first use for a dtype, a block
-size and a width of W, made-up codes of that width are computed by the formula too: rows of several blocks, and block maxima under
-several scales. Where these differ by more than rounding, or a kernel does not run, one warning says so, and torch computes.
+whole in three launches: the block maxima from their codes, their mean, W. It was seven for 2^24 numbers, and a copy. Before the
+first use for a dtype, a block size and a width of W, made-up codes of that width are computed by the formula too: rows of several
+blocks, and block maxima under several scales. Where these differ by more than rounding, or a kernel does not run, one warning
+says so, and torch computes.
 """
 
 from __future__ import annotations
@@ -17,7 +17,6 @@ from packaging.specifiers import SpecifierSet
 from torch import Tensor
 
 from lorakeet.kernels.nf4_codes import Nf4Codes
-from lorakeet.kernels.nf4_maxima import NESTED
 from lorakeet.kernels.proof import difference_found, missing_package
 from lorakeet.kernels.triton_support import are_numbers
 
@@ -27,6 +26,7 @@ if TYPE_CHECKING:
 PACKAGE, VERSIONS = "bitsandbytes", SpecifierSet(">=0.50.2,<0.51")
 DEVICES = ("cuda",)
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+NESTED = 256  # block maxima that share one scale
 READABLE, NEEDS = "NF4 weights in whole blocks", "NF4 weights in whole blocks, up to 4 tokens"
 FEW = 4  # tokens: for more, bitsandbytes may dequantise W into memory of its own
 ROWS, BLOCKS = 16, 3 * NESTED - 8  # of made-up codes, at least; blocks are so many that scales of maxima are three
@@ -79,9 +79,7 @@ def add_quantised_product(weight: QuantisedWeight, to: Tensor, x: Tensor, across
 def write_blocks(codes: Nf4Codes, out: Tensor) -> None:
     """Writes the numbers of the codes into `out`, contiguous and of as many, rounded once."""
     maxima = codes.absmax
-    if codes.decoded is not None and (decoded := codes.decoded()) is not None:
-        maxima = decoded
-    elif codes.scales is not None:
+    if codes.scales is not None:
         nested = torch.ops.bitsandbytes.dequantize_blockwise.default
         maxima = nested(codes.absmax, codes.scales, codes.dynamic, NESTED, torch.float32).add_(codes.mean)
     shape = [len(maxima), codes.block]  # rows of one block, whatever those of W are
@@ -127,12 +125,12 @@ def _made_up(like: Nf4Codes, width: int) -> Nf4Codes:
     draw, device = torch.Generator().manual_seed(0), like.packed.device
     packed = torch.randint(256, (blocks * like.block // 2,), generator=draw, dtype=torch.uint8)
     if like.scales is None:
-        return like._replace(packed=packed.to(device), absmax=(torch.rand(blocks, generator=draw) + 0.5).to(device), decoded=None)
+        return like._replace(packed=packed.to(device), absmax=(torch.rand(blocks, generator=draw) + 0.5).to(device))
     absmax = torch.randint(256, (blocks,), generator=draw, dtype=torch.uint8)
     scales = (torch.arange(-(-blocks // NESTED)) % 3 + 1.0) / 4
     mean = None if like.mean is None else torch.full_like(like.mean, 0.75)
     packed, absmax, scales = (each.to(device) for each in (packed, absmax, scales))
-    return like._replace(packed=packed, absmax=absmax, scales=scales, mean=mean, decoded=None)
+    return like._replace(packed=packed, absmax=absmax, scales=scales, mean=mean)
 
 
 def _difference(codes: Nf4Codes, dtype: torch.dtype, width: int) -> str:

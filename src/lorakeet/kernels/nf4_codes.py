@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from typing import NamedTuple
 
 import torch
@@ -19,7 +18,6 @@ class Nf4Codes(NamedTuple):
     levels: Tensor  # (16,), fp32
     dynamic: Tensor  # (256,), fp32: the numbers of the codes
     block: int
-    decoded: Callable[[], Tensor | None] | None = None  # the numbers of the codes (blocks,), if they are decoded with others
 
     def by_formula(self) -> Tensor:
         """The numbers (blocks, block) in fp32: level times the block's largest absolute value."""

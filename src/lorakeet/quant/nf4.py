@@ -23,7 +23,7 @@ import logging
 import math
 import os
 import threading
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
@@ -31,7 +31,6 @@ from torch import Tensor
 
 from lorakeet.kernels.cpu.stored import NF4, StoredWeight, address_of
 from lorakeet.kernels.nf4_codes import Nf4Codes
-from lorakeet.kernels.nf4_maxima import MOST, MaximaCodes, SharedMaxima
 from lorakeet.quant.packed import PackedBase, tile_size
 
 # Section 3 and appendix E of the paper; fp32 values as published with its code.
@@ -56,7 +55,6 @@ class Nf4Base(PackedBase):
     absmax: Tensor
     scales: Tensor | None
     mean: Tensor | None
-    shared: tuple[SharedMaxima, int] | None = None  # block maxima that are decoded with others, and this weight's number there
 
     def __init__(
         self, shape: tuple[int, int], *, block_size: int = 64, double_quant: bool = True, device: torch.device | str = "cpu"
@@ -121,26 +119,7 @@ class Nf4Base(PackedBase):
         scales = None if self.scales is None else self.scales[blocks.start // SCALE_BLOCK : -(-blocks.stop // SCALE_BLOCK)]
         tables = _table("levels", self.packed), _table("dynamic", self.packed)
         packed = self.packed[begin // 2 : (begin + count) // 2]
-        shares = rows == self.shape[0] and self.shared is not None
-        decoded = self._decoded_with_others if shares else None
-        return Nf4Codes(packed, self.absmax[blocks], scales, self.mean, *tables, size, decoded)
-
-    def maxima_codes(self) -> MaximaCodes | None:
-        """Its block maxima as they are stored, if they are codes that can be decoded with those of other weights; else None."""
-        if self.scales is None or self.mean is None or self._parameters:  # parameters: sharded
-            return None
-        found = MaximaCodes(self.absmax, self.scales, self.mean)
-        return found if found.can_be_joined else None
-
-    def _decoded_with_others(self) -> Tensor | None:
-        assert self.shared is not None
-        shared, number = self.shared
-        codes = self.maxima_codes()
-        return None if codes is None else shared.of(number, codes)
-
-    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> PackedBase:
-        self.shared = None  # it holds the buffers from before
-        return super()._apply(fn, recurse)
+        return Nf4Codes(packed, self.absmax[blocks], scales, self.mean, *tables, size)
 
     def _stored_weight(self) -> StoredWeight | None:
         outer, mean = (0 if part is None else address_of(part) for part in (self.scales, self.mean))
@@ -288,16 +267,6 @@ _TABLES: dict[str, tuple[Callable[[], Tensor], tuple[int, ...], torch.dtype]] = 
     "bins": (_bins, (BINS,), torch.uint8),
 }
 _CACHED: dict[tuple[str, torch.device], Tensor] = {}
-
-
-def decode_maxima_together(bases: Sequence[Nf4Base]) -> None:
-    """From now on the block maxima of these weights, all on one device, are decoded together (kernels/nf4_maxima)."""
-    found = [(base, codes) for base in bases if (codes := base.maxima_codes()) is not None]
-    for first in range(0, len(found), MOST):
-        part = found[first : first + MOST]
-        together = SharedMaxima([codes for _, codes in part], _table("dynamic", part[0][1].codes))
-        for number, (base, _) in enumerate(part):
-            base.shared = together, number
 
 
 def _table(name: str, like: Tensor) -> Tensor:

@@ -395,7 +395,6 @@ class Training(Generic[BatchT]):
         return RunStopped(f"After step {self.at.step}: {why}. {self._kept()} Resume with: {self.run.resume_command}")
 
     def close(self) -> None:
-        self.optimizer.close()
         self.best.close()
         self.report.close()
         for written in (self.metrics, self.sink):

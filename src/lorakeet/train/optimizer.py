@@ -18,7 +18,6 @@ import torch
 from torch import Tensor
 from torch.nn import Parameter
 
-from lorakeet.core.gpu_pairs import announces_changes, announces_no_more
 from lorakeet.errors import ConfigError
 from lorakeet.memory.repeated import as_before
 from lorakeet.train.spec import TrainSpec
@@ -48,7 +47,6 @@ class Optimizer:
         bs = [parameter for name, parameter in parameters.items() if is_b(name)]
         groups = [{"params": group, "factor": factor} for group, factor in ((others, 1.0), (bs, self.ratio)) if group]
         owner: Any = AdamW8bit if spec.moments == "8bit" else partial(torch.optim.AdamW, fused=True)
-        announces_changes(self.parameters.values())
         self.counts_on_cpu = owner is AdamW8bit  # its step counts are numbers of the host, on every device
         self.adamw: torch.optim.Optimizer = owner(
             groups, lr=0.0, betas=(spec.beta1, spec.beta2), eps=spec.epsilon, weight_decay=spec.weight_decay
@@ -61,10 +59,6 @@ class Optimizer:
         self.adamw.step()
         torch.autograd.graph.increment_version(list(self.parameters.values()))  # which torch's fused AdamW leaves as it was
         self.adamw.zero_grad(set_to_none=True)
-
-    def close(self) -> None:
-        """After the last step: whatever changes the parameters now does not say so."""
-        announces_no_more(self.parameters.values())
 
     def state(self) -> dict[str, Tensor]:
         """The moments and step counts, not copied, by `parameter|moment`; empty before the first step."""

@@ -24,7 +24,6 @@ from transformers.initialization import no_init_weights
 from lorakeet.data.locate import PACKAGE, locate, package_file
 from lorakeet.errors import ConfigError, DataError, nearest, one_message
 from lorakeet.kernels.cpu.stored import StoredWeight
-from lorakeet.kernels.device import REHEARSED
 from lorakeet.kernels.gptq_words import WORD
 from lorakeet.memory.ledger import Ledger
 from lorakeet.memory.remembered import remembered
@@ -36,7 +35,6 @@ from lorakeet.models.files.packing import Packing, packing_of
 from lorakeet.models.files.quantized import plain_config
 from lorakeet.models.files.quiet import quiet_transformers
 from lorakeet.models.files.validate import auto_class_of, require_sizes, require_text_model
-from lorakeet.models.kernels import shared_maxima_bytes
 from lorakeet.models.modules import block_of, put_stack
 from lorakeet.models.row_rotary import choose_by_row
 from lorakeet.models.spec import ModelSpec
@@ -124,8 +122,6 @@ def model_from_config(
     model = model.requires_grad_(False).eval()
     quantize = quantize or QuantSpec()
     put_packed(model, packing_of(model, config, quantize, files), device, in_int8=quantize.int8_products)
-    if REHEARSED.get() and (size := shared_maxima_bytes(model, family_of_model(model.config))):
-        model.register_buffer("shared_maxima", torch.empty(size, dtype=torch.uint8), persistent=False)  # as long as the model
     return _text_model(model, None, attention, name=name, dtype=dtype, products=products, device=device)
 
 

@@ -344,7 +344,6 @@ class _Learner:
 
     def restore(self) -> None:
         """Restores the best values, if any, after the last step."""
-        self.optimizer.close()
         if self._best is not None:
             with torch.no_grad():
                 for name, parameter in self.parameters.items():
