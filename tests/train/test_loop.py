@@ -14,7 +14,6 @@ import torch
 from torch import Tensor
 from torch.nn import Parameter
 
-from lorakeet.core.gpu_pairs import copy_of
 from lorakeet.data.pack import Batch, pack_examples
 from lorakeet.errors import ConfigError, DataError, RunStopped, VerificationFailed
 from lorakeet.evaluate.values import decode, encode
@@ -530,21 +529,3 @@ def test_a_run_goes_on_with_other_micro_tokens_which_only_rounds_otherwise(tmp_p
     fewer = dataclasses.replace(SPEC, micro_tokens=24)
     outcome, _ = go(tmp_path / "run", fewer, resume=True)
     assert outcome.steps == SPEC.steps
-
-
-def test_after_a_run_another_optimizer_may_change_the_parameters(tmp_path: Path) -> None:
-    """torch's fused AdamW on CUDA leaves no trace of a change, as writing through `data` does: kept copies would be stale."""
-    kept: list[bool] = []
-
-    class Watch(Reporter):
-        def step(self, record: Record) -> None:
-            kept.append(copy_of([first], torch.bfloat16) is copy_of([first], torch.bfloat16))
-
-    task = TinyTask(SPEC)
-    first = next(iter(task.parameters().values()))
-    go(tmp_path / "run", task=task, report=Watch())
-    assert kept == [True] * 12, "copies are shared while it trains"
-    copy_of([first], torch.bfloat16)
-    assert not {"lorakeet_announced", "lorakeet_copies"} & {*vars(first)}
-    first.data.add_(1)
-    assert torch.equal(copy_of([first], torch.bfloat16), first.detach().bfloat16())
