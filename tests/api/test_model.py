@@ -18,6 +18,7 @@ import lorakeet as lk
 from api.conftest import Shared
 from lorakeet.errors import ConfigError, DataError, LorakeetError
 from lorakeet.models.generate.sample import sample
+from tiny.exports import certified_anew
 
 QUESTION = "alder birch cedar GOOD"
 
@@ -48,6 +49,7 @@ def test_a_run_on_labelled_texts_writes_prompts_as_its_rows_were(shared: Shared,
     template = "Review: {text}\nOpinion:"
     (folder / "config.yaml").write_text(yaml.safe_dump({**yaml.safe_load(config), "data": {
         **yaml.safe_load(config)["data"], "template": template, "system": "alder alder"}}))  # fmt: skip
+    certified_anew(folder)
     run, filled = lk.open_run(folder), template.format(text=QUESTION)
     written = [{"role": "system", "content": "alder alder"}, {"role": "user", "content": filled}]
     expected = shared.model.generate(written, adapter=shared.run.adapter, max_tokens=8)
