@@ -39,9 +39,6 @@ CALLS = {
     "aten::_softmax_backward_data": Call(4),
     "aten::_embedding_bag_per_sample_weights_backward": Call(6),
     "aten::_int_mm": Call(2),
-    "aten::_foreach_add_.List": Call(2, (), 0),
-    "aten::_foreach_zero_": Call(1, (), 0),
-    "aten::_foreach_copy_": Call(2, (), 0),
 }
 COUNTED = {"_local_scalar_dense", "_grouped_mm", "_linalg_svd", "_linalg_eigh"}  # memory/ledger knows them and calls none
 OF_A_BUILD = {"mkldnn"}  # operators that not every build of torch has: kernels/onednn tries them before it uses them

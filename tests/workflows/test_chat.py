@@ -19,7 +19,7 @@ from lorakeet.workflows.chat import chat
 from lorakeet.workflows.options import ChatOptions
 from lorakeet.workflows.replying import speakers
 from lorakeet.workflows.runs.open_adapter import open_adapter
-from tiny.exports import write_model
+from tiny.exports import certified_anew, write_model
 from tiny.hostile_server import answering
 from tiny.runs import chats, run, write_rows
 
@@ -63,6 +63,7 @@ def test_lines_go_into_the_template_of_labelled_rows(talks: Path, tmp_path: Path
     settings = yaml.safe_load(config.read_text())
     config.write_text(yaml.safe_dump({**settings, "data": {**settings["data"], "template": "Review: {text}\nOpinion:"}}))
     split.write_text(json.dumps({**json.loads(split.read_text()), "labels": ["good", "bad"]}))
+    certified_anew(run_of_labels)
     expected = lk.open_run(talks).generate("Review: alder\nOpinion:", max_tokens=8)
     bare = lk.open_run(talks).generate("alder", max_tokens=8)
     assert answers(ChatOptions(target=str(run_of_labels), **QUICK), "alder\n", monkeypatch)[0] == f"{expected}\n" != f"{bare}\n"

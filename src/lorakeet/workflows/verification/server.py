@@ -368,7 +368,8 @@ class _Comparison:
         rows, adapter = [ids.tolist() for ids in self.probes.rows], self.live.adapter
         if adapter is None or not rows:
             return
-        self.say("Loads the certified adapter into the server once more, where it takes one, and unloads it.")
+        if self.server.api.loads:
+            self.say("Loads the certified adapter into the server once more, and unloads it.")
         found = check_same_file(self.server.api, self.names, adapter_of(self.live.text.model, adapter), rows)
         if isinstance(found, str):
             self.skip("whether the certified adapter, loaded beside it, gives the same answers", found)
