@@ -298,23 +298,13 @@ def line_of(model: str, tokens: int, kernels: str, base: str, rates: dict[str, f
     launched = {"torch": block.torch * depth + block.rest_torch + together, "triton": block.triton * depth + block.rest_triton}
     host = sum(launched[kind] * LAUNCH[kind] for kind in LAUNCH)
     computing, flops = block.seconds * depth + block.rest_seconds, block.flops * depth + block.rest_flops
+    longer = max(host, computing)  # they work beside each other
     return {
         "model": model, "base": base, "kernels": kernels, "tokens": tokens, "of_block": block.torch + block.triton,
         "of_block_triton": block.triton, "launches": sum(launched.values()), "forward": block.forward * depth,
-        **estimated(tokens, host, computing, flops),
+        "host": host, "computing": computing, "flops": flops, "tokens_per_second": tokens / longer,
+        "share_of_peak": flops / longer / PEAK,
     }  # fmt: skip
-
-
-def estimated(tokens: int, host: float, computing: float, flops: float) -> dict[str, float]:
-    """Tokens a second and the share of the GPU's peak, where host and GPU work beside each other for so many seconds."""
-    longer = max(host, computing)
-    speed = {"tokens_per_second": tokens / longer, "share_of_peak": flops / longer / PEAK}
-    return {"host": host, "computing": computing, "flops": flops, **speed}
-
-
-def same_work(one: dict[str, Any], other: dict[str, Any]) -> bool:
-    """Whether both compute the same micro-batch."""
-    return all(one[name] == other[name] for name in ("model", "base", "tokens"))
 
 
 def unsloth_of(line: dict[str, Any], rates: dict[str, float]) -> dict[str, float]:

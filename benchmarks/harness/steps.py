@@ -31,7 +31,6 @@ class StepLog:
     last: float = 0.0
     gpu: bool = False
     gpu_loaded_bytes: int = 0  # the GPU's peak until training starts
-    card_pool_bytes: int = 0  # that recorded graphs keep for themselves, and torch does not count as allocated
 
     def begin(self) -> None:
         """Starts the clock of the first step. To be called before anything resets the system's own peak."""
@@ -42,7 +41,6 @@ class StepLog:
             self.gpu_loaded_bytes = torch.cuda.max_memory_allocated()
             torch.cuda.synchronize()
             torch.cuda.empty_cache()
-            self.card_pool_bytes = torch.cuda.memory_reserved() - torch.cuda.memory_allocated()
             torch.cuda.reset_peak_memory_stats()
         self.last = time.perf_counter()
 
@@ -80,7 +78,7 @@ class StepLog:
         }
         if self.gpu:
             found["card_loaded_bytes"] = self.gpu_loaded_bytes
-            found["card_peak_bytes"] = torch.cuda.max_memory_allocated() + self.card_pool_bytes
+            found["card_peak_bytes"] = torch.cuda.max_memory_allocated()
             found["card_reserved_bytes"] = torch.cuda.max_memory_reserved()
         path.write_text(json.dumps(found, indent=1), encoding="utf-8")
 

@@ -171,3 +171,14 @@ def test_what_is_not_distinguished_is_named_with_its_effect_and_not_counted() ->
     assert SHOWN.counts == "active 1 of 2, 1 not distinguished" and SHOWN.counts in str(SHOWN)
     assert "x.0.v (1e-05 nats)" in str(SHOWN)
     assert not replace(SHOWN, missing=("x.0.v",), unclear={}).proved
+
+
+@pytest.mark.parametrize("lost", ["measured", "tolerance"])
+def test_a_check_with_a_measure_but_no_tolerance_is_refused(lost: str, tmp_path: Path) -> None:
+    file, limit = tmp_path / "c.json", {"different": 0.0}
+    Certificate("run", (tolerance_check("logits", limit, tolerance=limit, between=("saved", "live")),)).write(file)
+    data = json.loads(file.read_text())
+    data["checks"][0][lost]["ifferent"] = data["checks"][0][lost].pop("different")
+    file.write_text(json.dumps(data))
+    with pytest.raises(DataError, match=r"checks\[0\] cannot be used: 'different' is in only one of measured and tolerance"):
+        read_certificate(file)

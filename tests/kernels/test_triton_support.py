@@ -13,7 +13,7 @@ from lorakeet.kernels import liger
 from lorakeet.kernels import triton_support as support
 from lorakeet.kernels.protocol import Situation
 from lorakeet.kernels.triton_support import why_no_launcher
-from lorakeet.models.kernels import missing_libraries
+from lorakeet.models.missing_libraries import missing_libraries
 from lorakeet.quant.spec import QuantSpec
 
 CUDA = torch.device("cuda", 0)
@@ -25,8 +25,8 @@ def on_gpu(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     monkeypatch.setattr(support, "has_triton", lambda: True)
     monkeypatch.setattr(liger, "has_triton", lambda: True)
     monkeypatch.setattr(liger, "missing_package", lambda *_: "")
-    monkeypatch.setattr("lorakeet.models.kernels.missing_package", lambda *_: "")
-    monkeypatch.setattr("lorakeet.models.kernels.has_triton", lambda: True)
+    monkeypatch.setattr("lorakeet.models.missing_libraries.missing_package", lambda *_: "")
+    monkeypatch.setattr("lorakeet.models.missing_libraries.has_triton", lambda: True)
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda *_: (9, 0))
     monkeypatch.setattr(torch.version, "hip", None)

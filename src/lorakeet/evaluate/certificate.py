@@ -45,6 +45,11 @@ class Check:
     made: str = ""
     against: str = ""
 
+    def __post_init__(self) -> None:
+        """Raises ValueError where a measure has no tolerance, or a tolerance no measure."""
+        if lone := self.measured.keys() ^ self.tolerance.keys():
+            raise ValueError(f"'{min(lone)}' is in only one of measured and tolerance")
+
     @property
     def artefact(self) -> str:
         """The folder, file or server under test, as in "run-merged/: logits"; empty for the adapter itself."""
@@ -224,8 +229,8 @@ def with_digest(text: str) -> str:
     return to_text({**data, _DIGEST: _digest(data)})
 
 
-def takes_digest(data: dict[str, Any]) -> bool | None:
-    """Takes its digest from what `with_digest` wrote: whether it is of the rest; None if there is none."""
+def pop_digest(data: dict[str, Any]) -> bool | None:
+    """Removes the digest that `with_digest` wrote. Returns whether it matches the rest; None if there is none."""
     digest = data.pop(_DIGEST, None)
     return None if digest is None else digest == _digest(data)
 
@@ -241,8 +246,8 @@ def read_certificate(path: Path) -> Certificate:
         data = from_text(dict[str, Any], read_regular(path).decode("utf-8"), where=str(path))
     except (OSError, UnicodeDecodeError) as error:
         raise DataError(f"Cannot read the certificate {path}: {error}; expected a file that a verified run wrote.") from error
-    intact = takes_digest(data)
-    edited = not intact and (intact is False or bool(data.get("identity")))
+    matches = pop_digest(data)
+    edited = bool(data.get("identity")) if matches is None else not matches
     claimed, artefacts = data.pop("passed", None), data.pop("artefacts", None)
     certificate = decode(Certificate, data, where=str(path))
     expected = {certificate.passed}

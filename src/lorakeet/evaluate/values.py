@@ -112,7 +112,11 @@ def _decode_dataclass(kind: Any, data: Any, where: str) -> Any:
         if required and key not in data:
             raise DataError(f"{where} lacks the key '{key}'; it was truncated or written by another program.")
     names = {key: field.name for key, field in fields.items()}
-    return kind(**{names[key]: _decode(hints[names[key]], item, f"{where}.{key}") for key, item in data.items()})
+    values = {names[key]: _decode(hints[names[key]], item, f"{where}.{key}") for key, item in data.items()}
+    try:
+        return kind(**values)
+    except ValueError as error:
+        raise DataError(f"{where} cannot be used: {error}. It was edited or damaged: put back what was written.") from error
 
 
 def _key(field: dataclasses.Field[Any]) -> str:

@@ -18,7 +18,7 @@ from lorakeet.disk import read_regular
 from lorakeet.errors import DataError, reader
 from lorakeet.evaluate.answers import Confusion
 from lorakeet.evaluate.calibration import ReliabilityBin
-from lorakeet.evaluate.certificate import Certificate, takes_digest, with_digest
+from lorakeet.evaluate.certificate import Certificate, pop_digest, with_digest
 from lorakeet.evaluate.compare import Comparison
 from lorakeet.evaluate.intervals import Estimate, Floats
 from lorakeet.evaluate.report import charts
@@ -254,8 +254,8 @@ def read_report(path: Path) -> Report:
     except (OSError, UnicodeDecodeError) as error:
         raise DataError(f"Cannot read the report {path}: {error}; expected a report.json that a run wrote.") from error
     data = from_text(dict[str, Any], text, where=str(path))
-    if takes_digest(data) is False:
-        raise DataError(f"{path} was edited after it was written: its digest is of another text. Put back what was written.")
+    if pop_digest(data) is False:
+        raise DataError(f"{path} was edited after it was written: its digest does not match. Put back the original file.")
     return decode(Report, data, where=str(path))
 
 

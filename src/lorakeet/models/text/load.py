@@ -26,7 +26,7 @@ from lorakeet.models.files.quiet import one_at_a_time, quiet_transformers
 from lorakeet.models.files.source import find_source
 from lorakeet.models.files.stored_tensors import stored_quantisation
 from lorakeet.models.files.validate import first_line, require_architecture, require_sizes, require_text_model
-from lorakeet.models.kernels import missing_libraries
+from lorakeet.models.missing_libraries import missing_libraries
 from lorakeet.models.modules import block_prefix, decoder_of
 from lorakeet.models.placement import device_for, products_for, text_dtype_for
 from lorakeet.models.row_rotary import choose_by_row

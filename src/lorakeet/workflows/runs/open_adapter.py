@@ -143,7 +143,7 @@ def open_adapter(
             f"{path} is a run on images. Draw with it by lorakeet generate, or write it for other programs by lorakeet convert."
         )
     if not config:  # a run remembers the device that it was trained on; this machine may have another
-        settings = dataclasses.replace(settings, model=dataclasses.replace(settings.model, device="auto"))
+        settings = settings.changed(model={"device": "auto"})
     if base is not None:
         settings = settings.changed(model={"path": base})
     settings = dataclasses.replace(settings, uncertified=uncertified or settings.uncertified)  # of the adapter it began with

@@ -66,7 +66,6 @@ class Further:
     one_by_one: bool = True
     rows: Sequence[list[int]] = ()  # held-out ones, beside those of which it has reported
     minutes: float = MINUTES
-    tokens: int = 0  # of the first rows; 0: PROBE_TOKENS
 
 
 def check_modules(
@@ -97,7 +96,7 @@ def _compared(
     evidence: _Evidence, rows: Sequence[Reported], names: tuple[str, str], scale: float
 ) -> tuple[list[Check], ServedModules] | str:
     """The same, of a model whose blocks keep what they return."""
-    evidence.add(choose_rows(evidence.live, rows, evidence.further.tokens or PROBE_TOKENS))
+    evidence.add(choose_rows(evidence.live, rows, PROBE_TOKENS))
     values = evidence.compared()
     if (count := len(np.unique(values.places))) < FEWEST_PLACES:
         return f"the server reports log-probabilities at {count} places of the probed rows; {FEWEST_PLACES} are needed"

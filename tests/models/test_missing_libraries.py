@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from lorakeet.kernels import proof
-from lorakeet.models.kernels import missing_libraries
+from lorakeet.models.missing_libraries import missing_libraries
 from lorakeet.models.spec import ModelSpec
 from lorakeet.models.text.load import load_text_model
 from lorakeet.quant.spec import QuantSpec
@@ -49,6 +49,6 @@ def test_a_library_that_is_missing_or_of_another_version_is_said_on_a_gpu(
 
 def test_nothing_is_missing_where_all_is_there(monkeypatch: pytest.MonkeyPatch) -> None:
     pytest.importorskip("bitsandbytes")
-    monkeypatch.setattr("lorakeet.models.kernels.why_no_launcher", lambda: "")
+    monkeypatch.setattr("lorakeet.models.missing_libraries.why_no_launcher", lambda: "")
     pytest.importorskip("liger_kernel")
     assert not [*missing_libraries(torch.device("cuda", 0), QuantSpec(method="nf4"))]
