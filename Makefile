@@ -78,7 +78,7 @@ installers: install
 
 peers: install
 	$(BIN)/python -m pip install --quiet --editable ".[trainers,trackers,tasks]"
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -rs tests/laws/test_trainers.py tests/train/test_log.py tests/structure/test_site.py tests/workflows/replying/test_harness.py tests/models/generate/test_harness_model.py
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -rs tests/laws/test_trainers.py tests/train/test_log.py tests/structure/test_site.py tests/replying/test_harness.py tests/models/generate/test_harness_model.py
 
 # Both need no environment of their own: a GPU machine has torch, and what it lacks is in gpu-wheels/. FLAGS such as --stages a b c.
 gpu:

@@ -35,8 +35,8 @@ from lorakeet.models.text.load import load_text_model
 from lorakeet.models.text.model import TextModel
 from lorakeet.quant.gptq import GptqBase, groups_in_order, quantise_to_nearest
 from lorakeet.quant.gptq_solve import GptqLayout
-from lorakeet.workflows.options import QuantizeOptions
-from lorakeet.workflows.quantize import write_gptq
+from lorakeet.verbs.options import QuantizeOptions
+from lorakeet.verbs.quantize import write_gptq
 
 RUN_FILE = Path(__file__).parents[1] / "examples" / "drug_reviews.yaml"
 FILE_ROWS = 24  # with which a file is made to be read there

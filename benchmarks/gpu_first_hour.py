@@ -34,7 +34,7 @@ from first_hour.process import DONE, FORKED, Started, wait
 from first_hour.stages import STAGES, Stage
 
 ROOT = Path(__file__).resolve().parents[1]
-PRELOADED = ("torch", "lorakeet.workflows.finetune", "first_hour.contender", "first_hour.images", "first_hour.proofs",
+PRELOADED = ("torch", "lorakeet.verbs.finetune", "first_hour.contender", "first_hour.images", "first_hour.proofs",
              "first_hour.kernels", "first_hour.waits", "first_hour.speed", "first_hour.shards", "lorakeet.cli.main")  # fmt: skip
 PATIENCE = 5  # times the limits, in a rehearsal: its machine may be busy with other work
 MARGIN = 2.0  # seconds that a stage thinks to have less, to end what it has started by itself

@@ -46,8 +46,8 @@ from lorakeet.memory.ledger import FLOPS, Ledger
 from lorakeet.models.targets import plan_for
 from lorakeet.models.text.adapters import initialise_adapter
 from lorakeet.models.text.from_config import ShapeBase, config_from_settings, model_from_config
+from lorakeet.planning.rehearse_text import RowShape, training_on
 from lorakeet.quant.construct import empty_base
-from lorakeet.workflows.planning.rehearse_text import RowShape, training_on
 
 MODELS = ("HuggingFaceTB/SmolLM2-135M", "meta-llama/Llama-3.2-1B", "meta-llama/Llama-3.1-8B")
 TOKENS, LENGTH, RANK = (512, 2048, 8192), 512, 16

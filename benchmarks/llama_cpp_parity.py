@@ -25,11 +25,11 @@ from lorakeet.evaluate.values import encode
 from lorakeet.exporting.gguf_model import write_gguf
 from lorakeet.models.files.source import find_source
 from lorakeet.models.text.load import load_tokenizer
-from lorakeet.workflows.convert import convert
-from lorakeet.workflows.export import export
-from lorakeet.workflows.options import ConvertOptions, ExportOptions, VerifyOptions
-from lorakeet.workflows.runs.open_adapter import Opened, open_adapter
-from lorakeet.workflows.verify import certify_artefacts
+from lorakeet.runs.open_adapter import Opened, open_adapter
+from lorakeet.verbs.convert import convert
+from lorakeet.verbs.export import export
+from lorakeet.verbs.options import ConvertOptions, ExportOptions, VerifyOptions
+from lorakeet.verbs.verify import certify_artefacts
 
 QUANTS = ("f16", "q8_0", "q4_k_m")
 LORA, BASE = "adapter.gguf", "base-f16.gguf"

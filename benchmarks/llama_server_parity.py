@@ -29,9 +29,9 @@ from lorakeet.formats import gguf
 from lorakeet.formats.files.base_model import open_base
 from lorakeet.models.files.source import find_source
 from lorakeet.models.text.load import load_tokenizer
-from lorakeet.workflows.options import VerifyOptions
-from lorakeet.workflows.runs.open_adapter import Opened, open_adapter
-from lorakeet.workflows.verify import certify_artefacts
+from lorakeet.runs.open_adapter import Opened, open_adapter
+from lorakeet.verbs.options import VerifyOptions
+from lorakeet.verbs.verify import certify_artefacts
 
 CONTEXT = 1024
 WAYS = (("f16 merged", "f16", "float16"), ("q8_0 merged", "q8_0", "8-bit"), ("f16 base + adapter", "f16", "float16"))

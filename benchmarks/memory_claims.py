@@ -48,8 +48,12 @@ from lorakeet.models.text.adapters import initialise_adapter
 from lorakeet.models.text.from_config import config_of
 from lorakeet.models.text.load import set_attention
 from lorakeet.models.text.model import TextModel
+from lorakeet.planning.fit import choose
+from lorakeet.planning.rehearse_text import STEP
+from lorakeet.planning.text_run import LEAST, TextRun, Workload, streaming_ways
 from lorakeet.quant.construct import weights_in
 from lorakeet.quant.spec import QuantSpec
+from lorakeet.runs.residency import Way
 from lorakeet.train.loop import Outcome, train
 from lorakeet.train.preference_spec import SFT, Objective, PreferenceSpec
 from lorakeet.train.progress import Record, Reporter
@@ -57,10 +61,6 @@ from lorakeet.train.run import RunFolder
 from lorakeet.train.spec import TrainSpec
 from lorakeet.train.text.preference_task import PreferenceTask, Reference
 from lorakeet.train.text.task import TextTask
-from lorakeet.workflows.planning.fit import choose
-from lorakeet.workflows.planning.rehearse_text import STEP
-from lorakeet.workflows.planning.text_run import LEAST, TextRun, Workload, streaming_ways
-from lorakeet.workflows.runs.residency import Way
 
 NF4 = QuantSpec(method="nf4")
 GPTQ = {"quant_method": "gptq", "bits": 4, "group_size": 128, "desc_act": False, "sym": True}

@@ -22,10 +22,10 @@ from rich.console import Console
 from lorakeet.config import read_run
 from lorakeet.data.prepare import load_dataset
 from lorakeet.evaluate.values import encode
-from lorakeet.workflows.finetune import finetune
-from lorakeet.workflows.packing.base_choice import both_bases, choose_base
-from lorakeet.workflows.quickstart import config_path
-from lorakeet.workflows.runs.open_adapter import open_adapter
+from lorakeet.runs.open_adapter import open_adapter
+from lorakeet.verbs.finetune import finetune
+from lorakeet.verbs.packing.base_choice import both_bases, choose_base
+from lorakeet.verbs.quickstart import config_path
 
 METRICS = ("log_loss", "accuracy", "macro_f1")
 

@@ -31,8 +31,8 @@ from lorakeet.merging.combine import CombineSpec, combination
 from lorakeet.merging.low_rank import stack_factors, truncate_factors
 from lorakeet.models.spec import ModelSpec
 from lorakeet.models.text.load import load_text_model
-from lorakeet.workflows.finetune import finetune
-from lorakeet.workflows.quickstart import config_path
+from lorakeet.verbs.finetune import finetune
+from lorakeet.verbs.quickstart import config_path
 
 RANKS = (2, 4, 8, 12, 16)
 PEFT_METHODS = ("linear", "svd", "cat")

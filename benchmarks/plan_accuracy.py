@@ -31,8 +31,8 @@ from lorakeet.models.files.source import find_source
 from lorakeet.models.spec import ModelSpec
 from lorakeet.models.text.from_config import config_from_settings, config_of, local_files, model_from_config, published_configs
 from lorakeet.models.text.load import read_config
-from lorakeet.workflows.planning.forecast_text_run import TOKENIZER_ENTRY, forecast_run
-from lorakeet.workflows.runs.residency import Way
+from lorakeet.planning.forecast_text_run import TOKENIZER_ENTRY, forecast_run
+from lorakeet.runs.residency import Way
 
 ALLOWED_MEDIAN = 0.10
 MODULE, WHOLE = "contenders.planned_run", "contenders.whole_run"

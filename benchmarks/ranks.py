@@ -42,6 +42,9 @@ from lorakeet.evaluate.compare import compare_over_seeds, holm
 from lorakeet.evaluate.intervals import Estimate
 from lorakeet.evaluate.likelihood import RowLosses
 from lorakeet.evaluate.spec import EvaluateSpec
+from lorakeet.kinds.text.assemble import TextAssembly, add_pairs, assemble_text, text_task
+from lorakeet.kinds.text.evaluate import TextEvaluator
+from lorakeet.kinds.text.ranks import choose_ranks
 from lorakeet.models.fits import plan_of
 from lorakeet.models.inject import adapter_of, eject, trained_parameters
 from lorakeet.models.targets import plan_for
@@ -50,15 +53,12 @@ from lorakeet.ranks.allocate import pair_parameters
 from lorakeet.ranks.prune import START_OVER_END
 from lorakeet.ranks.resize import cut_to_budget
 from lorakeet.ranks.spec import RanksSpec
+from lorakeet.runs.pruning import pruned_plan
 from lorakeet.train.loop import train
 from lorakeet.train.run import RunFolder
 from lorakeet.train.text.multi_adapter import Member, Progress, train_many
-from lorakeet.workflows.compress import weighed
-from lorakeet.workflows.finetuning.assemble_text import TextAssembly, add_pairs, assemble_text, text_task
-from lorakeet.workflows.finetuning.evaluate_text import TextEvaluator
-from lorakeet.workflows.finetuning.ranks import choose_ranks
-from lorakeet.workflows.quickstart import config_path
-from lorakeet.workflows.runs.pruning import pruned_plan
+from lorakeet.verbs.compress import weighed
+from lorakeet.verbs.quickstart import config_path
 
 LINES = Path(__file__).with_name("partial") / "ranks.jsonl"
 BASELINE = "uniform-16"

@@ -28,8 +28,8 @@ from lorakeet.formats.compare import LIMIT, compare_adapters
 from lorakeet.formats.components import with_components, without_component
 from lorakeet.formats.detect import read_adapter
 from lorakeet.formats.peft import peft
-from lorakeet.workflows.convert import convert
-from lorakeet.workflows.options import ConvertOptions
+from lorakeet.verbs.convert import convert
+from lorakeet.verbs.options import ConvertOptions
 
 LLAMA = LlamaConfig(hidden_size=576, intermediate_size=1536, num_hidden_layers=30, num_attention_heads=9, num_key_value_heads=3)
 CLIP = CLIPTextConfig(hidden_size=768, intermediate_size=3072, num_hidden_layers=12, num_attention_heads=12)

@@ -42,20 +42,20 @@ from lorakeet.formats.files.base_model import open_base
 from lorakeet.formats.peft import peft
 from lorakeet.models.files.source import find_source
 from lorakeet.models.text.load import load_tokenizer
-from lorakeet.workflows.runs.open_adapter import NAME, Opened, open_adapter
-from lorakeet.workflows.runs.server_answer import open_answer, read_answer
-from lorakeet.workflows.serving.vllm_process import base_url, running_vllm, vllm_python
-from lorakeet.workflows.verification.artefact import InTorch, live_side
-from lorakeet.workflows.verification.diagnose import numbered_part
-from lorakeet.workflows.verification.modules import MINUTES
-from lorakeet.workflows.verification.server import Server, check_server
-from lorakeet.workflows.verify import probes_of
+from lorakeet.runs.open_adapter import NAME, Opened, open_adapter
+from lorakeet.runs.server_answer import open_answer, read_answer
+from lorakeet.verbs.verify import probes_of
+from lorakeet.verbs.vllm.vllm_process import base_url, running_vllm, vllm_python
+from lorakeet.verification.artefact import InTorch, live_side
+from lorakeet.verification.diagnose import numbered_part
+from lorakeet.verification.modules import MINUTES
+from lorakeet.verification.server import Server, check_server
 
 sys.path.insert(0, str(REPOSITORY / "tests"))
 from tiny.models import save_tiny_llama
 from tiny.runs import run, sentence, write_rows
 
-from lorakeet.workflows.serve import Registry, Service, ServingModel, load_text_model  # isort: skip
+from lorakeet.verbs.serve import Registry, Service, ServingModel, load_text_model  # isort: skip
 from lorakeet.models.spec import ModelSpec  # isort: skip
 from lorakeet.serve.engine import Engine  # isort: skip
 from tiny.site import Site  # isort: skip

@@ -176,7 +176,7 @@ def with_llama(source: Path, folders: Sequence[Path], load: Load, rounds: int, w
 
 def with_vllm(source: Path, folders: Sequence[Path], load: Load, rounds: int, rank: int) -> dict[str, Any]:
     """The same traffic to vLLM, which knows all adapters, in both ways: {"vLLM base": numbers, "vLLM at its best 8": …}."""
-    from lorakeet.workflows.serving.vllm_process import vllm_python
+    from lorakeet.verbs.vllm.vllm_process import vllm_python
 
     python = vllm_python()
     if python is None:
@@ -204,7 +204,7 @@ def best_of_vllm(python: Path) -> dict[str, str]:
 
 def _of_vllm(name: str, python: Path, served: tuple[Path, Sequence[Path], int], load: Load, rounds: int) -> dict[str, Any]:
     from lorakeet.formats.limits import VLLM_RANKS
-    from lorakeet.workflows.serving.vllm_process import base_url, running_vllm
+    from lorakeet.verbs.vllm.vllm_process import base_url, running_vllm
 
     source, folders, rank = served
     with socket.socket() as probe:

@@ -22,7 +22,7 @@ COMMANDS: dict[str, list[str]] = {
     "lorakeet --help": ["-m", "lorakeet", "--help"],
     "lorakeet finetune --help": ["-m", "lorakeet", "finetune", "--help"],
     "import torch": ["-c", "import torch"],
-    "import the training path": ["-c", "import lorakeet.workflows.finetune"],
+    "import the training path": ["-c", "import lorakeet.verbs.finetune"],
     "import torch, transformers, peft": ["-c", "import torch, peft; from transformers import AutoModelForCausalLM"],
     "import TRL's SFTTrainer": ["-c", "from trl import SFTTrainer"],
 }

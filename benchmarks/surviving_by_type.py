@@ -33,9 +33,9 @@ from lorakeet.models.text.folded_weights import fold_layers
 from lorakeet.models.text.gptq_blocks import weight_of
 from lorakeet.models.text.packed_layout import PackedLayout, read_layout
 from lorakeet.quant.packed import PackedBase, PackedLinear
-from lorakeet.workflows.options import MergeOptions
-from lorakeet.workflows.packing.merge import FEEDBACK, NEAREST, Merging
-from lorakeet.workflows.runs.open_adapter import NAME, open_adapter
+from lorakeet.runs.open_adapter import NAME, open_adapter
+from lorakeet.verbs.options import MergeOptions
+from lorakeet.verbs.packing.merge import FEEDBACK, NEAREST, Merging
 
 ASKED = 0.95
 WHOLE = "all of them"

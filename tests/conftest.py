@@ -71,7 +71,7 @@ def pytest_runtest_teardown(item: pytest.Item, nextitem: pytest.Item | None) -> 
 @pytest.fixture(scope="session", autouse=True)
 def rehearsals_once() -> Iterator[None]:
     """Each run on shapes alone is rehearsed once in a process, however many tests begin the same run (tiny/rehearsals)."""
-    if not any(name.startswith("lorakeet.workflows.") for name in sys.modules):  # no test of this session has asked for one
+    if not any(name.startswith(("lorakeet.planning.", "lorakeet.kinds.")) for name in sys.modules):  # none was asked for
         yield
         return
     from tiny.rehearsals import remembered

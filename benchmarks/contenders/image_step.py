@@ -14,16 +14,16 @@ import torch
 from torch import Tensor, nn
 
 from lorakeet.core.spec import LoraSpec
-from lorakeet.data.images.folder import ImageRow
-from lorakeet.data.images.spec import ImageSpec
+from lorakeet.kinds.images.data.folder import ImageRow
+from lorakeet.kinds.images.model.diffusers_import import diffusers
+from lorakeet.kinds.images.model.kinds import KINDS, Conditioning
+from lorakeet.kinds.images.model.latent_cache import EncodedImage
+from lorakeet.kinds.images.model.model import ImageModel, image_plan
+from lorakeet.kinds.images.task import ImageBatch, ImageTask
 from lorakeet.memory.ledger import Ledger
 from lorakeet.memory.measure import peak_bytes, resident_bytes
-from lorakeet.models.image.diffusers_import import diffusers
-from lorakeet.models.image.kinds import KINDS, Conditioning
-from lorakeet.models.image.latent_cache import EncodedImage
-from lorakeet.models.image.model import ImageModel, image_plan
 from lorakeet.models.inject import inject
-from lorakeet.train.image.task import ImageBatch, ImageTask
+from lorakeet.train.image_spec import ImageSpec
 from lorakeet.train.optimizer import Optimizer
 from lorakeet.train.spec import DiffusionSpec, TrainSpec
 

@@ -19,8 +19,8 @@ from lorakeet.core.spec import LoraSpec
 from lorakeet.formats.components import with_components
 from lorakeet.formats.detect import read_adapter
 from lorakeet.formats.diffusion import diffusers as diffusers_files
-from lorakeet.models.image.kinds import KINDS
-from lorakeet.models.image.model import ImageModel, image_plan, put_image_adapter
+from lorakeet.kinds.images.model.kinds import KINDS
+from lorakeet.kinds.images.model.model import ImageModel, image_plan, put_image_adapter
 from lorakeet.models.inject import activate, adapter_of, eject, inject, trained_parameters
 
 SHAPE = "SD 1.5"

@@ -13,14 +13,14 @@ import numpy as np
 import torch
 
 from lorakeet.config import read_run
-from lorakeet.data.images.folder import read_album
 from lorakeet.formats.detect import read_adapter
+from lorakeet.kinds.images.assemble import assemble_images, image_task
+from lorakeet.kinds.images.data.folder import read_album
+from lorakeet.kinds.images.model.latent_cache import Captions, encode_images
+from lorakeet.kinds.images.model.model import load_image_model, put_image_adapter
+from lorakeet.kinds.images.task import denoising_errors
 from lorakeet.memory.measure import peak_bytes
-from lorakeet.models.image.latent_cache import Captions, encode_images
-from lorakeet.models.image.model import load_image_model, put_image_adapter
-from lorakeet.train.image.task import denoising_errors
 from lorakeet.train.optimizer import Optimizer
-from lorakeet.workflows.finetuning.assemble_image import assemble_images, image_task
 
 WARM = 2  # steps that are not timed
 TARGETS = ["to_q", "to_k", "to_v", "to_out.0"]

@@ -16,12 +16,12 @@ from harness.steps import PACKAGES, installed, peak_bytes
 from rich.console import Console
 
 from lorakeet.config import read_run
+from lorakeet.kinds.text.assemble import assemble_text, text_task
+from lorakeet.kinds.text.evaluate import ADAPTER, TextEvaluator
 from lorakeet.train.log import read_metrics
 from lorakeet.train.loop import train
 from lorakeet.train.run import RunFolder
-from lorakeet.workflows.finetuning.assemble_text import assemble_text, text_task
-from lorakeet.workflows.finetuning.evaluate_text import ADAPTER, TextEvaluator
-from lorakeet.workflows.quickstart import config_path
+from lorakeet.verbs.quickstart import config_path
 
 UNTIMED = 2  # steps in which kernels are made
 

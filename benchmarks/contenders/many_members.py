@@ -22,15 +22,15 @@ with without_triton():  # as a command, which is within it all the time
     from rich.console import Console
 
     from lorakeet.config import read_run
+    from lorakeet.kinds.text.assemble import TextAssembly, assemble_text
     from lorakeet.models.text.adapters import initialise_adapter
+    from lorakeet.runs.output_paths import folder_above
     from lorakeet.train.log import read_metrics
     from lorakeet.train.loop import train
     from lorakeet.train.run import RunFolder
     from lorakeet.train.text.multi_adapter import Member, MultiAdapterTraining, train_many
     from lorakeet.train.text.task import TextTask
-    from lorakeet.workflows.finetuning.assemble_text import TextAssembly, assemble_text
-    from lorakeet.workflows.quickstart import config_path
-    from lorakeet.workflows.runs.output_paths import folder_above
+    from lorakeet.verbs.quickstart import config_path
 
 
 def main(arguments: Sequence[str] | None = None) -> int:

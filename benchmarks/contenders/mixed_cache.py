@@ -9,7 +9,7 @@ from lorakeet.core.adapter import Adapter
 from lorakeet.models.generate.kv_cache import CacheRow, KeyValues, step
 from lorakeet.models.text.model import TextModel
 from lorakeet.models.text.serving import ServingModel
-from lorakeet.workflows.verification.server_apis import TOP, Api, Step, Token, Written
+from lorakeet.verification.server_apis import TOP, Api, Step, Token, Written
 
 
 class MixedCacheApi(Api):

@@ -22,13 +22,7 @@ from lorakeet.models.text.adapters import initialise_adapter
 from lorakeet.models.text.from_config import config_from_settings, model_from_config
 from lorakeet.models.text.load import load_text_model
 from lorakeet.models.text.model import TextModel
-from lorakeet.quant.gptq import GptqBase
-from lorakeet.quant.packed import PackedBase
-from lorakeet.train.checkpoint import BestTensors
-from lorakeet.train.log import MetricsLog
-from lorakeet.train.run import RunFolder
-from lorakeet.workflows import finetune  # noqa: F401 - what a run has in memory before it begins
-from lorakeet.workflows.planning.forecast_text_run import (
+from lorakeet.planning.forecast_text_run import (
     LOAD,
     decomposes,
     evaluation_of,
@@ -36,8 +30,14 @@ from lorakeet.workflows.planning.forecast_text_run import (
     reads_weights,
     text_runtime_bytes,
 )
-from lorakeet.workflows.planning.planned_model import Precision
-from lorakeet.workflows.planning.rehearse_text import BEGIN, CHECKPOINT, EVALUATE, STEP, training_on
+from lorakeet.planning.planned_model import Precision
+from lorakeet.planning.rehearse_text import BEGIN, CHECKPOINT, EVALUATE, STEP, training_on
+from lorakeet.quant.gptq import GptqBase
+from lorakeet.quant.packed import PackedBase
+from lorakeet.train.checkpoint import BestTensors
+from lorakeet.train.log import MetricsLog
+from lorakeet.train.run import RunFolder
+from lorakeet.verbs import finetune  # noqa: F401 - what a run has in memory before it begins
 
 STEPS = 2
 GPTQ_SCALE = 0.004  # of random codes: weights as large as those that a model begins with

@@ -17,6 +17,7 @@ from contenders.with_lorakeet import StepRecorder
 from lorakeet.core.spec import LoraSpec
 from lorakeet.data.chat import Example
 from lorakeet.formats.detect import read_adapter
+from lorakeet.kinds.text.continued import start_from
 from lorakeet.models.spec import ModelSpec
 from lorakeet.models.targets import plan_for
 from lorakeet.models.text.adapters import initialise_adapter
@@ -26,7 +27,6 @@ from lorakeet.train.preference_spec import PreferenceSpec
 from lorakeet.train.run import RunFolder
 from lorakeet.train.spec import TrainSpec
 from lorakeet.train.text.preference_task import PreferenceTask, Reference
-from lorakeet.workflows.finetuning.continued import start_from
 
 PACKAGES = ("torch", "transformers", "lorakeet")
 

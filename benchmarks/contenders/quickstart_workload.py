@@ -13,10 +13,10 @@ from rich.console import Console
 from lorakeet.config import RunConfig, read_run
 from lorakeet.data.chat import Example
 from lorakeet.formats.peft import peft
+from lorakeet.kinds.text.assemble import TextAssembly, assemble_text, text_task
 from lorakeet.models.inject import adapter_of
 from lorakeet.train.text.task import TextTask
-from lorakeet.workflows.finetuning.assemble_text import TextAssembly, assemble_text, text_task
-from lorakeet.workflows.quickstart import config_path
+from lorakeet.verbs.quickstart import config_path
 
 INSTRUCTION = (
     "You read what patients wrote about a drug that they took, and say what they think of it, in one word. Say positive "

@@ -11,12 +11,12 @@ from pathlib import Path
 from rich.console import Console
 
 from contenders.quickstart_workload import quickstart
+from lorakeet.kinds.text.assemble import assemble_text, text_task
 from lorakeet.memory.measure import PeakMemory
 from lorakeet.train.interrupt import Interrupt
 from lorakeet.train.loop import Training
 from lorakeet.train.progress import Reporter
 from lorakeet.train.run import RunFolder
-from lorakeet.workflows.finetuning.assemble_text import assemble_text, text_task
 
 HELD_OUT = 8  # rows: enough that a best adapter is kept, so that the checkpoint is as large as in a real run
 ROWS_A_STEP = 4

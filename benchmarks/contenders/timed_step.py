@@ -34,10 +34,10 @@ from lorakeet.memory.onednn_code import limit_code_cache
 from lorakeet.models.targets import plan_for
 from lorakeet.models.text.adapters import initialise_adapter
 from lorakeet.models.text.model import TextModel
+from lorakeet.planning.rehearse_text import silent_training
 from lorakeet.train import gradients
 from lorakeet.train.text.multi_adapter import Member, MultiAdapterTraining
 from lorakeet.train.text.task import TextTask
-from lorakeet.workflows.planning.rehearse_text import silent_training
 
 StepOf = Callable[["dict[str, int] | None"], "dict[str, float]"]  # FLOPs by phase to count into (None: not); seconds by phase
 RATE = 1e-4

@@ -18,11 +18,11 @@ from harness.steps import PACKAGES, installed, peak_bytes
 from rich.console import Console
 
 from lorakeet.config import read_run
+from lorakeet.kinds.text.assemble import assemble_text, text_task
 from lorakeet.models.text.cached_states import cached_states
 from lorakeet.train.loop import train
 from lorakeet.train.run import RunFolder
-from lorakeet.workflows.finetuning.assemble_text import assemble_text, text_task
-from lorakeet.workflows.quickstart import config_path
+from lorakeet.verbs.quickstart import config_path
 
 
 def main(arguments: Sequence[str] | None = None) -> int:

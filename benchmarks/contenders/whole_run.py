@@ -13,7 +13,7 @@ from rich.console import Console
 
 from lorakeet.config import read_run
 from lorakeet.memory.measure import PeakMemory, peak_bytes
-from lorakeet.workflows.finetune import FinetuneResult, finetune
+from lorakeet.verbs.finetune import FinetuneResult, finetune
 
 ROWS = 48
 WORDS = ("one", "two", "three", "four", "five", "six", "seven", "eight", "nine", "ten")

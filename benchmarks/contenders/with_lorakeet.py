@@ -18,13 +18,13 @@ with without_triton():  # as a command, which is within it all the time
     from contenders.quickstart_workload import first_rows, quickstart
     from lorakeet.data.chat import Example
     from lorakeet.formats.peft import peft
+    from lorakeet.kinds.text.assemble import TextAssembly, assemble_text, text_task
     from lorakeet.models.inject import adapter_of
     from lorakeet.models.text.cached_states import cached_states
     from lorakeet.train.loop import train
     from lorakeet.train.progress import Record, Reporter
     from lorakeet.train.run import RunFolder
     from lorakeet.train.text.task import TextTask
-    from lorakeet.workflows.finetuning.assemble_text import TextAssembly, assemble_text, text_task
 
 
 class StepRecorder(Reporter):
@@ -94,7 +94,7 @@ def train_lorakeet(
     log.begin()  # the loop measures its own peak and resets the system's: what loading took is noted before
     with TemporaryDirectory() as name, ExitStack() as stack:
         folder = Path(name)
-        if layers != "all" and steps >= 2 * task.steps_per_epoch:  # as workflows/finetune decides
+        if layers != "all" and steps >= 2 * task.steps_per_epoch:  # as verbs/finetune decides
             kept = cached_states(setup.text, task.train, folder=folder, micro_tokens=setup.config.train.micro_tokens)
             log.notes["bytes of kept states"] = stack.enter_context(kept).bytes
             log.before = time.perf_counter() - log.last

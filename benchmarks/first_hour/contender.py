@@ -29,8 +29,8 @@ from lorakeet.core.spec import LoraSpec
 from lorakeet.memory.cuda import gpu_peak_bytes
 from lorakeet.models.targets import plan_for
 from lorakeet.models.text.adapters import initialise_adapter
+from lorakeet.planning.rehearse_text import silent_training
 from lorakeet.train.text.task import TextTask
-from lorakeet.workflows.planning.rehearse_text import silent_training
 
 TARGETS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
 PROBES = 3  # passes whose host and GPU times are taken apart

@@ -15,8 +15,8 @@ from first_hour.findings import Findings
 from first_hour.shapes import shape_of
 from lorakeet.models.targets import plan_for
 from lorakeet.models.text.adapters import initialise_adapter
+from lorakeet.planning.rehearse_text import silent_training
 from lorakeet.train.text.task import TextTask
-from lorakeet.workflows.planning.rehearse_text import silent_training
 
 WARM, PROFILED, MOST = 3, 2, 25
 KINDS = {  # by words in a kernel's name, the first that fits

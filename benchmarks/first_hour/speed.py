@@ -18,8 +18,8 @@ from first_hour.findings import Findings
 from first_hour.goals import OURS, PEERS
 from first_hour.process import Started, wait
 from first_hour.shapes import MODELS, shape_of
-from lorakeet.workflows.options import PlanOptions
-from lorakeet.workflows.plan import plan
+from lorakeet.verbs.options import PlanOptions
+from lorakeet.verbs.plan import plan
 
 CASES = (("8B", "none"), ("8B", "nf4"), ("1B", "none"), ("1B", "nf4"))  # the ones with a goal first
 TOKENS = (4096, 2048)

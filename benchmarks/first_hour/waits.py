@@ -21,8 +21,8 @@ from first_hour.losses import small_shape
 from lorakeet.data.chat import Example
 from lorakeet.models.targets import plan_for
 from lorakeet.models.text.adapters import initialise_adapter
+from lorakeet.planning.rehearse_text import silent_training
 from lorakeet.train.text.task import TextTask
-from lorakeet.workflows.planning.rehearse_text import silent_training
 
 SAID = "synchroniz"
 WARM, COUNTED = 2, 2  # steps

@@ -10,7 +10,7 @@ import torch
 from contenders.image_step import SHAPES, random_unet
 from PIL import Image
 
-from lorakeet.models.image.diffusers_import import quiet_diffusers
+from lorakeet.kinds.images.model.diffusers_import import quiet_diffusers
 
 SIDE = 512
 VAE = {

@@ -29,23 +29,23 @@ from rich.table import Table
 from demos.fashion.photos import KINDS, UNSEEN, Photos, caption, drawn_photos, inverted, load_photos, save_album, save_sheet
 from demos.fashion.pretrain import Budget, pretrained
 from lorakeet.config import RunConfig, read_run
-from lorakeet.data.images.folder import read_album
-from lorakeet.data.images.split import evaluation_groups
 from lorakeet.errors import LorakeetError
 from lorakeet.evaluate.compare import compare_losses
 from lorakeet.evaluate.likelihood import RowLosses
 from lorakeet.evaluate.spec import EvaluateSpec
 from lorakeet.formats.detect import read_adapter
+from lorakeet.kinds.images.data.folder import read_album
+from lorakeet.kinds.images.data.split import evaluation_groups
+from lorakeet.kinds.images.model.latent_cache import Captions, encode_images
+from lorakeet.kinds.images.model.model import load_image_model, put_image_adapter
+from lorakeet.kinds.images.task import denoising_errors
 from lorakeet.merging.combine import CombineSpec, combination
 from lorakeet.models.files.gguf_copy import cache_folder
-from lorakeet.models.image.latent_cache import Captions, encode_images
-from lorakeet.models.image.model import load_image_model, put_image_adapter
 from lorakeet.models.inject import activate
-from lorakeet.train.image.task import denoising_errors
-from lorakeet.workflows.finetune import finetune
-from lorakeet.workflows.generate import generate
-from lorakeet.workflows.options import GenerateOptions
-from lorakeet.workflows.runs.output_paths import require_empty
+from lorakeet.runs.output_paths import require_empty
+from lorakeet.verbs.finetune import finetune
+from lorakeet.verbs.generate import generate
+from lorakeet.verbs.options import GenerateOptions
 
 LOOK = "negative"
 KIND = UNSEEN[0]

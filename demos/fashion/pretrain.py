@@ -17,7 +17,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from demos.fashion.photos import KINDS, SIDE, UNSEEN, Photos, caption, in_colour
-from lorakeet.models.image.diffusers_import import quiet_diffusers
+from lorakeet.kinds.images.model.diffusers_import import quiet_diffusers
 
 START, END = "<|startoftext|>", "<|endoftext|>"
 LOOKS = ("", "clear", "small", "plain")  # words that mean nothing to the pictures, so that captions differ

@@ -8,7 +8,7 @@
     print(model.generate("Review: …", adapter=run))
 
 The names in `__all__` are the Python API; each is imported at first use. `Lora`, `Train`, `Data` and so on are the sections of
-the run file. The other verbs are functions as well: `from lorakeet.workflows.tune import tune`, and so on.
+the run file. The other verbs are functions as well: `from lorakeet.verbs.tune import tune`, and so on.
 """
 
 import os

@@ -11,7 +11,6 @@ from typing import Any, Literal
 import yaml
 
 from lorakeet.core.spec import MEASURED, LoraSpec
-from lorakeet.data.images.spec import ImageSpec
 from lorakeet.data.spec import DataSpec
 from lorakeet.disk import open_buffered
 from lorakeet.errors import ConfigError, Problems, unreadable
@@ -22,14 +21,15 @@ from lorakeet.models.spec import ModelSpec
 from lorakeet.ranks.spec import RanksSpec
 from lorakeet.setting import setting
 from lorakeet.settings import load, override, to_mapping
+from lorakeet.train.image_spec import ImageSpec
 from lorakeet.train.preference_spec import SFT, START, PreferenceSpec, needs_reference
 from lorakeet.train.spec import DiffusionSpec, TrainSpec
 
 __all__ = ["KINDS", "RunConfig", "dump_yaml", "read_run", "read_yaml"]
 
-# The kinds of runs, and the module whose KIND carries each out (workflows/finetuning/kind.RunKind).
-KINDS = {"text": "lorakeet.workflows.finetuning.text", "image": "lorakeet.workflows.finetuning.image"}
-PREFERENCE = "lorakeet.workflows.finetuning.preference"  # of text, with another objective than sft
+# The kinds of runs, and the module whose KIND carries each out (kinds/protocol.RunKind).
+KINDS = {"text": "lorakeet.kinds.text.kind", "image": "lorakeet.kinds.images.kind"}
+PREFERENCE = "lorakeet.kinds.preference.kind"  # of text, with another objective than sft
 
 
 @dataclass(frozen=True)

@@ -19,7 +19,7 @@ from lorakeet.errors import LorakeetError, respelt, spelling
 from lorakeet.models.spec import ModelSpec
 from lorakeet.serve.sampling import Sampling
 from lorakeet.settings import choices, describe
-from lorakeet.workflows.options import EvaluateOptions, ExportOptions, MergeOptions, PredictOptions, VerifyOptions
+from lorakeet.verbs.options import EvaluateOptions, ExportOptions, MergeOptions, PredictOptions, VerifyOptions
 from tiny.runs import reviews
 
 OPTIONS: dict[str, type[Any]] = {

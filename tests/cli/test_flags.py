@@ -14,7 +14,7 @@ from lorakeet.cli.main import lorakeet
 from lorakeet.config import RunConfig
 from lorakeet.errors import ConfigError
 from lorakeet.settings import Setting, fields_of, load, shown_default
-from lorakeet.workflows.options import VERBS, EvaluateOptions, MergeOptions
+from lorakeet.verbs.options import VERBS, EvaluateOptions, MergeOptions
 
 
 def test_every_setting_is_a_flag_with_help() -> None:

@@ -13,13 +13,13 @@ from typing import Any
 import pytest
 from rich.console import Console
 
-import lorakeet.workflows.options as verbs_module
+import lorakeet.verbs.options as verbs_module
 from lorakeet import __version__
 from lorakeet.cli.main import main
 from lorakeet.config import RunConfig
 from lorakeet.errors import ConfigError, DataError, Remedy, RunStopped, VerificationFailed
-from lorakeet.workflows.options import VERBS, MergeOptions
-from lorakeet.workflows.runs import early_checks
+from lorakeet.verbs.early import checks as early_checks
+from lorakeet.verbs.options import VERBS, MergeOptions
 
 
 class Outcome:

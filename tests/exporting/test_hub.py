@@ -1,4 +1,4 @@
-"""What is said of a hub's answers, and names of repositories; the whole way is in tests/workflows/test_push."""
+"""What is said of a hub's answers, and names of repositories; the whole way is in tests/verbs/test_push."""
 
 from __future__ import annotations
 

@@ -22,8 +22,8 @@ from lorakeet.memory.spill import Spill
 from lorakeet.models.text.packed_layout import PackedLayout, read_layout
 from lorakeet.quant.grids import requantise_like
 from lorakeet.quant.packed import PackedBase
-from lorakeet.workflows.options import QuantizeOptions
-from lorakeet.workflows.quantize import quantize
+from lorakeet.verbs.options import QuantizeOptions
+from lorakeet.verbs.quantize import quantize
 from tiny.gguf_file import write_tiny_gguf
 from tiny.runs import quiet, reviews, write_rows
 

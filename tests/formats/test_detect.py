@@ -24,10 +24,10 @@ from lorakeet.formats.detect import FORMATS, detect, format_of, read_adapter, su
 from lorakeet.formats.diffusion import kohya
 from lorakeet.formats.files.base_model import open_base
 from lorakeet.formats.peft import peft
-from lorakeet.workflows.convert import Target
-from lorakeet.workflows.merge import merge
-from lorakeet.workflows.options import MergeOptions
-from lorakeet.workflows.runs.open_adapter import open_adapter
+from lorakeet.runs.open_adapter import open_adapter
+from lorakeet.verbs.convert import Target
+from lorakeet.verbs.merge import merge
+from lorakeet.verbs.options import MergeOptions
 from tiny.portable import llama_config
 
 GOLDEN = Path(__file__).parents[1] / "golden"

@@ -32,12 +32,12 @@ from lorakeet.data.spec import NO_ROWS
 from lorakeet.memory.ledger import Ledger
 from lorakeet.models.spec import ModelSpec
 from lorakeet.models.text.from_config import config_of
+from lorakeet.planning.forecast_text_run import forecast_run
+from lorakeet.planning.planned_model import Precision
+from lorakeet.planning.rehearse_text import BEGIN
+from lorakeet.planning.text_run import LEAST
 from lorakeet.quant.spec import QuantSpec
-from lorakeet.workflows.planning.forecast_text_run import forecast_run
-from lorakeet.workflows.planning.planned_model import Precision
-from lorakeet.workflows.planning.rehearse_text import BEGIN
-from lorakeet.workflows.planning.text_run import LEAST
-from lorakeet.workflows.runs.residency import RESIDENT, Way
+from lorakeet.runs.residency import RESIDENT, Way
 from tiny.small_configs import small_config
 
 LLAMA, SMALL = "meta-llama/Llama-3.1-8B", "HuggingFaceTB/SmolLM2-135M"

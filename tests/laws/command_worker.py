@@ -7,7 +7,7 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).parent.parent))
 
-import lorakeet.workflows.finetune  # noqa: F401 - what the verb imports late, once for all processes
+import lorakeet.verbs.finetune  # noqa: F401 - what the verb imports late, once for all processes
 from lorakeet.cli.main import main
 from tiny.forked import serve
 

@@ -12,11 +12,11 @@ from typing import Any
 
 
 def load(loader: str, path: Path) -> Any:
+    from lorakeet.kinds.images.model.clip_scorer import load_scorer
+    from lorakeet.kinds.images.model.model import load_image_model
+    from lorakeet.kinds.images.model.shapes import shapes_in
     from lorakeet.models.files.gguf_dense import dense_copy
     from lorakeet.models.files.gguf_packed import packed_copy
-    from lorakeet.models.image.clip_scorer import load_scorer
-    from lorakeet.models.image.model import load_image_model
-    from lorakeet.models.image.shapes import shapes_in
     from lorakeet.models.spec import ModelSpec
     from lorakeet.models.text.from_config import config_of
     from lorakeet.models.text.load import load_text_model, load_tokenizer

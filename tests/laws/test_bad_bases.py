@@ -15,7 +15,7 @@ from torch import Tensor
 
 from lorakeet.cli.main import main
 from lorakeet.memory.budget import Budget
-from lorakeet.workflows.runs.residency import Residency, Way
+from lorakeet.runs.residency import Residency, Way
 from tiny.gguf_file import write_tiny_gguf
 from tiny.models import save_tiny_llama
 from tiny.refusals import Bench
@@ -40,7 +40,7 @@ def streaming(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[[], P
     def begin() -> Path:
         store = tmp_path.parent / f"{tmp_path.name}-store"
         residency = Residency(Budget.parse("8GiB"), Way(streamed=True), folder=store)
-        monkeypatch.setattr("lorakeet.workflows.finetuning.assemble_text.fit_text_run", lambda *_: residency)
+        monkeypatch.setattr("lorakeet.kinds.text.assemble.fit_text_run", lambda *_: residency)
         return store
 
     return begin

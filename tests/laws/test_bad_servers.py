@@ -12,9 +12,9 @@ import pytest
 from lorakeet.errors import EnvironmentProblem, VerificationFailed
 from lorakeet.evaluate.certificate import read_certificate
 from lorakeet.models.text.load import load_tokenizer
-from lorakeet.workflows.options import VerifyOptions
-from lorakeet.workflows.runs.open_adapter import open_adapter
-from lorakeet.workflows.verify import verify
+from lorakeet.runs.open_adapter import open_adapter
+from lorakeet.verbs.options import VerifyOptions
+from lorakeet.verbs.verify import verify
 from tiny import servers
 from tiny.exports import loud_run, write_model
 from tiny.hostile_server import answering

@@ -18,13 +18,13 @@ from lorakeet.evaluate.certificate import Certificate, read_certificate
 from lorakeet.memory.measure import resident_bytes
 from lorakeet.memory.store import StoreWriter
 from lorakeet.merging.merged_folder import MergeResult, merge_into
-from lorakeet.workflows import merge as workflow
-from lorakeet.workflows.export import export
-from lorakeet.workflows.merge import merge
-from lorakeet.workflows.options import ExportOptions, MergeOptions, VerifyOptions
-from lorakeet.workflows.planning.check import ModelCheck
-from lorakeet.workflows.runs.residency import MemoryPlan, Way
-from lorakeet.workflows.verify import verify
+from lorakeet.planning.check import ModelCheck
+from lorakeet.runs.residency import MemoryPlan, Way
+from lorakeet.verbs import merge as workflow
+from lorakeet.verbs.export import export
+from lorakeet.verbs.merge import merge
+from lorakeet.verbs.options import ExportOptions, MergeOptions, VerifyOptions
+from lorakeet.verbs.verify import verify
 from tiny.models import save_tiny_llama
 from tiny.peft_oracle import by_peft
 from tiny.runs import chats, quiet, run, write_rows
@@ -140,7 +140,7 @@ def test_a_disk_that_gets_full_and_one_that_is(wide: Path, tmp_path: Path, monke
         with pytest.raises(EnvironmentProblem, match="its disk is full"):
             merging(wide, tmp_path)(memory=budget)
     assert not list(tmp_path.iterdir()), "no model stands there unchecked"
-    monkeypatch.setattr("lorakeet.workflows.planning.fit.shutil.disk_usage", lambda _: type("Usage", (), {"free": 1 << 20}))
+    monkeypatch.setattr("lorakeet.planning.fit.shutil.disk_usage", lambda _: type("Usage", (), {"free": 1 << 20}))
     with pytest.raises(EnvironmentProblem, match=r"needs .* in .*\.merged\.blocks .*on disk, where 1 MiB are free"):
         merging(wide, tmp_path / "other")(memory=budget)
     assert not (tmp_path / "other").exists()
@@ -150,7 +150,7 @@ def test_a_disk_that_gets_full_and_one_that_is(wide: Path, tmp_path: Path, monke
 def test_verify_and_export_stream_the_live_side_and_a_folder(
     wide: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, kind: str
 ) -> None:
-    monkeypatch.setattr("lorakeet.workflows.verify.GREEDY", 1)
+    monkeypatch.setattr("lorakeet.verbs.verify.GREEDY", 1)
     if kind == "gguf":
         out = tmp_path / "model.gguf"
         found = streamed(
@@ -173,9 +173,9 @@ def test_longer_rows_are_compared_as_far_as_memory_allows(
     wide: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """A token is made to take 8 MiB of llama.cpp's memory."""
-    monkeypatch.setattr("lorakeet.workflows.verify.GREEDY", 1)
-    monkeypatch.setattr("lorakeet.workflows.planning.check.FEWEST_TOKENS", 16)
-    monkeypatch.setattr("lorakeet.workflows.planning.check.context_bytes", lambda config, context: context << 23)
+    monkeypatch.setattr("lorakeet.verbs.verify.GREEDY", 1)
+    monkeypatch.setattr("lorakeet.planning.check.FEWEST_TOKENS", 16)
+    monkeypatch.setattr("lorakeet.planning.check.context_bytes", lambda config, context: context << 23)
 
     def exported(memory: str) -> Any:
         return export(ExportOptions(str(wide), out=tmp_path / "model.gguf", quant="f32", memory=memory), console=quiet())

@@ -16,12 +16,12 @@ from lorakeet.kernels.choose import CANDIDATES
 from lorakeet.memory.cuda import CONTEXT
 from lorakeet.memory.free import free_memory
 from lorakeet.models.text.from_config import config_of
-from lorakeet.workflows.planning import text_run
-from lorakeet.workflows.planning.fit import choose, fit_free
-from lorakeet.workflows.planning.forecast_text_run import CERTIFY, LOAD, Workload
-from lorakeet.workflows.planning.rehearse_text import EVALUATE, FINAL, STEP
-from lorakeet.workflows.planning.unbound_text_run import UnboundTextRun
-from lorakeet.workflows.runs.residency import RESIDENT
+from lorakeet.planning import text_run
+from lorakeet.planning.fit import choose, fit_free
+from lorakeet.planning.forecast_text_run import CERTIFY, LOAD, Workload
+from lorakeet.planning.rehearse_text import EVALUATE, FINAL, STEP
+from lorakeet.planning.unbound_text_run import UnboundTextRun
+from lorakeet.runs.residency import RESIDENT
 from tiny.made_up_card import card
 
 CARDS = {8: 8188, 12: 12044, 16: 15102, 24: 22731, 80: 81038}  # GB as sold; MiB of the smallest: RTX 3070, 3060, T4, A10G, H100

@@ -27,9 +27,9 @@ from lorakeet.models.spec import ModelSpec
 from lorakeet.models.text.load import load_text_model
 from lorakeet.models.text.serving import ServingModel
 from lorakeet.quant.spec import QuantSpec
+from lorakeet.runs.open_adapter import open_adapter
 from lorakeet.serve.adapter_files import inspect_adapter, read_stored_adapter
-from lorakeet.workflows.options import VERBS
-from lorakeet.workflows.runs.open_adapter import open_adapter
+from lorakeet.verbs.options import VERBS
 from tiny.damages import DAMAGES, SEVEN
 from tiny.exports import certified_anew
 
@@ -240,7 +240,7 @@ def test_a_resumed_run_that_is_cut_off_keeps_its_own_adapter(copied: Path, monke
 
     DAMAGES["A of two layers swapped"][0](copied)
     certified_anew(copied)  # as of an earlier end; the last checkpoint has other tensors
-    monkeypatch.setattr("lorakeet.workflows.finetune.complete", cut_off)
+    monkeypatch.setattr("lorakeet.verbs.finetune.complete", cut_off)
     assert main(["finetune", "--resume", str(copied)]) != 0
     assert (copied / "adapter").is_dir() and not (copied / "certificate.json").exists()
     with pytest.raises(VerificationFailed, match="certificate is missing"):

@@ -16,7 +16,7 @@ from lorakeet.cli.main import main
 from lorakeet.evaluate.certificate import Certificate, read_certificate
 from lorakeet.evaluate.report.report import read_report
 from lorakeet.formats.identity import content_differences, require_certified
-from lorakeet.workflows.runs.certified import model_identity
+from lorakeet.runs.certified import model_identity
 from tiny.damages import DAMAGES
 from tiny.runs import QUICK, reviews, sentence, write_rows
 
@@ -153,7 +153,7 @@ def test_push_compares_what_was_made(
     what: str, copied: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("HF_TOKEN", "none")
-    monkeypatch.setattr("lorakeet.workflows.push.upload", lambda *given, **more: pytest.fail("sent"))
+    monkeypatch.setattr("lorakeet.verbs.push.upload", lambda *given, **more: pytest.fail("sent"))
     out = tmp_path / ("merged" if what == "--merged" else "model.gguf")
     made = ["merge"] if what == "--merged" else ["export", "--quant", "f32"]
     assert main([made[0], str(copied), *made[1:], "--out", str(out)]) == 0

@@ -18,9 +18,9 @@ from lorakeet.errors import ConfigError, VerificationFailed
 from lorakeet.evaluate.certificate import read_certificate
 from lorakeet.formats.peft import peft
 from lorakeet.merging.combine import METHODS, Combination
-from lorakeet.workflows import merge as workflow
-from lorakeet.workflows.merge import merge
-from lorakeet.workflows.options import MergeOptions
+from lorakeet.verbs import merge as workflow
+from lorakeet.verbs.merge import merge
+from lorakeet.verbs.options import MergeOptions
 from tiny.adapters import random_adapter
 from tiny.dense import change
 from tiny.peft_oracle import into_peft

@@ -26,9 +26,9 @@ from lorakeet.formats.detect import read_adapter
 from lorakeet.formats.diffusion import diffusers, kohya
 from lorakeet.formats.files.base_model import open_base
 from lorakeet.formats.peft import peft
+from lorakeet.kinds.images.model.shapes import shapes_in
 from lorakeet.models.files.gguf_dense import dense_copy
 from lorakeet.models.files.gguf_packed import packed_copy
-from lorakeet.models.image.shapes import shapes_in
 from lorakeet.models.spec import ModelSpec
 from lorakeet.models.text.from_config import config_of
 from lorakeet.models.text.load import ReadBefore, load_text_model, load_tokenizer

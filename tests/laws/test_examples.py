@@ -16,9 +16,9 @@ import pytest
 import torch
 
 from lorakeet.cli.main import main
-from lorakeet.data.images.folder import open_pixels
 from lorakeet.evaluate.report.report import read_report
 from lorakeet.formats.detect import read_adapter
+from lorakeet.kinds.images.data.folder import open_pixels
 from structure.tree import ROOT
 from tiny.model_hub import TOKEN, serving
 from tiny.pictures import album

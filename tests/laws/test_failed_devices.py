@@ -11,12 +11,12 @@ from rich.console import Console
 
 from lorakeet.cli import main as command
 from lorakeet.errors import EnvironmentProblem, RunStopped, is_device_fault, is_of_the_device, is_out_of_memory
+from lorakeet.kinds import certify_pairs
 from lorakeet.memory.budget import Budget
 from lorakeet.memory.cuda import enforcing_gpu_budget
 from lorakeet.train import checkpoint, gradients
-from lorakeet.workflows import finetune as workflow
-from lorakeet.workflows.finetuning import certify_pairs
-from lorakeet.workflows.options import FinetuneOptions
+from lorakeet.verbs import finetune as workflow
+from lorakeet.verbs.options import FinetuneOptions
 from tiny.passed_on import require_passed_on
 from tiny.runs import reviews, run, settings, write_rows
 from tiny.simulated_card import simulated_card

@@ -19,8 +19,8 @@ from lorakeet.train import loop
 from lorakeet.train.loss_scale import START, LossScale
 from lorakeet.train.spec import TrainSpec
 from lorakeet.train.text.task import TextTask
-from lorakeet.workflows.options import TuneOptions
-from lorakeet.workflows.tune import tune
+from lorakeet.verbs.options import TuneOptions
+from lorakeet.verbs.tune import tune
 from tiny.runs import reviews, run, settings, write_rows
 from tiny.simulated_card import simulated_card
 from tiny.streams import loaded, rows

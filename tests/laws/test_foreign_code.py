@@ -14,7 +14,7 @@ from typing import Any
 
 import pytest
 
-from lorakeet.workflows.plan import plan
+from lorakeet.verbs.plan import plan
 from structure.tree import named, parsed, source_files
 from tiny.caches import new_cache
 from tiny.gguf_family import write_family_gguf
@@ -227,7 +227,7 @@ def test_a_metric_that_a_run_file_names_is_run_by_finetune_alone(tiny_llama_fold
         for node in ast.walk(parsed(path))
         if isinstance(node, ast.Call) and ast.unparse(node.func) == "load_metric"
     }
-    assert callers == {"workflows/finetuning/text.py", "workflows/evaluate.py"}
+    assert callers == {"kinds/text/kind.py", "verbs/evaluate.py"}
     (tmp_path / "my.py").write_text(f"open({str(tmp_path / 'ran')!r}, 'w')\ndef f(reply, reference):\n    return 1\n")
     rows = write_rows(tmp_path / "rows.jsonl", chats(20))
     plan(settings(tiny_llama_folder, rows, tmp_path / "run", {"evaluate.metric": f"{tmp_path / 'my.py'}:f"}), console=quiet())

@@ -28,8 +28,8 @@ from lorakeet.models.text.load import load_tokenizer
 from lorakeet.train.durable import new_folder
 from lorakeet.train.log import MetricsLog, read_metrics
 from lorakeet.train.run import RunFolder
-from lorakeet.workflows.convert import convert
-from lorakeet.workflows.options import ConvertOptions
+from lorakeet.verbs.convert import convert
+from lorakeet.verbs.options import ConvertOptions
 from tiny.full_disk import files_up_to
 from tiny.models import save_tiny_llama
 from tiny.portable import text_adapter

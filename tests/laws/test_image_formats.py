@@ -16,14 +16,14 @@ from lorakeet.formats.components import with_components, without_component
 from lorakeet.formats.detect import read_adapter
 from lorakeet.formats.files.base_model import open_base
 from lorakeet.formats.peft import peft
-from lorakeet.models.image.diffusers_import import quiet_diffusers
-from lorakeet.models.image.kinds import packed_latents, unpacked_latents
-from lorakeet.models.image.model import ImageModel, image_plan, load_image_model, put_image_adapter
-from lorakeet.models.image.sample import Sampler, draw_latents
+from lorakeet.kinds.images.model.diffusers_import import quiet_diffusers
+from lorakeet.kinds.images.model.kinds import packed_latents, unpacked_latents
+from lorakeet.kinds.images.model.model import ImageModel, image_plan, load_image_model, put_image_adapter
+from lorakeet.kinds.images.model.sample import Sampler, draw_latents
 from lorakeet.models.inject import adapter_of, eject, inject, trained_parameters
 from lorakeet.models.spec import ModelSpec
-from lorakeet.workflows.convert import convert
-from lorakeet.workflows.options import ConvertOptions
+from lorakeet.verbs.convert import convert
+from lorakeet.verbs.options import ConvertOptions
 from tiny.images import diffusers
 from tiny.originals import from_original, original_layout
 from tiny.peft_oracle import into_peft

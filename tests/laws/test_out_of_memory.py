@@ -20,6 +20,7 @@ from lorakeet.data.pack import Batch
 from lorakeet.errors import EnvironmentProblem, RunStopped
 from lorakeet.evaluate.certificate import Unchecked
 from lorakeet.kernels.proof import difference_found
+from lorakeet.kinds import certify_pairs
 from lorakeet.memory.budget import Budget
 from lorakeet.memory.cuda import enforcing_gpu_budget
 from lorakeet.memory.spill import HostSpill, Spill
@@ -33,8 +34,7 @@ from lorakeet.train.run import RunFolder
 from lorakeet.train.spec import TrainSpec
 from lorakeet.train.task import HeldOut
 from lorakeet.train.text.task import TextTask
-from lorakeet.workflows import finetune as workflow
-from lorakeet.workflows.finetuning import certify_pairs
+from lorakeet.verbs import finetune as workflow
 from tiny.cards import Device, computing_first, pinned
 from tiny.passed_on import require_passed_on
 from tiny.runs import reviews, run, write_rows
@@ -192,7 +192,7 @@ def test_after_training_the_adapter_is_named_and_how_to_go_on(
     with pytest.raises(RunStopped, match=r"training is done and .*adapter is whole, but not evaluated\. The dev") as no:
         run(tiny_llama_folder, data, tmp_path / "run", {"train.steps": "1"})
     assert "evaluate it with: lorakeet finetune --resume" in str(no.value) and (tmp_path / "run" / "adapter").is_dir()
-    monkeypatch.setattr("lorakeet.workflows.finetuning.assemble_text.load_text_model", no_memory)
+    monkeypatch.setattr("lorakeet.kinds.text.assemble.load_text_model", no_memory)
     with pytest.raises(EnvironmentProblem, match="The device ran out of memory: CUDA out of memory"):
         run(tiny_llama_folder, data, tmp_path / "other", {"train.steps": "1"})
     assert not (tmp_path / "other").exists()

@@ -29,8 +29,8 @@ from lorakeet.quant.packed import PackedLinear
 from lorakeet.quant.spec import QuantSpec
 from lorakeet.quant.stack import PackedStack
 from lorakeet.train.text.loss import head_losses
-from lorakeet.workflows.merge import merge
-from lorakeet.workflows.options import MergeOptions
+from lorakeet.verbs.merge import merge
+from lorakeet.verbs.options import MergeOptions
 from tiny.family_columns import in_transformers, loaded, rows, saved, with_pairs
 from tiny.float_folders import mxfp4_folder, written
 from tiny.models import save_tiny_llama

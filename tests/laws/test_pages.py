@@ -58,11 +58,13 @@ SMALL = {
 }  # fmt: skip
 # Lines that are only read, by their beginning: why, and the tests that run such lines.
 READ = {
-    "finetune examples/photos.yaml --model photoreal.safetensors": ("a checkpoint", "tests/models/image/test_single_file.py"),
-    "plan examples/photos.yaml": ("rehearsals of pictures", "tests/workflows/planning/test_image_run.py"),
-    "finetune examples/photos.yaml --memory": ("the same, before a run", "tests/workflows/planning/test_image_run.py"),
+    "finetune examples/photos.yaml --model photoreal.safetensors": (
+        "a checkpoint", "tests/kinds/images/model/test_single_file.py"
+    ),
+    "plan examples/photos.yaml": ("rehearsals of pictures", "tests/kinds/images/test_plan.py"),
+    "finetune examples/photos.yaml --memory": ("the same, before a run", "tests/kinds/images/test_plan.py"),
     "finetune my.yaml --model.device cuda": ("a GPU", "tests/gpu/test_training.py"),
-    "merge runs/mine --into packed": ("a run on a packed base", "tests/workflows/packing/test_merge.py"),
+    "merge runs/mine --into packed": ("a run on a packed base", "tests/verbs/packing/test_merge.py"),
     "check": ("a few-shot base, and answers in JSON", "tests/laws/test_examples.py"),
     "tune my-pairs.yaml": ("a search", "tests/laws/test_preference_search.py"),
     "push": ("the hub, in a process of its own", "tests/laws/test_examples.py"),

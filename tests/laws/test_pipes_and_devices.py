@@ -15,8 +15,6 @@ import pytest
 
 from lorakeet.api.run import open_run
 from lorakeet.config import read_run
-from lorakeet.data.images.folder import png_of, read_album
-from lorakeet.data.images.spec import ImageSpec
 from lorakeet.data.read import read_rows
 from lorakeet.data.spec import DataSpec
 from lorakeet.data.split import read_split_record
@@ -25,12 +23,14 @@ from lorakeet.evaluate.certificate import read_certificate
 from lorakeet.evaluate.report.report import read_report
 from lorakeet.formats.detect import read_adapter
 from lorakeet.formats.identity import identity_of, require_certified
+from lorakeet.kinds.images.data.folder import png_of, read_album
 from lorakeet.models.text.load import load_tokenizer
+from lorakeet.runs.run_folder import rates_of
 from lorakeet.studio.index import summary_of
 from lorakeet.train.checkpoint import load_newest
+from lorakeet.train.image_spec import ImageSpec
 from lorakeet.train.log import read_metrics
 from lorakeet.train.run import RunFolder
-from lorakeet.workflows.runs.run_folder import rates_of
 from tiny.runs import reviews, run, write_rows
 
 KINDS: dict[str, Callable[[Path], object]] = {

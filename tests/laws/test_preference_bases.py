@@ -22,12 +22,12 @@ from lorakeet.models.inject import activate, attach
 from lorakeet.models.spec import ModelSpec
 from lorakeet.models.text.from_config import config_of
 from lorakeet.models.text.load import load_text_model
+from lorakeet.planning.rehearse_text import STEP
+from lorakeet.planning.text_run import TextRun, Workload
 from lorakeet.quant.spec import QuantSpec
+from lorakeet.runs.residency import Way
 from lorakeet.train.log import read_metrics
 from lorakeet.train.spec import TrainSpec
-from lorakeet.workflows.planning.rehearse_text import STEP
-from lorakeet.workflows.planning.text_run import TextRun, Workload
-from lorakeet.workflows.runs.residency import Way
 from tiny.gguf_file import write_tiny_gguf
 from tiny.gptq_folder import save_mixed_gptq
 from tiny.runs import run, write_rows

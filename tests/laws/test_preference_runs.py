@@ -23,9 +23,9 @@ from lorakeet.models.files import fingerprint
 from lorakeet.train import loop
 from lorakeet.train.preference_spec import OBJECTIVES, SFT
 from lorakeet.train.text.preference_task import PreferenceTask
-from lorakeet.workflows.evaluate import evaluate
-from lorakeet.workflows.finetune import FinetuneResult, finetune
-from lorakeet.workflows.options import EvaluateOptions, FinetuneOptions
+from lorakeet.verbs.evaluate import evaluate
+from lorakeet.verbs.finetune import FinetuneResult, finetune
+from lorakeet.verbs.options import EvaluateOptions, FinetuneOptions
 from tiny.exports import certified_anew
 from tiny.models import save_tiny_llama
 from tiny.runs import WORDS, adapter_bytes, quiet, run, sentence, settings, write_rows

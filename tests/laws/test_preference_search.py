@@ -30,8 +30,8 @@ from lorakeet.train.spec import TrainSpec
 from lorakeet.train.text import multi_adapter
 from lorakeet.train.text.multi_adapter import Member, train_many
 from lorakeet.train.text.preference_task import Preferences, PreferenceTask, Reference
-from lorakeet.workflows.options import TuneOptions
-from lorakeet.workflows.tune import tune
+from lorakeet.verbs.options import TuneOptions
+from lorakeet.verbs.tune import tune
 from tiny.models import save_tiny_llama
 from tiny.runs import quiet, settings, write_rows
 from tiny.shared_passes import members_of_passes

@@ -16,11 +16,11 @@ from lorakeet.errors import VerificationFailed
 from lorakeet.evaluate.report.report import read_report
 from lorakeet.evaluate.values import encode
 from lorakeet.quant.nf4 import Nf4Base
-from lorakeet.workflows.evaluate import evaluate
-from lorakeet.workflows.finetune import finetune
-from lorakeet.workflows.merge import merge
-from lorakeet.workflows.options import EvaluateOptions, FinetuneOptions, MergeOptions, QuantizeOptions
-from lorakeet.workflows.quantize import quantize
+from lorakeet.verbs.evaluate import evaluate
+from lorakeet.verbs.finetune import finetune
+from lorakeet.verbs.merge import merge
+from lorakeet.verbs.options import EvaluateOptions, FinetuneOptions, MergeOptions, QuantizeOptions
+from lorakeet.verbs.quantize import quantize
 from tiny.float_folders import fp8_folder
 from tiny.runs import adapter_bytes, quiet, reviews, run, write_rows
 

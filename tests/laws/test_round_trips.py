@@ -13,8 +13,8 @@ from lorakeet.formats.compare import LIMIT, compare_adapters
 from lorakeet.formats.components import with_components, without_component
 from lorakeet.formats.detect import detect, read_adapter
 from lorakeet.formats.peft import peft
-from lorakeet.workflows.convert import convert
-from lorakeet.workflows.options import ConvertOptions
+from lorakeet.verbs.convert import convert
+from lorakeet.verbs.options import ConvertOptions
 from tiny.adapters import random_adapter
 from tiny.models import tiny_model
 from tiny.portable import image_adapter, llama_config, text_adapter, transformer_adapter

@@ -13,7 +13,7 @@ from typing import Any
 import pytest
 
 from lorakeet.train.loop import Training
-from lorakeet.workflows.finetune import FinetuneResult
+from lorakeet.verbs.finetune import FinetuneResult
 from tiny.family_columns import saved
 from tiny.gptq_folder import save_mixed_gptq
 from tiny.models import FAMILIES, save_tiny_llama

@@ -28,15 +28,18 @@ from lorakeet.memory.free import MARGIN
 from lorakeet.models.spec import ModelSpec
 from lorakeet.models.text.load import load_text_model
 from lorakeet.models.text.serving import ServingModel
+from lorakeet.planning.evaluation import Evaluation
+from lorakeet.planning.forecast_text_run import Workload
+from lorakeet.runs.residency import ALONE, RESIDENT, Way
 from lorakeet.serve.engine import Engine
 from lorakeet.serve.load_places import LoadPlaces
 from lorakeet.serve.registry import Registry
 from lorakeet.serve.service import Service
-from lorakeet.workflows.chat import chat
-from lorakeet.workflows.export import export
-from lorakeet.workflows.extract import extract
-from lorakeet.workflows.merge import merge
-from lorakeet.workflows.options import (
+from lorakeet.verbs.chat import chat
+from lorakeet.verbs.export import export
+from lorakeet.verbs.extract import extract
+from lorakeet.verbs.merge import merge
+from lorakeet.verbs.options import (
     ChatOptions,
     ExportOptions,
     ExtractOptions,
@@ -45,12 +48,9 @@ from lorakeet.workflows.options import (
     TuneOptions,
     VerifyOptions,
 )
-from lorakeet.workflows.planning.evaluation import Evaluation
-from lorakeet.workflows.planning.forecast_text_run import Workload
-from lorakeet.workflows.quantize import quantize
-from lorakeet.workflows.runs.residency import ALONE, RESIDENT, Way
-from lorakeet.workflows.tune import tune
-from lorakeet.workflows.verify import verify
+from lorakeet.verbs.quantize import quantize
+from lorakeet.verbs.tune import tune
+from lorakeet.verbs.verify import verify
 from tiny.exports import loud_run, write_folder
 from tiny.gguf_file import write_tiny_gguf
 from tiny.runs import quiet, reviews, run, settings, write_rows

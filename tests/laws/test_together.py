@@ -21,9 +21,9 @@ from lorakeet.cli.main import main
 from lorakeet.evaluate.certificate import read_certificate
 from lorakeet.evaluate.report.report import read_report
 from lorakeet.formats.peft import peft
+from lorakeet.kinds.certify_pairs import PAIRS
 from lorakeet.train import checkpoint, processes
 from lorakeet.train.log import read_metrics
-from lorakeet.workflows.finetuning.certify_pairs import PAIRS
 from tiny.runs import QUICK, adapter_bytes, chats, write_rows
 from tiny.together import Together
 
@@ -234,11 +234,11 @@ def test_one_that_is_killed_while_a_sharded_run_is_evaluated_is_named(
     begin = arguments(tiny_llama_folder, rows, run, train__steps="2", train__shard="true", evaluate__drift_texts="0")
     kept = rf"Kept: the checkpoint (\S+) and {run}/adapter \(held-out loss [\d.]+ at step \d\)\. {command}"
     judging = r"After step 2, before the run was evaluated to the end: process {} of 2 died\. "
-    newest = ended_at(forked, "workflows.finetuning.evaluate_text:row_losses", 1, begin, f"Error: {judging.format(1)}{kept}")
+    newest = ended_at(forked, "kinds.text.evaluate:row_losses", 1, begin, f"Error: {judging.format(1)}{kept}")
     assert newest == checkpoint.found(run / "checkpoints")[-1] and checkpoint.load_checkpoint(newest).position.step == 2  # whole
     adapter = adapter_bytes(run)
     said = f"Error: process 1: {judging.format(0)}{kept}"
-    assert ended_at(forked, "workflows.finetuning.certify_text:frozen_digests", 0, go_on, said) == newest
+    assert ended_at(forked, "kinds.text.certify:frozen_digests", 0, go_on, said) == newest
     assert adapter_bytes(run) == adapter
 
 

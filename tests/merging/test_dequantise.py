@@ -18,8 +18,8 @@ from lorakeet.models.spec import ModelSpec
 from lorakeet.models.text.load import load_text_model
 from lorakeet.quant.packed import PackedLinear
 from lorakeet.quant.spec import QuantSpec
-from lorakeet.workflows.options import QuantizeOptions
-from lorakeet.workflows.quantize import quantize
+from lorakeet.verbs.options import QuantizeOptions
+from lorakeet.verbs.quantize import quantize
 from tiny.models import save_tiny_llama
 from tiny.runs import quiet, reviews, write_rows
 

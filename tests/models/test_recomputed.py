@@ -19,10 +19,10 @@ from lorakeet.models.targets import plan_for
 from lorakeet.models.text.adapters import initialise_adapter
 from lorakeet.models.text.from_config import config_from_settings, model_from_config
 from lorakeet.models.text.model import TextModel
+from lorakeet.planning.rehearse_text import STEP, RowShape, rehearse
 from lorakeet.train.spec import TrainSpec
 from lorakeet.train.text.own_code import compare_with_own_code
 from lorakeet.train.text.task import TextTask
-from lorakeet.workflows.planning.rehearse_text import STEP, RowShape, rehearse
 from tiny.models import save_tiny_llama
 from tiny.streams import loaded, rows, trained
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 
-from lorakeet.workflows.options import VERBS
+from lorakeet.verbs.options import VERBS
 from structure.tree import ROOT, committed_files, named
 
 LINES, ROWS = 60, 1000  # of an example, and of a file with rows

@@ -10,10 +10,10 @@ from structure.tree import ROOT, imported, named, source_files
 
 # Where a package may be imported, as beginnings of paths below src/lorakeet; everywhere else it is refused.
 PLACES: dict[str, tuple[str, ...]] = {
-    "transformers": ("models/",),
-    "tokenizers": ("models/",),
+    "transformers": ("models/", "kinds/images/model/"),
+    "tokenizers": ("models/", "kinds/images/model/"),
     "huggingface_hub": ("models/", "exporting/hub.py"),
-    "diffusers": ("models/image/",),
+    "diffusers": ("kinds/images/model/",),
     "bitsandbytes": ("quant/", "kernels/"),
     "triton": (),
     "gguf": ("formats/files/gguf_header.py", "quant/gguf.py"),
@@ -33,14 +33,14 @@ PLACES: dict[str, tuple[str, ...]] = {
     "wandb": ("train/log.py",),
     "trackio": ("train/log.py",),
     "mlflow": ("train/log.py",),
-    "optuna": ("workflows/tuning/trials.py", "workflows/tune.py"),
+    "optuna": ("kinds/text/tuning/trials.py", "verbs/tune.py"),
     "fastapi": ("serve/routes/", "studio/"),
     "uvicorn": ("serve/routes/", "studio/"),
     "starlette": ("serve/routes/", "studio/"),
     "llguidance": ("serve/grammar.py",),
 }
 # What answers `--help` and makes forms: no tensor library behind it.
-LIGHT = ("setting.py", "settings.py", "config.py", "errors.py", "__init__.py", "__main__.py", "cli/", "workflows/options.py")
+LIGHT = ("setting.py", "settings.py", "config.py", "errors.py", "__init__.py", "__main__.py", "cli/", "verbs/options.py")
 
 
 def test_imports_run_downwards_only() -> None:

@@ -17,7 +17,7 @@ import lorakeet
 from lorakeet.config import RunConfig, read_run
 from lorakeet.kernels.choose import TABLE
 from lorakeet.settings import fields_of
-from lorakeet.workflows.options import VERBS
+from lorakeet.verbs.options import VERBS
 from structure.tree import SOURCE, named, parsed, source_files
 
 PLAIN = (bool, int, float, str)
@@ -103,7 +103,7 @@ def used_definitions() -> Callable[[str, str], bool]:
     module, or calls it by a string or from a template."""
     found = {tuple(place.split(":")) for place in lorakeet._PLACES.values()}
     for verb in VERBS:
-        found |= {verb.place, (f"lorakeet.workflows.{verb.name}", "config_path")}
+        found |= {verb.place, (f"lorakeet.verbs.{verb.name}", "config_path")}
     tables, attributes = set[str](), set[str]()
     for path in source_files():
         uses, values, names = used_in(module_name(path), parsed(path))

@@ -46,7 +46,7 @@ PRIVATE_NAMES = {
     "aside", "look", "looked", "anchor", "anchored", "coded",
 }  # fmt: skip
 STATE_KEYS = {"anchor_A", "anchor_B"}  # of initial values, in the saved state of a run
-MODEL_CARD = {"workflows/finetuning/adapter_card.py", "exporting/card.py"}  # a model card is the field's own word
+MODEL_CARD = {"kinds/adapter_card.py", "exporting/card.py"}  # a model card is the field's own word
 ALLOWED = {
     "on the hardware at hand",  # the project's motto
     "text-anchor",  # an attribute of SVG

@@ -31,12 +31,12 @@ ALLOWED = {
     "memory/store.py": "os.open: to read",
     "merging/checkpoint.py": "copies files into a new output",
     "models/files/gguf_dense.py": "TemporaryDirectory: gone when the model is read",
-    "models/image/single_file.py": "TemporaryDirectory: gone when the model is loaded",
+    "kinds/images/model/single_file.py": "TemporaryDirectory: gone when the model is loaded",
     "serve/adapter_store.py": "renames uploads inside the server's own folder",
     "studio/deleted.py": "renames whole folders of runs into the studio's own folder, and back",
     "train/durable.py": "renames folders that are whole",
-    "workflows/doctor.py": "TemporaryFile: it has no name",
-    "workflows/verification/same_file.py": "TemporaryDirectory: gone when the server has answered",
+    "verbs/doctor.py": "TemporaryFile: it has no name",
+    "verification/same_file.py": "TemporaryDirectory: gone when the server has answered",
 }
 
 
@@ -74,7 +74,7 @@ READING = {
     "config.py": "open: /dev/fd/N, a pipe of the user's own shell", "disk.py": "the one place",
     "exporting/model_folder.py": "open: a file that it has just written",
     "api/artefacts.py": "read_text: a file that it has just written", "models/nvidia.py": "read_text: of /proc/driver",
-    "models/image/single_file.py": "read_bytes: of an installed package",
+    "kinds/images/model/single_file.py": "read_bytes: of an installed package",
 }  # fmt: skip
 OF_THE_SYSTEM = re.compile(
     r"/proc|_STAT\b|_STATUS\b|_MAPS\b|root /|limit\.|INCLUDE|C_FILES|files\(|published|Image|image_module|archive"

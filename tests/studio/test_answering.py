@@ -22,7 +22,7 @@ from lorakeet.studio.answering import (
 from lorakeet.studio.jobs import Job
 from lorakeet.studio.pages import Studio
 from lorakeet.studio.places import NotHere
-from lorakeet.workflows.options import PredictOptions
+from lorakeet.verbs.options import PredictOptions
 
 
 @pytest.fixture

@@ -21,12 +21,12 @@ from lorakeet.evaluate.wording import bytes_text
 from lorakeet.memory import ledger
 from lorakeet.memory.forecast import KINDS, Phase
 from lorakeet.memory.remembered import remembering
+from lorakeet.planning import encoded_rows, forecast_text_run, text_run
+from lorakeet.planning.rehearsal_key import NO_SHAPES
+from lorakeet.planning.rehearse_text import RowShape
 from lorakeet.studio import fitting
 from lorakeet.studio.fitting import ON_GPU, WORDS, bar_values, changed_settings, fit, time_words
 from lorakeet.studio.workbench import PREPARED, prepare_for
-from lorakeet.workflows.planning import encoded_rows, forecast_text_run, text_run
-from lorakeet.workflows.planning.rehearsal_key import NO_SHAPES
-from lorakeet.workflows.planning.rehearse_text import RowShape
 from tiny.configs import SMALL
 from tiny.models import save_tiny_llama
 from tiny.runs import write_rows
@@ -132,7 +132,7 @@ from lorakeet.memory.remembered import remembering
 from lorakeet.models.text.repeated_blocks import ModelBuilder
 from lorakeet.studio.fitting import fit
 from lorakeet.studio.workbench import import_all
-from lorakeet.workflows.planning import forecast_text_run
+from lorakeet.planning import forecast_text_run
 
 import_all()
 rehearse, build, alike, whole = forecast_text_run.rehearse, ModelBuilder.__call__, [], [0]

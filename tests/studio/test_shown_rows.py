@@ -18,10 +18,10 @@ from lorakeet.data.rows import Row, Turn
 from lorakeet.data.spec import DataSpec
 from lorakeet.errors import DataError, EnvironmentProblem
 from lorakeet.evaluate.report.report import read_report
+from lorakeet.planning import encoded_rows
 from lorakeet.studio import shown_rows
 from lorakeet.studio.forms import run_file, run_words
 from lorakeet.studio.shown_rows import length_values, row_values, show_rows_of, split_values
-from lorakeet.workflows.planning import encoded_rows
 from tiny.models import save_tiny_llama, tiny_tokenizer
 from tiny.pictures import album
 from tiny.runs import run, write_rows

@@ -10,10 +10,10 @@ import torch
 from safetensors.torch import save_file
 
 from lorakeet.exporting.gguf_model import write_gguf
+from lorakeet.kinds.text.run_time import Speed
 from lorakeet.models.text.load import load_tokenizer, read_config
 from lorakeet.studio.sizing import BITS, EXACT, Numbers, disk_rate, export_seconds, merge_seconds, numbers_of, sizes_of_run
 from lorakeet.studio.taking import QUANTS, WAYS
-from lorakeet.workflows.finetuning.run_time import Speed
 from tiny.models import save_tiny_llama
 
 SPEED = Speed(1e11, 1e10)

@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from lorakeet.errors import LorakeetError
-from lorakeet.workflows.finetune import FinetuneResult
+from lorakeet.verbs.finetune import FinetuneResult
 from tiny.runs import chats, run, write_rows
 from tiny.simulated_card import simulated_card
 

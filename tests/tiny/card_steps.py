@@ -15,11 +15,11 @@ from lorakeet.models.spec import ModelSpec
 from lorakeet.models.targets import plan_for
 from lorakeet.models.text.adapters import initialise_adapter
 from lorakeet.models.text.load import load_text_model
+from lorakeet.planning.rehearse_text import silent_training
 from lorakeet.quant.spec import QuantSpec
 from lorakeet.train.loop import Training
 from lorakeet.train.spec import TrainSpec
 from lorakeet.train.text.task import TextTask
-from lorakeet.workflows.planning.rehearse_text import silent_training
 from tiny.simulated_card import Card, Wait
 
 LORA = LoraSpec(rank=4, alpha=12.0)

@@ -53,8 +53,8 @@ from lorakeet.quant.spec import QuantSpec
 from lorakeet.train.gradients import require_gradients
 from lorakeet.train.text.loss import head_losses
 from lorakeet.train.text.own_code import require_own_code
-from lorakeet.workflows.options import PlanOptions
-from lorakeet.workflows.plan import plan
+from lorakeet.verbs.options import PlanOptions
+from lorakeet.verbs.plan import plan
 from tiny.card_column import same_on_card
 from tiny.models import tiny_tokenizer
 from tiny.runs import settings

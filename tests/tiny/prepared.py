@@ -22,7 +22,7 @@ from typing import IO, Any
 
 COMMAND = "import sys\nfrom lorakeet.cli.main import main\nsys.exit(main(sys.argv[1:]))"
 IMPORTED = (  # what the commands import late
-    "lorakeet.cli.main", "lorakeet.workflows.finetune", "lorakeet.workflows.serve", "lorakeet.serve.routes.http",
+    "lorakeet.cli.main", "lorakeet.verbs.finetune", "lorakeet.verbs.serve", "lorakeet.serve.routes.http",
     "lorakeet.studio.start", "transformers.models.llama.modeling_llama", "transformers.models.auto.tokenization_auto", "peft",
 )  # fmt: skip
 

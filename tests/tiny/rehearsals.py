@@ -1,10 +1,10 @@
-"""Rehearsals on shapes (workflows/planning/rehearse_text and its like) that are remembered: each is half of the time of a tiny
+"""Rehearsals on shapes (planning/rehearse_text and its like) that are remembered: each is half of the time of a tiny
 run or merge.
 
 What a rehearsal finds follows from its arguments: the model's configuration and files, the settings and the rows; and from
 CONSTANTS, where a test changes one. Where the model lies and what it is called do not matter, so that equal models in the folders
 of several tests are rehearsed once. The
-tests of rehearsals themselves call them directly and are not concerned; runs, plans and forecasts of the workflows are.
+tests of rehearsals themselves call them directly and are not concerned; runs, plans and forecasts of the verbs are.
 """
 
 from __future__ import annotations
@@ -26,13 +26,13 @@ import torch
 from lorakeet.core.scratch import SCRATCH
 from lorakeet.kernels.device import is_cpu
 
-REHEARSED = {  # by module of lorakeet.workflows.planning
-    "forecast_text_run": ("rehearse",),
-    "image_run": ("rehearse_images",),
-    "check": ("rehearse_evaluation",),
-    "evaluation": ("rehearse_evaluation",),
-    "packed_merge": ("rehearse_evaluation", "rehearse_rounding"),
-    "quantizing": ("_rehearsed",),
+REHEARSED = {  # by module
+    "planning.forecast_text_run": ("rehearse",),
+    "kinds.images.plan": ("rehearse_images",),
+    "planning.check": ("rehearse_evaluation",),
+    "planning.evaluation": ("rehearse_evaluation",),
+    "planning.packed_merge": ("rehearse_evaluation", "rehearse_rounding"),
+    "planning.quantizing": ("_rehearsed",),
 }
 CONSTANTS = (  # that tests change
     ("lorakeet.models.generate.sample", "STREAMED_CACHE"),
@@ -43,10 +43,10 @@ CONSTANTS = (  # that tests change
 
 @contextmanager
 def remembered() -> Iterator[None]:
-    """A context in which the workflows that have been imported rehearse each run once. LookupError where there is no such one."""
+    """A context in which the verbs that have been imported rehearse each run once. LookupError where there is no such one."""
     with pytest.MonkeyPatch.context() as patch:
         for name, functions in REHEARSED.items():
-            place = f"lorakeet.workflows.planning.{name}"
+            place = f"lorakeet.{name}"
             if find_spec(place) is None:
                 raise LookupError(f"{place}, whose rehearsals are to be remembered, is no module; name the one it has become.")
             module = sys.modules.get(place)

@@ -11,7 +11,7 @@ from typing import Any
 from rich.console import Console
 
 from lorakeet.config import RunConfig, read_run
-from lorakeet.workflows.finetune import FinetuneResult, finetune
+from lorakeet.verbs.finetune import FinetuneResult, finetune
 
 WORDS = [
     "alder",

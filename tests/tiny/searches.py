@@ -5,9 +5,9 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-from lorakeet.workflows.finetuning.assemble_text import TextAssembly, assemble_text
-from lorakeet.workflows.runs.search_space import space_for
-from lorakeet.workflows.tuning.trials import SearchBudget, SearchRows, Trials
+from lorakeet.kinds.text.assemble import TextAssembly, assemble_text
+from lorakeet.kinds.text.tuning.trials import SearchBudget, SearchRows, Trials
+from lorakeet.runs.search_space import space_for
 from tiny.runs import quiet, reviews, settings, write_rows
 
 HOT = 1e6  # times the learning rate: one step leaves no number

@@ -15,12 +15,12 @@ from lorakeet.formats.compare import compare_adapters
 from lorakeet.formats.detect import read_certified
 from lorakeet.formats.peft import peft
 from lorakeet.merging.combine import CombineSpec, combination
+from lorakeet.runs.output_paths import require_absent, temporary_folder
+from lorakeet.runs.terminal import TerminalConsole
 from lorakeet.settings import load as load_settings
 from lorakeet.train.durable import new_folder
-from lorakeet.workflows.convert import convert
-from lorakeet.workflows.options import ConvertOptions
-from lorakeet.workflows.runs.output_paths import require_absent, temporary_folder
-from lorakeet.workflows.runs.terminal import TerminalConsole
+from lorakeet.verbs.convert import convert
+from lorakeet.verbs.options import ConvertOptions
 
 _SHOWN = 40  # pairs in a notebook
 

@@ -9,7 +9,7 @@ from functools import cache
 from lorakeet.config import RunConfig
 from lorakeet.errors import COMMAND
 from lorakeet.settings import fields_of
-from lorakeet.workflows.options import VERBS
+from lorakeet.verbs.options import VERBS
 
 _SECTIONS = {name: f"lk.{name.title()}" for name in ("train", "lora", "evaluate", "ranks", "preference")}
 _SECTIONS |= {"model": "lk.load", "memory": "lk.load", "model.quantize": "lk.load"}

@@ -16,18 +16,18 @@ from lorakeet.api.run import FinishedRun, ShownReport
 from lorakeet.data.tables import InMemory
 from lorakeet.errors import ConfigError, spelling
 from lorakeet.evaluate.certificate import Certificate
+from lorakeet.runs.terminal import TerminalConsole
 from lorakeet.settings import load as load_settings
-from lorakeet.workflows.evaluate import evaluate as evaluate_verb
-from lorakeet.workflows.export import Exported
-from lorakeet.workflows.export import export as export_verb
-from lorakeet.workflows.merge import Merged
-from lorakeet.workflows.merge import merge as merge_verb
-from lorakeet.workflows.options import EvaluateOptions, ExportOptions, MergeOptions, PredictOptions, VerifyOptions
-from lorakeet.workflows.predict import Predicted
-from lorakeet.workflows.predict import predict as predict_verb
-from lorakeet.workflows.runs.terminal import TerminalConsole
-from lorakeet.workflows.verify import Verified
-from lorakeet.workflows.verify import verify as verify_verb
+from lorakeet.verbs.evaluate import evaluate as evaluate_verb
+from lorakeet.verbs.export import Exported
+from lorakeet.verbs.export import export as export_verb
+from lorakeet.verbs.merge import Merged
+from lorakeet.verbs.merge import merge as merge_verb
+from lorakeet.verbs.options import EvaluateOptions, ExportOptions, MergeOptions, PredictOptions, VerifyOptions
+from lorakeet.verbs.predict import Predicted
+from lorakeet.verbs.predict import predict as predict_verb
+from lorakeet.verbs.verify import Verified
+from lorakeet.verbs.verify import verify as verify_verb
 
 AnyRun = FinishedRun | str | Path
 OptionsT = TypeVar("OptionsT", EvaluateOptions, MergeOptions, ExportOptions, PredictOptions, VerifyOptions)

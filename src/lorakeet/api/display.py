@@ -13,8 +13,8 @@ from lorakeet.errors import shortened
 from lorakeet.evaluate.certificate import Certificate
 from lorakeet.evaluate.report.report import Report, render_html
 from lorakeet.evaluate.wording import bytes_text
-from lorakeet.workflows.finetuning.kind import PlanResult
-from lorakeet.workflows.merge import Merged
+from lorakeet.kinds.protocol import PlanResult
+from lorakeet.verbs.merge import Merged
 
 _LONGEST = 290  # characters
 HEAD = ("weights", "shape", "rank", "scale", "trained parameters")

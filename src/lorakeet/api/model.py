@@ -33,15 +33,15 @@ from lorakeet.memory.spec import MemorySpec
 from lorakeet.models.generate.score import row_losses
 from lorakeet.models.spec import ModelSpec
 from lorakeet.models.text.model import TextModel
+from lorakeet.replying.texts import Mix, Prompt, TextSource, open_texts
+from lorakeet.runs.terminal import TerminalConsole
+from lorakeet.runs.trained_prompt import prompt_settings
 from lorakeet.serve.sampling import Sampling
 from lorakeet.settings import load as load_settings
 from lorakeet.settings import to_mapping
 from lorakeet.train.run import RunFolder
 from lorakeet.train.spec import TrainSpec
-from lorakeet.workflows.plan import plan
-from lorakeet.workflows.replying.texts import Mix, Prompt, TextSource, open_texts
-from lorakeet.workflows.runs.terminal import TerminalConsole
-from lorakeet.workflows.runs.trained_prompt import prompt_settings
+from lorakeet.verbs.plan import plan
 
 AnyAdapter: TypeAlias = "Adapter | str | Path | Any | None"  # Any: a run, which has an `adapter`
 CONTEXT = 2048  # tokens of a prompt with its reply under a budget

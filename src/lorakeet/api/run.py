@@ -28,15 +28,15 @@ from lorakeet.evaluate.report.report import Report, SystemResult, read_report
 from lorakeet.evaluate.spec import EvaluateSpec
 from lorakeet.evaluate.wording import metric_words
 from lorakeet.ranks.spec import RanksSpec
+from lorakeet.runs.terminal import TerminalConsole
 from lorakeet.settings import load as load_settings
 from lorakeet.settings import to_mapping
 from lorakeet.train.preference_spec import PreferenceSpec
 from lorakeet.train.progress import Record
 from lorakeet.train.run import RunFolder
 from lorakeet.train.spec import TrainSpec
-from lorakeet.workflows.finetune import finetune as finetune_run
-from lorakeet.workflows.options import FinetuneOptions
-from lorakeet.workflows.runs.terminal import TerminalConsole
+from lorakeet.verbs.finetune import finetune as finetune_run
+from lorakeet.verbs.options import FinetuneOptions
 
 _SAID = 120  # characters of a headline in the text of a run
 _LOSSES = ("loss", "log_loss", "denoising_loss")

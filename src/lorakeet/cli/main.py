@@ -23,7 +23,7 @@ from lorakeet.disk import FULL
 from lorakeet.errors import ConfigError, LorakeetError, is_device_fault, is_of_the_device, nearest, visible
 from lorakeet.train.interrupt import terminable
 from lorakeet.train.launch import launched
-from lorakeet.workflows.options import VERBS, Verb
+from lorakeet.verbs.options import VERBS, Verb
 
 __all__ = ["main"]
 
@@ -145,9 +145,9 @@ def _run(verb: Verb, command: click.Command, values: dict[str, Any]) -> int:
 
     from lorakeet.cli.flags import SettingFlag, given_values
     from lorakeet.data.spec import NO_ROWS
+    from lorakeet.runs.terminal import TerminalConsole, json_text
     from lorakeet.settings import load
-    from lorakeet.workflows.runs.early_checks import check_early
-    from lorakeet.workflows.runs.terminal import TerminalConsole, json_text
+    from lorakeet.verbs.early.checks import check_early
 
     launch = launched()
     if launch.count > 1 and not verb.together:
@@ -201,7 +201,7 @@ def _usage_message(error: click.ClickException) -> str:
 
 
 def _report(error: BaseException, message: str, *, exit_code: int, as_json: bool, debug: bool) -> int:
-    from lorakeet.workflows.runs.terminal import TerminalConsole, json_text
+    from lorakeet.runs.terminal import TerminalConsole, json_text
 
     if debug:
         click.echo(visible("".join(traceback.format_exception(error))), err=True, nl=False)

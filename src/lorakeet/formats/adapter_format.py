@@ -1,6 +1,6 @@
 """What a module must define to be an adapter format.
 
-To add a format, write a module like this, list it in `formats/detect.FORMATS`, and name it in `workflows/convert.Target`.
+To add a format, write a module like this, list it in `formats/detect.FORMATS`, and name it in `verbs/convert.Target`.
 Imports no torch.
 """
 

@@ -2,7 +2,7 @@
 
 oneDNN compiles about 0.6 MiB of code for each new shape of a narrow product and caches the last 1,024. A training step has about
 25 shapes for every number of tokens, so that rows of many lengths grow a process by hundreds of MiB. About half of a product's
-code stays even after oneDNN has dropped it (workflows/planning/forecast_text_run counts it).
+code stays even after oneDNN has dropped it (planning/forecast_text_run counts it).
 """
 
 from __future__ import annotations

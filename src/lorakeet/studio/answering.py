@@ -16,8 +16,8 @@ from lorakeet.studio.offers import stem_of
 from lorakeet.studio.places import NotHere, Places, regular_within
 from lorakeet.studio.remedies import advised_value
 from lorakeet.studio.taking import jobs_of
-from lorakeet.workflows.options import PredictOptions
-from lorakeet.workflows.runs.early_checks import check_early
+from lorakeet.verbs.early.checks import check_early
+from lorakeet.verbs.options import PredictOptions
 
 VERB = "predict"
 ROWS = "data.train"

@@ -17,6 +17,8 @@ from lorakeet.data.spec import NO_ROWS
 from lorakeet.evaluate.wording import bytes_text, duration_text
 from lorakeet.kernels import bitsandbytes_nf4
 from lorakeet.kernels.proof import missing_package
+from lorakeet.kinds.protocol import Advice, PlanResult
+from lorakeet.kinds.text.kind import TextPlanResult
 from lorakeet.memory.beside import gpu_beside
 from lorakeet.memory.budget import Budget
 from lorakeet.memory.forecast import Forecast, Phase
@@ -27,16 +29,14 @@ from lorakeet.models.files.quiet import quiet_transformers
 from lorakeet.models.files.validate import auto_class_of
 from lorakeet.models.spec import ModelSpec
 from lorakeet.models.text.from_config import config_of, local_files, published_configs
+from lorakeet.planning.forecast_text_run import CERTIFY, LOAD, SCORE
+from lorakeet.planning.rehearse_text import BEGIN, CHECKPOINT, EVALUATE, FINAL, STEP
 from lorakeet.settings import fields_of
 from lorakeet.studio.local import fetched_rows, unready_model
 from lorakeet.studio.remedies import page_words
 from lorakeet.studio.workbench import Send
-from lorakeet.workflows.finetuning.kind import Advice, PlanResult
-from lorakeet.workflows.finetuning.text import TextPlanResult
-from lorakeet.workflows.options import PlanOptions
-from lorakeet.workflows.plan import plan
-from lorakeet.workflows.planning.forecast_text_run import CERTIFY, LOAD, SCORE
-from lorakeet.workflows.planning.rehearse_text import BEGIN, CHECKPOINT, EVALUATE, FINAL, STEP
+from lorakeet.verbs.options import PlanOptions
+from lorakeet.verbs.plan import plan
 
 WORDS = {
     "base": "the model",

@@ -21,16 +21,16 @@ from starlette.requests import Request
 from starlette.responses import Response
 from starlette.routing import Route
 
-from lorakeet.data.images.folder import ENDINGS
 from lorakeet.data.locate import WORKBOOKS
 from lorakeet.disk import create, erase, open_in_place, stage_in_use, written_whole
 from lorakeet.errors import ConfigError
 from lorakeet.evaluate.wording import bytes_text
 from lorakeet.formats.files.digest import sha256_of
+from lorakeet.kinds.images.data.folder import ENDINGS
 from lorakeet.studio.pages import json_answer, studio_of
 from lorakeet.studio.places import UPLOADED, Places
 from lorakeet.studio.safety import LARGEST_UPLOAD
-from lorakeet.workflows.runs.quickstart_packages import QUICKSTART_PACKAGES, installed_version
+from lorakeet.verbs.quickstart_packages import QUICKSTART_PACKAGES, installed_version
 
 ROWS = (".jsonl", ".json", ".csv", ".tsv", ".txt", ".parquet", *WORKBOOKS, ".zip", ".gz")
 OTHER_TABLES = (".xls", ".xlsb", ".ods", ".numbers")  # of offices, which save them as .xlsx

@@ -17,8 +17,6 @@ import numpy as np
 
 from lorakeet.config import RunConfig, read_run
 from lorakeet.data.chat import Encoder, Example
-from lorakeet.data.images.folder import ImageRow, bucket_of, bucket_sizes, fit_remarks, open_pixels, png_of
-from lorakeet.data.images.split import ImageDataset, load_images
 from lorakeet.data.leaks import KINDS, LeakPair, LeakReport, counted_once
 from lorakeet.data.locate import WORKBOOKS, locate_data
 from lorakeet.data.prepare import Dataset, label_counts, load_dataset
@@ -31,13 +29,15 @@ from lorakeet.data.spec import DataSpec
 from lorakeet.data.tables import FileRecord, RowProblems
 from lorakeet.data.workbook import sheet_names
 from lorakeet.errors import DataError, EnvironmentProblem, Remedy
+from lorakeet.kinds.images.data.folder import ImageRow, bucket_of, bucket_sizes, fit_remarks, open_pixels, png_of
+from lorakeet.kinds.images.data.split import ImageDataset, load_images
+from lorakeet.kinds.images.model.latent_cache import cache_in
 from lorakeet.models.files.quiet import quiet_transformers
-from lorakeet.models.image.latent_cache import cache_in
+from lorakeet.planning.encoded_rows import EncodedRows
+from lorakeet.runs.remarks import Remark, remarks_on
 from lorakeet.studio.local import require_local_rows, unready_model
 from lorakeet.studio.remedies import one_click, page_words, remedies_together
 from lorakeet.studio.workbench import Send
-from lorakeet.workflows.planning.encoded_rows import EncodedRows
-from lorakeet.workflows.runs.remarks import Remark, remarks_on
 
 MOST_LABELS = 30  # with a bar
 FIRST, PAIRS, COUNTED, PICTURES = 5, 60, 4000, 48  # rows, pairs, rows whose lengths are counted, pictures that are shown

@@ -18,13 +18,13 @@ import torch
 from lorakeet.config import read_run
 from lorakeet.disk import create, erase, flush, read_regular
 from lorakeet.evaluate.wording import bytes_text, duration_text
+from lorakeet.kinds.text.run_time import Speed, measured_speed
 from lorakeet.models.files.quantized import skeleton
 from lorakeet.models.files.stored_tensors import stored_dtype
 from lorakeet.models.text.from_config import config_of
 from lorakeet.studio.taking import QUANTS, WAYS, bytes_of
 from lorakeet.studio.workbench import Send
 from lorakeet.train.run import RunFolder
-from lorakeet.workflows.finetuning.run_time import Speed, measured_speed
 
 # Bits of a weight in a matrix: exact for the first four, else about, as llama.cpp's tools/quantize/README has them for Llama 3.1.
 BITS = {
@@ -36,7 +36,7 @@ EXACT = ("f32", "f16", "bf16", "q8_0")
 PROBE = 32 << 20  # bytes that are written to measure the disk
 STARTING = 12.0  # seconds to import, to read the tokenizer and to open the run
 QUANTISED = 20e6  # weights a second, about, in llama.cpp on two cores
-MERGE_TOKENS, EXPORT_ROWS = 8192, 8  # that are compared after a merge and an export (workflows/merge, workflows/export)
+MERGE_TOKENS, EXPORT_ROWS = 8192, 8  # that are compared after a merge and an export (verbs/merge, verbs/export)
 
 
 @dataclass(frozen=True)

@@ -21,8 +21,8 @@ from lorakeet.studio.jobs import Starter
 from lorakeet.studio.pages import Studio
 from lorakeet.studio.places import Places
 from lorakeet.studio.trial import close_trial
-from lorakeet.workflows.options import StudioOptions
-from lorakeet.workflows.runs.studio_options import LOOPBACK_ADDRESS, require_studio
+from lorakeet.verbs.early.studio_options import LOOPBACK_ADDRESS, require_studio
+from lorakeet.verbs.options import StudioOptions
 
 
 @dataclass(frozen=True)

@@ -21,9 +21,9 @@ from lorakeet.studio.jobs import Job, Queue, last_line
 from lorakeet.studio.places import NotHere, Places
 from lorakeet.studio.remedies import page_words
 from lorakeet.train.run import RunFolder
-from lorakeet.workflows.options import ConvertOptions, ExportOptions, MergeOptions, PushOptions, Quant
-from lorakeet.workflows.runs.early_checks import check_early
-from lorakeet.workflows.runs.pushing_options import certificate_of
+from lorakeet.verbs.early.checks import check_early
+from lorakeet.verbs.early.pushing_options import certificate_of
+from lorakeet.verbs.options import ConvertOptions, ExportOptions, MergeOptions, PushOptions, Quant
 
 QUANTS = get_args(Quant)
 WRITTEN_HERE = ("f32", "f16", "bf16", "q8_0")  # without llama.cpp

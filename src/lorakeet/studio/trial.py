@@ -18,13 +18,13 @@ from lorakeet.config import read_run
 from lorakeet.disk import open_regular, write_whole
 from lorakeet.errors import ConfigError, DataError, EnvironmentProblem, one_message
 from lorakeet.formats.files.json_object import read_object
+from lorakeet.runs.server_answer import LONGEST_LINE
+from lorakeet.runs.trained_prompt import prompt_settings, trained_prompt
 from lorakeet.studio.jobs import BESIDE, Job, Queue
 from lorakeet.studio.places import Places, regular_within
 from lorakeet.studio.remedies import page_words
 from lorakeet.train.run import RunFolder
-from lorakeet.workflows.runs.server_answer import LONGEST_LINE
-from lorakeet.workflows.runs.studio_options import LOOPBACK_ADDRESS
-from lorakeet.workflows.runs.trained_prompt import prompt_settings, trained_prompt
+from lorakeet.verbs.early.studio_options import LOOPBACK_ADDRESS
 
 TrialState = Literal["off", "starting", "ready", "failed"]
 _SECONDS = 600.0  # without a byte of an answer

@@ -1,4 +1,4 @@
-"""The interface between the training loop and a task; implemented by train/text/task and train/image/task."""
+"""The interface between the training loop and a task; implemented by train/text/task and kinds/images/task."""
 
 from __future__ import annotations
 

@@ -31,8 +31,8 @@ from lorakeet.formats.peft.renamed_targets import (
 from lorakeet.models import inject
 from lorakeet.models.families import family_of
 from lorakeet.models.targets import plan_for
-from lorakeet.workflows.convert import convert
-from lorakeet.workflows.options import ConvertOptions
+from lorakeet.verbs.convert import convert
+from lorakeet.verbs.options import ConvertOptions
 from tiny.models import tiny_model
 
 IDS = (torch.arange(12) * 7 % 50)[None]

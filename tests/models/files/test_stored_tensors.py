@@ -15,8 +15,8 @@ from transformers import AutoConfig
 from lorakeet.errors import DataError
 from lorakeet.formats.files.safetensors_file import SafeFile
 from lorakeet.models.files.stored_tensors import READERS, dense_model, method_of, stored_quantisation, tensor_files
-from lorakeet.workflows.options import QuantizeOptions
-from lorakeet.workflows.quantize import quantize
+from lorakeet.verbs.options import QuantizeOptions
+from lorakeet.verbs.quantize import quantize
 from tiny.runs import quiet
 
 

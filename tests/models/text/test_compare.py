@@ -1,4 +1,4 @@
-"""`workflows.compare_models`: two functions on the same batches."""
+"""`models.text.compare`: two functions on the same batches."""
 
 from __future__ import annotations
 
@@ -17,8 +17,8 @@ from lorakeet.models.spec import ModelSpec
 from lorakeet.models.text import compare as compare_models
 from lorakeet.models.text.compare import compare_outputs, first_tokens
 from lorakeet.models.text.load import load_text_model, set_attention
-from lorakeet.workflows.runs.open_adapter import NAME, open_adapter
-from lorakeet.workflows.runs.residency import Residency, Way
+from lorakeet.runs.open_adapter import NAME, open_adapter
+from lorakeet.runs.residency import Residency, Way
 from tiny.runs import quiet
 
 SPEC = EvaluateSpec(resamples=100)

@@ -29,12 +29,12 @@ from lorakeet.models.text.from_config import (
     streamed_model_from_config,
 )
 from lorakeet.models.text.repeated_blocks import ModelBuilder
+from lorakeet.planning.rehearse_text import STEP, Rehearsal, RowShape, rehearse
 from lorakeet.quant.construct import weights_in
 from lorakeet.quant.packed import PackedBase
 from lorakeet.quant.spec import QuantSpec
+from lorakeet.runs.residency import Way
 from lorakeet.train.spec import TrainSpec
-from lorakeet.workflows.planning.rehearse_text import STEP, Rehearsal, RowShape, rehearse
-from lorakeet.workflows.runs.residency import Way
 from tiny.models import FAMILIES, save_tiny_llama, tiny_model
 from tiny.native import needs_native
 from tiny.streams import loaded

@@ -12,8 +12,8 @@ from lorakeet.models.text.load import load_text_model
 from lorakeet.models.text.packed_layout import read_layout
 from lorakeet.quant.packed import PackedLinear
 from lorakeet.quant.spec import QuantSpec
-from lorakeet.workflows.options import QuantizeOptions
-from lorakeet.workflows.quantize import quantize
+from lorakeet.verbs.options import QuantizeOptions
+from lorakeet.verbs.quantize import quantize
 from tiny.gguf_file import write_tiny_gguf
 from tiny.models import save_tiny_llama
 from tiny.runs import quiet

@@ -18,10 +18,10 @@ from lorakeet.models.spec import ModelSpec
 from lorakeet.models.text.load import load_text_model
 from lorakeet.models.text.model import TextModel
 from lorakeet.models.text.packed_store import StoredBases, open_packed, write_packed
+from lorakeet.planning.rehearse_text import RowShape, made_up_batch
 from lorakeet.quant.nf4 import Nf4Base
 from lorakeet.quant.packed import PackedBase, PackedLinear
 from lorakeet.quant.spec import QuantSpec
-from lorakeet.workflows.planning.rehearse_text import RowShape, made_up_batch
 from tiny.models import save_tiny_llama
 
 SPEC: dict[str, Any] = {"dtype": "float32", "products": "float32", "device": "cpu"}

@@ -21,11 +21,11 @@ from lorakeet.models.text.repeated_blocks import (
     first_blocks_of_plan,
     last_new_kind_of_block,
 )
+from lorakeet.planning import rehearse_text
+from lorakeet.planning.rehearse_text import CHECKPOINT, STEP, EvaluationSize, Rehearsal, RowShape, rehearse
 from lorakeet.quant.spec import QuantSpec
+from lorakeet.runs.residency import RESIDENT, Way
 from lorakeet.train.spec import TrainSpec
-from lorakeet.workflows.planning import rehearse_text
-from lorakeet.workflows.planning.rehearse_text import CHECKPOINT, STEP, EvaluationSize, Rehearsal, RowShape, rehearse
-from lorakeet.workflows.runs.residency import RESIDENT, Way
 from tiny.models import FAMILIES, tiny_model
 
 BLOCKS = 6

@@ -15,7 +15,7 @@ from lorakeet.errors import ConfigError
 from lorakeet.studio.pages import Studio
 from lorakeet.studio.screens import fit as module
 from lorakeet.studio.screens.fit import MACHINES, OWN_BUDGET, SLIDERS, named_fields, same_words
-from lorakeet.workflows.options import MachineName
+from lorakeet.verbs.options import MachineName
 
 MODEL = {"model.path": "meta-llama/Llama-3.2-1B"}
 

@@ -14,7 +14,7 @@ from lorakeet.studio.pages import Studio
 from lorakeet.studio.screens import talk as module
 from lorakeet.studio.screens.talk import conversation
 from lorakeet.studio.trial import TriedModel, mixed
-from lorakeet.workflows.options import PredictOptions
+from lorakeet.verbs.options import PredictOptions
 
 
 @pytest.fixture

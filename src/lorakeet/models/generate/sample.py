@@ -145,7 +145,7 @@ def _counts_padding(text: TextModel) -> bool:
 def rows_at_once(text: TextModel, length: int, *, blocks: int | None = None) -> int:
     """Returns how many rows of `length` tokens are generated together: fewer for a streamed model, so that their KV cache fits.
 
-    `blocks` is the number of blocks of the real model, if `text` has only a few of them (workflows/planning/rehearse_text).
+    `blocks` is the number of blocks of the real model, if `text` has only a few of them (planning/rehearse_text).
     """
     if text.streamed is None:
         return ROWS_AT_ONCE

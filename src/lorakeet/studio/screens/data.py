@@ -12,8 +12,8 @@ from starlette.responses import Response
 from starlette.routing import Route
 
 from lorakeet.config import read_run
-from lorakeet.data.images.folder import is_table, require_folder
 from lorakeet.errors import ConfigError, LorakeetError
+from lorakeet.kinds.images.data.folder import is_table, require_folder
 from lorakeet.studio.forms import FormField, command_line, run_fields, run_file, run_words
 from lorakeet.studio.offers import offers
 from lorakeet.studio.pages import Screen, Studio, draft_of, error_of, event, event_stream, page, refused_values, studio_of

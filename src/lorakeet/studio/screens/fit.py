@@ -16,8 +16,8 @@ from lorakeet.errors import LorakeetError
 from lorakeet.studio.forms import FormField, command_line, run_fields, run_file, run_words
 from lorakeet.studio.offers import offers
 from lorakeet.studio.pages import Screen, Studio, draft_of, error_of, event, event_stream, page, refused_values, studio_of
-from lorakeet.workflows.options import PlanOptions
-from lorakeet.workflows.runs.early_checks import check_early
+from lorakeet.verbs.early.checks import check_early
+from lorakeet.verbs.options import PlanOptions
 
 WORK = "lorakeet.studio.fitting:fit"
 OWN_BUDGET = "budget"

@@ -13,9 +13,9 @@ from lorakeet.studio.forms import form_settings
 from lorakeet.studio.pages import Screen, moved, once_of, page, page_address, studio_of
 from lorakeet.studio.screens.runs import lines_of
 from lorakeet.train.run import RunFolder
-from lorakeet.workflows.options import VERBS
-from lorakeet.workflows.runs.early_checks import require_new_run
-from lorakeet.workflows.runs.quickstart_packages import missing_packages
+from lorakeet.verbs.early.checks import require_new_run
+from lorakeet.verbs.options import VERBS
+from lorakeet.verbs.quickstart_packages import missing_packages
 
 _NEWEST = 5
 

@@ -20,13 +20,13 @@ from lorakeet.evaluate.baselines import CONSTANT, MAJORITY
 from lorakeet.evaluate.report.report import OUTCOMES, Report, read_report, render_html
 from lorakeet.evaluate.verdict import NAMED, WITHOUT_MODEL
 from lorakeet.evaluate.wording import check_words, compact, metric_words
+from lorakeet.runs.trained_prompt import trained_labels
 from lorakeet.studio.forms import settings_of
 from lorakeet.studio.pages import Screen, moved, page, page_address, studio_of
 from lorakeet.studio.pairing import measuring
 from lorakeet.studio.places import NotHere, Places, regular_within
 from lorakeet.studio.remedies import page_words, remedies_of
 from lorakeet.train.run import RunFolder
-from lorakeet.workflows.runs.trained_prompt import trained_labels
 
 _FIRST = 12  # rows shown at once
 _LONGEST_REPLY = 200  # characters of one in a sentence

@@ -60,8 +60,8 @@ from lorakeet.studio.pages import (
 )  # fmt: skip
 from lorakeet.studio.places import NotHere
 from lorakeet.train.run import RunFolder
-from lorakeet.workflows.options import FinetuneOptions
-from lorakeet.workflows.runs.early_checks import check_early
+from lorakeet.verbs.early.checks import check_early
+from lorakeet.verbs.options import FinetuneOptions
 
 EVERY = 0.4  # seconds between two reads of a run's files
 

@@ -45,7 +45,7 @@ from lorakeet.studio.taking import (
     why_not,
 )  # fmt: skip
 from lorakeet.studio.trial import running_beside
-from lorakeet.workflows.options import PredictOptions
+from lorakeet.verbs.options import PredictOptions
 
 WORK = "lorakeet.studio.sizing:sizes_of_run"
 CHOSEN = "f16"  # the precision that is nearest to what was trained, and half of the memory of f32

@@ -35,7 +35,7 @@ from lorakeet.studio.trial import (
     single_rows,
     trial_state,
 )  # fmt: skip
-from lorakeet.workflows.options import PredictOptions
+from lorakeet.verbs.options import PredictOptions
 
 _LONGEST = 200_000  # characters of a conversation
 LONGEST_ANSWER: int = PredictOptions.max_tokens  # tokens, as `lorakeet predict`

@@ -1,0 +1,327 @@
+"""Runs on text: what their report warns of, and the commands that it recommends."""
+
+from __future__ import annotations
+
+import dataclasses
+import io
+import json
+import math
+import re
+import shlex
+import shutil
+from collections.abc import Mapping
+from dataclasses import replace
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any, cast
+
+import pytest
+import torch
+from rich.console import Console
+
+from lorakeet.cli.main import main
+from lorakeet.config import RunConfig, read_run
+from lorakeet.errors import ConfigError
+from lorakeet.evaluate.wording import duration_text
+from lorakeet.kinds.text import kind as text_runs
+from lorakeet.kinds.text.kind import KIND, TextPlanResult, _speed_text
+from lorakeet.kinds.text.run_time import Speed
+from lorakeet.planning.planned_model import Precision
+from lorakeet.planning.rehearse_text import RowShape
+from lorakeet.quant.spec import QuantSpec
+from lorakeet.runs.residency import Residency
+from lorakeet.train.run import RunFolder
+from lorakeet.verbs.options import PlanOptions
+from lorakeet.verbs.plan import plan
+from tiny.configs import SMALL
+from tiny.gguf_file import write_tiny_gguf
+from tiny.runs import reviews, run, write_rows
+
+
+def test_rows_that_were_cut_or_left_out_are_warned_of(finished: Any, tmp_path: Path) -> None:
+    records = [*reviews(30), {"text": "long " * 60, "label": "good"}]
+    data = write_rows(tmp_path / "rows.jsonl", records)
+    test = write_rows(tmp_path / "test.jsonl", [*reviews(5, seed=2), {"text": "far " * 60, "label": "bad"}])
+    for too_long, said in (("truncate", "were shortened."), ("drop", "left out.")):
+        changes = {"data.test": test, "data.too_long": too_long, "train.steps": 1, "evaluate.drift_texts": 0}
+        report = run(finished.model, data, tmp_path / too_long, changes).report
+        assert report is not None
+        parts = {warning.split()[1]: warning for warning in report.warnings if "rows were longer" in warning}
+        assert set(parts) in ({"test", "training"}, {"test", "held-out"})
+        assert parts["test"] == f"1 test rows were longer than 120 tokens and {said}"
+
+
+def test_the_next_commands_run_as_they_are_printed(finished: Any, tmp_path: Path) -> None:
+    copy = tmp_path / "run"
+    shutil.copytree(finished.path, copy)
+    printed = [item.command.replace(str(finished.path), str(copy)) for item in finished.result.report.next_commands]
+    for command in printed[:3]:  # merge, export, verify: serving does not end, and evaluating wants a file
+        assert main(shlex.split(command)[1:]) == 0, command
+    assert main(shlex.split(printed[-1].replace("FILE", str(finished.test)))[1:]) == 0
+
+
+def test_the_comparison_with_the_model_s_own_code_is_announced_before_it_begins(monkeypatch: pytest.MonkeyPatch) -> None:
+    console, before = Console(record=True, width=80, file=io.StringIO()), list[str]()
+    task: Any = SimpleNamespace(text=None, parameters=dict, train=[])
+    setup: Any = SimpleNamespace(
+        config=SimpleNamespace(train=SimpleNamespace(keep_prefix_states=False)), residency=Residency()
+    )
+    monkeypatch.setattr(text_runs, "text_task", lambda _: task)
+    monkeypatch.setattr(text_runs, "require_own_code", lambda *_: before.append(console.export_text()))
+    KIND.task(setup, RunFolder(Path("run")), console)
+    assert before == ["Comparing the first pass with the model's own code.\n"]
+
+
+def test_the_next_commands_name_the_run(finished: Any) -> None:
+    commands = [item.command for item in finished.result.report.next_commands]
+    assert commands == [
+        f"lorakeet merge {finished.path} --out {finished.path}-merged",
+        f"lorakeet export {finished.path} --to ollama --out {finished.path}-ollama",
+        f"lorakeet verify {finished.path}",
+        f"lorakeet serve --model {finished.model} --adapter {finished.path.name}={finished.path}",
+        f"lorakeet evaluate {finished.path} --data FILE",
+    ]
+    assert replace(finished.result.report).facts["Run folder"] == str(finished.path)
+
+
+def test_a_path_with_a_space_is_one_word_of_the_next_commands(finished: Any) -> None:
+    commands = KIND.next_commands(finished.result.setup, RunFolder(Path("my runs/a dog's")))
+    words = [shlex.split(item.command) for item in commands]
+    assert words[0] == ["lorakeet", "merge", "my runs/a dog's", "--out", "my runs/a dog's-merged"]
+    assert words[3][-1] == "a dog's=my runs/a dog's" and words[4][2] == "my runs/a dog's"
+
+
+def planned(
+    config_folder: Path,
+    budget: str = "",
+    ranks: str = "",
+    tokens: int = 32,
+    choose: str = "auto",
+    settings: Mapping[str, str] | None = None,
+    **options: object,
+) -> tuple[TextPlanResult, str]:
+    given = {"model.path": str(config_folder), "data.train": "none", "lora.alpha": "12", "model.dtype": "float32"}
+    given |= {"memory.budget": budget} if budget else {}
+    given |= settings or {}
+    config = read_run(None, {**given, **({"ranks": choose, "ranks.budget": ranks} if ranks else {})})
+    text = io.StringIO()
+    result = plan(config, PlanOptions(rank=4, tokens=tokens, **options), console=Console(file=text, width=200))  # type: ignore[arg-type]
+    return result, text.getvalue()
+
+
+def test_the_table_says_phases_kinds_and_peak(config_folder: Path) -> None:
+    result, text = planned(config_folder)
+    for word in ("train step", "merge", "saved: activations kept", "runtime", "Peak of the run", "tokens a second"):
+        assert word in text
+    assert "Not part of the run: merge and export, which are commands of their own." in text
+    assert result.config.lora.rank == 4 and result.planned.rows.tokens == 32
+    assert result.peak == max(phase.bytes for phase in result.planned.forecast.phases if phase.name not in ("merge", "export"))
+    assert result.advice == () and result.to_mapping()["fits"] is None
+
+
+def test_the_time_is_that_of_all_steps_or_of_a_thousand_rows(config_folder: Path) -> None:
+    steps = {"train.steps": "50", "train.batch_size": "6"}
+    whole, text = planned(config_folder, settings=steps)
+    count = whole.planned.rows.count
+    assert whole.micro_batches == -(-6 // count)
+    found = replace(whole, speed=Speed(whole.planned.work.flops / 7.0, math.inf))  # 7 s for a micro-batch
+    assert found.to_mapping()["speed"]["training_seconds_at_least"] == pytest.approx(50 * whole.micro_batches * 7)
+    assert re.search(r"Training alone takes at least \S+ \w+ here for the 50 steps of 6 rows, if each row has 32 tokens\.", text)
+    open_ended, text = planned(config_folder)
+    assert open_ended.to_mapping()["speed"]["training_seconds_at_least"] is None
+    assert " here for every 1,000 rows, in each epoch, if each row has 32 tokens. A full micro-batch takes at least " in text
+
+
+def test_a_plan_says_how_many_prompts_are_answered(config_folder: Path) -> None:
+    _, text = planned(config_folder)
+    assert "answers up to 64 held-out prompts, if rows have no labels, in at most 256 tokens each" in text
+    _, none = planned(config_folder, settings={"evaluate.answers": "0"})
+    assert "held-out prompts" not in none
+
+
+def test_times_and_rates_are_written_as_people_do(config_folder: Path) -> None:
+    whole, _ = planned(config_folder, settings={"train.steps": "50", "train.batch_size": "6"})
+    slow = replace(whole, speed=Speed(whole.planned.work.flops / 1700, math.inf))
+    said = _speed_text(slow)
+    assert "takes at least 28 min: " in said and "of 6 rows, if" in said
+    assert duration_text(50 * slow.micro_batches * 1700) in said
+    assert f"So at most {slow.planned.rows.tokens / 1700:.2g} tokens a second are trained." in said
+
+
+def test_ranks_that_will_be_chosen_are_planned_by_their_budget(config_folder: Path) -> None:
+    given, _ = planned(config_folder)
+    auto, text = planned(config_folder, ranks="20k")
+    assert 19_800 < auto.planned.plan.parameters <= 20_000 and auto.planned.plan.parameters > 1.5 * given.planned.plan.parameters
+    assert "At most " in text and "that ranks.choose auto may choose" in text and "measure ranks" in text
+    with pytest.raises(ConfigError, match="below rank 1 for each of the 14 targets"):
+        planned(config_folder, ranks="100")
+
+
+def test_ranks_that_will_fall_are_planned_as_they_begin(config_folder: Path) -> None:
+    given, _ = planned(config_folder)
+    pruned, text = planned(config_folder, ranks="2k", choose="prune")
+    assert pruned.planned.plan == given.planned.plan and pruned.peak >= given.peak
+    assert f"{given.planned.plan.parameters:,} trained parameters at first, 2,000 in pairs once ranks.choose prune" in text
+    assert "(before that, no adapter is saved)" in text
+    with pytest.raises(ConfigError, match="has nothing to cut"):
+        planned(config_folder, ranks="9M", choose="prune")
+    with pytest.raises(ConfigError, match=r"A run of 6 steps would be pruned after step 1.*needs 3 steps"):
+        planned(config_folder, ranks="2k", choose="prune", settings={"train.steps": "6"})
+    again, _ = planned(config_folder, ranks="2k", choose="prune", settings={"train.steps": "40"})
+    assert again.planned.plan == pruned.planned.plan
+    refused, text = planned(config_folder, ranks="2k", choose="prune", budget="64MB")
+    assert refused.streamed is None and "finetune refuses: The memory budget is 64MB" in text and "finetune keeps" not in text
+
+
+def test_a_budget_that_is_too_small_brings_advice_with_numbers(config_folder: Path) -> None:
+    result, text = planned(config_folder, budget="64MB")
+    assert result.to_mapping()["fits"] is False and "more than the budget" in text
+    assert result.exit_code == 2 and result.to_mapping()["refused"] == list(result.refused) != []
+    assert result.streamed is None and result.least is not None and "finetune refuses: it needs at least" in text
+    changes = {item.change for item in result.advice}
+    assert {"--model.dtype bfloat16", "--model.quantize nf4", "--lora.target_modules attention"} <= changes
+    assert all(item.peak < result.peak for item in result.advice if "bfloat16" in item.change or "nf4" in item.change)
+    enough, text = planned(config_folder, budget="100TB")
+    assert enough.exit_code == 0 and enough.to_mapping()["refused"] == []
+    assert enough.to_mapping()["fits"] is True and "less than the budget" in text and "this machine has" in text
+
+
+def test_where_the_weights_alone_are_too_much_what_helps_a_streamed_run_is_said() -> None:
+    """Settings are tried until one fits: with weights in memory none of them could."""
+    config = read_run(None, {"model.path": "none", "data.train": "none", "memory.budget": "1MB", "lora.rank": "8"})
+    precision = Precision(torch.float32, torch.float32, QuantSpec())
+    planned: Any = SimpleNamespace(base=2_000_000, rows=RowShape(512))
+    tried: list[RunConfig] = []
+
+    def least(other: RunConfig) -> int:
+        tried.append(other)
+        return 1_200_000 if other.train.moments == "8bit" else 900_000
+
+    bare, limit = SimpleNamespace(peak=3_000_000), config.memory.limit
+    found = text_runs.text_advice(config, precision, planned, lambda *_, **__: bare, least, limit)  # type: ignore[arg-type,return-value]
+    streamed = [(item.change, item.peak) for item in found if item.streamed]
+    shorter = "--data.max_tokens 256 --train.micro_tokens 256"
+    assert streamed == [(shorter, 900_000), ("--train.moments 8bit", 1_200_000)] and len(tried) == 2
+    assert [item.change for item in found if not item.streamed] == ["--model.dtype bfloat16", "--model.quantize nf4"]
+
+
+def advised(tokens: int, rows: RowShape, **changes: str) -> set[str]:
+    given = {"model.path": "none", "data.train": "none", "memory.budget": "1MB", "train.objective": "dpo"}
+    config = read_run(None, {**given, "data.max_tokens": str(rows.length), "train.micro_tokens": str(tokens), **changes})
+    precision, plan = Precision(torch.float32, torch.float32, QuantSpec()), SimpleNamespace(peak=2_000_000)
+    planned: Any = SimpleNamespace(base=1000, rows=rows)
+    limit = config.memory.limit
+    found = text_runs.text_advice(config, precision, planned, lambda *_, **__: plan, lambda _: 0, limit)  # type: ignore[arg-type,return-value]
+    return {item.change for item in found if "tokens" in item.change}
+
+
+def test_two_answers_that_are_never_apart_are_advised_to_be_shorter() -> None:
+    """A micro-batch of one pair has two rows whatever train.micro_tokens is."""
+    assert advised(512, RowShape(512, 2)) == {"--data.max_tokens 256"}
+    assert advised(1024, RowShape(512, 2)) == {"--data.max_tokens 256 --train.micro_tokens 512"}
+    assert advised(1536, RowShape(512, 3)) == {"--train.micro_tokens 1024"}
+    assert advised(4096, RowShape(512, 8)) == {"--train.micro_tokens 2048"}
+
+
+def test_shorter_rows_are_advised_with_smaller_micro_batches(config_folder: Path) -> None:
+    """Two rows of half the length in a micro-batch would hold as much as one."""
+    result, text = planned(config_folder, budget="64MB", tokens=512)
+    (shorter,) = (item for item in result.advice if "max_tokens" in item.change)
+    assert shorter.change == "--data.max_tokens 256 --train.micro_tokens 256" and shorter.change in text
+    assert shorter.peak <= result.peak  # of so small a model the certificate holds most
+
+
+def test_a_budget_that_streaming_keeps_shows_the_table_of_that_run(config_folder: Path) -> None:
+    wide = {**SMALL, "hidden_size": 1024, "intermediate_size": 4096, "num_hidden_layers": 4}  # 67 million numbers
+    (config_folder / "config.json").write_text(json.dumps(wide))
+    refused, _ = planned(config_folder, budget="64MB")
+    assert refused.least is not None and refused.peak - refused.least > 80 * 10**6
+    kept, text = planned(config_folder, budget=f"{(refused.least + refused.peak) // 2000}KB")
+    assert kept.streamed is not None and kept.least is None and kept.advice == ()
+    assert "finetune keeps the budget" in text and text.count("train step") == 2
+    assert (kept.to_mapping()["streamed"] or {})["planned"] <= kept.budget.bytes < kept.peak
+
+
+def test_a_cuda_device_that_is_not_here_is_planned_for(config_folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    config = read_run(None, {
+        "model.path": str(config_folder), "data.train": "none", "model.device": "cuda", "memory.budget": "4GiB",
+        "memory.keep": "host",
+    })  # fmt: skip
+    text = io.StringIO()
+    result = plan(config, PlanOptions(rank=4, tokens=32), console=Console(file=text, width=200))
+    assert isinstance(result, TextPlanResult)
+    assert result.to_mapping()["device"] == "cuda" and result.speed is None and result.precision.dtype == torch.bfloat16
+    names = [phase.name for phase in result.planned.forecast.phases]
+    assert "train step" in names and "merge" not in names and 512 << 20 < result.peak < 1 << 30
+    assert "Memory on cuda at the peak" in text.getvalue() and "not measured on one" in text.getvalue()
+    json.dumps(result.to_mapping(), allow_nan=False)
+
+
+@pytest.fixture
+def packed_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A .gguf file that was not unpacked yet."""
+    monkeypatch.setenv("LORAKEET_CACHE", str(tmp_path / "cache"))
+    write_tiny_gguf(tmp_path / "tiny.gguf")
+    return tmp_path / "tiny.gguf"
+
+
+def test_the_host_memory_of_unpacking_is_no_gpu_memory(packed_file: Path) -> None:
+    config = read_run(None, {"model.path": str(packed_file), "data.train": "none", "model.device": "cuda"})
+    for device, unpacks in (("cuda", False), ("cpu", True)):
+        there = dataclasses.replace(config, model=dataclasses.replace(config.model, device=device))
+        result = plan(there, PlanOptions(rank=4, tokens=32), console=Console(file=io.StringIO()))
+        assert isinstance(result, TextPlanResult)
+        assert (text_runs.UNPACK in [phase.name for phase in result.planned.forecast.phases]) == unpacks
+
+
+def test_where_only_unpacking_is_too_large_nothing_is_streamed(
+    packed_file: Path, config_folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A run may need streaming beside it, whose plan is of what comes after the unpacking."""
+    monkeypatch.setattr(text_runs, "bytes_to_unpack", lambda spec: 1 << 40)
+    result, text = planned(packed_file, budget="8GiB")
+    assert result.unpacks_too_much and result.streamed is None and result.least is None and result.advice == ()
+    assert result.to_mapping()["fits"] is False and "finetune refuses: unpacking" in text
+    assert "finetune keeps" not in text and "it needs at least" not in text
+    too_little, text = planned(packed_file, budget="64MB")
+    assert too_little.least is not None and "finetune refuses: unpacking" in text and "it needs at least" in text
+
+
+def test_a_budget_on_a_cuda_device_that_streaming_keeps_says_what_the_host_holds(config_folder: Path) -> None:
+    wide = {**SMALL, "hidden_size": 512, "intermediate_size": 2048, "num_hidden_layers": 6, "vocab_size": 4096}
+    (config_folder / "config.json").write_text(json.dumps(wide))
+    given = {"model.path": str(config_folder), "data.train": "none", "model.device": "cuda:0", "model.dtype": "float32"}
+    budget, found = 8 << 30, []
+    for keep, less in (("disk", 12 << 20), ("disk", 40 << 20), ("disk", 0), ("host", 0)):
+        config = read_run(None, {**given, "memory.budget": f"{budget // 1000}KB", "memory.keep": keep})
+        text = io.StringIO()
+        result = plan(config, PlanOptions(rank=4, tokens=32), console=Console(file=text, width=300))
+        assert isinstance(result, TextPlanResult)
+        found.append(result)
+        kept = result.peak if result.streamed is None else result.streamed.choice.plan.peak
+        budget = kept - less if less else budget
+    whole, stay, disk, host = found
+    assert whole.streamed is None and stay.streamed is not None
+    way = stay.streamed.choice.way
+    assert way.slots == 6 and not way.ends, "a head that is read once a pass moves less than a block that leaves and comes back"
+    assert disk.streamed is not None and host.streamed is not None and disk.streamed.choice.way.slots < 5
+    assert "2 buffers of a block" in disk.host_memory and "the 6 frozen blocks" in host.host_memory
+    assert "streamed from pinned host memory" in text.getvalue() and "on cuda:0" in text.getvalue()
+
+
+def test_tokens_of_experts_are_those_of_all_processes() -> None:
+    processes: Any = SimpleNamespace(summed=lambda counts: counts + 10)
+    assert text_runs._summed(processes, {"a": [1, 2], "b": [0]}) == {"a": [11, 12], "b": [10]}
+
+
+@pytest.mark.parametrize(("native", "advised"), [(True, "bfloat16"), (False, "float16")])
+def test_on_a_gpu_the_narrow_numbers_that_it_multiplies_are_advised(
+    native: bool, advised: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A T4 multiplies no bfloat16."""
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda **_: native)
+    wide = Precision(torch.float32, torch.float32, QuantSpec(), torch.device("cuda", 0))
+    change, _, narrow = next(text_runs._changes(RunConfig(), wide, cast(Any, None)))
+    assert change == f"--model.dtype {advised}" and narrow.dtype == getattr(torch, advised)
