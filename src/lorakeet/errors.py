@@ -60,6 +60,11 @@ _OUT_OF_MEMORY = re.compile(
 )
 
 
+def percent(share: float, digits: int = 1) -> str:
+    """A share from 0 to 1 as people read it. Values, settings and JSON stay shares."""
+    return f"{100 * share:.{digits}f} %".replace("-", "−")
+
+
 def is_out_of_memory(error: BaseException) -> bool:
     """Whether a device had too little memory. torch has an error for its tensors: contexts, kernels that are loaded, segments
     that grow and handles of libraries raise a RuntimeError that only says so."""

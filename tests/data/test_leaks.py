@@ -81,7 +81,7 @@ def test_row_is_dropped_from_training_and_named():
     assert [r.source for r in clean.train] == ["a:1"] and len(clean.held_out) == 2
     assert [r.source for r in clean.report.dropped] == ["a:2"]
     method, counted, named, one, other = clean.report.lines()
-    assert method.startswith("Searched 2 training, 2 held-out rows for texts that share 80% of their words")
+    assert method.startswith("Searched 2 training, 2 held-out rows for texts that share 80 % of their words")
     assert "cannot find paraphrases" in method
     assert counted == "1 row is on both sides of a split (1 dropped): 1 × near-copy."
     assert "training a:2 and held-out h:2 (near-copy, similarity 0.98)" in named

@@ -118,7 +118,7 @@ def test_no_held_out_rows_on_request():
 
 def test_too_few_rows_says_how_many_are_needed():
     with pytest.raises(
-        DataError, match=r"9 rows are too few to hold out 10% of them; expected at least 10.*--data.held_out FILE"
+        DataError, match=r"9 rows are too few to hold out 10 % of them; expected at least 10.*--data.held_out FILE"
     ):
         split_rows([row(f"t{n}") for n in range(9)], spec())
 

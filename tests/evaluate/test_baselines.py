@@ -176,7 +176,7 @@ def test_embeddings_are_the_baseline_where_they_answer_more_training_rows_right(
     given = {"texts": texts[80:], "truth": labels[80:], "labels": ("even", "odd")}
     found = tfidf_logistic(texts[:80], labels[:80], **given, embed=knowing)  # type: ignore[arg-type]
     assert found.system == "sentence embeddings + logistic regression" and found.correct.all()
-    assert found.note.startswith("embeddings (accuracy in cross-validation ") and "1.000 by embeddings" in found.note
+    assert found.note.startswith("embeddings (accuracy in cross-validation ") and "100.0 % by embeddings" in found.note
     assert sorted(asked) == sorted(texts), "each text is embedded once"
     plain = [f"{('good', 'bad')[value]} {number}" for number, value in enumerate(meant)]
     given |= {"texts": plain[80:]}

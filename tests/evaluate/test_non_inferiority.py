@@ -25,7 +25,7 @@ def test_a_whole_interval_within_the_margin_is_as_good() -> None:
 
 def test_an_interval_that_leaves_the_margin_is_not() -> None:
     assert MARGIN.why_not([found("loss", 0.001, -0.001, 0.0031)]) == "loss may be 0.0031 worse, 0.0030 is allowed"
-    assert MARGIN.why_not([found("accuracy", 0.0, -0.03, 0.03)]) == "accuracy may be 0.0300 worse, 0.0200 is allowed"
+    assert MARGIN.why_not([found("accuracy", 0.0, -0.03, 0.03)]) == "accuracy may be 3.00 points worse, 2.00 points is allowed"
 
 
 @pytest.mark.parametrize("wide", [0.01, 10.0])

@@ -8,7 +8,7 @@ from lorakeet.evaluate.compare import Comparison, Verdict, paired_verdict
 from lorakeet.evaluate.intervals import Estimate
 from lorakeet.evaluate.replies import SHOWN
 from lorakeet.evaluate.verdict import BESIDE_ANSWERS, WITHOUT_MODEL, noted, verdict_of
-from lorakeet.evaluate.wording import METRIC_WORDS, metric_words, signed
+from lorakeet.evaluate.wording import METRIC_WORDS, metric_words
 
 
 def comparison(right: str, verdict: Verdict, value: float, *, metric: str = "accuracy") -> Comparison:
@@ -22,25 +22,25 @@ def comparison(right: str, verdict: Verdict, value: float, *, metric: str = "acc
         (
             ("better", 0.17),
             ("better", 0.06),
-            "by +0.170 accuracy (95 % interval +0.130 to +0.210), and X by +0.060 (+0.020",
+            "by +17.0 points of accuracy (95 % interval +13.0 to +21.0), and X by +6.0 points (+2.0",
             "better",
         ),
         (
             ("better", 0.17),
             ("no difference shown", 0.02),
-            "; but no difference from X is shown: +0.020 (−0.020 to +0.060).",
+            "; but no difference from X is shown: +2.0 points (−2.0 to +6.0).",
             "mixed",
         ),
-        (("better", 0.17), ("worse", -0.06), ", but is worse than X: −0.060", "mixed"),
+        (("better", 0.17), ("worse", -0.06), ", but is worse than X: −6.0 points", "mixed"),
         (
             ("no difference shown", 0.01),
             ("no difference shown", 0.02),
             "No difference shown between the adapter and its base",
             "none",
         ),
-        (("worse", -0.1), ("worse", -0.2), "The adapter is worse than its base: −0.100 accuracy", "worse"),
-        (("no difference shown", 0.01), ("better", 0.2), "; but it beats X by +0.200", "mixed"),
-        (("no difference shown", 0.01), ("worse", -0.2), "; and it is worse than X: −0.200", "mixed"),
+        (("worse", -0.1), ("worse", -0.2), "The adapter is worse than its base: −10.0 points of accuracy", "worse"),
+        (("no difference shown", 0.01), ("better", 0.2), "; but it beats X by +20.0 points", "mixed"),
+        (("no difference shown", 0.01), ("worse", -0.2), "; and it is worse than X: −20.0 points", "mixed"),
     ],
 )
 def test_sentences(first: tuple[Verdict, float], second: tuple[Verdict, float], sentence: str, tone: str) -> None:
@@ -61,12 +61,12 @@ def test_what_follows_is_said_where_a_method_without_a_model_is_not_beaten() -> 
     base, level = comparison("base", "better", 0.2), comparison(TFIDF, "no difference shown", -0.06)
     found = verdict_of([base, level])
     assert found is not None and found.sentence.endswith(
-        "is shown: −0.060 (−0.100 to −0.020). That method, without a language model, may do as well."
+        "is shown: −6.0 points (−10.0 to −2.0). That method, without a language model, may do as well."
     )
     surer = verdict_of([base, level, comparison(TFIDF, "worse", 0.4, metric="log_loss")])
     assert surer is not None and surer.sentence.endswith("may do as well: the adapter has +0.400 log-loss (+0.360 to +0.440).")
     behind = verdict_of([base, comparison(MAJORITY, "worse", -0.1)])
-    assert behind is not None and behind.sentence.endswith("−0.100 (−0.140 to −0.060). That method needs no language model.")
+    assert behind is not None and behind.sentence.endswith("−10.0 points (−14.0 to −6.0). That method needs no language model.")
     before = verdict_of([base, comparison(MAJORITY, "worse", -0.1), comparison(TFIDF, "better", 0.1)])
     assert before is not None and before.sentence.endswith("The majority class needs no language model.")
     ahead = verdict_of([base, comparison(TFIDF, "better", 0.1)])
@@ -91,12 +91,12 @@ def test_a_lower_loss_alone_is_no_headline_where_replies_were_compared() -> None
     assert found is not None and found.tone == "none"
     assert found.sentence == (
         "No better answers are shown, though the loss is lower: −2.986 nats a token (−3.026 to −2.946). No difference shown "
-        "between the adapter and its base: 0.000 exact match (95 % interval −0.040 to +0.040)."
+        "between the adapter and its base: 0.0 points of exact match (95 % interval −4.0 to +4.0)."
     )
     worse = verdict_of([comparison("base", "worse", -0.3, metric="exact_match"), lower])
     assert worse is not None and worse.sentence.startswith("The answers are worse, though the loss is lower")
     better = verdict_of([comparison("base", "better", 0.5, metric="exact_match"), lower])
-    assert better is not None and better.sentence.startswith("The adapter beats its base by +0.500 exact match")
+    assert better is not None and better.sentence.startswith("The adapter beats its base by +50.0 points of exact match")
 
 
 def test_a_format_that_was_learnt_is_said_where_no_reply_is_right() -> None:
@@ -107,7 +107,7 @@ def test_a_format_that_was_learnt_is_said_where_no_reply_is_right() -> None:
     found = verdict_of([*matches, *nearer, other])
     assert found is not None and found.tone == "none"
     assert found.sentence.endswith(
-        "It gains +0.930 valid JSON (+0.890 to +0.970), and +0.590 chrF (+0.550 to +0.630)."
+        "It gains +93.0 points of valid JSON (+89.0 to +97.0), and +0.590 chrF (+0.550 to +0.630)."
     ), found.sentence
 
 
@@ -156,7 +156,7 @@ def test_no_sentence_contradicts_its_own_table() -> None:
             assert "But it is worse by" in sentence and found.tone == "mixed"
         for phrase in found.phrases:  # each number is one of the table, and names its metric where others say something else
             stated = [one for one in table if phrase.interval.endswith(_ends(one))]
-            stated = [one for one in stated if signed(one.difference.value) in phrase.text]
+            stated = [one for one in stated if metric_words(one.metric).change(one.difference.value) in phrase.text]
             assert bool(stated) == bool(phrase.interval), phrase
             for one in stated[:1]:
                 others = {other.verdict for other in table if other.right == one.right and other.metric not in BESIDE_ANSWERS}
@@ -175,8 +175,8 @@ def test_a_headline_names_every_metric_that_says_something_else(metric: str) -> 
         Comparison("adapter", "base", metric, shown, 0.01, "made up", True, "better"),
     ]
     found = verdict_of(table)
-    assert found is not None and f"+0.100 {metric_words(metric).inline}" in found.sentence
+    assert found is not None and metric_words(metric).said(0.1) in found.sentence
 
 
 def _ends(one: Comparison) -> str:
-    return f"{signed(one.difference.low)} to {signed(one.difference.high)}"
+    return metric_words(one.metric).ends(one.difference, signs=True)

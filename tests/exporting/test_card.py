@@ -46,7 +46,7 @@ def test_figures_files_and_checks() -> None:
     check = tolerance_check("logits", {"mean_kl": 0.0}, tolerance={"mean_kl": 1e-6}, between=("live", "file"), n=9)
     text = card(FACTS, REPORT, Certificate("x", (check,)))
     assert "**The adapter is better (+0.10, 95 % 0.02 to 0.18).**" in text
-    assert "| adapter | 0.812 [0.750, 0.860] | 64 |" in text or "| adapter | 0.813 [0.750, 0.860] | 64 |" in text
+    assert "| adapter | 81.2 % [75.0, 86.0 %] | 64 |" in text
     assert "90 training \\| 10 held-out" in text and "runs/a" not in text
     assert "All checks passed." in text and "- There are no test rows." in text and "- A note." in text
     front = front_of(text)

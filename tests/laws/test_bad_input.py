@@ -151,7 +151,7 @@ def test_a_file_that_the_system_will_not_read(bench: Bench) -> None:
         ([{"txt": row["text"], "label": row["label"]} for row in GOOD],
          ["the columns 'txt', 'label' match no known shape", "--data.text_column"]),
         ([{**row, "label": "good"} for row in GOOD], ["All 27 training rows have the label 'good'", "at least two labels"]),
-        (GOOD[:5], ["5 rows are too few to hold out 10%", "expected at least 10", "--data.held_out FILE"]),
+        (GOOD[:5], ["5 rows are too few to hold out 10 %", "expected at least 10", "--data.held_out FILE"]),
         ([{"messages": [{"role": "usr", "content": "a"}]}] * 12, ["the role 'usr'", "system, user, assistant", "mean 'user'?"]),
         ([{"messages": [{"role": "user", "content": "a"}]}] * 12, ["no message of the assistant, so nothing to train on"]),
     ],

@@ -102,7 +102,7 @@ def test_the_report_is_filled_and_self_contained(finished: Any) -> None:
     assert report.drift is not None and report.drift.texts == 4 and report.drift.mean_kl.value > 0
     assert report.curves is not None and len(report.curves.train) == 6 and report.curves.held_out[0].step == 0
     assert report.leaks is not None and [leak.action for leak in report.leaks] == ["dropped from training"]
-    assert report.leak_search.startswith("Searched 54 training, 6 held-out, 13 test rows for texts that share 80% of their words")
+    assert report.leak_search.startswith("Searched 54 training, 6 held-out, 13 test rows for texts that share 80 % of their")
     assert len(report.rows) == report.rows_of == 13
     assert {"Model", "Adapter", "Rows", "Seeds", "Versions", "Machine"} <= report.facts.keys()
     assert report.verdict is not None and report.memory[0].used and report.speed["Steps"] == "6 of 6 (all steps done)"

@@ -95,7 +95,7 @@ def test_readme_pages_and_report_say_the_same_of_leaks_and_floors() -> None:
     said = LeakReport((), "drop").method()
     planted = f"In tests it found at least {RECALL} of the copies that were planted"
     assert f"Recall was at least {RECALL} for sentences" in leaks and planted in said
-    assert "one word in five differs" in leaks and "share 80% of their words" in said
+    assert "one word in five differs" in leaks and "share 80 % of their words" in said
     assert "one word from four words on" in leaks and "all but one from 4 words on" in said
     assert "Training rows that are copies or near-copies of test rows are found, named and left out" in readme
     for floor in (MAJORITY, TFIDF, EMBEDDED, NEAREST, CONSTANT, FEW_SHOT):

@@ -140,7 +140,7 @@ def test_few_bits_take_more_rows_within_the_memory_plan_or_say_that_they_cannot_
     check = next(check for check in found.checks if kind(check) == "answers")
     [weak] = found.unchecked
     assert check.n == len(dataset.held_out) < 58
-    assert f"{check.n} rows cannot tell: 4 bits may change 25% of the answers" in str(weak)
+    assert f"{check.n} rows cannot tell: 4 bits may change 25 % of the answers" in str(weak)
 
 
 def test_a_wrong_file_is_held_against_itself_only_and_until_it_is_gone(loud: Loud, tmp_path: Path) -> None:

@@ -10,6 +10,7 @@ from dataclasses import asdict, dataclass, field, replace
 from typing import Any, Literal
 
 from lorakeet.core.math import Kind, ScaleRule, alpha_for, scale_of
+from lorakeet.errors import percent
 
 
 @dataclass(frozen=True)
@@ -128,7 +129,7 @@ class Plan:
     def summary(self) -> str:
         """One line: how many pairs and parameters, and which share of the frozen model that is."""
         frozen = self.frozen_parameters
-        share = f" ({100 * self.parameters / frozen:.2f} % of {frozen:,})" if frozen else ""
+        share = f" ({percent(self.parameters / frozen, 2)} of {frozen:,})" if frozen else ""
         return f"{len(self.entries)} pairs, {len(self.extras)} extras, {self.parameters:,} trained parameters{share}"
 
 

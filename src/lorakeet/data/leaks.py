@@ -15,7 +15,7 @@ from lorakeet.data.copies.near_copies import fewest_words, find_near_copies
 from lorakeet.data.copies.words import letters, normal_words
 from lorakeet.data.rows import Row
 from lorakeet.data.spec import DataSpec
-from lorakeet.errors import DataError, spelt
+from lorakeet.errors import DataError, percent, spelt
 
 PARTS = ("test", "held-out", "training")  # a leaking row is dropped from the later part of this list
 KINDS = {
@@ -94,9 +94,9 @@ class LeakReport:
             return f"Searched {rows} rows for equal words. Near-copies were not searched, as data.near_duplicates says."
         one = "" if self.threshold == 1 else f", or all but one from {fewest_words(self.threshold):g} words on"
         return (
-            f"Searched {rows} rows for texts that share {self.threshold:.0%} of their words{one}; text that many rows share does "
-            "not count, and rows whose answers take up the words that differ are other rows. In tests it found at least "
-            f"{RECALL} of the copies that were planted in sentences and labels: one word replaced, misspelt or added, two "
+            f"Searched {rows} rows for texts that share {percent(self.threshold, 0)} of their words{one}; text that many rows "
+            "share does not count, and rows whose answers take up the words that differ are other rows. In tests it found at "
+            f"least {RECALL} of the copies that were planted in sentences and labels: one word replaced, misspelt or added, two "
             f"replaced, clauses turned, or text around them. With a word left out it was {RECALL_LEFT_OUT}. "
             f"It cannot find {UNSEEN}."
         )

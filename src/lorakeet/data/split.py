@@ -13,7 +13,7 @@ from pathlib import Path
 from lorakeet.data.rows import PROMPT_GROUP, Row
 from lorakeet.data.spec import DataSpec
 from lorakeet.disk import read_regular, write_whole
-from lorakeet.errors import DataError, spelt
+from lorakeet.errors import DataError, percent, spelt
 
 SPLIT_FORMAT = 1
 SHARED = "rows_of_shared_prompts"
@@ -62,7 +62,7 @@ def held_out_count(rows: int, spec: DataSpec) -> int:
     needed = max(2, math.ceil(1 / spec.held_out_fraction))
     if rows < needed:
         raise DataError(
-            f"{rows} rows are too few to hold out {spec.held_out_fraction:.0%} of them; expected at least {needed}. "
+            f"{rows} rows are too few to hold out {percent(spec.held_out_fraction, 0)} of them; expected at least {needed}. "
             f"Add rows, give a file of held-out rows ({spelt('data.held_out', 'FILE')}), or raise "
             f"{spelt('data.held_out_fraction')}."
         )

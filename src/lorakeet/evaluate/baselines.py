@@ -9,7 +9,7 @@ from typing import Any
 
 import numpy as np
 
-from lorakeet.errors import DataError, Problems
+from lorakeet.errors import DataError, Problems, percent
 from lorakeet.evaluate.answers import Answers, answers_from_probabilities
 from lorakeet.evaluate.classifier.logistic import ITERATIONS, Regression, regression
 from lorakeet.evaluate.classifier.terms import Split, Terms, characters_of, words_of
@@ -142,7 +142,7 @@ def _better_terms(texts: Sequence[str], labels: Sequence[str], vectors: Embeddin
                 answers = fitted[1].answers(fitted[0].transform([texts[row] for row in outside]))
                 right[kind] += sum(answer == labels[row] for answer, row in zip(answers, outside, strict=True))
     kind = max(right, key=lambda name: right[name])
-    *others, last = (f"{count / len(order):.3f} by {name}" for name, count in right.items())
+    *others, last = (f"{percent(count / len(order))} by {name}" for name, count in right.items())
     shares = f"{', '.join(others)} and {last}"
     return kind, f"{kind} (accuracy in cross-validation {shares}); "
 

@@ -39,10 +39,13 @@ class Margin:
         least, most = worse_by(found)
         if found.difference.n < LEAST:
             return f"{found.difference.n} rows are too few to show anything"
-        name, allowed = metric_words(found.metric).title.lower(), self.of(found)
+        words, allowed = metric_words(found.metric), self.of(found)
         if least < SHOWN and most <= max(allowed, SHOWN):
             return ""
-        return f"{name} is worse" if least >= SHOWN else f"{name} may be {most:.4f} worse, {allowed:.4f} is allowed"
+        name = words.title.lower()
+        if least >= SHOWN:
+            return f"{name} is worse"
+        return f"{name} may be {words.change(most, 4)} worse, {words.change(allowed, 4)} is allowed".replace("+", "")
 
     def rows_needed(self, comparisons: Sequence[Comparison]) -> int | None:
         """Rows that show the left system to be as good with a probability of 80 %, if the measured differences are true.

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 import numpy as np
 from scipy import special
 
-from lorakeet.errors import DataError
+from lorakeet.errors import DataError, percent
 from lorakeet.evaluate.intervals import Floats
 
 CORRELATION = 0.9  # assumed between two trained adapters' losses on the same row: easy rows are easy for both
@@ -42,7 +42,7 @@ class PairedPower:
         """In words, with the rows that `difference` needs if there are too few; the rows may be `half_of` others."""
         base = (
             f"{self.rows} {self.unit} show a difference of {self.smallest:.3g} nats a token or more with a probability of "
-            f"{POWER:.0%} (if losses of two trials correlate by {CORRELATION:g} over {self.unit})."
+            f"{percent(POWER, 0)} (if losses of two trials correlate by {CORRELATION:g} over {self.unit})."
         )
         needed = self.rows_for(difference)
         if needed <= self.rows:

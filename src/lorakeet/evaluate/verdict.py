@@ -12,7 +12,7 @@ from lorakeet.evaluate.baselines import CONSTANT, EMBEDDED, MAJORITY, MEDIAN, NE
 from lorakeet.evaluate.compare import Comparison
 from lorakeet.evaluate.preferences import DIFFERENCE, LIKELIER, LONGER, PREFERRED, PREFERRED_ALIKE, SHORTER
 from lorakeet.evaluate.spec import EvaluateSpec
-from lorakeet.evaluate.wording import metric_words, number, signed, span
+from lorakeet.evaluate.wording import metric_words, signed
 
 NAMED = {
     "base": "its base",
@@ -98,8 +98,9 @@ def of_uneven(verdict: Verdict | None, answers: Answers, spec: EvaluateSpec) -> 
     if verdict is None:
         return None
     (rarest, recall), balanced = recall_of_rarest(answers, spec), balanced_accuracy(answers, spec)
-    found = f". It finds {round(recall.value * recall.n)} of {recall.n} rows of {rarest!r}: recall {number(recall.value)}"
-    more = (Phrase(found, span(recall)), Phrase(f", balanced accuracy {number(balanced.value)}", span(balanced)))
+    words = metric_words("balanced_accuracy")  # the mean of recalls
+    found = f". It finds {round(recall.value * recall.n)} of {recall.n} rows of {rarest!r}: recall {words.level(recall.value)}"
+    more = (Phrase(found, words.ends(recall)), Phrase(f", balanced accuracy {words.level(balanced.value)}", words.ends(balanced)))
     return replace(verdict, phrases=(*verdict.phrases, *more))
 
 
@@ -159,7 +160,7 @@ def _listed(subject: str, found: Sequence[Comparison]) -> list[Phrase]:
 def _signed_phrases(start: str, found: Sequence[Comparison]) -> list[Phrase]:
     starts = [start, *(len(found) - 1) * [", and "]]
     return [
-        Phrase(f"{before}{signed(one.difference.value)} {metric_words(one.metric).inline}", _interval(one, first=False))
+        Phrase(f"{before}{metric_words(one.metric).said(one.difference.value)}", _interval(one, first=False))
         for before, one in zip(starts, found, strict=True)
     ]
 
@@ -170,11 +171,8 @@ def _first(comparison: Comparison) -> Phrase:
         return Phrase(f"{left} beats {right}{_size(comparison)}", _interval(comparison, first=True))
     if comparison.verdict == "worse":
         return Phrase(f"{left} is worse than {right}{_size(comparison)}", _interval(comparison, first=True))
-    words = metric_words(comparison.metric).inline
-    change = signed(comparison.difference.value)
-    return Phrase(
-        f"No difference shown between the {comparison.left} and {right}: {change} {words}", _interval(comparison, first=True)
-    )
+    change = metric_words(comparison.metric).said(comparison.difference.value)
+    return Phrase(f"No difference shown between the {comparison.left} and {right}: {change}", _interval(comparison, first=True))
 
 
 def _later(comparison: Comparison, before: Comparison, *, unit: bool) -> Phrase:
@@ -190,8 +188,7 @@ def _later(comparison: Comparison, before: Comparison, *, unit: bool) -> Phrase:
         verb = "" if before.verdict == "worse" else "is worse than "
         text = f"{link}{'and' if anew else word}{subject} {verb}{right}{_size(comparison, unit=unit)}"
     else:
-        words = f" {metric_words(comparison.metric).inline}" if unit else ""
-        text = f"; {word} no difference from {right} is shown: {signed(comparison.difference.value)}{words}"
+        text = f"; {word} no difference from {right} is shown: {_change(comparison, unit=unit)}"
     return Phrase(text, _interval(comparison, first=False))
 
 
@@ -200,13 +197,17 @@ def _named(system: str) -> str:
 
 
 def _size(comparison: Comparison, *, unit: bool = True) -> str:
-    """ " by +0.1 accuracy", or ": −0.1 accuracy", where "worse by −0.1" would mislead, or a lower loss that is better."""
-    words = f" {metric_words(comparison.metric).inline}" if unit else ""
+    """ " by +3 points of accuracy", or ": −3 points of …", where "worse by −3" would mislead, or a lower loss that is better."""
     link = " by " if comparison.higher_is_better and comparison.verdict == "better" else ": "
-    return f"{link}{signed(comparison.difference.value)}{words}"
+    return f"{link}{_change(comparison, unit=unit)}"
+
+
+def _change(comparison: Comparison, *, unit: bool) -> str:
+    words, value = metric_words(comparison.metric), comparison.difference.value
+    return words.said(value) if unit else words.change(value)
 
 
 def _interval(comparison: Comparison, *, first: bool) -> str:
     difference = comparison.difference
     words = f"{difference.confidence * 100:g} % interval " if first else ""
-    return f"{words if not difference.why_none else ''}{span(difference, signs=True)}"
+    return f"{words if not difference.why_none else ''}{metric_words(comparison.metric).ends(difference, signs=True)}"

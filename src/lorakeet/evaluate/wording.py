@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
+
+from lorakeet.errors import percent
 
 if TYPE_CHECKING:
     from lorakeet.evaluate.intervals import Estimate
@@ -14,7 +16,8 @@ if TYPE_CHECKING:
 class MetricWords:
     """A metric's name in a heading and inside a sentence, its meaning, and its direction.
 
-    A metric that is not `drawn` has no chart and is in the table only.
+    A metric that is not `drawn` has no chart and is in the table only. A `share` of rows is written in percent, and differences
+    of it in points; all others are written as they are.
     """
 
     title: str
@@ -23,6 +26,32 @@ class MetricWords:
     higher_is_better: bool
     digits: int = 3
     drawn: bool = True
+    share: bool = False
+
+    def level(self, value: float, digits: int | None = None) -> str:
+        """A value with its unit."""
+        digits = self.digits if digits is None else digits
+        return percent(value, max(1, digits - 2)) if self.share and math.isfinite(value) else number(value, digits)
+
+    def change(self, value: float, digits: int | None = None) -> str:
+        """A difference with its sign and unit."""
+        digits = self.digits if digits is None else digits
+        return f"{_points(value, digits)} points" if self.share else signed(value, digits)
+
+    def said(self, value: float) -> str:
+        """A difference inside a sentence: "+3.1 points of accuracy"."""
+        link = " of " if self.share and not self.inline.startswith("of ") else " "
+        return f"{self.change(value)}{link}{self.inline}"
+
+    def ends(self, found: Estimate, digits: int | None = None, *, signs: bool = False, between: str = " to ") -> str:
+        """The interval of a value, or with `signs` of a difference, in the unit of both."""
+        digits = self.digits if digits is None else digits
+        if not self.share or found.why_none:
+            return span(found, digits, signs=signs, between=between)
+        if signs:
+            return f"{_points(found.low, digits)}{between}{_points(found.high, digits)}"
+        low, high = (percent(end, max(1, digits - 2)) for end in (found.low, found.high))
+        return f"{low.removesuffix(' %')}{between}{high}"
 
 
 METRIC_WORDS = {
@@ -74,6 +103,12 @@ METRIC_WORDS = {
     "style_distance": MetricWords("Style distance", "style distance", "1 − CLIP cosine: sample, evaluation pictures", False, 4),
     "perplexity": MetricWords("Perplexity", "perplexity", "exp(loss)", False, 2),
 }
+_SHARES = (  # of rows, replies or pairs; recall and confidence too are shares
+    "preferred", "preferred_alike", "likelier", "accuracy", "balanced_accuracy", "calibration_error", "exact_match",
+    "normalised_match", "json_match", "numeric_match", "set_match", "valid_json", "judge_wins", "empty", "cut_off", "repeats",
+    "refusals",
+)  # fmt: skip
+METRIC_WORDS |= {name: replace(METRIC_WORDS[name], share=True) for name in _SHARES}
 
 
 CHECK_WORDS = {
@@ -116,6 +151,11 @@ def number(value: float | None, digits: int = 3) -> str:
     else:
         text = f"{value:.{digits}f}"
     return text.replace("-", "−")
+
+
+def _points(share: float, digits: int) -> str:
+    kept = max(1, digits - 2)
+    return signed(round(100 * share, kept) + 0.0, kept)
 
 
 def signed(value: float, digits: int = 3) -> str:

@@ -19,7 +19,7 @@ from lorakeet.errors import LorakeetError, visible
 from lorakeet.evaluate.certificate import Certificate
 from lorakeet.evaluate.intervals import Estimate
 from lorakeet.evaluate.report.report import Report
-from lorakeet.evaluate.wording import METRIC_WORDS, metric_words, number, signed, span
+from lorakeet.evaluate.wording import METRIC_WORDS, MetricWords, metric_words
 from lorakeet.models.files.origin import readme_metadata
 
 _HUB = "hub:"
@@ -116,22 +116,22 @@ def _results(report: Report) -> list[str]:
     titles = " | ".join(metric_words(name).title for name in names)
     lines = [f"| system | {titles} | n |", "| --- |" + " --- |" * (len(names) + 1)]
     for system in report.systems:
-        cells = [_estimate(system.metrics.get(name), metric_words(name).digits) for name in names]
+        cells = [_estimate(system.metrics.get(name), metric_words(name)) for name in names]
         n = next((str(found.n) for found in system.metrics.values()), "")
         lines.append(f"| {_text(system.name)} | " + " | ".join(cells) + f" | {n} |")
     lines += [""] if report.comparisons else []
     for item in report.comparisons:
-        found = item.difference
+        found, words = item.difference, metric_words(item.metric)
         lines.append(
-            f"- {_text(item.left)} − {_text(item.right)}, {metric_words(item.metric).inline}: {signed(found.value)} "
-            f"[{span(found, signs=True, between=', ')}], {item.verdict} (p {item.p_value:.2g}, {item.test}, n = {found.n})"
+            f"- {_text(item.left)} − {_text(item.right)}, {words.inline}: {words.change(found.value)} "
+            f"[{words.ends(found, signs=True, between=', ')}], {item.verdict} (p {item.p_value:.2g}, {item.test}, n = {found.n})"
         )
     lines += ["", "Square brackets are 95 % intervals on rows that training never saw."] if report.systems else []
     return lines
 
 
-def _estimate(found: Estimate | None, digits: int) -> str:
-    return "" if found is None else f"{number(found.value, digits)} [{span(found, digits, between=', ')}]"
+def _estimate(found: Estimate | None, words: MetricWords) -> str:
+    return "" if found is None else f"{words.level(found.value)} [{words.ends(found, between=', ')}]"
 
 
 def licence_of(folder: Path) -> str:

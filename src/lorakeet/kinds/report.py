@@ -17,6 +17,7 @@ import torch
 from lorakeet import __version__
 from lorakeet.core.plan import Plan
 from lorakeet.data.leaks import KINDS, PARTS, LeakReport
+from lorakeet.errors import percent
 from lorakeet.evaluate.certificate import Certificate
 from lorakeet.evaluate.report.charts import ChartPoint, Curves
 from lorakeet.evaluate.report.rank_values import RankCell, RankCut, RankMap, Search
@@ -48,7 +49,7 @@ class PhaseTimes:
         """Each phase with its time and its share of all three: "75 s, 43 % of the run"."""
         phases = {field.name: getattr(self, field.name) for field in fields(self)}
         run = sum(phases.values())
-        return {name: f"{duration_text(seconds)}, {100 * seconds / run:.0f} % of the run" for name, seconds in phases.items()}
+        return {name: f"{duration_text(seconds)}, {percent(seconds / run, 0)} of the run" for name, seconds in phases.items()}
 
 
 def complete(

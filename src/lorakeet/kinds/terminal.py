@@ -16,7 +16,7 @@ from lorakeet.evaluate.intervals import Estimate
 from lorakeet.evaluate.replies import SCORES
 from lorakeet.evaluate.report.report import Report
 from lorakeet.evaluate.report.target_row import TargetRow
-from lorakeet.evaluate.wording import METRIC_WORDS, bytes_text, metric_words, number, signed, span
+from lorakeet.evaluate.wording import METRIC_WORDS, MetricWords, bytes_text, metric_words, number, span
 from lorakeet.kinds.trained_targets import STAYED, target_rows
 from lorakeet.memory.forecast import KINDS, Forecast
 from lorakeet.models.module_kinds import VECTORS
@@ -77,7 +77,7 @@ def show_results(report: Report, console: Console) -> None:
         names = [name for name in names if name in (report.comparisons[0].metric, "exact_match", *BESIDE, "cut_off", "loss")]
     table = WholeTable("", *(metric_words(name).title for name in names), title=Text(report.subtitle), title_justify="left")
     for system in report.systems:
-        cells = (_cell(system.metrics.get(name), metric_words(name).digits) for name in names)
+        cells = (_cell(system.metrics.get(name), metric_words(name)) for name in names)
         table.add_row(system.name, *cells, style="bold" if system.role == "adapter" else "")
     console.print(table)
     columns = ("difference", "metric", "value", "p", "verdict")
@@ -85,7 +85,7 @@ def show_results(report: Report, console: Console) -> None:
     said = "" if report.verdict is None else report.verdict.sentence
     for item in report.comparisons:
         words, diff = metric_words(item.metric), item.difference
-        value = f"{signed(diff.value)} [{span(diff, signs=True, between=', ')}]"
+        value = f"{words.change(diff.value)} [{words.ends(diff, signs=True, between=', ')}]"
         if replied and item.metric not in (*names, report.comparisons[0].metric) and f" {words.inline}" not in said:
             continue  # the report has them all
         p = f"{item.p_value:.2g} ({item.test})"
@@ -96,7 +96,9 @@ def show_results(report: Report, console: Console) -> None:
         console.print(report.reading, markup=False, highlight=False, soft_wrap=True)
     _show_rows_of_targets(report.targets, [line for line in report.warnings if line.startswith(STAYED)], console)
     if report.drift is not None:
-        console.print(Text(f"Drift from the base: {_cell(report.drift.mean_kl, 4)} nats a token on {report.drift.texts} texts"))
+        kl = report.drift.mean_kl
+        drift = f"{number(kl.value, 4)} [{span(kl, 4, between=', ')}] nats a token"
+        console.print(Text(f"Drift from the base: {drift} on {report.drift.texts} texts"))
     if report.verdict is not None:
         console.print(Text(report.verdict.sentence, style="bold"))
     if report.memorisation is not None:
@@ -161,7 +163,7 @@ def memory_table(forecast: Forecast, device: str | None = None) -> WholeTable:
     return table
 
 
-def _cell(estimate: Estimate | None, digits: int) -> Text:
+def _cell(estimate: Estimate | None, words: MetricWords) -> Text:
     if estimate is None:
         return Text("")
-    return Text(f"{number(estimate.value, digits)} [{span(estimate, digits, between=', ')}]")
+    return Text(f"{words.level(estimate.value)} [{words.ends(estimate, between=', ')}]")

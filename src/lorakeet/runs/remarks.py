@@ -8,6 +8,7 @@ from lorakeet.data.prepare import Dataset, template_remedy, unnamed_labels_note
 from lorakeet.data.spec import DataSpec
 from lorakeet.errors import Remedy
 from lorakeet.evaluate.intervals import proportion
+from lorakeet.evaluate.wording import metric_words
 
 FEW = 100  # measured rows below which the interval of an accuracy is named
 RIGHT = 0.8  # of the rows, for which it is
@@ -48,5 +49,6 @@ def few_rows_note(count: int, *, labelled: bool) -> str:
         return f"{said}. {advice}"
     right = max(1, round(RIGHT * count))
     interval = proportion(right, count)
-    reach = f"its 95 % interval {interval.low:.2f} to {interval.high:.2f}"
-    return f"{said}: with {right} of {count} right, the accuracy is {interval.value:.2f} and {reach}. {advice}"
+    words = metric_words("accuracy")
+    reach = f"its 95 % interval {words.ends(interval)}"
+    return f"{said}: with {right} of {count} right, the accuracy is {words.level(interval.value)} and {reach}. {advice}"

@@ -19,9 +19,9 @@ from starlette.requests import Request
 from starlette.responses import HTMLResponse, RedirectResponse, Response, StreamingResponse
 from starlette.routing import Route
 
-from lorakeet.errors import LorakeetError, Remedy
+from lorakeet.errors import LorakeetError, Remedy, percent
 from lorakeet.evaluate.report.templates import page_templates
-from lorakeet.evaluate.wording import bytes_text, duration_text, number, signed, span
+from lorakeet.evaluate.wording import bytes_text, duration_text, number
 from lorakeet.studio.forms import command_line, given_settings
 from lorakeet.studio.index import Index
 from lorakeet.studio.jobs import Queue
@@ -165,7 +165,7 @@ def asset(folder: str, name: str) -> str:
 def _templates() -> jinja2.Environment:
     environment = page_templates(lambda name: asset("templates", name))
     filters: dict[str, Callable[..., str]] = {
-        "number": number, "signed": signed, "span": span, "bytes": bytes_text, "duration": duration_text, "command": _command,
+        "number": number, "percent": percent, "bytes": bytes_text, "duration": duration_text, "command": _command,
         "page_words": page_words,
         "shell": shlex.join,
     }  # fmt: skip

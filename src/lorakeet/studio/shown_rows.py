@@ -28,7 +28,7 @@ from lorakeet.data.shapes import columns_used
 from lorakeet.data.spec import DataSpec
 from lorakeet.data.tables import FileRecord, RowProblems
 from lorakeet.data.workbook import sheet_names
-from lorakeet.errors import DataError, EnvironmentProblem, Remedy
+from lorakeet.errors import DataError, EnvironmentProblem, Remedy, percent
 from lorakeet.kinds.images.data.folder import ImageRow, bucket_of, bucket_sizes, fit_remarks, open_pixels, png_of
 from lorakeet.kinds.images.data.split import ImageDataset, load_images
 from lorakeet.kinds.images.model.latent_cache import cache_in
@@ -192,7 +192,7 @@ def pair_values(pair: LeakPair, dropped: set[str]) -> dict[str, Any]:
         gone = [row.source for row in (pair.row, pair.twin) if row.source in dropped]
         fate = f"{' and '.join(gone)} {'are' if gone[1:] else 'is'} left out for a leak" if gone else "both are kept"
     return {
-        "kind": KINDS[pair.kind] + (f", {pair.similarity:.0%} alike" if pair.kind == "near" else ""),
+        "kind": KINDS[pair.kind] + (f", {percent(pair.similarity, 0)} alike" if pair.kind == "near" else ""),
         "leak": leak,
         "fate": fate,
         "rows": [

@@ -39,7 +39,7 @@ from lorakeet.evaluate.report.report import Report, SystemResult, write_report
 from lorakeet.evaluate.spec import EvaluateSpec
 from lorakeet.evaluate.values import encode
 from lorakeet.evaluate.verdict import verdict_of
-from lorakeet.evaluate.wording import metric_words, signed, span
+from lorakeet.evaluate.wording import metric_words, span
 from lorakeet.formats.identity import UNCERTIFIED, with_note
 from lorakeet.formats.peft import peft
 from lorakeet.kinds.report import machine, rank_map, versions
@@ -198,7 +198,7 @@ def _require_enough_rows(dataset: Dataset, margin: float, spec: EvaluateSpec) ->
     rows, needed = len(dataset.held_out), fewest_rows(margin, spec.confidence)
     if not dataset.labels or any(row.group for row in dataset.held_out) or (needed is not None and rows >= needed):
         return
-    allowed = f"--metric-tolerance allows {100 * margin:g} points less accuracy"
+    allowed = f"--metric-tolerance allows {100 * margin:g} points of accuracy less"
     why = f"{rows} held-out rows cannot show that of any cut: it takes {needed:,}" if needed else "no number of rows shows that"
     least = math.ceil(100 * least_margin(rows, spec.confidence))
     raise ConfigError(
@@ -297,7 +297,7 @@ def _curve(
     unit = "nats a row" if labelled else "nats a token"
     allowed = f"{margin.loss:.4f} {unit} more loss ({100 * shares[0]:g} % of the uncut adapter's)"
     if len(points[-1].against_full) > 1:
-        allowed += f" and {100 * shares[1]:g} points less {metric_words(points[-1].against_full[0].metric).inline}"
+        allowed += f" and {metric_words(points[-1].against_full[0].metric).said(shares[1]).removeprefix('+')} less"
     rule = f"is shown to be as good as the uncut adapter, within {allowed}"
     marked = ""
     for point in points[1:]:  # largest first, up to one that fails: tests in a fixed order need no correction
@@ -322,8 +322,8 @@ def _why_none(curve: RankCurve, margin: Margin) -> str:
 
 def _difference(comparison: Comparison) -> str:
     found = comparison.difference
-    name = metric_words(comparison.metric).title.lower()
-    return f"{name} {signed(found.value, 4)} [{span(found, 4, signs=True, between=', ')}]"
+    words = metric_words(comparison.metric)
+    return f"{words.title.lower()} {words.change(found.value, 4)} [{words.ends(found, 4, signs=True, between=', ')}]"
 
 
 def _scores(evaluator: TextEvaluator, rows: Sequence[Row], system: str) -> Scores:
@@ -444,8 +444,8 @@ def _show(curve: RankCurve, console: Console) -> None:
         gain = point.gain
         cells = [f"{gain.value:.4f} [{span(gain, 4, between=', ')}]"]
         for found in point.against_full:
-            change = found.difference
-            cells.append(f"{signed(change.value, 4)} [{span(change, 4, signs=True, between=', ')}]")
+            change, words = found.difference, metric_words(found.metric)
+            cells.append(f"{words.change(change.value, 4)} [{words.ends(change, 4, signs=True, between=', ')}]")
         if point.against_full:
             cells.append(f"no: {point.why_not}" if point.why_not else "yes")
         table.add_row(point.name, *(Text(cell) for cell in cells), style="bold" if point.name == curve.marked else "")

@@ -15,11 +15,10 @@ from lorakeet.data.prepare import find_labels
 from lorakeet.data.read import read_rows
 from lorakeet.data.rows import Row
 from lorakeet.data.spec import DataSpec
-from lorakeet.errors import DataError
+from lorakeet.errors import DataError, percent
 from lorakeet.evaluate.certificate import Certificate, tolerance_check
 from lorakeet.evaluate.spec import EvaluateSpec
 from lorakeet.evaluate.values import encode
-from lorakeet.evaluate.wording import number
 from lorakeet.formats.peft import peft
 from lorakeet.kinds.terminal import progress_line, show_certificate
 from lorakeet.kinds.text.evaluate import sampled_texts
@@ -100,7 +99,7 @@ def _show(found: Extracted, console: Console) -> None:
     pairs = found.adapter.pairs
     if pairs:
         show_matrices({path: (pairs[path].rank, low.error) for path, low in found.captured.items()}, console)
-        console.print(f"Captured {number(100 * found.energy, 2)} % of the energy of the change in {len(pairs)} matrices")
+        console.print(f"Captured {percent(found.energy, 2)} of the energy of the change in {len(pairs)} matrices")
     if found.adapter.extras:
         console.print(f"Kept whole: {', '.join(found.adapter.extras)}", soft_wrap=True)
     if found.left_out:
@@ -144,7 +143,7 @@ def _certify(
     where = data[1] or "texts that the tuned model samples"
     console.print(
         f"KL from the tuned model on {after.tokens:,} tokens of {where}: base {before.mean_kl}, base + adapter {after.mean_kl}; "
-        f"top-1 agreement {before.top1_agreement.value:.3f} and {after.top1_agreement.value:.3f}",
+        f"top-1 agreement {percent(before.top1_agreement.value)} and {percent(after.top1_agreement.value)}",
         soft_wrap=True,
     )
     facts = {"tuned": tuned, "base": base, "rows": where}

@@ -32,7 +32,7 @@ from lorakeet.data.spec import DataSpec
 from lorakeet.data.tables import LEAVE_OUT, FileRecord, RowProblems, given_name
 from lorakeet.data.template import uses_template
 from lorakeet.disk import written_whole
-from lorakeet.errors import SPELLING, ConfigError, DataError, EnvironmentProblem, Remedy, spelling, spelt
+from lorakeet.errors import SPELLING, ConfigError, DataError, EnvironmentProblem, Remedy, percent, spelling, spelt
 from lorakeet.evaluate.calibration import ReliabilityBin
 from lorakeet.evaluate.intervals import Estimate
 from lorakeet.evaluate.likelihood import label_log_probs
@@ -126,7 +126,7 @@ class _RunReport:
 
     @property
     def said(self) -> str:
-        return "" if self.right is None else f" (the report found {self.right.value:.1%} of {self.right.n:,} rows right)"
+        return "" if self.right is None else f" (the report found {percent(self.right.value)} of {self.right.n:,} rows right)"
 
 
 def predict(options: PredictOptions, *, console: Console) -> Predicted:

@@ -21,7 +21,7 @@ from lorakeet import __version__
 from lorakeet.data.chat import Encoder, encode_rows
 from lorakeet.data.read import read_rows
 from lorakeet.data.spec import DataSpec
-from lorakeet.errors import ConfigError, Problems
+from lorakeet.errors import ConfigError, Problems, percent
 from lorakeet.exporting.model_folder import TensorGroup, write_model
 from lorakeet.formats.files.safetensors_file import SafeFile
 from lorakeet.kinds.terminal import progress_line
@@ -162,7 +162,7 @@ def _pack(options: QuantizeOptions, console: Console) -> Quantized:
             )  # fmt: skip
         result = Quantized(out, method, written, error)
         console.print(f"Wrote {written:,} bytes to {out}: {len(error)} weights in {method}. {layout.note}", soft_wrap=True)
-        console.print(f"Packing moved {result.worst[0]} most: by {result.worst[1]:.2%} of its length.", soft_wrap=True)
+        console.print(f"Packing moved {result.worst[0]} most: by {percent(result.worst[1], 2)} of its length.", soft_wrap=True)
         check_written(out, job, residency, console.print)
     return result
 
@@ -251,7 +251,7 @@ def _quantised(
         "loads it, and transformers where gptqmodel is installed.",
         soft_wrap=True,
     )
-    moved = f"The outputs of {worst} moved most on the calibration rows: by {errors[worst]:.2%} of their length."
+    moved = f"The outputs of {worst} moved most on the calibration rows: by {percent(errors[worst], 2)} of their length."
     console.print(moved, soft_wrap=True)
 
     def say(line: str) -> None:

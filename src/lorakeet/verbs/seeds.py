@@ -12,7 +12,7 @@ from lorakeet.errors import Problems
 from lorakeet.evaluate.intervals import Estimate, mean_over_seeds
 from lorakeet.evaluate.report.report import Report, SeedSpread, write_report
 from lorakeet.evaluate.verdict import ONE_SEED, circumstances, noted
-from lorakeet.evaluate.wording import metric_words, number, span
+from lorakeet.evaluate.wording import metric_words
 from lorakeet.train.run import RunFolder
 from lorakeet.verbs.options import FinetuneOptions
 
@@ -55,9 +55,9 @@ def with_seeds(report: Report, others: Mapping[int, Report], confidence: float, 
     if not spreads:
         return report
     main = spreads[0]
-    digits, words = metric_words(main.metric).digits, metric_words(main.metric).inline
-    ends = f"{number(min(main.values), digits)} to {number(max(main.values), digits)}"
-    said = f"{len(reports)} seeds give {ends} {words}, in the mean {number(main.mean.value, digits)} ({span(main.mean, digits)})"
+    words = metric_words(main.metric)
+    given = f"{words.level(min(main.values))} to {words.level(max(main.values))} {words.inline}"
+    said = f"{len(reports)} seeds give {given}, in the mean {words.level(main.mean.value)} ({words.ends(main.mean)})"
     seeds = f"{said}; this adapter is seed {first}'s, the first"
     verdict = report.verdict
     if verdict is not None:

@@ -19,6 +19,7 @@ from dataclasses import replace
 import numpy as np
 
 from lorakeet.data.chat import Candidates
+from lorakeet.errors import percent
 from lorakeet.evaluate.certificate import Check, Unchecked
 from lorakeet.evaluate.intervals import Floats, share, share_beyond
 from lorakeet.evaluate.spec import EvaluateSpec
@@ -74,8 +75,8 @@ def weak_answers(checks: Sequence[Check], rows: Sequence[Candidates], allowed: A
         return None
     number = "1 row" if found.n == 1 else f"{found.n} rows"
     why = (
-        f"{number} cannot tell: {allowed.name} may change {allowed.metric:.0%} of the answers, and random ones pass in "
-        f"{passing:.0%} of such checks"
+        f"{number} cannot tell: {allowed.name} may change {percent(allowed.metric, 0)} of the answers, and random ones pass in "
+        f"{percent(passing, 0)} of such checks"
     )
     return Unchecked(found.artefact, "whether answers are better than random ones", why)
 

@@ -34,7 +34,7 @@ def scores(right: int = 38, change: float = 0.2) -> PreferenceScores:
 def test_preferences_come_before_the_loss() -> None:
     found = with_preferences(language(), scores(), SPEC)
     assert found.task == "preference" and found.verdict is not None
-    assert found.verdict.sentence.startswith("The adapter beats its base by +0.400 of the pairs")
+    assert found.verdict.sentence.startswith("The adapter beats its base by +40.0 points of the pairs")
     assert [one.metric for one in found.comparisons] == ["preferred", "preferred", "loss"]
     adapter, base, longer = found.systems
     assert {"preferred", "likelier", "lead", "chosen_change", "rejected_change", "loss"} <= adapter.metrics.keys()
@@ -47,7 +47,7 @@ def test_preferences_come_before_the_loss() -> None:
 def test_answers_that_give_themselves_away_are_a_warning() -> None:
     words = PairPreferences(DIFFERENCE, np.where(np.arange(COUNT) < 37, 1.0, -1.0))
     found = with_preferences(language(), replace(scores(), rivals=(*scores().rivals, words)), SPEC)
-    assert [warning for warning in found.warnings if "prefers the chosen answer in 92% of the pairs" in warning]
+    assert [warning for warning in found.warnings if "prefers the chosen answer in 92 % of the pairs" in warning]
     assert found.verdict is not None and "TF-IDF of the answers alone" in found.verdict.sentence
     chance = PairPreferences(DIFFERENCE, np.where(np.arange(COUNT) % 2 == 0, 1.0, -1.0))
     assert not with_preferences(language(), replace(scores(), rivals=(*scores().rivals, chance)), SPEC).warnings

@@ -535,7 +535,7 @@ def test_one_label_with_nearly_all_rows_is_compared_with_the_majority_class(floo
     assert against == {"base": "better", "majority class": "no difference shown"}
     said = found.verdict.sentence if found.verdict else ""
     assert found.verdict is not None and found.verdict.tone == "mixed" and "majority class" in said
-    assert "It finds 0 of 3 rows of 'fraud': recall 0.000 (0.000 to 0.561), balanced accuracy 0.500 (0." in said
+    assert "It finds 0 of 3 rows of 'fraud': recall 0.0 % (0.0 to 56.1 %), balanced accuracy 50.0 % (" in said
     assert found.systems[0].metrics["balanced_accuracy"].value == 0.5 and not found.suspects
 
 

@@ -98,7 +98,7 @@ def test_two_runs_are_compared_in_one_sentence_with_an_interval(browser: TestCli
     made(studio, "good", rights=[True] * 12)
     made(studio, "bad", rights=[False] * 12)
     text = browser.get("/runs/compare?name=good&name=bad").text
-    assert "good is better than bad: +1.000 accuracy (95 % interval" in text and "12 rows" in text
+    assert "good is better than bad: +100.0 points of accuracy (95 % interval" in text and "12 rows" in text
     assert "<script>alert" not in text and "McNemar" in text
     assert "bad is worse than good" in browser.get("/runs/compare?name=bad&name=good").text
     assert browser.get("/runs/compare?name=good").status_code == 400

@@ -58,7 +58,10 @@ class Axis:
         position = 100 * (value - self.low) / (self.high - self.low)
         return 100.0 if math.isnan(position) else round(min(100.0, max(0.0, position)), 2)
 
-    def label(self, tick: float) -> str:
+    def label(self, tick: float, unit: str | None = None) -> str:
+        """A tick's number; with a `unit` that of a share, in percent or points."""
+        if unit is not None:
+            return f"{round(100 * tick, 2) + 0.0:g}{unit}".replace("-", "−")
         step = self.ticks[1] - self.ticks[0] if len(self.ticks) > 1 else tick
         digits = next((count for count in range(12) if abs(round(step, count) - step) < 1e-9 * abs(step)), 12)
         return number(tick + 0.0, digits)
@@ -92,9 +95,9 @@ def interval_bar(estimate: Estimate, scale: Axis, role: str, *, zero: bool = Fal
     return Markup('<svg class="track" aria-hidden="true">{}</svg>').format(Markup("").join(parts))
 
 
-def axis_labels(scale: Axis) -> Markup:
-    """The numbers of the ticks, each centred on its tick."""
-    spans = [Markup('<span style="left:{}%">{}</span>').format(scale.at(tick), scale.label(tick)) for tick in scale.ticks]
+def axis_labels(scale: Axis, unit: str | None = None) -> Markup:
+    """The numbers of the ticks, each centred on its tick; with a `unit` those of a share."""
+    spans = [Markup('<span style="left:{}%">{}</span>').format(scale.at(tick), scale.label(tick, unit)) for tick in scale.ticks]
     return Markup('<div class="ticks" aria-hidden="true">{}</div>').format(Markup("").join(spans))
 
 
@@ -143,7 +146,7 @@ def share_curve(points: Sequence[ChartPoint]) -> Markup:
     shapes += [svg_line(0, 50, 100, 50, "best"), polyline(points, steps, unit, "held-out")]
     dot = Markup('<circle cx="{}%" cy="{}%" r="3.5" class="dot held-out"/>')
     shapes += [dot.format(steps.at(point.step), 100 - unit.at(point.value)) for point in points]
-    return plot(shapes, steps, unit)
+    return plot(shapes, steps, unit, unit=" %")
 
 
 def _rate_strip(rates: Sequence[ChartPoint], steps: Axis) -> Markup:
@@ -164,16 +167,17 @@ def reliability_plot(bins: Sequence[ReliabilityBin], role: str) -> Markup:
         x, estimate = unit.at(entry.confidence), entry.accuracy
         shapes.append(svg_line(x, 100 - unit.at(estimate.low), x, 100 - unit.at(estimate.high), f"whisker {role}"))
         shapes.append(Markup('<circle cx="{}%" cy="{}%" r="5" class="dot {}"/>').format(x, 100 - unit.at(estimate.value), role))
-    marks = Markup("").join(Markup('<span style="top:{}%">{}</span>').format(100 - unit.at(t), f"{t:g}") for t in unit.ticks)
+    places = [(100 - unit.at(tick), unit.label(tick, " %")) for tick in unit.ticks]
+    marks = Markup("").join(Markup('<span style="top:{}%">{}</span>').format(*place) for place in places)
     return Markup('<div class="plot square"><div class="y">{}</div><svg class="area" aria-hidden="true">{}</svg>{}</div>').format(
-        marks, Markup("").join(shapes), axis_labels(Axis(0, 1, (0.0, 0.5, 1.0)))
+        marks, Markup("").join(shapes), axis_labels(Axis(0, 1, (0.0, 0.5, 1.0)), " %")
     )
 
 
-def plot(shapes: Sequence[Markup], across: Axis, up: Axis, below: str = "") -> Markup:
-    """The frame of a plot: `shapes` with the numbers of both axes, and what stands below them."""
+def plot(shapes: Sequence[Markup], across: Axis, up: Axis, below: str = "", unit: str | None = None) -> Markup:
+    """The frame of a plot: `shapes` with the numbers of both axes, `up` in its unit, and what stands below them."""
     marks = Markup("").join(
-        Markup('<span style="top:{}%">{}</span>').format(round(100 - up.at(tick), 2), up.label(tick)) for tick in up.ticks
+        Markup('<span style="top:{}%">{}</span>').format(round(100 - up.at(tick), 2), up.label(tick, unit)) for tick in up.ticks
     )
     return Markup('<div class="plot"><div class="y">{}</div><svg class="area" aria-hidden="true">{}</svg>{}{}</div>').format(
         marks, Markup("").join(shapes), axis_labels(across), below

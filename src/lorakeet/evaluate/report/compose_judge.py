@@ -9,7 +9,7 @@ from lorakeet.evaluate.intervals import mean
 from lorakeet.evaluate.judge import JudgeVotes
 from lorakeet.evaluate.report.report import Report
 from lorakeet.evaluate.spec import EvaluateSpec
-from lorakeet.evaluate.wording import signed
+from lorakeet.evaluate.wording import metric_words
 
 JUDGE_WINS = "judge_wins"
 LEAST_SHARE = 0.5  # of the pairs that need a vote in both orders; with fewer there is no result
@@ -35,13 +35,15 @@ def with_judge(report: Report, found: JudgeVotes, systems: tuple[str, str], spec
     )
     said = [f"The judge {name} gave no vote in both orders for {total - complete} of {total} prompts; they are left out.{why}"]
     said, effect, comparisons = said[: complete < total], float(wins.mean() - 0.5), report.comparisons
+    words = metric_words(JUDGE_WINS)
     if abs(bias) >= abs(effect):
         said.append(
-            f"The judge {name} prefers the reply that it reads first by {signed(bias)}, no less than it prefers the {systems[0]} "
-            f"({signed(effect)}): its preference is no verdict. Take another judge, or more prompts (evaluate.answers)."
+            f"The judge {name} prefers the reply that it reads first by {words.change(bias)}, no less than it prefers the "
+            f"{systems[0]} ({words.change(effect)}): its preference is no verdict. Take another judge, or more prompts "
+            "(evaluate.answers)."
         )
     else:
         compared = compare_values(systems, JUDGE_WINS, (wins, 1 - wins), spec, groups=groups)
-        both = f"{compared.test}; the reply read first is preferred by {signed(2 * bias)} in the same unit"
+        both = f"{compared.test}; the reply read first is preferred by {words.change(2 * bias)}"
         comparisons = (*comparisons, replace(compared, test=both))
     return replace(report, systems=known, comparisons=comparisons, warnings=(*report.warnings, *said))

@@ -7,6 +7,7 @@ from dataclasses import dataclass, replace
 
 import numpy as np
 
+from lorakeet.errors import percent
 from lorakeet.evaluate.calibration import reliability
 from lorakeet.evaluate.compare import Comparison, compare_values
 from lorakeet.evaluate.intervals import SHARE, Estimate, Floats, mean
@@ -26,7 +27,7 @@ from lorakeet.evaluate.preferences import (
 from lorakeet.evaluate.report.report import Reliability, Report, SystemResult
 from lorakeet.evaluate.spec import EvaluateSpec
 from lorakeet.evaluate.verdict import Phrase, Verdict, verdict_of
-from lorakeet.evaluate.wording import signed, span
+from lorakeet.evaluate.wording import metric_words, signed, span
 
 
 @dataclass(frozen=True, eq=False)
@@ -104,7 +105,8 @@ def with_likelihood(verdict: Verdict | None, compared: Sequence[Comparison]) -> 
     said = {"better": ". It finds the chosen answer likelier in more pairs than its base: ",
             "worse": ". But it finds the chosen answer likelier in fewer pairs than its base: "}  # fmt: skip
     text = said.get(one.verdict, ". It is not shown to find the chosen answer likelier in more pairs than its base: ")
-    phrase = Phrase(f"{text}{signed(one.difference.value)}", span(one.difference, signs=True))
+    words = metric_words(one.metric)
+    phrase = Phrase(f"{text}{words.change(one.difference.value)}", words.ends(one.difference, signs=True))
     tone = verdict.tone if one.verdict == "better" or verdict.tone != "better" else "mixed"
     return Verdict((*verdict.phrases, phrase), tone)
 
@@ -116,7 +118,7 @@ def given_away(comparisons: Sequence[Comparison], by_words: Estimate | None) -> 
         return []
     return [
         "The answers give themselves away: TF-IDF, which never sees the prompts, prefers the chosen answer in "
-        f"{by_words.value:.0%} of the pairs. The adapter may have learned no more than their words. "
+        f"{percent(by_words.value, 0)} of the pairs. The adapter may have learned no more than their words. "
         "Choose pairs whose answers differ by the prompt."
     ]
 

@@ -15,7 +15,7 @@ from markupsafe import Markup
 from numpy.typing import NDArray
 
 from lorakeet.disk import read_regular
-from lorakeet.errors import DataError, reader
+from lorakeet.errors import DataError, percent, reader
 from lorakeet.evaluate.answers import Confusion
 from lorakeet.evaluate.calibration import ReliabilityBin
 from lorakeet.evaluate.certificate import Certificate, pop_digest, with_digest
@@ -268,8 +268,9 @@ def _templates() -> jinja2.Environment:
     """The page's templates, compiled on first use."""
     environment = page_templates(_asset)
     environment.filters.update(
-        number=number, signed=signed, bytes=bytes_text, metric=metric_words, measure=check_words, compact=compact, span=span
-    )
+        number=number, signed=signed, span=span, percent=percent, bytes=bytes_text, metric=metric_words, measure=check_words,
+        compact=compact,
+    )  # fmt: skip
     environment.globals.update(charts=charts, metric_words=METRIC_WORDS, outcomes=OUTCOMES, rank_plot=curve_plot)
     return environment
 

@@ -9,6 +9,7 @@ from rich.text import Text
 
 from lorakeet.data.chat import show_example
 from lorakeet.data.template import uses_template
+from lorakeet.errors import percent
 from lorakeet.evaluate.wording import bytes_text
 from lorakeet.kinds.terminal import show_counts, show_plan, show_targets
 from lorakeet.ranks.allocate import pair_parameters
@@ -59,7 +60,7 @@ def show_rows(setup: TextAssembly, console: Console) -> None:
     model, targets = setup.config.model, sum(int(example.supervised.sum()) for example in setup.train.examples)
     console.print(
         f"{setup.steps} steps of {setup.config.train.batch_size} rows, {setup.tokens_per_epoch:,} tokens an epoch, "
-        f"{targets / setup.tokens_per_epoch:.1%} of them targets; "
+        f"{percent(targets / setup.tokens_per_epoch)} of them targets; "
         f"{model.dtype} weights, {model.products} products, {model.attention} attention on {model.device}"
     )
     planned = setup.residency.plan

@@ -13,7 +13,7 @@ from starlette.routing import Route
 
 from lorakeet.errors import ConfigError, DataError, LorakeetError
 from lorakeet.evaluate.report.charts import interval_axis
-from lorakeet.evaluate.wording import metric_words, signed, span
+from lorakeet.evaluate.wording import metric_words
 from lorakeet.studio.deleted import DeletedRun, delete_run, deleted_runs, erase_run, jobs_erased_with, jobs_of_run, restore_run
 from lorakeet.studio.forms import settings_of
 from lorakeet.studio.index import RunSummary, write_tags
@@ -183,8 +183,8 @@ def _title(name: str) -> str:
 def _said(found: PairedRuns) -> str:
     """The comparison as one sentence."""
     one, words = found.comparison, metric_words(found.comparison.metric)
-    difference = f"{signed(one.difference.value)} {words.inline}"
-    interval = f"95 % interval {span(one.difference, signs=True)}, {one.difference.n} rows"
+    difference = words.said(one.difference.value)
+    interval = f"95 % interval {words.ends(one.difference, signs=True)}, {one.difference.n} rows"
     if one.verdict == "no difference shown":
         return f"No difference is shown between {one.left} and {one.right}: {difference} ({interval})."
     return f"{one.left} is {one.verdict} than {one.right}: {difference} ({interval})."

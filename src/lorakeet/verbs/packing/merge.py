@@ -19,7 +19,7 @@ from torch import nn
 
 from lorakeet.data.chat import Encoder, Example
 from lorakeet.data.prepare import Dataset
-from lorakeet.errors import ConfigError, Problems
+from lorakeet.errors import ConfigError, Problems, percent
 from lorakeet.evaluate.certificate import Certificate, tolerance_check
 from lorakeet.evaluate.compare import Scores, surviving_share
 from lorakeet.evaluate.intervals import Estimate
@@ -337,8 +337,8 @@ def _certificate(
     out, written, nearest = options.out, shares[WRITTEN], shares[NEAREST]
     share = "surviving_share"
     detail = (
-        f"{written} of the gain survives; rounding to the nearest would keep {nearest.value:.3f}. More calibration rows or "
-        "--finish-steps 300 may keep more."
+        f"{percent(written.value)} of the gain survives; rounding to the nearest would keep {percent(nearest.value)}. More "
+        "calibration rows or --finish-steps 300 may keep more."
     )
     check = tolerance_check(
         "held-out gain in the quantised model", {share: written.value}, tolerance={share: options.keep}, floors=(share,),
@@ -354,6 +354,6 @@ def _certificate(
         "calibration rows": str(options.calibration_rows),
         "finish steps": str(options.finish_steps),
         **{f"share, {system}": str(share) for system, share in shares.items()},
-        **{f"{len(own)} layers in {kind}": f"outputs moved by {sum(own) / len(own):.2%}" for kind, own in errors.items()},
+        **{f"{len(own)} layers in {kind}": f"outputs moved by {percent(sum(own) / len(own), 2)}" for kind, own in errors.items()},
     }
     return Certificate(f"The merged {layout.method} model {out}", (check,), facts)

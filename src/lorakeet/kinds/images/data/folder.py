@@ -25,7 +25,7 @@ from lorakeet.data.read import HUB, SAVED, is_hub_id, read_records
 from lorakeet.data.spec import DataSpec
 from lorakeet.data.tables import RowProblems, text_records
 from lorakeet.disk import FULL, erase, read_regular, write_new, written_whole
-from lorakeet.errors import DataError, EnvironmentProblem, Problems
+from lorakeet.errors import DataError, EnvironmentProblem, Problems, percent
 from lorakeet.train.image_spec import ImageSpec
 
 ENDINGS = (".png", ".jpg", ".jpeg", ".jpe", ".jfif", ".webp", ".bmp", ".gif", ".tif", ".tiff")
@@ -213,7 +213,7 @@ def fit_remarks(rows: Sequence[ImageRow], sizes: list[tuple[int, int]]) -> list[
         scale = max(height / row.height, width / row.width)
         kept = height * width / (row.height * scale * row.width * scale)
         enlarged += [f"{row.source} {scale:.1f} times"] if scale > 2 else []
-        cut_off += [f"{row.source} keeps {kept:.0%}"] if kept < 0.5 else []
+        cut_off += [f"{row.source} keeps {percent(kept, 0)}"] if kept < 0.5 else []
     found = []
     if enlarged:
         advice = "samples will be as blurred; lower images.resolution, or raise images.smallest"

@@ -29,6 +29,7 @@ from lorakeet.kinds.images.data.match import (
     level,
     read_prints,
 )
+from lorakeet.errors import percent
 
 ALIKE, EXPLAINED = 0.7, 0.75  # smallest correlation of fine structure, and smallest share explained by tangents
 DIFFERENT = 5.0  # largest RMS difference, grey levels, of pictures of little detail
@@ -49,7 +50,7 @@ class Copy:
     @property
     def words(self) -> str:
         """The difference, in words."""
-        share = f"{self.apart:.1%} of its contrast differs" if self.apart else "no pixel differs"
+        share = f"{percent(self.apart)} of its contrast differs" if self.apart else "no pixel differs"
         return f"mirrored; {share}" if self.mirrored else share
 
 
