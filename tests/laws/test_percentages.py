@@ -23,10 +23,10 @@ from lorakeet.evaluate.report.report import Report, ScoredAnswer, SideBySide, Sy
 from lorakeet.evaluate.verdict import verdict_of
 from lorakeet.evaluate.wording import METRIC_WORDS
 from lorakeet.exporting.card import CardFacts, card
+from lorakeet.kinds.terminal import show_results
+from lorakeet.runs.remarks import few_rows_note
 from lorakeet.studio.app import make_studio, studio_app
 from lorakeet.studio.places import Places
-from lorakeet.workflows.finetuning.terminal import show_results
-from lorakeet.workflows.runs.remarks import few_rows_note
 from structure.tree import SOURCE
 
 SHARES = sorted(name for name, words in METRIC_WORDS.items() if words.share)

@@ -15,6 +15,7 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 
+from lorakeet.errors import percent
 from lorakeet.kinds.images.data.folder import HASH_SIDE, ImageRow
 from lorakeet.kinds.images.data.match import (
     LEVELS,
@@ -29,7 +30,6 @@ from lorakeet.kinds.images.data.match import (
     level,
     read_prints,
 )
-from lorakeet.errors import percent
 
 ALIKE, EXPLAINED = 0.7, 0.75  # smallest correlation of fine structure, and smallest share explained by tangents
 DIFFERENT = 5.0  # largest RMS difference, grey levels, of pictures of little detail
