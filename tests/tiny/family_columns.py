@@ -47,7 +47,7 @@ from lorakeet.models.spec import ModelSpec
 from lorakeet.models.targets import plan_for
 from lorakeet.models.text.adapters import initialise_adapter
 from lorakeet.models.text.load import load_text_model, load_tokenizer
-from lorakeet.models.text.model import TextModel
+from lorakeet.models.text.model import TextModel, served_context_of
 from lorakeet.models.text.serving import ServingModel
 from lorakeet.quant.spec import QuantSpec
 from lorakeet.train.gradients import require_gradients
@@ -58,7 +58,7 @@ from lorakeet.verbs.plan import plan
 from tiny.card_column import same_on_card
 from tiny.models import tiny_tokenizer
 from tiny.runs import settings
-from tiny.small_configs import small_config
+from tiny.small_configs import SWITCH, small_config
 from tiny.thread_pool import renew_threads
 
 SECONDS = 60  # of the processor, for each column
@@ -69,6 +69,7 @@ GRADIENT = 1e-5  # of a tensor's gradient, by norm
 NOISE = 3  # where one of the two is exceeded: as many times what the model's own code in fp32 is off its own in fp64
 WINDOW = 8  # tokens, of small_configs
 TOKENS = 6  # written greedily
+LONGEST = 256  # tokens that a model of small_configs takes
 SPEC = {"rank": 2, "alpha": 6.0}
 
 
@@ -389,22 +390,51 @@ def simulated_gpu(folder: Path) -> str:
 
 
 def in_company(folder: Path) -> str:
-    """Hidden states and greedy replies of rows in one batch are those of each row alone, in every attention of the model."""
-    for attention in ("auto", "sdpa", "eager"):
-        try:
-            text = loaded(folder, attention=attention)
-        except EnvironmentProblem:  # it would give other logits, which the check at loading refuses
-            if attention == "auto":
-                raise
-            continue
-        with torch.no_grad():
-            alone = torch.cat([text.head(text.hidden(pack_examples([row]))) for row in rows()])
-            assert _off(text.head(text.hidden(pack_examples(rows()))), alone) <= EXACT, attention
+    """Hidden states and greedy replies of rows in one batch are those of each row alone, in every attention of the model, up to
+    the most tokens that it takes; served ones too. States of padded rows are transformers' on the row alone."""
+    model, given = in_transformers(folder / "model"), _up_to(loaded(folder).context)
+    with torch.no_grad():
+        wanted = torch.cat([model(input_ids=torch.from_numpy(row.ids)[None], use_cache=False).logits[0, :-1] for row in given])
+        for attention in ("auto", "sdpa", "eager"):
+            try:
+                text = loaded(folder, attention=attention)
+            except EnvironmentProblem:  # it would give other logits, which the check at loading refuses
+                if attention == "auto":
+                    raise
+                continue
+            assert (off := _off(text.head(text.hidden(pack_examples(given))), wanted)) <= EXACT, f"{attention}: {off}"
     text = loaded(folder)
-    prompts = [row.ids for row in rows()]
-    together = [ids.tolist() for ids in sample(text, prompts, max_tokens=12, temperature=0)]
-    assert together == [sample(text, [prompt], max_tokens=12, temperature=0)[0].tolist() for prompt in prompts]
-    return text.attention
+    prompts = [row.ids[:-TOKENS] if len(row.ids) > LONGEST - 2 else row.ids for row in given]
+    together = [ids.tolist() for ids in sample(text, prompts, max_tokens=TOKENS, temperature=0)]
+    assert together == [sample(text, [prompt], max_tokens=TOKENS, temperature=0)[0].tolist() for prompt in prompts]
+    return f"{text.attention}, {_served_in_company(text, folder)}"
+
+
+@cache
+def _up_to(context: int | None) -> list[Example]:
+    """Rows of few tokens, of about SWITCH, and of as many as the model takes."""
+    most, generator = min(context or LONGEST, LONGEST), torch.Generator().manual_seed(3)
+    made = [torch.randint(4, 300, (count,), generator=generator).numpy() for count in (SWITCH, most, SWITCH + 1, 3, most - 1)]
+    return rows() + [Example(ids, np.arange(len(ids)) > 0, f"{len(ids)} tokens", None, False) for ids in made]
+
+
+def _served_in_company(text: TextModel, folder: Path) -> str:
+    """Replies of the server's slots, up to the most tokens that are served, are those that transformers computes for each alone."""
+    most = min(served_context_of(text.model.config) or LONGEST, LONGEST, WINDOW if chunked(folder) else LONGEST)
+    try:
+        check_cached(text, most)
+    except ConfigError as error:
+        return f"not served: {error}"
+    cache, begun = KeyValues(slots=4, capacity=most), [row.ids[: max(most - TOKENS - skip, 1)].tolist() for skip, row in enumerate(rows())]
+    begun += [_up_to(text.context)[4].ids[: most - TOKENS].tolist()]
+    texts, new = [list(ids) for ids in begun], [tuple(ids) for ids in begun]
+    for _ in range(TOKENS):
+        step_rows = [CacheRow(slot, len(ids) - len(new[slot]), new[slot], {}) for slot, ids in enumerate(texts)]
+        new = [(int(each.argmax()),) for each in step(text, cache, step_rows)]
+        texts = [ids + list(added) for ids, added in zip(texts, new, strict=True)]
+    model = in_transformers(folder / "model")
+    assert texts == [_continued(model, ids) for ids in begun], "served"
+    return f"served up to {most} tokens"
 
 
 COLUMNS: dict[str, Callable[[Path], str]] = {

@@ -136,6 +136,30 @@ VARIANTS: dict[str, tuple[str, dict[str, Any]]] = {
     ),
     "phi3 (longrope)": ("phi3", _longrope(6)),
     "phimoe (longrope)": ("phimoe", _longrope(8, short_mscale=1.1, long_mscale=1.4)),
+    "phi4_multimodal (longrope)": ("phi4_multimodal", _longrope(6)),
+    "minicpm3 (longrope)": ("minicpm3", _longrope(4, partial_rotary_factor=1.0)),
+    "llama (dynamic)": ("llama", {"rope_parameters": {"rope_type": "dynamic", "rope_theta": 1e4, "factor": 4.0}}),
+    "hunyuan_v1_dense (dynamic)": (
+        "hunyuan_v1_dense", {"rope_parameters": {"rope_type": "dynamic", "rope_theta": 1e4, "factor": 1.0, "alpha": 1000.0}},
+    ),
+    "llama (yarn)": (
+        "llama",
+        {
+            "rope_parameters": {
+                "rope_type": "yarn", "rope_theta": 1e4, "factor": 16.0, "original_max_position_embeddings": SWITCH,
+            },
+        },
+    ),
+    "falcon (alibi)": ("falcon", {"alibi": True}),
+    "ministral3 (temperatures)": (
+        "ministral3",
+        {
+            "rope_parameters": {
+                "rope_type": "yarn", "rope_theta": 1e4, "factor": 16.0, "original_max_position_embeddings": SWITCH,
+                "llama_4_scaling_beta": 0.5,
+            },
+        },
+    ),
 }  # fmt: skip
 
 
