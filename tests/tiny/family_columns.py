@@ -404,7 +404,8 @@ def in_company(folder: Path) -> str:
                 continue
             assert (off := _off(text.head(text.hidden(pack_examples(given))), wanted)) <= EXACT, f"{attention}: {off}"
     text = loaded(folder)
-    prompts = [row.ids[:-TOKENS] if len(row.ids) > LONGEST - 2 else row.ids for row in given]
+    longest = max(len(row.ids) for row in given) - TOKENS
+    prompts = [row.ids[: longest - number] for number, row in enumerate(given)]
     together = [ids.tolist() for ids in sample(text, prompts, max_tokens=TOKENS, temperature=0)]
     assert together == [sample(text, [prompt], max_tokens=TOKENS, temperature=0)[0].tolist() for prompt in prompts]
     return f"{text.attention}, {_served_in_company(text, folder)}"

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import pairwise
 
 import numpy as np
 import torch
@@ -62,6 +63,17 @@ class Batch:
         else:
             ids, positions, targets = (each.to(device) for each in tensors)
         return Batch(ids, self.lengths, positions, targets, self.keys, numbers)
+
+    def cut(self, rows: Sequence[int]) -> list[Batch]:
+        """Batches of so many consecutive rows each. Targets come row by row."""
+        (ids, positions, targets), ends = self.on_host(), np.cumsum([0, *self.lengths])
+        found = []
+        for start, stop in pairwise(np.cumsum([0, *rows])):
+            own = (positions >= ends[start]) & (positions < ends[stop])
+            numbers = ids[ends[start] : ends[stop]], positions[own] - ends[start], targets[own]
+            tokens, places, wanted = (torch.from_numpy(each).to(self.ids.device) for each in numbers)
+            found.append(Batch(tokens, self.lengths[start:stop], places, wanted, self.keys[start:stop], numbers))
+        return found
 
     def on_host(self) -> tuple[Ids, Ids, Ids]:
         """Ids, target positions and target ids on the host. Where they are known on a device alone, the host waits for it."""

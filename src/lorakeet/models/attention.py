@@ -27,9 +27,12 @@ from lorakeet.kernels.device import is_cpu
 from lorakeet.kernels.efficient_varlen import DTYPES, EfficientVarlen
 from lorakeet.kernels.flash_varlen import STEP, FlashVarlen
 from lorakeet.kernels.row_sinks import SinkRows, takes_sinks
+from lorakeet.models.families import CHOOSING, CHOSEN_TOKENS
 
 VARLEN = "lorakeet_varlen"
 CHUNKED = "chunked_attention"
+# What some models give their attention: biases of positions, a cache, sinks under another name, and which tokens were chosen.
+UNKNOWN = ("position_bias", "cache", "sinks", "indices", "block_indices")
 
 
 def register() -> None:
@@ -133,7 +136,7 @@ def _refuse_unknown(
             f"{kind} gave its attention queries of shape {tuple(query.shape)} for rows of {total} tokens in all; "
             "load this model with attention: sdpa."
         )
-    unknown = [name for name in ("position_bias", "cache") if settings.get(name) is not None]
+    unknown = [name for name in UNKNOWN if settings.get(name) is not None]
     if cache is None and key.shape[2] != query.shape[2]:
         unknown.append(f"{key.shape[2]} keys for {query.shape[2]} queries")  # such as summaries of tokens (DeepSeek-V4)
     if settings.get("is_causal", getattr(module, "is_causal", True)) is False:
@@ -174,6 +177,19 @@ def temperature_start(config: Any) -> int | None:
     own = config.get_text_config()
     tuned = getattr(own, "attn_temperature_tuning", False) and not all(getattr(own, "no_rope_layers", None) or [True])
     return int(own.floor_scale) - 1 if tuned else None
+
+
+def chooses_beyond(model: nn.Module) -> int | None:
+    """The most tokens of a row that all attend to each earlier one; None for a model that chooses none.
+
+    Beyond, it attends to those with the best scores. Many scores are exactly 0, and which of these are taken depends on how many
+    there are in all, padding included.
+    """
+    own = cast(Any, model.config).get_text_config()
+    sizes = ([getattr(own, key, None) for key in keys] for keys in CHOSEN_TOKENS)
+    found = [math.prod(cast("list[int]", each)) for each in sizes if None not in each]
+    chooses = any(path.rpartition(".")[2] in CHOOSING for path, _ in model.named_modules())
+    return min(found) if found else 0 if chooses else None
 
 
 def _divides(module: nn.Module, settings: dict[str, Any]) -> bool:

@@ -94,7 +94,11 @@ READ_DIRECTLY = {
 UNSCALED = ("aya_vision", "cohere2_vision")
 # Modules that only choose which tokens are attended to: no gradient reaches them.
 CHOOSING = ("indexer",)
-# Models whose replies depend on padding on the left, beside those with such modules: texts are continued one by one.
+# What configurations call the most earlier tokens that a token attends to, where a model chooses them by scores; keys are multiplied.
+CHOSEN_TOKENS = (("index_topk",), ("index_topk_blocks", "index_block_size"), ("indexer_budget",), ("keep_window_size",))
+# What configurations call the most tokens of a text; the first that is there.
+CONTEXT = ("max_position_embeddings", "max_seq_len")
+# Models whose replies depend on padding on the left, also of few tokens: texts are continued one by one.
 READS_PADDING = ("deepseek_v4", "git")
 # Parts of wrappers that stand within the language model, by model type; others stand beside it.
 OUTSIDE_TEXT = {"phi4_multimodal": ("embed_tokens_extend",), "git": ("image_encoder", "visual_projection")}

@@ -20,7 +20,7 @@ from lorakeet.core.initialise import seed_for
 from lorakeet.data.prefix import PASS
 from lorakeet.memory.spill import Spill
 from lorakeet.models.attention import temperature_start
-from lorakeet.models.families import CHOOSING, READS_PADDING
+from lorakeet.models.families import READS_PADDING
 from lorakeet.models.modules import decoder_of
 from lorakeet.models.text.load import ATTENTION_TOLERANCE, set_attention
 from lorakeet.models.text.model import TextModel
@@ -115,8 +115,9 @@ def _batches(
     """
     anew = not _takes_cache(text)
     start = temperature_start(text.model.config)
-    placed = start is not None and max(lengths, default=0) + max_tokens > start  # padding moves a text's own tokens there
-    if anew or placed or _reads_padding(text):
+    longest, chosen = max(lengths, default=0) + max_tokens, text.chooses_beyond
+    apart = any(most is not None and longest > most for most in (start, chosen))  # padding moves a text's tokens, or is chosen
+    if anew or apart or _reads_padding(text):
         yield from (([row], anew) for row in order)
         return
     switch = text.switch_length
@@ -127,9 +128,8 @@ def _batches(
 
 
 def _reads_padding(text: TextModel) -> bool:
-    """Whether a text's own tokens depend on how many tokens of padding stand before them."""
-    chooses = any(path.rpartition(".")[2] in CHOOSING for path, _ in text.model.named_modules())
-    return chooses or str(getattr(text.model.config, "model_type", "")) in READS_PADDING or _counts_padding(text)
+    """Whether a text's own tokens depend on how many tokens of padding stand before them, of whatever length it is."""
+    return str(getattr(text.model.config, "model_type", "")) in READS_PADDING or _counts_padding(text)
 
 
 def _counts_padding(text: TextModel) -> bool:

@@ -12,6 +12,7 @@ from collections.abc import Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass, replace
 from functools import cached_property
+from itertools import groupby
 from pathlib import Path
 from typing import Any, cast
 
@@ -26,7 +27,7 @@ from lorakeet.core.reordered import ReorderedLinear
 from lorakeet.core.tiled_product import RowSource, tiled_product
 from lorakeet.data.chat import Example
 from lorakeet.data.locate import PACKAGE
-from lorakeet.data.pack import Batch, micro_batches
+from lorakeet.data.pack import Batch, micro_batches, pack_examples
 from lorakeet.data.prefix import PASS, BatchLimits, PrefixLayout, prefix_batches, shared_layout, unshared_layout
 from lorakeet.errors import EnvironmentProblem
 from lorakeet.kernels.choose import attends_in_c
@@ -34,12 +35,12 @@ from lorakeet.kernels.cpu.attention import TILED
 from lorakeet.kernels.host_copies import to_device, together_on
 from lorakeet.memory.store import WeightStore
 from lorakeet.models import modules
-from lorakeet.models.attention import VARLEN, temperature_start
-from lorakeet.models.families import Family, LogitScaling
+from lorakeet.models.attention import VARLEN, chooses_beyond, temperature_start
+from lorakeet.models.families import CONTEXT, Family, LogitScaling
 from lorakeet.models.files.origin import packed_folder
 from lorakeet.models.frozen_prefix import FrozenPrefix, PrefixBlock
 from lorakeet.models.row_rotary import RowRotary, lengths_differ, separated, switch_length
-from lorakeet.models.streaming.model import StreamedBlocks, StreamedHead
+from lorakeet.models.streaming.model import NotStreamed, StreamedBlocks, StreamedHead
 from lorakeet.models.text.row_masks import masks_by_kind
 from lorakeet.models.text.tiled_loss import is_read_in_tiles, tiled_losses
 from lorakeet.quant.packed import PackedLinear
@@ -59,7 +60,8 @@ def padded_count(tokens: int, *, few_counts: bool) -> int:
 
 def context_of(config: Any) -> int | None:
     """The most tokens of a row of the model with this configuration; None where it sets no limit."""
-    limit = getattr(config.get_text_config(), "max_position_embeddings", None)
+    own = config.get_text_config()
+    limit = next((found for key in CONTEXT if (found := getattr(own, key, None)) is not None), None)
     return None if limit is None else int(limit)
 
 
@@ -76,6 +78,7 @@ class PassOptions:
     narrow_last_block: bool = True  # compute the last block only for tokens that predict a target
     pad: bool = True  # pad the number of tokens (`padded_count`)
     use_cached: bool = True  # start from cached hidden states where all rows of a batch have some (models/frozen_prefix)
+    rows_apart: bool = True  # compute rows apart that would change each other; False in a plan, where together they hold more
 
 
 @dataclass(frozen=True)
@@ -144,6 +147,8 @@ class TextModel:
 
         With gradient if gradients are enabled. What is computed of the batch is up to `options`.
         """
+        if len(apart := self._apart(batch.lengths)) > 1:
+            return torch.cat([self.hidden(part) for part in batch.cut(apart)])
         batch = batch.to(self.device)
         if self.attention == "varlen":
             layout = self.layout(batch)
@@ -201,6 +206,21 @@ class TextModel:
         """The most tokens of a row with the rotary frequencies of short rows; None where all rows have the same ones."""
         return self._rotaries[0].switch if self._rotaries else None
 
+    def _apart(self, lengths: Sequence[int]) -> list[int]:
+        """How many consecutive rows are computed together: of padded rows, one that is longer than `chooses_beyond` alone."""
+        most = self.chooses_beyond if self.pads and self.options.rows_apart else None
+        if most is None or max(lengths) <= most or len(lengths) == 1:
+            return [len(lengths)]
+        if self.streamed is not None and not self.streamed.running:
+            raise NotStreamed(f"It chooses among the tokens of rows of more than {most:,} tokens, which are in one batch here.")
+        runs = groupby(enumerate(lengths), key=lambda row: row[0] if row[1] > most else -1)
+        return [len(list(run)) for _, run in runs]
+
+    @cached_property
+    def chooses_beyond(self) -> int | None:
+        """The most tokens of a row that all attend to each earlier one; None for any number (models/attention)."""
+        return chooses_beyond(self.model)
+
     def _exceeds_chunk(self, lengths: Sequence[int]) -> bool:
         """Whether rows of these lengths in tokens are cut into chunks by some layers, which share no prefix."""
         size = getattr(self.model.config.get_text_config(), "attention_chunk_size", None)
@@ -227,13 +247,17 @@ class TextModel:
 
         A prefix that all rows of a batch share counts once. Only Lorakeet's own attention does not copy it for each row; with
         another, `max_tokens` also bounds the tokens of the rows in all, and of their padding. Rows with other rotary frequencies
-        are in other batches, and rows whose temperatures depend on their place in a batch go alone.
+        are in other batches. Rows go alone whose temperatures depend on their place in a batch, or whose tokens are chosen among.
         """
         if (start := temperature_start(self.model.config)) is not None:
             max_tokens = min(max_tokens, start)
         if (switch := self.switch_length) is not None and rows and lengths_differ(switch, [len(row.ids) for row in rows]):
             kinds = [row for row in rows if len(row.ids) <= switch], [row for row in rows if len(row.ids) > switch]
             return [batch for kind in kinds for batch in self.micro_batches(kind, max_tokens)]
+        if self.pads and self.options.rows_apart and (most := self.chooses_beyond) is not None:
+            long = [row for row in rows if len(row.ids) > most]
+            rows = [row for row in rows if len(row.ids) <= most]
+            return [*map(pack_examples, zip(long)), *micro_batches(rows, max_tokens, padded=True)]
         if not self.options.share_prefix or self.pads or self._exceeds_chunk([len(row.ids) for row in rows]):
             return micro_batches(rows, max_tokens, padded=self.pads)
         return prefix_batches(rows, self.batch_limits([len(row.ids) for row in rows], max_tokens))
