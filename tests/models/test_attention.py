@@ -89,6 +89,7 @@ def test_a_row_does_not_see_its_neighbours() -> None:
         ({"row_lengths": (15, 5)}, "20 tokens"),
         ({"is_causal": False}, "is_causal"),
         ({"attention_mask": torch.zeros(1, 1, 18, 18)}, "attention_mask"),
+        ({"block_indices": torch.zeros(1, 1, 18, 2)}, "block_indices"),  # MiniMax-M3: which tokens its indexer chose
     ],
 )
 def test_refuses_what_it_does_not_compute(settings: dict[str, object], word: str) -> None:

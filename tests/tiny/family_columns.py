@@ -42,6 +42,7 @@ from lorakeet.models.files.quantized import kept_experts
 from lorakeet.models.files.validate import auto_class_of
 from lorakeet.models.generate.kv_cache import CacheRow, KeyValues, check_cached, step
 from lorakeet.models.generate.sample import sample
+from lorakeet.models.generate.score import row_losses
 from lorakeet.models.inject import adapter_of, trained_parameters
 from lorakeet.models.spec import ModelSpec
 from lorakeet.models.targets import plan_for
@@ -390,8 +391,8 @@ def simulated_gpu(folder: Path) -> str:
 
 
 def in_company(folder: Path) -> str:
-    """Hidden states and greedy replies of rows in one batch are those of each row alone, in every attention of the model, up to
-    the most tokens that it takes; served ones too. States of padded rows are transformers' on the row alone."""
+    """States, losses and greedy replies of rows in one batch are those of each row alone, in every attention of the model, up to
+    the most tokens that it takes; served ones too. States are transformers' own."""
     model, given = in_transformers(folder / "model"), _up_to(loaded(folder).context)
     with torch.no_grad():
         wanted = torch.cat([model(input_ids=torch.from_numpy(row.ids)[None], use_cache=False).logits[0, :-1] for row in given])
@@ -404,6 +405,11 @@ def in_company(folder: Path) -> str:
                 continue
             assert (off := _off(text.head(text.hidden(pack_examples(given))), wanted)) <= EXACT, f"{attention}: {off}"
     text = loaded(folder)
+    own = [
+        float(torch.nn.functional.cross_entropy(part, torch.from_numpy(row.ids[1:]), reduction="sum"))
+        for part, row in zip(wanted.split([len(row.ids) - 1 for row in given]), given, strict=True)  # type: ignore[no-untyped-call]
+    ]
+    np.testing.assert_allclose(row_losses(text, given, micro_tokens=2 * LONGEST)[0], own, rtol=EXACT)
     longest = max(len(row.ids) for row in given) - TOKENS
     prompts = [row.ids[: longest - number] for number, row in enumerate(given)]
     together = [ids.tolist() for ids in sample(text, prompts, max_tokens=TOKENS, temperature=0)]
@@ -420,13 +426,14 @@ def _up_to(context: int | None) -> list[Example]:
 
 
 def _served_in_company(text: TextModel, folder: Path) -> str:
-    """Replies of the server's slots, up to the most tokens that are served, are those that transformers computes for each alone."""
+    """Replies of the server's slots, up to the most tokens that are served, are those of transformers for each alone."""
     most = min(served_context_of(text.model.config) or LONGEST, LONGEST, WINDOW if chunked(folder) else LONGEST)
     try:
         check_cached(text, most)
     except ConfigError as error:
         return f"not served: {error}"
-    cache, begun = KeyValues(slots=4, capacity=most), [row.ids[: max(most - TOKENS - skip, 1)].tolist() for skip, row in enumerate(rows())]
+    cache = KeyValues(slots=4, capacity=most)
+    begun = [row.ids[: max(most - TOKENS - skip, 1)].tolist() for skip, row in enumerate(rows())]
     begun += [_up_to(text.context)[4].ids[: most - TOKENS].tolist()]
     texts, new = [list(ids) for ids in begun], [tuple(ids) for ids in begun]
     for _ in range(TOKENS):

@@ -94,7 +94,7 @@ READ_DIRECTLY = {
 UNSCALED = ("aya_vision", "cohere2_vision")
 # Modules that only choose which tokens are attended to: no gradient reaches them.
 CHOOSING = ("indexer",)
-# What configurations call the most earlier tokens that a token attends to, where a model chooses them by scores; keys are multiplied.
+# What configurations call the most tokens that a token attends to, where a model chooses them by scores; keys are multiplied.
 CHOSEN_TOKENS = (("index_topk",), ("index_topk_blocks", "index_block_size"), ("indexer_budget",), ("keep_window_size",))
 # What configurations call the most tokens of a text; the first that is there.
 CONTEXT = ("max_position_embeddings", "max_seq_len")

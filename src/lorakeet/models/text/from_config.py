@@ -130,7 +130,7 @@ def _text_model(model: Any, streamed: StreamedBlocks | None, attention: str, **a
     choose_by_row(model)
     return TextModel(
         model=model, tokenizer=None, source=Path(), family=family_of_model(model.config), streamed=streamed,
-        options=PassOptions(share_prefix=False, rows_apart=False),  # rows are not known yet: a plan may be larger, never too small
+        options=PassOptions(share_prefix=False, rows_apart=False),  # rows are not known: a plan may be larger, never smaller
         **about,
     )  # fmt: skip
 
