@@ -51,6 +51,11 @@ SHARED = {
     "num_hidden_layers": 10, "num_kv_shared_layers": 5, "activation_sparsity_pattern": [0.95] * 5 + [0.0] * 5,
     "intermediate_size": [96] * 10,  # of 16,384, one lies on its threshold to rounding: its gradient is 0 or 1
 }
+SPARSE = {"layer_types": ["full_attention", "minimax_m3_sparse"] * 2, "index_block_size": 4, "index_topk_blocks": 2}
+INDEXED = {
+    "indexer_n_heads": 4, "indexer_kv_heads": 1, "indexer_head_dim": 16, "indexer_budget": 8, "indexer_compress_ratio": 4,
+    "linear_num_value_heads": 8,
+}  # fmt: skip
 CONVOLUTIONS = {"layer_types": ["conv", "full_attention"] * 2}
 CHANGES: dict[str, dict[str, Any]] = {
     "bamba": {"attn_layer_indices": [1, 3]},
@@ -102,21 +107,14 @@ CHANGES: dict[str, dict[str, Any]] = {
         for kind in ("qwen2_vl", "qwen2_5_vl", "glm4v", "glm46v", "glm_ocr", "glmga")
     },
     "glm4v_moe": {"text_config": {"rope_parameters": {**MULTIPLE, "partial_rotary_factor": 0.5, "mrope_section": [1, 1, 2]}}},
-    "minimax_m3_vl": {
-        "text_config": {
-            "layer_types": ["full_attention", "minimax_m3_sparse"] * 2, "index_block_size": 4, "index_topk_blocks": 2,
-        },
-    },
+    "minimax_m3_vl": {"text_config": SPARSE},
+    "minimax_m3_vl_text": SPARSE,
     "mistral4": {"head_dim": 16},
     **{kind: {"linear_num_value_heads": 8} for kind in ("qwen3_5_text", "qwen3_5_moe_text")},
     "qwen3_next": {"linear_num_value_heads": 8, "norm_topk_prob": True},
     "qwen3_moe": {"norm_topk_prob": True},
-    "qwen4_exp": {
-        "text_config": {
-            "indexer_n_heads": 4, "indexer_kv_heads": 1, "indexer_head_dim": 16, "indexer_budget": 8, "indexer_compress_ratio": 4,
-            "linear_num_value_heads": 8,
-        },
-    },
+    "qwen4_exp": {"text_config": INDEXED},
+    "qwen4_exp_text": INDEXED,
     **{kind: {"text_config": {"linear_num_value_heads": 8}} for kind in ("qwen3_5", "qwen3_5_moe")},
     "reformer": {"is_decoder": True},
 }  # fmt: skip
