@@ -158,7 +158,7 @@ def test_few_shot_rows_are_planned_as_long_as_the_few_shot_base_sees_them() -> N
     model = config_from_settings({**SMALL, "max_position_embeddings": 512})
     assert evaluation_of(few).rows == RowShape(1024)
     size = evaluation_of(few, model_config=model)
-    assert size.rows == RowShape(512, 2) and size.replies is not None and size.replies.length == 512 + 96
+    assert size.rows == RowShape(512, 2) and size.replies is not None and size.replies.length == 512
     assert evaluation_of(settings(train__micro_tokens="64", memory__budget="1GiB"), model_config=model).rows == RowShape(32, 32)
 
 

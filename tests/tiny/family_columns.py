@@ -248,9 +248,10 @@ def in_transformers(folder: Path) -> Any:
     return model.eval()
 
 
-def _logits(model: Any) -> Tensor:
+def _logits(model: Any, given: Iterable[Example] = ()) -> Tensor:
     with torch.no_grad():
-        return torch.cat([model(input_ids=torch.from_numpy(row.ids)[None], use_cache=False).logits[0, :-1] for row in rows()])
+        found = [model(input_ids=torch.from_numpy(row.ids)[None], use_cache=False).logits[0, :-1] for row in given or rows()]
+    return torch.cat(found)
 
 
 def _off(found: Tensor, wanted: Tensor) -> float:
@@ -394,8 +395,8 @@ def in_company(folder: Path) -> str:
     """States, losses and greedy replies of rows in one batch are those of each row alone, in every attention of the model, up to
     the most tokens that it takes; served ones too. States are transformers' own."""
     model, given = in_transformers(folder / "model"), _up_to(loaded(folder).context)
+    wanted = _logits(model, given)
     with torch.no_grad():
-        wanted = torch.cat([model(input_ids=torch.from_numpy(row.ids)[None], use_cache=False).logits[0, :-1] for row in given])
         for attention in ("auto", "sdpa", "eager"):
             try:
                 text = loaded(folder, attention=attention)
@@ -403,7 +404,8 @@ def in_company(folder: Path) -> str:
                 if attention == "auto":
                     raise
                 continue
-            assert (off := _off(text.head(text.hidden(pack_examples(given))), wanted)) <= EXACT, f"{attention}: {off}"
+            off = _off(text.head(text.hidden(pack_examples(given))), wanted)
+            _within(off, EXACT, lambda: _off(wanted.double(), _logits(model.double(), given)), f"with {attention}")
     text = loaded(folder)
     own = [
         float(torch.nn.functional.cross_entropy(part, torch.from_numpy(row.ids[1:]), reduction="sum"))
@@ -426,7 +428,7 @@ def _up_to(context: int | None) -> list[Example]:
 
 
 def _served_in_company(text: TextModel, folder: Path) -> str:
-    """Replies of the server's slots, up to the most tokens that are served, are those of transformers for each alone."""
+    """Logits of the server's slots, up to the most tokens that are served, are those of transformers for each text alone."""
     most = min(served_context_of(text.model.config) or LONGEST, LONGEST, WINDOW if chunked(folder) else LONGEST)
     try:
         check_cached(text, most)
@@ -435,13 +437,14 @@ def _served_in_company(text: TextModel, folder: Path) -> str:
     cache = KeyValues(slots=4, capacity=most)
     begun = [row.ids[: max(most - TOKENS - skip, 1)].tolist() for skip, row in enumerate(rows())]
     begun += [_up_to(text.context)[4].ids[: most - TOKENS].tolist()]
-    texts, new = [list(ids) for ids in begun], [tuple(ids) for ids in begun]
+    texts, new, model = [list(ids) for ids in begun], [tuple(ids) for ids in begun], in_transformers(folder / "model")
     for _ in range(TOKENS):
-        step_rows = [CacheRow(slot, len(ids) - len(new[slot]), new[slot], {}) for slot, ids in enumerate(texts)]
-        new = [(int(each.argmax()),) for each in step(text, cache, step_rows)]
+        found = step(text, cache, [CacheRow(slot, len(ids) - len(new[slot]), new[slot], {}) for slot, ids in enumerate(texts)])
+        with torch.no_grad():
+            own = torch.stack([model(input_ids=torch.tensor([ids]), use_cache=False).logits[0, -1] for ids in texts])
+        assert (off := _off(found, own)) <= EXACT, f"served: {off:.2g}"
+        new = [(int(each.argmax()),) for each in own]
         texts = [ids + list(added) for ids, added in zip(texts, new, strict=True)]
-    model = in_transformers(folder / "model")
-    assert texts == [_continued(model, ids) for ids in begun], "served"
     return f"served up to {most} tokens"
 
 

@@ -268,7 +268,7 @@ def evaluation_of(
     at_once = max(config.train.micro_tokens, CHECK_TOKENS, length)
     replies = None
     if answered and spec.answers:
-        longest = length + spec.answer_tokens
+        longest = min(filter(None, (length + spec.answer_tokens, context)))  # no prompt is answered that leaves too few tokens
         replies = filling_rows(longest, max(config.train.micro_tokens, REPLY_TOKENS, longest), window)
     return EvaluationSize(_filling(config, length, at_once, window), spec.drift_texts, spec.drift_tokens, replies)
 
