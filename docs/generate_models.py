@@ -39,9 +39,9 @@ steps in fp32, is evaluated, generates and is certified. Compared are the first 
 losses and replies. Dropout is off, since a GPU draws other numbers.
 
 States, losses and replies of a row do not depend on the rows beside it. `make families` compares them with transformers on the
-row alone, from 3 tokens to the most that a family takes. Some families attend to the tokens with the best scores once a row has
-more than a number of tokens: DeepSeek-V3.2, GLM-5, Doge, MiniMax-M3 and their like. Among equal scores the amount of padding would
-decide there. So rows of more tokens are computed one by one, and such texts are continued one by one. Shorter rows share batches.
+row alone, from 3 tokens to the most that a family takes. Some families attend to the best-scored tokens in longer rows alone:
+DeepSeek-V3.2, GLM-5, Doge, MiniMax-M3 and their like. Which of equal scores are taken depends on the padding. So such rows are
+computed one by one, and such texts are continued one by one. Shorter rows share batches.
 
 Where a model's gradients or its merged logits are further off, its own code is measured in fp32 beside fp64.
 Three times that difference is allowed. The last table names these families, with both numbers.
