@@ -114,7 +114,8 @@ NOTES = (
     "Under a budget the number of blocks in memory follows from that memory too. 7B NF4 keeps 3 blocks and 13B GPTQ 6 as long as "
     "the process takes at most 50 MB more than here, or 50 MB less.",
     "packed merge, quantize, evaluate: these verbs print their plan in MiB only, so a change below the tolerance is not seen.",
-    "Of report.json and certificate.json these keys are left out: created, speed, memory, Versions, Machine, Kernels.",
+    "Of report.json and certificate.json these keys are left out: created, speed, memory, Versions, Machine, Kernels, and the "
+    "certificate's digest of the report, which has all of these in it.",
     "After 13d22e2 on purpose: the plan of 7B counts replies to held-out prompts (phases judge and certify, not the peak); "
     "report.json has the floor of characters where cross-validation prefers it, suspect labels, scores of replies, the part that "
     "was evaluated.",
@@ -139,7 +140,7 @@ NOTES = (
     "On purpose, not recorded yet: report.json has the facts Training and Prompt format, and Model says how the base is "
     "stored and packed; plans have the list refused.",
 )
-DROPPED = {"created", "speed", "memory", "Versions", "Machine", "Kernels"}  # keys of report and certificate: time, machine
+DROPPED = {"created", "speed", "memory", "Versions", "Machine", "Kernels", "report"}  # keys of both: time, machine, digest
 MEASURED = {"flops_per_second", "bytes_per_second", "seconds_at_least", "tokens_per_second_at_most", "training_seconds_at_least"}
 PEAKS = {"peak", "planned", "streamed_least"}  # keys of a plan: bytes with the process in them
 _SIZE = re.compile(r"([\d,]*\.?\d+) (GiB|MiB|GB|MB|kB|bytes)")

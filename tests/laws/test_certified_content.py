@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import shutil
 from collections.abc import Callable
@@ -18,7 +19,7 @@ from lorakeet.cli.main import main
 from lorakeet.config import RunConfig, dump_yaml, read_run
 from lorakeet.errors import DataError, LorakeetError, VerificationFailed
 from lorakeet.evaluate.certificate import read_certificate
-from lorakeet.evaluate.report.report import read_report
+from lorakeet.evaluate.report.report import read_report, write_report
 from lorakeet.formats.detect import read_certified
 from lorakeet.formats.files.loaded_file import open_header
 from lorakeet.formats.identity import require_certified
@@ -29,6 +30,7 @@ from lorakeet.models.text.serving import ServingModel
 from lorakeet.quant.spec import QuantSpec
 from lorakeet.runs.open_adapter import open_adapter
 from lorakeet.serve.adapter_files import inspect_adapter, read_stored_adapter
+from lorakeet.studio.index import summary_of
 from lorakeet.verbs.options import VERBS
 from tiny.damages import DAMAGES, SEVEN
 from tiny.exports import certified_anew
@@ -334,3 +336,27 @@ def test_an_edited_report_is_found(copied: Path) -> None:
     told["rows_of"] = 500
     path.write_text(json.dumps(told))
     assert main(["check", str(copied), "--accuracy", ">=0"]) == 2
+
+
+def test_a_report_of_another_run_is_found(copied: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """It is whole, with a digest of its own; even one of the same adapter and certificate, of other rows."""
+    monkeypatch.setenv("HF_TOKEN", "none")
+    report = read_report(copied / "report.json")
+    (other := tmp_path / "other").mkdir()
+    write_report(dataclasses.replace(report, rows_of=500, warnings=("another",)), other)
+    assert read_report(other / "report.json").rows_of == 500
+    shutil.copy(other / "report.json", copied / "report.json")
+    shutil.copy(other / "report.html", copied / "report.html")
+    with pytest.raises(DataError, match="is not the report that"):
+        read_report(copied / "report.json")
+    assert main(["check", str(copied), "--accuracy", ">=0"]) == main(["check", str(copied), "--uncertified"]) == 2
+    assert main(["push", str(copied), "a/b", "--base", "c/d"]) == 2
+    assert "is not the report that" in summary_of(copied).problem
+
+
+def test_a_report_stays_that_of_its_certificate_when_artefacts_are_verified(copied: Path, tmp_path: Path) -> None:
+    written = read_certificate(copied / "certificate.json").report
+    assert main(["merge", str(copied), "--out", str(tmp_path / "merged")]) == 0
+    assert main(["verify", str(copied), "--against", str(tmp_path / "merged")]) == 0
+    held = read_certificate(copied / "certificate.json")
+    assert held.report == written != "" and held.artefacts and main(["check", str(copied)]) == 0

@@ -14,6 +14,7 @@ from lorakeet.errors import DataError, EnvironmentProblem, VerificationFailed, r
 from lorakeet.evaluate.intervals import Estimate
 from lorakeet.evaluate.values import decode, encode, from_text, put_text, to_text
 
+CERTIFICATE = "certificate.json"
 _DIGEST = "sha256"  # the key of a certificate's own digest
 _SHOWN = 5  # names in a line; the file has all
 
@@ -149,6 +150,7 @@ class Certificate:
     modules: tuple[ServedModules, ...] = ()
     incomplete: dict[str, str] = field(default_factory=dict)  # by artefact, why its checks ended early
     identity: dict[str, str] = field(default_factory=dict)  # what the adapter and its base hold (formats/identity)
+    report: str = ""  # the digest of the report that was written with it, without the certificate there
 
     @property
     def passed(self) -> bool:
@@ -226,16 +228,17 @@ def with_digest(text: str) -> str:
     """The text of a certificate with the SHA-256 of all else in it, made anew: it finds an edit, and stops no forger."""
     data = json.loads(text)
     data.pop(_DIGEST, None)
-    return to_text({**data, _DIGEST: _digest(data)})
+    return to_text({**data, _DIGEST: digest_of_json(data)})
 
 
 def pop_digest(data: dict[str, Any]) -> bool | None:
     """Removes the digest that `with_digest` wrote. Returns whether it matches the rest; None if there is none."""
     digest = data.pop(_DIGEST, None)
-    return None if digest is None else digest == _digest(data)
+    return None if digest is None else digest == digest_of_json(data)
 
 
-def _digest(data: Mapping[str, Any]) -> str:
+def digest_of_json(data: Mapping[str, Any]) -> str:
+    """The SHA-256 of what a JSON object says, whatever its white space and order."""
     return hashlib.sha256(json.dumps(data, sort_keys=True, separators=(",", ":")).encode()).hexdigest()
 
 

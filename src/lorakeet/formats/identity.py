@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, NamedTuple
 
 from lorakeet.disk import open_buffered, read_regular
 from lorakeet.errors import DataError, VerificationFailed, readable
-from lorakeet.evaluate.certificate import Certificate, read_certificate
+from lorakeet.evaluate.certificate import CERTIFICATE, Certificate, read_certificate
 from lorakeet.formats.files.digest import PIECE, sha256_of
 from lorakeet.formats.files.json_object import parse_object
 from lorakeet.formats.files.yaml_mapping import parse_yaml
@@ -20,7 +20,6 @@ if TYPE_CHECKING:  # imports torch
     from lorakeet.formats.files.loaded_file import LoadedFile
 
 CONFIG_NAME, MODEL_NAME = "adapter_config.json", "adapter_model.safetensors"  # of PEFT, whose reader needs torch
-CERTIFICATE = "certificate.json"
 BASE = "base "  # begins the names that are about the base, which is compared where it is opened
 WEIGHTS, QUANTISATION = f"{BASE}weights", f"{BASE}quantisation"
 SETTING = "setting "  # begins the names that are about the run around an adapter, which a copy of the adapter alone lacks

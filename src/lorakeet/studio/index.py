@@ -15,6 +15,7 @@ from typing import Any
 from lorakeet.config import read_yaml
 from lorakeet.disk import write_whole
 from lorakeet.errors import DataError, LorakeetError, one_message, shortened, visible
+from lorakeet.evaluate.report.report import report_values
 from lorakeet.evaluate.values import from_text, to_text
 from lorakeet.formats.files.json_object import read_object
 from lorakeet.studio.places import regular_within
@@ -131,7 +132,7 @@ def _read_into(found: dict[str, Any], run: RunFolder) -> None:
     if regular_within(run.path, run.metrics):
         found |= _numbers(read_metrics(run.metrics))
     if regular_within(run.path, run.report):
-        found |= _verdict(read_object(run.report, expected="a report"))
+        found |= _verdict(report_values(run.report))
 
 
 def _numbers(records: list[dict[str, Any]]) -> dict[str, Any]:

@@ -381,7 +381,6 @@ def _write(opened: Opened, chosen: _Cut, curve: RankCurve, evaluator: TextEvalua
         report = replace(report, ranks=rank_map(plan), certificate=certificate)
         folder.write(folder.config, dump_yaml(config))
         write_split_record(folder.split, dataset.split_record())
-        certificate.write(folder.certificate)
         write_report(report, path)
     show_results(report, console)
     show_certificate(certificate, console)

@@ -198,7 +198,6 @@ def _reported(
     certificate = identified(certificate, run.adapter, setup.config.model) if kind.peft_adapter else certificate
     report = complete(measured, kind, setup, outcome, run=run, certificate=certificate, times=times, search=search)
     with writing(f"The report in {run.path}", f"The adapter is whole. Free some space, then: {run.resume_command}"):
-        certificate.write(run.certificate)
         write_report(report, run.path)
         if kind.peft_adapter:
             write_adapter_card(run.adapter, report, certificate, setup=setup, split=kind.split_record(setup))

@@ -13,6 +13,7 @@ from rich.console import Console
 from lorakeet.disk import read_regular
 from lorakeet.errors import DataError, one_message
 from lorakeet.evaluate.certificate import read_certificate, with_digest
+from lorakeet.evaluate.report.report import read_report, render_html
 from lorakeet.exporting.hub import Uploaded, upload
 from lorakeet.exporting.published_readme import published_readme
 from lorakeet.formats.identity import accept_content, content_differences, require_certified
@@ -96,7 +97,7 @@ def _renamed(files: dict[str, Path | bytes], options: PushOptions, base: str) ->
         if not isinstance(file, Path) or not (name in _TEXTS or name.endswith(CERTIFICATE)):
             continue
         with one_message(f"{file} cannot be sent", "Write it again with finetune, merge or export."):
-            text = read_regular(file).decode()
+            text = render_html(read_report(RunFolder(file.parent).report)) if name == REPORT else read_regular(file).decode()
         if options.base and named_here(base):
             text = text.replace(base, options.base).replace(json.dumps(base)[1:-1], options.base)
         if name.endswith(CERTIFICATE):

@@ -468,9 +468,10 @@ def _keep(opened: Opened, certificate: Certificate) -> None:
         incomplete=ended | certificate.incomplete,
     )
     with writing(f"The certificate in {run.path}", "Free some space and verify again."):
-        whole.write(run.certificate)
         if run.report.exists():
             write_report(replace(read_report(run.report), certificate=whole), run.path)
+        else:
+            whole.write(run.certificate)
 
 
 @dataclass(frozen=True)

@@ -25,6 +25,9 @@ def read(*references: str, known: tuple[str, ...] = ()) -> Conventions:
         (">50K", "<=50K"), ("A+", "A-"), ("C++", "C"), ("C#", "C"), ("a != b", "a == b"), ("a != b", "a = b"), ("<5", ">5"),
         ("x >= 1", "x > 1"), ("5%", "5"), ("$5", "€5"), ("-5", "5"), ("Cu2+", "Cu2-"), ("Na+", "Na"), ("a & b", "a | b"),
         ("3.5", "35"), ("3 + 4", "3 - 4"), ("10²", "102"), ("1½", "11/2"), ("@home", "home"), ("a/b", "a b"), ("x_1", "x 1"),
+        ('5"', "5'"), ("5′", "5"), ("5 MW", "5 mW"), ("it takes 3 Mg/L", "it takes 3 mg/L"), ("7 mS", "7 MS"), ("2 Nm", "2 nm"),
+        ("9 GB", "9 Gb"), ("4 mM", "4 mm"), ("[abc]", "(abc)"), ("x in [0, 1)", "x in (0, 1]"), ("[0, 1]", "(0, 1)"),
+        ("6'2\"", "62"),
         ("p := 1", "p = 1"), ("i++", "i--"), ("~x", "x"), ("(-)", "(+)"), (":)", ":("), ("2*3", "2 3"), ("#ff0000", "ff0000"),
     ],
 )  # fmt: skip
@@ -43,6 +46,9 @@ def test_signs_that_carry_meaning_are_kept(one: str, other: str) -> None:
         ("Cafe\u0301", "café"),
         ("```sql\nSELECT a\n```", "SELECT a"), ("Here it is:\n```\nSELECT a\n```\nDone.", "SELECT a"), ("3,000 kg", "3000 kg"),
         ("well known", "well-known"), ("答案是甲。", "答案是甲"), (">50k!", ">50K"), ("# Paris", "Paris"),
+        ("5 KG", "5 kg"), ("5 ml", "5 mL"), ("5 KB", "5 kB"), ("24H", "24h"), ("5''", '5"'), ("6′ 2″", "6'2\""), ('"5"', "5"),
+        ("'route 5'", "route 5"), ('The "5" key', "the 5 key"), ("a) Paris", "(a) Paris"), ("(Paris)", "Paris"),
+        ("MM wave", "mm wave"), ("NO", "no"), ("1'234'567 x", "1'234'567 X"),
         ("The answer is: **Paris**.", "Paris"), ("Antwort: A+", "A+"), ("don’t", "don't"),
     ],
 )  # fmt: skip
@@ -96,6 +102,34 @@ def test_odd_answers_are_read_as_a_person_reads_them(references: tuple[str, ...]
     file = read(*references * 4)
     metric = numeric_match if file.kind == "numbers" else normalised_match
     assert metric(reply, reference, file) == right, file.why
+
+
+FORMULAS = ("CO", "H2O", "NaCl", "Fe2O3", "SO4^2-", "Ca(OH)2", "CuSO4·5H2O")
+
+
+def test_case_tells_formulas_apart_where_the_references_are_some() -> None:
+    file = read(*FORMULAS)
+    assert [normalised_match(reply, "CO", file) for reply in ("CO", "Co", "co", "CO.")] == [1.0, 0.0, 1.0, 1.0]
+    for labels in (("No", "Yes"), ("B", "C", "F"), ("CO", "NY", "TX")):  # which may be formulas too
+        assert normalised_match(labels[0].swapcase(), labels[0], read(*labels)) == 1.0
+
+
+@pytest.mark.parametrize("alone", [True, False])
+@pytest.mark.parametrize("unit", ["ms", "mS", "MS", "Ms", "mg", "Mg", "MG", "nm", "Nm", "nM", "Pa", "pA", "kg"])
+def test_a_unit_that_case_makes_another_is_not_equal(unit: str, alone: bool) -> None:
+    """Alone in a file its numbers have one unit; beside another the unit is a part of the answer."""
+    one, other = f"5 {unit}", f"5 {unit.swapcase()}"
+    file = read(*([one] if alone else [one, "5 MW", "5 mW"]))
+    same = numeric_match if file.kind == "numbers" else normalised_match
+    assert file.kind == ("numbers" if alone else "short texts") and same(one, one, file) == 1.0
+    assert same(other, one, file) == float(unit in ("Mg", "mg", "MG", "nm", "kg"))
+
+
+def test_kelvin_is_no_thousand() -> None:
+    file = read("300 K", "77 K")
+    replies = ("300", "300 kelvin", "300 K", "300,000", "300 °C")
+    assert [numeric_match(reply, "300 K", file) for reply in replies] == [1, 1, 1, 0, 0]
+    assert numeric_match("5000", "5k", read("5k", "7K")) == 1.0 and read("5 ms", "7 m").kind == "short texts"
 
 
 def test_the_sides_of_a_query_are_told_apart() -> None:

@@ -14,6 +14,7 @@ import numpy as np
 import regex
 
 from lorakeet.evaluate.intervals import Floats
+from lorakeet.evaluate.reading.letter_case import are_formulas, case_differs, other_unit
 from lorakeet.evaluate.reading.numbers import Number, answering, decimal_mark, whole_number
 from lorakeet.evaluate.reading.texts import DOTLESS, bare, folded, plain, unfenced, words
 
@@ -39,6 +40,8 @@ _CLAUSE = regex.compile(r"[.,;:)\n]+(?=\s|$)|\s[-–—]+\s|—")
 _MARKED = regex.compile(r"####|\\boxed\s*\{")
 _CODE = regex.compile(r"\w[(\[]|[{};]\s*$|[=!<>]=|[=-]>|&&|\|\||(?<!\w)[!*&~]\w|\\[wdsb]", regex.M)
 _TOKEN = regex.compile(r"\w+|\S")
+_BRACKET = regex.compile(r"[()\[\]{}]")
+_KINDS = dict(zip("()[]{}", "(([[{{", strict=True))
 _IN_BRACKETS = regex.compile(r"(?<![\w)])(\p{Sc}?)\((\p{Sc}?)\s*(\d[\d.,]*)\s*(%?)\)")
 
 
@@ -65,6 +68,7 @@ class Conventions:
     measured: bool = False  # most numbers have decimals: how near an answer comes matters, and hardly one is equal
     shares: bool = False  # its numbers lie between -1 and 1 without %: 12 % is 0.12
     code: bool = False  # most texts are code: every sign counts
+    formulas: bool = False  # its references are chemical formulas: CO is not Co
     accounts: bool = False  # some of its numbers stand in brackets: these are negative
 
     def normal(self, text: str) -> str:
@@ -91,12 +95,22 @@ class Conventions:
             led = self._label_of(reply) if led == reply and key in self.labels else led
             return led != reply and self.same_text(led, reference)
         reply, reference = _spaced(reply), _spaced(reference)
+        if self._told_apart(reply, reference):
+            return False
         others = self.alike.get(key, frozenset()) - {reference}
         if not others:
             return bool(key) or reply == reference
         forms: tuple[Callable[[str], str], ...] = (self.cased, lambda text: folded(text, self.turkish), str)
         form = next(form for form in forms if form(reference) not in {form(other) for other in others})
         return form(reply) == form(reference)
+
+    def _told_apart(self, reply: str, reference: str) -> bool:
+        """Whether brackets, or the case of a unit or a formula, tell two texts apart that are equal but for these."""
+        one, other = (_BRACKET.findall(text) for text in (reply, reference))
+        kinds, others = ({*map(_KINDS.get, some)} for some in (one, other))
+        if one and other and (kinds != others or (len(one) == len(other) and one != other)):
+            return True
+        return case_differs(self.cased(reply).split(), self.cased(reference).split(), formulas=self.formulas)
 
     def _label_of(self, reply: str) -> str:
         """The label that is the first clause of a reply, where the next one is none: "Yes, because …"; else the reply."""
@@ -125,6 +139,8 @@ class Conventions:
         if not self.unit or self.scale:
             return True
         numbers = [answering(self.signed(unfenced(text)), self.decimal) for text in (reply, reference)]
+        if other_unit(*(one.symbol if one is not None else "" for one in numbers)):
+            return False
         found = [one.unit for one in numbers if one is not None]
         symbols = [unit.lstrip("°") or unit for unit in found if unit and (len(unit) <= 3 or not unit.isalpha())]
         return len(symbols) < 2 or symbols[0] == symbols[1]
@@ -201,6 +217,7 @@ def conventions_of(references: tuple[str, ...], known: tuple[str, ...] = (), sca
     found = Conventions(
         decimal=decimal_mark(texts),
         code=2 * sum(_CODE.search(text) is not None for text in references) >= len(references),
+        formulas=are_formulas([plain(text) for text in references], NEARLY_ALL),
         accounts=0 < in_brackets < len(references),
     )
     if any(sign in letters for sign in DOTLESS):
@@ -308,7 +325,9 @@ def _numbers(found: Conventions, references: tuple[str, ...], every: tuple[str, 
 
     some = [one for text in references if (one := number(text)) is not None]
     units = {one.unit.removesuffix("s") for one in some if one.unit}
-    if len(some) < NEARLY_ALL * len(references) or len(units) > 1:
+    symbols = {one.symbol for one in some}
+    mixed = len(units) > 1 or any(other_unit(one, other) for one, other in combinations(symbols, 2))
+    if mixed or len(some) < NEARLY_ALL * len(references):
         return None
     values = np.array([one.value for text in every if (one := number(text)) is not None])
     levels, counts = np.unique(values, return_counts=True)

@@ -11,7 +11,7 @@ from lorakeet.evaluate.reading.texts import plain
 
 UNITS = {
     **dict.fromkeys(("percent", "prozent", "procent", "pct"), "%"), **dict.fromkeys(("eur", "euro", "euros"), "€"),
-    **dict.fromkeys(("usd", "us$", "dollar", "dollars"), "$"), "gbp": "£", "jpy": "¥", "try": "₺", "inr": "₹",
+    **dict.fromkeys(("usd", "us$", "dollar", "dollars"), "$"), "gbp": "£", "jpy": "¥", "try": "₺", "inr": "₹", "kelvin": "k",
 }  # fmt: skip
 TIMES = {
     **dict.fromkeys(("k", "thousand", "tausend", "mille", "bin"), 1e3),
@@ -53,12 +53,13 @@ _REFERRED = regex.compile(
 
 @dataclass(frozen=True)
 class Number:
-    """A number of a text, where it stands, and its unit: the currency, % or word at it."""
+    """A number of a text, where it stands, its unit (the currency, % or word at it), and what is written behind it."""
 
     value: float
     start: int
     end: int
     unit: str
+    symbol: str = ""
 
 
 def decimal_mark(texts: Iterable[str]) -> str:
@@ -82,14 +83,16 @@ def numbers_in(text: str, decimal: str) -> Iterator[Number]:
     for found in _NUMBER.finditer(text):
         sign = -1 if "-" in ((found["sign"] or "") + (found["inner"] or "")) else 1
         power = int(found["e"] or found["ten"] or 0)
-        behind = (found["unit"] or "").casefold()
+        symbol = found["unit"] or ""
+        kelvin = symbol == "K" and not found["money"] and text[found.start("unit") - 1] == " "  # but 5K are 5000
+        behind = "kelvin" if kelvin else symbol.casefold()
         times = TIMES.get(behind, 1e6 if found["money"] and behind == "m" else 1.0)  # "$5m", but 5 m
         unit = (found["money"] or ("" if times > 1 else behind)).strip().casefold()
         unit = UNITS.get(unit, unit)
         for value in _values(found["digits"], decimal):
             scaled = times * (float(f"{value!r}e{power}") if power and value < LARGEST else value)
             if scaled < LARGEST:
-                yield Number(sign * scaled, found.start(), found.end(), unit)
+                yield Number(sign * scaled, found.start(), found.end(), unit, symbol)
                 sign = 1
 
 

@@ -20,8 +20,11 @@ _MARKUP = regex.compile(r"^[ \t]*(?:[-*•][ \t]+|#{1,6}[ \t]+(?!\d))", regex.M)
 _POWER = regex.compile(r"(\p{L}?)([⁰¹²³⁴-⁹⁺⁻]+)")
 _CLOSING = ".,;:!?…'`\"’”»)]}"  # behind a sign they end the sentence or the bracket, and are no part of it
 _OPENING = "([{`\"'«‘“¿¡"
-_SOFT = regex.compile(r"(?:(?![%‰&*@#/\\\-_§])\p{P}|[`´])+")  # between words they only separate them
+_SOFT = regex.compile(r"(?:(?![%‰&*@#/\\\-_§′″])\p{P}|[`´])+")  # between words they only separate them
 _VOWEL_POINTS = regex.compile("[\u0640\u064b-\u0652]")  # of Arabic, which most texts leave out
+_PRIME = regex.compile(r"(?<=\d)(?:′′|''|[\"”]|[′'](?!\d{3}))(?!\p{L})")  # of feet and inches, minutes and seconds
+_OPENED = {'"': regex.compile(r"(?<![^\s([{])[\"“„](?=\S)"), "'": regex.compile(r"(?<![^\s([{])'(?=\S)")}
+_CLOSED = {'"': regex.compile(r"(?<=[^\s([{])[\"”]"), "'": regex.compile(r"(?<=[^\s([{])'(?!\p{L})")}
 _INITIALS = regex.compile(r"(?<![\w@.-])\p{L}(?:\.\p{L})+\.?(?![\w@])")  # U.S. is US, and q.d. qd
 _RAISED = regex.compile(r"(?<=\p{L}\d*)\^\{?([-+]?\d+[-+]?|[-+])\}?")  # x^2 is x²; 10^2 stays
 _ONE_SIGN = str.maketrans(
@@ -76,8 +79,22 @@ def bare(text: str) -> str:
     Punctuation, quotes, brackets, bullets and emphasis around words go; + − = < > % & / and their like stay.
     """
     text = _INITIALS.sub(lambda found: found[0].replace(".", ""), _VOWEL_POINTS.sub("", text))
-    text = _UNSPACED.sub(r" \1 ", plain(_EMPHASIS.sub(r"\2", _MARKUP.sub("", plain(text)))))
+    text = _UNSPACED.sub(r" \1 ", _with_primes(plain(_EMPHASIS.sub(r"\2", _MARKUP.sub("", plain(text))))))
     return " ".join(kept for found in _WORD.finditer(text) if (kept := _kept(found[0], text, *found.span())))
+
+
+def _with_primes(text: str) -> str:
+    """The text with ′ and ″ in place of the marks behind numbers that close no quotation."""
+
+    def made(found: regex.Match[str]) -> str:
+        mark, before = found[0], text[: found.start()]
+        kind = '"' if mark in '"”' else "'"
+        quoted = len(_OPENED[kind].findall(before)) > len(_CLOSED[kind].findall(before))
+        if quoted and mark in "\"”'":
+            return str(mark)
+        return " ′ " if mark in "′'" else " ″ "
+
+    return str(_PRIME.sub(made, text))
 
 
 def _kept(word: str, text: str, start: int, end: int) -> str:

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import json
 from collections import Counter
-from dataclasses import dataclass, field
+from collections.abc import Mapping
+from dataclasses import dataclass, field, replace
 from functools import cache
 from importlib.resources import files
 from pathlib import Path
@@ -18,7 +20,7 @@ from lorakeet.disk import read_regular
 from lorakeet.errors import DataError, percent, reader
 from lorakeet.evaluate.answers import Confusion
 from lorakeet.evaluate.calibration import ReliabilityBin
-from lorakeet.evaluate.certificate import Certificate, pop_digest, with_digest
+from lorakeet.evaluate.certificate import CERTIFICATE, Certificate, digest_of_json, pop_digest, read_certificate, with_digest
 from lorakeet.evaluate.compare import Comparison
 from lorakeet.evaluate.intervals import Estimate, Floats
 from lorakeet.evaluate.report import charts
@@ -241,14 +243,22 @@ class Report:
 
 
 def write_report(report: Report, folder: Path) -> None:
-    """Writes report.json, with its own digest, and report.html into `folder`, each atomically."""
-    put_text(folder / "report.json", with_digest(to_text(report)))
+    """Writes report.json, with its own digest, report.html and, if it has one, the certificate into `folder`, each atomically."""
+    text = to_text(report)
+    if report.certificate is not None:
+        replace(report.certificate, report=_measured(json.loads(text))).write(folder / CERTIFICATE)
+    put_text(folder / "report.json", with_digest(text))
     put_text(folder / "report.html", render_html(report))
 
 
 @reader("a report")
 def read_report(path: Path) -> Report:
-    """Reads a report.json. Raises DataError if it cannot be read, or was edited."""
+    """Reads a report.json. DataError if it cannot be read, was edited, or is not that of the certificate beside it."""
+    return decode(Report, report_values(path), where=str(path))
+
+
+def report_values(path: Path) -> dict[str, Any]:
+    """What a report.json says, as JSON. DataError as of `read_report`."""
     try:
         text = read_regular(path).decode("utf-8")
     except (OSError, UnicodeDecodeError) as error:
@@ -256,7 +266,15 @@ def read_report(path: Path) -> Report:
     data = from_text(dict[str, Any], text, where=str(path))
     if pop_digest(data) is False:
         raise DataError(f"{path} was edited after it was written: its digest does not match. Put back the original file.")
-    return decode(Report, data, where=str(path))
+    beside = path.with_name(CERTIFICATE)
+    if beside.is_file() and read_certificate(beside).report not in ("", _measured(data)):
+        raise DataError(f"{path} is not the report that {beside} was written with. Put back the report of this run.")
+    return data
+
+
+def _measured(data: Mapping[str, Any]) -> str:
+    """The digest of a report without its certificate, which `verify` adds to."""
+    return digest_of_json({name: value for name, value in data.items() if name != "certificate"})
 
 
 def _asset(name: str) -> str:
