@@ -12,7 +12,7 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 
 from lorakeet.data.copies.near_copies import fewest_words, find_near_copies
-from lorakeet.data.copies.words import letters, normal_words
+from lorakeet.data.copies.words import fields_sorted, letters, normal_words
 from lorakeet.data.rows import Row
 from lorakeet.data.spec import DataSpec
 from lorakeet.errors import DataError, percent, spelt
@@ -289,7 +289,7 @@ def _documents(parts: Mapping[str, Sequence[Row]]) -> list[_Document]:
 
 def _digest(text: str) -> bytes:
     # A text without words (punctuation only) is compared verbatim.
-    said = letters(normal_words(text)) or text.strip()
+    said = letters(normal_words(fields_sorted(text))) or text.strip()
     return hashlib.blake2b(said.encode("utf-8", "surrogatepass"), digest_size=16).digest()
 
 
@@ -327,7 +327,7 @@ def _near_pairs(
 ) -> Iterator[LeakPair]:
     """Pairs each row with the most similar text that has a row in an earlier part, or that precedes its own in its own part."""
     alike: dict[int, list[tuple[float, int]]] = defaultdict(list)
-    for copy in find_near_copies((normal_words(document.text) for document in documents), threshold):
+    for copy in find_near_copies((normal_words(fields_sorted(document.text)) for document in documents), threshold):
         alike[copy.first].append((-copy.similarity, copy.second))
         alike[copy.second].append((-copy.similarity, copy.first))
     for number in sorted(alike):

@@ -25,6 +25,8 @@ from lorakeet.data.copies.words import CHARACTER_LENGTH, calculates, is_characte
 
 CHANCE = 4.0  # bits that near-copies share at least, and log2 of the words where they may differ
 FITTING = 3.0  # bits besides, and log2 of the texts, if the change fits: fewer than one such twin by chance in eight texts
+WORDS_A_VALUE = 100  # own words for each number or sign that may differ in a long text
+WHOLE = 10.0  # bits at most of a text that stands whole within another
 LEAST = 2  # words that are not common, which near-copies share; one is enough where a common word differs
 KEPT = 24  # sequences kept of each text
 SHORT = 40  # words of a text that is also compared without each single word
@@ -116,7 +118,8 @@ class _Search:
         longest = np.maximum(self.own[first], self.own[second])
         allowed = np.maximum(1, ((1 - self.threshold) * longest + 1e-9).astype(np.int64))
         rearranged = np.maximum(missing, also_missing) > allowed
-        needed = np.where(rearranged, FITTING + math.log2(len(self.numbered)), CHANCE)
+        fitting = FITTING + math.log2(len(self.numbered))
+        needed = np.where(rearranged, np.where(np.minimum(missing, also_missing) == 0, min(WHOLE, fitting), fitting), CHANCE)
         return np.minimum(bits, other_bits) >= needed - 1e-6
 
     def _shared(self, first: NDArray[np.int64], second: NDArray[np.int64]) -> tuple[NDArray[np.float64], NDArray[np.int64]]:
@@ -139,7 +142,7 @@ class _Search:
         if not matched:
             return None
         gaps = _gaps(matched, (len(ids), len(others)))
-        changed = _changed(gaps, weights)
+        changed, whole = _changed(gaps, weights), _stands_whole(gaps)
         longest, allowed = self._allowed(texts, (first, second), 0)
         moved: Matched = []
         if rearranged := changed > allowed:  # text was added around the other, or passages were moved
@@ -157,14 +160,14 @@ class _Search:
             longest, allowed = self._allowed(texts, (first, second), added)
             if (changed := inner) > allowed:
                 return None
-        if self._has_other_values((one, other), matched, moved):
+        if self._other_values((one, other), matched, moved) > int(self.own[[first, second]].min()) // WORDS_A_VALUE:
             return None
         values = [value for i, j in [*matched, *moved] if (value := min(bits[i], other_bits[j])) > 0]
         few = max(len(ids), len(others)) - len(matched) <= allowed
         least = LEAST - (few and self._changes_common_words(matched, bits, other_bits))
-        needed = CHANCE + math.log2(max(1, len(values)))
+        needed = CHANCE + (math.log2(max(1, len(values))) if changed and not whole else 0.0)
         if len(values) >= least and sum(values) >= needed and (rearranged or self._fits(one, other, matched)):
-            needed += FITTING - CHANCE + math.log2(len(self.numbered))
+            needed = min(needed + FITTING - CHANCE + math.log2(len(self.numbered)), WHOLE if whole else math.inf)
         if len(values) < least or sum(values) < needed:
             return None
         return NearCopy(first, second, 1 - changed / max(longest, changed + 1), sum(values))
@@ -177,12 +180,12 @@ class _Search:
             allowed = 1
         return longest, allowed
 
-    def _has_other_values(self, spans: tuple[slice, slice], matched: Matched, moved: Matched) -> bool:
-        """True if a number or sign differs. Of text that stands around the other, only a sign beside that may count."""
+    def _other_values(self, spans: tuple[slice, slice], matched: Matched, moved: Matched) -> int:
+        """In how many places a number or sign differs. Of text that stands around the other, only a sign beside that may count."""
         ends = spans[0].stop - spans[0].start, spans[1].stop - spans[1].start
         ids = [self.numbered.ids[span].tolist() for span in spans]
         before_each = [self.numbered.signs[span.start : span.stop + 1].tolist() for span in spans]  # and before the border
-        gone = [{pair[side] for pair in moved} for side in range(2)]
+        gone, found = [{pair[side] for pair in moved} for side in range(2)], 0
         for before, behind in pairwise([(-1, -1), *matched, ends]):
             places = [[i for i in range(before[side] + 1, behind[side]) if i not in gone[side]] for side in range(2)]
             signs = [[before_each[side][i] for i in (*places[side], behind[side])] for side in range(2)]
@@ -206,9 +209,8 @@ class _Search:
                 )
             else:
                 differ = [*filter(None, signs[0])] != [*filter(None, signs[1])] or (any(words) and other_values(*words))
-            if differ:
-                return True
-        return False
+            found += differ
+        return found
 
     def _fits(self, one: slice, other: slice, matched: Sequence[tuple[int, int]]) -> bool:
         """True if further texts have the words around each change, as both texts have them."""
@@ -242,6 +244,12 @@ def _gaps(matched: Matched, ends: tuple[int, int]) -> list[Gap]:
         for n, ((i, j), (k, m)) in enumerate(pairwise(bounds))
         if n in (0, len(matched)) or (k - i, m - j) != (1, 1)
     ]
+
+
+def _stands_whole(gaps: Sequence[Gap]) -> bool:
+    """Whether one text stands whole in the other, beside as many words as a passage has at least."""
+    one, other = (sum(len(gap[side]) for gap in gaps) for side in range(2))
+    return len(gaps) == 2 and min(one, other) == 0 and max(one, other) >= _MOVED
 
 
 def _own(places: Sequence[int], bits: Sequence[float]) -> int:

@@ -95,7 +95,7 @@ class Conventions:
             led = self._label_of(reply) if led == reply and key in self.labels else led
             return led != reply and self.same_text(led, reference)
         reply, reference = _spaced(reply), _spaced(reference)
-        if self._told_apart(reply, reference):
+        if self._set_apart(reply, reference):
             return False
         others = self.alike.get(key, frozenset()) - {reference}
         if not others:
@@ -104,7 +104,7 @@ class Conventions:
         form = next(form for form in forms if form(reference) not in {form(other) for other in others})
         return form(reply) == form(reference)
 
-    def _told_apart(self, reply: str, reference: str) -> bool:
+    def _set_apart(self, reply: str, reference: str) -> bool:
         """Whether brackets, or the case of a unit or a formula, tell two texts apart that are equal but for these."""
         one, other = (_BRACKET.findall(text) for text in (reply, reference))
         kinds, others = ({*map(_KINDS.get, some)} for some in (one, other))
