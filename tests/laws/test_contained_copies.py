@@ -123,3 +123,39 @@ def test_a_number_or_sign_that_was_added_beside_a_text_makes_another() -> None:
     pairs = (f"{text} + y", 0), (f"2 * {text}", 0), (f"-5 {text}", 1), (f"Question 12: {text}", 1), (f"{text} please answer", 1)
     for other, count in pairs:
         assert len(find_near_copies(map(normal_words, (text, other)), 0.8)) == count, other
+
+
+def of_few_phrases(seed: int, count: int = 1000) -> list[list[str]]:
+    """Rows of six slots, with one of ten phrases each: of three words, which other phrases have too."""
+    chance, found = random.Random(seed), dict[tuple[int, ...], None]()
+    while len(found) < count:
+        found[tuple(chance.randrange(10) for _ in range(6))] = None
+    return [[f"{part}{slot % 3}of{n % few}" for slot, n in enumerate(row) for part, few in zip("abc", (5, 4, 3))] for row in found]
+
+
+FEW = {  # and how many of 40 are found at least
+    "text before": (lambda row: [*ADDED[:6], *row], 36),
+    "as much before as the row has": (lambda row: [*ADDED[: len(row)], *row], 36),
+    "clauses turned": (lambda row: [*row[9:], *row[:9]], 26),
+}
+
+
+@pytest.mark.parametrize("name", FEW)
+def test_copies_are_found_among_rows_of_few_phrases(name: str) -> None:
+    change, least = FEW[name]
+    texts = of_few_phrases(9)
+    found = {(copy.first, copy.second) for copy in find_near_copies([*texts, *map(change, texts[:40])], 0.8)}
+    assert sum((n, 1000 + n) in found for n in range(40)) >= least
+    assert sum(other < 1000 for _, other in found) < 1000 * 999 / 2 / 1000
+
+
+def test_a_long_row_may_have_a_few_other_values() -> None:
+    """Of code of 5,000 words with one word in a hundred replaced 4 of 30 were found: each other number made another row."""
+    chance = random.Random(10)
+    words = ["".join(chance.choices("aeioustrnl", k=6)) for _ in range(3000)] + [str(n) for n in range(300)]
+    texts = [chance.choices(words, k=1000) for _ in range(40)]
+    copies = [[chance.choice(words) if chance.random() < 0.01 else word for word in text] for text in texts[:20]]
+    found = find_near_copies([*texts, *copies], 0.8)
+    assert [(copy.first, copy.second) for copy in found] == [(n, 40 + n) for n in range(20)]
+    other = [*texts[0][:60], "7"], [*texts[0][:60], "8"]
+    assert find_near_copies([*texts[1:], *other], 0.8) == []

@@ -2,7 +2,7 @@
 
 import pytest
 
-from lorakeet.data.copies.words import is_character, letters, normal_words
+from lorakeet.data.copies.words import fields_sorted, is_character, letters, normal_words
 
 
 @pytest.mark.parametrize(
@@ -41,3 +41,21 @@ def test_letters_are_equal_where_spacing_alone_differs() -> None:
 
 def test_characters_are_words_of_scripts_without_spaces() -> None:
     assert [is_character(word) for word in ("疼", "ラ", "ที่", "ice", "5", "하세요")] == [True, True, True, False, False, False]
+
+
+@pytest.mark.parametrize(
+    ("one", "other", "equal"),
+    [
+        ("name: Ann\ncity: Rome\nage: 3", "age: 3\nname: Ann\ncity: Rome", True),
+        ('{"name": "Ann", "age": 3, "city": "Rome"}', '{"city": "Rome", "name": "Ann", "age": 3}', True),
+        ("a = 1; b = 2; c = 3", "c = 3; a = 1; b = 2", True),
+        ("Facts:\nname: Ann\ncity: Rome\nage: 3\n\nIs she old?", "Facts:\nage: 3\nname: Ann\ncity: Rome\n\nIs she old?", True),
+        ("name: Ann\ncity: Rome\nage: 3", "name: Rome\ncity: Ann\nage: 3", False),
+        ("User: yes\nBot: no\nUser: maybe", "User: maybe\nBot: no\nUser: yes", False),
+        ("name: Ann\ncity: Rome", "city: Rome\nname: Ann", False),
+        ("Sort 3, 1, 2 at 10:30, 11:40, 12:50", "Sort 1, 3, 2 at 10:30, 11:40, 12:50", False),
+        ('{"a": {"x": 1}, "b": {"y": 2}}', '{"b": {"x": 1}, "a": {"y": 2}}', False),
+    ],
+)
+def test_fields_in_another_order_are_the_same(one: str, other: str, equal: bool) -> None:
+    assert (normal_words(fields_sorted(one)) == normal_words(fields_sorted(other))) is equal

@@ -181,7 +181,7 @@ class _Search:
         return longest, allowed
 
     def _other_values(self, spans: tuple[slice, slice], matched: Matched, moved: Matched) -> int:
-        """In how many places a number or sign differs. Of text that stands around the other, only a sign beside that may count."""
+        """In how many places a number or sign differs. Of text around the other, only a sign beside that may count."""
         ends = spans[0].stop - spans[0].start, spans[1].stop - spans[1].start
         ids = [self.numbered.ids[span].tolist() for span in spans]
         before_each = [self.numbered.signs[span.start : span.stop + 1].tolist() for span in spans]  # and before the border

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import unicodedata
 from collections.abc import Sequence
+from itertools import pairwise
 
 import regex
 
@@ -35,7 +36,9 @@ _MARKS = frozenset("<>=~|+^")
 _CHARGE = regex.compile(r"(?<=\b[A-Z][A-Za-z]?)-(?![\w-])")  # of an ion, or of a mark such as "A-"
 _DIGITS = regex.compile(r"\d+(?:\.\d+)*")
 _BINARY = regex.compile(r"[-+*/^×÷≤≥≠]|\*\*|[<>=!]=*|<<|>>|&&|\|\||\|")
-_FIELD = regex.compile(r"(?:(?m:^)[ \t]*(?:[-*{][ \t]*)?|[;,|{]\s*)[\"']?(\p{L}[\w -]{0,40}+)[\"']?\s*:(?=[\s\"'\d]|$)")
+_FIELD = regex.compile(
+    r"(?:(?m:^)[ \t]*(?:[-*{][ \t]*)?|[;,|{]\s*)[\"']?(\p{L}[\w -]{0,40}+)[\"']?\s*(?::(?=[\s\"'\d]|$)|=(?![=>]))"
+)
 _FEWEST_FIELDS = 3  # whose order says nothing
 _CHARACTER = regex.compile(f"[{_SPACELESS}]")
 CHARACTER_LENGTH = 2 / 3  # of a word: what one character of a script without spaces says
@@ -52,15 +55,15 @@ def normal_words(text: str) -> list[str]:
 
 
 def fields_sorted(text: str) -> str:
-    """A text with its "key: value" fields in order, if all keys differ; a text of other form as it is."""
-    found = list(_FIELD.finditer(text)) if text.count(":") >= _FEWEST_FIELDS and text.count("{") < 2 else []
-    keys = {field[1].strip().casefold() for field in found}
-    if len(found) < _FEWEST_FIELDS or len(keys) < len(found):
+    """A text with its fields ("key: value", "key = value") in order, if all keys differ; a text of other form as it is."""
+    found = list(_FIELD.finditer(text)) if text.count(":") + text.count("=") >= _FEWEST_FIELDS and text.count("{") < 2 else []
+    keys = [field[1].strip().casefold() for field in found]
+    if len(found) < _FEWEST_FIELDS or len({*keys}) < len(found):
         return text
     bounds = [field.start() for field in found]
-    fields = [text[begin:end] for begin, end in zip(bounds, [*bounds[1:], len(text)], strict=True)]
-    last, _, behind = fields[-1].partition("\n\n")
-    ordered = sorted((field.strip(" \t\n,;|{}") for field in (*fields[:-1], last)), key=str.casefold)
+    last, _, behind = text[bounds[-1] :].partition("\n\n")
+    fields = (*(text[begin:end] for begin, end in pairwise(bounds)), last)
+    ordered = (field.strip(" \t\n,;|{}") for _, field in sorted(zip(keys, fields, strict=True)))
     return "\n".join((text[: bounds[0]], *ordered, behind))
 
 
