@@ -130,7 +130,8 @@ def of_few_phrases(seed: int, count: int = 1000) -> list[list[str]]:
     chance, found = random.Random(seed), dict[tuple[int, ...], None]()
     while len(found) < count:
         found[tuple(chance.randrange(10) for _ in range(6))] = None
-    return [[f"{part}{slot % 3}of{n % few}" for slot, n in enumerate(row) for part, few in zip("abc", (5, 4, 3))] for row in found]
+    parts = (("a", 5), ("b", 4), ("c", 3))
+    return [[f"{part}{slot % 3}of{n % few}" for slot, n in enumerate(row) for part, few in parts] for row in found]
 
 
 FEW = {  # and how many of 40 are found at least
