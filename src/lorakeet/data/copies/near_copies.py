@@ -209,7 +209,7 @@ class _Search:
                 )
             else:
                 differ = [*filter(None, signs[0])] != [*filter(None, signs[1])] or (any(words) and other_values(*words))
-            found += differ
+            found += bool(differ)
         return found
 
     def _fits(self, one: slice, other: slice, matched: Sequence[tuple[int, int]]) -> bool:
