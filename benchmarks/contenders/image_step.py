@@ -11,6 +11,7 @@ from types import SimpleNamespace
 from typing import Any
 
 import torch
+from lorakeet.train.image_spec import ImageSpec
 from torch import Tensor, nn
 
 from lorakeet.core.spec import LoraSpec
@@ -19,13 +20,13 @@ from lorakeet.kinds.images.model.diffusers_import import diffusers
 from lorakeet.kinds.images.model.kinds import KINDS, Conditioning
 from lorakeet.kinds.images.model.latent_cache import EncodedImage
 from lorakeet.kinds.images.model.model import ImageModel, image_plan
+from lorakeet.kinds.images.spec import DiffusionSpec
 from lorakeet.kinds.images.task import ImageBatch, ImageTask
 from lorakeet.memory.ledger import Ledger
 from lorakeet.memory.measure import peak_bytes, resident_bytes
 from lorakeet.models.inject import inject
-from lorakeet.train.image_spec import ImageSpec
 from lorakeet.train.optimizer import Optimizer
-from lorakeet.train.spec import DiffusionSpec, TrainSpec
+from lorakeet.train.spec import TrainSpec
 
 SHAPES: dict[str, dict[str, Any]] = {
     "SD 1.5": {"sample_size": 64, "cross_attention_dim": 768, "attention_head_dim": 8},

@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import re
 from collections.abc import Mapping
-from dataclasses import dataclass, field, fields, replace
+from dataclasses import dataclass, field, fields, make_dataclass, replace
 from pathlib import Path
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Literal, TypeVar
 
 import yaml
 
-from lorakeet.core.spec import MEASURED, LoraSpec
+from lorakeet.core.spec import LoraSpec
 from lorakeet.data.spec import DataSpec
 from lorakeet.disk import open_buffered
 from lorakeet.errors import ConfigError, Problems, unreadable
@@ -19,35 +19,37 @@ from lorakeet.formats.files.yaml_mapping import LARGEST, RESOLVERS, parse_yaml
 from lorakeet.memory.spec import MemorySpec
 from lorakeet.models.spec import ModelSpec
 from lorakeet.ranks.spec import RanksSpec
+from lorakeet.registry import KindDeclaration, declarations, declared, own_kinds
 from lorakeet.setting import setting
 from lorakeet.settings import load, override, to_mapping
-from lorakeet.train.image_spec import ImageSpec
-from lorakeet.train.preference_spec import SFT, START, PreferenceSpec, needs_reference
-from lorakeet.train.spec import DiffusionSpec, TrainSpec
+from lorakeet.train.spec import TrainSpec
 
-__all__ = ["KINDS", "RunConfig", "dump_yaml", "read_run", "read_yaml"]
+if TYPE_CHECKING:
+    from typing_extensions import Self
 
-# The kinds of runs, and the module whose KIND carries each out (kinds/protocol.RunKind).
-KINDS = {"text": "lorakeet.kinds.text.kind", "image": "lorakeet.kinds.images.kind"}
-PREFERENCE = "lorakeet.kinds.preference.kind"  # of text, with another objective than sft
+__all__ = ["RunConfig", "dump_yaml", "read_run", "read_yaml"]
+
+Spec = TypeVar("Spec")
+
+
+def _kind_help() -> str:
+    kinds = [f"{one.name} ({one.help})" for one in declarations().values() if not one.over]
+    return f"Kind of model: {' or '.join([', '.join(kinds[:-1]), kinds[-1]])}."
 
 
 @dataclass(frozen=True)
-class RunConfig:
-    """All settings of a fine-tuning run, with the same keys in YAML, in flags and in the saved run."""
+class _Settings:
+    """The settings that every kind of run has."""
 
     model: ModelSpec = field(default_factory=ModelSpec, metadata={"help": "The base model.", "shorthand": "path"})
     lora: LoraSpec = field(default_factory=LoraSpec, metadata={"help": "The adapter."})
     ranks: RanksSpec = field(default_factory=RanksSpec, metadata={"help": "How ranks are chosen.", "shorthand": "choose"})
     data: DataSpec = field(default_factory=DataSpec, metadata={"help": "The rows.", "shorthand": "train"})
     train: TrainSpec = field(default_factory=TrainSpec, metadata={"help": "Training."})
-    preference: PreferenceSpec = field(default_factory=PreferenceSpec, metadata={"help": "The loss of a preference objective."})
     memory: MemorySpec = field(default_factory=MemorySpec, metadata={"help": "The memory budget.", "shorthand": "budget"})
     evaluate: EvaluateSpec = field(default_factory=EvaluateSpec, metadata={"help": "Evaluation."})
-    images: ImageSpec = field(default_factory=ImageSpec, metadata={"help": "Image data, for kind image."})
-    diffusion: DiffusionSpec = field(default_factory=DiffusionSpec, metadata={"help": "Noise, loss and samples, for kind image."})
-    kind: Literal[tuple(KINDS)] = field(  # type: ignore[valid-type]  # evaluated at each reading: any kind in KINDS
-        default="text", metadata={"help": "Kind of model: text (a causal language model) or image (a diffusion model)."}
+    kind: Literal[tuple(own_kinds())] = field(  # type: ignore[valid-type]  # evaluated at each reading: of every kind
+        default="text", metadata={"help": _kind_help()}
     )
     out: str = setting("runs/lorakeet", "Folder of the run; it must not exist yet.")
     uncertified: bool = setting(
@@ -68,14 +70,18 @@ class RunConfig:
                 )
         problems.raise_if_any()
 
-    def changed(self, **sections: Mapping[str, Any]) -> RunConfig:
+    def changed(self, **sections: Mapping[str, Any]) -> Self:
         """Returns the same run with other values of some settings, by section: changed(lora={"rank": 8})."""
         return replace(self, **{name: replace(getattr(self, name), **values) for name, values in sections.items()})
 
+    def section(self, spec: type[Spec]) -> Spec:
+        """Returns the part of the run file that is a `spec`, such as that of one kind."""
+        return next(value for one in fields(self) if isinstance(value := getattr(self, one.name), spec))
+
     @property
-    def module(self) -> str:
-        """The module whose KIND carries the run out."""
-        return KINDS[self.kind] if self.train.objective == SFT else PREFERENCE
+    def declaration(self) -> KindDeclaration:
+        """What the kind that carries the run out says of itself."""
+        return declared(self.kind, self.train.objective)
 
     def validate(self) -> list[str]:
         """Returns a message for every conflict between parts."""
@@ -91,42 +97,32 @@ class RunConfig:
                 f"ranks.choose is prune, but lora.start is {lora.start}, whose rank-one terms cannot be removed one by one. Use "
                 "lora.start kaiming."
             )
-        if self.kind != "image" and self.model.config:
-            found.append(
-                f"model.config is for single files of image models, but kind is {self.kind}. Leave it out or set kind: image."
-            )
-        found += self.preference.conflicts(self.train.objective) + self._preference_conflicts()
-        earlier = {"continue_from": self.lora.continue_from, "on_top_of": self.lora.on_top_of}
-        found += [
-            f"lora.{name} is {given}, but kind is {self.kind}: only runs on text begin with an adapter. Leave it out."
-            for name, given in earlier.items() if given is not None and self.kind != "text"
-        ]  # fmt: skip
         if self.lora.on_top_of is not None and (self.ranks.choose != "given" or self.train.weight_decay):
             what = f"ranks.choose {self.ranks.choose}" if self.ranks.choose != "given" else "train.weight_decay"
             found.append(f"lora.on_top_of is {self.lora.on_top_of}, beside {what}, which would change the earlier adapter too.")
-        if self.kind == "image" and self.lora.start in MEASURED:
-            found.append(f"lora.start {self.lora.start} needs rows of text, but kind is image. Use lora.start kaiming.")
+        for one in declarations().values():
+            found += one.conflicts(self)
         return found
 
 
-    def _preference_conflicts(self) -> list[str]:
-        objective = self.train.objective
-        if objective == SFT:
-            return []
-        found = []
-        if not needs_reference(objective) and self.train.reference != START:
-            found.append(
-                f"train.reference is {self.train.reference}, but train.objective {objective} compares with no reference. Leave "
-                "it out, or take dpo, ipo, cdpo or kto."
-            )
-        if self.kind != "text":
-            found.append(f"train.objective is {objective}, which needs text, but kind is {self.kind}. Take sft, or kind: text.")
-        if self.data.supervise == "all":
-            found.append(f"data.supervise is all, but {objective} compares answers alone. Leave it out.")
-        if self.lora.start in MEASURED or self.ranks.choose == "auto":
-            what = f"lora.start {self.lora.start}" if self.lora.start in MEASURED else "ranks.choose auto"
-            found.append(f"{what} measures gradients of the sft loss; train.objective is {objective}. Take kaiming and given.")
-        return found
+if TYPE_CHECKING:
+
+    class RunConfig(_Settings):
+        """All settings of a fine-tuning run, with the same keys in YAML, in flags and in the saved run."""
+
+else:
+    RunConfig = make_dataclass(
+        "RunConfig",
+        [
+            (name, one.spec, field(default_factory=one.spec, metadata={"help": one.help}))
+            for declaration in declarations().values()
+            for name, one in declaration.sections.items()
+        ],
+        bases=(_Settings,),
+        frozen=True,
+        namespace={"__doc__": "All settings of a fine-tuning run, with the same keys in YAML, in flags and in the saved run.",
+                   "__module__": __name__},
+    )  # fmt: skip
 
 
 def read_run(path: str | Path | None, overrides: Mapping[str, Any] | None = None) -> RunConfig:

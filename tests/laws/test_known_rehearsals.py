@@ -14,6 +14,7 @@ import transformers
 from lorakeet.core.spec import LoraSpec
 from lorakeet.kinds.images.model.from_config import image_model_from_config, shapes_of_images
 from lorakeet.kinds.images.plan import Pictures, rehearse_images
+from lorakeet.kinds.images.spec import DiffusionSpec
 from lorakeet.memory import ledger
 from lorakeet.models.spec import ModelSpec
 from lorakeet.models.text.from_config import model_from_config, streamed_model_from_config
@@ -21,7 +22,7 @@ from lorakeet.models.text.repeated_blocks import ModelBuilder
 from lorakeet.planning.rehearse_text import EvaluationSize, RowShape, rehearse
 from lorakeet.quant.spec import QuantSpec
 from lorakeet.runs.residency import RESIDENT, Way
-from lorakeet.train.spec import DiffusionSpec, TrainSpec
+from lorakeet.train.spec import TrainSpec
 from tiny.models import FAMILIES
 
 GPTQ = {"quant_method": "gptq", "bits": 4, "group_size": 16, "desc_act": False, "sym": True}

@@ -24,11 +24,11 @@ from lorakeet.evaluate.report.report import read_report
 from lorakeet.formats.detect import read_adapter
 from lorakeet.formats.identity import identity_of, require_certified
 from lorakeet.kinds.images.data.folder import png_of, read_album
+from lorakeet.kinds.images.spec import ImageSpec
 from lorakeet.models.text.load import load_tokenizer
 from lorakeet.runs.run_folder import rates_of
 from lorakeet.studio.index import summary_of
 from lorakeet.train.checkpoint import load_newest
-from lorakeet.train.image_spec import ImageSpec
 from lorakeet.train.log import read_metrics
 from lorakeet.train.run import RunFolder
 from tiny.runs import reviews, run, write_rows

@@ -93,7 +93,7 @@ def test_servers_of_two_studios_are_both_ended(studio: Studio) -> None:
 def test_what_cannot_be_tried_is_refused(studio: Studio) -> None:
     made(studio, "pictures", "model: m\ndata: r\nkind: image\n")
     (studio.places.runs / "young").mkdir()
-    with pytest.raises(ConfigError, match=r"draws pictures, which are tried on a page of their own"):
+    with pytest.raises(ConfigError, match=r"is of kind image, which has a page of its own"):
         open_trial(studio.places, studio.queue, "pictures")
     with pytest.raises(ConfigError, match="no adapter yet"):
         open_trial(studio.places, studio.queue, "young")

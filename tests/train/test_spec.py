@@ -9,8 +9,9 @@ import sys
 
 import pytest
 
+from lorakeet.kinds.images.spec import DiffusionSpec
 from lorakeet.settings import fields_of, load
-from lorakeet.train.spec import DiffusionSpec, TrainSpec, learning_rate_for
+from lorakeet.train.spec import TrainSpec, learning_rate_for
 
 
 def test_every_field_has_help_and_the_defaults_are_valid() -> None:

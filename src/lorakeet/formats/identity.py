@@ -50,9 +50,13 @@ class AdapterFiles(NamedTuple):
 def identity_of(folder: Path, read: AdapterFiles | None = None) -> dict[str, str]:
     """By name: the SHA-256 of each tensor (dtype, shape, bytes) and tokenizer file of a PEFT folder, and each key of its config.
 
-    Heads and token rows are tensors of the same file. Files that were read before are not read again.
-    DataError for a damaged file.
+    Heads and token rows are tensors of the same file. Files that were read before are not read again. Of a folder in the layout
+    of another kind of run: the SHA-256 of each file. DataError for a damaged file.
     """
+    if read is None and folder.is_dir() and not (folder / CONFIG_NAME).exists() and not (folder / MODEL_NAME).exists():
+        files = sorted(file for file in folder.rglob("*") if not file.is_dir())
+        with readable(folder):
+            return {f"file {file.relative_to(folder).as_posix()}": sha256_of(file) for file in files}
     with readable(folder / CONFIG_NAME):
         raw = read_regular(folder / CONFIG_NAME) if read is None else read.config
     config = parse_object(raw, folder / CONFIG_NAME, expected="the settings of an adapter")

@@ -11,7 +11,7 @@ from lorakeet.evaluate.certificate import Certificate
 from lorakeet.evaluate.report.report import Report
 from lorakeet.exporting.card import CardFacts, card, licence_of
 from lorakeet.formats.files.json_object import read_object
-from lorakeet.kinds.protocol import Assembly
+from lorakeet.kinds.protocol import Assembly, run_kind
 from lorakeet.models.files.origin import base_form
 
 NAME = "README.md"
@@ -21,12 +21,6 @@ _FILES = {
     "adapter_model.safetensors": "the trained pairs",
     "tokenizer.json": "the tokenizer, with the tokens that were added",
 }
-_TEXT = (
-    "from peft import AutoPeftModelForCausalLM",
-    'model = AutoPeftModelForCausalLM.from_pretrained("THIS FOLDER")',
-)
-_OWN = ("lorakeet serve --model BASE --adapter NAME=THIS_FOLDER",)
-_PICTURES = ("lorakeet generate --adapter THIS_FOLDER --prompt '…' --out pictures",)
 _HASHES = {"train": "Training rows", "test": "Test rows"}  # parts of split.json, in words
 
 
@@ -38,14 +32,13 @@ def write_adapter_card(
     The licence is that of the base's folder, if it says one; `split` is the content of split.json. Raises OSError.
     """
     loaded = str(read_object(adapter / _CONFIG, expected="an adapter of PEFT").get("base_model_name_or_path"))
-    text, loads = setup.config.kind == "text", not loaded.startswith(PACKAGE) and not loaded.lower().endswith(".gguf")
-    usage = (_TEXT if loads else _OWN) if text else _PICTURES
+    loads, kind = not loaded.startswith(PACKAGE) and not loaded.lower().endswith(".gguf"), run_kind(setup.config)
     settings = {f"{what}, SHA-256": str(split[f"{part}_sha256"]) for part, what in _HASHES.items() if split.get(f"{part}_rows")}
     facts = CardFacts(
-        title=f"Adapter of {Path(setup.name).name}", base_model=setup.name, usage=usage, library="peft",
+        title=f"Adapter of {Path(setup.name).name}", base_model=setup.name, usage=kind.usage(loads=loads), library="peft",
         files={name: what for name, what in _FILES.items() if (adapter / name).is_file()},
         licence="" if setup.base_folder is None else licence_of(setup.base_folder), datasets=(setup.config.data.train,),
-        settings=settings, relation="adapter", task="text-generation" if text else "text-to-image",
+        settings=settings, relation="adapter", task=kind.hub_task,
         base_form=base_form(setup.config.model),
     )  # fmt: skip
     write_whole(adapter / NAME, card(facts, report, certificate).encode())

@@ -1,7 +1,7 @@
 """A kind of run: what text and images each answer, so that one `finetune` and one `plan` serve both.
 
-A new kind is one file beside text.py and image.py: a subclass of `RunKind`, an instance of it named KIND, and a line in
-config.KINDS. A kind that is much like another (preferences between two replies, over a text model) subclasses that one.
+A new kind is one folder beside text/ and images/, or a package of its own: a `DECLARATION` (registry.KindDeclaration), and a
+subclass of `RunKind` whose instance is named KIND. A kind that is much like another (preferences, over text) subclasses that one.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from typing import Any, ClassVar, Generic, TypeVar, cast
 import torch
 from rich.console import Console
 
-from lorakeet.config import RunConfig
+from lorakeet.config import RunConfig, read_run
 from lorakeet.core.plan import Plan
 from lorakeet.data.batches import StepOrder
 from lorakeet.errors import ConfigError
@@ -28,6 +28,7 @@ from lorakeet.evaluate.values import encode
 from lorakeet.kinds.trained_targets import Moved, target_rows
 from lorakeet.memory.budget import Budget
 from lorakeet.memory.measure import PeakMemory
+from lorakeet.runs.open_adapter import require_text_model
 from lorakeet.runs.residency import Residency
 from lorakeet.train.processes import ALONE, Processes
 from lorakeet.train.progress import TEXT, Words
@@ -164,6 +165,8 @@ class RunKind(ABC, Generic[AssemblyT]):
     tries_rates: ClassVar[bool] = False  # a run without a learning rate tries three first
     searched: ClassVar[bool] = False  # lorakeet tune can search its settings
 
+    hub_task: ClassVar[str] = ""  # what a model hub calls the task, for the adapter's card
+
     def plan(
         self, config: RunConfig, console: Console, free: Budget = NO_BOUND, watch: Callable[[PlanResult], None] | None = None
     ) -> PlanResult:
@@ -173,6 +176,17 @@ class RunKind(ABC, Generic[AssemblyT]):
         memory before other ways are searched.
         """
         raise ConfigError(f"kind is {config.kind}, whose memory cannot be planned. Train it without a budget.")
+
+    def without_rows(self, config: RunConfig) -> RunConfig:
+        """The same run, planned for rows of a given length instead of those of data.train."""
+        return config
+
+    def planned_pairs(self, config: RunConfig, say: Callable[[str], None]) -> tuple[Plan, bool]:
+        """The pairs that the run will train, by the model's shapes alone, and whether its head shares the embedding's weight.
+
+        Raises ConfigError where settings do not fit the model, or its configuration cannot be had.
+        """
+        raise ConfigError(f"{what_trains(config)}, whose pairs cannot be planned before it is trained.")
 
     def check(self, config: RunConfig, processes: int) -> None:
         """Raises ConfigError or EnvironmentProblem for settings that cannot be used; called before anything is loaded."""
@@ -223,6 +237,20 @@ class RunKind(ABC, Generic[AssemblyT]):
     def certify(self, setup: AssemblyT, run: RunFolder, before: Digests) -> Certificate:
         """Compares RUN/adapter, read again, with the trained one, and the frozen tensors with those `before` training."""
 
+    def evaluate_run(self, run: RunFolder, config: RunConfig, data: str | None, console: Console) -> Report:
+        """Evaluates a finished run without a text model again, on the rows of `data` or else on its own.
+
+        Raises ConfigError for a kind that is evaluated in its run only.
+        """
+        raise ConfigError(f"{run.path} is a run of kind {config.kind}, which is evaluated in its run only.")
+
+    def verify_run(self, run: RunFolder, config: RunConfig, against: Sequence[str], console: Console) -> Certificate:
+        """Compares a finished run without a text model with its artefacts `against`; without any, with its own adapter.
+
+        Raises ConfigError for a kind that is verified in its run only.
+        """
+        raise ConfigError(f"{run.path} is a run of kind {config.kind}, which is verified in its run only.")
+
     @abstractmethod
     def model_text(self, setup: AssemblyT) -> str:
         """The base model and its precision, for the report."""
@@ -237,6 +265,10 @@ class RunKind(ABC, Generic[AssemblyT]):
         """The ranks by block and matrix, where the report shows them."""
         return None
 
+    def usage(self, *, loads: bool) -> tuple[str, ...]:
+        """Lines of the adapter's card that use it; `loads`: its base is named by what other programs load too."""
+        return ()
+
     def next_commands(self, setup: AssemblyT, run: RunFolder) -> tuple[Command, ...]:
         """Commands that the report recommends."""
         return ()
@@ -244,9 +276,23 @@ class RunKind(ABC, Generic[AssemblyT]):
 
 def what_trains(config: RunConfig) -> str:
     """What decides the kind of a run, in words."""
-    return f"kind is {config.kind}" if config.kind != "text" else f"train.objective is {config.train.objective}"
+    return f"train.objective is {config.train.objective}" if config.declaration.over else f"kind is {config.kind}"
 
 
 def run_kind(config: RunConfig) -> RunKind[Any]:
     """The kind of this run; only its own modules are imported."""
-    return cast("RunKind[Any]", import_module(config.module).KIND)
+    return cast("RunKind[Any]", import_module(config.declaration.module).KIND)
+
+
+def run_without_text(path: Path) -> tuple[RunKind[Any], RunFolder, RunConfig] | None:
+    """The kind, the folder and the settings of a run whose kind has no text model; None for all else.
+
+    Raises ConfigError for a kind that says what to do instead (registry.KindDeclaration).
+    """
+    run = RunFolder.at(path)
+    config = None if run is None else read_run(run.config)
+    if run is None or config is None or config.declaration.text_model:
+        return None
+    if config.declaration.instead:
+        require_text_model(path, config)
+    return run_kind(config), run, config

@@ -136,12 +136,11 @@ def open_adapter(
     where adapter or base are not what its certificate was made for, unless `uncertified`.
     """
     run = RunFolder.at(path)
+    given = read_run(config) if config else read_run(run.config) if run else None
+    if given is not None:
+        require_text_model(path, given)
     adapter, note = read_certified(path, uncertified=uncertified, say=say)
-    settings = read_run(config) if config else read_run(run.config) if run else _bare(path, adapter, base)
-    if settings.kind == "image":
-        raise ConfigError(
-            f"{path} is a run on images. Draw with it by lorakeet generate, or write it for other programs by lorakeet convert."
-        )
+    settings = given or _bare(path, adapter, base)
     if not config:  # a run remembers the device that it was trained on; this machine may have another
         settings = settings.changed(model={"device": "auto"})
     if base is not None:
@@ -151,6 +150,13 @@ def open_adapter(
     about = require_base(path, partial(base_identity, settings.model), quantised=otherwise, uncertified=uncertified, say=say)
     note = "; ".join(filter(None, (note, about)))
     return Opened(adapter, settings, run, run.adapter if run else path, note)
+
+
+def require_text_model(path: Path, settings: RunConfig) -> None:
+    """Raises ConfigError for a run whose base is no causal language model."""
+    kind = settings.declaration
+    if not kind.text_model:
+        raise ConfigError(f"{path} is a run of kind {kind.name}, which has no text model. {kind.instead}".rstrip())
 
 
 def _bare(path: Path, adapter: Adapter, base: str | None) -> RunConfig:

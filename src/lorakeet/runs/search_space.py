@@ -69,8 +69,8 @@ class Space:
     def resolved(self, point: SearchPoint) -> RunConfig:
         """The run file with the settings of `point`."""
         train = replace(self.config.train, learning_rate=self.rate * point.rate_factor)
-        preference = self.config.preference if point.beta is None else replace(self.config.preference, beta=point.beta)
-        return replace(self.config, lora=self.lora(point), train=train, preference=preference)
+        found = replace(self.config, lora=self.lora(point), train=train)
+        return found if point.beta is None else found.changed(preference={"beta": point.beta})
 
     def draw(self, number: Callable[[str, float, float], float], choice: Callable[[str, tuple[str, ...]], str]) -> SearchPoint:
         """A point, each of its settings from one of the two functions (of a sampler): a number on a log scale, or a choice."""

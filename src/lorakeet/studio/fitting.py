@@ -113,7 +113,7 @@ def fit(settings: Mapping[str, str], send: Send) -> None:
     config = read_run(None, {"data.train": NO_ROWS, **given})
     machine: Any = None if config.memory.limit else settings.get("machine") or "this"
     said = io.StringIO()
-    with_rows = config.kind == "text" and config.data.train != NO_ROWS
+    with_rows = config.declaration.text_model and config.data.train != NO_ROWS
     if with_rows and (why := unready_model(config) or ", ".join(fetched_rows(config.data))):
         said.write(f"Planned for rows of data.max_tokens, without reading your rows: {why}\n")
         config = config.changed(data={"train": NO_ROWS})

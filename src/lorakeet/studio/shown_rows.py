@@ -5,11 +5,10 @@ Imports torch: it is carried out by the workbench alone.
 
 from __future__ import annotations
 
-import base64
 from collections import Counter
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict
 from functools import partial
+from importlib import import_module
 from itertools import islice, pairwise
 from typing import Any
 
@@ -29,9 +28,6 @@ from lorakeet.data.spec import DataSpec
 from lorakeet.data.tables import FileRecord, RowProblems
 from lorakeet.data.workbook import sheet_names
 from lorakeet.errors import DataError, EnvironmentProblem, Remedy, percent
-from lorakeet.kinds.images.data.folder import ImageRow, bucket_of, bucket_sizes, fit_remarks, open_pixels, png_of
-from lorakeet.kinds.images.data.split import ImageDataset, load_images
-from lorakeet.kinds.images.model.latent_cache import cache_in
 from lorakeet.models.files.quiet import quiet_transformers
 from lorakeet.planning.encoded_rows import EncodedRows
 from lorakeet.runs.remarks import Remark, remarks_on
@@ -40,14 +36,12 @@ from lorakeet.studio.remedies import one_click, page_words, remedies_together
 from lorakeet.studio.workbench import Send
 
 MOST_LABELS = 30  # with a bar
-FIRST, PAIRS, COUNTED, PICTURES = 5, 60, 4000, 48  # rows, pairs, rows whose lengths are counted, pictures that are shown
+FIRST, PAIRS, COUNTED = 5, 60, 4000  # rows, pairs, rows whose lengths are counted, that are shown
 ALL_MEASURED = "they stay, and each is measured"  # of preferences
 REPEATED = "exact copies among measured rows are measured once; repeated training rows count twice"
 BARS = 24
 NO_MODEL = "none"
-_RESOLUTION, _MULTIPLE = 512, 64  # of pictures, where no model says another
 _LONGEST = 4000  # characters of a text that a page shows
-_THUMB = 160
 
 
 def show_rows_of(settings: Mapping[str, str], send: Send) -> None:
@@ -60,10 +54,15 @@ def show_rows_of(settings: Mapping[str, str], send: Send) -> None:
     config = read_run(None, {"model.path": NO_MODEL, **settings})
     require_local_rows(config.data)
     with quiet_transformers():
-        if config.kind == "image":
-            _show_pictures(config, send)
-        else:
+        if not (page := config.declaration.rows_page):
             _show_text(config, send)
+            return
+        module, _, name = page.partition(":")
+        getattr(import_module(module), name)(config, lambda part: send(_in_page_words(part)))
+
+
+def _in_page_words(part: dict[str, Any]) -> dict[str, Any]:
+    return {**part, "remarks": [page_words(line) for line in part["remarks"]]} if "remarks" in part else part
 
 
 def _show_text(config: RunConfig, send: Send) -> None:
@@ -245,38 +244,6 @@ def _round_width(high: int) -> int:
     size = int(10 ** (len(str(least)) - 1))
     factors = (factor for factor in (1, 2, 5) if factor * size >= least)
     return size * next(factors, 10)
-
-
-def _show_pictures(config: RunConfig, send: Send) -> None:
-    send({"say": "Reads the pictures, and searches for copies"})
-    images = config.images
-    dataset = load_images(config.data, images, tables=cache_in(images, "tables"))
-    resolution = images.resolution or _RESOLUTION
-    step = images.bucket_step or max(_MULTIPLE, resolution // 8 // _MULTIPLE * _MULTIPLE)
-    sizes = bucket_sizes(resolution, step) if images.buckets else [(resolution, resolution)]
-    send({"part": "album", **album_values(dataset, sizes or [(resolution, resolution)])})
-
-
-def album_values(dataset: ImageDataset, sizes: list[tuple[int, int]]) -> dict[str, Any]:
-    """The pictures with captions, buckets and near-copies."""
-    parts = {"training": dataset.train, "held-out": dataset.held_out, "test": dataset.test}
-    every = [(part, row) for part, rows in parts.items() for row in rows]
-    buckets = Counter(bucket_of(row, sizes) for _, row in every)
-    return {
-        "counts": {part: len(rows) for part, rows in parts.items()},
-        "buckets": [[f"{width}×{height}", count] for (height, width), count in buckets.most_common()],
-        "remarks": [page_words(line) for line in (*dataset.remarks, *fit_remarks([row for _, row in every], sizes))],
-        "alike": [asdict(one) for one in dataset.alike[:PAIRS]],
-        "pictures": [_picture(part, row, sizes) for part, row in every[:PICTURES]],
-        "shown": min(len(every), PICTURES),
-    }
-
-
-def _picture(part: str, row: ImageRow, sizes: list[tuple[int, int]]) -> dict[str, Any]:
-    height, width = bucket_of(row, sizes)
-    thumb = base64.b64encode(png_of(open_pixels(row.path)[0], largest=_THUMB)).decode("ascii")
-    size = f"{row.width}×{row.height}, trained as {width}×{height}"
-    return {"part": part, "source": row.source, "caption": row.caption, "size": size, "thumb": f"data:image/png;base64,{thumb}"}
 
 
 def _shortened(value: object) -> str:

@@ -67,7 +67,7 @@ def sizes_of_run(settings: Mapping[str, str], send: Send) -> None:
     adapter = bytes_text(bytes_of(run.adapter))
     sizes = dict.fromkeys(WAYS, f"about {adapter}; some seconds")
     sizes["push"] = f"{adapter} to send, with report and certificate"
-    if config.kind == "image":
+    if not config.declaration.text_model:
         send({"sizes": sizes, "quants": {}})
         return
     numbers = numbers_of(config_of(config.model, lambda line: send({"say": line})))

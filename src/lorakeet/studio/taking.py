@@ -42,7 +42,6 @@ class WayOut:
     title: str
     what: str  # it is for, in a sentence
     ending: str  # of the result's name
-    kinds: tuple[str, ...] = ("text",)
     quant: bool = False
 
 
@@ -53,9 +52,9 @@ WAYS = {
         WayOut("gguf", "One GGUF file", "For LM Studio, Jan, llama.cpp. If you know none, you need none.", ".gguf", quant=True),
         WayOut("ollama", "For Ollama", "A folder with a GGUF file and its Modelfile.", "-ollama", quant=True),
         WayOut("mlx", "Adapter for MLX", "For mlx-lm on a Mac, beside its base model.", "-mlx"),
-        WayOut("kohya", "For ComfyUI and A1111", "One .safetensors file in kohya's layout.", ".safetensors", ("image",)),
-        WayOut("diffusers", "For diffusers", "One .safetensors file in diffusers' layout.", "-diffusers.safetensors", ("image",)),
-        WayOut("push", "Share on a model hub", "Adapter, model card, report and certificate.", "", ("text", "image")),
+        WayOut("kohya", "For ComfyUI and A1111", "One .safetensors file in kohya's layout.", ".safetensors"),
+        WayOut("diffusers", "For diffusers", "One .safetensors file in diffusers' layout.", "-diffusers.safetensors"),
+        WayOut("push", "Share on a model hub", "Adapter, model card, report and certificate.", ""),
     )
 }
 
@@ -129,8 +128,8 @@ def ways_of(places: Places, run: str) -> list[WayOut]:
     folder = RunFolder(places.run(run))
     if not folder.adapter.is_dir():
         raise NotHere(f"'{run}' has no adapter yet. Wait until it has trained, or resume it.")
-    kind = read_run(folder.config).kind
-    return [way for way in WAYS.values() if kind in way.kinds]
+    taken_as = read_run(folder.config).declaration.taken_as
+    return [way for way in WAYS.values() if way.key in taken_as]
 
 
 def jobs_of(places: Places, queue: Queue, run: str) -> list[Job]:

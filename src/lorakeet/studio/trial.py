@@ -56,8 +56,8 @@ def open_trial(places: Places, queue: Queue, run: str, once: str = "", *, uncert
     if not (folder / "adapter").is_dir():
         raise ConfigError(f"'{run}' has no adapter yet. Wait until it has trained, or resume it.")
     config = read_run(folder / "config.yaml")
-    if config.kind != "text":
-        raise ConfigError(f"'{run}' draws pictures, which are tried on a page of their own. Choose it under Run, and load it.")
+    if not config.declaration.text_model:
+        raise ConfigError(f"'{run}' is of kind {config.kind}, which has a page of its own. Choose it under Run, and load it.")
     with _OPENING:
         before = current_trial(queue)
         if once and before is not None and before.job.once == once and before.job.state in ("waiting", "running"):

@@ -28,8 +28,9 @@ from lorakeet.evaluate.own_metric import load_metric
 from lorakeet.evaluate.report.report import Report, write_report
 from lorakeet.evaluate.values import encode
 from lorakeet.evaluate.verdict import circumstances, noted
-from lorakeet.formats.identity import UNCERTIFIED
+from lorakeet.formats.identity import UNCERTIFIED, require_certified
 from lorakeet.kinds.preference.evaluate import evaluator_for
+from lorakeet.kinds.protocol import run_without_text
 from lorakeet.kinds.report import leaks
 from lorakeet.kinds.terminal import show_results
 from lorakeet.kinds.text.evaluate import require_encodable
@@ -81,6 +82,10 @@ def evaluate(options: EvaluateOptions, *, console: Console) -> Evaluated:
         require_empty(out)
     own = None if options.metric is None else load_metric(options.metric)
     path = Path(options.run_or_adapter)
+    if (other := run_without_text(path)) is not None:
+        kind, run, config = other
+        require_certified(path, uncertified=options.uncertified, say=console.print)
+        return _written(kind.evaluate_run(run, config, options.data, console), options, console)
     opened = open_adapter(
         path, base=options.base, config=options.config, uncertified=options.uncertified, say=console.print
     ).within(options.memory)

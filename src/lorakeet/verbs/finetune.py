@@ -195,7 +195,7 @@ def _reported(
     setup.processes.disband()  # no collective operation from here on
     if not setup.processes.first:
         return None
-    certificate = identified(certificate, run.adapter, setup.config.model) if kind.peft_adapter else certificate
+    certificate = identified(certificate, run.adapter, setup.config.model if kind.peft_adapter else None)
     report = complete(measured, kind, setup, outcome, run=run, certificate=certificate, times=times, search=search)
     with writing(f"The report in {run.path}", f"The adapter is whole. Free some space, then: {run.resume_command}"):
         write_report(report, run.path)

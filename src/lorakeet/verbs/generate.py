@@ -23,6 +23,7 @@ from lorakeet.kinds.images.data.folder import png_of
 from lorakeet.kinds.images.evaluate import scaled_adapter
 from lorakeet.kinds.images.model.model import ImageModel, load_image_model, put_image_adapter
 from lorakeet.kinds.images.model.sample import Mix, Sampler, draw_latents, require_finite_latents, why_not_mixed
+from lorakeet.kinds.images.spec import diffusion_of
 from lorakeet.merging.combine import CombineSpec, combination
 from lorakeet.models.inject import activate, adapter_names, eject
 from lorakeet.models.spec import ModelSpec
@@ -140,7 +141,7 @@ def _base_of(runs: Mapping[str, RunConfig], adapters: Mapping[str, Adapter], con
 
 def _predicted(runs: Mapping[str, RunConfig], model: str) -> str:
     """The prediction of the adapters' runs on `model`; auto if there are none. Raises ConfigError if they differ."""
-    found = {run.diffusion.prediction: name for name, run in runs.items() if _same(run.model.path, model)}
+    found = {diffusion_of(run).prediction: name for name, run in runs.items() if _same(run.model.path, model)}
     if len(found) > 1:
         each = ", ".join(f"{name} {prediction}" for prediction, name in found.items())
         raise ConfigError(

@@ -8,7 +8,6 @@ from collections.abc import Callable
 from rich.console import Console
 
 from lorakeet.config import RunConfig
-from lorakeet.data.spec import NO_ROWS
 from lorakeet.kinds.protocol import NO_BOUND, PlanResult, run_kind
 from lorakeet.planning.machines import on_machine
 from lorakeet.verbs import finetune as _run  # noqa: F401 - so that what a run has in memory is counted
@@ -33,7 +32,7 @@ def plan(
         config = config.changed(lora={"rank": options.rank})
     if (tokens := options.tokens) is not None:
         config = config.changed(data={"max_tokens": tokens}, train={"micro_tokens": tokens})
-        config = config.changed(data={"train": NO_ROWS}) if config.kind == "text" else config
+        config = run_kind(config).without_rows(config)
     if options.quantize is not None:
         config = config.changed(model={"quantize": dataclasses.replace(config.model.quantize, method=options.quantize)})
     free = NO_BOUND

@@ -27,8 +27,8 @@ def require_repeatable(config: RunConfig, options: FinetuneOptions, processes: i
             problems.add(f"{processes} processes train together. Start one process, or leave --seeds out.")
         if config.memory.limit:
             problems.add("memory.budget counts one run, and the seeds are trained in one process. Leave one of them out.")
-        if config.kind == "image":
-            problems.add("Image runs are compared on few pictures, and their seeds are not. Start a run for each train.seed.")
+        if why := config.declaration.lacks.get("seeds"):
+            problems.add(why)
     problems.raise_if_any()
 
 

@@ -32,16 +32,15 @@ from lorakeet.exporting.merged_tensors import StoredTensor
 from lorakeet.exporting.runtime_support import Feature, Limit, Runtime, features_of_adapter, features_of_plan, has_head, limits_of
 from lorakeet.exporting.tolerances import F16, FEW_BITS, PRECISIONS, Q8
 from lorakeet.formats.detect import read_certified
-from lorakeet.kinds.images.model.from_config import image_model_from_config, shapes_of_images
-from lorakeet.kinds.images.model.model import image_plan
+from lorakeet.formats.identity import require_certified
+from lorakeet.kinds.protocol import run_kind, run_without_text
 from lorakeet.kinds.terminal import show_certificate
 from lorakeet.kinds.text.evaluate import sampled_texts
+from lorakeet.kinds.text.pairs_on_shapes import ties_head
 from lorakeet.kinds.text.stacked import with_earlier
 from lorakeet.memory.free import free_memory
-from lorakeet.memory.ledger import Ledger
 from lorakeet.models.files.source import find_source
-from lorakeet.models.targets import plan_for
-from lorakeet.models.text.from_config import config_of, local_files, model_from_config
+from lorakeet.models.text.from_config import config_of
 from lorakeet.planning.check import (
     GREEDY_TOKENS,
     MARGIN,
@@ -153,6 +152,14 @@ def verify(options: VerifyOptions, *, console: Console) -> Verified | VerifiedAd
         return _watched(path, options.watch, options, console)
     if path.is_dir() and RunFolder.at(path) is None and not any(path.glob("*.safetensors")) and _one_server(options.against):
         return _verify_adapters(path, options, console)
+    if (other := run_without_text(path)) is not None:
+        kind, run, config = other
+        require_certified(path, uncertified=options.uncertified, say=console.print)
+        found = kind.verify_run(run, config, options.against, console)
+        show_certificate(found, console)
+        _keep(run, found, path)
+        found.raise_if_failed()
+        return Verified(found)
     opened = open_adapter(path, base=options.base, uncertified=options.uncertified, say=console.print).within(options.memory)
     options = replace(options, against=options.against or _found_beside(opened))
     source = find_source(opened.config.model, console.print)
@@ -162,7 +169,7 @@ def verify(options: VerifyOptions, *, console: Console) -> Verified | VerifiedAd
     with peak_said(residency, console, mapped=mapped), temporary_stores(residency, "Nothing was compared."):
         certificate = certify_artefacts(opened, options, console, beside=_place(opened).parent)
     show_certificate(certificate, console)
-    _keep(opened, certificate)
+    _keep(opened.run, certificate, _place(opened).parent)
     certificate.raise_if_failed()
     return Verified(certificate)
 
@@ -442,12 +449,14 @@ def _place(opened: Opened) -> Path:
     return Path(os.path.abspath(opened.run.path if opened.run else opened.folder))
 
 
-def _keep(opened: Opened, certificate: Certificate) -> None:
-    """Puts the checks into the certificate and report of a run; those of the same artefacts, and of deleted ones, go."""
-    run = opened.run
+def _keep(run: RunFolder | None, certificate: Certificate, beside: Path) -> None:
+    """Puts the checks into the certificate and report of a run; those of the same artefacts, and of deleted ones, go.
+
+    `beside`: the folder that artefacts are named from.
+    """
     if run is None:
         return
-    again, beside = {*certificate.artefacts}, _place(opened).parent
+    again = {*certificate.artefacts}
     before = read_certificate(run.certificate) if run.certificate.exists() else Certificate(f"The run {run.path}", ())
     kept = tuple(
         check
@@ -521,20 +530,8 @@ def _planned(run_file: Path, base: str | None, say: Say) -> frozenset[Feature]:
         config = config.changed(model={"path": base})
     first = max([config.lora.rank, *config.lora.rank_pattern.values()])
     auto = {"auto": config.ranks.max_rank, "prune": first}.get(config.ranks.choose, 0)
-    if config.kind == "image":
-        shapes = shapes_of_images(config.model, say)
-        with torch.random.fork_rng(devices=[]), Ledger():
-            model = image_model_from_config(shapes, name=config.model.path, dtype=torch.float32, quantize=config.model.quantize)
-            plan = image_plan(model, config.lora, text_encoder=config.diffusion.text_encoder)
-        return features_of_plan(plan, tied=False, auto=auto)
-    model_config = config_of(config.model, say)
-    with torch.random.fork_rng(devices=[]), Ledger():
-        text = model_from_config(
-            model_config, name=config.model.path, dtype=torch.float32, products=torch.float32, attention=config.model.attention,
-            quantize=config.model.quantize, files=local_files(config.model.path),
-        )  # fmt: skip
-        plan = plan_for(text.model, config.lora, text.family)
-    return features_of_plan(plan, tied=_ties(model_config), auto=auto)
+    plan, tied = run_kind(config).planned_pairs(config, say)
+    return features_of_plan(plan, tied=tied, auto=auto)
 
 
 def _finished(folder: Path, base: str | None, runtime: Runtime, say: Say, uncertified: bool) -> frozenset[Feature]:
@@ -544,9 +541,4 @@ def _finished(folder: Path, base: str | None, runtime: Runtime, say: Say, uncert
     if not asks:
         return features_of_adapter(adapter, tied=False)
     opened = open_adapter(folder, base=base, uncertified=True, say=lambda _: None)  # what is odd about it was said before
-    return features_of_adapter(adapter, tied=_ties(config_of(opened.config.model, say)))
-
-
-def _ties(model_config: Any) -> bool:
-    """Whether the head shares the embedding's weight."""
-    return bool(getattr(model_config.get_text_config(), "tie_word_embeddings", False))
+    return features_of_adapter(adapter, tied=ties_head(config_of(opened.config.model, say)))

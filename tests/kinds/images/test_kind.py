@@ -131,7 +131,7 @@ def test_a_finished_run_is_evaluated_again_to_the_same_numbers(result: FinetuneR
 
 def test_other_verbs_say_what_to_do_with_it(result: FinetuneResult, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["merge", str(result.run.path), "--out", str(tmp_path / "x")]) == 2
-    assert "is a run on images" in capsys.readouterr().err
+    assert "is a run of kind image" in capsys.readouterr().err
     assert main(["plan", str(result.run.config)]) == 0
     assert "Peak of the run" in capsys.readouterr().out
     for kind in ("kohya", "diffusers"):

@@ -30,6 +30,7 @@ from lorakeet.kinds.images.plan import (
     rehearse_images,
     ways,
 )
+from lorakeet.kinds.images.spec import DiffusionSpec
 from lorakeet.memory.cuda import CONTEXT
 from lorakeet.memory.forecast import Forecast, Phase
 from lorakeet.memory.free import MARGIN
@@ -38,7 +39,7 @@ from lorakeet.models.spec import ModelSpec
 from lorakeet.planning import fit
 from lorakeet.planning.rehearse_text import BEGIN, CHECKPOINT, EVALUATE, FINAL, STEP, NotPlanned
 from lorakeet.quant.spec import QuantSpec
-from lorakeet.train.spec import DiffusionSpec, TrainSpec
+from lorakeet.train.spec import TrainSpec
 from tiny.image_runs import image_config, image_run
 from tiny.made_up_card import card
 

@@ -20,18 +20,18 @@ from lorakeet.kinds.images.data.folder import read_album
 from lorakeet.kinds.images.model.latent_cache import Captions, encode_images
 from lorakeet.kinds.images.model.model import ImageModel, image_plan, load_image_model, stack
 from lorakeet.kinds.images.model.noise import Noising, noising_of
+from lorakeet.kinds.images.spec import DiffusionSpec, ImageSpec
 from lorakeet.kinds.images.task import ImageTask, add_noise, denoising_errors, draw, errors_of, fixed_draws, target_of, weights_of
 from lorakeet.models.inject import activate, inject
 from lorakeet.models.spec import ModelSpec
 from lorakeet.quant.spec import QuantSpec
 from lorakeet.train import loss_scale
-from lorakeet.train.image_spec import ImageSpec
 from lorakeet.train.interrupt import Interrupt
 from lorakeet.train.log import read_metrics
 from lorakeet.train.loop import train
 from lorakeet.train.progress import Reporter
 from lorakeet.train.run import RunFolder
-from lorakeet.train.spec import DiffusionSpec, TrainSpec
+from lorakeet.train.spec import TrainSpec
 from tiny.images import diffusers
 from tiny.pictures import album
 from tiny.pipelines import SCHEDULE, save_tiny_sd

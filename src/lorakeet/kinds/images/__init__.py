@@ -1,0 +1,32 @@
+"""Runs on images: a diffusion model that learns from pictures with captions."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from lorakeet.kinds.images.spec import DiffusionSpec, ImageSpec
+from lorakeet.registry import KindDeclaration, Section
+
+
+def _conflicts(config: Any) -> list[str]:
+    if config.kind == DECLARATION.name or not config.model.config:
+        return []
+    return [f"model.config is for single files of image models, but kind is {config.kind}. Leave it out or set kind: image."]
+
+
+DECLARATION = KindDeclaration(
+    name="image",
+    help="a diffusion model",
+    module="lorakeet.kinds.images.kind",
+    sections={
+        "images": Section(ImageSpec, "Image data, for kind image."),
+        "diffusion": Section(DiffusionSpec, "Noise, loss and samples, for kind image."),
+    },
+    instead="Draw with it by lorakeet generate, or write it for other programs by lorakeet convert.",
+    lacks={"seeds": "Image runs are compared on few pictures, and their seeds are not. Start a run for each train.seed."},
+    taken_as=("kohya", "diffusers", "push"),
+    rows_page="lorakeet.kinds.images.album:show_pictures",
+    try_page="pictures",
+    conflicts=_conflicts,
+    early="lorakeet.kinds.images.early",
+)

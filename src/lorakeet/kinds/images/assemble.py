@@ -25,6 +25,7 @@ from lorakeet.kinds.images.model.model import ImageModel, image_plan, load_image
 from lorakeet.kinds.images.model.noise import check_betas
 from lorakeet.kinds.images.model.sample import Sampler
 from lorakeet.kinds.images.plan import ImageRunPlan, fit_images
+from lorakeet.kinds.images.spec import diffusion_of, images_of
 from lorakeet.kinds.images.task import ImageTask
 from lorakeet.kinds.protocol import Assembly
 from lorakeet.models.inject import inject
@@ -73,7 +74,7 @@ def assemble_images(
     if why := why_not_cuda(config.model.device):
         say(why)
     recorded = _recorded(config, resumed, say)
-    dataset = recorded or load_images(config.data, config.images, tables=cache_in(config.images, "tables"))
+    dataset = recorded or load_images(config.data, images_of(config), tables=cache_in(images_of(config), "tables"))
     for remark in dataset.remarks:
         say(remark)
     for alike in dataset.alike:
@@ -81,34 +82,34 @@ def assemble_images(
     count = len(dataset.evaluation[1])
     for warning in too_few(count, len(set(dataset.groups or range(count)))):
         say(warning)
-    if config.diffusion.scorer:
-        load_scorer(config.diffusion.scorer)  # used at the end only, but raises now if it is missing
+    if diffusion_of(config).scorer:
+        load_scorer(diffusion_of(config).scorer)  # used at the end only, but raises now if it is missing
     config, residency = fit_images(config, say, forecast=forecast)
-    model = load_image_model(config.model, prediction=config.diffusion.prediction, say=say)
+    model = load_image_model(config.model, prediction=diffusion_of(config).prediction, say=say)
     if not model.kind.flow:
         check_betas(model.pipeline.scheduler.config)
     problems = Problems("These settings do not go with the model")
-    for message in config.diffusion.why_not(model.prediction):
+    for message in diffusion_of(config).why_not(model.prediction):
         problems.add(message)
     problems.raise_if_any()
-    plan = image_plan(model, config.lora, text_encoder=config.diffusion.text_encoder)
+    plan = image_plan(model, config.lora, text_encoder=diffusion_of(config).text_encoder)
     every = (*dataset.train, *dataset.held_out, *dataset.test, *dataset.prior)
     for caption in model.cut_off(sorted({row.caption for row in every})):
         say(f"A caption is longer than the text encoder reads, so its end does not count: {caption[:60]}…")
-    fit = () if recorded else fit_remarks(every, Sizes.of(model, config.images).allowed)  # a record has them among its remarks
+    fit = () if recorded else fit_remarks(every, Sizes.of(model, images_of(config)).allowed)
     for remark in fit:
         say(remark)
     dataset = dataclasses.replace(dataset, remarks=(*dataset.remarks, *fit))
     with counted(console, f"latents of {len(every)} pictures", len(every)) as advance:
-        encoded = iter(encode_images(model, every, config.images, say=say, progress=advance))
+        encoded = iter(encode_images(model, every, images_of(config), say=say, progress=advance))
     parts = (dataset.train, dataset.held_out, dataset.test, dataset.prior)
     train, held_out, test, prior = (list(islice(encoded, len(part))) for part in parts)
-    if config.images.prior_caption and not config.images.prior:
-        with counted(console, "pictures of the subject's class", config.images.prior_count) as advance:
-            prior = drawn_prior(model, config.images, sampler_of(config), say=say, progress=advance)
-    captions = Captions(model, config.images, say=say)
+    if images_of(config).prior_caption and not images_of(config).prior:
+        with counted(console, "pictures of the subject's class", images_of(config).prior_count) as advance:
+            prior = drawn_prior(model, images_of(config), sampler_of(config), say=say, progress=advance)
+    captions = Captions(model, images_of(config), say=say)
     config = config.changed(model={"dtype": str(model.dtype).removeprefix("torch."), "device": str(model.device)})
-    config = dataclasses.replace(config, diffusion=config.diffusion.resolved(model.prediction, model.kind.guidance))
+    config = config.changed(diffusion=vars(diffusion_of(config).resolved(model.prediction, model.kind.guidance)))
     return ImageAssembly(
         config=config, plan=plan, dataset=dataset, model=model, captions=captions, train=train, held_out=held_out, test=test,
         prior=prior, residency=residency,
@@ -119,9 +120,8 @@ def _recorded(config: RunConfig, resumed: RunFolder | None, say: Callable[[str],
     """The pictures that a resumed run started with; None for a new run, and for one of a version that did not record them."""
     if resumed is None or not resumed.split.exists():
         return None
-    found = recorded_images(
-        read_split_record(resumed.split), config.data, config.images, tables=cache_in(config.images, "tables"), run=resumed.path
-    )
+    spec, record = images_of(config), read_split_record(resumed.split)
+    found = recorded_images(record, config.data, spec, tables=cache_in(spec, "tables"), run=resumed.path)
     if found is not None:
         say(f"The pictures are those of {resumed.split}; pictures added to their folders since are not part of this run.")
     return found
@@ -132,7 +132,7 @@ def image_task(setup: ImageAssembly, watch: Callable[[int], None] | None = None)
 
     `watch` is called with the number of steps done, as in ImageTask.
     """
-    trained = setup.config.diffusion.text_encoder
+    trained = diffusion_of(setup.config).text_encoder
     rows = (*setup.train, *setup.held_out, *setup.test, *setup.prior)
     for caption in sorted({"", *(picture.row.caption for picture in rows)}) if not trained else ():
         setup.captions.of(caption)  # before the text encoders are moved off the device
@@ -140,7 +140,7 @@ def image_task(setup: ImageAssembly, watch: Callable[[int], None] | None = None)
     inject(setup.model.parts, setup.plan, seed=setup.config.train.seed)
     task = ImageTask(
         setup.model, setup.train, held_out=setup.held_out, captions=setup.captions, spec=setup.config.train,
-        images=setup.config.images, diffusion=setup.config.diffusion,
+        images=images_of(setup.config), diffusion=diffusion_of(setup.config),
     )  # fmt: skip
     task.prior, task.watch = setup.prior, watch
     return task
@@ -157,7 +157,7 @@ def check_settings(config: RunConfig, *, ignored: Callable[[str], None] | None =
         problems.add("lora.new_tokens and lora.extra_modules are for text models; leave them out.")
     if config.ranks.choose != "given":
         problems.add(f"ranks.choose is {config.ranks.choose}, which is for text models; use given.")
-    if config.diffusion.scorer and config.memory.limit:
+    if diffusion_of(config).scorer and config.memory.limit:
         problems.add("diffusion.scorer is not counted in memory.budget; leave one of them out.")
     for name, instead in TEXT_SETTINGS.items():
         part, key = name.split(".")
@@ -185,5 +185,5 @@ TEXT_SETTINGS = {
 
 def sampler_of(config: RunConfig) -> Sampler:
     """The sampler of the settings."""
-    spec, side = config.diffusion, config.images.resolution
+    spec, side = diffusion_of(config), images_of(config).resolution
     return Sampler(spec.sample_steps, spec.guidance, size=None if side is None else (side, side), at_once=spec.at_once)

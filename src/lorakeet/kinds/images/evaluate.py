@@ -26,6 +26,7 @@ from lorakeet.kinds.images.model.clip_scorer import ImageScorer
 from lorakeet.kinds.images.model.latent_cache import Captions, EncodedImage
 from lorakeet.kinds.images.model.model import ImageModel
 from lorakeet.kinds.images.model.sample import draw_latents
+from lorakeet.kinds.images.spec import diffusion_of
 from lorakeet.kinds.images.task import denoising_errors
 from lorakeet.models.inject import activate, adapter_of, attach, eject
 from lorakeet.train import durable, rng
@@ -69,7 +70,7 @@ class ImageEvaluator:
             title, adapter=adapter, base=base, captions=[row.caption for row in rows], sources=[row.source for row in rows],
             spec=self.config.evaluate,
         )  # fmt: skip
-        if not self.config.diffusion.seeds:
+        if not diffusion_of(self.config).seeds:
             return report
         drawn = self.samples()
         pictures = [self.model.decode(one.latents).numpy() for one in drawn]
@@ -83,14 +84,15 @@ class ImageEvaluator:
         """The denoising loss of each picture, summed over its fixed timesteps."""
         activate(self.model.parts, None if system == BASE else self.name)
         with counted(self.console, f"{system} sees {len(self.pictures)} pictures", len(self.pictures)) as advance:
-            sums, counts = denoising_errors(self.model, self.pictures, self.captions, self.config.diffusion, progress=advance)
+            sums, counts = denoising_errors(self.model, self.pictures, self.captions, diffusion_of(self.config), progress=advance)
         return RowLosses(system, sums, counts.astype(np.int64), self.groups)
 
     @property
     def requests(self) -> list[tuple[str, int]]:
         """(prompt, seed) of each row of samples."""
-        found = self.config.diffusion.prompts or tuple(dict.fromkeys(picture.row.caption for picture in self.pictures))[:3]
-        return [(prompt, self.config.evaluate.seed + number) for prompt in found for number in range(self.config.diffusion.seeds)]
+        spec, first = diffusion_of(self.config), self.config.evaluate.seed
+        found = spec.prompts or tuple(dict.fromkeys(picture.row.caption for picture in self.pictures))[:3]
+        return [(prompt, first + number) for prompt in found for number in range(spec.seeds)]
 
     def draw_progress(self, folder: Path) -> None:
         """Draws every prompt with the adapter as it is into `folder`, all or none; uses no random numbers of the run."""
@@ -159,7 +161,7 @@ class ImageEvaluator:
             ]
             rows.append(SampleRow(prompt, seed, tuple(cells)))
         scheduler = type(self.model.pipeline.scheduler).__name__
-        detail = f"{scheduler}, {self.config.diffusion.sample_steps} steps, guidance {self.config.diffusion.guidance:g}"
+        detail = f"{scheduler}, {diffusion_of(self.config).sample_steps} steps, guidance {diffusion_of(self.config).guidance:g}"
         return SampleGrid(tuple(one.column for one in drawn), tuple(rows), detail)
 
     def _write(self, folder: Path, drawn: Sequence[Drawn], pictures: Sequence[np.ndarray]) -> None:
@@ -167,7 +169,7 @@ class ImageEvaluator:
             for one, column in zip(drawn, pictures, strict=True):
                 for number, (_, seed) in enumerate(self.requests):
                     name = one.column.replace(" × ", "-")
-                    prompt = number // self.config.diffusion.seeds
+                    prompt = number // diffusion_of(self.config).seeds
                     write_new(made / f"{prompt}-seed{seed}-{name}.png", png_of(column[number]))
 
 

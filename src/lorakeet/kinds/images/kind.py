@@ -13,6 +13,7 @@ import torch
 from rich.console import Console
 
 from lorakeet.config import RunConfig
+from lorakeet.core.plan import Plan
 from lorakeet.evaluate.certificate import Certificate
 from lorakeet.evaluate.report.report import Command, Leak, Report
 from lorakeet.kinds.images.assemble import ImageAssembly, assemble_images, check_settings, image_task, sampler_of
@@ -20,14 +21,17 @@ from lorakeet.kinds.images.certify import certify_images, frozen_image_digests
 from lorakeet.kinds.images.data.record import image_record
 from lorakeet.kinds.images.evaluate import ImageEvaluator
 from lorakeet.kinds.images.model.clip_scorer import load_scorer
-from lorakeet.kinds.images.model.from_config import shapes_of_images
+from lorakeet.kinds.images.model.from_config import image_model_from_config, shapes_of_images
+from lorakeet.kinds.images.model.model import image_plan
 from lorakeet.kinds.images.plan import ImageRunPlan, changes_that_help, forecast_images, machine_of, ways
+from lorakeet.kinds.images.spec import diffusion_of, images_of
 from lorakeet.kinds.images.task import ImageTask
 from lorakeet.kinds.images.terminal import show_image_forecast, show_pictures
 from lorakeet.kinds.protocol import NO_BOUND, Advice, Digests, PlanResult, RunKind
 from lorakeet.kinds.terminal import show_advice, show_peak, show_targets
 from lorakeet.kinds.trained_targets import remarks_before
 from lorakeet.memory.budget import Budget, enough_for, larger_than_machine
+from lorakeet.memory.ledger import Ledger
 from lorakeet.models.placement import planned_on
 from lorakeet.runs.output_paths import writing
 from lorakeet.runs.run_folder import hashes_of_parts
@@ -61,6 +65,7 @@ class ImageRunKind(RunKind[ImageAssembly]):
 
     words = PICTURES
     peft_adapter = True
+    hub_task = "text-to-image"
 
     def plan(
         self, config: RunConfig, console: Console, free: Budget = NO_BOUND, watch: Callable[[PlanResult], None] | None = None
@@ -70,8 +75,8 @@ class ImageRunKind(RunKind[ImageAssembly]):
         budget, device = config.memory.limit, planned_on(config.model.device)
         if device.type != "cuda" and (warning := larger_than_machine(budget)):
             say(warning)
-        if config.diffusion.scorer:
-            say(f"Not counted: diffusion.scorer {config.diffusion.scorer}, which is in memory while the samples are evaluated.")
+        if scorer := diffusion_of(config).scorer:
+            say(f"Not counted: diffusion.scorer {scorer}, which is in memory while the samples are evaluated.")
         shapes = shapes_of_images(config.model, say)
         machine = machine_of(config, returning=bool(budget))
         planned = forecast_images(config, shapes, machine)
@@ -114,7 +119,7 @@ class ImageRunKind(RunKind[ImageAssembly]):
             show_image_forecast(setup.residency.plan, console)
 
     def task(self, setup: ImageAssembly, run: RunFolder, console: Console) -> ImageTask:
-        return image_task(setup, partial(_draw_progress, setup, run, console) if setup.config.diffusion.progress else None)
+        return image_task(setup, partial(_draw_progress, setup, run, console) if diffusion_of(setup.config).progress else None)
 
     def split_record(self, setup: ImageAssembly) -> dict[str, object]:
         return image_record(setup.dataset, setup.config.data)
@@ -128,8 +133,8 @@ class ImageRunKind(RunKind[ImageAssembly]):
         parts = {
             "model settings": model.identity(),
             "lora settings": dataclasses.asdict(config.lora),
-            "images settings": {**dataclasses.asdict(config.images), "cache": ""},
-            "diffusion settings": dataclasses.asdict(replace(config.diffusion, scorer="")),  # measures only
+            "images settings": {**dataclasses.asdict(images_of(config)), "cache": ""},
+            "diffusion settings": dataclasses.asdict(replace(diffusion_of(config), scorer="")),  # measures only
             "pictures": [picture.row.key for picture in (*setup.train, *setup.held_out, *setup.prior)],
             "base model": digests,
             "latents and conditioning": [setup.model.autoencoder_digest, setup.model.encoders_digest],
@@ -138,9 +143,9 @@ class ImageRunKind(RunKind[ImageAssembly]):
         return hashes_of_parts(parts, model)
 
     def evaluate(self, setup: ImageAssembly, run: RunFolder, console: Console) -> Report:
-        name = setup.config.diffusion.scorer
-        scorer = load_scorer(name) if name and setup.config.diffusion.seeds else None
-        prior = setup.prior if setup.config.images.prior else ()  # samples may repeat what the base itself drew
+        name = diffusion_of(setup.config).scorer
+        scorer = load_scorer(name) if name and diffusion_of(setup.config).seeds else None
+        prior = setup.prior if images_of(setup.config).prior else ()  # samples may repeat what the base itself drew
         evaluator = replace(_evaluator(setup, console), scorer=scorer, groups=setup.dataset.groups, prior=prior)
         with writing(f"The samples in {run.path}", f"The adapter is whole. Free some space, then: {run.resume_command}"):
             report = evaluator.report(f"Fine-tuning {setup.name}", run.path / "samples")
@@ -164,21 +169,21 @@ class ImageRunKind(RunKind[ImageAssembly]):
         model = setup.config.model
         method = model.quantize.method
         packed = "" if method == "none" else f", linear layers of the UNet in {method}"
-        return f"{setup.name}, {model.dtype} weights{packed}, predicts {setup.config.diffusion.prediction}"
+        return f"{setup.name}, {model.dtype} weights{packed}, predicts {diffusion_of(setup.config).prediction}"
 
     def facts(self, setup: ImageAssembly) -> dict[str, str]:
         config = setup.config
-        timesteps = config.diffusion.held_out_timesteps
+        timesteps = diffusion_of(config).held_out_timesteps
         found, prior = super().facts(setup), ""
         if setup.prior:
-            source = config.images.prior or f"drawn by the base of '{config.images.prior_caption}'"
-            prior = f"; {len(setup.prior)} of the subject's class ({source}), weight {config.diffusion.prior_weight:g}"
+            source = images_of(config).prior or f"drawn by the base of '{images_of(config).prior_caption}'"
+            prior = f"; {len(setup.prior)} of the subject's class ({source}), weight {diffusion_of(config).prior_weight:g}"
         found = {name: counts + prior for name, counts in found.items()}
         found["Evaluated at"] = f"{timesteps} fixed timesteps with fixed noise for each picture, unweighted"
-        if config.diffusion.scorer and config.diffusion.seeds:
-            found["Samples scored by"] = f"{config.diffusion.scorer}; the seeds of one prompt count as one group"
+        if diffusion_of(config).scorer and diffusion_of(config).seeds:
+            found["Samples scored by"] = f"{diffusion_of(config).scorer}; the seeds of one prompt count as one group"
         else:
-            missing = "draw samples (diffusion.seeds)" if config.diffusion.scorer else "name a CLIP model as diffusion.scorer"
+            missing = "draw samples (diffusion.seeds)" if diffusion_of(config).scorer else "name a CLIP model as diffusion.scorer"
             found["Not run"] = f"prompt-following and style scores; to have them, {missing}"
         return found
 
@@ -190,6 +195,16 @@ class ImageRunKind(RunKind[ImageAssembly]):
             Command(f"lorakeet generate --adapter {folder} --prompt {prompt} --out {pictures}", "draw with it"),
             Command(f"lorakeet convert {folder} {quote(f'{run.path.name}.safetensors')} --to {to}", f"for {programs}"),
         )
+
+
+    def usage(self, *, loads: bool) -> tuple[str, ...]:
+        return ("lorakeet generate --adapter THIS_FOLDER --prompt '…' --out pictures",)
+
+    def planned_pairs(self, config: RunConfig, say: Callable[[str], None]) -> tuple[Plan, bool]:
+        shapes = shapes_of_images(config.model, say)
+        with torch.random.fork_rng(devices=[]), Ledger():
+            model = image_model_from_config(shapes, name=config.model.path, dtype=torch.float32, quantize=config.model.quantize)
+            return image_plan(model, config.lora, text_encoder=diffusion_of(config).text_encoder), False
 
 
 KIND = ImageRunKind()

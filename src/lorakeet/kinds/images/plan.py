@@ -27,6 +27,7 @@ from lorakeet.kinds.images.model.latent_cache import Captions, EncodedImage, Siz
 from lorakeet.kinds.images.model.model import ImageModel, image_plan
 from lorakeet.kinds.images.model.shapes import Shapes
 from lorakeet.kinds.images.model.single_file import open_single, single_denoiser_files
+from lorakeet.kinds.images.spec import DiffusionSpec, ImageSpec, diffusion_of, images_of
 from lorakeet.kinds.images.task import ImageBatch, ImageTask, errors_at
 from lorakeet.memory.allocator import return_freed_memory
 from lorakeet.memory.cuda import CONTEXT, phases_on_gpu
@@ -55,9 +56,8 @@ from lorakeet.planning.rehearse_text import (
 from lorakeet.quant.construct import weights_in
 from lorakeet.quant.packed import PackedBase
 from lorakeet.runs.residency import RESIDENT, MemoryPlan, Residency, Way
-from lorakeet.train.image_spec import ImageSpec
 from lorakeet.train.loop import Training
-from lorakeet.train.spec import DiffusionSpec, TrainSpec
+from lorakeet.train.spec import TrainSpec
 
 LOAD, CERTIFY = "load", "certify"
 PROMPTS = 3  # whose samples are drawn where the settings name none
@@ -323,9 +323,9 @@ class ImageRun(BudgetedWork[ImageRunPlan]):
 def ways(config: RunConfig) -> Iterator[tuple[str, RunConfig]]:
     """The settings as they are, then with what takes less memory for the same result up to rounding; what to say of each."""
     yield "", config
-    if config.diffusion.at_once > 1:
+    if diffusion_of(config).at_once > 1:
         yield "diffusion.at_once 1", config.changed(diffusion={"at_once": 1})
-    if not config.diffusion.checkpointing:
+    if not diffusion_of(config).checkpointing:
         both = {"at_once": 1, "checkpointing": True}
         yield "diffusion.at_once 1 and diffusion.checkpointing", config.changed(diffusion=both)
 
@@ -367,7 +367,7 @@ def forecast_images(config: RunConfig, shapes: Shapes, machine: Machine) -> Imag
 
     def on_gpu() -> ImageRehearsal:
         with standing_for(machine.gpu or torch.device("cuda")):
-            return rehearse_images(partial(build, gpu=True), config.lora, config.train, config.diffusion, pictures)
+            return rehearse_images(partial(build, gpu=True), config.lora, config.train, diffusion_of(config), pictures)
 
     if machine.gpu is not None:
         found = on_gpu()
@@ -376,7 +376,7 @@ def forecast_images(config: RunConfig, shapes: Shapes, machine: Machine) -> Imag
         held[CERTIFY] = add_usage(held[FINAL], adapter=2 * VALUE * finished_plan(config, found.plan).parameters)
         phases = phases_on_gpu(held, machine.runtime)
         return ImageRunPlan(Forecast(phases), found.plan, pictures, found.work, partial(_most, found), machine.gpu)
-    found = rehearse_images(build, config.lora, config.train, config.diffusion, pictures)
+    found = rehearse_images(build, config.lora, config.train, diffusion_of(config), pictures)
     peaks, adapter = found.peaks, VALUE * finished_plan(config, found.plan).parameters
     mapped = machine.mapped  # while the base is read: a tensor of the denoiser, or the file of another part
     if mapped < 0:
@@ -398,9 +398,9 @@ def pictures_of(config: RunConfig, shapes: Shapes) -> Pictures:
     """The largest pictures that a run with these settings can meet. ConfigError where the UNet cannot halve their sides."""
     with torch.device("meta"):
         model = image_model_from_config(shapes, name=config.model.path, dtype=torch.float32)
-    example = max(Sizes.of(model, config.images).allowed, key=lambda size: (size[0] * size[1], min(size)))
-    side = config.images.resolution or model.resolution
-    spec = config.diffusion
+    example = max(Sizes.of(model, images_of(config)).allowed, key=lambda size: (size[0] * size[1], min(size)))
+    side = images_of(config).resolution or model.resolution
+    spec = diffusion_of(config)
     micro_batch = min(spec.at_once, config.train.batch_size)
     drawn = max(2, (len(spec.prompts) or PROMPTS) * spec.seeds)
     several = 2 if config.train.batch_size > micro_batch else 1
@@ -415,7 +415,7 @@ def image_runtime_bytes(config: RunConfig, dtype: torch.dtype) -> int:
         for base in (module for module in model.parts.modules() if isinstance(module, PackedBase)):
             base.store(0.1 * torch.randn(base.shape))
         small = Pictures((32, 32), 2, 1, (32, 32), 1)
-        go_through(model, plan, TrainSpec(), DiffusionSpec(at_once=2, checkpointing=config.diffusion.checkpointing), small)
+        go_through(model, plan, TrainSpec(), DiffusionSpec(at_once=2, checkpointing=diffusion_of(config).checkpointing), small)
     if decomposes(config):
         decompose()
     SCRATCH.clear()

@@ -32,11 +32,11 @@ from lorakeet.formats.peft import peft
 from lorakeet.kinds.images.model.latent_cache import Captions, EncodedImage
 from lorakeet.kinds.images.model.model import ImageModel, stack
 from lorakeet.kinds.images.model.noise import Noising
+from lorakeet.kinds.images.spec import DiffusionSpec, ImageSpec
 from lorakeet.models import inject
-from lorakeet.train.image_spec import ImageSpec
 from lorakeet.train.processes import ALONE
 from lorakeet.train.pruning import Pruning
-from lorakeet.train.spec import DiffusionSpec, TrainSpec
+from lorakeet.train.spec import TrainSpec
 from lorakeet.train.task import NONE_KEPT, HeldOut, KeptTerms, Size, gradients_by_batch
 
 MODE_SCALE = 1.29  # the best value in the SD3 paper

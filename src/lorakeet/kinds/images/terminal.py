@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING
 from rich.console import Console
 
 from lorakeet.evaluate.wording import bytes_text
+from lorakeet.kinds.images.spec import diffusion_of
 from lorakeet.kinds.terminal import memory_table, show_counts, show_plan, show_targets
 
 if TYPE_CHECKING:
@@ -31,7 +32,7 @@ def show_pictures(setup: ImageAssembly, console: Console) -> None:
     config = setup.config
     console.print(
         f"{setup.steps} steps of {config.train.batch_size} pictures; {config.model.dtype} weights on {config.model.device}; "
-        f"the model predicts {config.diffusion.prediction}"
+        f"the model predicts {diffusion_of(config).prediction}"
     )
 
 

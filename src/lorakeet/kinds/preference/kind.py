@@ -41,7 +41,7 @@ from lorakeet.runs.output_paths import writing
 from lorakeet.runs.run_folder import hashes_of_parts
 from lorakeet.train import durable
 from lorakeet.train.checkpoint import found as checkpoints
-from lorakeet.train.preference_spec import KTO, START, needs_reference
+from lorakeet.train.preference_spec import KTO, START, PreferenceSpec, needs_reference
 from lorakeet.train.run import RunFolder
 from lorakeet.train.text.preference_task import Floats, PreferenceTask, Reference
 from lorakeet.train.text.reference import adapter_digest, digest_of, read_reference, save_reference
@@ -80,12 +80,12 @@ class PreferenceRunKind(TextRunKind):
                     f"None of the {len(rows)} {part} rows has an answer that is wanted{longer}. Add some of label true."
                 )
             desirable = (_desirable(setup.dataset.train, setup.train), _desirable(setup.dataset.held_out, setup.held_out))
-        make = partial(PreferenceTask, preference=config.preference.resolved(config.train.objective), desirable=desirable)
+        make = partial(PreferenceTask, preference=preference_of(config), desirable=desirable)
         return cast(PreferenceTask, text_task(setup, make=make))
 
     def identity(self, setup: TextAssembly, digests: Digests) -> dict[str, str | list[str]]:
         config = setup.config
-        more = hashes_of_parts({"preference settings": dataclasses.asdict(config.preference.resolved(config.train.objective))})
+        more = hashes_of_parts({"preference settings": dataclasses.asdict(preference_of(config))})
         return {**super().identity(setup, digests), **more}
 
     @contextmanager
@@ -152,12 +152,17 @@ class PreferenceRunKind(TextRunKind):
 
     def facts(self, setup: TextAssembly) -> dict[str, str]:
         config = setup.config
-        spec = config.preference.resolved(config.train.objective)
+        spec = preference_of(config)
         settings = ", ".join(f"{name} {value:g}" for name, value in vars(spec).items() if value and not isinstance(value, bool))
         return {**super().facts(setup), "Objective": f"{config.train.objective} ({settings})", "Reference": _name(config)}
 
 
 KIND = PreferenceRunKind()
+
+
+def preference_of(config: RunConfig) -> PreferenceSpec:
+    """The part `preference` of the run file, with every value of its objective filled in."""
+    return config.section(PreferenceSpec).resolved(config.train.objective)
 
 
 def _desirable(rows: Sequence[Row], encoded: Encoded) -> list[bool]:

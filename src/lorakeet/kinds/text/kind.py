@@ -16,6 +16,8 @@ import torch
 from rich.console import Console
 
 from lorakeet.config import RunConfig
+from lorakeet.core.plan import Plan
+from lorakeet.data.spec import NO_ROWS
 from lorakeet.data.template import prompt_format
 from lorakeet.errors import ConfigError, spelt
 from lorakeet.evaluate.certificate import Certificate
@@ -37,6 +39,7 @@ from lorakeet.kinds.text.assemble import TextAssembly, assemble_text, text_task
 from lorakeet.kinds.text.certify import certify_text, with_own_code
 from lorakeet.kinds.text.evaluate import TextEvaluator, require_encodable
 from lorakeet.kinds.text.kept_answers import kept_answers
+from lorakeet.kinds.text.pairs_on_shapes import pairs_on_shapes
 from lorakeet.kinds.text.reply import without_effect
 from lorakeet.kinds.text.run_time import Speed, measured_speed, run_time_text
 from lorakeet.kinds.text.stacked import check_earlier, earlier_facts, with_earlier
@@ -342,6 +345,7 @@ class TextRunKind(RunKind[TextAssembly]):
     peft_adapter = True
     tries_rates = True
     searched = True
+    hub_task = "text-generation"
 
     def plan(
         self, config: RunConfig, console: Console, free: Budget = NO_BOUND, watch: Callable[[PlanResult], None] | None = None
@@ -379,6 +383,16 @@ class TextRunKind(RunKind[TextAssembly]):
         _show(result, console)
         show_targets(planned.plan, (*remarks_before(planned.plan), *remarks_of_peft(model_config, planned.plan)), console)
         return result
+
+    def usage(self, *, loads: bool) -> tuple[str, ...]:
+        by_peft = "from peft import AutoPeftModelForCausalLM", 'model = AutoPeftModelForCausalLM.from_pretrained("THIS FOLDER")'
+        return by_peft if loads else ("lorakeet serve --model BASE --adapter NAME=THIS_FOLDER",)
+
+    def without_rows(self, config: RunConfig) -> RunConfig:
+        return config.changed(data={"train": NO_ROWS})
+
+    def planned_pairs(self, config: RunConfig, say: Callable[[str], None]) -> tuple[Plan, bool]:
+        return pairs_on_shapes(config, say)
 
     def check(self, config: RunConfig, processes: int) -> None:
         require_encodable(config)

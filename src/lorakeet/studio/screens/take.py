@@ -75,7 +75,7 @@ def _take(request: Request) -> Response:
         request, "take.html", name=name, ways=ways, runs=taken_runs(studio), quants=QUANTS, chosen=CHOSEN,
         names={way.key: default_name(name, way, CHOSEN) for way in ways}, offers=offers(studio.places),
         review=round(100 * PredictOptions.review), beside=running_beside(studio.queue),
-        answers=answer_fields(studio.places.run(name)) if any("text" in way.kinds and way.quant for way in ways) else [],
+        answers=answer_fields(studio.places.run(name)) if any(way.quant for way in ways) else [],
     )  # fmt: skip
 
 

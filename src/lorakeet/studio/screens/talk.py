@@ -13,6 +13,7 @@ from starlette.responses import Response, StreamingResponse
 from starlette.routing import Route
 
 from lorakeet.errors import ConfigError, LorakeetError
+from lorakeet.registry import declared
 from lorakeet.studio.forms import settings_of
 from lorakeet.studio.jobs import last_line
 from lorakeet.studio.pages import Screen, Studio, form_of, json_answer, moved, once_of, page, page_address, studio_of
@@ -69,8 +70,8 @@ def _trained(studio: Studio, trial: TriedModel | None, path: str) -> str:
 
 def _open(request: Request) -> Response:
     studio, run = studio_of(request), form_of(request).get("run", "")
-    if settings_of(studio.places.run(run)).get("kind") == "image":
-        return moved(page_address("try", "pictures", run))
+    if other := declared(settings_of(studio.places.run(run)).get("kind", "text")).try_page:
+        return moved(page_address("try", other, run))
     uncertified = form_of(request).get("uncertified") == "true"
     open_trial(studio.places, studio.queue, run, once=once_of(request), uncertified=uncertified)
     return moved("/try", {"run": run})

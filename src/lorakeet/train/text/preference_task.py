@@ -109,7 +109,7 @@ class PreferenceTask(TextTask):
 
     @property
     def objective(self) -> str:
-        return self.spec.objective
+        return str(self.spec.objective)
 
     def batches(self, step: int) -> list[Batch]:
         self._step = step

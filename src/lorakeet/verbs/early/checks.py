@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import replace
+from importlib import import_module
 from pathlib import Path
 from typing import Any
 
@@ -14,11 +15,10 @@ from lorakeet.config import RunConfig, read_run
 from lorakeet.data.locate import locate_model
 from lorakeet.data.predicted.contents import require_rereadable
 from lorakeet.data.predicted.written_records import require_written_format
-from lorakeet.data.read import check_first_record, is_absent, read_rows
+from lorakeet.data.read import check_first_record, is_absent
 from lorakeet.data.spec import NO_ROWS, DataSpec
 from lorakeet.exporting.hub import require_repository_name
 from lorakeet.formats.adapter_format import require_adapter
-from lorakeet.kinds.images.data.folder import is_table, require_folder
 from lorakeet.runs.output_paths import require_absent, require_empty, require_place
 from lorakeet.train.launch import launched
 from lorakeet.train.run import RunFolder
@@ -46,9 +46,6 @@ from lorakeet.verbs.options import (
 )
 from lorakeet.verbs.quickstart_packages import missing_packages
 
-_PLAIN = (".jsonl", ".ndjson", ".json", ".csv", ".tsv")
-_SMALL = 1 << 20  # bytes, which take a tenth of a second
-
 
 def require_new_run(run: RunFolder) -> None:
     """Raises ConfigError or EnvironmentProblem unless a new run can be written to that folder; writes nothing."""
@@ -72,7 +69,7 @@ def _before_quickstart(config: RunConfig, options: FinetuneOptions) -> None:
 
 def _before_plan(config: RunConfig, options: PlanOptions) -> None:
     names = [name for name in (config.data.train, config.data.held_out, config.data.test) if name]
-    if options.tokens is None and config.kind == "text" and NO_ROWS not in names and not any(map(is_absent, names)):
+    if options.tokens is None and config.declaration.text_model and NO_ROWS not in names and not any(map(is_absent, names)):
         _require_rows(config)
     _require_model(config)
 
@@ -89,7 +86,7 @@ def _before_evaluate(options: EvaluateOptions) -> None:
     settings = _settings(options.run_or_adapter, options.config)
     if options.data is None:
         _require_rows(settings)
-    elif settings is None or settings.kind == "text":
+    elif settings is None or settings.declaration.text_model:
         data = DataSpec() if settings is None else settings.data
         check_first_record(options.data, replace(data, limit=None))
 
@@ -188,29 +185,14 @@ def _require_rows(config: RunConfig | None, *, whole: bool = False) -> None:
 
     `whole`: also for single rows of a file that is read in less time than torch is imported.
     """
-    if config is None:
-        return
-    data = config.data
-    if config.kind == "text":
-        for name in filter(None, (data.train, data.test, data.held_out)):
-            check_first_record(name, data, config.train.objective)
-            if whole and _is_small(Path(name).expanduser()):
-                read_rows(name, data, None, config.train.objective)
-    if config.kind == "image":
-        places = {"data.train": data.train, "data.held_out": data.held_out, "data.test": data.test}
-        for setting, folder in {**places, "images.prior": config.images.prior}.items():
-            if folder and not is_table(folder):
-                require_folder(Path(folder).expanduser(), setting)
-
-
-def _is_small(path: Path) -> bool:
-    return path.suffix.lower() in _PLAIN and path.is_file() and path.stat().st_size <= _SMALL
+    if config is not None and config.declaration.early:
+        import_module(config.declaration.early).require_rows(config, whole=whole)
 
 
 def _require_model(config: RunConfig) -> None:
-    """Raises DataError or EnvironmentProblem for a text model that is named by a path and is not there."""
-    if config.kind == "text":
-        locate_model(config.model.path)
+    """Raises DataError or EnvironmentProblem for a model that is named by a path and is not there."""
+    if config.declaration.early:
+        import_module(config.declaration.early).require_model(config)
 
 
 _CHECKS: dict[str, Callable[..., None]] = {

@@ -25,7 +25,7 @@ from lorakeet.kinds.images.data.folder import (
     read_album,
     unpack_pictures,
 )
-from lorakeet.train.image_spec import ImageSpec
+from lorakeet.kinds.images.spec import ImageSpec
 from tiny.pictures import album, drawn
 
 SPEC = ImageSpec(caption="a thing", smallest=8)

@@ -18,7 +18,7 @@ from lorakeet.errors import ConfigError, DataError
 from lorakeet.kinds.images.data import split
 from lorakeet.kinds.images.data.record import image_record, recorded_images
 from lorakeet.kinds.images.data.split import ImageDataset, load_images
-from lorakeet.train.image_spec import ImageSpec
+from lorakeet.kinds.images.spec import ImageSpec
 from tiny.pictures import album, drawn
 
 IMAGES = ImageSpec(smallest=8, prior_caption="a thing")

@@ -14,7 +14,7 @@ from lorakeet.data.spec import DataSpec
 from lorakeet.errors import DataError
 from lorakeet.kinds.images.data import split
 from lorakeet.kinds.images.data.split import ImageDataset, evaluation_groups
-from lorakeet.train.image_spec import ImageSpec
+from lorakeet.kinds.images.spec import ImageSpec
 from tiny.pictures import album, drawn
 
 IMAGES = ImageSpec(smallest=8)

@@ -14,8 +14,8 @@ from lorakeet.errors import ConfigError, DataError
 from lorakeet.kinds.images.data.folder import crop_to_cover, open_pixels, read_album
 from lorakeet.kinds.images.model.latent_cache import Captions, Sizes, as_pixels, encode_images
 from lorakeet.kinds.images.model.model import ImageModel, load_image_model
+from lorakeet.kinds.images.spec import ImageSpec
 from lorakeet.models.spec import ModelSpec
-from lorakeet.train.image_spec import ImageSpec
 from tiny.pictures import album, drawn
 
 

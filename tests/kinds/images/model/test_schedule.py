@@ -17,8 +17,8 @@ from lorakeet.kinds.images.model.model import ImageModel, load_image_model, scal
 from lorakeet.kinds.images.model.noise import check_betas, noising_of
 from lorakeet.kinds.images.model.sample import Sampler, draw_latents
 from lorakeet.kinds.images.model.schedule import scheduler_for, with_defaults
+from lorakeet.kinds.images.spec import ImageSpec
 from lorakeet.models.spec import ModelSpec
-from lorakeet.train.image_spec import ImageSpec
 from tiny.images import diffusers
 from tiny.pipelines import SCHEDULE, VAE
 

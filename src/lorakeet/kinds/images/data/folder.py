@@ -26,7 +26,7 @@ from lorakeet.data.spec import DataSpec
 from lorakeet.data.tables import RowProblems, text_records
 from lorakeet.disk import FULL, erase, read_regular, write_new, written_whole
 from lorakeet.errors import DataError, EnvironmentProblem, Problems, percent
-from lorakeet.train.image_spec import ImageSpec
+from lorakeet.kinds.images.spec import ImageSpec
 
 ENDINGS = (".png", ".jpg", ".jpeg", ".jpe", ".jfif", ".webp", ".bmp", ".gif", ".tif", ".tiff")
 IF_BUILT_IN = (".avif",)  # formats that Pillow may be built without

@@ -14,7 +14,7 @@ from lorakeet.data.spec import DataSpec
 from lorakeet.errors import ConfigError, DataError, Problems
 from lorakeet.kinds.images.data.folder import ImageRow, names_in, read_named, require_folder
 from lorakeet.kinds.images.data.split import ImageDataset, NearDuplicate, album_folder
-from lorakeet.train.image_spec import ImageSpec
+from lorakeet.kinds.images.spec import ImageSpec
 
 PARTS = ("train", "held_out", "test", "prior")
 _SPLITTING = ("held_out_fraction", "held_out_minimum", "split_seed", "on_leak", "limit")

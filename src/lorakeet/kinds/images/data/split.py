@@ -13,7 +13,7 @@ from lorakeet.data.split import split_record, split_rows
 from lorakeet.errors import DataError
 from lorakeet.kinds.images.data.folder import ImageRow, is_table, read_album, unpack_pictures
 from lorakeet.kinds.images.data.near_duplicates import Copy, DuplicatePairs, copies, duplicate_groups, duplicate_pairs
-from lorakeet.train.image_spec import ImageSpec
+from lorakeet.kinds.images.spec import ImageSpec
 
 ENOUGH, MANY = 6, 20  # fewest independent pictures that can show a difference; albums of MANY or more hold out at least ENOUGH
 MUCH = 0.3  # share of an album that are copies of one picture; above it, they may be one scene and not one photo

@@ -26,7 +26,7 @@ from lorakeet.kinds.images.data.folder import (
 from lorakeet.kinds.images.model.kinds import Conditioning
 from lorakeet.kinds.images.model.model import ImageModel
 from lorakeet.kinds.images.model.sample import Sampler, draw_latents, require_finite_latents
-from lorakeet.train.image_spec import ImageSpec
+from lorakeet.kinds.images.spec import ImageSpec
 
 AT_ONCE = 4  # captions, or crops of an image, encoded in one batch
 Progress = Callable[[int], None]  # called with the number of pictures or captions just done

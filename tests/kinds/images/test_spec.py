@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from lorakeet.train.image_spec import ImageSpec
+from lorakeet.kinds.images.spec import ImageSpec
 
 
 def test_the_defaults_can_be_used() -> None:

@@ -1,0 +1,98 @@
+"""The kinds of runs by name: Lorakeet's own, and those of other packages, by their entry points `lorakeet.kinds`.
+
+An entry point names a module with a `DECLARATION`, as the `__init__` of each folder in kinds/ does. Imports no torch.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from functools import cache
+from importlib import import_module
+from importlib.metadata import entry_points
+from typing import Any
+
+from lorakeet.errors import ConfigError, EnvironmentProblem, nearest
+
+GROUP = "lorakeet.kinds"
+OWN = {name: f"lorakeet.kinds.{folder}" for name, folder in (("text", "text"), ("preference", "preference"), ("image", "images"))}
+
+
+@dataclass(frozen=True)
+class Section:
+    """A part of the run file that one kind brings: a dataclass of settings with defaults, and its help."""
+
+    spec: type[Any]
+    help: str
+
+
+def _no_conflicts(_: Any) -> list[str]:
+    return []
+
+
+@dataclass(frozen=True, kw_only=True)
+class KindDeclaration:
+    """What a kind of run says of itself before anything big is imported.
+
+    `module` has the `KIND` (kinds/protocol.RunKind) that carries a run out. `over`: it is the kind of this name with one of the
+    `objectives` as train.objective; empty for a kind of its own.
+    """
+
+    name: str
+    help: str
+    module: str
+    over: str = ""
+    objectives: tuple[str, ...] = ()
+    sections: Mapping[str, Section] = field(default_factory=dict)
+    text_model: bool = False  # its base is a causal language model: what opens one (runs/open_adapter) takes its runs
+    instead: str = ""  # what to do where a text model is needed and this kind has none, in sentences
+    lacks: Mapping[str, str] = field(default_factory=dict)  # what else it cannot do, such as "seeds" → why, and what instead
+    taken_as: tuple[str, ...] = ("push",)  # ways in which the studio takes its results away (studio/taking.WAYS)
+    rows_page: str = ""  # "module:function" (RunConfig, send) that shows its rows in the studio; empty: rows of text
+    try_page: str = ""  # the studio's page that tries its runs; empty: that of texts, if it has a text model
+    conflicts: Callable[[Any], list[str]] = _no_conflicts  # RunConfig → a message for each conflict of settings
+    early: str = ""  # the module of require_rows(config, whole=bool) and require_model(config): what is missing, without torch
+
+
+@cache
+def declarations() -> Mapping[str, KindDeclaration]:
+    """Every kind by its name. Raises EnvironmentProblem for an entry point that cannot be imported, ConfigError for two of one
+    name."""
+    found, origins = {}, dict.fromkeys(OWN, "lorakeet")
+    for name, module in OWN.items():
+        found[name] = import_module(module).DECLARATION
+    for point in entry_points(group=GROUP):
+        package = point.dist.name if point.dist is not None else point.value
+        if point.name in found:
+            raise ConfigError(
+                f"Two packages register the kind of run {point.name!r}: {origins[point.name]} and {package}. Uninstall one."
+            )
+        try:
+            declared = point.load().DECLARATION
+        except Exception as error:
+            raise EnvironmentProblem(
+                f"The kind of run {point.name!r} of the package {package} cannot be imported: {type(error).__name__}: {error}. "
+                f"Mend or uninstall it: pip uninstall {package}"
+            ) from error
+        found[point.name], origins[point.name] = declared, package
+    return found
+
+
+def own_kinds() -> tuple[str, ...]:
+    """The names that `kind` in a run file may have."""
+    return tuple(name for name, one in declarations().items() if not one.over)
+
+
+def objectives() -> tuple[str, ...]:
+    """The names that train.objective may have."""
+    return tuple(dict.fromkeys(objective for one in declarations().values() for objective in one.objectives))
+
+
+def declared(kind: str, objective: str = "") -> KindDeclaration:
+    """The declaration of `kind`, or of the kind over it that has this objective. Raises ConfigError for an unknown name."""
+    known = declarations()
+    if kind not in known:
+        listed = ", ".join(own_kinds())
+        raise ConfigError(f"There is no kind of run {kind!r}; there are {listed}.{nearest(kind, known)}")
+    over = [one for one in known.values() if one.over == kind and objective in one.objectives]
+    return over[0] if over else known[kind]
