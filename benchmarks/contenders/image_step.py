@@ -11,7 +11,6 @@ from types import SimpleNamespace
 from typing import Any
 
 import torch
-from lorakeet.train.image_spec import ImageSpec
 from torch import Tensor, nn
 
 from lorakeet.core.spec import LoraSpec
@@ -20,7 +19,7 @@ from lorakeet.kinds.images.model.diffusers_import import diffusers
 from lorakeet.kinds.images.model.kinds import KINDS, Conditioning
 from lorakeet.kinds.images.model.latent_cache import EncodedImage
 from lorakeet.kinds.images.model.model import ImageModel, image_plan
-from lorakeet.kinds.images.spec import DiffusionSpec
+from lorakeet.kinds.images.spec import DiffusionSpec, ImageSpec
 from lorakeet.kinds.images.task import ImageBatch, ImageTask
 from lorakeet.memory.ledger import Ledger
 from lorakeet.memory.measure import peak_bytes, resident_bytes

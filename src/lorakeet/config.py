@@ -38,7 +38,7 @@ def _kind_help() -> str:
 
 
 @dataclass(frozen=True)
-class _Settings:
+class _CommonSettings:
     """The settings that every kind of run has."""
 
     model: ModelSpec = field(default_factory=ModelSpec, metadata={"help": "The base model.", "shorthand": "path"})
@@ -107,7 +107,7 @@ class _Settings:
 
 if TYPE_CHECKING:
 
-    class RunConfig(_Settings):
+    class RunConfig(_CommonSettings):
         """All settings of a fine-tuning run, with the same keys in YAML, in flags and in the saved run."""
 
 else:
@@ -118,7 +118,7 @@ else:
             for declaration in declarations().values()
             for name, one in declaration.sections.items()
         ],
-        bases=(_Settings,),
+        bases=(_CommonSettings,),
         frozen=True,
         namespace={"__doc__": "All settings of a fine-tuning run, with the same keys in YAML, in flags and in the saved run.",
                    "__module__": __name__},

@@ -26,7 +26,7 @@ class Section:
     help: str
 
 
-def _no_conflicts(_: Any) -> list[str]:
+def _no_conflicts(*_: Any, **__: Any) -> list[str]:
     return []
 
 
@@ -51,7 +51,14 @@ class KindDeclaration:
     rows_page: str = ""  # "module:function" (RunConfig, send) that shows its rows in the studio; empty: rows of text
     try_page: str = ""  # the studio's page that tries its runs; empty: that of texts, if it has a text model
     conflicts: Callable[[Any], list[str]] = _no_conflicts  # RunConfig → a message for each conflict of settings
-    early: str = ""  # the module of require_rows(config, whole=bool) and require_model(config): what is missing, without torch
+    require_rows: str = ""  # "module:function" (RunConfig, whole=bool) that raises DataError for missing rows, without torch
+    require_model: str = ""  # the same (RunConfig) for a missing model
+
+
+def function_at(place: str) -> Any:
+    """The function that "module:function" names; for an empty text one that does nothing."""
+    module, _, name = place.partition(":")
+    return getattr(import_module(module), name) if module else _no_conflicts
 
 
 @cache

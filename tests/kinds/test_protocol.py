@@ -16,7 +16,7 @@ import numpy as np
 import pytest
 
 from lorakeet.config import RunConfig, read_run
-from lorakeet.errors import ConfigError, EnvironmentProblem, VerificationFailed
+from lorakeet.errors import ConfigError, VerificationFailed
 from lorakeet.evaluate.certificate import read_certificate
 from lorakeet.evaluate.report.report import read_report
 from lorakeet.registry import declarations
@@ -24,32 +24,14 @@ from lorakeet.studio.index import Index
 from lorakeet.verbs.finetune import FinetuneResult, finetune
 from lorakeet.verbs.options import FinetuneOptions
 from lorakeet.verbs.plan import plan
+from tiny.other_packages import PACKAGES, installed, registered
 from tiny.runs import quiet, tree, write_rows
 
-PACKAGES = Path(__file__).parents[1] / "tiny"
-
-
-def installed(folder: Path, package: str = "line_kind", module: str = "line_kind") -> Path:
-    """A folder with the metadata of an installed `package` whose entry point registers the kind `line`."""
-    metadata = folder / f"{package}-1.0.dist-info"
-    metadata.mkdir(parents=True)
-    (metadata / "METADATA").write_text(f"Metadata-Version: 2.1\nName: {package}\nVersion: 1.0\n")
-    (metadata / "entry_points.txt").write_text(f"[lorakeet.kinds]\nline = {module}\n")
-    return folder
-
 
 @pytest.fixture
-def registered(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
-    monkeypatch.syspath_prepend(PACKAGES)
-    monkeypatch.syspath_prepend(installed(tmp_path / "site"))
-    declarations.cache_clear()
-    yield
-    declarations.cache_clear()
-
-
-@pytest.fixture
-def config(tmp_path: Path, registered: None) -> RunConfig:
-    return read_run(None, flags(tmp_path))
+def config(tmp_path: Path) -> Iterator[RunConfig]:
+    with registered(installed(tmp_path / "site")):
+        yield read_run(None, flags(tmp_path))
 
 
 def flags(folder: Path) -> dict[str, str]:
@@ -121,18 +103,6 @@ def test_a_run_imports_the_modules_of_its_own_kind_only() -> None:
     )
     found = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert found.stdout.strip() == "[]"
-
-
-def test_two_packages_of_one_name_and_one_that_cannot_be_imported_are_refused(registered: None, tmp_path: Path) -> None:
-    installed(tmp_path / "site", "other_lines")
-    declarations.cache_clear()
-    with pytest.raises(ConfigError, match=r"Two packages register the kind of run 'line': .*line.* and .*line.*Uninstall one"):
-        declarations()
-    shutil.rmtree(tmp_path / "site")
-    installed(tmp_path / "site", "broken", "line_kind.gone")
-    declarations.cache_clear()
-    with pytest.raises(EnvironmentProblem, match=r"'line' of the package broken cannot be imported.*pip uninstall broken"):
-        declarations()
 
 
 VERBS = """

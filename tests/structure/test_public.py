@@ -18,7 +18,7 @@ from lorakeet.config import RunConfig, read_run
 from lorakeet.kernels.choose import TABLE
 from lorakeet.settings import fields_of
 from lorakeet.verbs.options import VERBS
-from structure.tree import SOURCE, named, parsed, source_files
+from structure.tree import SOURCE, named, nodes_of, parsed, source_files
 
 PLAIN = (bool, int, float, str)
 NAMES = (ast.Name, ast.Attribute)
@@ -106,6 +106,7 @@ def used_definitions() -> Callable[[str, str], bool]:
         found |= {verb.place, (f"lorakeet.verbs.{verb.name}", "config_path")}
     tables, attributes = set[str](), set[str]()
     for path in source_files():
+        found |= {(node.value.partition(":")[0], node.value.partition(":")[2]) for node in nodes_of(path) if is_place(node)}
         uses, values, names = used_in(module_name(path), parsed(path))
         found |= uses
         tables |= values
@@ -117,6 +118,11 @@ def used_definitions() -> Callable[[str, str], bool]:
     for template in SOURCE.rglob("*.j2"):
         found |= {(charts, name) for name in re.findall(r"\bcharts\.(\w+)", template.read_text(encoding="utf-8"))}
     return lambda module, name: (module, name) in found or (module in tables and name in attributes)
+
+
+def is_place(node: ast.AST) -> bool:
+    """Whether it is a text "lorakeet.module:name"."""
+    return isinstance(node, ast.Constant) and bool(re.fullmatch(r"lorakeet\.[\w.]+:\w+", str(node.value)))
 
 
 def used_in(module: str, tree: ast.Module) -> tuple[set[tuple[str, str]], set[str], set[str]]:

@@ -23,7 +23,6 @@ from lorakeet.studio import shown_rows
 from lorakeet.studio.forms import run_file, run_words
 from lorakeet.studio.shown_rows import length_values, row_values, show_rows_of, split_values
 from tiny.models import save_tiny_llama, tiny_tokenizer
-from tiny.pictures import album
 from tiny.runs import run, write_rows
 
 WORDS = ["ash", "bay", "cup", "dew", "elm", "fog", "gem", "hat", "ice", "jar", "key", "lap", "map", "net", "oak", "pin", "rug"]
@@ -143,16 +142,6 @@ def test_lengths_are_those_before_the_cut(monkeypatch: pytest.MonkeyPatch) -> No
 def test_a_shortened_row_says_so() -> None:
     found = row_values(prompt("a " * 200), encoder(32))
     assert found is not None and found["cut"] and found["tokens"] <= 32 and found["pieces"][-1][1]
-
-
-def test_pictures_have_captions_sizes_and_copies(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("LORAKEET_CACHE", str(tmp_path / "cache"))
-    folder = album(tmp_path / "album", 8)
-    given = {"kind": "image", "data.train": str(folder), "data.held_out_fraction": "0.25", "images.smallest": "8"}
-    found = sent_for({**given, "images.resolution": "64"})["album"]
-    assert sum(found["counts"].values()) == 8 == found["shown"] and sum(count for _, count in found["buckets"]) == 8
-    assert found["pictures"][0]["thumb"].startswith("data:image/png;base64,") and found["pictures"][0]["caption"]
-    assert "trained as" in found["pictures"][0]["size"] and found["alike"] == []
 
 
 def test_of_preferences_each_row_is_measured(tmp_path: Path) -> None:

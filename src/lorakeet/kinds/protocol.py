@@ -28,7 +28,7 @@ from lorakeet.evaluate.values import encode
 from lorakeet.kinds.trained_targets import Moved, target_rows
 from lorakeet.memory.budget import Budget
 from lorakeet.memory.measure import PeakMemory
-from lorakeet.runs.open_adapter import require_text_model
+from lorakeet.runs.open_adapter import require_text_run
 from lorakeet.runs.residency import Residency
 from lorakeet.train.processes import ALONE, Processes
 from lorakeet.train.progress import TEXT, Words
@@ -165,7 +165,7 @@ class RunKind(ABC, Generic[AssemblyT]):
     tries_rates: ClassVar[bool] = False  # a run without a learning rate tries three first
     searched: ClassVar[bool] = False  # lorakeet tune can search its settings
 
-    hub_task: ClassVar[str] = ""  # what a model hub calls the task, for the adapter's card
+    hub_task: ClassVar[str] = ""  # what a model hub calls the task
 
     def plan(
         self, config: RunConfig, console: Console, free: Budget = NO_BOUND, watch: Callable[[PlanResult], None] | None = None
@@ -266,7 +266,7 @@ class RunKind(ABC, Generic[AssemblyT]):
         return None
 
     def usage(self, *, loads: bool) -> tuple[str, ...]:
-        """Lines of the adapter's card that use it; `loads`: its base is named by what other programs load too."""
+        """Lines of the adapter's README.md that use it; `loads`: its base is named by what other programs load too."""
         return ()
 
     def next_commands(self, setup: AssemblyT, run: RunFolder) -> tuple[Command, ...]:
@@ -294,5 +294,5 @@ def run_without_text(path: Path) -> tuple[RunKind[Any], RunFolder, RunConfig] | 
     if run is None or config is None or config.declaration.text_model:
         return None
     if config.declaration.instead:
-        require_text_model(path, config)
+        require_text_run(path, config)
     return run_kind(config), run, config

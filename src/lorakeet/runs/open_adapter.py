@@ -138,7 +138,7 @@ def open_adapter(
     run = RunFolder.at(path)
     given = read_run(config) if config else read_run(run.config) if run else None
     if given is not None:
-        require_text_model(path, given)
+        require_text_run(path, given)
     adapter, note = read_certified(path, uncertified=uncertified, say=say)
     settings = given or _bare(path, adapter, base)
     if not config:  # a run remembers the device that it was trained on; this machine may have another
@@ -152,7 +152,7 @@ def open_adapter(
     return Opened(adapter, settings, run, run.adapter if run else path, note)
 
 
-def require_text_model(path: Path, settings: RunConfig) -> None:
+def require_text_run(path: Path, settings: RunConfig) -> None:
     """Raises ConfigError for a run whose base is no causal language model."""
     kind = settings.declaration
     if not kind.text_model:

@@ -8,7 +8,6 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from functools import partial
-from importlib import import_module
 from itertools import islice, pairwise
 from typing import Any
 
@@ -30,6 +29,7 @@ from lorakeet.data.workbook import sheet_names
 from lorakeet.errors import DataError, EnvironmentProblem, Remedy, percent
 from lorakeet.models.files.quiet import quiet_transformers
 from lorakeet.planning.encoded_rows import EncodedRows
+from lorakeet.registry import function_at
 from lorakeet.runs.remarks import Remark, remarks_on
 from lorakeet.studio.local import require_local_rows, unready_model
 from lorakeet.studio.remedies import one_click, page_words, remedies_together
@@ -57,8 +57,7 @@ def show_rows_of(settings: Mapping[str, str], send: Send) -> None:
         if not (page := config.declaration.rows_page):
             _show_text(config, send)
             return
-        module, _, name = page.partition(":")
-        getattr(import_module(module), name)(config, lambda part: send(_in_page_words(part)))
+        function_at(page)(config, lambda part: send(_in_page_words(part)))
 
 
 def _in_page_words(part: dict[str, Any]) -> dict[str, Any]:

@@ -28,7 +28,7 @@ from lorakeet.replying.session import ChatSession
 from lorakeet.replying.speakers import BASE, LocalSpeaker, ServerSpeaker, Speaker
 from lorakeet.replying.texts import open_texts
 from lorakeet.runs.certified import base_identity
-from lorakeet.runs.open_adapter import require_text_model
+from lorakeet.runs.open_adapter import require_text_run
 from lorakeet.runs.trained_prompt import prompt_settings, unlabelled
 from lorakeet.serve.sampling import Sampling
 from lorakeet.train.run import RunFolder
@@ -87,7 +87,7 @@ def _opened(options: ChatOptions, console: Console) -> tuple[Speaker, str, str |
         run = RunFolder.around(path)
         if run is not None:
             settings[name] = read_run(run.config)
-            require_text_model(path, settings[name])
+            require_text_run(path, settings[name])
             data[name] = prompt_settings(settings[name].data, run)
             data[name] = unlabelled(data[name]) if options.plain else data[name]
         adapters[name], _ = read_certified(path, uncertified=options.uncertified, say=console.print)

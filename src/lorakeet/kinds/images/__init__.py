@@ -25,8 +25,8 @@ DECLARATION = KindDeclaration(
     instead="Draw with it by lorakeet generate, or write it for other programs by lorakeet convert.",
     lacks={"seeds": "Image runs are compared on few pictures, and their seeds are not. Start a run for each train.seed."},
     taken_as=("kohya", "diffusers", "push"),
-    rows_page="lorakeet.kinds.images.album:show_pictures",
+    rows_page="lorakeet.kinds.images.album:show_album",
     try_page="pictures",
     conflicts=_conflicts,
-    early="lorakeet.kinds.images.early",
+    require_rows="lorakeet.kinds.images.early:require_pictures",
 )

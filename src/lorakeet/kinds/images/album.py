@@ -19,7 +19,7 @@ _RESOLUTION, _MULTIPLE = 512, 64  # where no model says another
 _THUMB = 160  # pixels
 
 
-def show_pictures(config: RunConfig, send: Callable[[dict[str, Any]], None]) -> None:
+def show_album(config: RunConfig, send: Callable[[dict[str, Any]], None]) -> None:
     """Sends one part, the album; reads the pictures as a run would. Raises what a run would raise."""
     send({"say": "Reads the pictures, and searches for copies"})
     images = images_of(config)

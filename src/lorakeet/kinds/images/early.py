@@ -9,14 +9,10 @@ from lorakeet.kinds.images.data.folder import is_table, require_folder
 from lorakeet.kinds.images.spec import images_of
 
 
-def require_rows(config: RunConfig, *, whole: bool) -> None:
+def require_pictures(config: RunConfig, *, whole: bool) -> None:
     """Raises DataError for folders of pictures that are missing; `whole` changes nothing."""
     data = config.data
     places = {"data.train": data.train, "data.held_out": data.held_out, "data.test": data.test}
     for setting, folder in {**places, "images.prior": images_of(config).prior}.items():
         if folder and not is_table(folder):
             require_folder(Path(folder).expanduser(), setting)
-
-
-def require_model(config: RunConfig) -> None:
-    """Nothing: the parts of a diffusion model are looked for when it is loaded."""

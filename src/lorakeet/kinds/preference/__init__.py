@@ -39,5 +39,6 @@ DECLARATION = KindDeclaration(
     objectives=tuple(objective for objective in OBJECTIVES if objective != SFT),
     sections={"preference": Section(PreferenceSpec, "The loss of a preference objective.")},
     conflicts=_conflicts,
-    early="lorakeet.kinds.text.early",
+    require_rows="lorakeet.kinds.text.early:require_text_rows",
+    require_model="lorakeet.kinds.text.early:require_text_base",
 )

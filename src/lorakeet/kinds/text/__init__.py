@@ -30,5 +30,6 @@ DECLARATION = KindDeclaration(
     text_model=True,
     taken_as=("merge", "gguf", "ollama", "mlx", "push"),
     conflicts=_conflicts,
-    early="lorakeet.kinds.text.early",
+    require_rows="lorakeet.kinds.text.early:require_text_rows",
+    require_model="lorakeet.kinds.text.early:require_text_base",
 )

@@ -12,7 +12,7 @@ _PLAIN = (".jsonl", ".ndjson", ".json", ".csv", ".tsv")
 _SMALL = 1 << 20  # bytes, which take a tenth of a second
 
 
-def require_rows(config: RunConfig, *, whole: bool) -> None:
+def require_text_rows(config: RunConfig, *, whole: bool) -> None:
     """Raises DataError for files of rows that are missing, or whose columns are not known.
 
     `whole`: also for single rows of a file that is read in less time than torch is imported.
@@ -24,7 +24,7 @@ def require_rows(config: RunConfig, *, whole: bool) -> None:
             read_rows(name, data, None, config.train.objective)
 
 
-def require_model(config: RunConfig) -> None:
+def require_text_base(config: RunConfig) -> None:
     """Raises DataError or EnvironmentProblem for a model that is named by a path and is not there."""
     locate_model(config.model.path)
 

@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import AsyncIterator, Mapping
 from dataclasses import replace
 from functools import partial
-from importlib import import_module
 
 from starlette.requests import Request
 from starlette.responses import Response
@@ -13,6 +12,7 @@ from starlette.routing import Route
 
 from lorakeet.config import read_run
 from lorakeet.errors import ConfigError, LorakeetError
+from lorakeet.registry import function_at
 from lorakeet.studio.forms import FormField, command_line, run_fields, run_file, run_words
 from lorakeet.studio.offers import offers
 from lorakeet.studio.pages import Screen, Studio, draft_of, error_of, event, event_stream, page, refused_values, studio_of
@@ -44,8 +44,8 @@ def same_rows(settings: Mapping[str, str]) -> dict[str, str]:
     if not settings.get("data.train"):
         raise ConfigError("data is missing. Choose a file of rows, or a folder of pictures with kind image.")
     config = read_run(None, {"model.path": "none", **settings})
-    if not config.declaration.text_model and config.declaration.early:
-        import_module(config.declaration.early).require_rows(config, whole=False)
+    if not config.declaration.text_model:
+        function_at(config.declaration.require_rows)(config, whole=False)
     if not settings.get("model.path"):
         return {"command": "", "file": ""}
     return {"command": command_line([*run_words(config), "--dry-run"]), "file": run_file(config)}

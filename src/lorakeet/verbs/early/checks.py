@@ -7,7 +7,6 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import replace
-from importlib import import_module
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +18,7 @@ from lorakeet.data.read import check_first_record, is_absent
 from lorakeet.data.spec import NO_ROWS, DataSpec
 from lorakeet.exporting.hub import require_repository_name
 from lorakeet.formats.adapter_format import require_adapter
+from lorakeet.registry import function_at
 from lorakeet.runs.output_paths import require_absent, require_empty, require_place
 from lorakeet.train.launch import launched
 from lorakeet.train.run import RunFolder
@@ -185,14 +185,13 @@ def _require_rows(config: RunConfig | None, *, whole: bool = False) -> None:
 
     `whole`: also for single rows of a file that is read in less time than torch is imported.
     """
-    if config is not None and config.declaration.early:
-        import_module(config.declaration.early).require_rows(config, whole=whole)
+    if config is not None:
+        function_at(config.declaration.require_rows)(config, whole=whole)
 
 
 def _require_model(config: RunConfig) -> None:
     """Raises DataError or EnvironmentProblem for a model that is named by a path and is not there."""
-    if config.declaration.early:
-        import_module(config.declaration.early).require_model(config)
+    function_at(config.declaration.require_model)(config)
 
 
 _CHECKS: dict[str, Callable[..., None]] = {

@@ -1,0 +1,31 @@
+"""`registry`: which kinds of runs there are, and packages that register one."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from lorakeet.errors import ConfigError, EnvironmentProblem
+from lorakeet.registry import declarations, declared, function_at, objectives, own_kinds
+from tiny.other_packages import installed, registered
+
+
+def test_kinds_over_another_are_chosen_by_their_objective() -> None:
+    assert own_kinds() == ("text", "image") and objectives()[0] == "sft"
+    assert declared("text", "sft").name == declared("text").name == "text" and declared("text", "dpo").name == "preference"
+    with pytest.raises(ConfigError, match=r"There is no kind of run 'imag'; there are text, image.*'image'"):
+        declared("imag")
+
+
+def test_what_is_not_named_does_nothing() -> None:
+    assert function_at("")(1, whole=True) == [] and function_at("lorakeet.registry:function_at") is function_at
+
+
+def test_two_packages_of_one_name_and_one_that_cannot_be_imported_are_refused(tmp_path: Path) -> None:
+    site = installed(installed(tmp_path / "site"), "other_lines")
+    with registered(site), pytest.raises(ConfigError, match=r"Two packages register the kind of run 'line': .*line.* and .*line"):
+        declarations()
+    broken = installed(tmp_path / "other", "broken", "line_kind.gone")
+    with registered(broken), pytest.raises(EnvironmentProblem, match=r"'line' of the package broken .*pip uninstall broken"):
+        declarations()
