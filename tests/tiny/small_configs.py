@@ -56,6 +56,7 @@ INDEXED = {
     "indexer_n_heads": 4, "indexer_kv_heads": 1, "indexer_head_dim": 16, "indexer_budget": 8, "indexer_compress_ratio": 4,
     "linear_num_value_heads": 8,
 }  # fmt: skip
+SLIDING = {"layer_types": ["sliding_attention", "full_attention"] * 2}  # as released
 CONVOLUTIONS = {"layer_types": ["conv", "full_attention"] * 2}
 CHANGES: dict[str, dict[str, Any]] = {
     "bamba": {"attn_layer_indices": [1, 3]},
@@ -86,6 +87,7 @@ CHANGES: dict[str, dict[str, Any]] = {
     "hrm_text": {"num_hidden_layers": 2, "num_layers_per_stack": None},  # the first becomes the passes through all stacks
     "hunyuan_v1_dense": {"head_dim": 16},
     "hunyuan_v1_moe": {"head_dim": 16, "num_experts": 4, "moe_topk": 2},
+    "laguna": {**SLIDING, "num_attention_heads_per_layer": [8, 4] * 2},
     "lfm2": CONVOLUTIONS,
     "lfm2_moe": CONVOLUTIONS,
     "lfm2_vl": {"text_config": CONVOLUTIONS},
@@ -107,6 +109,7 @@ CHANGES: dict[str, dict[str, Any]] = {
         for kind in ("qwen2_vl", "qwen2_5_vl", "glm4v", "glm46v", "glm_ocr", "glmga")
     },
     "glm4v_moe": {"text_config": {"rope_parameters": {**MULTIPLE, "partial_rotary_factor": 0.5, "mrope_section": [1, 1, 2]}}},
+    "mellum": SLIDING,
     "minimax_m3_vl": {"text_config": SPARSE},
     "minimax_m3_vl_text": SPARSE,
     "mistral4": {"head_dim": 16},
@@ -117,6 +120,7 @@ CHANGES: dict[str, dict[str, Any]] = {
     "qwen4_exp_text": INDEXED,
     **{kind: {"text_config": {"linear_num_value_heads": 8}} for kind in ("qwen3_5", "qwen3_5_moe")},
     "reformer": {"is_decoder": True},
+    "step3p7": {"text_config": {**SLIDING, "sliding_window": 8, "num_sliding_attention_heads": 8}},
 }  # fmt: skip
 
 
