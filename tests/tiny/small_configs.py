@@ -67,11 +67,13 @@ CHANGES: dict[str, dict[str, Any]] = {
         "ffn_config": {"moe_num_experts": 4, "moe_top_k": 2, "ffn_hidden_size": 32, "hidden_size": 64},
     },
     "deepseek_v4": {"compress_rates": {"compressed_sparse_attention": 4, "heavily_compressed_attention": 8}},  # of rows of 23
-    **{kind: {"index_topk": 8} for kind in ("deepseek_v32", "glm_moe_dsa")},  # fewer than the tokens of a row, as for long ones
+    **{kind: {"index_topk": 8} for kind in ("axk2", "deepseek_v32", "glm_moe_dsa", "hy_v4")},  # of rows of 23
+    "glm5_next": {"text_config": {"index_topk": 8, "index_kpool": 4}},
+    "mistral_large4": {"text_config": {"index_topk": 8}},
     "doge": {"keep_window_size": 8},
     "deepseek_v2": {"num_experts_per_tok": 2, "topk_method": "greedy"},
     "dots1": {"n_routed_experts": 4, "n_shared_experts": 1, "num_experts_per_tok": 2},
-    "dots3_note_text": {"num_key_value_heads": 4},
+    "dots3_note_text": {"num_key_value_heads": 4, "index_topk": 8},
     "dory": {"n_input_layers": 1, "n_recurrent_layers": 2, "n_output_layers": 1},
     "falcon_h1": {"mamba_d_ssm": 64, "mamba_n_heads": 4, "mamba_d_head": 16, "mamba_expand": 1, "lm_head_multiplier": 0.5},
     "gemma3n": {"text_config": SHARED},
