@@ -70,7 +70,7 @@ def test_the_readme_says_how_many_families_train() -> None:
     said = "llama mistral mixtral qwen2 qwen3_5 gemma gemma4 phi3 gpt_oss deepseek_v3 glm4 mamba2"
     assert set(said.split(" ")) <= set(trained)
     assert all(one[column]["outcome"] == "passed" for one in trained.values() for column in ("gradients", "PEFT"))
-    assert [name for name, one in trained.items() if one["merge"]["outcome"] != "passed"] == ["step3p7"]  # its files name experts anew
+    assert [name for name, one in trained.items() if one["merge"]["outcome"] != "passed"] == ["step3p7"]
     assert "gradients, loading in PEFT and merging are right" in readme
 
 
