@@ -177,6 +177,7 @@ def test_fields_of_lists_every_leaf_in_order() -> None:
 
 def test_types_are_described_in_words() -> None:
     assert describe(Literal["a", "b"] | None) == "one of 'a', 'b', or none"
+    assert describe(Literal["none", "b"] | None) == "one of 'none', 'b'"
     assert describe(tuple[int, ...]) == "a list (a whole number each)"
     assert choices(Literal["a", "b"] | None) == ("a", "b") and choices(int | None) == ()
 

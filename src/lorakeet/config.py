@@ -13,7 +13,7 @@ import yaml
 from lorakeet.core.spec import LoraSpec
 from lorakeet.data.spec import DataSpec
 from lorakeet.disk import open_buffered
-from lorakeet.errors import ConfigError, Problems, unreadable
+from lorakeet.errors import ConfigError, Problems, require_path, unreadable
 from lorakeet.evaluate.spec import EvaluateSpec
 from lorakeet.formats.files.yaml_mapping import LARGEST, RESOLVERS, parse_yaml
 from lorakeet.memory.spec import MemorySpec
@@ -21,7 +21,7 @@ from lorakeet.models.spec import ModelSpec
 from lorakeet.ranks.spec import RanksSpec
 from lorakeet.registry import KindDeclaration, declarations, declared, own_kinds
 from lorakeet.setting import setting
-from lorakeet.settings import load, override, to_mapping
+from lorakeet.settings import load, override, require_types, to_mapping
 from lorakeet.train.spec import TrainSpec
 
 if TYPE_CHECKING:
@@ -69,6 +69,7 @@ class _CommonSettings:
                     f"{section.__name__}, then {spec.name}={section.__name__}({inside:.80})."
                 )
         problems.raise_if_any()
+        require_types(self)
 
     def changed(self, **sections: Mapping[str, Any]) -> Self:
         """Returns the same run with other values of some settings, by section: changed(lora={"rank": 8})."""
@@ -130,6 +131,8 @@ def read_run(path: str | Path | None, overrides: Mapping[str, Any] | None = None
 
     Raises ConfigError that lists every problem of the file and the flags.
     """
+    if path is not None:
+        require_path(path)
     mapping = read_yaml(Path(path)) if path else {}
     for dotted, value in (overrides or {}).items():
         mapping = override(RunConfig, mapping, dotted, value)

@@ -223,6 +223,12 @@ def unreadable(path: Path, error: OSError) -> str:
     return f"{path} cannot be read: {error.strerror or error}. Check the path, its permissions and the disk."
 
 
+def require_path(path: object) -> None:
+    """Raises ConfigError for what Python code gives in place of a path."""
+    if not isinstance(path, (str, Path)):
+        raise ConfigError(f"path is {path!r:.80} ({type(path).__name__}); expected a path.")
+
+
 @contextmanager
 def readable(path: Path) -> Iterator[None]:
     """A context in which a failure of the system to read `path` becomes a DataError (`unreadable`)."""
@@ -281,6 +287,7 @@ def reader(what: str) -> Callable[
     def bounded(read: Callable[Concatenate[Path, _Arguments], _Result]) -> Callable[Concatenate[Path, _Arguments], _Result]:
         @functools.wraps(read)
         def within(path: Path, /, *arguments: _Arguments.args, **more: _Arguments.kwargs) -> _Result:
+            require_path(path)
             with one_message(f"{path} cannot be read as {what}", "It may be damaged: fetch it again. If not, report this."):
                 return read(Path(path), *arguments, **more)  # a text is a path too
 

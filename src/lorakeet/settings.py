@@ -115,7 +115,7 @@ def describe(kind: Any) -> str:
     """What a field of this type expects, in words: "a whole number", "one of 'bf16', 'fp32'", "text, or none"."""
     arms = _arms(kind)
     if len(arms) > 1 or arms[0] is not kind:
-        return " or ".join(describe(arm) for arm in arms) + (", or none" if _allows_none(kind) else "")
+        return " or ".join(map(describe, arms)) + (", or none" if _allows_none(kind) and "none" not in choices(kind) else "")
     if choices(kind):
         return "one of " + ", ".join(repr(choice) for choice in choices(kind))
     if typing.get_origin(kind) is tuple:
@@ -152,7 +152,7 @@ def require_types(instance: DataclassInstance) -> None:
         if dataclasses.is_dataclass(kind):
             continue
         try:
-            misfit = isinstance(value, str) and isinstance(_read(kind, value), (bool, int, float))
+            misfit = isinstance(_read(kind, value), (bool, int, float)) and isinstance(value, str)
         except _Misfit:
             misfit = True
         if misfit:

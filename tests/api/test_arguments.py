@@ -6,6 +6,7 @@ import dataclasses
 import inspect
 import shutil
 from collections.abc import Callable, Iterator
+from functools import partial
 from pathlib import Path
 from typing import Any, get_type_hints
 
@@ -15,7 +16,7 @@ from torch import nn
 import lorakeet as lk
 from api.conftest import Shared
 from lorakeet.api.arguments import as_argument, in_python
-from lorakeet.errors import LorakeetError, respelt, spelling
+from lorakeet.errors import ConfigError, LorakeetError, respelt, spelling
 from lorakeet.models.spec import ModelSpec
 from lorakeet.serve.sampling import Sampling
 from lorakeet.settings import choices, describe
@@ -27,7 +28,8 @@ OPTIONS: dict[str, type[Any]] = {
     "verify": VerifyOptions, "rows": lk.Data, "load": ModelSpec, "generate": Sampling,
 }  # fmt: skip
 PASSED_ON = ("runs_or_adapters", "run_or_adapter", "path", "train", "held_out_fraction")  # by an argument of another name
-WRONG = ("no/such", -1)
+WRONG = ("no/such", -1, object())
+NAMED = {"source": "train rows", "held_out": "held_out rows", "test": "test rows"}  # arguments in messages, by another name
 VALID = ("merge(out='no/such')", "merge(out=-1)")  # which take the longest
 
 
@@ -42,6 +44,9 @@ def wrong_values(kind: Any) -> tuple[Any, ...]:
 def calls(shared: Shared, place: Path) -> Iterator[tuple[str, Callable[[], Any]]]:
     """Each function with each of its arguments wrong."""
     run, model, net = shared.run, shared.run.model, nn.Sequential(nn.Linear(4, 4))
+
+    def by_place(name: str, path: Any) -> Any:
+        return getattr(lk, name)(path)
 
     def merged(run: Any, **more: Any) -> Any:
         return lk.merge(run, **more)
@@ -67,14 +72,16 @@ def calls(shared: Shared, place: Path) -> Iterator[tuple[str, Callable[[], Any]]
         "attach": (lk.attach, {"net": net, "lora": lk.Lora(rank=2, target_modules=("0",))}),
         "to_peft": (lk.to_peft, {"adapter": run.adapter, "model": net}),
         "from_peft": (lk.from_peft, {"model": net}),
+        **{name: (getattr(lk, name), {"net": net}) for name in ("parameters", "adapter_of", "detach")},
+        "activate": (lk.activate, {"net": net, "name": None}),
+        **{name: (partial(by_place, name), {"path": run.path}) for name in dir(lk) if name.startswith("read_")},
     }
     for name, (function, given) in good.items():
         known = inspect.signature(function).parameters
         named = [key for key, found in known.items() if found.kind in (found.POSITIONAL_OR_KEYWORD, found.KEYWORD_ONLY)]
         for key in dict.fromkeys([*given, *named]):
-            if key != "quiet" and not key.startswith("on_"):
-                for value in (one for one in WRONG if f"{name}({key}={one!r})" not in VALID):
-                    yield f"{name}({key}={value!r})", lambda f=function, all=given, k=key, v=value: f(**{**all, k: v})
+            for value in (one for one in WRONG if f"{name}({key}={one!r})" not in VALID):
+                yield f"{name}({key}={value!r:.9})", lambda f=function, all=given, k=key, v=value: f(**{**all, k: v})
         for field in dataclasses.fields(OPTIONS[name]) if name in OPTIONS else ():
             if field.name in PASSED_ON or field.name in named:
                 continue
@@ -93,12 +100,25 @@ def test_no_message_has_a_flag(shared: Shared, tmp_path: Path, monkeypatch: pyte
         except LorakeetError as error:
             refused += 1
             assert "--" not in str(error) and "lorakeet " not in str(error), f"{name}: {error}"
-        except (TypeError, AttributeError, ValueError) as error:  # of Python, for another type
-            assert "--" not in str(error), name
+            if "<object" in name:
+                argument = name.partition("(")[2].partition("=")[0]
+                assert NAMED.get(argument, argument) in str(error), f"{name}: {error}"
+        else:
+            assert "<object" not in name, f"{name} was accepted"
         for path in (tmp_path / "merged", tmp_path / "run", tmp_path / "adapter"):
             shutil.rmtree(path, ignore_errors=True)
         (tmp_path / "a.gguf").unlink(missing_ok=True)
-    assert refused > 100
+    assert refused > 150
+
+
+SECTIONS = (lk.Lora, lk.Train, lk.Data, lk.Evaluate, lk.Ranks, lk.Preference, lk.Memory, lk.RunConfig)
+
+
+@pytest.mark.parametrize("section", SECTIONS)
+def test_every_setting_refuses_another_type_when_it_is_made(section: type[Any]) -> None:
+    for field in dataclasses.fields(section):
+        with pytest.raises(ConfigError, match=f"^{field.name}.* is <object"):
+            section(**{field.name: object()})
 
 
 @pytest.mark.parametrize(("message", "said"), [

@@ -7,10 +7,10 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import fields
 from pathlib import Path
 
-from lorakeet.api.arguments import as_argument
+from lorakeet.api.arguments import as_argument, python_call
 from lorakeet.api.display import table_of
 from lorakeet.core.adapter import Adapter, Pair
-from lorakeet.errors import ConfigError, VerificationFailed, nearest, spelling
+from lorakeet.errors import ConfigError, VerificationFailed, nearest
 from lorakeet.formats.compare import compare_adapters
 from lorakeet.formats.detect import read_certified
 from lorakeet.formats.peft import peft
@@ -29,7 +29,7 @@ class AdapterValue(Adapter):
     """Named pairs of A and B. `adapter[path]` is a pair: its `A`, `B`, `alpha`, `rank`, `scale` and `delta()`."""
 
     @classmethod
-    @spelling(as_argument)
+    @python_call(as_argument)
     def read(cls, path: str | Path, *, quiet: bool = False, uncertified: bool = False) -> AdapterValue:
         """The adapter at `path`: a run folder, or a file or folder of PEFT, MLX, kohya, LyCORIS, diffusers or GGUF.
 
@@ -44,7 +44,7 @@ class AdapterValue(Adapter):
         """The same adapter with these methods."""
         return cls(**{field.name: getattr(adapter, field.name) for field in fields(Adapter)})
 
-    @spelling(as_argument)
+    @python_call(as_argument)
     def write(self, path: str | Path, *, format: str = "peft", base: str | Path | None = None, quiet: bool = True) -> Path:
         """Writes the adapter to the new file or folder `path`, reads it back and compares every ΔW; returns `path`.
 
@@ -96,7 +96,7 @@ class AdapterValue(Adapter):
         return f"<p>{html.escape(str(self))}</p>{table_of([('weights', 'shape', 'rank', 'scale'), *rows[:_SHOWN]])}{more}"
 
 
-@spelling(as_argument)
+@python_call(as_argument)
 def combine(
     adapters: Mapping[str, Adapter],
     *,

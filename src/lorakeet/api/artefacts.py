@@ -8,13 +8,13 @@ from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any, TypeVar
 
-from lorakeet.api.arguments import as_argument
+from lorakeet.api.arguments import as_argument, python_call
 from lorakeet.api.display import ShownCertificate, ShownMerge
 from lorakeet.api.records import is_frame, row_names
 from lorakeet.api.rows import naming_rows, stored
 from lorakeet.api.run import FinishedRun, ShownReport
 from lorakeet.data.tables import InMemory
-from lorakeet.errors import ConfigError, spelling
+from lorakeet.errors import ConfigError
 from lorakeet.evaluate.certificate import Certificate
 from lorakeet.runs.terminal import TerminalConsole
 from lorakeet.settings import load as load_settings
@@ -33,7 +33,7 @@ AnyRun = FinishedRun | str | Path
 OptionsT = TypeVar("OptionsT", EvaluateOptions, MergeOptions, ExportOptions, PredictOptions, VerifyOptions)
 
 
-@spelling(as_argument)
+@python_call(as_argument)
 def merge(*runs: AnyRun, out: str | Path, quiet: bool = False, **options: Any) -> Merged:
     """Merges a run into its base at `out`, or combines several into one adapter; the certificate is in the result.
 
@@ -43,7 +43,7 @@ def merge(*runs: AnyRun, out: str | Path, quiet: bool = False, **options: Any) -
     return ShownMerge.of(merge_verb(_options(MergeOptions, given, "lk.merge"), console=TerminalConsole(quiet=quiet)))
 
 
-@spelling(as_argument)
+@python_call(as_argument)
 def export(run: AnyRun, out: str | Path, *, quant: str = "f16", quiet: bool = False, **options: Any) -> Exported:
     """Writes the merged model as a GGUF file (`out` ends in .gguf) or, with to="ollama", as a folder for Ollama; checks it.
 
@@ -53,7 +53,7 @@ def export(run: AnyRun, out: str | Path, *, quant: str = "f16", quiet: bool = Fa
     return export_verb(_options(ExportOptions, given, "lk.export"), console=TerminalConsole(quiet=quiet))
 
 
-@spelling(as_argument)
+@python_call(as_argument)
 def predict(run: AnyRun, data: Any, out: str | Path | None = None, *, quiet: bool = False, **options: Any) -> Any:
     """Answers rows: of records in memory, or of the file `data`, which needs `out` (.csv, .tsv or .jsonl).
 
@@ -88,7 +88,7 @@ def _predicted(
         return predict_verb(_options(PredictOptions, given, "lk.predict"), console=TerminalConsole(quiet=quiet))
 
 
-@spelling(as_argument)
+@python_call(as_argument)
 def evaluate(run: AnyRun, data: Any = None, out: str | Path | None = None, *, quiet: bool = False, **options: Any) -> ShownReport:
     """Measures a run or an adapter against its base, on a file or records in memory; without `data` on the run's own rows.
 
@@ -108,7 +108,7 @@ def _given(records: Any) -> tuple[str, dict[str, InMemory]]:
     return str(path), {str(path): InMemory("data", row_names(records, "data", count))}
 
 
-@spelling(as_argument)
+@python_call(as_argument)
 def verify(run: AnyRun, *against: str | Path, quiet: bool = False, **options: Any) -> Certificate:
     """Compares the trained adapter with merged folders, .gguf files or servers; returns the certificate.
 

@@ -8,13 +8,13 @@ from weakref import WeakKeyDictionary, ref
 from torch import nn
 
 from lorakeet.api.adapter import AdapterValue
-from lorakeet.api.arguments import as_argument
+from lorakeet.api.arguments import as_argument, python_call
 from lorakeet.api.display import ShownPairs
 from lorakeet.core.adapter import Adapter
 from lorakeet.core.layers.linear import LoraLinear
 from lorakeet.core.plan import Plan
 from lorakeet.core.spec import LoraSpec
-from lorakeet.errors import ConfigError, spelling
+from lorakeet.errors import ConfigError
 from lorakeet.models import inject
 from lorakeet.models.families import family_of
 from lorakeet.models.fits import plan_of
@@ -25,7 +25,7 @@ from lorakeet.settings import to_mapping
 _FLAGS: WeakKeyDictionary[nn.Module, list[tuple[ref[nn.Parameter], bool]]] = WeakKeyDictionary()  # requires_grad before
 
 
-@spelling(as_argument)
+@python_call(as_argument)
 def attach(net: nn.Module, lora: LoraSpec | Adapter = LoraSpec(), *, name: str = "default", seed: int = 0) -> Plan:
     """Adds trainable pairs to `net`, or a finished adapter, and freezes everything else; returns what was added.
 
@@ -43,10 +43,6 @@ def attach(net: nn.Module, lora: LoraSpec | Adapter = LoraSpec(), *, name: str =
         ['0', '2']
         >>> lk.detach(net)
     """
-    if not isinstance(net, nn.Module):
-        raise ConfigError(f"net is {net!r:.80} ({type(net).__name__}); expected a torch module. lk.load takes names and paths.")
-    if not isinstance(lora, (LoraSpec, Adapter)):
-        raise ConfigError(f"lora is {lora!r:.80} ({type(lora).__name__}); expected lk.Lora(…), or an adapter.")
     if inject.has_adapter(net, name):
         raise ConfigError(f"An adapter {name!r} is already attached. Detach it first, or give another name.")
     if inject.adapter_names(net) and net not in _FLAGS:
@@ -75,17 +71,20 @@ def attach(net: nn.Module, lora: LoraSpec | Adapter = LoraSpec(), *, name: str =
     return ShownPairs.of(plan)
 
 
+@python_call(as_argument)
 def parameters(net: nn.Module, name: str = "default") -> list[nn.Parameter]:
     """The trained parameters of an attached adapter, for an optimizer. Raises ConfigError if there is none of that name."""
     return list(inject.trained_parameters(net, name).values())
 
 
+@python_call(as_argument)
 def adapter_of(net: nn.Module, name: str = "default", *, base: str = "") -> AdapterValue:
     """A copy of an attached adapter, in fp32 on the CPU; `base` is the name of its base model, for its files."""
     named = base or str(getattr(net, "name_or_path", "") or "")
     return AdapterValue.of(inject.adapter_of(net, name, base=named))
 
 
+@python_call(as_argument)
 def detach(net: nn.Module, name: str | None = None) -> None:
     """Removes an adapter (None: all); without adapters `net` is as it was before, bit for bit, gradients' flags included.
 
@@ -104,6 +103,7 @@ def detach(net: nn.Module, name: str | None = None) -> None:
             alive.requires_grad_(trained)
 
 
+@python_call(as_argument)
 def activate(net: nn.Module, name: str | None) -> None:
     """Makes an attached adapter the one that computes and is trained; None: the base alone. Raises ConfigError if unknown."""
     inject.activate(net, name)

@@ -38,9 +38,6 @@ def classified(
     """
     if not labels:
         raise ConfigError("The run's rows have no labels; classify is for runs on labelled rows. Use generate.")
-    for number, one in enumerate(inputs):
-        if not isinstance(one, (str, Mapping)):
-            raise ConfigError(f"texts[{number}] is {one!r:.80} ({type(one).__name__}); expected a text, or a dict of columns.")
     encoder = Encoder(text.tokenizer, replace(spec, too_long="refuse"), labels)
     candidates = [found for row in _rows(inputs, spec, labels[0]) if (found := encoder.candidates(row)) is not None]
     if not candidates:

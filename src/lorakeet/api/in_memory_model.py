@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from lorakeet.api.arguments import given_as
 from lorakeet.errors import ConfigError
 from lorakeet.kernels.cache import cache_folder
 from lorakeet.models.inject import adapter_names
@@ -27,8 +28,8 @@ def saved_model(model: Any, tokenizer: Any, folder: str | Path | None) -> Path:
     if isinstance(model, nn.Module) and adapter_names(model):
         raise ConfigError("The model carries adapters of lk.attach. Take them with lk.adapter_of, then lk.detach them.")
     if not hasattr(model, "save_pretrained") or not hasattr(model, "config"):
-        kind = type(model).__name__
-        raise ConfigError(f"model is a {kind}; expected a name, a path, or a transformers model. lk.attach takes any nn.Module.")
+        what = "expected a name, a path, or a transformers model. lk.attach takes any nn.Module."
+        raise ConfigError(f"model is {given_as(model)}; {what}")
     if empty := [name for name, tensor in model.state_dict().items() if tensor.device.type == "meta"]:
         raise ConfigError(f"{len(empty)} tensors of the model are on device meta, without numbers: {empty[0]}. Load its weights.")
     if tokenizer is None:

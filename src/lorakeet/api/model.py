@@ -17,7 +17,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from lorakeet.api.adapter import AdapterValue
-from lorakeet.api.arguments import in_python
+from lorakeet.api.arguments import given_as, in_python, python_call, require_kinds
 from lorakeet.api.display import ShownPlan, table_of
 from lorakeet.api.in_memory_model import saved_model
 from lorakeet.api.rows import RowPart, RowSet
@@ -27,7 +27,7 @@ from lorakeet.core.spec import LoraSpec
 from lorakeet.data.chat import Encoder
 from lorakeet.data.locate import locate_model
 from lorakeet.data.spec import NO_ROWS, DataSpec
-from lorakeet.errors import ConfigError, nearest, spelling
+from lorakeet.errors import ConfigError, nearest
 from lorakeet.memory.allocator import release_free_memory
 from lorakeet.memory.spec import MemorySpec
 from lorakeet.models.generate.score import row_losses
@@ -43,12 +43,12 @@ from lorakeet.train.run import RunFolder
 from lorakeet.train.spec import TrainSpec
 from lorakeet.verbs.plan import plan
 
-AnyAdapter: TypeAlias = "Adapter | str | Path | Any | None"  # Any: a run, which has an `adapter`
+AnyAdapter: TypeAlias = Adapter | str | Path | Any | None  # Any: a run, which has an `adapter`
 CONTEXT = 2048  # tokens of a prompt with its reply under a budget
 _USED: ContextVar[Mapping[int, AnyAdapter]] = ContextVar("_USED", default={})  # noqa: B039 (never changed); adapters by handle
 
 
-@spelling(in_python)
+@python_call(in_python)
 def load(
     model: Any,
     *,
@@ -96,7 +96,7 @@ class BaseModelHandle:
         rows += [("budget", self.memory.budget or "none"), ("in memory", "no" if self._opened is None else "yes")]
         return table_of([("", "base model"), *rows])
 
-    @spelling(in_python)
+    @python_call(in_python)
     def plan(
         self,
         lora: LoraSpec = LoraSpec(),
@@ -118,7 +118,7 @@ class BaseModelHandle:
         console = TerminalConsole(file=StringIO(), record=True, width=110, force_jupyter=False)
         return ShownPlan(plan(config, console=console), console)
 
-    @spelling(in_python)
+    @python_call(in_python)
     def generate(
         self,
         prompt: Prompt | Sequence[Prompt],
@@ -153,7 +153,7 @@ class BaseModelHandle:
             texts = generation.texts(ids, [_alone(one) for one, _ in adapters], settings)
         return texts if several else texts[0]
 
-    @spelling(in_python)
+    @python_call(in_python)
     def stream(
         self, prompt: Prompt, *, adapter: AnyAdapter = None, max_tokens: int = 256, temperature: float = 0.0, raw: bool = False,
         template: bool = True, **sampling: Any,
@@ -175,7 +175,7 @@ class BaseModelHandle:
             yield first
             yield from pieces
 
-    @spelling(in_python)
+    @python_call(in_python)
     def losses(self, rows: RowSet | RowPart, *, adapter: AnyAdapter = None, micro_tokens: int = 2048) -> NDArray[np.float64]:
         """The loss of each row in nats per target token, (rows,): of `rows.held_out`, or of the part that is given.
 
@@ -249,8 +249,7 @@ def adapter_and_data(given: AnyAdapter) -> tuple[Adapter | None, DataSpec]:
         run = RunFolder.around(path)
         return _read(path, _stamp(path)), data if run is None else prompt_settings(read_run(run.config).data, run)
     if not isinstance(getattr(given, "adapter", None), Adapter):
-        kind = type(given).__name__
-        raise ConfigError(f"adapter is {given!r:.80} ({kind}); expected a run, an adapter, its path, or None for the base.")
+        raise ConfigError(f"adapter is {given_as(given)}; expected a run, an adapter, its path, or None for the base.")
     return given.adapter, prompt_settings(given.config.data, given.folder)
 
 
@@ -275,4 +274,5 @@ def _checked(sampling: dict[str, Any]) -> dict[str, Any]:
     if isinstance(sampling.get("stop"), (str, list)):
         stop = sampling["stop"]
         sampling = {**sampling, "stop": (stop,) if isinstance(stop, str) else tuple(stop)}
+    require_kinds(sampling, Sampling)
     return sampling

@@ -13,7 +13,7 @@ from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any, overload
 
-from lorakeet.api.arguments import in_python
+from lorakeet.api.arguments import given_as, in_python, python_call
 from lorakeet.api.records import jsonl_of, row_names
 from lorakeet.data.prepare import Dataset, load_dataset
 from lorakeet.data.rows import Row
@@ -28,7 +28,7 @@ _FILES = ("train", "held_out", "test")
 _ARGUMENTS = {"train": "source"}  # of `rows`, where it is called otherwise
 
 
-@spelling(in_python)
+@python_call(in_python)
 def rows(source: Any, *, held_out: Any = None, test: Any = None, **settings: Any) -> RowSet:
     """The rows of a run.
 
@@ -71,8 +71,7 @@ def _folder() -> TemporaryDirectory[str]:
 def stored(records: Any, name: str) -> tuple[Path, int]:
     """A file with the records, named by its content, and their number."""
     if not isinstance(records, Iterable):
-        said = f"{records!r:.80} ({type(records).__name__})"
-        raise ConfigError(f"The {name} rows are {said}; expected a path, dicts, a DataFrame, a Table or a Dataset.")
+        raise ConfigError(f"The {name} rows are {given_as(records)}; expected a path, dicts, a DataFrame, a Table or a Dataset.")
     text = jsonl_of(records)
     path = Path(_folder().name) / f"{hashlib.sha256(text).hexdigest()[:24]}.jsonl"
     if not path.is_file():

@@ -10,8 +10,10 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
+from torch import nn
+
 from lorakeet.api.adapter import AdapterValue
-from lorakeet.api.arguments import in_python
+from lorakeet.api.arguments import in_python, python_call
 from lorakeet.api.classify import LabelAnswer, classified
 from lorakeet.api.display import ShownCertificate, one_line, page_of, table_of
 from lorakeet.api.model import BaseModelHandle
@@ -22,7 +24,7 @@ from lorakeet.config import RunConfig, read_run
 from lorakeet.core.spec import LoraSpec
 from lorakeet.data.split import read_split_record
 from lorakeet.disk import read_regular
-from lorakeet.errors import ConfigError, DataError, spelling
+from lorakeet.errors import ConfigError, DataError, readable
 from lorakeet.evaluate.certificate import Certificate, read_certificate
 from lorakeet.evaluate.report.report import Report, SystemResult, read_report
 from lorakeet.evaluate.spec import EvaluateSpec
@@ -43,9 +45,9 @@ _LOSSES = ("loss", "log_loss", "denoising_loss")
 Called = Callable[[Record], object]
 
 
-@spelling(in_python)
+@python_call(in_python)
 def finetune(
-    model: BaseModelHandle | RunConfig | str | Path,
+    model: BaseModelHandle | RunConfig | str | Path | nn.Module,
     rows: RowSet | Any = None,
     *,
     lora: LoraSpec | None = None,
@@ -86,7 +88,7 @@ def finetune(
     return open_run(config.out)
 
 
-@spelling(in_python)
+@python_call(in_python)
 def resume(run: FinishedRun | str | Path, *, quiet: bool = False) -> FinishedRun:
     """Goes on with a run that ended early, from its last checkpoint, with the settings that it began with.
 
@@ -111,7 +113,7 @@ def _config(
     return replace(checked, data=rows.beside(out))  # written only now, so that a wrong setting leaves nothing
 
 
-@spelling(in_python)
+@python_call(in_python)
 def open_run(path: str | Path) -> FinishedRun:
     """The run in the folder `path`. Raises DataError where there is none."""
     folder = RunFolder.at(Path(path))
@@ -138,11 +140,13 @@ class FinishedRun:
         return AdapterValue.read(self.path, quiet=True)
 
     @property
+    @python_call(in_python)
     def report(self) -> ShownReport:
         """The measurements; in a notebook, the page itself."""
         return ShownReport(read_report(self.folder.report))
 
     @property
+    @python_call(in_python)
     def certificate(self) -> Certificate:
         """What was compared with the trained adapter, and by how much it differs."""
         return ShownCertificate.of(read_certificate(self.folder.certificate))
@@ -150,7 +154,8 @@ class FinishedRun:
     @property
     def metrics(self) -> list[dict[str, Any]]:
         """The lines of metrics.jsonl: a mapping for each step and held-out evaluation."""
-        return [json.loads(line) for line in read_regular(self.folder.metrics).decode().splitlines()]
+        with readable(self.folder.metrics):
+            return [json.loads(line) for line in read_regular(self.folder.metrics).decode().splitlines()]
 
     @cached_property
     def model(self) -> BaseModelHandle:
@@ -168,11 +173,9 @@ class FinishedRun:
         found = read_split_record(self.folder.split).get("labels")
         return tuple(map(str, found)) if isinstance(found, list) else ()
 
-    @spelling(in_python)
+    @python_call(in_python)
     def classify(self, texts: Sequence[str | Mapping[str, Any]]) -> list[LabelAnswer]:
         """The label of each text, with its probability; of each record, if the template has other columns than the text."""
-        if isinstance(texts, (str, Mapping)):
-            raise ConfigError("classify takes a list of texts or records; put the one in a list: run.classify([text]).")
         with self.model.computing_with(self.adapter) as text:
             return classified(text, list(texts), self.config.data, self.labels, micro_tokens=self.config.train.micro_tokens)
 

@@ -46,7 +46,7 @@ from lorakeet.serve.engine import Engine, Event, Request
 from lorakeet.serve.sampling import Sampling, TokenSampler
 from lorakeet.serve.text_stream import TextStream
 
-Prompt: TypeAlias = "str | Sequence[dict[str, Any]]"
+Prompt: TypeAlias = str | Sequence[dict[str, Any]]
 Mix: TypeAlias = "tuple[tuple[Adapter, float], ...]"  # adapters with weights; empty for the base
 Identity: TypeAlias = "tuple[int, int]"
 TOGETHER = 16  # texts of a batch
