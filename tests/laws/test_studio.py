@@ -332,10 +332,12 @@ def test_a_mended_file_of_the_same_name_is_read_again(browser: Any, studio: Stud
         if count == 30:
             page.click("#problems button >> nth=0", timeout=WAIT)  # the first answer imports torch
         page.wait_for_selector(f"#sentence:has-text('{count - 3} rows to train on')", timeout=WAIT)
+    assert page.input_value("#field-data-train") == "register-2.csv", "a copy has its name there, and no path"
     page.set_input_files("#upload", files=[{"name": "register.ods", "mimeType": "", "buffer": b"PK"}])
     page.wait_for_selector("#uploaded.problem:has-text('save it as .xlsx')", timeout=WAIT)
     page.click("#go-on")
     page.wait_for_selector("#set:has-text('text column What happened; label column Category')", timeout=WAIT)
+    assert page.input_value("#field-data-train") == "register-2.csv"
     assert not page.is_visible("summary:has-text('images')") and "register-2.csv" in page.inner_text("#same")
     assert len(page.said) == 1 and "400" in page.said[0], "the workbook was refused"
 

@@ -17,6 +17,7 @@ pytest.importorskip("uvicorn", reason="uvicorn, of the extra lorakeet[studio], s
 
 from lorakeet.studio.app import make_studio
 from lorakeet.studio.drawing import STRENGTHS
+from lorakeet.studio.forms import typed
 from lorakeet.studio.pages import Studio
 from lorakeet.studio.places import Places
 from tiny.browser import chromium, serious, studio_here
@@ -121,7 +122,9 @@ def test_a_workbook_is_read_by_clicks_and_its_labels_stay_text(page: Any, tmp_pa
     settings = dict(parse_qsl(urlsplit(page.url).query))
     assert settings.pop("data.train").endswith("a.xlsx#Rows") and settings.pop("data.near_duplicates") == "0"
     (renamed,) = settings.values()
-    assert renamed == f"{turned}={turned.upper()}" and list(settings) == ["data.rename_labels"]
+    assert typed(renamed) == f"{turned}={turned.upper()}" != renamed and list(settings) == ["data.rename_labels"]
+    assert "\u202e" not in "".join(page.eval_on_selector_all("input, textarea, select", "all => all.map((one) => one.value)"))
+    assert "sheets" not in page.inner_text("#notes"), "the menu chooses one, so no note says how"
     assert page.title() != "taken" and not page.query_selector("main img") and page.said == []
 
 

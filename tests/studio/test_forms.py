@@ -11,6 +11,7 @@ import pytest
 from lorakeet.cli.flags import SettingsCommand, given_values, setting_flags
 from lorakeet.config import RunConfig, read_run
 from lorakeet.errors import ConfigError
+from lorakeet.evaluate.report.templates import page_templates
 from lorakeet.settings import fields_of
 from lorakeet.studio.forms import (
     command_line,
@@ -21,6 +22,7 @@ from lorakeet.studio.forms import (
     run_fields,
     run_file,
     run_words,
+    typed,
 )  # fmt: skip
 
 GIVEN = {
@@ -47,6 +49,14 @@ def test_a_field_is_what_its_type_says() -> None:
 def test_what_is_empty_or_a_default_is_not_given() -> None:
     form = {"lora.rank": "8", "train.epochs": "3.0", "data.train": " ", "csrf": "x", "model": "y"}
     assert given_settings(form) == {"lora.rank": "8"}
+
+
+def test_a_field_has_no_sign_that_turns_the_order_and_means_it() -> None:
+    """A path with U+202E stood in the field as it is; a page's escape of it named no file."""
+    turned = "data\u202evsc.\x1b[1m\u2066.csv"
+    [written] = {page_templates(lambda name: "{{ value }}").get_template("x").render(value=turned)}
+    assert written.isprintable() and given_settings({"data.train": written}) == {"data.train": turned}
+    assert typed("C:\\u00e9\\u202") == "C:\\u00e9\\u202"
 
 
 def test_form_file_and_command_are_the_same_run(tmp_path: Path) -> None:

@@ -95,7 +95,9 @@ def test_no_message_of_the_code_brings_a_flag_a_path_or_ctrl_c_to_a_page() -> No
     ("Raise it with --memory, or choose another --out.", "Raise it with “memory budget”, or choose another “name”."),
     ("Stopped by Ctrl-C before it finished.", "Stopped before it finished."),
     ("'/srv/u/my rows.csv' and /srv/u/b.csv:3 stay, http://127.0.0.1:8/a/b too.",
-     "'my rows.csv' and b.csv:3 stay, http://127.0.0.1:8/a/b too."),
+     "“my rows.csv” and b.csv:3 stay, http://127.0.0.1:8/a/b too."),
+    ("It's 'a' or \"b c\": pip install 'lorakeet[llama]'. Its rows' ends 'stay.",
+     "It's “a” or “b c”: pip install 'lorakeet[llama]'. Its rows' ends 'stay."),
     ("set --data.too_long truncate.", "set “longer rows” truncate."),
 ])  # fmt: skip
 def test_a_message_of_the_command_line_is_said_in_the_words_of_a_page(message: str, said: str) -> None:

@@ -10,7 +10,7 @@ from typing import Any
 from lorakeet.config import read_run
 from lorakeet.data.locate import WORKBOOKS
 from lorakeet.errors import ConfigError
-from lorakeet.studio.forms import FormField, run_fields, settings_of
+from lorakeet.studio.forms import FormField, run_fields, settings_of, typed
 from lorakeet.studio.jobs import Job, Queue
 from lorakeet.studio.offers import stem_of
 from lorakeet.studio.places import NotHere, Places, regular_within
@@ -60,7 +60,7 @@ def wanted_answers(places: Places, run: str, form: Mapping[str, str]) -> Predict
 
     ConfigError without rows or for rows of elsewhere; DataError for rows that are not there; NotHere without an adapter.
     """
-    folder, rows = places.run(run), form.get(ROWS, "").strip()
+    folder, rows = places.run(run), typed(form.get(ROWS, "")).strip()
     if not (folder / "adapter").is_dir():
         raise NotHere(f"'{run}' has no adapter yet. Wait until it has trained, or resume it.")
     if not rows:
@@ -68,7 +68,7 @@ def wanted_answers(places: Places, run: str, form: Mapping[str, str]) -> Predict
     places.require({ROWS: rows})
     stem = stem_of(Path(rows).name)[:_LONGEST_STEM] or "rows"
     name = f"{stem}-answered{_ENDINGS.get(Path(rows.partition('#')[0]).suffix.lower(), '.csv')}"
-    given: dict[str, Any] = {name: form.get(f"data.{name}", "").strip() or None for name in OWN_FLAGS}
+    given: dict[str, Any] = {name: typed(form.get(f"data.{name}", "")).strip() or None for name in OWN_FLAGS}
     options = PredictOptions(str(folder), rows, Path(name), **given)
     check_early(VERB, replace(options, out=places.own / "answers" / name), None)
     return options

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+import re
 import shlex
 import typing
 from collections.abc import Mapping, Sequence
@@ -13,6 +14,7 @@ from typing import Any, Literal
 
 from lorakeet.config import RunConfig, dump_yaml, read_run
 from lorakeet.errors import LorakeetError
+from lorakeet.evaluate.report.templates import SHOWN
 from lorakeet.settings import Setting, choices, fields_of, shown_default, to_mapping
 
 # What a first run needs; everything else stands behind "More settings".
@@ -88,10 +90,15 @@ def more_fields() -> dict[str, tuple[FormField, ...]]:
     return {section: tuple(fields) for section, fields in found.items()}
 
 
+def typed(text: str) -> str:
+    """What a field of a page means: signs that turn the order of what follows stand in it as escapes (`page_templates`)."""
+    return re.sub("|".join(map(re.escape, SHOWN.values())), lambda found: chr(int(found[0][2:], 16)), text)
+
+
 def given_settings(form: Mapping[str, str]) -> dict[str, str]:
     """The settings of a run that a form or an address gives, by dotted path: those that are filled in and no default."""
     defaults = {field.path: field.default for field in run_fields()}
-    found = {path: form.get(path, "").replace("\r\n", "\n").strip() for path in defaults}  # as browsers send lines
+    found = {path: typed(form.get(path, "")).replace("\r\n", "\n").strip() for path in defaults}  # as browsers send lines
     return {path: text for path, text in found.items() if text and text != defaults[path]}
 
 

@@ -22,6 +22,7 @@ _PATH = re.compile(r"(?<![-\w./])[a-z]+(?:\.[a-z_]+)+(?![\w/])")
 _ORIGIN = re.compile(r" \(flag --[\w.-]+\)")
 _QUOTED = re.compile(r"'/(?:[^'\n]*/)?([^'/\n]+)/?'")  # a path of this machine
 _BARE = re.compile(r"(?<![\w./:~])(?:/[^\s/'\",;:()]+)+/([^\s/'\",;:()]*[^\s/'\",;:().])")
+_SAID = re.compile(r"""(?<![^\s(])(?<!install )(['"])([^'"\n]+)\1(?!\w)""")  # between quotes; not what a shell reads
 _PAGES = {
     "merge": "“Take away”", "export": "“Take away”", "convert": "“Take away”", "push": "“Take away”", "predict": "“Take away”",
     "finetune": "“New run”", "plan": "“Fit”", "evaluate": "“Compare two”", "serve": "“Try”", "chat": "“Try”", "generate": "“Try”",
@@ -50,7 +51,7 @@ def in_one_line(value: str) -> str:
 
 def page_words(message: str, rows: str = "") -> str:
     """The sentences of a message in the words of a page: settings by the labels of their fields, commands by the screens that
-    do the same, files by their names, advised texts as they are.
+    do the same, files by their names, advised texts as they are; quotes are “ and ”.
 
     The file `rows` is named without its folders, as it was chosen.
     """
@@ -61,6 +62,7 @@ def page_words(message: str, rows: str = "") -> str:
     with spelling(_on_page):
         message = respelt(_ORIGIN.sub("", message))
     message = _BARE.sub(r"\1", _QUOTED.sub(r"'\1'", message)).replace(" by Ctrl-C", "").replace("Ctrl-C", "Stop")
+    message = _SAID.sub(r"“\2”", message)
     return _PATH.sub(lambda found: _on_page(found[0]) if found[0] in _labels() else found[0], message)
 
 

@@ -25,7 +25,7 @@ from lorakeet.data.rows import Row
 from lorakeet.data.shapes import columns_used
 from lorakeet.data.spec import DataSpec
 from lorakeet.data.tables import FileRecord, RowProblems
-from lorakeet.data.workbook import sheet_names
+from lorakeet.data.workbook import sheet_names, sheets_note
 from lorakeet.errors import DataError, EnvironmentProblem, Remedy, percent
 from lorakeet.models.files.quiet import quiet_transformers
 from lorakeet.planning.encoded_rows import EncodedRows
@@ -129,6 +129,7 @@ def split_values(dataset: Dataset, remarks: Sequence[Remark], data: DataSpec) ->
     report, rows = dataset.leaks, data.train
     counts = label_counts((*dataset.train, *dataset.held_out, *dataset.test), dataset.labels)
     dropped = {row.source for row in report.dropped}
+    chosen_above = sheets_note(rows)  # the sheet has a menu
     within = sorted(report.within, key=_contradicts, reverse=True)  # what needs a decision comes first
     preferred = any(pair.row.rejected or pair.row.desirable is not None for pair in report.within)
     return {
@@ -139,7 +140,7 @@ def split_values(dataset: Dataset, remarks: Sequence[Remark], data: DataSpec) ->
         "measured": len(dataset.test or dataset.held_out) if preferred else len(counted_once(dataset.test or dataset.held_out)),
         "notes": [
             *({"words": words, "remedies": []} for words in unmeasured_labels(dataset)),
-            *({"words": page_words(note, rows), "remedies": []} for note in dataset.notes),
+            *({"words": page_words(note, rows), "remedies": []} for note in dataset.notes if note != chosen_above),
             *({"words": page_words(remark.words, rows), "remedies": remedies_together(remark.remedies)} for remark in remarks),
         ],
         "method": page_words(report.method()),

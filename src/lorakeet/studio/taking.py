@@ -156,18 +156,28 @@ def job_values(job: Job) -> dict[str, Any]:
         "certificate": None if out is None else certificate_values(out),
         "use": use_of(job, out) if state == "done" else [],
         "advice": advice_of(job),
-        "uncertified": state == "failed" and UNCERTIFIED in job.error and UNCERTIFIED not in job.words,
+        "uncertified": is_uncertified(job),
     }
 
 
 def go_on_uncertified(places: Places, queue: Queue, run: str, name: str, once: str = "") -> Job:
     """Puts a command into the queue again that was refused because of another content; results then say so. NotHere if none."""
-    refused = next((job for job in jobs_of(places, queue, run) if job.name == name and job_values(job)["uncertified"]), None)
+    refused = next((job for job in jobs_of(places, queue, run) if job.name == name and is_uncertified(job)), None)
     if refused is None:
         raise NotHere("There is no such command that was refused. Start it again.")
+    return add_uncertified(queue, refused, once)
+
+
+def is_uncertified(job: Job) -> bool:
+    """Whether a command was refused because of another content than that of a certificate."""
+    return job.state == "failed" and UNCERTIFIED in job.error and UNCERTIFIED not in job.words
+
+
+def add_uncertified(queue: Queue, refused: Job, once: str = "") -> Job:
+    """Puts a refused command into the queue once more, with the flag that its refusal names."""
     folder = f"{refused.folder}/"
     words = [f"{{folder}}/{word.removeprefix(folder)}" if word.startswith(folder) else word for word in refused.words]
-    return queue.add([*words, UNCERTIFIED], title=refused.title, once=once)
+    return queue.add([*words, UNCERTIFIED], title=refused.title, device=refused.device, once=once)
 
 
 def advice_of(job: Job) -> str:

@@ -27,6 +27,11 @@ def test_an_image_run_is_tried_by_drawing(browser: TestClient, studio: Studio) -
     (out / "001.png").write_bytes(b"\x89PNG")
     text = browser.get(address).text
     assert 'data-strength="1.5"' in text and 'max="3" step="1" value="1"' in text
+    for name, said in (("alive", ""), ("code", "3"), ("log", "Error: it is not what was certified: --uncertified.\n")):
+        (job.folder / name).write_text(said)
+    assert "Draw it uncertified" in browser.get(address).text
+    assert browser.post(address, data={"uncertified": "true"}).status_code == 303
+    assert studio.queue.jobs()[-1].words == (*job.words, "--uncertified")
     picture = browser.get(f"{address.replace('mine', job.name)}/001.png")
     assert picture.content == b"\x89PNG" and picture.headers["content-type"] == "image/png"
     assert browser.get(f"/try/pictures/{job.name}/pictures.json").status_code == 404

@@ -124,8 +124,8 @@ def test_one_answer_to_every_row_is_never_said_to_be_all_that_is_needed() -> Non
     )  # fmt: skip
     rows = tuple(answered(truth, "a") for truth in "aaab")
     _, same, majority = plain_sentences(replace(REPORT, rows_of=4, rows=rows, systems=systems))
-    assert same == "It gave the same answer to every row: 'a'."
-    assert majority.startswith("The majority class has 3 of 4 right (it always answers 'a'): nothing shows yet that the model")
+    assert same == "It gave the same answer to every row: “a”."
+    assert majority.startswith("The majority class has 3 of 4 right (it always answers “a”): nothing shows yet that the model")
     some = plain_sentences(replace(REPORT, rows_of=4, rows=(*rows[:3], answered("b", "b")), systems=systems))
     assert not any("same answer" in sentence for sentence in some)
 
@@ -133,7 +133,7 @@ def test_one_answer_to_every_row_is_never_said_to_be_all_that_is_needed() -> Non
 def test_labels_that_hardly_any_measured_row_has_are_not_proved(browser: TestClient, studio: Studio) -> None:
     rows = tuple(answered(truth, "a") for truth in "aaaaaab")
     report = replace(REPORT, rows_of=7, rows=rows)
-    said = "How it does on labels that few of the 7 measured rows have: 'c' (none), 'b' (1). More such rows would show it."
+    said = "How it does on labels that few of the 7 measured rows have: “c” (none), “b” (1). More such rows would show it."
     assert unproved(report, ("a", "b", "c"))[0] == said
     assert not any("few of the" in line for line in (*unproved(report, ("a",)), *unproved(replace(report, rows_of=9), ("b",))))
     folder = studio.places.runs / "rare"

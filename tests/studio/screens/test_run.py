@@ -49,8 +49,8 @@ def test_the_form_becomes_the_run_file_of_a_job(browser: TestClient, studio: Stu
     ("change", "words"),
     [
         ({"model.path": ""}, "model is missing"),
-        ({"lora.rank": "x"}, "“rank” is 'x'"),
-        ({"data.train": "gone.jsonl"}, "'gone.jsonl' does not exist"),
+        ({"lora.rank": "x"}, "“rank” is “x”"),
+        ({"data.train": "gone.jsonl"}, "“gone.jsonl” does not exist"),
         ({"data.train": "/etc/passwd"}, "outside of the folders"),
         ({"out": "../run"}, "expected a plain name"),
         ({"data.text_column": "<script>alert(1)</script>", "data.format": "text"}, "&lt;script&gt;"),
@@ -225,4 +225,4 @@ def test_a_problem_of_the_rows_leads_to_them_and_another_one_does_not(
     folder.mkdir()
     (folder / "config.yaml").write_text("model: m\ndata: r\n")
     found = browser.post("/run-check", data={**filled, "out": "clinic rows"}).json()
-    assert found["problems"] == ["There is a run 'clinic rows' already; nothing in it was touched. Choose another name."]
+    assert found["problems"] == ["There is a run “clinic rows” already; nothing in it was touched. Choose another name."]

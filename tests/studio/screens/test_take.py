@@ -36,7 +36,7 @@ def test_without_a_run_the_page_teaches(browser: TestClient) -> None:
 def test_the_newest_run_with_an_adapter_is_shown(browser: TestClient, studio: Studio, run: Path) -> None:
     assert taken_runs(studio) == ["mine"] and browser.get("/take").headers["location"] == "/take/mine"
     text = browser.get("/take/mine").text
-    assert "labels that are less than 80 % likely" in text
+    assert "labels that are less than 80 % likely, and answers whose like the report found right in less than 80 % of" in text
     assert 'data-way="gguf"' in text and 'data-way="kohya"' not in text and 'placeholder="mine-f16.gguf"' in text
     assert browser.get("/take/gone").status_code == 404
 

@@ -48,7 +48,7 @@ def test_a_model_that_cannot_be_loaded_says_why(browser: TestClient, studio: Stu
     [job] = studio.queue.jobs()
     for name, text in (("alive", ""), ("pid", "1"), ("code", "2"), ("log", "Error: 'm' <i>does not exist</i>.")):
         (job.folder / name).write_text(text)
-    assert "&#39;m&#39; &lt;i&gt;does not exist&lt;/i&gt;." in browser.get("/try").text
+    assert "“m” &lt;i&gt;does not exist&lt;/i&gt;." in browser.get("/try").text
 
 
 def test_both_sides_have_the_same_seed_and_messages() -> None:

@@ -8,14 +8,14 @@ import jinja2
 
 from lorakeet.errors import TURNING
 
-_SHOWN = {number: f"\\u{number:04x}" for number in (0x1B, *TURNING)}  # a text of a stranger changes the order of no page
+SHOWN = {number: f"\\u{number:04x}" for number in (0x1B, *TURNING)}  # a text of a stranger changes the order of no page
 
 
 def page_templates(source: Callable[[str], str]) -> jinja2.Environment:
     """The templates that `source` returns the texts of, by their names."""
     return jinja2.Environment(
         autoescape=True,
-        finalize=lambda value: value.translate(_SHOWN) if isinstance(value, str) else value,
+        finalize=lambda value: value.translate(SHOWN) if isinstance(value, str) else value,
         undefined=jinja2.StrictUndefined,
         trim_blocks=True,
         lstrip_blocks=True,

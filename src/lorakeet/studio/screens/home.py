@@ -37,7 +37,8 @@ def _quickstart(request: Request) -> Response:
     name = f"quickstart-{time.strftime('%Y-%m-%d-%H%M%S')}"
     folder = studio.places.new_run(name)
     require_new_run(RunFolder(folder))
-    words = ["quickstart", "--out", str(folder)]
+    fetched = ["--yes"] if missing_packages(quickstart_config()) else []  # as the page says
+    words = ["quickstart", "--out", str(folder), *fetched]
     job = studio.queue.add(words, title=f"Quickstart into {name}", run=name, once=once_of(request))
     return moved(page_address("run", job.run))
 

@@ -92,14 +92,14 @@ def plain_sentences(report: Report) -> list[str]:
     found = [f"The trained model has {mine} of {of} rows right; before training it had {right[by_role['base']]} of {of}."]
     replies = [row.adapter.text for row in report.rows]
     if len(replies) == of > 1 and len(set(replies)) == 1:
-        found.append(f"It gave the same answer to every row: '{shortened(str(replies[0]), _LONGEST_REPLY)}'.")
+        found.append(f"It gave the same answer to every row: “{shortened(str(replies[0]), _LONGEST_REPLY)}”.")
     for one in report.systems:
         if one.role != "floor" or right.get(one.name, -1) < mine:
             continue
         named = NAMED.get(one.name, one.name)
         said = f"{named[:1].upper()}{named[1:]} has {right[one.name]} of {of} right"
         if one.name in (MAJORITY, CONSTANT):
-            always = f" (it {one.note})" if one.note.startswith("always ") else ""
+            always = f" (it {page_words(one.note)})" if one.note.startswith("always ") else ""
             found.append(f"{said}{always}: nothing shows yet that the model does more than give one answer to every row.")
         elif one.name in WITHOUT_MODEL:
             found.append(f"{said}, and needs no such model. For this task it may be all that you need.")
@@ -125,7 +125,7 @@ def rare_labels(report: Report, labels: Sequence[str]) -> str:
     rare = sorted((counts[label], label) for label in labels if counts[label] < _FEW)
     if not rare:
         return ""
-    said = ", ".join(f"'{shortened(label, _LONGEST_REPLY)}' ({count or 'none'})" for count, label in rare[:_NAMED])
+    said = ", ".join(f"“{shortened(label, _LONGEST_REPLY)}” ({count or 'none'})" for count, label in rare[:_NAMED])
     more = f" and {len(rare) - _NAMED} more" if len(rare) > _NAMED else ""
     few = f"labels that few of the {report.rows_of} measured rows have"
     return f"How it does on {few}: {said}{more}. More such rows would show it."

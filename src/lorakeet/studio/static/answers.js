@@ -1,5 +1,5 @@
 // What Fit, Data and Run share: fields that a click or a file fills, and answers to a form that come as a stream.
-import { csrf, make } from "./page.js";
+import { csrf, make, shown } from "./page.js";
 
 const SILENT = "The studio does not answer. Is it still running?";
 
@@ -9,6 +9,7 @@ export const by = (id) => document.getElementById(id);
 export function offer(form, changed) {
   form.elements["model.path"]?.setAttribute("list", "models");
   form.elements["data.train"].setAttribute("list", "rows");
+  nameCopies(form.elements["data.train"]);
   form.addEventListener("click", (event) => {
     const chip = event.target.closest("[data-fill]");
     if (!chip) return;
@@ -17,6 +18,21 @@ export function offer(form, changed) {
   });
   form.addEventListener("input", () => mark(form));
   mark(form);
+}
+
+/** The field of the rows shows a copied file by its name; what is sent says where the copy lies. */
+function nameCopies(sent) {
+  sent.seen = sent.cloneNode();
+  sent.seen.removeAttribute("name");
+  sent.removeAttribute("id"); // which the label names
+  sent.type = "hidden";
+  sent.after(sent.seen);
+  sent.seen.value = nameOf(sent.value);
+  sent.seen.addEventListener("input", () => { sent.value = sent.seen.value; });
+}
+
+function nameOf(path) {
+  return path.replace(/^.*\/\.studio\/rows\//, "");
 }
 
 /** Sends a file to the studio; `onShare` is called with the part of it that has arrived. An error has the studio's own message. */
@@ -70,12 +86,14 @@ export function filledOf(form, left = []) {
 
 /** Sets fields of the form by their paths; those that it does not show become hidden ones. */
 export function setFields(form, settings) {
-  const more = settings["data.train"] ? known(form, settings["data.train"]) : {};
+  const more = settings["data.train"] ? known(form, shown(settings["data.train"])) : {};
   for (const [path, value] of Object.entries({ ...more, ...settings })) {
     let field = form.elements[path];
     if (!field) { field = make("input", { type: "hidden", name: path }); form.append(field); }
-    field.value = value;
-    field.title = value;
+    field.value = shown(value); // the studio reads it as it was
+    if (field.seen) field.seen.value = nameOf(field.value);
+    field = field.seen || field;
+    field.title = field.value;
     field.scrollLeft = field.scrollWidth; // of a long path the end says which file it is
     for (let part = field.closest("details"); part; part = part.parentElement.closest("details")) part.open = true;
   }

@@ -1,6 +1,6 @@
 // The rows of a run as it would read them. Texts of rows are only ever put in as text.
 import { Answers, by, filledOf, offer, rememberFile, remedyButtons, say, sayProblems, setFields, showSame, takeFile } from "./answers.js";
-import { make } from "./page.js";
+import { make, shown } from "./page.js";
 import { duration, short, svg, tableOf } from "./svg.js";
 
 const form = document.getElementById("data");
@@ -20,13 +20,13 @@ const READ = { prompt: "data.text_column", text: "data.text_column", label: "dat
 /** The menu in a column's head: what the column is. Other shapes than of texts and labels are known by their names. */
 function meaning(column) {
   const word = (head.used || {})[column];
-  const named = Object.keys(MEANT).find((path) => path && filled()[path] === column);
+  const named = Object.keys(MEANT).find((path) => path && filled()[path] === shown(column));
   if (word && !READ[word] && !named) return make("span", { class: "pill better" }, word);
   const now = named || READ[word] || "";
   const options = Object.entries(MEANT).map(([path, says]) => make("option", { value: path, selected: path === now ? "" : null }, says));
   const select = make("select", { "aria-label": `What the column ${column} is`, class: "short" }, ...options);
   select.addEventListener("change", () => {
-    const settings = Object.fromEntries(Object.keys(MEANT).filter((path) => path && filled()[path] === column).map((path) => [path, ""]));
+    const settings = Object.fromEntries(Object.keys(MEANT).filter((path) => path && filled()[path] === shown(column)).map((path) => [path, ""]));
     if (select.value) settings[select.value] = column;
     setFields(form, settings);
     ask();

@@ -19,7 +19,7 @@ export async function post(path, fields = {}) {
 const TURNING = /[\x1b\u202a-\u202e\u2066-\u2069]/g; // as the templates write them: they would turn the order of what follows
 
 /** A text as a page shows it. */
-function shown(text) {
+export function shown(text) {
   return text.replace(TURNING, (sign) => `\\u${sign.charCodeAt(0).toString(16).padStart(4, "0")}`);
 }
 
