@@ -140,6 +140,8 @@ def test_share_uses_wilson_only_for_independent_rows() -> None:
     assert share(flags, spec=QUICK).method == "Wilson"
     grouped = share(flags, spec=QUICK, groups=[0, 0, 1, 1])
     assert grouped.why_none == "too few groups (2)" and (grouped.low, grouped.high) == (0, 1)
+    equal = share(np.ones(838, bool), spec=QUICK, groups=list(np.arange(838) % 6))
+    assert equal.low == pytest.approx(0.541, abs=1e-3) and equal.method == "unseen share over 6 groups", "838 tokens of 6 texts"
 
 
 def test_no_rows_and_too_few_group_ids_are_refused() -> None:

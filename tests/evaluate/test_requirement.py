@@ -35,5 +35,5 @@ def test_what_is_no_number_meets_nothing() -> None:
 
 @pytest.mark.parametrize("text", ["0.78", "=>0.78", ">=high", ">=0.78 at lo", ">=0.7 0.8"])
 def test_other_texts_are_named(text: str) -> None:
-    with pytest.raises(ConfigError, match=r"--accuracy is .*; expected a bound such as '>=0.78'"):
+    with pytest.raises(ConfigError, match=r"--accuracy is .*; expected a bound such as '>=0.75'"):
         parse_requirement(text, "--accuracy")

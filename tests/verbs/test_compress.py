@@ -139,7 +139,7 @@ def test_the_report_has_the_curve_with_intervals_and_what_the_test_rows_say(comp
     assert "Against the uncut adapter, on test rows" in report.facts
     assert [system.name for system in report.systems][:3] == ["adapter", "uncut adapter", "base"]
     assert report.comparisons[0].right == "uncut adapter" and report.comparisons[0].difference.n == 30
-    assert report.verdict is not None and "the uncut adapter" in report.verdict.phrases[0].text
+    assert report.verdict is not None and "the uncut adapter" in report.verdict.sentence
     page = (compressed.out / "report.html").read_text()
     assert "The rank curve" in page and f"Marked: {compressed.curve.marked}" in page
 

@@ -238,6 +238,19 @@ def confusion(answers: Answers, spec: EvaluateSpec) -> Confusion:
     return Confusion(answers.system, answers.labels, tuple(tuple(int(count) for count in row) for row in counts), scores)
 
 
+def none_right(found: Confusion) -> str:
+    """ "none of the 36 rows of 'neutral'": the labels whose every row got another answer; empty without one.
+
+    Labels of fewer than FEWEST_OF_LABEL rows are left out.
+    """
+    totals = [
+        (sum(row), label) for place, (label, row) in enumerate(zip(found.labels, found.counts, strict=True)) if not row[place]
+    ]
+    lost = sorted(((count, label) for count, label in totals if count >= FEWEST_OF_LABEL), key=lambda one: -one[0])
+    named = [f"none of the {count} rows of {label[:60]!r}" for count, label in lost[:3]]
+    return ", ".join(named) + (f", and none of {len(lost) - 3} more labels" if lost[3:] else "")
+
+
 def _share_among(answers: Answers, chosen: NDArray[np.bool_], spec: EvaluateSpec) -> Estimate | None:
     if not chosen.any():
         return None

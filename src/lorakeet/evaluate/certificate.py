@@ -247,6 +247,10 @@ def read_certificate(path: Path) -> Certificate:
     """Reads a certificate.json. Raises DataError if it is missing, broken, edited, or if "passed" contradicts its checks."""
     try:
         data = from_text(dict[str, Any], read_regular(path).decode("utf-8"), where=str(path))
+    except FileNotFoundError as error:
+        raise DataError(
+            f"{path.parent} has no {path.name}: a run, a merge and an export have theirs when they have ended."
+        ) from error
     except (OSError, UnicodeDecodeError) as error:
         raise DataError(f"Cannot read the certificate {path}: {error}; expected a file that a verified run wrote.") from error
     matches = pop_digest(data)

@@ -152,7 +152,7 @@ def ratio_with_test(
     found = Estimate(value, value, value, n, f"bootstrap-t and randomisation{over}", spec.confidence, spec.seed)
     residuals = above - value * below
     if np.abs(residuals).max() <= 1e-12 * max(1e-300, np.abs(above).max()):
-        return _of_equal(found, units, unit, bounds)
+        return _of_equal(found, units, unit, bounds, over)
     if units < FEWEST:
         return found.without(f"too few {unit} ({units})", bounds), 1.0
     error = math.sqrt(units / (units - 1) * float(residuals @ residuals)) / float(below.sum())
@@ -170,7 +170,7 @@ def ratio_with_test(
     return replace(found, low=max(low, bounds[0]), high=min(high, bounds[1])), min(1.0, p_value / strictness)
 
 
-def _of_equal(found: Estimate, units: int, unit: str, bounds: tuple[float, float]) -> tuple[Estimate, float]:
+def _of_equal(found: Estimate, units: int, unit: str, bounds: tuple[float, float], over: str) -> tuple[Estimate, float]:
     """The interval of rows that all have one value, and the p-value of 0."""
     value, (least, most) = found.value, bounds
     if value == 0 and least < 0 < most:  # a difference: nothing differs
@@ -178,7 +178,9 @@ def _of_equal(found: Estimate, units: int, unit: str, bounds: tuple[float, float
     if not math.isfinite(most - least):
         return found.without(f"all {units} {unit} are equal", bounds), 1.0
     unseen = 1 - ((1 - found.confidence) / 2) ** (1 / units)
-    found = replace(found, low=value - unseen * (value - least), high=value + unseen * (most - value), method="unseen share")
+    found = replace(
+        found, low=value - unseen * (value - least), high=value + unseen * (most - value), method=f"unseen share{over}"
+    )
     reach = (value / (value - least) if value > 0 else value / (value - most)) if least < 0 < most else 1.0
     return found, min(1.0, 2 * max(0.0, 1 - reach) ** units)
 

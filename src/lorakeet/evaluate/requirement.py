@@ -1,4 +1,4 @@
-"""Requirements on a measured value, such as ">=0.78 at low": the end of its interval that is worse for it decides."""
+"""Requirements on a measured value, such as ">=0.75 at low": the end of its interval that is worse for it decides."""
 
 from __future__ import annotations
 
@@ -39,6 +39,6 @@ def parse_requirement(text: str, what: str) -> Requirement:
     """
     found = _FORM.fullmatch(text)
     if found is None:
-        raise ConfigError(f"{what} is {text!r}; expected a bound such as '>=0.78', '<=2' or '>=0.78 at value'.")
+        raise ConfigError(f"{what} is {text!r}; expected a bound such as '>=0.75', '<=2' or '>=0.75 at value'.")
     sign, bound, end = found.groups()
     return Requirement(sign, float(bound), cast(End, end or ("low" if sign[0] == ">" else "high")))

@@ -7,7 +7,7 @@ from dataclasses import dataclass, replace
 from itertools import pairwise
 from typing import Literal
 
-from lorakeet.evaluate.answers import Answers, balanced_accuracy, recall_of_rarest
+from lorakeet.evaluate.answers import Answers, Confusion, balanced_accuracy, none_right, recall_of_rarest
 from lorakeet.evaluate.baselines import CONSTANT, EMBEDDED, MAJORITY, MEDIAN, NEAREST, TFIDF
 from lorakeet.evaluate.compare import Comparison
 from lorakeet.evaluate.preferences import DIFFERENCE, LIKELIER, LONGER, PREFERRED, PREFERRED_ALIKE, SHORTER
@@ -102,6 +102,17 @@ def of_uneven(verdict: Verdict | None, answers: Answers, spec: EvaluateSpec) -> 
     found = f". It finds {round(recall.value * recall.n)} of {recall.n} rows of {rarest!r}: recall {words.level(recall.value)}"
     more = (Phrase(found, words.ends(recall)), Phrase(f", balanced accuracy {words.level(balanced.value)}", words.ends(balanced)))
     return replace(verdict, phrases=(*verdict.phrases, *more))
+
+
+def of_unfound(verdict: Verdict | None, confusions: Sequence[Confusion]) -> Verdict | None:
+    """The verdict that begins with the labels of which the adapter, whose confusions are the last, has no row right.
+
+    A mean over rows hides them.
+    """
+    if verdict is None or not confusions or not (lost := none_right(confusions[-1])):
+        return verdict
+    tone = "mixed" if verdict.tone == "better" else verdict.tone
+    return Verdict((Phrase(f"The {confusions[-1].system} has {lost} right. ", ""), *verdict.phrases), tone)
 
 
 def circumstances(part: str, seeds: str = ONE_SEED) -> str:

@@ -38,7 +38,7 @@ from lorakeet.evaluate.report.rank_values import CurvePoint, RankCurve
 from lorakeet.evaluate.report.report import Report, SystemResult, write_report
 from lorakeet.evaluate.spec import EvaluateSpec
 from lorakeet.evaluate.values import encode
-from lorakeet.evaluate.verdict import verdict_of
+from lorakeet.evaluate.verdict import of_unfound, verdict_of
 from lorakeet.evaluate.wording import metric_words, span
 from lorakeet.formats.identity import UNCERTIFIED, with_note
 from lorakeet.formats.peft import peft
@@ -422,7 +422,7 @@ def _report(evaluator: TextEvaluator, item: _Cut, curve: RankCurve, about: tuple
         subtitle=f"{evaluator.text.name}, cut to {item.name}, evaluated on {report.rows_of} {part} rows",
         systems=(adapter, uncut, *others),
         comparisons=compared,
-        verdict=verdict_of(compared),
+        verdict=of_unfound(verdict_of(compared), report.confusions),
         part=part,
         rank_curve=curve,
         facts={

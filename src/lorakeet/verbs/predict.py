@@ -33,6 +33,7 @@ from lorakeet.data.tables import LEAVE_OUT, FileRecord, RowProblems, given_name
 from lorakeet.data.template import uses_template
 from lorakeet.disk import written_whole
 from lorakeet.errors import SPELLING, ConfigError, DataError, EnvironmentProblem, Remedy, percent, spelling, spelt
+from lorakeet.evaluate.answers import none_right
 from lorakeet.evaluate.calibration import ReliabilityBin
 from lorakeet.evaluate.intervals import Estimate
 from lorakeet.evaluate.likelihood import label_log_probs
@@ -104,6 +105,7 @@ class _RunReport:
 
     right: Estimate | None = None
     bins: tuple[ReliabilityBin, ...] = ()
+    lost: str = ""  # labels of which it found no row right
 
     @classmethod
     def of(cls, opened: Opened) -> _RunReport:
@@ -114,7 +116,8 @@ class _RunReport:
         metric = next((one.metric for one in report.comparisons if one.metric in SHARES_RIGHT), "")
         found = [one.metrics[metric] for one in report.systems if one.role == "adapter" and metric in one.metrics]
         bins = [one.bins for one in report.reliabilities if one.role == "adapter"]
-        return cls(found[0] if found else None, bins[0] if bins else ())
+        lost = [none_right(one) for one in report.confusions[-1:]]  # the adapter's is the last
+        return cls(found[0] if found else None, bins[0] if bins else (), *lost)
 
     def doubts(self, least: float, probability: float | None = None) -> bool:
         """Whether answers of about this probability were right less often than `least`, by the upper end of the interval."""
@@ -126,7 +129,10 @@ class _RunReport:
 
     @property
     def said(self) -> str:
-        return "" if self.right is None else f" (the report found {percent(self.right.value)} of {self.right.n:,} rows right)"
+        if self.right is None:
+            return ""
+        lost = f", and {self.lost}" if self.lost else ""
+        return f" (the report found {percent(self.right.value)} of {self.right.n:,} rows right{lost})"
 
 
 def predict(options: PredictOptions, *, console: Console) -> Predicted:

@@ -104,3 +104,26 @@ def test_ordered_labels_have_their_distance_too() -> None:
     lacking = EvaluateSpec(resamples=400, scale=("1", "2", "3"))
     without = classification_report("t", adapter=sides[0], base=sides[1], texts=["x"] * 80, spec=lacking)
     assert "mean_distance" not in without.systems[0].metrics and any("'4', '5'" in line for line in without.warnings)
+
+
+@pytest.mark.parametrize("seed", range(12))
+def test_a_headline_begins_with_the_labels_that_are_never_right(seed: int) -> None:
+    """The quickstart's adapter had none of 36 neutral rows right, under "beats its base by +11 points"."""
+    generator = np.random.default_rng(seed)
+    labels = tuple(f"label {letter}" for letter in "abcdef"[: generator.integers(2, 7)])
+    counts = generator.integers(1, 60, len(labels))
+    truth = np.repeat(np.arange(len(labels)), counts)
+    lost = generator.random(len(labels)) < 0.4
+    said = np.where(lost[truth] | (generator.random(len(truth)) < 0.1), (truth + 1) % len(labels), truth)
+    shown = [
+        answers_from_probabilities(name, np.eye(len(labels))[answers] * 0.8 + 0.2 / len(labels), labels=labels, truth=truth)
+        for name, answers in (("adapter", said), ("base", generator.integers(0, len(labels), len(truth))))
+    ]
+    report = classification_report("t", adapter=shown[0], base=shown[1], texts=[""] * len(truth), spec=SPEC)
+    assert report.verdict is not None
+    first = report.verdict.sentence.partition(". ")[0]
+    never = [place for place, label in enumerate(labels) if counts[place] >= 5 and not (said == truth)[truth == place].any()]
+    assert (first.startswith("The adapter has none of the") and report.verdict.tone != "better") is bool(never)
+    most = sorted(never, key=lambda place: -counts[place])[:3]
+    assert all(f"none of the {counts[place]} rows of '{labels[place]}'" in first for place in most)
+    assert all(f"'{label}'" not in first for place, label in enumerate(labels) if place not in never)

@@ -97,7 +97,7 @@ def test_written_and_read_again(report: Report, tmp_path: Path) -> None:
     assert read_report(tmp_path / "report.json") == report
     json.loads((tmp_path / "report.json").read_text(encoding="utf-8"), parse_constant=pytest.fail)
     assert (tmp_path / "report.html").read_text(encoding="utf-8") == render_html(report)
-    with pytest.raises(DataError, match=r"absent\.json"):
+    with pytest.raises(DataError, match=r"has no absent\.json: a run has its report when it has ended"):
         read_report(tmp_path / "absent.json")
 
 
@@ -242,9 +242,12 @@ def test_nothing_at_all_still_is_a_page() -> None:
 
 def test_odd_values_are_drawn() -> None:
     odd = Curves(train=(ChartPoint(1, math.nan), ChartPoint(2, 3.0)), held_out=(ChartPoint(2, math.inf, 1.0, 2.0),), best_step=7)
-    failed = Certificate("merged", (tolerance_check("x", {"logit": math.nan}, tolerance={"logit": 1.0}, between=("a", "b")),))
+    wide = Estimate(1.0, 0.541, 1.0, 838, "unseen share over 6 groups")
+    check = tolerance_check("x", {"logit": math.nan}, tolerance={"logit": 1.0}, between=("a", "b"))
+    failed = Certificate("merged", (replace(check, estimates={"logit": wide}),))
     page = Page(render_html(replace(Report("odd"), curves=odd, certificate=failed, leaks=())))
     assert page.open == [] and "certificate failed" in page.text and "outside" in page.text
+    assert "unseen share over 6 groups" in page.text, "an interval says by how many texts it is so wide"
     assert "no leaked pairs of rows found" in page.text
 
 

@@ -30,7 +30,7 @@ from lorakeet.evaluate.replies import (
 from lorakeet.evaluate.report.report import Reliability, Report, Role, ScoredAnswer, SideBySide, SystemResult
 from lorakeet.evaluate.spec import LEAST_ANSWERS, EvaluateSpec
 from lorakeet.evaluate.suspects import suspect_labels, with_shared_words
-from lorakeet.evaluate.verdict import of_uneven, verdict_of
+from lorakeet.evaluate.verdict import of_uneven, of_unfound, verdict_of
 from lorakeet.evaluate.wording import metric_words
 
 METRIC, PROMPT_DISTANCE, STYLE_DISTANCE = "denoising_loss", "prompt_distance", "style_distance"  # of image runs
@@ -104,6 +104,7 @@ def classification_report(
         systems, comparisons = _on_scale(systems, comparisons, [answers for answers, _ in roles], rivals, places, spec)
         order = sorted(zip(places, adapter.labels, strict=True))
         reading = f"The labels are ordered, {', '.join(label for _, label in order)}, so their distance is measured too."
+    headline, confusions = verdict_of(comparisons), (confusion(base, spec), confusion(adapter, spec))
     chosen, named = _rows_to_show(base.correct.astype(int) * 2 + adapter.correct, spec), sources or [""] * len(texts)
     return Report(
         title,
@@ -112,15 +113,20 @@ def classification_report(
         reading=reading,
         warnings=warnings,
         comparisons=comparisons,
-        verdict=of_uneven(verdict_of(comparisons), adapter, spec) if uneven else verdict_of(comparisons),
-        confusions=(confusion(base, spec), confusion(adapter, spec)),
+        verdict=of_unfound(of_uneven(headline, adapter, spec) if uneven else headline, confusions),
+        confusions=confusions,
         reliabilities=tuple(
             Reliability(answers.system, role, reliability(answers.confidence, answers.correct, spec=spec))
             for answers, role in (roles[1], roles[0])
         ),
         rows=tuple(
             SideBySide(
-                texts[row], adapter.labels[adapter.truth[row]], _reply(base, row), _reply(adapter, row), named[row], row,
+                texts[row],
+                adapter.labels[adapter.truth[row]],
+                _reply(base, row),
+                _reply(adapter, row),
+                named[row],
+                row,
                 group=_group(adapter.groups, row),
             )
             for row in chosen

@@ -261,6 +261,9 @@ def report_values(path: Path) -> dict[str, Any]:
     """What a report.json says, as JSON. DataError as of `read_report`."""
     try:
         text = read_regular(path).decode("utf-8")
+    except FileNotFoundError as error:
+        said = f"{path.parent} has no {path.name}: a run has its report when it has ended and was measured."
+        raise DataError(f"{said} Resume the run, or train again.") from error
     except (OSError, UnicodeDecodeError) as error:
         raise DataError(f"Cannot read the report {path}: {error}; expected a report.json that a run wrote.") from error
     data = from_text(dict[str, Any], text, where=str(path))
