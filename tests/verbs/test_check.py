@@ -93,7 +93,7 @@ def test_a_served_certificate_wants_a_server_that_is_proved(
         ({"require": ("accuracy>=0",)}, ConfigError, "expected a metric and a bound"),
         ({"accuracy": "0.7"}, ConfigError, "the requirement on accuracy is '0.7'"),
         ({"beats": ("bsae",)}, ConfigError, "does not compare the adapter with 'bsae'.*Did you mean 'base'"),
-        ({"run": "."}, DataError, "is no run with a report"),
+        ({"run": "."}, DataError, "is no run folder"),
     ],
 )
 def test_mistakes_are_one_message(finished: Any, options: dict[str, Any], error: type[Exception], message: str) -> None:

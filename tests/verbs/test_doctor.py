@@ -49,6 +49,8 @@ def test_a_missing_package_is_named_with_its_command(monkeypatch: pytest.MonkeyP
     assert by_name["packages"].required and by_name["packages"].remedy in text
     assert by_name["extra [gguf]"].remedy.endswith("'numpy>=999'") and not by_name["extra [gguf]"].required
     assert by_name["extra [hub]"].good
+    _, *lines = text.splitlines()
+    assert "packages" in lines[0] and "extra [gguf]" in lines[1], "what is wrong comes first"
 
 
 def test_only_what_is_required_decides_the_exit_code() -> None:

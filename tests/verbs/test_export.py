@@ -136,7 +136,9 @@ def test_without_llama_cpp_it_is_said_that_nothing_was_checked(
 ) -> None:
     monkeypatch.setattr(workflow, "is_installed", lambda: False)
     assert main(["export", str(finished.path), "--out", str(tmp_path / "a.gguf")]) == 0
-    assert "Not checked: llama.cpp is not installed" in capsys.readouterr().out
+    said = capsys.readouterr().out
+    assert "Not checked: llama.cpp is not installed" in said
+    assert f"then: lorakeet verify {finished.path} --against {tmp_path / 'a.gguf'}\n" in said
     with pytest.raises(ConfigError, match=r"needs llama\.cpp.s quantiser"):
         export(ExportOptions(str(finished.path), out=tmp_path / "b.gguf", quant="q4_k_m"), console=quiet())
 

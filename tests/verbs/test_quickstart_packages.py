@@ -1,4 +1,4 @@
-"""What the quickstart fetches: named with its size, asked for at a terminal only, installed by the real pip."""
+"""What the quickstart fetches: named with its size, asked for or allowed by a flag, installed by the real pip."""
 
 from __future__ import annotations
 
@@ -67,9 +67,12 @@ def test_the_sizes_are_those_of_the_packages(monkeypatch: pytest.MonkeyPatch) ->
         assert package.megabytes == pytest.approx(sum(file.size or 0 for file in files) / 1e6, rel=0.05)
 
 
-def test_what_is_missing_is_named_and_installed_without_a_question_where_no_terminal_is(index: Path) -> None:
+def test_without_a_terminal_nothing_is_fetched_unless_that_is_allowed(index: Path) -> None:
+    with pytest.raises(EnvironmentProblem, match=r"0\.1 MB in all: .* allow it with --yes, or install them with: .*pip install"):
+        fetch_packages([NEED], quiet())
+    assert not (index.parent / "installed").exists()
     console = quiet()
-    fetch_packages([NEED], console)
+    fetch_packages([NEED], console, yes=True)
     assert metadata.version(NAME) == "1.0"
     words = said(console)
     assert "not installed, 0.1 MB in all: lorakeet-tiny-rows==1.0 (three rows, 0.1 MB)." in words
@@ -101,10 +104,10 @@ def test_a_dry_run_fetches_nothing(index: Path) -> None:
 
 def test_what_pip_says_is_passed_on(index: Path) -> None:
     with pytest.raises(EnvironmentProblem, match=r"ended with code 1: .*no-such-rows.* Try: .*pip install"):
-        fetch_packages([NeededPackage(Requirement("no-such-rows==2"), "nothing", 1.0)], quiet())
+        fetch_packages([NeededPackage(Requirement("no-such-rows==2"), "nothing", 1.0)], quiet(), yes=True)
 
 
 def test_an_installer_that_installed_nothing_is_noticed(index: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(module.subprocess, "run", lambda command, **_: subprocess.CompletedProcess(command, 0, "", ""))
     with pytest.raises(EnvironmentProblem, match="reported success, but lorakeet-tiny-rows==1"):
-        fetch_packages([NEED], quiet())
+        fetch_packages([NEED], quiet(), yes=True)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import gzip
 import hashlib
 import io
+import logging
 import re
 import zipfile
 from collections.abc import Iterator
@@ -46,6 +47,18 @@ class Location:
         if suffixes and suffixes[-1] == ".gz":
             suffixes.pop()
         return suffixes[-1] if suffixes else ""
+
+
+@contextmanager
+def quiet_hub() -> Iterator[None]:
+    """A context in which huggingface_hub, which says each retry in a line of its own, reports errors only."""
+    log = logging.getLogger("huggingface_hub")
+    before = log.level
+    log.setLevel(logging.ERROR)
+    try:
+        yield
+    finally:
+        log.setLevel(before)
 
 
 def locate(name: str) -> Path:

@@ -10,7 +10,7 @@ from itertools import islice
 from pathlib import Path
 from typing import Any
 
-from lorakeet.data.locate import PACKAGE, WORKBOOKS, locate_data
+from lorakeet.data.locate import PACKAGE, WORKBOOKS, locate_data, quiet_hub
 from lorakeet.data.parquet import parquet_records
 from lorakeet.data.preferences import common_words_note, unread_verdict_note, with_prompt_groups
 from lorakeet.data.proposals.columns import SAMPLED, doubtful_label_note, overlooked_label, overlooked_label_note
@@ -190,7 +190,8 @@ def hub_records(name: str) -> Iterator[FileRecord]:
     identity, _, split = name.removeprefix(HUB).partition("#")
     datasets = _datasets(name)
     try:
-        loaded = datasets.load_dataset(identity, split=split or "train")
+        with quiet_hub():
+            loaded = datasets.load_dataset(identity, split=split or "train")
     except (OSError, ValueError) as error:
         raise EnvironmentProblem(
             f"The data set '{identity}' (split '{split or 'train'}') could not be loaded from the hub: {error}. "

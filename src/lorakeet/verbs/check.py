@@ -57,12 +57,11 @@ def check(options: CheckOptions, *, console: Console) -> Checked:
     """
     wanted = _wanted(options)
     folder = RunFolder.at(Path(options.run))
-    if folder is None or not folder.report.is_file():
-        raise DataError(f"{options.run} is no run with a report. Give the folder of a run that was evaluated.")
-    say = partial(console.print, markup=False, soft_wrap=True)
+    if folder is None:
+        raise DataError(f"{options.run} is no run folder: it has no config.yaml. Give the folder of a run that was measured.")
+    report, say = read_report(folder.report), partial(console.print, markup=False, soft_wrap=True)
     require_certified(folder.path, uncertified=options.uncertified, say=say)
     require_own_base(folder.path, uncertified=options.uncertified, say=say)
-    report = read_report(folder.report)
     found = [_metric(report, name, requirement) for name, requirement in wanted]
     found += [_beats(report, system) for system in _rivals(report, options.beats)]
     if options.certificate != "any":

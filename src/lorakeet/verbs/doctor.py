@@ -243,10 +243,15 @@ def _print(checkup: Checkup, console: Console) -> None:
     table = WholeTable(box=None, pad_edge=False)
     for heading in ("", "What", "Found"):
         table.add_column(heading)
-    for finding in checkup.findings:
+    ordered = sorted(checkup.findings, key=lambda one: (one.good, not one.required))  # what is wrong comes first
+    for finding in ordered:
         mark = Text("ok", "green") if finding.good else Text("missing", "bold red" if finding.required else "yellow")
         table.add_row(mark, Text(finding.name), Text(finding.found))
     console.print(table)
+    for finding in ordered:
+        if not finding.good:
+            kind = "required" if finding.required else "optional"
+            console.print(Text(f"\n{finding.name} ({kind}), to fix it:\n  {finding.remedy}"), soft_wrap=True)
     for device in dict.fromkeys(use.device for use in checkup.kernels):  # the tasks, the kernel of each, why not those before it
         table = WholeTable(box=None, pad_edge=False)
         for heading in (f"Kernels ({device})", "Used", "Not used, since"):
@@ -257,9 +262,7 @@ def _print(checkup: Checkup, console: Console) -> None:
                 table.add_row(Text(use.task), Text(use.used), Text(reasons))
         console.print()
         console.print(table)
-    broken = [finding for finding in checkup.findings if not finding.good]
-    for finding in broken:
-        kind = "required" if finding.required else "optional"
-        console.print(Text(f"\n{finding.name} ({kind}), to fix it:\n  {finding.remedy}"), soft_wrap=True)
-    if checkup.exit_code == 0:
-        console.print("\nEverything required is installed.")
+    missing = [finding.name for finding in ordered if finding.required and not finding.good]
+    console.print(
+        f"\nRequired and missing: {', '.join(missing)}; see above." if missing else "\nEverything required is installed."
+    )

@@ -209,6 +209,7 @@ def _rows_of_file(opened: Opened, data: str) -> _EvaluationRows:
     except (DataError, EnvironmentProblem) as error:
         found_rows = _rows_without_training(opened, rows, _named(data), error)
         return dataclasses.replace(found_rows, warnings=(*dropped, *found_rows.warnings))
+    _require_shape(rows, dataset.labels, settings.data, _named(data))
     check_labels({"evaluated": rows}, dataset.labels)
     known = (*dataset.train, *dataset.held_out)
     left, found = _without_seen(rows, known, settings.data)
@@ -216,6 +217,23 @@ def _rows_of_file(opened: Opened, data: str) -> _EvaluationRows:
     fate = "left out" if settings.data.on_leak == "drop" else "kept, as data.on_leak says: the verdict is not on unseen rows"
     said = [f"{_counts_of_copies(rows, found, seen or len(found.across))} ({fate})."] if found.across else []
     return _EvaluationRows(left, _named(data), dataset.labels, known, found, (*dropped, *said))
+
+
+def _require_shape(rows: Sequence[Row], labels: Sequence[str], trained: DataSpec, named: str) -> None:
+    """Raises DataError for a file of labelled texts where the run has none, and the other way round."""
+    labelled = [row.label is not None for row in rows]
+    if labels and not any(labelled):
+        columns = f"{trained.text_column!r} and {trained.label_column or 'label'!r}"
+        raise DataError(
+            f"{named} has no labels, but the run was trained on labelled texts. Give a file with the columns {columns}. Rows "
+            "without labels are answered by: lorakeet predict"
+        )
+    if all(labelled) and not labels:
+        like = f", {Path(trained.train).name}" if trained.train else ""
+        raise DataError(
+            f"{named} has texts with a label, but the run was trained on rows of another shape. Give a file with the columns of "
+            f"its training rows{like}."
+        )
 
 
 def _counts_of_copies(rows: Sequence[Row], found: LeakReport, count: int) -> str:
@@ -239,7 +257,8 @@ def _rows_without_training(opened: Opened, rows: tuple[Row, ...], named: str, wh
     labels, held_out = record.get("labels"), record["held_out"]
     if not isinstance(labels, list) or not isinstance(held_out, list):
         raise why
-    check_labels({"evaluated": rows}, [str(label) for label in labels])
+    _require_shape(rows, [*map(str, labels)], opened.config.data, named)
+    check_labels({"evaluated": rows}, [*map(str, labels)])
     seen = set(map(str, held_out))
     left = tuple(row for row in rows if row.key not in seen) if policy == "drop" else rows
     if not left:

@@ -28,13 +28,20 @@ def _help(text: str, *, positional: bool = False, whole: bool = False) -> dict[s
 
 @dataclass(frozen=True)
 class FinetuneOptions:
-    """Options of `lorakeet finetune` and `quickstart`."""
+    """Options of `lorakeet finetune`."""
 
     resume: Path | None = setting(None, "Resume the run in this folder from its last checkpoint.")
     dry_run: bool = setting(False, "Print the plan, parameters, tokens and steps, then stop.")
     budget: str | None = setting(None, "Same as --ranks.budget: the parameters that --ranks auto or prune may use.")
     seeds: int = setting(1, "Train so many seeds, from train.seed on, and report the spread; the first one's adapter is kept.")
     quick: bool = setting(False, "Try 0.5, 1 and 2 times the learning rate first, even if the run file gives one.")
+
+
+@dataclass(frozen=True)
+class QuickstartOptions(FinetuneOptions):
+    """Options of `lorakeet quickstart`."""
+
+    yes: bool = setting(False, "Fetch the packages that are missing without a question; without a terminal it is needed.")
 
 
 MachineName = Literal["this", "gpu-8", "gpu-12", "gpu-16", "gpu-24", "gpu-48", "gpu-80", "cpu-8", "cpu-16", "cpu-32", "cpu-64"]
@@ -411,7 +418,7 @@ class CheckOptions:
     """Options of `lorakeet check`."""
 
     run: str = field(metadata=_help("A run folder.", positional=True))
-    accuracy: str | None = setting(None, "Bound of the accuracy, such as '>=0.78'; it holds at the worse end of the interval.")
+    accuracy: str | None = setting(None, "Bound of the accuracy, such as '>=0.75'; it holds at the worse end of the interval.")
     loss: str | None = setting(None, "Bound of the loss in nats a token, such as '<=0.9', or '<=0.9 at value'.")
     drift: str | None = setting(None, "Bound of the drift from the base in nats a token, such as '<=2'.")
     require: tuple[str, ...] = field(
@@ -508,7 +515,7 @@ VERBS = (
     Verb(
         "quickstart",
         "Fine-tune a small model on real reviews, start to end.",
-        FinetuneOptions,
+        QuickstartOptions,
         "shipped",
         together=True,
         checks="quickstart",

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 from lorakeet.config import RunConfig
 from lorakeet.errors import EnvironmentProblem
 from lorakeet.train.launch import launched
-from lorakeet.verbs.options import FinetuneOptions
+from lorakeet.verbs.options import QuickstartOptions
 from lorakeet.verbs.quickstart_packages import fetch_packages, missing_packages
 
 if TYPE_CHECKING:
@@ -20,14 +20,15 @@ if TYPE_CHECKING:
 __all__ = ["config_path", "quickstart"]
 
 
-def quickstart(config: RunConfig, options: FinetuneOptions, *, console: Console) -> FinetuneResult:
-    """Fetches the packages that the run needs and that are not there, then fine-tunes; asks first where a terminal is.
+def quickstart(config: RunConfig, options: QuickstartOptions, *, console: Console) -> FinetuneResult:
+    """Fetches the packages that the run needs and that are not there, then fine-tunes; it asks first, unless `yes`.
 
-    Raises EnvironmentProblem for --dry-run without them, several processes without them, a refusal, and if pip fails.
+    Without them it raises EnvironmentProblem for --dry-run, several processes, a refusal, where nobody can be asked, and if pip
+    fails.
     """
     missing = missing_packages(config)
     if missing:
-        fetch_packages(missing, console, may=not options.dry_run and launched().count == 1)
+        fetch_packages(missing, console, may=not options.dry_run and launched().count == 1, yes=options.yes)
     from lorakeet.verbs.finetune import finetune  # torch, which would be loaded before the question
 
     return finetune(config, options, console=console)

@@ -54,10 +54,12 @@ def missing_packages(config: RunConfig) -> list[NeededPackage]:
     return [package for package in found if installed_version(package.need) is None]
 
 
-def fetch_packages(packages: Sequence[NeededPackage], console: Console, *, may: bool = True) -> None:
-    """Says what is missing, how large it is and how it is installed; asks at a terminal; installs it into this environment.
+def fetch_packages(packages: Sequence[NeededPackage], console: Console, *, may: bool = True, yes: bool = False) -> None:
+    """Says what is missing, how large it is and how it is installed; asks, unless `yes`; installs it into this
+    environment.
 
-    Raises EnvironmentProblem if not `may`, at the answer no, and if the installer is missing or fails.
+    Raises EnvironmentProblem if not `may`, at the answer no, without a terminal to ask at, and if the installer is missing or
+    fails.
     """
     commands = [_install(group, *flags) for group, flags in _groups(packages)]
     lines = "; ".join(shlex.join(command) for command in commands)
@@ -66,9 +68,12 @@ def fetch_packages(packages: Sequence[NeededPackage], console: Console, *, may: 
     said = f"The quickstart needs what is not installed, {total:.1f} MB in all: {names}"
     if not may:
         raise EnvironmentProblem(f"{said}. A dry run and a run in several processes fetch nothing. Install them with: {lines}")
+    asked = console.is_terminal and sys.stdin.isatty()
+    if not (yes or asked):
+        raise EnvironmentProblem(f"{said}. No terminal is here to ask at: allow it with --yes, or install them with: {lines}")
     console.print(f"{said}.", soft_wrap=True)
     console.print(f"They are installed into {sys.prefix} with: {lines}", soft_wrap=True)
-    if console.is_terminal and sys.stdin.isatty():
+    if not yes:
         answer = console.input("Fetch them? [Y/n] ").strip().lower()
         if answer not in ("", "y", "yes"):
             raise EnvironmentProblem(f"Nothing was fetched. Install them yourself with: {lines}")

@@ -195,6 +195,7 @@ def test_without_a_known_original_the_quantised_base_is_taken_and_it_is_said(on_
         assert merged.choice is not None and merged.choice.base == "dequantised" and merged.certificate.passed
         said = merged.notes[-1]
         assert f"No unquantised original of {packed} is known" in said and "name it with --base" in said
+        assert "nothing was compared" not in said, "the merged model was, with what was trained"
         assert ("its own record names someone/elsewhere, which is not on this machine" in said) == card.is_file()
         with pytest.raises(ConfigError, match=r"--into original: No unquantised original of .* is known.*--base"):
             choose("original", [opened])

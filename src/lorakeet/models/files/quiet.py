@@ -11,6 +11,7 @@ from typing import Any, ParamSpec, TypeVar
 
 from transformers.utils import logging
 
+from lorakeet.data.locate import quiet_hub
 from lorakeet.quant.nf4 import quiet_bitsandbytes
 
 LOADING = threading.RLock()  # transformers patches torch, its own classes and the default dtype while it builds or reads a model
@@ -32,12 +33,13 @@ def one_at_a_time(function: Callable[_Arguments, _Result]) -> Callable[_Argument
 
 @contextmanager
 def quiet_transformers() -> Iterator[None]:
-    """A context without transformers' log lines below errors, progress bars and Python warnings; restores its settings.
+    """A context without transformers' log lines below errors, progress bars and Python warnings, and without
+    the hub's lines of retries; restores its settings.
 
     It also silences bitsandbytes' message on a missing kernel when transformers, diffusers or PEFT import it. One thread at a
     time may be within.
     """
-    with LOADING, errors_only(logging), warnings.catch_warnings(), quiet_bitsandbytes():
+    with LOADING, errors_only(logging), quiet_hub(), warnings.catch_warnings(), quiet_bitsandbytes():
         warnings.simplefilter("ignore")
         yield
 

@@ -98,7 +98,11 @@ def choose_base(into: Into, opened: Sequence[Opened], bases: Bases, dataset: Dat
     if bases.original is None and into == "original":
         raise ConfigError(f"--into original: {_no_original(first, bases)}. Name it with --base, or leave --into out.")
     if bases.original is None or into == "dequantised":
-        alone = f" {_no_original(first, bases)}, so nothing was compared; name it with --base." if into == "auto" else ""
+        alone = (
+            f" {_no_original(first, bases)}, so the two bases were not compared; name it with --base for that."
+            if into == "auto"
+            else ""
+        )
         why = f"Merged into the weights that {bases.kind} stands for, on which the run was trained."
         return BaseChoice("dequantised", why + alone)
     if into == "original":
