@@ -63,7 +63,7 @@ def test_the_remedies_of_an_error_come_together_first() -> None:
     encoding, label = Remedy("data.encoding", "cp1252", "Read it as cp1252"), Remedy("data.label_column", "b", "'b' is the label")
     whole, *each = remedies_of_error(DataError("Set --data.delimiter ';'.", remedies=[encoding, label]))
     assert whole["settings"] == {"data.encoding": "cp1252", "data.label_column": "b"}
-    assert whole["words"] == "All together: read it as cp1252; 'b' is the label"
+    assert whole["words"] == "All together: read it as cp1252; “b” is the label"
     assert [one["settings"] for one in each] == [{"data.encoding": "cp1252"}, {"data.label_column": "b"}]
     (alone,) = remedies_of_error(DataError("x", remedies=[encoding]))
     assert alone["words"] == "Read it as cp1252"

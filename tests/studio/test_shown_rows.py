@@ -111,7 +111,7 @@ def test_a_column_of_few_values_beside_the_text_is_offered_as_its_label(tmp_path
     path = tmp_path / "rows.csv"
     path.write_text("text,kind\n" + "".join(f"{' '.join(WORDS[n % 9 :])} {n},{'ab'[n % 2]}\n" for n in range(60)))
     found = sent_for({"data.train": str(path)})
-    assert found["columns"]["shape"] == "text" and "'kind' is the label" in found["columns"]["remedies"][0]["words"]
+    assert found["columns"]["shape"] == "text" and "“kind” is the label" in found["columns"]["remedies"][0]["words"]
     found = sent_for({"data.train": str(path), **found["columns"]["remedies"][0]["settings"]})
     assert found["columns"]["shape"] == "classification" and found["columns"]["remedies"] == []
     few, untested, unnamed = found["split"]["notes"]

@@ -43,6 +43,11 @@ def remedies_of(message: str) -> list[Remedies]:
     return list(found.values())
 
 
+def in_quotes(text: str) -> str:
+    """The text with the quotes of a page."""
+    return _SAID.sub(r"“\2”", text)
+
+
 def in_one_line(value: str) -> str:
     """A value as a button shows it."""
     lines = (line.strip() for line in value.splitlines())
@@ -62,7 +67,7 @@ def page_words(message: str, rows: str = "") -> str:
     with spelling(_on_page):
         message = respelt(_ORIGIN.sub("", message))
     message = _BARE.sub(r"\1", _QUOTED.sub(r"'\1'", message)).replace(" by Ctrl-C", "").replace("Ctrl-C", "Stop")
-    message = _SAID.sub(r"“\2”", message)
+    message = in_quotes(message)
     return _PATH.sub(lambda found: _on_page(found[0]) if found[0] in _labels() else found[0], message)
 
 
@@ -86,7 +91,7 @@ def _labels() -> dict[str, str]:
 
 def one_click(settings: Mapping[str, str], words: str) -> Remedies:
     """One click: what it sets, and the words on its button."""
-    return {"settings": dict(settings), "words": words}
+    return {"settings": dict(settings), "words": in_quotes(words)}
 
 
 def remedies_of_error(error: LorakeetError) -> list[Remedies]:
