@@ -66,7 +66,7 @@ def test_the_card_says_what_was_measured_with_its_intervals_and_on_which_rows(fi
     assert front["library_name"] == "peft" and front["pipeline_tag"] == "text-generation" and "accuracy" in front["metrics"]
     assert "license" not in front and "does not say its licence" in text
     accuracy = next(one for one in finished.result.report.systems if one.role == "adapter").metrics["accuracy"]
-    assert f"[{accuracy.low:.3f}, {accuracy.high:.3f}]" in text
+    assert f"[{100 * accuracy.low:.1f}, {100 * accuracy.high:.1f} %]" in text
     split = json.loads((finished.path / "split.json").read_text())
     assert split["train_sha256"] in text and split["test_sha256"] in text
     assert "AutoPeftModelForCausalLM" in text and str(finished.path) not in text
