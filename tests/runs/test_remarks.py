@@ -22,8 +22,8 @@ def remarks(folder: Path, **settings: Any) -> list[tuple[str, Mapping[str, str]]
 
 def test_all_three_are_said_with_the_width_and_the_template(tmp_path: Path) -> None:
     few, untested, unnamed = remarks(tmp_path)
-    interval = proportion(5, 6)
-    assert few[0].startswith("6 rows are few to measure on") and f"{100 * interval.low:.1f} to {100 * interval.high:.1f} %" in few[0]
+    low, high = (100 * end for end in (proportion(5, 6).low, proportion(5, 6).high))
+    assert few[0].startswith("6 rows are few to measure on") and f"{low:.1f} to {high:.1f} %" in few[0]
     assert "There are no test rows" in untested[0] and "as data.test" in untested[0]
     assert unnamed[1] == {"data.template": "{text}\nAnswer with one of: bad, good, so so"}
     assert repr(unnamed[1]["data.template"]) in unnamed[0], "words and value are the same"
