@@ -90,6 +90,8 @@ def test_what_is_in_the_way_is_said_before_anything_is_written(finished: Any, tm
     out.mkdir()
     with pytest.raises(ConfigError, match="exists already and is never overwritten"):
         merge(MergeOptions((str(finished.path),), out=out), console=quiet())
+    with pytest.raises(ConfigError, match=r"a folder is written\. For a GGUF file: lorakeet export .*/m\.gguf"):
+        merge(MergeOptions((str(finished.path),), out=tmp_path / "m.gguf"), console=quiet())
     (tmp_path / "file").write_text("x")
     with pytest.raises(EnvironmentProblem, match="is a file"):
         merge(MergeOptions((str(finished.path),), out=tmp_path / "file" / "merged"), console=quiet())

@@ -289,9 +289,9 @@ def _identity(job: _Job) -> dict[str, str]:
 def _certify(job: _Job, out: Path) -> Certificate | None:
     """The artefact in llama.cpp against the live adapter; None, said once, where llama.cpp is not installed."""
     if not is_installed():
-        command = shlex.join(["lorakeet", "verify", job.options.run_or_adapter, "--against", str(job.options.out)])
-        said = f"Not checked: llama.cpp is not installed here. pip install 'lorakeet[llama]', then: {command}"
-        job.console.print(said, soft_wrap=True)
+        said = "Not checked: llama.cpp is not installed here. pip install 'lorakeet[llama]', then:"
+        run, written = (shlex.quote(str(path)) for path in (job.options.run_or_adapter, job.options.out))
+        job.console.print(f"{said} lorakeet verify {run} --against {written}", soft_wrap=True)
         return None
     try:
         with temporary_stores(job.opened.residency):

@@ -98,6 +98,9 @@ def merge(options: MergeOptions, *, console: Console) -> Merged:
     paths, out, to = options.runs_or_adapters, options.out, options.to
     require_absent(out)
     require_place(out)
+    if out.suffix.lower() == ".gguf" and options.into != "packed":
+        instead = f"For a GGUF file: lorakeet export {paths[0]} --out {out}"
+        raise ConfigError(f"--out is {out.name}, but a folder is written. {instead}")
     opened = [item.within(options.memory) for item in _opened(paths, options, console)]
     density, seed = options.density, options.seed
     spec = CombineSpec(options.method, tuple(options.weights), options.rank, density, seed)

@@ -23,7 +23,7 @@ __all__ = ["config_path", "quickstart"]
 def quickstart(config: RunConfig, options: QuickstartOptions, *, console: Console) -> FinetuneResult:
     """Fetches the packages that the run needs and that are not there, then fine-tunes; it asks first, unless `yes`.
 
-    Without them it raises EnvironmentProblem for --dry-run, several processes, a refusal, where nobody can be asked, and if pip
+    Without them it raises EnvironmentProblem for --dry-run, several processes, a refusal, no terminal without `yes`, and if pip
     fails.
     """
     missing = missing_packages(config)

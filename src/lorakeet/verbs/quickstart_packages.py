@@ -68,8 +68,7 @@ def fetch_packages(packages: Sequence[NeededPackage], console: Console, *, may: 
     said = f"The quickstart needs what is not installed, {total:.1f} MB in all: {names}"
     if not may:
         raise EnvironmentProblem(f"{said}. A dry run and a run in several processes fetch nothing. Install them with: {lines}")
-    asked = console.is_terminal and sys.stdin.isatty()
-    if not (yes or asked):
+    if not (yes or (console.is_terminal and sys.stdin.isatty())):
         raise EnvironmentProblem(f"{said}. No terminal is here to ask at: allow it with --yes, or install them with: {lines}")
     console.print(f"{said}.", soft_wrap=True)
     console.print(f"They are installed into {sys.prefix} with: {lines}", soft_wrap=True)

@@ -104,7 +104,7 @@ def classification_report(
         systems, comparisons = _on_scale(systems, comparisons, [answers for answers, _ in roles], rivals, places, spec)
         order = sorted(zip(places, adapter.labels, strict=True))
         reading = f"The labels are ordered, {', '.join(label for _, label in order)}, so their distance is measured too."
-    headline, confusions = verdict_of(comparisons), (confusion(base, spec), confusion(adapter, spec))
+    verdict, confusions = verdict_of(comparisons), (confusion(base, spec), confusion(adapter, spec))
     chosen, named = _rows_to_show(base.correct.astype(int) * 2 + adapter.correct, spec), sources or [""] * len(texts)
     return Report(
         title,
@@ -113,7 +113,7 @@ def classification_report(
         reading=reading,
         warnings=warnings,
         comparisons=comparisons,
-        verdict=of_unfound(of_uneven(headline, adapter, spec) if uneven else headline, confusions),
+        verdict=of_unfound(of_uneven(verdict, adapter, spec) if uneven else verdict, confusions),
         confusions=confusions,
         reliabilities=tuple(
             Reliability(answers.system, role, reliability(answers.confidence, answers.correct, spec=spec))
@@ -121,12 +121,7 @@ def classification_report(
         ),
         rows=tuple(
             SideBySide(
-                texts[row],
-                adapter.labels[adapter.truth[row]],
-                _reply(base, row),
-                _reply(adapter, row),
-                named[row],
-                row,
+                texts[row], adapter.labels[adapter.truth[row]], _reply(base, row), _reply(adapter, row), named[row], row,
                 group=_group(adapter.groups, row),
             )
             for row in chosen
