@@ -5,7 +5,8 @@
 Copies are planted in real sentences, in labels like ICD-10's, in filled templates, and in Chinese and Japanese sentences
 (harness/planted.py). One word of each copy is replaced, misspelt, left out or added (one character where there are no spaces);
 or case, punctuation or spacing is changed. Of sentences, text is added before, behind or around, to the copies alone or to every
-other row too; or two words are replaced, or clauses change places (harness/contained.py). The original is held out, and its copy
+other row too; or two words are replaced, or clauses change places (harness/contained.py). Rows made of few phrases, of fields, and of 5,000
+words of code have copies of their own (harness/phrases.py), whose shares are printed. The original is held out, and its copy
 is among the training rows. Printed are the shares that are found by the search of a run and by the measure before it (word
 triples, Jaccard similarity of 0.8), with Wilson's intervals; the pairs of different rows that are found too; and seconds and peak
 memory for 100,000 rows, each in a fresh process on one core. Claimed: LEAST of the copies with a word (or character) replaced,
@@ -33,6 +34,7 @@ from typing import Any
 from harness.contained import EDITS, different_rows, edited
 from harness.contained import ORDERED as REARRANGED
 from harness.machine import origin, warn_if_busy, write_result
+from harness.phrases import COPIES, LANGUAGES, of_code, of_fields, of_phrases
 from harness.planted import Change, Corpus, changes, corpora, letters_of, measured_length, of_file
 from harness.processes import answered
 
@@ -194,17 +196,9 @@ def of_contained(seed: int) -> dict[str, Any]:
         if every and name in REARRANGED:
             continue
         originals, others, copies = edited(sentences, name, every=every, seed=seed)
-        held_out = [row_of(text, f"held-out:{i}", "a") for i, text in enumerate(originals)]
-        rest = [row_of(text, f"other:{i}", "a") for i, text in enumerate(others)]
-        made = [row_of(text, f"copy:{i}", "a") for i, text in enumerate(copies)]
-        found = find_duplicates({"held-out": held_out, "training": [*rest, *made]}, DataSpec.near_duplicates)
-        across = {(pair.row.source, pair.twin.source) for pair in found if pair.row_part != pair.twin_part}
-        right = sum((f"copy:{i}", f"held-out:{i}") in across for i in range(len(copies)))
-        line, wrong = proportion(right, len(copies)), sum(row.startswith("other") for row, _ in across)
-        numbers = {"value": line.value, "low": line.low, "high": line.high, "n": line.n, "other_rows": wrong}
+        numbers = found_of(f"{name:32} {'every row ' if every else 'copies'}", originals, others, copies)
         recalls[f"{name}, every row" if every else name] = numbers
-        kept &= line.value >= (ORDERED if name in REARRANGED else ADDED)
-        print(f"  {name:32} {'every row ' if every else 'copies'}  found {line}, other rows {wrong} of {len(others)}", flush=True)
+        kept &= numbers["value"] >= (ORDERED if name in REARRANGED else ADDED)
     false: dict[str, Any] = {}
     for name, texts in different_rows().items():
         rows = [row_of(text, str(i), "a") for i, text in enumerate(texts)]
@@ -214,6 +208,26 @@ def of_contained(seed: int) -> dict[str, Any]:
         kept &= sum(kinds.values()) <= FALSE * pairs
         print(f"  {name}: {sum(kinds.values())} of {pairs:,} pairs of different rows are found", flush=True)
     return {"recall": recalls, "false_positives": false, "kept": kept}
+
+
+def of_planted(seed: int) -> dict[str, Any]:
+    """Recall in rows made of few phrases, in rows of fields, and in long rows of code."""
+    every = {f"{language}, {name}": made for language in LANGUAGES for name, made in of_phrases(language, seed).items()}
+    every |= {"fields in another order": of_fields(seed), "code, one word in a hundred replaced": of_code(seed)}
+    return {name: found_of(f"{name:44}", rows[:COPIES], rows[COPIES:], copies) for name, (rows, copies) in every.items()}
+
+
+def found_of(name: str, originals: Sequence[str], others: Sequence[str], copies: Sequence[str]) -> dict[str, Any]:
+    """The share of the copies that are found with their originals, and how many other rows are found with one."""
+    held_out = [row_of(text, f"held-out:{i}", "a") for i, text in enumerate(originals)]
+    rest = [row_of(text, f"other:{i}", "a") for i, text in enumerate(others)]
+    made = [row_of(text, f"copy:{i}", "a") for i, text in enumerate(copies)]
+    found = find_duplicates({"held-out": held_out, "training": [*rest, *made]}, DataSpec.near_duplicates)
+    across = {(pair.row.source, pair.twin.source) for pair in found if pair.row_part != pair.twin_part}
+    right = sum((f"copy:{i}", f"held-out:{i}") in across for i in range(len(copies)))
+    line, wrong = proportion(right, len(copies)), sum(row.startswith("other") for row, _ in across)
+    print(f"  {name}  found {line}, other rows {wrong} of {len(others)}", flush=True)
+    return {"value": line.value, "low": line.low, "high": line.high, "n": line.n, "other_rows": wrong}
 
 
 def share(lines: Sequence[dict[str, Any]], which: str) -> dict[str, float]:
@@ -246,6 +260,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     print(warn_if_busy(about) or "The machine is idle.", file=sys.stderr)
     own = [of_file(name, path, given.seed) for name, path in given.texts]
     contained = of_contained(given.seed) if not given.only or given.only == "contained" else {}
+    planted_rows = of_planted(given.seed) if not given.only or given.only == "planted" else {}
     chosen = [*own, *(corpus for corpus in corpora(given.seed) if given.only in corpus.name)]
     found = [of_corpus(corpus, given.seed, PLANTED // 10 if given.quick else PLANTED) for corpus in chosen]
     if given.only:
@@ -262,6 +277,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     )
     content = {
         "contained": contained,
+        "few phrases, fields, code": planted_rows,
         "corpora": found,
         "scale": scale,
         "rows": rows,

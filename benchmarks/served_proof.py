@@ -23,7 +23,7 @@ from dataclasses import dataclass, replace
 from datetime import datetime
 from functools import cached_property
 from pathlib import Path
-from tempfile import TemporaryDirectory
+from tempfile import TemporaryDirectory, gettempdir
 from time import process_time
 from typing import Any
 
@@ -58,6 +58,7 @@ from tiny.runs import run, sentence, write_rows
 from lorakeet.verbs.serve import Registry, Service, ServingModel, load_text_model  # isort: skip
 from lorakeet.models.spec import ModelSpec  # isort: skip
 from lorakeet.serve.engine import Engine  # isort: skip
+from lorakeet.serve.load_places import LoadPlaces  # isort: skip
 from tiny.site import Site  # isort: skip
 
 FAMILIES = ("llama", "qwen2", "qwen3", "mistral")
@@ -211,7 +212,7 @@ def ours(subject: Subject, adapter: Adapter, dtype: Any, folder: Path) -> Iterat
     engine.start()
     registry = Registry(live, engine, base="base", budget=None, changed=lambda: None)
     registry.register("mine", folder / "adapter")
-    site = Site(Service(text, engine, registry))
+    site = Site(Service(text, engine, registry, places=LoadPlaces((Path(gettempdir()),))))
     try:
         yield f"{site.url}#mine"
     finally:
