@@ -14,13 +14,15 @@ REPLACED = 0.01  # of its words
 _PHRASES = json.loads(Path(__file__).with_name("phrases.json").read_text(encoding="utf-8"))
 LANGUAGES = tuple(_PHRASES)
 _FIELDS = {
-    "name": ("Ann Lee", "Ben Ode", "Carla Moss", "Deniz Ak", "Emil Berg", "Fay Chu", "Gita Rao", "Hugo Sand", "Ines Paz", "Jon Weir"),
+    "name": (
+        "Ann Lee", "Ben Ode", "Carla Moss", "Deniz Ak", "Emil Berg", "Fay Chu", "Gita Rao", "Hugo Sand", "Ines Paz", "Jon Weir"
+    ),
     "city": ("Oslo", "Lima", "Kyoto", "Accra", "Basel", "Cork", "Delft", "Essen", "Faro", "Graz"),
     "job": ("nurse", "baker", "pilot", "teacher", "lawyer", "farmer", "painter", "cook", "driver", "clerk"),
     "status": ("active", "pending", "closed", "blocked", "new"),
     "phone": ("Pixel 8", "Xperia 5", "Moto G", "Nokia 3310", "Galaxy S23"),
     "colour": ("black", "white", "red", "blue", "grey"),
-}
+}  # fmt: skip
 Planted = tuple[list[str], list[str]]  # all rows, and copies of the first of them
 
 

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from scipy.stats import binom
 
 from lorakeet.core.adapter import Adapter
 from lorakeet.formats.peft import peft
@@ -21,7 +22,7 @@ from lorakeet.serve.engine import Engine
 from lorakeet.serve.load_places import LoadPlaces
 from lorakeet.serve.registry import Registry
 from lorakeet.serve.service import Service
-from lorakeet.verification.same_file import check_same_file
+from lorakeet.verification.same_file import PROMPTS, check_same_file
 from lorakeet.verification.server_apis import LlamaCppApi, adapters_of, find_api
 from tiny.site import Site
 
@@ -78,3 +79,10 @@ def test_a_server_that_loads_none_shows_nothing(finished: Any, tmp_path: Path) -
         assert "lora_path is in no folder" in str(check_same_file(find_api(url, "mine", ""), ("live", url), held, ROWS))
         assert isinstance(check_same_file(find_api(url, "base", ""), ("live", url), held, ROWS), str)
     assert isinstance(check_same_file(LlamaCppApi("http://127.0.0.1:1", ""), ("live", "llama.cpp"), held, ROWS), str)
+
+
+def test_answers_that_vary_by_chance_hardly_ever_fail() -> None:
+    """However often each answer deviates from the usual one, by itself: both names of the certified adapter must agree always."""
+    chances = [step / 200 for step in range(1, 200)]
+    fails = [(1 - chance) ** (2 * PROMPTS) * binom.sf(PROMPTS / 2 - 1, PROMPTS, chance) for chance in chances]
+    assert max(fails) < 1.1e-4
