@@ -6,10 +6,10 @@ Copies are planted in real sentences, in labels like ICD-10's, in filled templat
 (harness/planted.py). One word of each copy is replaced, misspelt, left out or added (one character where there are no spaces);
 or case, punctuation or spacing is changed. Of sentences, text is added before, behind or around, to the copies alone or to
 every other row too; or two words are replaced, or clauses change places (harness/contained.py). Rows made of few phrases, of
-fields, and of 5,000 words of code have copies of their own, whose shares are printed (harness/phrases.py). The original is held
-out, and its copy is among the training rows. Printed are the shares that are found by the search of a run and by the measure
-before it (word triples, Jaccard similarity of 0.8), with Wilson's intervals; the pairs of different rows that are found too;
-and seconds and peak memory for 100,000 rows, each in a fresh process on one core. Claimed: LEAST of the copies with a word (or
+fields, and of 5,000 words of code have copies of their own, whose shares are printed (harness/phrases.py). Originals are
+held-out rows, and copies training rows. Printed are the shares that are found by the search of a run and by the measure before
+it (word triples, Jaccard similarity of 0.8), with Wilson's intervals; the pairs of different rows that are found too; and
+seconds and peak memory for 100,000 rows, each in a fresh process on one core. Claimed: LEAST of the copies with a word (or
 character) replaced, misspelt or added, and of other spellings, in each kind of text, and LEFT_OUT of those with one left out;
 ADDED of those with text around them, ORDERED of those with two words replaced or clauses turned; at most FALSE of the pairs of
 one template, and of those that differ in a number or a sign; and SECONDS. Where one or two words are all that a row of a
