@@ -2,16 +2,13 @@
 
 from __future__ import annotations
 
-from dataclasses import replace
 from functools import partial
-from typing import Any
 
 import pytest
 import torch
 
 from lorakeet.core.scratch import SCRATCH
 from lorakeet.core.spec import LoraSpec
-from lorakeet.memory.repeated import as_before
 from lorakeet.models.targets import plan_for
 from lorakeet.models.text.adapters import initialise_adapter
 from lorakeet.models.text.from_config import config_from_settings, model_from_config
@@ -29,9 +26,7 @@ from lorakeet.planning.rehearse_text import (
     training_on,
 )
 from lorakeet.quant.spec import QuantSpec
-from lorakeet.train import optimizer
 from lorakeet.train.spec import TrainSpec
-from lorakeet.train.text import loss
 
 SMALL = {
     "model_type": "llama", "vocab_size": 96, "hidden_size": 64, "intermediate_size": 128, "num_hidden_layers": 2,
@@ -144,38 +139,3 @@ def test_a_rehearsal_ends_when_its_time_is_over() -> None:
     with pytest.raises(NotPlanned, match=because), planning_within(0), on_shapes():
         while True:
             torch.ones(2).add_(1)
-
-
-@pytest.mark.parametrize(
-    ("module", "settings", "runs", "calls"), [(loss, {"head_chunk": 16}, 2, 64), (optimizer, {"moments": "8bit"}, 2, 8)]
-)
-def test_equal_chunks_and_pieces_are_rehearsed_once(
-    module: Any, settings: dict[str, Any], runs: int, calls: int, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """Of the loss, and of moments of 8 bits: every number is that of a rehearsal that runs each of them."""
-    counted, count = dict[Any, Any](), [0]
-
-    def counting(function: Any) -> Any:
-        def call(*arguments: Any) -> Any:
-            count[0] += 1
-            return function(*arguments)
-
-        return call
-
-    def found(repeating: bool) -> tuple[Rehearsal, int]:
-        def call(function: Any, *arguments: Any, also: Any = None) -> Any:
-            known = counted.setdefault(function, counting(function))
-            return as_before(known, *arguments, also=also) if repeating else known(*arguments, also)
-
-        count[0] = 0
-        monkeypatch.setattr(module, "as_before", call)
-        build = partial(
-            model_from_config, config_from_settings({**SMALL, "hidden_size": 256}), name="small", dtype=torch.float32,
-            products=torch.float32,
-        )  # fmt: skip
-        lora = replace(LORA, rank=32, target_modules=("q_proj",))
-        return rehearse(build, lora, replace(TrainSpec(), **settings), rows=RowShape(256, 2)), count[0]
-
-    (repeated, few), (each, many) = found(True), found(False)
-    assert repeated == each
-    assert (few, many) == (runs, calls)

@@ -18,7 +18,7 @@ import weakref
 from collections import ChainMap, Counter, defaultdict
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from functools import cache, partial
 from typing import Any, Literal, cast
 
@@ -61,16 +61,6 @@ class Work:
     written: int = 0
 
 
-@dataclass
-class Recording:
-    """What one call takes, while it runs: the storages that it may use without being the only one to, and its moments."""
-
-    storages: set[int]  # of its arguments, and its own
-    alone: bool = True  # whether it used no other
-    top: Usage | None = None
-    moments: list[Usage] = field(default_factory=list)
-
-
 class TooLong(Exception):
     """The computation has taken more of the processor's time than it was given."""
 
@@ -94,7 +84,6 @@ class Ledger(TorchDispatchMode):  # type: ignore[no-untyped-call]
         self.peaks: dict[str, Usage] = {}
         self.work: dict[str, Work] = defaultdict(Work)
         self.segments: list[UsageSegment] = []
-        self.recording: Recording | None = None  # of a call that is recorded (memory/repeated)
         self._phase = ""
         # By storage: bytes, kind, and a reference whose callback removes the entry.
         self._entries: dict[int, tuple[int, str, weakref.ref[Any]]] = {}
@@ -122,7 +111,6 @@ class Ledger(TorchDispatchMode):  # type: ignore[no-untyped-call]
     def phase(self, name: str) -> Iterator[None]:
         """A context for a part of the run with its own peak. Phases do not nest; the same name again may raise its peak."""
         before, self._phase = self._phase, name
-        self._not_alone()
         self._mark()
         self._start_segment("phase", NO_BLOCK)
         try:
@@ -133,7 +121,6 @@ class Ledger(TorchDispatchMode):  # type: ignore[no-untyped-call]
 
     def name(self, kind: Kind, tensors: Iterable[Tensor]) -> None:
         """Sets the kind of these tensors; results are scratch by default."""
-        self._not_alone()
         for tensor in tensors:
             if isinstance(tensor, FakeTensor):
                 self._enter_storage(tensor, kind)
@@ -168,7 +155,6 @@ class Ledger(TorchDispatchMode):  # type: ignore[no-untyped-call]
                 leaf.grad_fn.register_prehook(lambda _: self._start_segment("backward", index))
 
     def _start_segment(self, event: str, block: int) -> None:
-        self._not_alone()
         if self.segments:
             self._keep_moment()
             self.segments.append(UsageSegment(self._phase, event, block))
@@ -177,12 +163,6 @@ class Ledger(TorchDispatchMode):  # type: ignore[no-untyped-call]
     def _keep_moment(self) -> None:
         if self.segments:
             self.segments[-1].moments.append(self.now)
-        if self.recording is not None:
-            self.recording.moments.append(self.now)
-
-    def _not_alone(self) -> None:
-        if self.recording is not None:
-            self.recording.alone = False
 
     def close(self) -> None:
         """Removes the hooks from parameters and blocks."""
@@ -223,8 +203,6 @@ class Ledger(TorchDispatchMode):  # type: ignore[no-untyped-call]
     def _made(self, func: Any, args: Any, kwargs: Any) -> tuple[Any, Cost]:
         """Returns the result of an operator and what it takes, from the cache or by torch's rules."""
         call = call_of(func, args, kwargs)
-        if self.recording is not None:
-            self._watch_use(func, args if call is None else call.tensors, kwargs if call is None else {})
         known = None if call is None else _KNOWN.get(call.key)
         if call is not None and known is not None:
             return known.made(self._fake, call.tensors), known.cost
@@ -237,42 +215,6 @@ class Ledger(TorchDispatchMode):  # type: ignore[no-untyped-call]
             _KNOWN[call.key] = known
         return result, cost
 
-    def _watch_use(self, func: Any, args: Any, kwargs: Any) -> None:
-        """Notes if an operator of the recorded call uses what is not its own."""
-        assert self.recording is not None
-        for leaf in tree_leaves((args, kwargs)):
-            if isinstance(leaf, FakeTensor):
-                if leaf.untyped_storage()._cdata not in self.recording.storages:
-                    self.recording.alone = False
-            elif isinstance(leaf, Tensor) and func is not LIFT:
-                self.recording.alone = False
-
-    def enter_again(
-        self, top: Usage, moments: Sequence[Usage], flops: int, written: int, result: CachedResult, kinds: Sequence[str]
-    ) -> Any:
-        """Enters these moments, the highest one, and the work of a call, and returns its result: new tensors of these kinds."""
-        if top.bytes > self.peaks.get(self._phase, Usage()).bytes:
-            self.peaks[self._phase] = top
-        if self.segments:
-            self.segments[-1].moments.extend(moments)
-        work = self.work[self._phase]
-        work.flops += flops
-        work.written += written
-        made = result.made(self._fake, ())
-        for leaf, kind in zip((one for one in tree_leaves(made) if one is not None), kinds, strict=True):
-            self._enter_storage(leaf, cast(Kind, kind))
-        return made
-
-    @property
-    def entries(self) -> dict[int, tuple[int, str, weakref.ref[Any]]]:
-        """A copy of what is in memory, by storage: bytes and kind."""
-        return dict(self._entries)
-
-    @property
-    def work_now(self) -> tuple[int, int]:
-        """The FLOPs and the bytes of results of this phase so far."""
-        return self.work[self._phase].flops, self.work[self._phase].written
-
     def _kind_of(self, tensor: Tensor) -> Kind:
         return "logits" if self.vocabulary and tensor.dim() > 1 and tensor.shape[-1] == self.vocabulary else "scratch"
 
@@ -284,8 +226,6 @@ class Ledger(TorchDispatchMode):  # type: ignore[no-untyped-call]
             return 0
         kind = kind or self._kind_of(tensor)
         self._entries[key] = size, kind, weakref.ref(storage, lambda _: self._remove(key))
-        if self.recording is not None:
-            self.recording.storages.add(key)
         self.bytes += size
         self._count(kind, size)
         self._mark()
@@ -322,8 +262,6 @@ class Ledger(TorchDispatchMode):  # type: ignore[no-untyped-call]
         peak = self.peaks.get(self._phase)
         if self.bytes > (0 if peak is None else peak.bytes):
             self.peaks[self._phase] = self.now
-        if (found := self.recording) is not None and (found.top is None or self.bytes > found.top.bytes):
-            found.top = self.now
 
     @property
     def now(self) -> Usage:

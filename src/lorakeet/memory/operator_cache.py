@@ -206,26 +206,6 @@ def cacheable_result(
     return CachedResult(results, kind, cost) if apart else None
 
 
-def new_result(result: Any) -> CachedResult | None:
-    """Returns what makes such a result: None, a tensor or a tuple of tensors, each in a whole storage of its own; else None."""
-    kind = type(result) if isinstance(result, (list, tuple)) else None
-    found = result if kind else [result]
-    try:
-        results = tuple([_one(item, []) for item in found])
-    except _NotCacheable:
-        return None
-    apart = len({item.untyped_storage()._cdata for item in found if item is not None}) == len([one for one in results if one])
-    return CachedResult(results, kind, Cost()) if apart else None
-
-
-def shape_anywhere(tensor: FakeTensor) -> tuple[Any, ...] | None:
-    """Returns what is to be known of a tensor wherever it begins in its storage; None where it is not a plain one."""
-    try:
-        return _shape_within(tensor)
-    except _NotCacheable:
-        return None
-
-
 def _one(result: Any, tensors: Sequence[FakeTensor]) -> _One | None:
     """Returns what is cached of one tensor of a result of these `tensors`."""
     if result is None:

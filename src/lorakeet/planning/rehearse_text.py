@@ -38,7 +38,6 @@ from lorakeet.memory.forecast import UnevenRuns, extrapolate_bytes, extrapolate_
 from lorakeet.memory.ledger import Ledger, TooLong, Work
 from lorakeet.memory.measure import PeakMemory
 from lorakeet.memory.remembered import keep, key_of, recall
-from lorakeet.memory.repeated import repeats_known
 from lorakeet.memory.shape_only import ShapeSpill
 from lorakeet.memory.usage import Usage, UsageSegment
 from lorakeet.models.files.dense import AT_ONCE
@@ -219,7 +218,6 @@ def rehearse_evaluation(
     return _rehearsed(build, lambda _: plan, token_ids, run)
 
 
-@repeats_known()
 def _rehearsed(
     build: Build,
     planned: Callable[[TextModel], Plan],
@@ -285,7 +283,7 @@ def on_shapes() -> Iterator[Ledger]:
     SCRATCH.clear()  # a matrix with numbers must not be lent to a rehearsal, nor one without numbers to a run
     try:
         ledger = Ledger(seconds=_given_time.get())
-        with repeats_known(), torch.random.fork_rng(devices=[]), warnings.catch_warnings(), ledger:
+        with torch.random.fork_rng(devices=[]), warnings.catch_warnings(), ledger:
             warnings.filterwarnings("ignore", "Accessing the data pointer of FakeTensor")  # as the copy of a whole module does
             yield ledger
     except (UnsupportedOperatorException, DynamicOutputShapeException, DataDependentOutputException) as error:

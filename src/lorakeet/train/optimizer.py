@@ -10,7 +10,7 @@ below 4,096 numbers keep fp32 moments, as in bitsandbytes.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from functools import cache, partial
 from typing import Any, NamedTuple, cast
 
@@ -19,7 +19,6 @@ from torch import Tensor
 from torch.nn import Parameter
 
 from lorakeet.errors import ConfigError
-from lorakeet.memory.repeated import as_before
 from lorakeet.train.spec import TrainSpec
 
 BLOCK = 256
@@ -110,7 +109,7 @@ class AdamW8bit(torch.optim.Optimizer):
             return
         moments = [state[name] for name in ("first_codes", "first_scales", "second_codes", "second_scales")]
         gradient = cast(Tensor, parameter.grad).reshape(-1)
-        as_before(_advance_in_pieces, parameter.view(-1), gradient, *moments, state["step"], also=settings)
+        _advance_in_pieces(parameter.view(-1), gradient, moments, state["step"], settings)
 
 
 def _first_state(parameter: Tensor) -> dict[str, Tensor]:
@@ -133,11 +132,12 @@ class _Settings(NamedTuple):
     decay: float
 
 
-def _advance_in_pieces(  # noqa: PLR0917 - as memory/repeated gives them
-    flat: Tensor, gradient: Tensor, first_codes: Tensor, first_scales: Tensor, second_codes: Tensor, second_scales: Tensor,
-    step: Tensor, settings: _Settings,
-) -> None:  # fmt: skip
-    """The step of `_advance` on all numbers of a parameter, with moments (n,) of 8 bits, a piece at a time."""
+def _advance_in_pieces(flat: Tensor, gradient: Tensor, moments: Sequence[Tensor], step: Tensor, settings: _Settings) -> None:
+    """The step of `_advance` on all numbers (n,) of a parameter, a piece at a time.
+
+    `moments` of 8 bits: codes (n,) and scales of the first, and of the second.
+    """
+    first_codes, first_scales, second_codes, second_scales = moments
     for at in range(0, flat.numel(), _PIECE):
         piece = slice(at, at + _PIECE)
         blocks = slice(at // BLOCK, -(-min(at + _PIECE, flat.numel()) // BLOCK))

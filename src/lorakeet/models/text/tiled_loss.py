@@ -21,7 +21,6 @@ from torch import Tensor
 from lorakeet.core.base import frozen_product
 from lorakeet.core.tiled_product import TILE, RowSource
 from lorakeet.kernels.device import is_cpu
-from lorakeet.memory.repeated import as_before
 from lorakeet.memory.stream import StreamedRows
 
 
@@ -48,9 +47,9 @@ def tiled_losses(
     for tile, rows in weight.in_tiles(TILE) if parts else ():
         for part in parts:
             places = targets[part] - tile.start
-            as_before(_add_tile, states[part], rows, places, known[part], None if total is None else total[part])
+            _add_tile(states[part], rows, places, known[part], None if total is None else total[part])
             if own is not None:
-                as_before(_take_own, rows, places, own[part])
+                _take_own(rows, places, own[part])
     top, rest, chosen = known.split(1, dim=1)  # type: ignore[no-untyped-call]
     norm = rest + (chosen - top).exp()
     losses = (norm.log() + top - chosen).squeeze(1)
@@ -61,7 +60,7 @@ def tiled_losses(
     return losses, total.div_(norm).to(states.dtype)
 
 
-def _add_tile(states: Tensor, rows: Tensor, places: Tensor, known: Tensor, total: Tensor | None, also: None = None) -> None:
+def _add_tile(states: Tensor, rows: Tensor, places: Tensor, known: Tensor, total: Tensor | None) -> None:
     """Adds a tile W (rows, hidden) to what is known of `states` (n, hidden) and to their `total`, in place.
 
     `places` (n,) are the targets, counted from the tile's first row.
@@ -81,7 +80,7 @@ def _add_tile(states: Tensor, rows: Tensor, places: Tensor, known: Tensor, total
         total.mul_(scale).add_(frozen_product(terms.to(rows.dtype), rows, across=True))
 
 
-def _take_own(rows: Tensor, places: Tensor, own: Tensor, also: None = None) -> None:
+def _take_own(rows: Tensor, places: Tensor, own: Tensor) -> None:
     """Writes the rows of those targets that are in the tile to `own` (n, hidden)."""
     index = places.clamp(0, len(rows) - 1)
     own.copy_(torch.where((index == places).unsqueeze(1), rows.index_select(0, index), own))

@@ -19,7 +19,6 @@ from lorakeet.core.tiled_product import TILE, RowSource, add_back_products, back
 from lorakeet.data.pack import Batch
 from lorakeet.kernels.choose import loss_kernel
 from lorakeet.kernels.protocol import HeadLosses
-from lorakeet.memory.repeated import as_before
 from lorakeet.models.text.model import TextModel
 from lorakeet.models.text.tiled_loss import is_read_in_tiles, tiled_losses
 
@@ -70,12 +69,12 @@ class _FrozenHeadLoss(torch.autograd.Function):
         for start in range(0, len(targets), chunk):
             part = slice(start, start + chunk)
             if kernel is not None and kernel.TILED:
-                losses[part], found = as_before(_in_tiles, hidden[part], weight, targets[part], wants_grad, also=kernel)
+                losses[part], found = _in_tiles(hidden[part], weight, targets[part], wants_grad, kernel)
                 if grad is not None and found is not None:
                     grad[part] = found
                 continue
             own = losses[part], None if grad is None else grad[part]
-            as_before(_write_chunk, hidden[part], weight, targets[part], *own, also=kernel)
+            _write_chunk(hidden[part], weight, targets[part], *own, kernel)
         if grad is not None:
             ctx.save_for_backward(grad)
         return losses
