@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import gc
+import json
 import os
 import sys
 import tempfile
@@ -213,3 +214,14 @@ def finished(tiny_llama_folder: Path, tmp_path_factory: pytest.TempPathFactory) 
     data, judged = write_rows(folder / "rows.jsonl", records), write_rows(folder / "judged.jsonl", test)
     result = run(tiny_llama_folder, data, folder / "run", {"data.test": judged})
     return Finished(result, folder / "run", tiny_llama_folder, data, judged)
+
+
+@pytest.fixture
+def config_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A folder with a config.json and nothing else; the order to the C library would outlast the test."""
+    from lorakeet.kinds.text import kind as text
+    from tiny.configs import SMALL
+
+    monkeypatch.setattr(text, "return_freed_memory", lambda: True)
+    (tmp_path / "config.json").write_text(json.dumps(SMALL))
+    return tmp_path
