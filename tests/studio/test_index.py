@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 
+from lorakeet.evaluate.certificate import Certificate, Check
 from lorakeet.studio import index as module
 from lorakeet.studio.index import Index, summary_of, tags_of
 
@@ -22,7 +23,8 @@ def made_run(folder: Path, *, losses: list[float], held_out: list[float], report
     if report:
         verdict = {"phrases": [{"text": "The adapter beats its base", "interval": "+0.1 to +0.2"}], "tone": "better"}
         (folder / "report.json").write_text(json.dumps({"title": "x", "verdict": verdict}))
-        (folder / "certificate.json").write_text('{"passed": true}')
+        check = Check("saved file", "a", "b", {"difference": 0.0}, {"difference": 0.0}, True)
+        Certificate("The run", (check,)).write(folder / "certificate.json")
     return folder
 
 
