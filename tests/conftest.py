@@ -21,6 +21,8 @@ sys.path.insert(0, str(Path(__file__).parent))
 
 from tiny.triton_device import interpret_without_a_card
 
+LONGEST = 3.0  # seconds of a processor that an unmarked test may take: `slow` are those of more than 1 s, and machines differ
+
 interpret_without_a_card()
 gc.disable()  # until all tests are collected: imports leave no cycles, and the searches took a quarter of the time
 
@@ -34,6 +36,16 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
         items[:] = [item for item in items if item not in set(left)]
     slow = {item.path for item in items if item.get_closest_marker("slow")}
     items.sort(key=lambda item: item.path not in slow)
+
+
+@pytest.hookimpl(wrapper=True)
+def pytest_runtest_call(item: pytest.Item) -> Iterator[None]:
+    """A test that is not quick and not marked `slow` fails: `make test` stays a matter of minutes."""
+    began = sum(os.times()[:4])
+    yield
+    took = sum(os.times()[:4]) - began
+    if took > LONGEST and not any(map(item.get_closest_marker, ("slow", "fuzz", "families", "gpu"))):
+        pytest.fail(f"This test took {took:.1f} s of a processor. Mark it slow: it then belongs to make test-all.", pytrace=False)
 
 
 def why_no_gpu() -> str:

@@ -26,6 +26,12 @@ def test_two_packages_of_one_name_and_one_that_cannot_be_imported_are_refused(tm
     site = installed(installed(tmp_path / "site"), "other_lines")
     with registered(site), pytest.raises(ConfigError, match=r"Two packages register the kind of run 'line': .*line.* and .*line"):
         declarations()
+    for number, (module, why) in enumerate((
+        ("tiny.models", "has no attribute 'DECLARATION'"), ("line_kind.taken", "its sections train, no name have names"),
+        ("line_kind.called", "called 'curve'"),
+    )):  # fmt: skip
+        with registered(installed(tmp_path / str(number), "odd", module)), pytest.raises(EnvironmentProblem, match=why):
+            declarations()
     broken = installed(tmp_path / "other", "broken", "line_kind.gone")
     with registered(broken), pytest.raises(EnvironmentProblem, match=r"'line' of the package broken .*pip uninstall broken"):
         declarations()

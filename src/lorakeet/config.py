@@ -108,8 +108,13 @@ class _CommonSettings:
 
 if TYPE_CHECKING:
 
+    @dataclass(frozen=True)
     class RunConfig(_CommonSettings):
         """All settings of a fine-tuning run, with the same keys in YAML, in flags and in the saved run."""
+
+        preference: Any = None
+        images: Any = None
+        diffusion: Any = None
 
 else:
     RunConfig = make_dataclass(

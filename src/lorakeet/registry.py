@@ -1,6 +1,7 @@
 """The kinds of runs by name: Lorakeet's own, and those of other packages, by their entry points `lorakeet.kinds`.
 
-An entry point names a module with a `DECLARATION`, as the `__init__` of each folder in kinds/ does. Imports no torch.
+An entry point names a module with a `DECLARATION`, as the `__init__` of each folder in kinds/ does. That module is imported with
+lorakeet.config, so that it must import neither that nor torch; what does the work is in the declaration's `module`.
 """
 
 from __future__ import annotations
@@ -15,6 +16,10 @@ from typing import Any
 from lorakeet.errors import ConfigError, EnvironmentProblem, nearest
 
 GROUP = "lorakeet.kinds"
+SECTIONS = (  # names of RunConfig that no kind may take
+    "model", "lora", "ranks", "data", "train", "memory", "evaluate", "kind", "out", "uncertified", "changed", "section",
+    "declaration", "validate",
+)  # fmt: skip
 OWN = {name: f"lorakeet.kinds.{folder}" for name, folder in (("text", "text"), ("preference", "preference"), ("image", "images"))}
 
 
@@ -47,7 +52,7 @@ class KindDeclaration:
     text_model: bool = False  # its base is a causal language model: what opens one (runs/open_adapter) takes its runs
     instead: str = ""  # what to do where a text model is needed and this kind has none, in sentences
     lacks: Mapping[str, str] = field(default_factory=dict)  # what else it cannot do, such as "seeds" → why, and what instead
-    taken_as: tuple[str, ...] = ("push",)  # ways in which the studio takes its results away (studio/taking.WAYS)
+    taken_as: tuple[str, ...] = ()  # ways in which the studio takes its results away (studio/taking.WAYS)
     rows_page: str = ""  # "module:function" (RunConfig, send) that shows its rows in the studio; empty: rows of text
     try_page: str = ""  # the studio's page that tries its runs; empty: that of texts, if it has a text model
     conflicts: Callable[[Any], list[str]] = _no_conflicts  # RunConfig → a message for each conflict of settings
@@ -74,15 +79,26 @@ def declarations() -> Mapping[str, KindDeclaration]:
             raise ConfigError(
                 f"Two packages register the kind of run {point.name!r}: {origins[point.name]} and {package}. Uninstall one."
             )
+        who, mend = f"The kind of run {point.name!r} of the package {package}", f"Mend or uninstall it: pip uninstall {package}"
         try:
-            declared = point.load().DECLARATION
+            one = point.load().DECLARATION
         except Exception as error:
-            raise EnvironmentProblem(
-                f"The kind of run {point.name!r} of the package {package} cannot be imported: {type(error).__name__}: {error}. "
-                f"Mend or uninstall it: pip uninstall {package}"
-            ) from error
-        found[point.name], origins[point.name] = declared, package
+            raise EnvironmentProblem(f"{who} cannot be imported: {type(error).__name__}: {error}. {mend}") from error
+        if why := _why_not(one, point.name, found):
+            raise EnvironmentProblem(f"{who} cannot be used: {why}. {mend}")
+        found[point.name], origins[point.name] = one, package
     return found
+
+
+def _why_not(one: Any, name: str, known: Mapping[str, KindDeclaration]) -> str:
+    """Why a declaration of another package cannot be used; empty if it can."""
+    if not isinstance(one, KindDeclaration):
+        return f"its DECLARATION is {type(one).__name__}, not KindDeclaration"
+    if one.name != name:
+        return f"its DECLARATION is called {one.name!r}"
+    taken = {*SECTIONS, *(section for other in known.values() for section in other.sections)}
+    wrong = [section for section in one.sections if section in taken or not section.isidentifier()]
+    return f"its sections {', '.join(wrong)} have names that are taken, or are no names" if wrong else ""
 
 
 def own_kinds() -> tuple[str, ...]:

@@ -151,8 +151,9 @@ def require_types(instance: DataclassInstance) -> None:
         value = getattr(instance, name)
         if dataclasses.is_dataclass(kind):
             continue
+        endless = isinstance(value, float) and not math.isfinite(value)  # a number, on which `validate` says more
         try:
-            misfit = isinstance(_read(kind, value), (bool, int, float)) and isinstance(value, str)
+            misfit = isinstance(_read(kind, 0.5 if endless else value), (bool, int, float)) and isinstance(value, str)
         except _Misfit:
             misfit = True
         if misfit:
@@ -262,7 +263,7 @@ def _shown(value: Any) -> str:
 
 
 def _fields(cls: type[DataclassInstance]) -> Iterator[tuple[str, Any, dataclasses.Field[Any]]]:
-    hints = typing.get_type_hints(cls)  # at each reading: KINDS of config grows
+    hints = typing.get_type_hints(cls)  # at each reading: a registered kind adds names
     for spec in dataclasses.fields(cls):
         if spec.init:
             yield spec.name, hints[spec.name], spec

@@ -120,9 +120,10 @@ codes = [main([*words, "--json"]) for words in (
     ["finetune", *flags, "--model.quantize", "nf4"],
     ["predict", run, "--data", rows, "--out", "answers.jsonl"],
 )]
+codes += [main(["evaluate", run, "--base", "other"]), main(["verify", run, "--against", written])]
 with open(written, "a") as file:
     file.write("# changed")
-codes.append(main(["check", run, "--loss", "<=0.1"]))
+codes += [main(["check", run, "--loss", "<=0.1"]), main(["evaluate", run, "--uncertified", "--out", "again"])]
 help_code = main(["finetune", "--help"])
 print(json.dumps(codes))
 """
@@ -139,7 +140,8 @@ def test_every_verb_goes_through_it(tmp_path: Path) -> None:
         capture_output=True, text=True, check=False, cwd=tmp_path, env={**os.environ, "PYTHONPATH": path},
     )  # fmt: skip
     assert found.returncode == 0, found.stdout + found.stderr
-    assert json.loads(found.stdout.strip().rpartition("\n")[2]) == [0, 0, 0, 0, 0, 0, 2, 2, 2, 3], found.stdout + found.stderr
+    codes = json.loads(found.stdout.strip().rpartition("\n")[2])
+    assert codes == [0, 0, 0, 0, 0, 0, 2, 2, 2, 2, 0, 3, 0], found.stdout + found.stderr
     said = " ".join((found.stdout + found.stderr).split())
     assert "--line.start" in said and "text (a causal language model), image (a diffusion model) or line (a line through" in said
     assert "A line has one solution" in said and "a line has no layers to quantise" in said
@@ -147,5 +149,7 @@ def test_every_verb_goes_through_it(tmp_path: Path) -> None:
     assert "line" in (run / "config.yaml").read_text() and "Fitting a line" in (run / "report.html").read_text()
     shown = Index(tmp_path, tmp_path / "cache.sqlite").summaries()
     assert [one.name for one in shown if one.passed] == ["run"], "the studio's list"
+    assert "to which --base means nothing" in said and "uncertified" in (tmp_path / "again" / "report.json").read_text()
     certificate = read_certificate(run / "certificate.json")
+    assert len({check.name for check in certificate.checks}) == len(certificate.checks) == 2, "those of one name are kept once"
     assert certificate.passed and str(run / "adapter" / "line.txt") in certificate.artefacts

@@ -335,8 +335,8 @@ def test_a_failed_check_is_raised_after_everything_is_written_and_shown(
     with pytest.raises(VerificationFailed, match="base untouched"):
         finetune(read_run(copy / "config.yaml"), FinetuneOptions(resume=copy), console=console)
     written = read_certificate(copy / "certificate.json")
-    assert written == read_report(copy / "report.json").certificate
-    assert written.identity and replace(written, identity={}) == Certificate("x", (bad,))
+    assert replace(written, report="") == read_report(copy / "report.json").certificate
+    assert written.identity and replace(written, identity={}, report="") == Certificate("x", (bad,))
     text = console.export_text()
     assert text.index("McNemar") < text.index("FAIL  base untouched") < text.index("Report: ") and "Next: " not in text
 

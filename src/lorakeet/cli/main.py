@@ -147,7 +147,6 @@ def _run(verb: Verb, command: click.Command, values: dict[str, Any]) -> int:
     from lorakeet.data.spec import NO_ROWS
     from lorakeet.runs.terminal import TerminalConsole, json_text
     from lorakeet.settings import load
-    from lorakeet.verbs.early.checks import check_early
 
     launch = launched()
     if launch.count > 1 and not verb.together:
@@ -164,6 +163,8 @@ def _run(verb: Verb, command: click.Command, values: dict[str, Any]) -> int:
             flags.setdefault("data.train", NO_ROWS)
         config = _config(verb, values.get("config"), getattr(options, "resume", None), flags)
     if verb.checks and launch.count == 1:  # of several processes the first alone decides
+        from lorakeet.verbs.early.checks import check_early
+
         check_early(verb.checks, options, config)
     # names of files may hold [brackets]
     console = TerminalConsole(stderr=values["json"], markup=False, emoji=False, quiet=not launch.first)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import os
 from collections.abc import Callable, Mapping
 from dataclasses import replace
 from pathlib import Path
@@ -37,6 +38,7 @@ _TOKENIZER = (
     "chat_template.json",
 )  # fmt: skip
 _SLOW = ("tokenizer.model", "spiece.model", "sentencepiece.bpe.model", "vocab.json", "vocab.txt", "merges.txt")  # of older ones
+_COMMON = ("model", "lora", "ranks", "data", "train", "memory", "evaluate")  # sections of every kind of run
 _SHOWN = 8  # names in a refusal
 
 
@@ -54,20 +56,35 @@ def identity_of(folder: Path, read: AdapterFiles | None = None) -> dict[str, str
     of another kind of run: the SHA-256 of each file. DataError for a damaged file.
     """
     if read is None and folder.is_dir() and not (folder / CONFIG_NAME).exists() and not (folder / MODEL_NAME).exists():
-        files = sorted(file for file in folder.rglob("*") if not file.is_dir())
+        files = sorted(file for file in folder.rglob("*") if file.is_symlink() or not file.is_dir())
         with readable(folder):
-            return {f"file {file.relative_to(folder).as_posix()}": sha256_of(file) for file in files}
+            found = {f"file {file.relative_to(folder).as_posix()}": _of_file(file) for file in files}
+        return found | _settings_around(folder, sections=True)
     with readable(folder / CONFIG_NAME):
         raw = read_regular(folder / CONFIG_NAME) if read is None else read.config
     config = parse_object(raw, folder / CONFIG_NAME, expected="the settings of an adapter")
     found = dict(_tensors(folder / MODEL_NAME) if read is None else read.tensors.tensor_digests)
     found |= {f"config {key}": _canonical(value) for key, value in sorted(config.items()) if key not in _NOT_COMPUTED}
-    if (run := folder.absolute().parent / "config.yaml").is_file() and folder.absolute().name == "adapter":
-        with readable(run):
-            settings = parse_yaml(read_regular(run).decode(), run)
-        data = settings.get("data") if isinstance(settings, dict) else None
-        found |= {f"{SETTING}data.{key}": _canonical(data[key]) for key in _PROMPTS if isinstance(data, dict) and key in data}
-    return found | tokenizer_identity(folder)
+    return found | _settings_around(folder) | tokenizer_identity(folder)
+
+
+def _of_file(file: Path) -> str:
+    """The SHA-256 of a file; of a link what it names, which is not followed."""
+    return f"a link to {os.readlink(file)}" if file.is_symlink() else sha256_of(file)
+
+
+def _settings_around(folder: Path, *, sections: bool = False) -> dict[str, str]:
+    """The settings of the run around an adapter by which it is used: of `data`, and of the `sections` that kinds bring."""
+    run = folder.absolute().parent / "config.yaml"
+    if folder.absolute().name != "adapter" or not run.is_file():
+        return {}
+    with readable(run):
+        settings = parse_yaml(read_regular(run).decode(), run)
+    parts = {name: part for name, part in settings.items() if isinstance(part, dict)} if isinstance(settings, dict) else {}
+    data = parts.get("data", {})
+    found = {f"{SETTING}data.{key}": _canonical(data[key]) for key in _PROMPTS if key in data}
+    own = [(name, part) for name, part in parts.items() if sections and name not in _COMMON]
+    return found | {f"{SETTING}{name}.{key}": _canonical(value) for name, part in own for key, value in part.items()}
 
 
 def tokenizer_identity(folder: Path, *, base: bool = False) -> dict[str, str]:

@@ -1,7 +1,8 @@
-"""A kind of run: what text and images each answer, so that one `finetune` and one `plan` serve both.
+"""A kind of run: what each one answers, so that one `finetune` and one `plan` serve all.
 
-A new kind is one folder beside text/ and images/, or a package of its own: a `DECLARATION` (registry.KindDeclaration), and a
-subclass of `RunKind` whose instance is named KIND. A kind that is much like another (preferences, over text) subclasses that one.
+A new kind is one folder beside text/ and images/, with its line in registry.OWN, or a package of its own: a `DECLARATION`
+(registry.KindDeclaration), and a subclass of `RunKind` whose instance is named KIND. A kind that is much like another
+(preferences, over text) subclasses that one.
 """
 
 from __future__ import annotations
@@ -20,7 +21,7 @@ from rich.console import Console
 from lorakeet.config import RunConfig, read_run
 from lorakeet.core.plan import Plan
 from lorakeet.data.batches import StepOrder
-from lorakeet.errors import ConfigError
+from lorakeet.errors import ConfigError, EnvironmentProblem
 from lorakeet.evaluate.certificate import Certificate
 from lorakeet.evaluate.report.rank_values import RankMap
 from lorakeet.evaluate.report.report import Command, Report
@@ -247,6 +248,7 @@ class RunKind(ABC, Generic[AssemblyT]):
     def verify_run(self, run: RunFolder, config: RunConfig, against: Sequence[str], console: Console) -> Certificate:
         """Compares a finished run without a text model with its artefacts `against`; without any, with its own adapter.
 
+        Checks of an artefact are called "ARTEFACT: what is compared", by its path from the folder around the run.
         Raises ConfigError for a kind that is verified in its run only.
         """
         raise ConfigError(f"{run.path} is a run of kind {config.kind}, which is verified in its run only.")
@@ -281,7 +283,16 @@ def what_trains(config: RunConfig) -> str:
 
 def run_kind(config: RunConfig) -> RunKind[Any]:
     """The kind of this run; only its own modules are imported."""
-    return cast("RunKind[Any]", import_module(config.declaration.module).KIND)
+    module = config.declaration.module
+    try:
+        return cast("RunKind[Any]", import_module(module).KIND)
+    except (ImportError, AttributeError) as error:
+        if module.startswith("lorakeet."):
+            raise
+        raise EnvironmentProblem(
+            f"Runs of kind {config.declaration.name} cannot be carried out: {module} fails with {type(error).__name__}: {error}. "
+            "Install what it needs, or another version of its package."
+        ) from error
 
 
 def run_without_text(path: Path) -> tuple[RunKind[Any], RunFolder, RunConfig] | None:

@@ -57,7 +57,8 @@ def open_trial(places: Places, queue: Queue, run: str, once: str = "", *, uncert
         raise ConfigError(f"'{run}' has no adapter yet. Wait until it has trained, or resume it.")
     config = read_run(folder / "config.yaml")
     if not config.declaration.text_model:
-        raise ConfigError(f"'{run}' is of kind {config.kind}, which has a page of its own. Choose it under Run, and load it.")
+        own = "has a page of its own. Choose it under Run, and load it" if config.declaration.try_page else "is not tried here"
+        raise ConfigError(f"'{run}' is of kind {config.kind}, which {own}.")
     with _OPENING:
         before = current_trial(queue)
         if once and before is not None and before.job.once == once and before.job.state in ("waiting", "running"):

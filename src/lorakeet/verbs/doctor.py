@@ -15,8 +15,9 @@ from typing import TYPE_CHECKING, Any
 
 from packaging.requirements import Requirement
 
-from lorakeet.errors import EnvironmentProblem
+from lorakeet.errors import EnvironmentProblem, LorakeetError
 from lorakeet.memory.budget import available_memory
+from lorakeet.registry import declarations
 from lorakeet.verbs.installer import install_command
 from lorakeet.verbs.options import DoctorOptions
 from lorakeet.verbs.quickstart_packages import QUICKSTART_PACKAGES, installed_version, requirements_of
@@ -95,7 +96,7 @@ def doctor(options: DoctorOptions = DoctorOptions(), *, console: Console) -> Che
         findings.append(_packages(f"extra [{name}]", requirements_of(name), purpose, f"{purpose}; missing: "))
     quickstart = [Requirement(line) for line in QUICKSTART_PACKAGES]
     findings.append(_packages("quickstart", quickstart, "its model and its data", "missing: ", "--no-deps"))
-    findings += [_memory(), _disk(Path.cwd())]
+    findings += [_kinds(), _memory(), _disk(Path.cwd())]
     kernels: tuple[KernelUse, ...] = ()
     if all(finding.good for finding in findings if finding.required):
         kernels = tuple(kernels_used())
@@ -201,6 +202,13 @@ def _accelerator(torch: Any, device: Any, nvidia: NvidiaGpus, unused: str) -> Fi
     if unused:
         return Finding("GPU", False, f"{nvidia.words}; torch {torch.__version__} does not use it", unused)
     return Finding("GPU", True, "Apple Metal (device mps)" if device.type == "mps" else "none; training runs on the processor")
+
+
+def _kinds() -> Finding:
+    try:
+        return Finding("kinds of runs", True, ", ".join(declarations()), required=True)
+    except LorakeetError as error:
+        return Finding("kinds of runs", False, str(error), "Uninstall the package that is named.", required=True)
 
 
 def _memory() -> Finding:

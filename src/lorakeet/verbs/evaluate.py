@@ -44,7 +44,7 @@ from lorakeet.replying.harness import HarnessTasks, require_tasks, run_tasks, ta
 from lorakeet.runs.open_adapter import NAME, Opened, open_adapter
 from lorakeet.runs.output_paths import require_empty, writing
 from lorakeet.runs.residency import peak_said
-from lorakeet.verbs.options import EvaluateOptions
+from lorakeet.verbs.options import EvaluateOptions, require_only
 
 FEWEST = 5  # rows from which on a conclusion is drawn
 HELD_OUT = "the held-out rows"
@@ -82,10 +82,11 @@ def evaluate(options: EvaluateOptions, *, console: Console) -> Evaluated:
         require_empty(out)
     own = None if options.metric is None else load_metric(options.metric)
     path = Path(options.run_or_adapter)
-    if (other := run_without_text(path)) is not None:
+    if options.config is None and (other := run_without_text(path)) is not None:
         kind, run, config = other
-        require_certified(path, uncertified=options.uncertified, say=console.print)
-        return _written(kind.evaluate_run(run, config, options.data, console), options, console)
+        require_only(options, ("run_or_adapter", "data", "out", "uncertified"), config.kind)
+        note = require_certified(path, uncertified=options.uncertified, say=console.print)
+        return _written(_noted(kind.evaluate_run(run, config, options.data, console), note), options, console)
     opened = open_adapter(
         path, base=options.base, config=options.config, uncertified=options.uncertified, say=console.print
     ).within(options.memory)

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import gc
+from collections.abc import Sequence
 from dataclasses import MISSING, dataclass, field, fields
 from importlib import import_module
 from pathlib import Path
 from types import ModuleType
 from typing import Any, Literal
 
+from lorakeet.errors import ConfigError
 from lorakeet.memory.import_cost import without_triton
 from lorakeet.setting import setting
 
@@ -463,6 +465,13 @@ def non_default(options: Any) -> dict[str, Any]:
         if value != default:
             found[spec.name] = value
     return found
+
+
+def require_only(options: Any, taken: Sequence[str], kind: str) -> None:
+    """Raises ConfigError for options other than those `taken`, which runs of `kind` have no use for."""
+    others = [f"--{name.replace('_', '-')}" for name in non_default(options) if name not in taken]
+    if others:
+        raise ConfigError(f"This is a run of kind {kind}, to which {', '.join(others)} means nothing. Leave it out.")
 
 
 @dataclass(frozen=True)

@@ -32,7 +32,7 @@ from lorakeet.exporting.merged_tensors import StoredTensor
 from lorakeet.exporting.runtime_support import Feature, Limit, Runtime, features_of_adapter, features_of_plan, has_head, limits_of
 from lorakeet.exporting.tolerances import F16, FEW_BITS, PRECISIONS, Q8
 from lorakeet.formats.detect import read_certified
-from lorakeet.formats.identity import require_certified
+from lorakeet.formats.identity import require_certified, with_note
 from lorakeet.kinds.protocol import run_kind, run_without_text
 from lorakeet.kinds.terminal import show_certificate
 from lorakeet.kinds.text.evaluate import sampled_texts
@@ -61,7 +61,7 @@ from lorakeet.train.checkpoint import Damaged, load_checkpoint
 from lorakeet.train.checkpoint import found as found_checkpoints
 from lorakeet.train.progress import Count, counted
 from lorakeet.train.run import RunFolder
-from lorakeet.verbs.options import VerifyOptions
+from lorakeet.verbs.options import VerifyOptions, require_only
 from lorakeet.verification.artefact import (
     Artefact,
     InTorch,
@@ -154,10 +154,11 @@ def verify(options: VerifyOptions, *, console: Console) -> Verified | VerifiedAd
         return _verify_adapters(path, options, console)
     if (other := run_without_text(path)) is not None:
         kind, run, config = other
-        require_certified(path, uncertified=options.uncertified, say=console.print)
-        found = kind.verify_run(run, config, options.against, console)
+        require_only(options, ("run_or_adapter", "against", "uncertified"), config.kind)
+        note = require_certified(path, uncertified=options.uncertified, say=console.print)
+        found = with_note(kind.verify_run(run, config, options.against, console), note)
         show_certificate(found, console)
-        _keep(run, found, path)
+        _keep(run, found, path.absolute().parent)
         found.raise_if_failed()
         return Verified(found)
     opened = open_adapter(path, base=options.base, uncertified=options.uncertified, say=console.print).within(options.memory)
@@ -456,12 +457,13 @@ def _keep(run: RunFolder | None, certificate: Certificate, beside: Path) -> None
     """
     if run is None:
         return
-    again = {*certificate.artefacts}
+    again, renewed = {*certificate.artefacts}, {check.name for check in certificate.checks}
     before = read_certificate(run.certificate) if run.certificate.exists() else Certificate(f"The run {run.path}", ())
     kept = tuple(
         check
         for check in before.checks
-        if not check.artefact or (check.artefact not in again and is_there(check.artefact, beside))
+        if check.name not in renewed
+        and (not check.artefact or (check.artefact not in again and is_there(check.artefact, beside)))
     )
     missing = tuple(one for one in before.unchecked if one.artefact not in again and is_there(one.artefact, beside))
     earlier = {name: fact for name, fact in before.facts.items() if name != VERIFIED}
