@@ -89,6 +89,7 @@ def calls(shared: Shared, place: Path) -> Iterator[tuple[str, Callable[[], Any]]
                 yield f"{name}({field.name}={value!r})", lambda f=function, a=given, k=field.name, v=value: f(**{**a, k: v})
 
 
+@pytest.mark.slow
 def test_no_message_has_a_flag(shared: Shared, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
     refused = 0

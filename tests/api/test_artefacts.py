@@ -16,6 +16,7 @@ from lorakeet.errors import SPELLING, ConfigError, DataError
 from tiny.runs import reviews
 
 
+@pytest.mark.slow
 def test_merged_exported_and_verified(shared: Shared, tmp_path: Path) -> None:
     merged = lk.merge(shared.run, out=tmp_path / "merged", quiet=True)
     assert merged.certificate.passed and (tmp_path / "merged" / "model.safetensors").is_file()
@@ -83,6 +84,7 @@ def test_a_frame_is_answered(shared: Shared) -> None:
     assert said.startswith("data has no column 'text'") and "--" not in said
 
 
+@pytest.mark.slow
 def test_a_run_is_measured_again_and_gone_on_with(shared: Shared, tmp_path: Path) -> None:
     found = lk.evaluate(shared.run, quiet=True)  # type: ignore[operator]
     assert found.adapter.accuracy.value == shared.run.report.adapter.accuracy.value
@@ -94,6 +96,7 @@ def test_a_run_is_measured_again_and_gone_on_with(shared: Shared, tmp_path: Path
         lk.resume(tmp_path)
 
 
+@pytest.mark.slow
 def test_a_run_that_was_stopped_goes_on(shared: Shared, tmp_path: Path) -> None:
     class Stopped(Exception): ...
 
@@ -130,6 +133,7 @@ def test_what_is_documented_of_a_report_is_there(shared: Shared) -> None:
     assert report.base.loss == report.base.log_loss
 
 
+@pytest.mark.slow
 def test_everything_shows_itself(shared: Shared, tmp_path: Path) -> None:
     merged = lk.merge(shared.run, out=tmp_path / "merged", quiet=True)
     for one in (shared.model, shared.run.adapter, merged, shared.run, shared.rows, merged.certificate, shared.model.plan()):

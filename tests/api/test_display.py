@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import re
 
+import pytest
+
 import lorakeet as lk
 from lorakeet.api.display import ShownCertificate, table_of
 from lorakeet.evaluate.certificate import Certificate, Check, Unchecked
@@ -16,6 +18,7 @@ def test_cells_are_escaped() -> None:
     )
 
 
+@pytest.mark.slow
 def test_a_plan_is_a_table_of_phases(tiny_llama_folder: object) -> None:
     plan = lk.load(str(tiny_llama_folder), budget="4GiB").plan(lk.Lora(rank=4), tokens=32)
     page = plan._repr_html_()

@@ -138,6 +138,7 @@ def test_a_raw_text_goes_on_as_it_is(shared: Shared) -> None:
     assert shared.model.generate("alder birch", raw=True, max_tokens=6) == text.tokenizer.decode(ids, skip_special_tokens=True)
 
 
+@pytest.mark.slow
 def test_under_a_budget_replies_are_the_same(shared: Shared, tiny_llama_folder: Path) -> None:
     model = lk.load(tiny_llama_folder, dtype="float32", budget="4GiB")
     assert model.generate(QUESTION, adapter=shared.run, max_tokens=8) == shared.run.generate(QUESTION, max_tokens=8)
@@ -146,6 +147,7 @@ def test_under_a_budget_replies_are_the_same(shared: Shared, tiny_llama_folder: 
         lk.load(tiny_llama_folder, dtype="float32", budget="4KiB").generate(QUESTION)
 
 
+@pytest.mark.slow
 def test_the_plan_shows_itself(shared: Shared) -> None:
     plan = shared.model.plan(lk.Lora(rank=4), rows=shared.rows)
     assert plan.peak > 0 and plan.fits is None and "Peak of the run" in str(plan)
@@ -206,6 +208,7 @@ def at_once(calls: list[Callable[[], str]], *, by: str) -> list[str]:
         return list(pool.map(begun, calls))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("by", ["threads", "asyncio"])
 @pytest.mark.parametrize("handles", [1, 3])
 def test_threads_load_and_generate(shared: Shared, tiny_llama_folder: Path, handles: int, by: str) -> None:
@@ -222,6 +225,7 @@ def test_threads_load_and_generate(shared: Shared, tiny_llama_folder: Path, hand
             model.release()
 
 
+@pytest.mark.slow
 def test_threads_that_stream_measure_and_choose_their_own_adapter(shared: Shared) -> None:
     model, prompt = shared.model, PROMPTS[0]
     alone, adapted = (model.generate(prompt, adapter=adapter, max_tokens=30) for adapter in (None, shared.run))

@@ -43,6 +43,7 @@ def test_pages_in_a_notebook(shared: Shared) -> None:
     assert shared.run.certificate.passed
 
 
+@pytest.mark.slow
 def test_the_command_line_does_the_same_again(shared: Shared, tmp_path: Path) -> None:
     """The run file of a run from Python gives the same adapter by the command; and a run file does in Python."""
     command = ["finetune", str(shared.run.folder.config), "--out", str(tmp_path / "again")]
@@ -114,6 +115,7 @@ def test_mistakes_are_one_message_and_write_nothing(
         shared.run.classify("fine")
 
 
+@pytest.mark.slow
 def test_ctrl_c_stops_a_run_as_in_a_terminal(
     tiny_llama_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -212,6 +212,7 @@ def test_completion_scripts_are_printed(shell: str, capsys: pytest.CaptureFixtur
     assert "_LORAKEET_COMPLETE" in capsys.readouterr().out
 
 
+@pytest.mark.slow
 def test_the_shell_is_offered_verbs_flags_and_words() -> None:
     def offered(words: str, position: int) -> str:
         environment = {**os.environ, "_LORAKEET_COMPLETE": "bash_complete", "COMP_WORDS": words, "COMP_CWORD": str(position)}

@@ -205,6 +205,7 @@ def mutated(seed: int, files: dict[str, bytes]) -> tuple[str, bytes]:
 FILES: dict[str, bytes] = {}
 
 
+@pytest.mark.slow
 @fuzzed(500, 50_000)
 @given(seed=st.integers(0, 2**48))
 def test_any_data_file_is_rows_or_one_message(seed: int, tmp_path_factory: pytest.TempPathFactory) -> None:

@@ -230,6 +230,7 @@ def pairs_of(given_texts):
     return find_duplicates({"held-out": rows("h", *given_texts[:half]), "training": rows("a", *given_texts[half:])}, 0.8)
 
 
+@pytest.mark.slow
 def test_different_rows_of_one_template_are_no_copies():
     chance = random.Random(5)
     sides, bones = ("left", "right", "unspecified"), [f"bone{number}" for number in range(30)]

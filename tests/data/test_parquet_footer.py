@@ -42,6 +42,7 @@ def test_it_says_what_pyarrow_says(options: dict[str, Any]) -> None:
             assert (shared_bytes(io.BytesIO(raw), ours) > 0) is one.has_dictionary_page
 
 
+@pytest.mark.slow
 def test_a_damaged_footer_is_one_message_or_read(tmp_path: Path) -> None:
     raw, draw = stored(), random.Random(4)
     footer = int.from_bytes(raw[-8:-4], "little") + 8

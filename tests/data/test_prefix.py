@@ -86,6 +86,7 @@ def shared_alike(examples: list[Example], tokens: int, *, times: int = 8, a_pass
     return prefix_batches(examples, BatchLimits(tokens, times, a_pass))
 
 
+@pytest.mark.slow
 @settings(max_examples=300, deadline=None)
 @given(steps(), st.integers(1, 40), st.sampled_from([1, 2, 8]), st.sampled_from([0, 3, PASS, 1 << 30]))
 def test_nothing_is_lost_no_batch_is_larger_than_said_and_never_is_more_computed(

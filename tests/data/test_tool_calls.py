@@ -191,6 +191,7 @@ def test_calls_that_no_template_can_write_are_named(record: dict[str, Any], word
         read_rows(str(write_rows(tmp_path / "rows.jsonl", [record])), DataSpec(train="rows.jsonl"))
 
 
+@pytest.mark.slow
 @fuzzed(quick=200, many=20_000)
 @given(text=st.sampled_from([OPENAI, SHAREGPT, OLDER]).flatmap(other_json))
 def test_any_row_with_tools_is_encoded_or_one_message(

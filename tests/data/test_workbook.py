@@ -243,6 +243,7 @@ def parts() -> dict[str, bytes]:
             return {name: archive.read(name) for name in archive.namelist()}
 
 
+@pytest.mark.slow
 @fuzzed(quick=300, many=20_000)
 @given(files=st.deferred(lambda: other_folder(parts())))
 def test_damaged_workbooks(files: dict[str, bytes]) -> None:

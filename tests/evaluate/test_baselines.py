@@ -50,6 +50,7 @@ def floor(rows: dict[str, list[dict[str, str]]], *, unescape: bool) -> tuple[flo
     return round(found["accuracy"].value, 3), round(found["macro_f1"].value, 3)
 
 
+@pytest.mark.slow
 def test_known_figures_on_the_drug_reviews() -> None:
     rows = drug_reviews()
     assert (len(rows["Train"]), len(rows["Test"])) == (600, 379)

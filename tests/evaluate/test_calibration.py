@@ -34,6 +34,7 @@ def test_constant_confidence_is_one_bin() -> None:
     assert len(reliability(np.full(100, 0.65), correct, spec=QUICK)) == 1
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("temperature", [1.0, 1.4, 3.0])
 def test_interval_covers_well_and_badly_calibrated_systems(temperature: float) -> None:
     generator = np.random.default_rng(0)

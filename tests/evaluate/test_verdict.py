@@ -129,6 +129,7 @@ def tables(seed: int, count: int) -> list[list[Comparison]]:
     return found
 
 
+@pytest.mark.slow
 def test_no_sentence_contradicts_its_own_table() -> None:
     """"No better answers are shown … may do as well" stood beside a token F1 of 0.938 against 0.573 in the same table."""
     said = dict.fromkeys(("No better answers", "The answers are worse", "may do as well", "needs no language", "alone: "), 0)

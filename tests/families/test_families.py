@@ -70,6 +70,7 @@ def test_a_small_model_has_every_part_that_its_configuration_has(kind: str) -> N
     assert without_modules(kind) == WITHOUT_MODULES.get(kind, set())
 
 
+@pytest.mark.slow
 @pytest.mark.families
 def test_every_small_model_has_every_part_that_its_configuration_has() -> None:
     found = {}
@@ -88,6 +89,7 @@ def without_modules(kind: str) -> set[str]:
     return {name for name, part in parts_of(config) if type(part) not in built}
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", QUICK)
 def test_a_family_passes_every_column_that_it_is_not_refused(kind: str, tmp_path: Path) -> None:
     found = tried(kind, tmp_path, [column for column in COLUMNS if column not in ("bf16", "NF4", "GPU")])
@@ -95,6 +97,7 @@ def test_a_family_passes_every_column_that_it_is_not_refused(kind: str, tmp_path
     assert all(found[column].outcome == "passed" for column in ("train", "gradients", "PEFT", "merge", "plan")), found
 
 
+@pytest.mark.slow
 def test_a_merge_is_held_to_what_the_family_s_own_code_rounds(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Its linear attention makes 1e-5 of a rounded weight, so this family's merge is 1e-5 to 3e-5 off; so is PEFT's own merge."""
     family_columns.saved("bailing_hybrid", tmp_path)
@@ -170,6 +173,7 @@ def test_replies_of_every_family_do_not_depend_on_their_company(kind: str, tmp_p
     assert not wrong({column: one for column, one in found.items() if column != "build"}), "\n".join(wrong(found))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", IN_COMPANY)
 def test_replies_do_not_depend_on_their_company(kind: str, tmp_path: Path) -> None:
     """Padding reaches top-k, sparse blocks, tables of biases, or rotary frequencies in these."""

@@ -64,6 +64,7 @@ def in_a_thread(function: Callable[[], T]) -> T:
     return found[0]
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(not Path("/proc/self/task").is_dir(), reason="counts threads in /proc, which this system has not")
 @pytest.mark.skipif(not can_compute_alone(), reason="torch's OpenMP cannot end a team here")
 def test_a_team_ends_and_others_stay() -> None:

@@ -45,6 +45,7 @@ def test_peft_loads_the_base_and_the_adapter_from_the_folder_alone(finished: Any
     assert same_as_trained(finished.path / "adapter", finished.result.setup)
 
 
+@pytest.mark.slow
 def test_a_gguf_file_is_a_base_that_peft_finds_and_keeps_its_name_here(tmp_path: Path) -> None:
     file = tmp_path / "base.gguf"
     write_tiny_gguf(file)

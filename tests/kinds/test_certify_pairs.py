@@ -46,6 +46,7 @@ def test_a_file_that_lacks_a_pair_fails_and_names_it(finished: Any, tmp_path: Pa
     assert check.n == 28 and f"{PATH}.A, {PATH}.B: 2 trained, but not in the file" in check.detail
 
 
+@pytest.mark.slow
 def test_a_run_that_saves_one_pair_too_few_fails(
     tiny_llama_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -75,6 +76,7 @@ def test_what_differs_is_counted_once_and_named() -> None:
     assert same.passed and not same.detail
 
 
+@pytest.mark.slow
 def test_an_expert_that_saw_no_token_is_named(tmp_path: Path) -> None:
     base = save_tiny_llama(tmp_path / "base", family="mixtral", num_local_experts=24, num_experts_per_tok=1)
     rows = write_rows(tmp_path / "rows.jsonl", reviews(40))

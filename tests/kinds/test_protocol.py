@@ -94,6 +94,7 @@ def test_the_names_of_kinds_are_those_of_the_registry(config: RunConfig, monkeyp
         read_run(None, {"kind": "line", "data.train": "x", "model": "y"})
 
 
+@pytest.mark.slow
 def test_a_run_imports_the_modules_of_its_own_kind_only() -> None:
     code = (
         "import sys, lorakeet.verbs.finetune\nfrom lorakeet.config import RunConfig\n"
@@ -129,6 +130,7 @@ print(json.dumps(codes))
 """
 
 
+@pytest.mark.slow
 def test_every_verb_goes_through_it(tmp_path: Path) -> None:
     """In a process of its own, as its settings are read when Lorakeet is imported."""
     site, run = installed(tmp_path / "site"), tmp_path / "run"

@@ -55,6 +55,7 @@ def largest_of_a_step(folder: Path, length: int, dtype: str) -> int:
         return card.largest
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", KINDS)
 def test_a_step_makes_no_tensor_that_grows_with_the_square_of_a_row(kind: str, tmp_path: Path) -> None:
     dtype, changes = KINDS[kind]

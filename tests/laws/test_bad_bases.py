@@ -161,6 +161,7 @@ def test_damaged_packed_folders_are_named(
     assert store is None or not store.exists() or not any(store.iterdir())
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("settings", "words"),
     [
@@ -206,6 +207,7 @@ def test_too_few_calibration_tokens(bench: Bench) -> None:
     bench.refused([*words, bench.write("empty.jsonl", "")], "empty.jsonl has no rows")
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("budget", "words"),
     [

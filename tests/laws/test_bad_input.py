@@ -175,6 +175,7 @@ def test_a_label_that_training_never_saw(bench: Bench, part: str) -> None:
     bench.refused(bench.finetune(f"--data.{part}", name), *words)
 
 
+@pytest.mark.slow
 def test_a_row_longer_than_the_context_is_refused_cut_or_dropped_as_configured(bench: Bench) -> None:
     data = bench.write("long.jsonl", [*GOOD, LONG])
     words = ["long.jsonl:31: the row has 4", "data.max_tokens is 120", "too_long to truncate or drop"]
@@ -189,6 +190,7 @@ def test_a_row_longer_than_the_context_is_refused_cut_or_dropped_as_configured(b
     assert not (bench.folder / "run").exists()
 
 
+@pytest.mark.slow
 def test_a_model_without_a_chat_template(bench: Bench) -> None:
     model = save_tiny_llama(bench.folder / "bare")
     (model / "chat_template.jinja").unlink()

@@ -73,6 +73,7 @@ def steps_done(run: Path) -> int:
     return max((record["step"] for record in read_metrics(run / "metrics.jsonl") if "loss" in record), default=0)
 
 
+@pytest.mark.slow
 def test_a_loss_that_is_no_number_stops_the_run_and_keeps_what_was_good(
     tiny_llama_folder: Path, rows: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -118,6 +119,7 @@ def test_a_disk_that_is_full_from_the_start_leaves_nothing(
     assert list(tmp_path.iterdir()) == []
 
 
+@pytest.mark.slow
 def test_a_full_disk_leaves_the_checkpoint_before_and_the_run_goes_on(
     done: Path, run: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -156,6 +158,7 @@ def test_a_disk_that_is_full_for_the_report_says_that_the_adapter_is_whole(
     assert adapter_bytes(run) == adapter
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("refused", [OSError(errno.ENOSPC, "No space left on device"), Exception("disk full (os error 28)")])
 def test_a_disk_that_is_full_for_the_tokenizer_keeps_the_adapter_before(
     with_new_tokens: dict[str, bytes], tiny_llama_folder: Path, rows: Path, tmp_path: Path, monkeypatch: Any, capsys: Any,
@@ -221,6 +224,7 @@ def undisturbed(tiny_llama_folder: Path, rows: Path, tmp_path_factory: pytest.Te
     return adapter_bytes(whole)
 
 
+@pytest.mark.slow
 def test_ctrl_c_finishes_the_step_and_the_run_goes_on_to_the_same_bytes(
     workers: Workers, undisturbed: dict[str, bytes], tiny_llama_folder: Path, rows: Path, tmp_path: Path, capsys: Any
 ) -> None:

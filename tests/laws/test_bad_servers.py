@@ -58,6 +58,7 @@ class Dropping(Fake):
         super()._say(body)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("kind", "check"), [(Shifted, "prompt ids"), (Rewriting, "log-probabilities")])
 def test_another_tokenizer_and_a_proxy_that_rewrites_prompts_fail(
     finished: Any, loud: Path, right: Path, kind: type[Fake], check: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
@@ -69,6 +70,7 @@ def test_another_tokenizer_and_a_proxy_that_rewrites_prompts_fail(
     assert caught.value.exit_code == 3
 
 
+@pytest.mark.slow
 def test_log_probabilities_that_a_proxy_drops_are_not_checked_and_said(
     finished: Any, loud: Path, right: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -82,6 +82,7 @@ def same(one: Certificate, other: Certificate) -> None:
     assert one.checks == other.checks and dict(one.facts) == dict(other.facts)
 
 
+@pytest.mark.slow
 def test_a_merge_is_certified_alike_and_leaves_nothing_behind(wide: Path, tmp_path: Path) -> None:
     whole = merging(wide, tmp_path / "whole")().certificate
     found = streamed(merging(wide, tmp_path / "streamed"))
@@ -99,6 +100,7 @@ def half_scale(adapter: Adapter) -> Adapter:
     return replace(adapter, pairs={path: replace(pair, alpha=pair.alpha / 2) for path, pair in adapter.pairs.items()})
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("mend", "named"), [(without_one_layer, r"layers\.7\.mlp\.down_proj"), (half_scale, r"layers\.\d+\.")])
 def test_a_wrong_merge_fails_streamed_too(
     wide: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, mend: Callable[[Adapter], Adapter], named: str
@@ -146,6 +148,7 @@ def test_a_disk_that_gets_full_and_one_that_is(wide: Path, tmp_path: Path, monke
     assert not (tmp_path / "other").exists()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", ["folder", "gguf"])
 def test_verify_and_export_stream_the_live_side_and_a_folder(
     wide: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, kind: str
@@ -169,6 +172,7 @@ def test_verify_and_export_stream_the_live_side_and_a_folder(
     assert [check.measured for check in found.checks] == [check.measured for check in again.checks]
 
 
+@pytest.mark.slow
 def test_longer_rows_are_compared_as_far_as_memory_allows(
     wide: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -191,6 +195,7 @@ def test_longer_rows_are_compared_as_far_as_memory_allows(
     assert sorted(path.name for path in tmp_path.iterdir()) == ["model.README.md", "model.certificate.json", "model.gguf"]
 
 
+@pytest.mark.slow
 def test_a_large_budget_streams_nothing(wide: Path, tmp_path: Path) -> None:
     with forecasts() as found:
         assert merging(wide, tmp_path)(memory="64GiB").certificate.passed

@@ -42,6 +42,7 @@ def default_run(model: str, method: str) -> UnboundTextRun:
     return UnboundTextRun(config, Workload(), print, (config_of(config.model, print), None))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("model", "method"), EXPECTED)
 def test_the_default_run_fits_every_card(model: str, method: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(text_run, "MOST_TOGETHER", 1)  # rehearses less
@@ -63,6 +64,7 @@ def test_the_default_run_fits_every_card(model: str, method: str, monkeypatch: p
     assert alone == sorted(alone, reverse=True) and not alone[-1], "two bases wherever they fit"
 
 
+@pytest.mark.slow
 def test_on_a_t4_no_probabilities_are_planned(monkeypatch: pytest.MonkeyPatch) -> None:
     """It has no flash kernel: in float16 the memory-efficient one takes no more than keys and values for every head."""
     whole = default_run("meta-llama/Llama-3.2-1B", "none").plan(RESIDENT)

@@ -173,6 +173,7 @@ def other_base(finished: Any, tmp_path: Path) -> Path:
     return other
 
 
+@pytest.mark.slow
 def test_another_base_goes_on_with_uncertified(copied: Path, other_base: Path, tmp_path: Path) -> None:
     out = tmp_path / "report"
     assert main(["evaluate", str(copied), "--base", str(other_base), "--uncertified", "--out", str(out)]) == 0
@@ -224,6 +225,7 @@ def test_what_was_read_is_compared(copied: Path, finished: Any, place: str, monk
     assert require_certified(copied) == ""
 
 
+@pytest.mark.slow
 def test_uncertified_goes_on_and_the_results_say_so(copied: Path, tmp_path: Path) -> None:
     DAMAGES["A of two layers swapped"][0](copied)
     assert main(["merge", str(copied), "--to", "adapter", "--rank", "2", "--out", str(tmp_path / "small"), "--uncertified"]) == 0
@@ -234,6 +236,7 @@ def test_uncertified_goes_on_and_the_results_say_so(copied: Path, tmp_path: Path
     assert report.facts["Adapter"].startswith("uncertified: ") and "uncertified" in report.warnings[0]
 
 
+@pytest.mark.slow
 def test_a_resumed_run_that_is_cut_off_keeps_its_own_adapter(copied: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """The certificate of the earlier end is of an earlier adapter: it goes when another is written."""
 
@@ -275,6 +278,7 @@ def test_any_certificate_does_not_skip_the_comparison(copied: Path) -> None:
     assert main(["check", str(copied), "--certificate", "any", "--uncertified"]) == 0
 
 
+@pytest.mark.slow
 def test_the_card_of_what_was_made_of_it_says_so(copied: Path, tmp_path: Path) -> None:
     DAMAGES["A of two layers swapped"][0](copied)
     made = ["--out", str(tmp_path / "made"), "--to", "ollama", "--quant", "f32"]
@@ -354,6 +358,7 @@ def test_a_report_of_another_run_is_found(copied: Path, tmp_path: Path, monkeypa
     assert "is not the report that" in summary_of(copied).problem
 
 
+@pytest.mark.slow
 def test_a_report_stays_that_of_its_certificate_when_artefacts_are_verified(copied: Path, tmp_path: Path) -> None:
     written = read_certificate(copied / "certificate.json").report
     assert main(["merge", str(copied), "--out", str(tmp_path / "merged")]) == 0

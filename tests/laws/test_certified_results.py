@@ -53,6 +53,7 @@ def test_rows_of_a_certified_adapter_have_no_such_column(copied: Path, tmp_path:
     assert (tmp_path / "a.csv").read_text().splitlines()[0].split(",")[-1] == "label_review"
 
 
+@pytest.mark.slow
 def test_a_compressed_adapter_says_what_it_was_cut_from(damaged: Path, tmp_path: Path) -> None:
     out = tmp_path / "small"
     assert main(["compress", str(damaged), "--out", str(out), "--to", "1200", "--tolerance", "0.9", "--uncertified"]) in (0, 3)
@@ -62,6 +63,7 @@ def test_a_compressed_adapter_says_what_it_was_cut_from(damaged: Path, tmp_path:
     assert require_certified(out) == ""
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("setting", ["lora.continue_from", "lora.on_top_of", "train.reference"])
 def test_training_from_an_uncertified_adapter_is_said(damaged: Path, finished: Any, tmp_path: Path, setting: str) -> None:
     out = tmp_path / "again"
@@ -97,6 +99,7 @@ def certificate_beside(out: Path) -> Path:
     return out / "certificate.json" if out.is_dir() else out.with_name(f"{out.stem}.certificate.json")
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", MADE)
 def test_a_result_and_its_certificate_come_by_one_rename(
     kind: str, copied: Path, finished: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
@@ -131,6 +134,7 @@ def test_a_result_and_its_certificate_come_by_one_rename(
         assert require_certified(out) == ""
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", MADE)
 def test_a_crash_before_the_certificate_leaves_nothing(
     kind: str, copied: Path, finished: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
@@ -148,6 +152,7 @@ def test_a_crash_before_the_certificate_leaves_nothing(
     assert sorted(path.name for path in tmp_path.iterdir()) == sorted({"copied", *(["merged"] if kind == "extract" else [])})
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("what", ["--merged", "--gguf"])
 def test_push_compares_what_was_made(
     what: str, copied: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch

@@ -64,6 +64,7 @@ def test_steps_and_scores_take_them_alone(text: TextModel) -> None:
     np.testing.assert_allclose(row_losses(text, given, micro_tokens=4096)[0], alone, rtol=1e-5)
 
 
+@pytest.mark.slow
 def test_replies_to_long_texts_are_written_alone(text: TextModel) -> None:
     prompts = [row.ids[:-4] for row in rows()]
     together = sample(text, prompts, max_tokens=4, temperature=0)
@@ -76,6 +77,7 @@ def test_a_plan_counts_them_together_which_holds_more(text: TextModel) -> None:
     assert [batch.lengths for batch in planned.micro_batches(targets_after_the_first(), 4096)] == [LENGTHS]
 
 
+@pytest.mark.slow
 def test_streamed_blocks_train_as_resident_ones_and_refuse_such_rows_in_one_batch(tmp_path: Path) -> None:
     folder = family_columns.saved("deepseek_v32", tmp_path)
     lora = LoraSpec(rank=4, alpha=12.0, target_modules=("q_b_proj", "o_proj"))

@@ -64,6 +64,7 @@ def test_replies_in_company_are_those_of_transformers_alone(folder: Path) -> Non
         assert reply.tolist() == wanted[0, len(prompt) :].tolist()
 
 
+@pytest.mark.slow
 def test_a_run_over_rows_beyond_a_chunk_stays_packed(tmp_path: Path) -> None:
     folder = saved("llama4_text", tmp_path)
     data = write_rows(tmp_path / "rows.jsonl", chats(12))

@@ -86,6 +86,7 @@ def _adapters(folder: Path) -> dict[str, dict[str, bytes]]:
     return {path.name: files_in(path) for path in sorted(folder.iterdir()) if path.is_dir()}
 
 
+@pytest.mark.slow
 @fuzzed(quick=500, many=50_000)
 @given(files=st.deferred(lambda: st.sampled_from(sorted(adapters())).flatmap(lambda name: other_folder(adapters()[name]))))
 def test_adapters(files: dict[str, bytes]) -> None:
@@ -121,6 +122,7 @@ def outlines() -> dict[str, dict[str, bytes]]:
     return {kind: {name: data for name, data in files.items() if "safetensors" not in name} for kind, files in models().items()}
 
 
+@pytest.mark.slow
 @fuzzed(quick=500, many=50_000)
 @given(
     files=st.deferred(lambda: st.sampled_from(["dense", "gptq"]).flatmap(lambda kind: other_folder(outlines()[kind]))),
@@ -164,6 +166,7 @@ def own_cache(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
         yield
 
 
+@pytest.mark.slow
 @fuzzed(quick=500, many=50_000)
 @given(
     damaged=st.sampled_from([None, "Q8_0"]).flatmap(lambda kind: other_bytes(gguf_model(kind), 9000)),
@@ -186,6 +189,7 @@ def certificate() -> bytes:
         return (Path(name) / "c.json").read_bytes()
 
 
+@pytest.mark.slow
 @fuzzed(quick=500, many=50_000)
 @given(damaged=st.deferred(lambda: other_file("certificate.json", certificate())))
 def test_certificates(damaged: bytes) -> None:

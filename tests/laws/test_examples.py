@@ -58,6 +58,7 @@ def test_prompt_and_completion(dates: Path) -> None:
     assert (dates / "report.html").is_file() and (dates / "adapter" / "adapter_config.json").is_file()
 
 
+@pytest.mark.slow
 def test_chat(desk: Path, tiny_llama_folder: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
     monkeypatch.chdir(desk)
     assert main(["finetune", "examples/chat.yaml", "--model", str(tiny_llama_folder), *QUICK]) == 0
@@ -65,6 +66,7 @@ def test_chat(desk: Path, tiny_llama_folder: Path, monkeypatch: pytest.MonkeyPat
     assert "8 pairs" in capsys.readouterr().out  # 2 blocks, 4 matrices of attention
 
 
+@pytest.mark.slow
 def test_the_quickstart(desk: Path, tiny_llama_folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(desk)
     for name, seed in (("train.tsv", 0), ("test.tsv", 1)):
@@ -78,6 +80,7 @@ def test_the_quickstart(desk: Path, tiny_llama_folder: Path, monkeypatch: pytest
     assert (desk / "runs" / "drug-reviews" / "certificate.json").is_file() and not (desk / "runs" / "another").exists()
 
 
+@pytest.mark.slow
 def test_preferences(
     desk: Path, tiny_llama_folder: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -102,6 +105,7 @@ def test_predict(dates: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     assert len(rows) == len(given) and all({"answer", "answer_review"} <= set(row) for row in rows)
 
 
+@pytest.mark.slow
 def test_quantize(desk: Path, tiny_llama_folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(desk)
     quantize, train = commands_of("quantize.sh")
@@ -110,6 +114,7 @@ def test_quantize(desk: Path, tiny_llama_folder: Path, monkeypatch: pytest.Monke
     assert (desk / "runs" / "dates-nf4" / "certificate.json").is_file()
 
 
+@pytest.mark.slow
 def test_plan(tiny_llama_folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(ROOT)
     shape, run = commands_of("plan.sh")
@@ -133,6 +138,7 @@ def test_extract(dates: Path, tiny_llama_folder: Path, monkeypatch: pytest.Monke
     assert {pair.rank for pair in read_adapter(Path("runs/dates-extracted")).pairs.values()} == {8}
 
 
+@pytest.mark.slow
 def test_compress(dates: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(dates.parents[1])
     assert [main(command) for command in commands_of("compress.sh")] == [0]
@@ -140,6 +146,7 @@ def test_compress(dates: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     assert small.parameters < whole.parameters and "The rank curve" in Path("runs/dates-small/report.html").read_text()
 
 
+@pytest.mark.slow
 def test_tune(desk: Path, tiny_llama_folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(desk)
     search, train = commands_of("tune.sh")
@@ -169,6 +176,7 @@ def test_requirements(dates: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     assert [main(command) for command in commands_of("check.sh")] == [0]
 
 
+@pytest.mark.slow
 def test_push(dates: Path) -> None:
     """In a process of its own, since the tests' huggingface_hub is offline."""
     [command] = commands_of("push.sh")
@@ -181,6 +189,7 @@ def test_push(dates: Path) -> None:
         assert hub.repositories["me/dates"]["private"] and "README.md" in hub.repositories["me/dates"]["files"]
 
 
+@pytest.mark.slow
 def test_export_and_verify(dates: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(dates.parents[1])
     assert [main(command) for command in commands_of("export.sh")] == [0]
@@ -189,6 +198,7 @@ def test_export_and_verify(dates: Path, monkeypatch: pytest.MonkeyPatch) -> None
     assert [main(command) for command in commands_of("verify.sh")] == [0, 0]
 
 
+@pytest.mark.slow
 def test_photos_and_generate(tiny_sd_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
     monkeypatch.setenv("LORAKEET_CACHE", str(tmp_path / "cache"))
@@ -231,6 +241,7 @@ def test_resume(desk: Path, tiny_llama_folder: Path) -> None:
     assert (desk / "runs" / "resumed" / "report.html").is_file()
 
 
+@pytest.mark.slow
 def test_from_python(
     desk: Path, tiny_llama_folder: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -242,6 +253,7 @@ def test_from_python(
     assert "Peak of the run" in said and "certificate passed: True" in said and "14 pairs; " in said and "by the base '" in said
 
 
+@pytest.mark.slow
 def test_serving_two_adapters(
     desk: Path, dates: Path, tiny_llama_folder: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -61,6 +61,7 @@ def test_an_error_that_a_process_survives_is_none(said: str) -> None:
     assert not is_device_fault(RuntimeError(said)) and not is_of_the_device(RuntimeError(said))
 
 
+@pytest.mark.slow
 def test_a_run_keeps_its_checkpoint_and_goes_on_from_it(
     tiny_llama_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

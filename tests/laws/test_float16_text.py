@@ -62,6 +62,7 @@ def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return write_rows(tmp_path_factory.mktemp("rows") / "rows.jsonl", reviews(40))
 
 
+@pytest.mark.slow
 def test_a_run_learns_as_in_float32_and_is_certified(tiny_llama_folder: Path, data: Path, tmp_path: Path) -> None:
     wide = run(tiny_llama_folder, data, tmp_path / "wide", {**FEW, "model.dtype": "float32"}).outcome
     found = run(tiny_llama_folder, data, tmp_path / "half", {**FEW, "model.dtype": "float16"})
@@ -74,6 +75,7 @@ def test_a_run_learns_as_in_float32_and_is_certified(tiny_llama_folder: Path, da
     assert "own code" in {check.name for check in certificate.checks}
 
 
+@pytest.mark.slow
 def test_a_card_without_bfloat16_tries_rates_and_is_searched_on_by_default(
     tiny_llama_folder: Path, data: Path, tmp_path: Path
 ) -> None:
@@ -89,6 +91,7 @@ def test_a_card_without_bfloat16_tries_rates_and_is_searched_on_by_default(
     assert found.confirmed is not None or found.search.best == "run file", best
 
 
+@pytest.mark.slow
 def test_a_step_that_overflows_is_left_out_and_halves_the_scale(
     tiny_llama_folder: Path, data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

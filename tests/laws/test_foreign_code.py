@@ -170,6 +170,7 @@ def test_every_loader_refuses_or_loads_natively_and_runs_nothing(
     assert not wrong, json.dumps(wrong, indent=1)
 
 
+@pytest.mark.slow
 def test_only_one_file_calls_what_reads_a_folder() -> None:
     """`X.from_pretrained`, and an Auto class's `from_config`, stand in one file, where trust_remote_code is False."""
     found = []
@@ -196,6 +197,7 @@ NEVER = {"os.system", "os.popen", "eval", "exec", "pickle.load", "pickle.loads",
 OWN_FORKS = {("studio/workbench.py", "pickle.loads"), ("memory/beside.py", "pickle.loads")}
 
 
+@pytest.mark.slow
 def test_nothing_is_unpickled_and_no_shell_reads_a_text() -> None:
     """One shell runs: a script of the studio, whose words are its arguments. Two files of Python are run: that of a metric, and
     one of an installed package, beside the rest of which it is read.
@@ -219,6 +221,7 @@ def test_nothing_is_unpickled_and_no_shell_reads_a_text() -> None:
     assert runs == {"evaluate/own_metric.py", "kernels/gptqmodel.py"}
 
 
+@pytest.mark.slow
 def test_a_metric_that_a_run_file_names_is_run_by_finetune_alone(tiny_llama_folder: Path, tmp_path: Path) -> None:
     """`evaluate` has a flag of its own for it; of what a run file names, nothing else runs any code."""
     callers = {

@@ -100,6 +100,7 @@ def test_rates_and_launches_are_measured_on_the_simulated_card(on_card: simulate
     assert len(values["copies_bytes_per_second"]) == 4 and on_card.copies["to the card"] > 5 << 20
 
 
+@pytest.mark.slow
 def test_attention_is_proved_on_the_simulated_card(
     on_card: simulated.Card, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -110,6 +111,7 @@ def test_attention_is_proved_on_the_simulated_card(
     assert len(values) == 8 and not any(values.values()), values
 
 
+@pytest.mark.slow
 def test_losses_on_the_simulated_card_are_those_of_the_cpu(on_card: simulated.Card, tmp_path: Path) -> None:
     values = found_on(on_card, "losses", tmp_path)
     assert not failed(values) and on_card.launches["mm"] > 0
@@ -119,6 +121,7 @@ def test_losses_on_the_simulated_card_are_those_of_the_cpu(on_card: simulated.Ca
     assert values["fused modules"]["TrainedBlock"]
 
 
+@pytest.mark.slow
 def test_speed_is_measured_on_the_simulated_card(on_card: simulated.Card, tmp_path: Path) -> None:
     """It cannot stand for what other programs call in C."""
     values = found_on(on_card, "speed", tmp_path)
@@ -128,6 +131,7 @@ def test_speed_is_measured_on_the_simulated_card(on_card: simulated.Card, tmp_pa
         assert run["peak_bytes"] > 0 and run["gpu_seconds"] > 0 and math.isfinite(run["last_loss"])
 
 
+@pytest.mark.slow
 def test_waits_are_watched_on_the_simulated_card(on_card: simulated.Card, tmp_path: Path) -> None:
     """torch's own watch sees none on it; the card's does, and few."""
     values = found_on(on_card, "waits", tmp_path)
@@ -145,22 +149,26 @@ def test_a_profiler_that_sees_no_kernel_is_said(
     assert "saw no kernel" in values["1B, none"]["not_run"] and on_card.launches["mm"] > 0
 
 
+@pytest.mark.slow
 def test_a_whole_run_is_measured_on_the_simulated_card(on_card: simulated.Card, tmp_path: Path) -> None:
     run = found_on(on_card, "runs", tmp_path)["1B, whole"]
     assert run["certificate_passed"] and "cuda:0" in run["memory_line"] and run["tokens_per_second"] > 0
 
 
+@pytest.mark.slow
 def test_two_processes_train_what_one_does_beside_the_simulated_card(on_card: simulated.Card, tmp_path: Path) -> None:
     values = found_on(on_card, "shards", tmp_path)
     assert not failed(values) and 0 < values["largest gap"] < 1e-4
 
 
+@pytest.mark.slow
 def test_images_are_trained_on_the_simulated_card(on_card: simulated.Card, tmp_path: Path) -> None:
     values = found_on(on_card, "images", tmp_path)
     assert not failed(values) and on_card.launches["mm"] > 0
     assert values["toy"]["seconds_a_step"] > 0 and all(map(math.isfinite, values["toy"]["losses"]))
 
 
+@pytest.mark.slow
 def test_without_a_cuda_device_it_says_so_and_an_earlier_report_stays(tmp_path: Path) -> None:
     (tmp_path / "report.json").write_text("{}")
     ended = program("--out", tmp_path, CUDA_VISIBLE_DEVICES="")
@@ -170,6 +178,7 @@ def test_without_a_cuda_device_it_says_so_and_an_earlier_report_stays(tmp_path: 
     assert [path.name for path in tmp_path.iterdir()] == ["report.json"] and (tmp_path / "report.json").read_text() == "{}"
 
 
+@pytest.mark.slow
 def test_wheels_that_do_not_fit_are_refused(tmp_path: Path) -> None:
     (tmp_path / "wheels").mkdir()
     (tmp_path / "wheels" / "torn-1.0-py3-none-any.whl").write_bytes(b"PK")
@@ -256,6 +265,7 @@ def stages(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Any]:
         sys.modules.pop(f"first_hour.{name}", None)
 
 
+@pytest.mark.slow
 def test_a_stage_that_fails_or_is_late_is_kept_and_the_next_goes_on(
     stages: Any, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

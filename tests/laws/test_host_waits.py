@@ -42,6 +42,7 @@ def card() -> Iterator[Card]:
         yield found
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("case", CASES)
 def test_a_micro_batch_waits_for_nothing(case: str, card: Card, tiny_llama_folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(optimizer, "SMALLEST", 64)  # numbers of a tensor whose moments are quantised
@@ -53,6 +54,7 @@ def test_a_micro_batch_waits_for_nothing(case: str, card: Card, tiny_llama_folde
     assert card.flash.calls + card.flash.efficient_calls > 0, "rows in one call of attention"
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("objective", [objective for objective in OBJECTIVES if objective != SFT])
 def test_a_micro_batch_of_pairs_waits_for_nothing(objective: str, card: Card, tiny_llama_folder: Path) -> None:
     """Tokens and references of answers go over together. KTO reads its estimate of the KL before a step's first micro-batch."""
@@ -68,6 +70,7 @@ def test_a_micro_batch_of_pairs_waits_for_nothing(objective: str, card: Card, ti
     assert card.waits == []
 
 
+@pytest.mark.slow
 def test_adapters_in_one_pass_are_waited_for_once_a_step_each(card: Card, tiny_llama_folder: Path) -> None:
     """The losses of its micro-batches, and what is asked of its gradient."""
     text = load_text_model(ModelSpec(path=str(tiny_llama_folder), dtype="bfloat16", device="cuda"))
@@ -93,6 +96,7 @@ def test_adapters_in_one_pass_are_waited_for_once_a_step_each(card: Card, tiny_l
     assert 0 < len(card.waits) <= MOST * len(members), card.waits
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("family", ["qwen3_moe", "gpt_oss"])
 def test_grouped_products_of_experts_wait_for_nothing(family: str, tmp_path: Path) -> None:
     with simulated_card((9, 0)) as card:
@@ -103,6 +107,7 @@ def test_grouped_products_of_experts_wait_for_nothing(family: str, tmp_path: Pat
         assert card.launches["_grouped_mm"] > 0
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("family", "dtype", "capability"), [
     ("qwen3_moe", "bfloat16", (8, 0)), ("mixtral", "bfloat16", (12, 0)), ("gpt_oss", "bfloat16", (8, 9)),
     ("qwen3_moe", "float32", (9, 0)),
@@ -120,6 +125,7 @@ def test_a_block_of_experts_waits_once_a_pass(family: str, dtype: str, capabilit
     assert len(all_of_step) - len(within) <= MOST
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("family", ["qwen3_5_text", "lfm2", "lfm3", "falcon_h1", "bamba", "recurrent_gemma"])
 def test_padded_rows_of_recurrent_layers_wait_for_nothing(family: str, card: Card, tmp_path: Path) -> None:
     """Masks come by kind of layer (models/text/row_masks): of a mask of ones transformers reads for each kind what it hides."""
@@ -130,6 +136,7 @@ def test_padded_rows_of_recurrent_layers_wait_for_nothing(family: str, card: Car
     assert len(all_of_step) <= MOST, all_of_step
 
 
+@pytest.mark.slow
 def test_one_mask_is_read_once(card: Card, tiny_llama_folder: Path) -> None:
     """A model with attention alone, whose rows are padded on request: transformers asks once whether its mask hides anything."""
     rows = rows_behind(BEGINNING, 24)
@@ -139,6 +146,7 @@ def test_one_mask_is_read_once(card: Card, tiny_llama_folder: Path) -> None:
     assert len(all_of_step) - len(within) <= MOST
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("pinned", [False, True], ids=["disk", "host"])
 @pytest.mark.parametrize("ends", [False, True], ids=["head comes", "head stays"])
 def test_blocks_that_come_and_inputs_that_go_are_not_waited_for(

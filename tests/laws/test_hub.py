@@ -122,6 +122,7 @@ def fetched(hub: str, cache: Path, *names: str, offline: bool = False) -> list[d
     return [json.loads(line) for line in ended.stdout.splitlines()]
 
 
+@pytest.mark.slow
 def test_a_model_is_fetched_once_and_then_needs_no_network(hub: str, tmp_path: Path) -> None:
     (first,) = fetched(hub, tmp_path / "cache", "plants/tiny")
     assert "error" not in first, first
@@ -133,6 +134,7 @@ def test_a_model_is_fetched_once_and_then_needs_no_network(hub: str, tmp_path: P
     assert not any("Fetching" in line for line in again["said"])
 
 
+@pytest.mark.slow
 def test_what_the_hub_refuses_is_said(hub: str, tmp_path: Path) -> None:
     unknown, gated, revision = fetched(hub, tmp_path / "cache", "plants/tinny", "plants/gated", "plants/tiny@v9")
     assert "ConfigError: model.path 'plants/tinny' is no file or folder here, and the hub has no model of" in unknown["error"]
@@ -140,6 +142,7 @@ def test_what_the_hub_refuses_is_said(hub: str, tmp_path: Path) -> None:
     assert revision["error"] == "ConfigError: The hub has no revision 'v9' of 'plants/tiny'; check model.revision."
 
 
+@pytest.mark.slow
 def test_a_server_fetches_no_weights_of_a_model_that_it_refuses(tmp_path: Path) -> None:
     with shelved(saved("jamba", tmp_path)) as (url, asked):
         (refused,) = fetched(url, tmp_path / "cache", "serve plants/tiny")
@@ -149,6 +152,7 @@ def test_a_server_fetches_no_weights_of_a_model_that_it_refuses(tmp_path: Path) 
     assert fetched_files == {"config.json"}
 
 
+@pytest.mark.slow
 def test_a_model_whose_configuration_alone_was_fetched_is_fetched_whole(hub: str, tmp_path: Path) -> None:
     """The check before serving and a plan leave config.json in the cache; the second start needs no network."""
     (first,) = fetched(hub, tmp_path / "cache", "serve plants/tiny")

@@ -95,6 +95,7 @@ def apart(left: torch.Tensor, right: torch.Tensor) -> float:
     return float((left - right).abs().max() / right.abs().max())
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("kind", "to", "text_encoder"),
     [

@@ -61,11 +61,13 @@ def require_equal(rehearsed: Callable[[], Any], monkeypatch: pytest.MonkeyPatch)
     assert rehearsed() == asked and len(known) > 100
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("rehearsed", TEXTS.values(), ids=TEXTS.keys())
 def test_a_run_on_text_holds_what_torchs_rules_say(rehearsed: Callable[[], Any], monkeypatch: pytest.MonkeyPatch) -> None:
     require_equal(rehearsed, monkeypatch)
 
 
+@pytest.mark.slow
 def test_a_run_on_pictures_holds_what_torchs_rules_say(tiny_sd_folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     shapes = shapes_of_images(ModelSpec(path=str(tiny_sd_folder)), print)
     build = partial(image_model_from_config, shapes, name="tiny", dtype=torch.float32, quantize=QuantSpec())

@@ -109,6 +109,7 @@ def change(found: dict[str, torch.Tensor], key: str, rank: int, oddity: str) -> 
         found |= {name.replace(key, key.upper()): found.pop(name) for name in list(found) if name.startswith(f"{key}.")}
 
 
+@pytest.mark.slow
 @fuzzed(quick=150, many=20_000)
 @given(case=cases())
 def test_kohyas_files_are_computed_the_same_or_refused(case: dict[str, Any]) -> None:

@@ -13,6 +13,7 @@ from tiny.family_columns import in_transformers, saved
 from tiny.models import tiny_tokenizer
 
 
+@pytest.mark.slow
 def test_the_language_part_of_a_wrapper_without_a_head_is_a_model(tmp_path: Path) -> None:
     folder, part = saved("nemotron_h_omni", tmp_path), tmp_path / "part"
     with pytest.raises(EnvironmentProblem, match=r"no output layer .* Its part language_model has one"):

@@ -161,6 +161,7 @@ def make_odd(tensors: dict[str, np.ndarray], case: dict[str, Any], draw: Any) ->
         tensors |= {"blk.9.attn_v.weight.lora_a": a, "blk.9.attn_v.weight.lora_b": b}
 
 
+@pytest.mark.slow
 @fuzzed(quick=150, many=10_000)
 @given(case=files())
 def test_llama_cpp_computes_the_same_or_the_file_is_refused(llama: OpenModel, case: dict[str, Any]) -> None:

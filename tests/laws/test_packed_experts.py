@@ -59,6 +59,7 @@ def assert_same(found: Tensor, wanted: Tensor, name: str) -> None:
     assert float((found - wanted).norm()) <= CLOSE * max(float(wanted.norm()), 1e-3), name
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("kind", "method"), [*((kind, "nf4") for kind in KINDS), ("mixtral", "int8")])
 def test_they_train_and_merge_as_a_dense_model_of_their_numbers(kind: str, method: Any, tmp_path: Path) -> None:
     spec = QuantSpec(method)
@@ -84,6 +85,7 @@ def test_they_train_and_merge_as_a_dense_model_of_their_numbers(kind: str, metho
     assert_same(logits, merged, "merged")
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", ["mixtral", "gpt_oss"])
 def test_they_are_planned_as_they_are_loaded_and_streamed(kind: str, tmp_path: Path) -> None:
     source = saved(kind, tmp_path)
@@ -122,6 +124,7 @@ def passed(folder: Path) -> bool:
     return bool(json.loads((folder / "certificate.json").read_text())["passed"])
 
 
+@pytest.mark.slow
 def test_a_run_on_experts_in_nf4_is_certified_and_merged(tmp_path: Path) -> None:
     source = save_tiny_llama(tmp_path / "base", family="mixtral")
     data = write_rows(tmp_path / "rows.jsonl", reviews(40))
@@ -133,6 +136,7 @@ def test_a_run_on_experts_in_nf4_is_certified_and_merged(tmp_path: Path) -> None
     assert merged.certificate.passed
 
 
+@pytest.mark.slow
 def test_a_run_on_a_published_mxfp4_folder_is_certified_and_merged(tmp_path: Path) -> None:
     source = save_tiny_llama(tmp_path / "dense", family="gpt_oss", hidden_size=64, intermediate_size=64, head_dim=16)
     folder = mxfp4_folder(source, tmp_path / "mxfp4")
@@ -192,6 +196,7 @@ def test_stacks_in_a_byte_a_number_stay_packed(number: torch.dtype, tmp_path: Pa
         assert_same(text.hidden(batch), loaded(tmp_path / "other").hidden(batch), "hidden")
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", ["qwen3_moe", "gpt_oss"])
 def test_adapters_on_packed_experts_are_served(kind: str, tmp_path: Path) -> None:
     """The logits after a text are those of the live model, with the adapter and without."""

@@ -90,6 +90,7 @@ READERS: tuple[Callable[[Path], Any], ...] = (
 )
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", KINDS)
 def test_each_name_of_a_run_folder(whole: Path, tmp_path: Path, kind: str) -> None:
     names = sorted(str(path.relative_to(whole)) for path in whole.rglob("*") if path.is_file())

@@ -48,6 +48,7 @@ def quantised(kind: str, folder: Path, tiny_llama_folder: Path) -> tuple[Path, d
     return tiny_llama_folder, {"model.quantize": "nf4"}
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", ["nf4", "gptq", "gguf"])
 def test_every_kind_of_base_ends_in_proof(kind: str, tiny_llama_folder: Path, tmp_path: Path) -> None:
     model, changes = quantised(kind, tmp_path / "model", tiny_llama_folder)
@@ -59,6 +60,7 @@ def test_every_kind_of_base_ends_in_proof(kind: str, tiny_llama_folder: Path, tm
     assert first["held_out_loss"] == pytest.approx(math.log(2), abs=1e-5)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("objective", ["dpo", "kto"])
 def test_two_processes_train_on_preferences_what_one_trains(
     objective: str, forked: Together, tiny_llama_folder: Path, tmp_path: Path
@@ -77,6 +79,7 @@ def test_two_processes_train_on_preferences_what_one_trains(
     assert read_certificate(tmp_path / "two" / "certificate.json").passed
 
 
+@pytest.mark.slow
 def test_a_chain_is_one_adapter_for_every_verb(tiny_llama_folder: Path, tmp_path: Path) -> None:
     """Merged, converted to another format and put on a model anew, it computes what was evaluated."""
     data = write_rows(tmp_path / "rows.jsonl", preferences(40))
@@ -103,6 +106,7 @@ def test_a_chain_is_one_adapter_for_every_verb(tiny_llama_folder: Path, tmp_path
     torch.testing.assert_close(logits(tiny_llama_folder, read_adapter(tmp_path / "mlx")), wanted, rtol=1e-4, atol=1e-4)
 
 
+@pytest.mark.slow
 def test_a_budget_below_the_least_is_one_message(tiny_llama_folder: Path, tmp_path: Path) -> None:
     data = write_rows(tmp_path / "rows.jsonl", preferences(40))
     with pytest.raises(ConfigError, match="memory budget is 64MiB, but this run takes at least"):
@@ -110,6 +114,7 @@ def test_a_budget_below_the_least_is_one_message(tiny_llama_folder: Path, tmp_pa
     assert not (tmp_path / "run").exists()
 
 
+@pytest.mark.slow
 def test_a_block_of_a_streamed_7b_adds_no_more_than_its_pairs() -> None:
     """In the true shape of Llama-2-7B in NF4: with more blocks a step of DPO holds more pairs, and nothing else.
 

@@ -69,6 +69,7 @@ def dpo(rows: Path, tiny_llama_folder: Path, tmp_path_factory: pytest.TempPathFa
     return run(tiny_llama_folder, rows / "pairs.jsonl", out, {"train.objective": "dpo", "train.evaluate_every": 2})
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("objective", PREFERENCES)
 def test_every_objective_ends_in_proof(
     objective: str, dpo: FinetuneResult, rows: Path, tiny_llama_folder: Path, tmp_path: Path
@@ -105,6 +106,7 @@ def test_simple_baselines_are_beside_the_adapter(dpo: FinetuneResult) -> None:
     assert "whose chosen answer is preferred; the line is a half" in (dpo.run.path / "report.html").read_text()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("objective", ["dpo", "ipo", "kto"])
 def test_an_adapter_that_learned_nothing_prefers_nothing(
     objective: str, rows: Path, tiny_llama_folder: Path, tmp_path: Path
@@ -119,6 +121,7 @@ def test_an_adapter_that_learned_nothing_prefers_nothing(
     assert report.verdict.tone != "better"
 
 
+@pytest.mark.slow
 def test_rated_answers_are_ranked_however_many_are_wanted(tiny_llama_folder: Path, tmp_path: Path) -> None:
     """Nine in ten are wanted; an adapter that learns to tell them apart is not worse than one verdict on all."""
     chance, records = random.Random(2), []
@@ -131,6 +134,7 @@ def test_rated_answers_are_ranked_however_many_are_wanted(tiny_llama_folder: Pat
     assert report is not None and report.systems[0].metrics["preferred"].value > 0.9
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("changes", [{}, {"lora.layers": "top:1", "train.keep_prefix_states": True}])
 def test_prompts_that_are_shared_or_cached_keep_the_reference_to_the_bit(
     changes: dict[str, Any], tiny_llama_folder: Path, tmp_path: Path
@@ -142,6 +146,7 @@ def test_prompts_that_are_shared_or_cached_keep_the_reference_to_the_bit(
     assert report is not None and report.certificate is not None and report.certificate.passed
 
 
+@pytest.mark.slow
 def test_the_reference_stays_what_it_was_when_its_run_changes(
     taught: Path, rows: Path, tiny_llama_folder: Path, tmp_path: Path
 ) -> None:
@@ -156,6 +161,7 @@ def test_the_reference_stays_what_it_was_when_its_run_changes(
     assert evaluate(ask, console=quiet()).report.systems[0].metrics["lead"] == before
 
 
+@pytest.mark.slow
 def test_a_reference_of_other_rows_is_found_in_the_first_step(
     rows: Path, tiny_llama_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -167,6 +173,7 @@ def test_a_reference_of_other_rows_is_found_in_the_first_step(
             run(tiny_llama_folder, rows / "pairs.jsonl", tmp_path / reference, changes)
 
 
+@pytest.mark.slow
 def test_a_named_reference_of_other_rows_is_found_by_the_certificate(
     taught: Path, rows: Path, tiny_llama_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -234,6 +241,7 @@ def test_wanted_answers_that_are_all_too_long_are_refused_before_training(
     assert not (tmp_path / "run" / "metrics.jsonl").exists()
 
 
+@pytest.mark.slow
 def test_the_base_is_hashed_once_and_an_earlier_adapter_read_as_often_as_its_numbers_are_needed(
     taught: Path, rows: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -250,12 +258,14 @@ def test_the_base_is_hashed_once_and_an_earlier_adapter_read_as_often_as_its_num
     assert read.count(earlier) == 4
 
 
+@pytest.mark.slow
 def test_rows_of_another_shape_are_refused_by_evaluate(rows: Path, tiny_llama_folder: Path, tmp_path: Path) -> None:
     run(tiny_llama_folder, rows / "rated.jsonl", tmp_path / "run", {"train.objective": "kto", "train.steps": 2})
     with pytest.raises(DataError, match="no verdict on its answer"):
         evaluate(EvaluateOptions(str(tmp_path / "run"), data=str(rows / "pairs.jsonl")), console=quiet())
 
 
+@pytest.mark.slow
 def test_a_killed_run_goes_on_to_the_same_bytes(
     dpo: FinetuneResult, rows: Path, tiny_llama_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -279,6 +289,7 @@ def test_a_killed_run_goes_on_to_the_same_bytes(
     assert (tmp_path / "broken" / last).read_bytes() == (dpo.run.path / last).read_bytes()
 
 
+@pytest.mark.slow
 def test_the_reference_of_another_run_is_refused(dpo: FinetuneResult, tiny_llama_folder: Path, tmp_path: Path) -> None:
     changes = {"train.objective": "dpo", "train.steps": 2}
     other = write_rows(tmp_path / "other.jsonl", preferences(60, seed=5))
@@ -298,6 +309,7 @@ def taught(rows: Path, tiny_llama_folder: Path, tmp_path_factory: pytest.TempPat
     return folder / "run"
 
 
+@pytest.mark.slow
 def test_training_goes_on_from_an_adapter_which_is_the_reference(
     taught: Path, rows: Path, tiny_llama_folder: Path, tmp_path: Path
 ) -> None:
@@ -317,6 +329,7 @@ def test_training_goes_on_from_an_adapter_which_is_the_reference(
     assert changed and near < 0.2
 
 
+@pytest.mark.slow
 def test_an_adapter_on_top_of_another_is_their_sum(
     taught: Path, rows: Path, tiny_llama_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -337,6 +350,7 @@ def test_an_adapter_on_top_of_another_is_their_sum(
         run(tiny_llama_folder, rows / "pairs.jsonl", tmp_path / "moved", {**changes, "train.steps": 2})
 
 
+@pytest.mark.slow
 def test_a_broken_run_on_top_of_another_goes_on_to_the_same_bytes(taught: Path, tiny_llama_folder: Path, tmp_path: Path) -> None:
     answers = [{"prompt": pair["prompt"], "completion": pair["chosen"]} for pair in preferences(60, seed=4)]
     data = write_rows(tmp_path / "rows.jsonl", answers)
@@ -352,6 +366,7 @@ def test_a_broken_run_on_top_of_another_goes_on_to_the_same_bytes(taught: Path, 
     assert adapter_bytes(tmp_path / "broken") == adapter_bytes(tmp_path / "whole")
 
 
+@pytest.mark.slow
 def test_a_run_on_top_of_an_adapter_that_changed_is_not_resumed(taught: Path, tiny_llama_folder: Path, tmp_path: Path) -> None:
     earlier = tmp_path / "earlier"
     shutil.copytree(taught, earlier)
@@ -378,6 +393,7 @@ def test_targets_that_leave_an_earlier_pair_out_are_named(taught: Path, tiny_lla
         run(tiny_llama_folder, write_rows(tmp_path / "rows.jsonl", answers), tmp_path / "run", changes)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("setting", ["continue_from", "on_top_of"])
 def test_without_a_reference_the_adapter_is_compared_with_the_one_that_it_began_with(
     setting: str, taught: Path, rows: Path, tiny_llama_folder: Path, tmp_path: Path
@@ -388,6 +404,7 @@ def test_without_a_reference_the_adapter_is_compared_with_the_one_that_it_began_
     assert ("earlier adapter", "preferred") in {(one.right, one.metric) for one in report.comparisons}
 
 
+@pytest.mark.slow
 def test_sft_goes_on_from_an_adapter(taught: Path, tiny_llama_folder: Path, tmp_path: Path) -> None:
     answers = [{"prompt": pair["prompt"], "completion": pair["chosen"]} for pair in preferences(60, seed=4)]
     changes = {"lora.continue_from": taught, "train.steps": 1, "train.learning_rate": 1e-9}
@@ -397,6 +414,7 @@ def test_sft_goes_on_from_an_adapter(taught: Path, tiny_llama_folder: Path, tmp_
         torch.testing.assert_close(after.pairs[path].B, pair.B, rtol=0, atol=1e-7)
 
 
+@pytest.mark.slow
 def test_a_reference_beside_the_start_is_said_and_used(taught: Path, rows: Path, tiny_llama_folder: Path, tmp_path: Path) -> None:
     changes = {"train.objective": "dpo", "train.reference": taught, "train.steps": 2}
     report = run(tiny_llama_folder, rows / "pairs.jsonl", tmp_path / "run", changes).report
@@ -407,6 +425,7 @@ def test_a_reference_beside_the_start_is_said_and_used(taught: Path, rows: Path,
     assert abs(first["held_out_loss"] - math.log(2)) > 1e-3
 
 
+@pytest.mark.slow
 def test_a_run_is_evaluated_again_and_merged(
     dpo: FinetuneResult, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -447,6 +466,7 @@ def test_settings_that_do_not_fit_are_refused(
     assert not (tmp_path / "run").exists()
 
 
+@pytest.mark.slow
 def test_a_preference_run_is_planned(rows: Path, tiny_llama_folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
     given = ["--model", str(tiny_llama_folder), "--model.dtype", "float32", "--data.train", str(rows / "pairs.jsonl")]
     assert main(["plan", *given, "--train.objective", "dpo", "--json"]) == 0

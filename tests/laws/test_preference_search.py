@@ -107,6 +107,7 @@ def shared(monkeypatch: pytest.MonkeyPatch) -> list[int]:
     return members_of_passes(monkeypatch)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("objective", ALL)
 def test_adapters_in_one_pass_become_what_each_becomes_alone(
     objective: str, tiny_llama_folder: Path, tmp_path: Path, shared: list[int]
@@ -116,12 +117,14 @@ def test_adapters_in_one_pass_become_what_each_becomes_alone(
     assert shared == [3, 3, 2]
 
 
+@pytest.mark.slow
 def test_long_prompts_are_computed_by_each_as_alone(tiny_llama_folder: Path, tmp_path: Path, shared: list[int]) -> None:
     """Steps that fill a pass of their own, with the prompt of each pair computed once."""
     require_equal(tiny_llama_folder, tmp_path, "dpo", micro_tokens=4096, prompt=150)
     assert set(shared) == {1}
 
 
+@pytest.mark.slow
 def test_streamed_members_share_each_block(tmp_path: Path) -> None:
     """Each block is read as often for three members as for one, and they become the same."""
     folder, reads, values = save_tiny_llama(tmp_path / "model", num_hidden_layers=6), [], []
@@ -144,6 +147,7 @@ def test_streamed_members_share_each_block(tmp_path: Path) -> None:
 SLOW = {"train.steps": 4, "data.held_out_fraction": 0.3, "evaluate.resamples": 200, "train.rate_trial_steps": 0}
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("objective", ["dpo", "kto", "orpo"])
 def test_rates_are_compared_by_the_loss_of_a_pair(objective: str, tiny_llama_folder: Path, tmp_path: Path) -> None:
     rows = write_rows(tmp_path / "rows.jsonl", rated(50) if objective == "kto" else preferences(50))
@@ -159,6 +163,7 @@ def test_rates_are_compared_by_the_loss_of_a_pair(objective: str, tiny_llama_fol
     assert f"{found.search.rows} held-out pairs choose." in said.getvalue() and "nats a token" not in said.getvalue()
 
 
+@pytest.mark.slow
 def test_beta_and_rank_are_chosen_by_what_is_preferred(tiny_llama_folder: Path, tmp_path: Path) -> None:
     """Losses of different β are no common measure: the share of pairs decides, and no trial is stopped on the way."""
     rows = write_rows(tmp_path / "rows.jsonl", preferences(50))
@@ -178,6 +183,7 @@ def test_beta_and_rank_are_chosen_by_what_is_preferred(tiny_llama_folder: Path, 
     assert chosen.preference.beta in (None, 0.05, 0.5) and chosen.train.objective == "dpo"
 
 
+@pytest.mark.slow
 def test_the_default_rate_of_a_search_is_that_of_a_run(tiny_llama_folder: Path, tmp_path: Path) -> None:
     rows = write_rows(tmp_path / "rows.jsonl", preferences(50))
     changes = {**SLOW, "train.objective": "simpo", "train.steps": 1, "train.learning_rate": None}

@@ -40,6 +40,7 @@ def calls_of(folder: Path, quantize: str) -> Counter[str]:
     return found
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("quantize", MOST)
 def test_a_block_calls_at_most_so_many_functions(quantize: str, tmp_path: Path) -> None:
     few, more = (calls_of(save_tiny_llama(tmp_path / str(blocks), num_hidden_layers=blocks), quantize) for blocks in (1, 2))

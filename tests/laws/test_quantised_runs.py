@@ -49,6 +49,7 @@ def test_a_run_on_nf4_is_certified_and_keeps_its_setting(on_nf4: Path) -> None:
     assert len(tensors) == 28 and all(bool(tensor.any()) for tensor in tensors.values())
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "changes",
     [
@@ -64,6 +65,7 @@ def test_every_way_of_adapting_runs(changes: dict[str, Any], tiny_llama_folder: 
     assert passed(tmp_path / "run")
 
 
+@pytest.mark.slow
 def test_a_resumed_run_ends_in_the_same_bytes(on_nf4: Path, tmp_path: Path) -> None:
     again = tmp_path / "run"
     shutil.copytree(on_nf4, again)
@@ -75,6 +77,7 @@ def test_a_resumed_run_ends_in_the_same_bytes(on_nf4: Path, tmp_path: Path) -> N
     assert (again / name).read_bytes() == (on_nf4 / name).read_bytes()
 
 
+@pytest.mark.slow
 def test_a_folder_in_nf4_trains_to_the_same_bytes_as_packing_while_loading(
     on_nf4: Path, tiny_llama_folder: Path, data: Path, tmp_path: Path
 ) -> None:
@@ -89,6 +92,7 @@ def test_a_folder_in_nf4_trains_to_the_same_bytes_as_packing_while_loading(
     assert merged.to_mapping()["into"]["base"] == "original"
 
 
+@pytest.mark.slow
 def test_a_run_on_a_published_fp8_folder_is_planned_certified_and_merged(
     tiny_llama_folder: Path, data: Path, tmp_path: Path
 ) -> None:

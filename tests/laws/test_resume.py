@@ -74,6 +74,7 @@ def assert_equal(run: Path, whole: Path) -> None:
     assert [name for name, data in got["files"].items() if data != expected["files"][name]] == []
 
 
+@pytest.mark.slow
 def test_ten_kills_at_random_moments(workers: Workers, whole: Path, tmp_path: Path) -> None:
     run = tmp_path / "run"
     chance = random.Random(20)
@@ -89,6 +90,7 @@ def test_ten_kills_at_random_moments(workers: Workers, whole: Path, tmp_path: Pa
     assert_equal(run, whole)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("which", [signal.SIGINT, signal.SIGTERM])
 def test_ctrl_c_finishes_the_step_and_says_how_to_resume(workers: Workers, whole: Path, tmp_path: Path, which: int) -> None:
     run = tmp_path / "run"
@@ -106,6 +108,7 @@ def test_ctrl_c_finishes_the_step_and_says_how_to_resume(workers: Workers, whole
     assert_equal(run, whole)
 
 
+@pytest.mark.slow
 def test_a_process_that_is_stopped_and_goes_on_and_a_second_one_meanwhile(
     workers: Workers, prepared: Prepared, whole: Path, tmp_path: Path
 ) -> None:
@@ -125,6 +128,7 @@ def test_a_process_that_is_stopped_and_goes_on_and_a_second_one_meanwhile(
     assert_equal(run, whole)
 
 
+@pytest.mark.slow
 def test_a_clock_that_jumps_changes_nothing(workers: Workers, whole: Path, tmp_path: Path) -> None:
     """By days, forwards and backwards, at every look at it; a kill and a resumption between."""
     run = tmp_path / "run"
@@ -137,6 +141,7 @@ def test_a_clock_that_jumps_changes_nothing(workers: Workers, whole: Path, tmp_p
     assert_equal(run, whole)
 
 
+@pytest.mark.slow
 def test_a_full_disk_leaves_the_checkpoint_before(workers: Workers, whole: Path, tmp_path: Path) -> None:
     """The system itself refuses to let a file grow above a limit, in the middle of a checkpoint."""
     run = tmp_path / "run"

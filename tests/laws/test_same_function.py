@@ -150,6 +150,7 @@ def here(folder: Path, tied: bool) -> torch.Tensor | str:
     return logits(model)
 
 
+@pytest.mark.slow
 @fuzzed(quick=150, many=20_000)
 @given(case=peft_cases(), tied=st.booleans())
 def test_peft_computes_the_same_or_the_folder_is_refused(case: dict[str, Any], tied: bool) -> None:
@@ -232,6 +233,7 @@ def write_diffusers(case: dict[str, Any], file: Path) -> None:
     save_file(tensors, file, metadata={"format": "pt", **note})
 
 
+@pytest.mark.slow
 @fuzzed(quick=150, many=5_000)
 @given(case=diffusers_cases())
 def test_diffusers_computes_the_same_or_the_file_is_refused(case: dict[str, Any]) -> None:
@@ -324,6 +326,7 @@ def mlx_base() -> Any:
     return mlx_llama()
 
 
+@pytest.mark.slow
 @fuzzed(quick=150, many=5_000)
 @given(case=mlx_cases())
 def test_mlx_lm_computes_the_same_or_the_folder_is_refused(case: dict[str, Any]) -> None:

@@ -84,6 +84,7 @@ def generated(folder: Path, adapter: Path | None, prompt: tuple[int, ...]) -> li
     return written[: written.index(2)] if 2 in written else written
 
 
+@pytest.mark.slow
 def test_texts_of_a_mixed_batch_are_those_of_transformers_with_each_adapter(
     folder: Path, live: ServingModel, registry: Registry, server: Asking, tmp_path: Path
 ) -> None:
@@ -235,6 +236,7 @@ def test_what_the_server_says_fits_is_what_can_be_leased(
             registry.unload(name)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("folder", ["mixtral"], indirect=True)
 def test_two_thousand_adapters_are_on_the_model_at_once(folder: Path, live: ServingModel, server: Asking) -> None:
     bare = in_transformers(folder)

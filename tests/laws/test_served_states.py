@@ -34,6 +34,7 @@ def weights(name: str) -> dict[str, float]:
     return {name: 1.0} if name else {}
 
 
+@pytest.mark.slow
 def test_replies_in_company_are_those_of_transformers(made: Hybrid, server: Asking) -> None:
     asked = [(ids, ("a", "", "b")[number % 3]) for number, ids in enumerate(prompts())]
     expected = [made.reply(ids, name, TOKENS) for ids, name in asked]

@@ -79,6 +79,7 @@ def test_an_adapter_has_the_gradients_of_the_cpu(variant: str, tiny_llama_folder
     require_equal(tiny_llama_folder, replace(LORA, **VARIANTS[variant]))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("method", "lora", "ends"),
     [("none", LORA, False), ("none", replace(LORA, extra_modules=("norm",)), False), ("nf4", LORA, False), ("none", LORA, True)],
@@ -92,6 +93,7 @@ def test_blocks_head_and_inputs_that_come_and_go_give_the_gradients_of_the_cpu(
     require_equal(folder, lora, method, store=tmp_path / "store", slots=2, ends=ends)
 
 
+@pytest.mark.slow
 def test_what_attention_drops_is_dropped_again_where_a_block_is_computed_again(tmp_path: Path) -> None:
     """Blocks of queries draw from the host's generator, whose state a block that may drop keeps (models/recomputed)."""
     folder = save_tiny_llama(tmp_path / "model", attention_dropout=0.3)

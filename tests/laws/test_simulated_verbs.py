@@ -89,6 +89,7 @@ def test_export(loud: Path, tmp_path: Path, card: Card) -> None:
     assert found.to_mapping()["passed"] is True
 
 
+@pytest.mark.slow
 def test_a_gguf_file_is_trained(tmp_path: Path, card: Card) -> None:
     write_tiny_gguf(tmp_path / "base.gguf", "Q4_0", hidden_size=64, intermediate_size=96)
     data = write_rows(tmp_path / "rows.jsonl", reviews(40))
@@ -97,6 +98,7 @@ def test_a_gguf_file_is_trained(tmp_path: Path, card: Card) -> None:
     assert found.report.certificate.passed
 
 
+@pytest.mark.slow
 def test_serve_over_http(finished: Any, tiny_llama_folder: Path, card: Card) -> None:
     """The server also asks it what its certificate says, of a run on the CPU, before it answers."""
     live = ServingModel(load_text_model(ModelSpec(path=str(tiny_llama_folder), dtype="float32")))
@@ -131,6 +133,7 @@ def said_in_chat(loud: Path, monkeypatch: pytest.MonkeyPatch) -> str:
     return shown.getvalue()
 
 
+@pytest.mark.slow
 def test_chat(loud: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     expected = said_in_chat(loud, monkeypatch)
     with simulated_card() as card:
@@ -138,6 +141,7 @@ def test_chat(loud: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     assert card.launches["mm"] > 0
 
 
+@pytest.mark.slow
 def test_a_model_that_its_card_cannot_hold_writes_the_same_texts_block_by_block(
     loud: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -165,6 +169,7 @@ def test_a_model_that_its_card_cannot_hold_writes_the_same_texts_block_by_block(
     assert card.launches["mm"] > 0
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("verb", ["extract", "quantize"])
 def test_what_its_card_cannot_hold_the_cpu_computes(
     verb: str, tiny_llama_folder: Path, loud: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
@@ -193,6 +198,7 @@ def test_what_its_card_cannot_hold_the_cpu_computes(
     assert one.keys() == other.keys() and all(torch.allclose(one[name].float(), other[name].float()) for name in one)
 
 
+@pytest.mark.slow
 def test_tune_by_optuna(tiny_llama_folder: Path, tmp_path: Path, card: Card) -> None:
     data = write_rows(tmp_path / "rows.jsonl", reviews(60))
     slow = {**FEW, "train.learning_rate": 0.003, "data.held_out_fraction": 0.3}

@@ -56,6 +56,7 @@ def bytes_of(read: list[tuple[int, int]], training: Any, name: str) -> int:
     return sum(size for begin, size in read if place.begin <= begin < place.end)
 
 
+@pytest.mark.slow
 def test_nothing_is_read_while_all_of_it_is_on_the_card(
     folder: Path, tmp_path: Path, card: Card, read: list[tuple[int, int]]
 ) -> None:
@@ -63,6 +64,7 @@ def test_nothing_is_read_while_all_of_it_is_on_the_card(
     assert read == [], "before: the head for every chunk of targets, twice, and a row of the embedding for every token"
 
 
+@pytest.mark.slow
 def test_blocks_that_leave_are_read_once_each_way(folder: Path, tmp_path: Path, card: Card, read: list[tuple[int, int]]) -> None:
     """However many micro-batches a step has: all pass a block while it is there. With s of n blocks there, 2·(n − s) are read."""
     training = stepping(folder, tmp_path, card, read, slots=2, ends=True)
@@ -70,6 +72,7 @@ def test_blocks_that_leave_are_read_once_each_way(folder: Path, tmp_path: Path, 
     assert 0 < sum(size for _, size in read) <= 2 * (BLOCKS - 2) * max(record.end - record.begin for record in records)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("together", "times"), [(0, 1), (3, 1), (2, 2), (1, 3)])
 def test_a_head_that_comes_from_the_store_is_read_once_for_all_micro_batches_that_go_together(
     together: int, times: int, tmp_path: Path, card: Card, read: list[tuple[int, int]], monkeypatch: pytest.MonkeyPatch
@@ -87,6 +90,7 @@ def test_a_head_that_comes_from_the_store_is_read_once_for_all_micro_batches_tha
     assert bytes_of(read, training, "model.embed_tokens.weight") <= row * sum(count + 1 for count in different)  # + 1: padding
 
 
+@pytest.mark.slow
 def test_what_another_loss_reads_of_the_head_does_not_grow_with_its_targets(
     tmp_path: Path, card: Card, read: list[tuple[int, int]]
 ) -> None:
@@ -99,6 +103,7 @@ def test_what_another_loss_reads_of_the_head_does_not_grow_with_its_targets(
     assert bytes_of(read, training, "lm_head.weight") == 3 * (place.end - place.begin)
 
 
+@pytest.mark.slow
 def test_a_host_that_keeps_what_was_read_reads_no_block_and_no_head_again(
     tmp_path: Path, card: Card, read: list[tuple[int, int]]
 ) -> None:

@@ -79,6 +79,7 @@ def shown(browser: TestClient, page: str) -> str:
     return answer.text
 
 
+@pytest.mark.slow
 @fuzzed(quick=60, many=10_000)
 @given(files=st.deferred(lambda: other_folder(run_files())), page=st.sampled_from(PAGES))
 def test_pages_of_any_run_folder(browser: TestClient, files: dict[str, bytes], page: str) -> None:
@@ -94,6 +95,7 @@ def test_pages_of_any_run_folder(browser: TestClient, files: dict[str, bytes], p
 JOB_PAGES = ["/", "/runs", "/run", "/run/x", "/try", "/try/state"]  # events of a job that waits do not end
 
 
+@pytest.mark.slow
 @fuzzed(quick=60, many=10_000)
 @given(files=other_folder(JOB_FILES), page=st.sampled_from(JOB_PAGES))
 def test_pages_with_any_job(browser: TestClient, files: dict[str, bytes], page: str) -> None:
@@ -122,6 +124,7 @@ ODD = {  # what was found otherwise
 }  # fmt: skip
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("name", "data"), [(name, data) for name, texts in ODD.items() for data in texts])
 def test_odd_files_end_no_page(browser: TestClient, name: str, data: bytes) -> None:
     folder = put({**run_files(), name: data}, browser.studio.places.runs / "x")  # type: ignore[attr-defined]

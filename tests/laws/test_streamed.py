@@ -44,6 +44,7 @@ PAIRS = [  # each base with each dtype and each adapter, and each dtype with eac
 ]  # fmt: skip
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("method", "dtype", "variant"), usual(PAIRS, product(("none", "nf4", "int8"), DTYPES, ADAPTERS)))
 def test_every_base_and_variant_and_dtype(method: str, dtype: str, variant: str, tmp_path: Path) -> None:
     folder = save_tiny_llama(tmp_path / "model", num_hidden_layers=3)
@@ -65,12 +66,14 @@ def test_blocks_whose_mlp_carries_no_pairs(targets: tuple[str, ...], family: str
     both(folder, tmp_path, steps=FEW, base={"dtype": "bfloat16"}, lora={"target_modules": targets}, together=2)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 def test_a_folder_in_fp8(dtype: str, tmp_path: Path) -> None:
     folder = fp8_folder(save_tiny_llama(tmp_path / "model", num_hidden_layers=3), tmp_path / "fp8")
     both(folder, tmp_path, steps=FEW, base={"dtype": dtype}, lora={})
 
 
+@pytest.mark.slow
 def test_products_in_int8(tmp_path: Path) -> None:
     folder = save_tiny_llama(tmp_path / "model", num_hidden_layers=3)
     both(folder, tmp_path, steps=FEW, base={"method": "int8", "int8_products": True, "dtype": "bfloat16"}, lora={}, together=2)
@@ -90,6 +93,7 @@ def five_blocks(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Any]:
         return folder, trained(loaded(folder, method="nf4"), place / "resident", steps=FEW, lora=spec)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("slots", [2, 3, 4, 5])
 def test_however_many_blocks_stay_and_however_much_is_unpacked_at_once(
     slots: int, five_blocks: tuple[Path, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
@@ -99,12 +103,14 @@ def test_however_many_blocks_stay_and_however_much_is_unpacked_at_once(
     both(folder, tmp_path, steps=FEW, base={"method": "nf4", "slots": slots}, lora={}, resident=resident, together=2)
 
 
+@pytest.mark.slow
 def test_nf4_without_bitsandbytes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("lorakeet.quant.nf4.has_bitsandbytes", lambda device: False)
     folder = save_tiny_llama(tmp_path / "model", num_hidden_layers=3)
     both(folder, tmp_path, steps=FEW, base={"method": "nf4"}, lora={}, together=2)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("dtype", "variant"), usual([("float32", "dora"), ("bfloat16", "lora")], product(DTYPES, ADAPTERS))
 )
@@ -118,6 +124,7 @@ def test_gguf_blocks_of_every_type(dtype: str, variant: str, tmp_path: Path, mon
     both(file, tmp_path, steps=FEW, base={"method": "gguf", "dtype": dtype}, lora={"variant": variant}, together=2)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("family", ["gpt2", "gemma2", "qwen2_moe", "phi3", "mistral"])
 def test_other_families(family: str, tmp_path: Path) -> None:
     changes = {"attn_pdrop": 0.1, "tie_word_embeddings": True} if family == "gpt2" else {}
@@ -134,6 +141,7 @@ AT_THE_ENDS: list[dict[str, Any]] = [
 ]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("tied", "lora"),
     usual(
@@ -149,6 +157,7 @@ def test_whatever_is_trained(lora: dict[str, Any], tied: bool, tmp_path: Path) -
     both(folder, tmp_path, steps=FEW, base={}, lora=lora, together=2)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("zero_format", "dtype", "variant"),
     usual([("gptq", "float32", "lora"), ("gptq_v2", "bfloat16", "dora")], product(("gptq", "gptq_v2"), DTYPES, ADAPTERS)),

@@ -25,6 +25,7 @@ def test_only_where_there_are_some(platform: str, expected: dict[str, str]) -> N
     assert found == expected
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(sys.platform != "linux", reason="only Linux has them")
 @pytest.mark.parametrize("first", ["lorakeet", "lorakeet.cli.main", "lorakeet.memory.cuda"])
 def test_it_is_set_before_torch_is_there(first: str) -> None:

@@ -31,6 +31,7 @@ def answer(code: str) -> str:
     return run.stdout.strip()
 
 
+@pytest.mark.slow
 @needs_triton
 @pytest.mark.skipif(torch.accelerator.is_available(), reason="Triton has something to compile for here")
 def test_a_command_holds_no_triton_which_can_be_imported_by_itself() -> None:
@@ -48,6 +49,7 @@ def test_a_command_holds_no_triton_which_can_be_imported_by_itself() -> None:
     assert answer("\n".join(line[8:] for line in code.splitlines())) == "1.0"
 
 
+@pytest.mark.slow
 @needs_triton
 def test_triton_stays_where_a_gpu_or_its_interpreter_is_there() -> None:
     card = "torch.accelerator.is_available = lambda: True\n"
@@ -57,6 +59,7 @@ def test_triton_stays_where_a_gpu_or_its_interpreter_is_there() -> None:
     assert (with_card, interpreted) == ("absent", "absent") and imported.startswith("<module 'triton'")
 
 
+@pytest.mark.slow
 @needs_triton
 def test_triton_is_hidden_within_and_back_after_an_error() -> None:
     code = """

@@ -40,6 +40,7 @@ print(resident_bytes() - before)
 """
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(not torch.cpu.get_capabilities().get("avx512_bf16"), reason="oneDNN makes little code without bf16 products")
 def test_products_of_many_shapes_leave_a_process_smaller() -> None:
     environment = {name: value for name, value in os.environ.items() if "PRIMITIVE_CACHE" not in name}

@@ -41,6 +41,7 @@ def recomputed(folder: Path, keep: int, **loading: Any) -> TextModel:
     return text
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("keep", "lora", "loading"),
     [(1, replace(LORA, dropout=0.2), {}), (1, LORA, {"dtype": "bfloat16"}), (3, replace(LORA, layers="top:2"), {}),
@@ -75,6 +76,7 @@ def test_a_block_computes_twice_and_others_once(folder: Path) -> None:
     assert [found[number] for number in range(BLOCKS)] == [3, 3, 3, 2], "without gradients nothing is computed again"
 
 
+@pytest.mark.slow
 def test_a_block_keeps_its_input_alone(folder: Path) -> None:
     """What a pass saves for the backward pass, on shapes: of each block that is computed again one state, (tokens, hidden)."""
     wide = {

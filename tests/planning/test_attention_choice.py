@@ -23,6 +23,7 @@ def settings(**changes: str) -> RunConfig:
     return read_run(None, {**given, "train.micro_tokens": "16", "model.dtype": "float32", **changes})
 
 
+@pytest.mark.slow
 def test_a_model_whose_own_code_needs_a_mask_is_planned_with_sdpa() -> None:
     """DeepSeek-V3.2's indexer takes the mask apart, which packed rows have none of."""
     precision = Precision(torch.float32, torch.float32, QuantSpec())
@@ -63,6 +64,7 @@ def test_each_attention_is_tried_in_order_and_the_last_reason_said() -> None:
     assert tried == ["varlen"]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("family", "becomes"), [("lfm2", "sdpa"), ("mamba2", "eager")])
 def test_rows_of_recurrent_layers_are_planned_with_their_padding(family: str, becomes: str) -> None:
     """A long row and a short one take as much as two long ones, since the model is loaded with attention that pads."""

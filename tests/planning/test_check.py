@@ -71,6 +71,7 @@ def peak(opened: Opened, streamed: bool, **changes: Any) -> int:
     return planner(opened, replace(SIZE, **changes)).plan(Way(streamed)).peak
 
 
+@pytest.mark.slow
 def test_models_in_memory_count_whole_and_streamed_ones_by_two_blocks(opened: Opened) -> None:
     one, two = (peak(opened, False, models=models) for models in (1, 2))
     assert FP32 * BASE < two - one < 1.1 * FP32 * BASE
@@ -92,6 +93,7 @@ def test_llama_cpp_is_beside_models_in_memory_and_before_streamed_ones(opened: O
     assert peak(opened, True, beside=size) < 300 * (1 << 20) + size + FP32 * BLOCK * 3, "no block in memory beside it"
 
 
+@pytest.mark.slow
 def test_keys_and_values_of_a_long_text_count_by_one_block(opened: Opened, monkeypatch: pytest.MonkeyPatch) -> None:
     """Where all blocks' have no room they go to disk, in the rehearsal as in the run; a few blocks stand for all eight."""
     long = EvaluationSize(RowShape(32, 2), 1, 3000)
@@ -180,6 +182,7 @@ def test_the_store_goes_where_the_run_keeps_its_own_and_is_gone_afterwards(opene
     assert list((tmp_path / "there").iterdir()) == []
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("part", ["waiting", "artefact", "spilled"])
 def test_a_full_disk_is_refused_before_the_work(
     opened: Opened, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, part: str
@@ -237,6 +240,7 @@ def planned(**changes: Any) -> tuple[RunConfig, Any, Plan]:
     return read_run(None, given), config, plan_for(model, LoraSpec(rank=4), family_of(config))
 
 
+@pytest.mark.slow
 def test_what_fits_stays_in_memory_and_what_does_not_is_streamed() -> None:
     config, model, plan = planned()
     roomy, tight = later_phases(config, model, plan, Budget()), later_phases(config, model, plan, Budget(1, "1"))
@@ -256,6 +260,7 @@ def test_a_packed_model_is_merged_into_its_dense_one() -> None:
         assert {**found.kinds, "runtime": 0} == {**expected.kinds, "runtime": 0}
 
 
+@pytest.mark.slow
 def test_new_tokens_are_planned_too() -> None:
     config, model, _ = planned()
     more = replace(config, lora=replace(config.lora, new_tokens=("<one>", "<two>")))

@@ -44,6 +44,7 @@ def rows(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return write_rows(tmp_path_factory.mktemp("rows") / "rows.jsonl", chats(60))
 
 
+@pytest.mark.slow
 def test_short_rows_are_planned_as_they_are(model: Path, rows: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     same_runtime(monkeypatch, 1 << 28)
     config = settings(model, rows, tmp_path / "run", LONG)
@@ -55,6 +56,7 @@ def test_short_rows_are_planned_as_they_are(model: Path, rows: Path, tmp_path: P
     assert found.training_peak < unknown.training_peak - (50 << 20), "the step of 2,048 tokens is not met"
 
 
+@pytest.mark.slow
 def test_a_run_of_short_rows_keeps_its_smaller_plan(model: Path, rows: Path, tmp_path: Path) -> None:
     for name, changes in (("plain", {}), ("limited", {"memory.budget": "8GiB"})):
         found = run(model, rows, tmp_path / name, {**LONG, **changes}).report
@@ -176,6 +178,7 @@ def test_lengths_of_an_archive_that_was_replaced_are_counted_anew(finished: Any,
         assert counted() == 27
 
 
+@pytest.mark.slow
 def test_a_plan_counts_the_steps_of_its_run(finished: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     once = [*reviews(60), *({"text": f"{word} " * 200, "label": "good"} for word in ("far", "near", "wide"))]
     data = write_rows(tmp_path / "rows.jsonl", [*once, *({**row, "text": f"{row['text']}!"} for row in once[::2])])

@@ -62,6 +62,7 @@ def least(refused: Callable[[], object], words: str) -> int:
     return int(re.findall(r"(?:at least|takes) (\d+) MiB", str(caught.value))[0])
 
 
+@pytest.mark.slow
 def test_the_base_stays_in_memory_streams_or_is_refused(within: Callable[..., RunConfig]) -> None:
     said: list[str] = []
     judged = partial(fit_evaluation, adapter=ADAPTER, say=said.append, workload=NO_LABELS)
@@ -112,6 +113,7 @@ def test_the_reference_of_a_preference_run_is_on_the_model_too(
     assert without is not None and compared is not None and compared - without == copies * 4 * WIDER.parameters
 
 
+@pytest.mark.slow
 def test_compression_is_refused_where_the_base_does_not_fit(within: Callable[..., RunConfig]) -> None:
     def cut(budget: str, copies: float = 6.0) -> Residency[MemoryPlan]:
         return fit_evaluation(within(budget), ADAPTER, print, NO_LABELS, weigh=lambda _: torch.zeros(8), copies=copies)
@@ -124,6 +126,7 @@ def test_compression_is_refused_where_the_base_does_not_fit(within: Callable[...
     assert more is not None and more - found.planned == 10 * 4 * ADAPTER.parameters
 
 
+@pytest.mark.slow
 def test_a_device_without_budgets_is_refused_and_a_cuda_device_is_held_to_its_own(
     within: Callable[..., RunConfig], monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -145,6 +148,7 @@ def test_a_device_without_budgets_is_refused_and_a_cuda_device_is_held_to_its_ow
     assert cut.planned - alone.planned >= 4 * WIDER.parameters, "a cut that is measured is there beside the whole adapter"
 
 
+@pytest.mark.slow
 def test_without_a_budget_an_evaluation_fits_into_what_is_free_on_a_card(
     within: Callable[..., RunConfig], monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -93,6 +93,7 @@ UNLIKE = [
 ]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("attention", "changes"), UNLIKE)
 def test_one_long_row_beside_short_ones_holds_no_more_than_is_planned(attention: str, changes: dict[str, Any]) -> None:
     """Where attention keeps the scores of a row, two rows of the mean length hold far less than the long one."""
@@ -106,6 +107,7 @@ def test_one_long_row_beside_short_ones_holds_no_more_than_is_planned(attention:
     assert rows == (RowShape(240, 2) if attention == "eager" else RowShape(240, 2, last=24))
 
 
+@pytest.mark.slow
 def test_no_micro_batch_of_rows_holds_more_than_the_planned_one() -> None:
     """Tokens, and their squares: of all rows, of rows longer than a window, and of rows as long as the longest beside them."""
     chance = np.random.default_rng(0)
@@ -134,6 +136,7 @@ def test_a_last_row_counts_as_longer_than_the_window_if_another_could_be() -> No
     assert filling_rows(1000, 1500, 750) == filling_rows(1000, 1500) == filling_rows(1000, 1500, 1000)
 
 
+@pytest.mark.slow
 def test_a_step_of_more_tokens_than_a_micro_batch_has_two_of_them() -> None:
     """Of 32 and 31 tokens beside micro_tokens of 33: gradients are there when the second one passes."""
     found = [
@@ -162,6 +165,7 @@ def test_few_shot_rows_are_planned_as_long_as_the_few_shot_base_sees_them() -> N
     assert evaluation_of(settings(train__micro_tokens="64", memory__budget="1GiB"), model_config=model).rows == RowShape(32, 32)
 
 
+@pytest.mark.slow
 def test_replies_are_planned_where_rows_may_end_in_answers() -> None:
     few = settings(train__micro_tokens="64", evaluate__answer_tokens="96", evaluate__examples="0")
     size = evaluation_of(few).replies
@@ -225,6 +229,7 @@ def test_pairs_that_begin_from_the_weights_hold_a_matrix_in_fp32_beside_the_earl
     assert BEGIN not in [phase.name for phase in planned(narrow).forecast.phases], "random starts hold less than a step"
 
 
+@pytest.mark.slow
 def test_a_start_from_the_weights_takes_no_more_than_is_planned() -> None:
     """Of the process: the matrices are of 23 MB in bf16, and the copy in fp32 of one of them is the most that comes and goes."""
     shape = {**SMALL, "hidden_size": 2048, "intermediate_size": 5632, "num_hidden_layers": 1, "num_attention_heads": 16}
@@ -286,6 +291,7 @@ def test_on_a_cuda_device_only_what_is_there_counts() -> None:
     assert text_runtime_bytes(replace(FP32, device=torch.device("cuda"))) == CONTEXT
 
 
+@pytest.mark.slow
 def test_packed_weights_are_unpacked_on_a_cuda_device_as_they_are_there() -> None:
     """Whole in fp32, where a CPU has them in parts."""
     config = config_from_settings({**SMALL, "hidden_size": 1024, "intermediate_size": 16384, "num_attention_heads": 8})
@@ -323,6 +329,7 @@ def rehearsed(config: RunConfig, lora: LoraSpec) -> Rehearsal:
     return rehearse(build, lora, config.train, rows=ROWS)
 
 
+@pytest.mark.slow
 def test_no_way_to_spend_the_budget_holds_more_than_what_is_planned() -> None:
     config = chosen(ranks__budget="9k")
     found = rehearsed(config, config.lora)
@@ -351,6 +358,7 @@ def test_budgets_that_cannot_be_spent_are_refused_before_anything_is_loaded() ->
     assert all(rank % 2 == 0 for rank in even.rank_pattern.values())
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("score", ["gradient", "activation", "sensitivity"])
 def test_measuring_ranks_is_a_phase_of_its_own(score: str) -> None:
     config = chosen(ranks__score=score)
@@ -365,6 +373,7 @@ def test_measuring_ranks_is_a_phase_of_its_own(score: str) -> None:
     assert planned.peak >= planned.forecast.phase(SCORE).bytes <= planned.training_peak
 
 
+@pytest.mark.slow
 def test_sketches_are_counted_as_they_are_made(monkeypatch: pytest.MonkeyPatch) -> None:
     """The pairs of the rehearsal are those that scoring puts in: rank 12 + 8, capped where a matrix is smaller."""
     config, seen = chosen(ranks__max_rank="30"), []
@@ -398,6 +407,7 @@ def test_three_adapters_take_their_gradients_and_moments() -> None:
     assert wide.kinds["saved activations"] == 3 * step.kinds["saved activations"], "rows of three members, where one has few"
 
 
+@pytest.mark.slow
 def test_a_search_keeps_the_best_values_of_all_and_two_earlier_adapters() -> None:
     config = chosen()
     found = rehearsed(config, config.lora)
@@ -410,6 +420,7 @@ def test_a_search_keeps_the_best_values_of_all_and_two_earlier_adapters() -> Non
     assert few.peak == max(planned.peak, few.forecast.phase(SEARCH).bytes)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("score", ["gradient", "activation", "sensitivity"])
 def test_what_was_measured_is_taken_apart_within_the_plan(score: str, monkeypatch: pytest.MonkeyPatch) -> None:
     config = chosen(ranks__score=score)

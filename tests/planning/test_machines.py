@@ -43,6 +43,7 @@ def test_a_machine_sets_the_device_and_goes_with_no_budget() -> None:
         on_machine(config, "gpu-9")
 
 
+@pytest.mark.slow
 def test_the_first_forecast_comes_before_the_way_that_fits() -> None:
     said, seen = io.StringIO(), list[Any]()
     given = read_run(None, {**RUN, "model.quantize.method": "nf4"})
@@ -55,6 +56,7 @@ def test_the_first_forecast_comes_before_the_way_that_fits() -> None:
     assert found.to_mapping()["machine"] == {"name": "a GPU of 12 GB", "bytes": found.free.bytes}
 
 
+@pytest.mark.slow
 def test_what_fits_as_it_is_needs_no_other_way() -> None:
     said = io.StringIO()
     small = {**RUN, "model.path": "meta-llama/Llama-3.2-1B", "data.max_tokens": "64", "train.micro_tokens": "64"}

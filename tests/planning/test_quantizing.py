@@ -76,6 +76,7 @@ def contents(folder: Path) -> dict[str, bytes]:
     return {path.name: path.read_bytes() for path in folder.iterdir()}
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("no_runtime")
 @pytest.mark.parametrize("family", ["llama", "gemma2", "gpt2", "mixtral"])
 def test_gptq_writes_the_same_bytes_each_way(family: str, rows: str, going: Any, tmp_path: Path) -> None:
@@ -101,6 +102,7 @@ def test_packing_each_weight_writes_the_same_bytes_each_way(method: Any, going: 
     assert sorted(path.name for path in tmp_path.iterdir()) == ["False", "True", "free", "source"]
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("no_runtime")
 @pytest.mark.parametrize("way", [RESIDENT, STREAMED, SPILLED], ids=["resident", "streamed", "spilled"])
 def test_memory_in_use_is_what_is_planned(way: Way, rows: str, going: Any, tmp_path: Path) -> None:
@@ -132,6 +134,7 @@ def test_the_store_of_a_check_is_in_the_plan(method: Any, going: Any, tmp_path: 
     assert held.peak + mapped <= planned[0] <= 1.5 * (held.peak + mapped)
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("no_runtime")
 def test_with_more_blocks_a_streamed_model_takes_no_more(rows: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """One in memory takes more by all of them, and by what they become: their pages stay while the packed layers wait."""
@@ -207,6 +210,7 @@ def test_a_model_that_cannot_be_streamed_is_in_memory_or_refused_by_the_option_o
     quantize(QuantizeOptions(str(source), out=tmp_path / "out", memory="12GiB", **settings), console=quiet())
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("no_runtime")
 def test_another_attention_than_the_planned_one_is_refused_under_a_budget(
     rows: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch

@@ -46,6 +46,7 @@ def differences(config: RunConfig, without: RunConfig, precision: Precision = FP
     return {name: (size - found[name]) / one for name, size in adapters(more.forecast).items() if size != found[name]}
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("objective", COMPARING)
 @pytest.mark.parametrize("reference", ["start", "runs/sft"])
 def test_a_run_holds_its_reference_from_the_first_step_on(objective: str, reference: str) -> None:

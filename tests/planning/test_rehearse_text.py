@@ -76,6 +76,7 @@ def test_the_saved_activations_are_those_that_autograd_saves() -> None:
     assert 0.8 * expected <= planned <= 1.1 * expected
 
 
+@pytest.mark.slow
 def test_more_layers_rows_and_rank_take_more_and_attention_alone_takes_less() -> None:
     plain = rehearsed().peaks[STEP].bytes
     assert rehearsed(num_hidden_layers=3).peaks[STEP].bytes > plain
@@ -118,6 +119,7 @@ def test_a_shorter_last_row_is_in_each_micro_batch() -> None:
     assert [sorted(batch.lengths) for batch in batches] == [[5, 32, 32]] * 2
 
 
+@pytest.mark.slow
 def test_made_up_rows_give_every_pair_a_gradient_whatever_the_made_up_weights() -> None:
     """Rows of one token repeated had left queries and keys, whose values were all alike, with gradients of pure rounding."""
     for seed in range(12):

@@ -64,6 +64,7 @@ def steady(monkeypatch: pytest.MonkeyPatch) -> None:
     same_runtime(monkeypatch, 1 << 29)
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("steady")
 def test_a_large_budget_streams_nothing_and_a_middling_one_does(model: Path, tmp_path: Path) -> None:
     config = settings(model, tmp_path / "rows", tmp_path / "run", CHANGES)
@@ -93,6 +94,7 @@ def test_a_large_budget_streams_nothing_and_a_middling_one_does(model: Path, tmp
     assert found.plan is not None and found.plan.training_peak <= found.plan.peak <= found.budget.bytes
 
 
+@pytest.mark.slow
 def test_a_run_is_forecast_without_a_budget_too(model: Path, tmp_path: Path) -> None:
     config = settings(model, tmp_path / "rows", tmp_path / "run", CHANGES)
     found = fit_text_run(config, print, NO_LABELS)
@@ -100,6 +102,7 @@ def test_a_run_is_forecast_without_a_budget_too(model: Path, tmp_path: Path) -> 
     assert 0 < found.plan.training_peak <= found.plan.peak
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("steady")
 @pytest.mark.parametrize("family", ["mixtral", "qwen3_moe"])
 def test_a_mixture_of_experts_keeps_a_budget_too(family: str, tmp_path: Path) -> None:
@@ -125,6 +128,7 @@ def test_a_model_that_cannot_be_rehearsed_is_refused_a_budget_with_the_remedy(
         fit_text_run(small, print, NO_LABELS)
 
 
+@pytest.mark.slow
 def test_a_budget_below_the_floor_is_refused_with_the_least_that_works(model: Path, tmp_path: Path) -> None:
     small = settings(model, write_rows(tmp_path / "rows.jsonl", chats(30)), tmp_path / "run", {"memory.budget": "64MiB"})
     with pytest.raises(ConfigError, match=r"memory budget is 64MiB, but this run takes at least \d+ MiB"):
@@ -132,6 +136,7 @@ def test_a_budget_below_the_floor_is_refused_with_the_least_that_works(model: Pa
     assert not (tmp_path / "run").exists()
 
 
+@pytest.mark.slow
 def test_more_than_the_machine_has_is_warned_of(model: Path, tmp_path: Path) -> None:
     said: list[str] = []
     fit_text_run(settings(model, tmp_path / "rows", tmp_path / "run", {"memory.budget": "900TiB"}), said.append)
@@ -156,6 +161,7 @@ def limited(monkeypatch: pytest.MonkeyPatch) -> list[tuple[torch.device, int]]:
     return found
 
 
+@pytest.mark.slow
 def test_on_a_cuda_device_the_budget_is_that_of_its_memory(
     model: Path, tmp_path: Path, limited: list[tuple[torch.device, int]]
 ) -> None:
@@ -231,6 +237,7 @@ def test_pinned_memory_is_no_way_on_the_cpu_which_is_said(model: Path, tmp_path:
     assert "memory.keep host is for CUDA devices" in said[0] and not found.pinned and found.gpu is None
 
 
+@pytest.mark.slow
 def test_a_run_within_a_budget_ends_in_the_same_bytes(model: Path, tmp_path: Path) -> None:
     data = write_rows(tmp_path / "rows.jsonl", chats(40))
     plain = run(model, data, tmp_path / "plain", CHANGES)
@@ -337,6 +344,7 @@ def test_what_is_taken_has_been_rehearsed_whatever_was_estimated(states_on_the_w
         assert step.kinds["base"] == found.way.slots * BLOCK
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("step", [1, 97, 500])
 def test_more_budget_never_moves_more_and_every_plan_is_kept(step: int) -> None:
     before = None

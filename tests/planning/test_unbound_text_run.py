@@ -70,6 +70,7 @@ def peak(config: RunConfig, way: Way) -> int:
     return UnboundTextRun(config, ROWS, print).plan(way).peak
 
 
+@pytest.mark.slow
 def test_less_and_less_memory_takes_one_way_after_the_other(config: Callable[..., RunConfig]) -> None:
     mine = config()
     fewer, again = Way(micro_tokens=1024, one_base=True), Way(recomputed=True, slots=ALONE, micro_tokens=1024, one_base=True)
@@ -108,6 +109,7 @@ def test_one_base_in_the_certificate_where_two_do_not_fit(config: Callable[..., 
     assert "the certificate uses the base that was trained on" in said[0]
 
 
+@pytest.mark.slow
 def test_a_block_more_that_keeps_everything_is_planned_with_no_less_than_it_takes(
     config: Callable[..., RunConfig], monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -73,6 +73,7 @@ def test_where_no_adapter_lies_it_is_said(tmp_path: Path) -> None:
         open_adapter(tmp_path)
 
 
+@pytest.mark.slow
 def test_new_tokens_whose_ids_changed_are_refused(tiny_llama_folder: Path, tmp_path: Path) -> None:
     data = write_rows(tmp_path / "rows.jsonl", reviews(20))
     run(tiny_llama_folder, data, tmp_path / "run", {"lora.new_tokens": "<one>,<two>", "train.steps": 1})

@@ -83,6 +83,7 @@ def test_the_report_has_the_map_and_the_cuts(pruned: Any) -> None:
     assert pruned.to_mapping()["trained_parameters"] == pair_parameters(pruned.setup.plan)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("left", [4, 6, 8])
 def test_a_resumed_run_ends_in_the_same_bytes(
     pruned: Any, finished: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, left: int
@@ -107,6 +108,7 @@ def test_a_resumed_run_ends_in_the_same_bytes(
     assert again.setup.plan == pruned.setup.plan and again.report.ranks == pruned.report.ranks
 
 
+@pytest.mark.slow
 def test_a_dry_run_says_the_cuts_and_a_resumed_run_keeps_its_budget(pruned: Any, finished: Any, tmp_path: Path) -> None:
     config = settings(finished.model, finished.data, tmp_path / "dry", {**PRUNE, "ranks.budget": str(BUDGET)})
     dry = finetune(config, FinetuneOptions(dry_run=True), console=quiet())
@@ -124,6 +126,7 @@ def test_a_dry_run_says_the_cuts_and_a_resumed_run_keeps_its_budget(pruned: Any,
     )
 
 
+@pytest.mark.slow
 def test_a_compressed_run_that_trains_again_has_the_pairs_of_its_adapter_alone(pruned: Any, tmp_path: Path) -> None:
     """A matrix that lost its pair does not get one of lora.rank from the saved settings."""
     compress(CompressOptions(str(pruned.run.path), out=tmp_path / "cut", to="700"), console=quiet())

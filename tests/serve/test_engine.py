@@ -42,6 +42,7 @@ def alone(live: ServingModel, ids: tuple[int, ...], name: str | None, tokens: in
     return found[:-1] if found[-1] in end_ids(live.text) else found
 
 
+@pytest.mark.slow
 def test_greedy_texts_equal_those_written_one_at_a_time(loaded: ServingModel, asking: Callable[..., Any]) -> None:
     expected = [alone(loaded, ids, next(iter(wanted), None)) for ids, wanted in zip(PROMPTS, WANTED, strict=True)]
     server = asking(slots=4)

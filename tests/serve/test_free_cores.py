@@ -77,6 +77,7 @@ def test_a_look_is_taken_now_and_then_only() -> None:
     assert free() == 1
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(not hasattr(os, "sched_getaffinity"), reason="Linux tells what its cores do")
 def test_what_this_process_computes_is_its_own_and_what_another_does_is_not() -> None:
     everybody, own = seconds()

@@ -65,6 +65,7 @@ def test_names_mixes_and_the_base(registry: Registry, server: Any, saved: Callab
             registry.lease(broken)
 
 
+@pytest.mark.slow
 def test_loading_and_unloading_leaves_nothing(registry: Registry, server: Any, saved: Callable[..., Path]) -> None:
     folder = saved("a")
 
@@ -108,6 +109,7 @@ def test_unloading_while_a_text_is_written(registry: Registry, server: Any, save
     assert registry.resident == 0
 
 
+@pytest.mark.slow
 def test_thousands_known_few_in_memory(live: ServingModel, server: Any, saved: Callable[..., Path]) -> None:
     first = saved("a0")
     size = peft.read(first).parameters * 4

@@ -30,6 +30,7 @@ def test_files_are_short() -> None:
     assert not too_long, "give the second concept of each its own file:\n" + "\n".join(too_long)
 
 
+@pytest.mark.slow
 def test_functions_are_short() -> None:
     too_long = []
     for path in python_files():

@@ -77,6 +77,7 @@ def test_importing_the_package_loads_nothing_heavy() -> None:
     assert not set(answer(ON_IMPORT)) & {*HEAVY, "click", "yaml"}
 
 
+@pytest.mark.slow
 def test_importing_every_module_changes_nothing_outside() -> None:
     assert answer(CHANGES) == []
 

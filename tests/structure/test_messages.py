@@ -58,6 +58,7 @@ def owner(path: Path, verbs: set[str]) -> str | None:
     return path.stem if place.parts[0] == "verbs" and len(place.parts) == 2 and path.stem in verbs else None
 
 
+@pytest.mark.slow
 def test_every_flag_that_the_program_names_exists() -> None:
     known = {name: flags_of(command) for name, command in commands().items()}
     checked, wrong = 0, []

@@ -156,6 +156,7 @@ def registers(node: ast.stmt) -> bool:
     return any("." in ast.unparse(decorator).partition("(")[0] for decorator in getattr(node, "decorator_list", []))
 
 
+@pytest.mark.slow
 def test_every_public_function_and_class_is_used_or_offered() -> None:
     used = used_definitions()
     idle = [

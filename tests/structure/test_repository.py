@@ -21,6 +21,7 @@ def text_of(name: str) -> str:
     return (ROOT / name).read_text(encoding="utf-8")
 
 
+@pytest.mark.slow
 def test_the_map_of_files_is_up_to_date() -> None:
     made = runpy.run_path(str(ROOT / "docs" / "generate_files.py"))
     assert text_of("docs/reference/files.md") == made["page"](), "run: make docs"

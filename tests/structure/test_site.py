@@ -35,6 +35,7 @@ def names_of(rows: list[list[str]], mark: str = "") -> set[str]:
     return {name for cell in wanted for name in SPAN.findall(cell)}
 
 
+@pytest.mark.slow
 def test_the_site_is_built_strictly(tmp_path: Path) -> None:
     for name in ("mkdocs", "material", "mkdocstrings"):
         pytest.importorskip(name, reason=f"{name}, of the extra lorakeet[docs], builds the site")

@@ -45,6 +45,7 @@ def newer_than_310(nodes: Iterable[ast.AST]) -> set[str]:
     return found & NEWER
 
 
+@pytest.mark.slow
 def test_nothing_needs_more_than_python_310() -> None:
     files = [path for path in committed_files() if path.suffix == ".py"]
     found = {named(path): names for path in files if (names := newer_than_310(nodes_of(path)))}

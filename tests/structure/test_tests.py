@@ -46,6 +46,7 @@ def test_each_file_of_tests_stands_beside_its_code() -> None:
     assert not strays, "\n".join(strays) + "\nName a file of tests after what it tests; laws across files belong into tests/laws."
 
 
+@pytest.mark.slow
 def test_each_file_of_code_has_its_tests() -> None:
     """A file of tests has its name, or one in the same folder imports it."""
     files = test_files()

@@ -116,6 +116,7 @@ def parts_of(name: str) -> set[str]:
     return {part.lower() for part in re.findall(r"[A-Z]+(?![a-z])|[A-Z]?[a-z]+", name)}
 
 
+@pytest.mark.slow
 def test_texts_use_the_fields_words() -> None:
     found = [
         f"{named(path)}:{line}: {phrase}"

@@ -63,6 +63,7 @@ def test_the_workbench_begins_with_the_code_that_plans_need(monkeypatch: pytest.
     assert {f"transformers.models.{name}.modeling_{name}" for name in ("llama", "qwen2")} <= set(sys.modules)
 
 
+@pytest.mark.slow
 def test_what_fits_needs_no_other_way(model: dict[str, str]) -> None:
     first, last = parts_of({**model, "machine": "gpu-8"})
     assert first["state"] == last["state"] == "fits" and last["way"] == "" and last["whole"] is None and last["helping"] == []
@@ -73,6 +74,7 @@ def test_what_fits_needs_no_other_way(model: dict[str, str]) -> None:
     assert last["bar"]["phase"].startswith(("while ", "in a step")), "a phase is said in words"
 
 
+@pytest.mark.slow
 def test_what_does_not_fit_at_once_is_said_before_the_way_that_fits(
     model: dict[str, str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -84,6 +86,7 @@ def test_what_does_not_fit_at_once_is_said_before_the_way_that_fits(
     assert last["whole"]["bytes"] == whole > last["limit"] >= last["bar"]["bytes"]
 
 
+@pytest.mark.slow
 def test_a_moved_setting_plans_anew_only_what_depends_on_it(
     model: dict[str, str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -158,6 +161,7 @@ print(whole)
 """
 
 
+@pytest.mark.slow
 def test_a_few_blocks_stand_for_all_of_a_shipped_model() -> None:
     """Something that only one of two processes meets would make each answer a rehearsal of all 32 blocks: seconds more."""
     command = [sys.executable, "-c", MOVED_IN_A_WORKBENCH]
@@ -167,6 +171,7 @@ def test_a_few_blocks_stand_for_all_of_a_shipped_model() -> None:
     assert whole == [1, 0, 1, 0], "the whole model is made once for its pairs, not again for rows of another length"
 
 
+@pytest.mark.slow
 def test_settings_that_change_no_shape_change_no_rehearsal(model: dict[str, str]) -> None:
     """Without anything remembered: what is left out of the key changes nothing."""
     moved = {
@@ -180,6 +185,7 @@ def test_settings_that_change_no_shape_change_no_rehearsal(model: dict[str, str]
     assert bars[0] == bars[1]
 
 
+@pytest.mark.slow
 def test_rows_are_read_once(model: dict[str, str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     folder = save_tiny_llama(tmp_path / "model")
     short = [{"prompt": f"word {number}", "completion": "yes"} for number in range(12)]
@@ -221,6 +227,7 @@ def test_the_code_of_a_model_is_imported_before_processes_are_forked(
     assert imported == ["llama", "qwen2"]
 
 
+@pytest.mark.slow
 def test_operators_that_one_plan_met_the_next_one_knows(model: dict[str, str], monkeypatch: pytest.MonkeyPatch) -> None:
     """In another process: here with nothing known but what was passed on."""
     met: list[object] = []

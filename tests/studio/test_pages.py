@@ -90,6 +90,7 @@ def twice(browser: TestClient, studio: Studio, forms: Iterator[tuple[str, dict[s
     return sent
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("runs")
 def test_a_second_click_starts_nothing(browser: TestClient, studio: Studio, tmp_path: Path) -> None:
     (studio.places.runs / "mine" / "report.json").rename(tmp_path / "report.json")  # a run with a report is not resumed

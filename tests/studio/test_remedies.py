@@ -84,6 +84,7 @@ def written_texts() -> Iterator[tuple[str, str]]:
                 yield path.name, text
 
 
+@pytest.mark.slow
 def test_no_message_of_the_code_brings_a_flag_a_path_or_ctrl_c_to_a_page() -> None:
     found = list(written_texts())
     assert len(found) > 150

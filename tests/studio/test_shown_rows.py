@@ -242,6 +242,7 @@ def test_each_part_of_a_long_work_is_named(tmp_path: Path, monkeypatch: pytest.M
     assert said_for({"data.train": str(file)}) == ["Reads all rows", *(f"Reads all rows, {n} so far" for n in (20, 40)), searched]
 
 
+@pytest.mark.slow
 def test_what_is_to_be_measured_is_what_the_verdict_counts(tmp_path: Path, tiny_llama_folder: Path) -> None:
     """Also where groups stay on one side, and rows that stand twice are measured once."""
     chance = np.random.default_rng(0)

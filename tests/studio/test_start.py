@@ -18,6 +18,7 @@ from lorakeet.cli.main import main
 from lorakeet.studio.start import StudioServer
 
 
+@pytest.mark.slow
 def test_the_address_that_it_prints_opens_the_page(tmp_path: Path) -> None:
     command = [sys.executable, "-m", "lorakeet", "studio", "--runs", str(tmp_path / "runs"), "--port", "0"]
     given = {**os.environ, "PYTHONUNBUFFERED": "1"}

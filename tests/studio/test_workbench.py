@@ -94,29 +94,34 @@ def all_of(bench: Workbench, work: str, settings: Mapping[str, Any] | None = Non
     return asyncio.run(collect())
 
 
+@pytest.mark.slow
 def test_answers_come_one_by_one_and_end(bench: Workbench) -> None:
     assert all_of(bench, "small_work:count", {"to": 3}) == [{"number": 0}, {"number": 1}, {"number": 2}, {"done": True}]
     process = bench._process
     assert all_of(bench, "small_work:count", {"to": 0}) == [{"done": True}] and bench._process is process
 
 
+@pytest.mark.slow
 def test_what_fails_says_why_and_the_next_work_goes_on(bench: Workbench) -> None:
     assert all_of(bench, "small_work:refuse") == [{"error": "data is missing", "remedies": []}]
     assert "ended from outside" in all_of(bench, "small_work:die")[-1]["error"]
     assert all_of(bench, "small_work:count", {"to": 1})[-1] == {"done": True}
 
 
+@pytest.mark.slow
 def test_what_was_prepared_stays_for_later_work(bench: Workbench) -> None:
     found = [all_of(bench, "small_work:prepared", {"fail": fail})[0] for fail in (False, True, False)]
     assert found == [{"times": times, "elsewhere": True} for times in (1, 2, 3)]
 
 
+@pytest.mark.slow
 def test_what_begins_with_the_workbench_is_done_once_and_may_fail(bench: Workbench) -> None:
     for _ in range(2):
         found = all_of(bench, "small_work:started")[0]
         assert found == {"started": 1, "elsewhere": True, "collects": list(module.RARELY), "beside": True}
 
 
+@pytest.mark.slow
 def test_what_one_process_has_found_later_ones_know(bench: Workbench) -> None:
     assert all_of(bench, "small_work:find", {"size": 3_000_000})[0] == {"found": 0}
     assert all_of(bench, "small_work:find", {"size": 7})[0] == {"found": 3_000_000}
@@ -132,6 +137,7 @@ def test_what_one_process_has_found_later_ones_know(bench: Workbench) -> None:
     assert all_of(bench, "small_work:find", {"size": 1})[0] == {"found": 9}, "also of a page that went away"
 
 
+@pytest.mark.slow
 def test_a_page_that_goes_away_ends_its_work(bench: Workbench) -> None:
     async def leave() -> int:
         answers = bench.answers("small_work:sleep", {})
@@ -148,6 +154,7 @@ def test_a_page_that_goes_away_ends_its_work(bench: Workbench) -> None:
     raise AssertionError("its process still runs")
 
 
+@pytest.mark.slow
 def test_a_workbench_that_was_killed_begins_again(bench: Workbench) -> None:
     assert all_of(bench, "small_work:count", {"to": 0}) and bench._process is not None
     bench._process.kill()
@@ -201,11 +208,13 @@ def test_it_leaves_cuda_to_the_processes_that_are_forked_from_it() -> None:
     assert (ended.returncode, ended.stdout.strip()) == (0, "no CUDA"), ended.stderr[-2000:]
 
 
+@pytest.mark.slow
 def test_its_processes_ask_cuda(bench: Workbench) -> None:
     """Which knows more of a GPU than NVIDIA's library does: whether its driver is new enough."""
     assert all_of(bench, "small_work:environment", {"name": module.ASK_DRIVER})[0] == {"value": None}
 
 
+@pytest.mark.slow
 def test_a_part_that_is_too_long_is_an_error_in_words(bench: Workbench) -> None:
     async def found() -> list[dict[str, Any]]:
         return [values async for values in bench.answers("small_work:long", {})]

@@ -85,6 +85,7 @@ def offline_history(folder: Path) -> list[dict[str, float]]:
     return found
 
 
+@pytest.mark.slow
 @pytest.mark.filterwarnings("ignore::DeprecationWarning")
 def test_wandb_gets_every_number_and_goes_on_in_the_same_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     wandb = pytest.importorskip("wandb")

@@ -126,6 +126,7 @@ def _end(how: str) -> None:
     raise DataError("its file is gone") if how == "gave up" else KeyError("a bug")
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("victim", "how", "message"),
     [
@@ -163,6 +164,7 @@ def waiting_for_one(late: int) -> str:
     return "nothing"
 
 
+@pytest.mark.slow
 def test_one_that_runs_but_does_not_come_is_named_when_the_time_is_over(forked: Together) -> None:
     forked.start({"count": 2, "call": f"{HERE}:waiting_for_one", "with": [1]})
     waiting, _ = forked.end()
@@ -250,6 +252,7 @@ def terminated(how: str, where: str = "here") -> str:
     return told
 
 
+@pytest.mark.slow
 def test_sigterm_names_the_one_that_died_and_else_stops_as_ctrl_c_does(forked: Together) -> None:
     assert forked.call(f"{HERE}:terminated", "lives") == ["KeyboardInterrupt: SIGTERM"] * 2
     assert forked.call(f"{HERE}:terminated", "stopped") == ["KeyboardInterrupt: SIGTERM", "stopped"]
@@ -259,6 +262,7 @@ def test_sigterm_names_the_one_that_died_and_else_stops_as_ctrl_c_does(forked: T
         assert victim.code != 0 and survivor.answered.strip() == f'"ProcessLost: process 1 of 2 {message}"', survivor.said
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("where", ["before an error", "before the end"])
 def test_what_sigterm_raises_is_not_lost_in_a_destructor(forked: Together, where: str) -> None:
     assert forked.call(f"{HERE}:terminated", "lives", where) == ["KeyboardInterrupt: SIGTERM"] * 2

@@ -80,6 +80,7 @@ def test_a_terminal_keeps_the_conversation(talks: Path, monkeypatch: pytest.Monk
     assert "There is no command /nothing" in shown and "talks" in shown and said[1]["content"] in shown
 
 
+@pytest.mark.slow
 def test_models_and_further_adapters(talks: Path, tiny_llama_folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     base = lk.load(tiny_llama_folder).generate("alder", max_tokens=8)
     options = ChatOptions(target=str(tiny_llama_folder), adapter=(f"mine={talks}",), **QUICK)

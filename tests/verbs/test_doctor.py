@@ -20,7 +20,8 @@ from lorakeet.kernels.choose import TABLE, passed_over
 from lorakeet.kernels.protocol import Situation
 from lorakeet.models.nvidia import NvidiaGpus
 from lorakeet.verbs import doctor as module
-from lorakeet.verbs.doctor import Checkup, Finding, doctor, pip_command
+from lorakeet.verbs.doctor import Checkup, Finding, _kinds, doctor, pip_command
+from tiny.other_packages import installed, registered
 
 
 def printed(monkeypatch: pytest.MonkeyPatch) -> tuple[Checkup, str]:
@@ -144,3 +145,10 @@ def test_a_gpu_is_named_with_its_driver_and_one_that_torch_does_not_use_with_the
     monkeypatch.setattr(torch.cuda, "get_device_name", lambda _: gpu.name)
     old = module._accelerator(torch, torch.device("cpu"), nvidia, "")
     assert not old.good and "RTX 3060 has compute capability 7.0; expected 7.5 or more" in old.remedy
+
+
+def test_a_package_whose_kind_of_run_is_broken_is_a_finding(tmp_path: Path) -> None:
+    with registered(installed(tmp_path, "broken", "line_kind.gone")):
+        found = _kinds()
+    assert not found.good and found.required and "of the package broken cannot be imported" in found.found
+    assert _kinds().found.startswith("text, preference, image")

@@ -69,6 +69,7 @@ def test_rows_that_the_run_has_seen_are_named_and_left_out(finished: Any, tmp_pa
     assert "3 of 12 rows are also training or held-out rows (left out)." in report.warnings
 
 
+@pytest.mark.slow
 def test_near_copies_are_called_so_and_few_rows_give_no_conclusion(finished: Any, tmp_path: Path) -> None:
     """A newcomer's case: of 12 rows 11 were near-copies, called training rows, and the one that was left gave a verdict."""
     own = [json.loads(line) for line in Path(finished.data).read_text().splitlines()[10:13]]
@@ -88,6 +89,7 @@ def test_near_copies_are_called_so_and_few_rows_give_no_conclusion(finished: Any
     assert "4 of 9 rows are also training or held-out rows, 3 of them as near-copies (left out)." in report.warnings
 
 
+@pytest.mark.slow
 def test_a_file_can_be_evaluated_where_the_rows_of_the_run_are_gone(finished: Any, tmp_path: Path) -> None:
     run = tmp_path / "run"
     shutil.copytree(finished.path, run)

@@ -61,6 +61,7 @@ def test_types_of_llama_cpp_go_through_its_quantiser(finished: Any, tmp_path: Pa
     assert not list(tmp_path.glob(".*"))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("separate", [False, True])
 def test_a_folder_for_ollama(finished: Any, tmp_path: Path, separate: bool) -> None:
     said = io.StringIO()
@@ -186,6 +187,7 @@ def test_push_goes_to_the_server_that_was_named(finished: Any, tmp_path: Path) -
     assert (tmp_path / "o" / "Modelfile").is_file()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("separate", [False, True])
 def test_a_push_that_failed_is_made_up_for_by_the_same_command(
     finished: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, separate: bool
@@ -208,6 +210,7 @@ def test_a_push_that_failed_is_made_up_for_by_the_same_command(
     assert {path: path.stat().st_mtime_ns for path in out.iterdir()} == before
 
 
+@pytest.mark.slow
 def test_only_a_checked_export_of_the_same_adapter_and_settings_is_pushed_again(
     finished: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -43,6 +43,7 @@ def tuned(tiny_llama_folder: Path, tmp_path_factory: pytest.TempPathFactory) -> 
     return folder
 
 
+@pytest.mark.slow
 def test_a_small_rank_brings_the_base_nearer_and_a_full_one_all_the_way(
     tuned: Path, tiny_llama_folder: Path, tmp_path: Path
 ) -> None:

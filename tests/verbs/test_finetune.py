@@ -78,6 +78,7 @@ def test_the_run_folder_holds_what_the_contract_says(finished: Any) -> None:
     assert peft.read(path / "adapter").base == str(finished.model)
 
 
+@pytest.mark.slow
 def test_many_dropped_rows_stand_in_the_verdict_and_the_warnings(tiny_llama_folder: Path, tmp_path: Path) -> None:
     """A newcomer's case: 71 % of the rows were dropped as near-copies, and only the terminal said so."""
     given = reviews(20)
@@ -115,6 +116,7 @@ def test_the_report_is_filled_and_self_contained(finished: Any) -> None:
     assert finished.result.exit_code == 0
 
 
+@pytest.mark.slow
 def test_the_saved_settings_can_be_run_again_and_give_the_same_bytes(finished: Any, tmp_path: Path) -> None:
     config = read_run(finished.path / "config.yaml", {"out": str(tmp_path / "again")})
     assert "auto" not in (config.model.device, config.model.attention, config.model.dtype, config.model.products)
@@ -123,6 +125,7 @@ def test_the_saved_settings_can_be_run_again_and_give_the_same_bytes(finished: A
     assert (tmp_path / "again" / "split.json").read_bytes() == (finished.path / "split.json").read_bytes()
 
 
+@pytest.mark.slow
 def test_what_the_loop_says_reaches_the_person(finished: Any, tmp_path: Path) -> None:
     """Also where no terminal is, as in a log file: steps and held-out losses, and that a checkpoint was damaged."""
     copy, said = tmp_path / "copy", io.StringIO()
@@ -138,6 +141,7 @@ def test_what_the_loop_says_reaches_the_person(finished: Any, tmp_path: Path) ->
     assert adapter_bytes(copy) == adapter_bytes(finished.path)
 
 
+@pytest.mark.slow
 def test_resuming_a_finished_run_evaluates_it_again_and_changes_no_adapter(finished: Any, tmp_path: Path) -> None:
     copy = tmp_path / "copy"
     shutil.copytree(finished.path, copy)
@@ -149,6 +153,7 @@ def test_resuming_a_finished_run_evaluates_it_again_and_changes_no_adapter(finis
     assert read_report(copy / "report.json").systems == finished.result.report.systems
 
 
+@pytest.mark.slow
 def test_a_run_without_its_last_steps_is_resumed_to_the_same_bytes(finished: Any, tmp_path: Path) -> None:
     """What a kill leaves: an older checkpoint, an older adapter, metrics that go too far, and nothing after training."""
     copy = tmp_path / "copy"
@@ -174,6 +179,7 @@ def test_a_resumed_run_wants_the_rows_that_it_began_with(finished: Any, tmp_path
     assert tree(copy) == before
 
 
+@pytest.mark.slow
 def test_a_resumed_run_wants_the_model_that_it_began_with(finished: Any, tmp_path: Path) -> None:
     """Other weights of the same shapes under the same path: nothing but their content tells them apart."""
     model, out = tmp_path / "model", tmp_path / "run"
@@ -187,6 +193,7 @@ def test_a_resumed_run_wants_the_model_that_it_began_with(finished: Any, tmp_pat
     assert tree(out) == before
 
 
+@pytest.mark.slow
 def test_a_resumed_run_finds_its_model_at_another_place(finished: Any, tmp_path: Path) -> None:
     out, moved = tmp_path / "run", tmp_path / "moved"
     shutil.copytree(finished.path, out)
@@ -215,6 +222,7 @@ def test_a_dry_run_of_a_run_to_go_on_with_writes_nothing(finished: Any) -> None:
     assert result.to_mapping()["dry_run"] is True and tree(finished.path) == before
 
 
+@pytest.mark.slow
 def test_rows_without_labels_are_evaluated_by_their_loss(tiny_llama_folder: Path, tmp_path: Path) -> None:
     data = write_rows(tmp_path / "chats.jsonl", chats(30))
     result = run(tiny_llama_folder, data, tmp_path / "run", {"train.steps": 12})
@@ -239,6 +247,7 @@ def test_every_turn_of_the_assistant_is_a_target_through_the_template(tiny_llama
     assert setup.text.tokenizer.decode(example.ids.tolist()).startswith("<|im_start|>user\n")
 
 
+@pytest.mark.slow
 def test_new_tokens_are_opened_again_here_and_in_peft(tiny_llama_folder: Path, rows: Path, tmp_path: Path) -> None:
     result = run(tiny_llama_folder, rows, tmp_path / "run", {"lora.new_tokens": "<plant>,<stone>"})
     folder = tmp_path / "run" / "adapter"
@@ -255,6 +264,7 @@ def test_new_tokens_are_opened_again_here_and_in_peft(tiny_llama_folder: Path, r
     torch.testing.assert_close(theirs, ours, atol=1e-5, rtol=0)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "changes",
     [
@@ -282,6 +292,7 @@ def test_what_a_run_leaves_loads_in_peft_with_equal_logits(
     assert result.report is not None and result.report.drift is None
 
 
+@pytest.mark.slow
 def test_ranks_on_disk_follow_the_patterns(tiny_llama_folder: Path, rows: Path, tmp_path: Path) -> None:
     run(tiny_llama_folder, rows, tmp_path / "run", {"lora.rank_pattern": "q_proj=2", "train.steps": 1})
     pairs: Adapter = peft.read(tmp_path / "run" / "adapter")
@@ -290,6 +301,7 @@ def test_ranks_on_disk_follow_the_patterns(tiny_llama_folder: Path, rows: Path, 
     }  # fmt: skip
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("stop", "named"), [(KeyboardInterrupt(), "Ctrl-C"), (KeyboardInterrupt("SIGTERM"), "SIGTERM")])
 def test_ctrl_c_during_evaluation_says_how_to_go_on(
     tiny_llama_folder: Path, rows: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, stop: KeyboardInterrupt, named: str
@@ -308,6 +320,7 @@ def test_ctrl_c_during_evaluation_says_how_to_go_on(
     assert adapter_bytes(out) == adapter and (out / "report.html").is_file()
 
 
+@pytest.mark.slow
 def test_a_second_ctrl_c_in_training_says_how_to_go_on(
     tiny_llama_folder: Path, rows: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -325,6 +338,7 @@ def test_a_second_ctrl_c_in_training_says_how_to_go_on(
         finetune(read_run(out / "config.yaml"), FinetuneOptions(resume=out), console=quiet())
 
 
+@pytest.mark.slow
 def test_a_failed_check_is_raised_after_everything_is_written_and_shown(
     finished: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -341,6 +355,7 @@ def test_a_failed_check_is_raised_after_everything_is_written_and_shown(
     assert text.index("McNemar") < text.index("FAIL  base untouched") < text.index("Report: ") and "Next: " not in text
 
 
+@pytest.mark.slow
 def test_the_recommended_commands_are_printed_last(finished: Any, tmp_path: Path) -> None:
     copy, console = tmp_path / "copy", Console(record=True, width=200, file=io.StringIO())
     shutil.copytree(finished.path, copy)
@@ -373,6 +388,7 @@ def test_a_sink_that_is_not_installed_is_said_before_anything_is_written(
     assert list(tmp_path.iterdir()) == []
 
 
+@pytest.mark.slow
 def test_the_best_checkpoint_is_what_is_kept_and_evaluated(tiny_llama_folder: Path, tmp_path: Path) -> None:
     """A rate that overshoots in the end: an earlier adapter is the best, and it is the one in the report and on disk."""
     data = write_rows(tmp_path / "chats.jsonl", chats(30))
@@ -386,6 +402,7 @@ def test_the_best_checkpoint_is_what_is_kept_and_evaluated(tiny_llama_folder: Pa
     assert result.report.systems[0].metrics["loss"].value == pytest.approx(held_out[best], abs=1e-6) != held_out[-1]
 
 
+@pytest.mark.slow
 def test_states_below_the_lowest_pair_are_kept_and_change_nothing_but_rounding(rows: Path, tmp_path: Path) -> None:
     """With lora.layers top:1: losses as without, said once, and a resumed run ends in the same bytes."""
     model, said = save_tiny_llama(tmp_path / "model"), io.StringIO()

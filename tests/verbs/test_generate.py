@@ -53,6 +53,7 @@ def drawn(out: Path, **options: Any) -> list[np.ndarray]:
     return [open_pixels(out / picture.file)[0].astype(int) for picture in result.pictures]
 
 
+@pytest.mark.slow
 def test_one_adapter_its_weight_and_none(tiny_sd_folder: Path, adapters: dict[str, Path], tmp_path: Path) -> None:
     [base] = drawn(tmp_path / "base", model=str(tiny_sd_folder))
     [off] = drawn(tmp_path / "off", adapter=(str(adapters["linear"]),), each=("base",))
@@ -64,6 +65,7 @@ def test_one_adapter_its_weight_and_none(tiny_sd_folder: Path, adapters: dict[st
     assert record == [{"file": "000.png", "prompt": "red box, wide", "seed": 0, "mix": {"a": 0.5}}]
 
 
+@pytest.mark.slow
 def test_a_mix_for_each_picture_is_what_it_is_alone(tiny_sd_folder: Path, adapters: dict[str, Path], tmp_path: Path) -> None:
     named = tuple(f"{name}={path}" for name, path in adapters.items())
     prompts = ("a", "b", "c", "d")
@@ -89,6 +91,7 @@ def test_the_command_line_keeps_commas_and_takes_flags_several_times(
     assert "exists already" in capsys.readouterr().err
 
 
+@pytest.mark.slow
 def test_the_command_line_says_the_prediction_and_leaves_guidance_to_the_kind(
     tiny_sdxl_folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -124,6 +127,7 @@ def test_what_cannot_be_drawn_is_said_before_anything_is_loaded(options: dict[st
     assert not (tmp_path / "out").exists()
 
 
+@pytest.mark.slow
 def test_a_run_that_overrode_the_prediction_is_drawn_as_it_was_trained(tiny_sd_folder: Path, tmp_path: Path) -> None:
     """The tiny model's scheduler says epsilon; the same numbers with a scheduler that says v are what it has to equal."""
     result = image_run(tiny_sd_folder, tmp_path, diffusion__prediction="v_prediction", diffusion__seeds=1, train__steps=2)

@@ -69,6 +69,7 @@ def test_a_bare_adapter_of_peft_is_certified_on_texts_of_its_base(tmp_path: Path
     assert merged.result.changed == 4
 
 
+@pytest.mark.slow
 def test_new_tokens_are_in_the_merged_tokenizer(tiny_llama_folder: Path, tmp_path: Path) -> None:
     data = write_rows(tmp_path / "rows.jsonl", reviews(30))
     run(tiny_llama_folder, data, tmp_path / "run", {"lora.new_tokens": "<plant>", "train.steps": 2})

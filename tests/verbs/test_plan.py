@@ -23,6 +23,7 @@ def test_the_verb_needs_neither_rows_nor_weights(config_folder: Path) -> None:
     assert sorted(path.name for path in config_folder.iterdir()) == ["config.json"]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("words", "why"),
     [

@@ -265,6 +265,7 @@ def test_prompts_get_the_replies_of_the_report(chatted: FinetuneResult, tmp_path
     assert found.answered == sum(map(bool, report.texts)) and written[-1]["answer_review"] == "yes"
 
 
+@pytest.mark.slow
 def test_replies_end_as_in_the_report_without_the_training_rows(
     tiny_llama_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

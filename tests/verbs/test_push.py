@@ -97,6 +97,7 @@ def desk(process: Desk) -> Desk:
     return process
 
 
+@pytest.mark.slow
 def test_an_adapter_is_sent_in_one_commit_and_compared(desk: Desk, tiny_llama_folder: Path) -> None:
     code, said = desk.push("mine", "me/dates", "--base", BASE, "--private")
     assert code == 0, said
@@ -112,6 +113,7 @@ def test_an_adapter_is_sent_in_one_commit_and_compared(desk: Desk, tiny_llama_fo
     assert "report.html shows rows of the data; --no-report leaves it out." in said
 
 
+@pytest.mark.slow
 def test_the_same_again_changes_nothing_and_other_files_are_named(desk: Desk) -> None:
     assert desk.push("mine", "me/dates", "--base", BASE)[0] == 0
     desk.hub.repositories["me/dates"]["files"]["notes.txt"] = b"of somebody else"
@@ -158,6 +160,7 @@ def test_a_card_that_is_no_text_is_one_message(desk: Desk) -> None:
     assert code == 2 and "README.md cannot be sent: UnicodeDecodeError" in said and not desk.hub.repositories
 
 
+@pytest.mark.slow
 def test_a_large_file_that_does_not_arrive_leaves_the_repository_as_it_was(desk: Desk) -> None:
     desk.hub.fails["/lfs/"] = 503
     code, said = desk.push("mine", "me/dates", "--base", BASE)
@@ -181,6 +184,7 @@ def test_what_the_hub_refuses_is_one_message(desk: Desk, name: str, token: str, 
     assert code == 2 and message in said and not desk.hub.received and not desk.hub.repositories, said
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("environment", "message"),
     [({"HF_HUB_OFFLINE": "1"}, "HF_HUB_OFFLINE is set"), ({}, "failed, nothing was sent: [Errno")],

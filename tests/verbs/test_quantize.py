@@ -211,6 +211,7 @@ def test_every_layout_is_read_back(layout: GptqLayout, data: Path, tmp_path: Pat
         assert bool((base.g_idx.sort().values == base.g_idx).all()) or layout.desc_act
 
 
+@pytest.mark.slow
 def test_training_reaches_every_adapter_tensor(made: Path, data: Path, tmp_path: Path) -> None:
     run(made, data, tmp_path / "run", {"train.steps": "4", "train.evaluate_every": "2"})
     tensors = load_file(tmp_path / "run" / "adapter" / "adapter_model.safetensors")

@@ -20,6 +20,7 @@ from tiny.models import save_tiny_llama
 from tiny.runs import adapter_bytes, quiet, reviews, run, settings, write_rows
 
 
+@pytest.mark.slow
 def test_seeds_are_trained_and_the_first_one_is_kept(tmp_path: Path) -> None:
     model, rows = save_tiny_llama(tmp_path / "model"), write_rows(tmp_path / "rows.jsonl", reviews(60))
     alone = run(model, rows, tmp_path / "alone")

@@ -89,6 +89,7 @@ def text(url: str, model: str) -> str:
     return found
 
 
+@pytest.mark.slow
 def test_killed_and_started_again(prepared: Prepared, tiny_llama_folder: Path, adapters: Path, tmp_path: Path) -> None:
     arguments = ("--model", tiny_llama_folder, "--adapters-dir", tmp_path / "kept")
     with server(prepared, *arguments, "--adapter", f"a={adapters / 'a'}") as (process, url):
@@ -116,6 +117,7 @@ def test_killed_and_started_again(prepared: Prepared, tiny_llama_folder: Path, a
         assert process.wait(timeout=60) in (0, -signal.SIGTERM)
 
 
+@pytest.mark.slow
 def test_a_run_is_served_as_it_was_trained_and_its_certificate_says_so(
     prepared: Prepared, finished: Any, tmp_path: Path
 ) -> None:

@@ -32,6 +32,7 @@ def rows(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return write_rows(tmp_path_factory.mktemp("rows") / "rows.jsonl", reviews(120))
 
 
+@pytest.mark.slow
 def test_a_search_finds_better_settings_and_confirms_them_elsewhere(tiny_llama_folder: Path, rows: Path, tmp_path: Path) -> None:
     config = settings(tiny_llama_folder, rows, tmp_path / "run", {**SLOW, "evaluate.resamples": 2000})
     said, choices = io.StringIO(), {"rank_choices": (2, 4), "target_choices": ("all-linear", "mlp")}
@@ -62,6 +63,7 @@ def test_a_budget_that_ends_all_trials_early_replaces_nothing(tiny_llama_folder:
     assert "run file (chosen)" in page and f"{found.search.best} (best in the search)" in page
 
 
+@pytest.mark.slow
 def test_a_search_over_a_packed_base_ends_with_its_minutes(tiny_llama_folder: Path, rows: Path, tmp_path: Path) -> None:
     """After its first round, since no time is left for another; three adapters over one NF4 base."""
     packed = {**SLOW, "model.quantize.method": "nf4", "evaluate.resamples": 100}
@@ -74,6 +76,7 @@ def test_a_search_over_a_packed_base_ends_with_its_minutes(tiny_llama_folder: Pa
     assert chosen.model.quantize.method == "nf4" and chosen.train.learning_rate == 0.003
 
 
+@pytest.mark.slow
 def test_three_rates_in_one_pass_and_no_difference_said_so(tiny_llama_folder: Path, rows: Path, tmp_path: Path) -> None:
     """At rates of next to nothing, the three trials are the base: the run file's settings stay."""
     config = settings(tiny_llama_folder, rows, tmp_path / "run", {**SLOW, "train.learning_rate": 1e-30})
@@ -95,6 +98,7 @@ def test_choices_that_a_quick_search_would_not_look_at_are_refused(tiny_llama_fo
     assert not (tmp_path / "run-tune").exists()
 
 
+@pytest.mark.slow
 def test_test_rows_confirm_where_there_are_some(tiny_llama_folder: Path, rows: Path, tmp_path: Path) -> None:
     test = write_rows(tmp_path / "test.jsonl", reviews(21, seed=9))
     config = settings(tiny_llama_folder, rows, tmp_path / "run", {**SLOW, "data.test": test})
@@ -126,6 +130,7 @@ def searched(setup: TextAssembly, keep: bool, monkeypatch: pytest.MonkeyPatch, s
     return tune(config, TuneOptions(tokens=4000, seeds=2, together=2, **choices), console=Console(file=said, width=300))
 
 
+@pytest.mark.slow
 def test_a_row_passes_the_blocks_that_no_trial_adapts_once_in_a_whole_search(
     tiny_llama_folder: Path, rows: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -74,6 +74,7 @@ def kind(check: Check) -> str:
     return check.name.rpartition(": ")[2]
 
 
+@pytest.mark.slow
 def test_faithful_artefacts_pass_and_the_run_keeps_the_proof(loud: Loud, tmp_path: Path) -> None:
     run = Path(shutil.copytree(loud.path, tmp_path / "run"))
     before = len(read_certificate(run / "certificate.json").checks)
@@ -102,6 +103,7 @@ def test_faithful_artefacts_pass_and_the_run_keeps_the_proof(loud: Loud, tmp_pat
     assert len(read_certificate(run / "certificate.json").checks) == len(names)  # replaced, not doubled
 
 
+@pytest.mark.slow
 def test_labelled_rows_that_are_left_out_are_counted_and_said(loud: Loud, tmp_path: Path) -> None:
     """Also where others stay; and what their answers take on disk is counted before, whichever stay."""
     opened, target = open_adapter(loud.path), write_model(loud.model, loud.adapter, tmp_path / "x.gguf")
@@ -143,6 +145,7 @@ def test_few_bits_take_more_rows_within_the_memory_plan_or_say_that_they_cannot_
     assert f"{check.n} rows cannot tell: 4 bits may change 25 % of the answers" in str(weak)
 
 
+@pytest.mark.slow
 def test_a_wrong_file_is_held_against_itself_only_and_until_it_is_gone(loud: Loud, tmp_path: Path) -> None:
     run = Path(shutil.copytree(loud.path, tmp_path / "run"))
     for folder in ("good", "wrong"):
@@ -212,6 +215,7 @@ MUTATIONS = [
 ]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("form", ["merged", "lora"])
 @pytest.mark.parametrize(("mutate", "cause"), MUTATIONS, ids=lambda value: getattr(value, "__name__", ""))
 def test_each_mistake_fails_and_is_named(
@@ -230,6 +234,7 @@ def test_each_mistake_fails_and_is_named(
     assert "The worst layer is " in said and ("first diverging token" in said) == ("greedy text" in kinds)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("quant", ["q8_0", "q4_0"])
 def test_few_bits_hide_no_mistake(loud: Loud, tmp_path: Path, quant: str) -> None:
     half = changed(loud.adapter, lambda _, pair: dataclasses.replace(pair, alpha=6.0))
@@ -239,6 +244,7 @@ def test_few_bits_hide_no_mistake(loud: Loud, tmp_path: Path, quant: str) -> Non
     assert "weights" in kinds and "the scale; every matrix holds 0." in said
 
 
+@pytest.mark.slow
 def test_a_doubled_begin_token_fails(loud: Loud, tmp_path: Path) -> None:
     tokenizer = load_tokenizer(loud.model)
     bos = tokenizer.bos_token
@@ -248,6 +254,7 @@ def test_a_doubled_begin_token_fails(loud: Loud, tmp_path: Path) -> None:
     assert kinds == ["prompt ids"] and "BOS is doubled or added" in said
 
 
+@pytest.mark.slow
 def test_another_template_fails(loud: Loud, tmp_path: Path) -> None:
     tokenizer = load_tokenizer(loud.model)
     tokenizer.chat_template = tokenizer.chat_template.replace("'\\n' }}{%", "': ' }}{%", 1)
@@ -255,6 +262,7 @@ def test_another_template_fails(loud: Loud, tmp_path: Path) -> None:
     assert kinds == ["prompt ids"] and "Likely cause: the chat template or the pre-tokenizer differs" in said
 
 
+@pytest.mark.slow
 def test_the_command_ends_with_3_and_without_artefacts_with_2(
     loud: Loud, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

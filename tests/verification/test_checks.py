@@ -81,6 +81,7 @@ def test_parts_of_a_row_are_compared_as_the_whole_is(live: InTorch, probes: Prob
         np.testing.assert_allclose(few, full[-last:], atol=1e-5)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("tokens", [200, 600])
 def test_one_table_of_logits_of_each_side_is_in_memory_at_a_time(tokens: int, monkeypatch: pytest.MonkeyPatch) -> None:
     """Also for rows of several parts, and after another row."""

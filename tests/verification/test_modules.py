@@ -109,6 +109,7 @@ def expected(held: Adapter, parts: tuple[str, ...]) -> set[str]:
     return {path for path in held.pairs if any(part in path for part in parts)}
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("dtype", FAULTS)
 def test_our_own_server(finished: Any, loud: Path, side: Any, dtype: str, tmp_path: Path) -> None:
     """All modules of the right one, and each planted lack, are found; a scale that is 2 % off too."""
@@ -133,6 +134,7 @@ def test_our_own_server(finished: Any, loud: Path, side: Any, dtype: str, tmp_pa
     assert "The server's scale is 0.9" in check.detail and len(modules.active) == 14
 
 
+@pytest.mark.slow
 def test_the_measured_rounding_bounds_a_scale_below_its_formats_limit(
     finished: Any, loud: Path, side: Any, tmp_path: Path
 ) -> None:
@@ -163,6 +165,7 @@ def swapped(held: Adapter, first: str, second: str) -> Adapter:
     return dataclasses.replace(held, pairs=pairs)
 
 
+@pytest.mark.slow
 def test_no_fault_of_a_weak_adapter_is_counted_as_active(finished: Any, loud: Path, side: Any, tmp_path: Path) -> None:
     """B of one layer zeroed, A of two layers swapped, all B of a block zeroed: each fails, or is named with its effect."""
     opened = open_adapter(loud)
@@ -183,6 +186,7 @@ def test_no_fault_of_a_weak_adapter_is_counted_as_active(finished: Any, loud: Pa
             assert not modules.proved and modules.unseen, "a block that changes so little is not shown"
 
 
+@pytest.mark.slow
 def test_one_call_compares_all_adapters_of_a_server(finished: Any, loud: Path, tmp_path: Path) -> None:
     """Each with the run of its name; the exit code is that of the worst, and what has no run is not proved."""
     held = open_adapter(loud).adapter
@@ -203,6 +207,7 @@ def test_one_call_compares_all_adapters_of_a_server(finished: Any, loud: Path, t
     assert better.exit_code == 4 and dataclasses.replace(better, without_run=()).exit_code == 0
 
 
+@pytest.mark.slow
 def test_llama_cpps_own_server(finished: Any, loud: Path, side: Any, tmp_path: Path) -> None:
     """In f16, right and with one pair missing."""
     held = open_adapter(loud).adapter
@@ -214,6 +219,7 @@ def test_llama_cpps_own_server(finished: Any, loud: Path, side: Any, tmp_path: P
         assert len(modules.active) >= 12, modules.unclear
 
 
+@pytest.mark.slow
 def test_a_server_that_tells_every_place_is_not_asked_again(finished: Any, loud: Path, side: Any, tmp_path: Path) -> None:
     held = open_adapter(loud).adapter
     file = write_model(finished.model, lacking(held, (GATE,)), tmp_path / "m.gguf")

@@ -87,6 +87,7 @@ def test_in_fp32_every_order_is_the_live_adapter(loud: Path) -> None:
     assert len(found) == 10 and all(one.kl.mean() < 1e-8 for one in found)
 
 
+@pytest.mark.slow
 def test_a_server_in_bfloat16_is_measured_and_no_false_alarm(finished: Any, loud: Path, tmp_path: Path) -> None:
     """Real rounding passes and says by which format; the adapter with 0.8 of its scale does not."""
     run = shutil.copytree(loud, tmp_path / "run")
@@ -142,6 +143,7 @@ def test_a_small_change_of_a_base_of_4_bits_is_not_rounded_away_in_8() -> None:
     assert float((kept * change).sum() / (change * change).sum()) == pytest.approx(1, abs=0.15)
 
 
+@pytest.mark.slow
 def test_of_few_bits_the_limits_are_measured_too(loud: Path) -> None:
     """Computations in 4 bits differ more than in 8, each lies within the limits of the others, and the base beyond them."""
     opened = open_adapter(loud)

@@ -59,6 +59,7 @@ def swapped(held: Adapter) -> Adapter:
     return dataclasses.replace(held, pairs={**held.pairs, **pairs})
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("change", [lambda held: held, without_one, swapped])
 def test_one_wrong_module_is_seen_beside_the_certified_file(
     finished: Any, change: Callable[[Adapter], Adapter], tmp_path: Path

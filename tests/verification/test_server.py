@@ -55,6 +55,7 @@ def loud(finished: Any, tmp_path_factory: pytest.TempPathFactory) -> Path:
     return loud_run(finished.path, tmp_path_factory.mktemp("loud") / "run")
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", KINDS)
 def test_the_right_model_passes_and_the_base_does_not(finished: Any, loud: Path, kind: str, tmp_path: Path) -> None:
     run = shutil.copytree(loud, tmp_path / "run")  # whose certificate will hold a failed check
@@ -86,6 +87,7 @@ def test_the_right_model_passes_and_the_base_does_not(finished: Any, loud: Path,
     assert "effect" in str(caught.value)
 
 
+@pytest.mark.slow
 def test_a_server_of_fewer_bits_says_so_and_they_must_be_meant(finished: Any, loud: Path, tmp_path: Path) -> None:
     """Its own word sets no wide limits: a wrong adapter there fails as in 16 bits, with the option that would allow 4 bits."""
     run = shutil.copytree(loud, tmp_path / "run")
@@ -118,6 +120,7 @@ def without_a_block(path: str, pair: Pair) -> Pair:
     return dataclasses.replace(pair, B=pair.B * 0) if ".layers.1." in path else pair
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("mutate", "cause"),
     [
@@ -137,6 +140,7 @@ def test_each_mistake_of_a_served_model_is_named(finished: Any, loud: Path, muta
         assert f"{url}: log-probabilities" in str(caught.value) and cause in str(caught.value)
 
 
+@pytest.mark.slow
 def test_another_template_is_seen_from_lengths_alone(finished: Any, loud: Path, tmp_path: Path) -> None:
     run = shutil.copytree(loud, tmp_path / "run")
     file = write_model(finished.model, open_adapter(run).adapter, tmp_path / "right.gguf")
@@ -147,6 +151,7 @@ def test_another_template_is_seen_from_lengths_alone(finished: Any, loud: Path, 
             verify(VerifyOptions(str(run), against=(url,), rows=2), console=quiet())
 
 
+@pytest.mark.slow
 def test_a_server_that_tells_texts_alone_is_read_by_them(finished: Any, loud: Path, tmp_path: Path) -> None:
     run = shutil.copytree(loud, tmp_path / "run")
     tokenizer = load_tokenizer(finished.model)
@@ -187,6 +192,7 @@ class Lying(Api):
         return "a lie"
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("ids", [Lying.ids, (5,)])
 def test_a_lying_server_fails_and_breaks_nothing(
     finished: Any, loud: Path, ids: tuple[int, ...], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
@@ -202,6 +208,7 @@ def test_a_lying_server_fails_and_breaks_nothing(
     assert max(read) < 500, "the server was told to write a few tokens"
 
 
+@pytest.mark.slow
 def test_a_check_says_when_and_against_what_it_was_made(finished: Any, loud: Path, tmp_path: Path) -> None:
     run = shutil.copytree(loud, tmp_path / "run")
     tokenizer = load_tokenizer(finished.model)
@@ -219,6 +226,7 @@ def test_a_check_says_when_and_against_what_it_was_made(finished: Any, loud: Pat
     assert "by llama.cpp b7" in page and f"not checked: the stored weights of {right}" in page and dated[0].made in page
 
 
+@pytest.mark.slow
 def test_lorakeet_serve_gives_what_the_live_adapter_gives(finished: Any, loud: Path, tmp_path: Path) -> None:
     run = shutil.copytree(loud, tmp_path / "run")
     text = load_text_model(ModelSpec(path=str(finished.model), dtype="float32"))
@@ -240,6 +248,7 @@ def test_lorakeet_serve_gives_what_the_live_adapter_gives(finished: Any, loud: P
     assert found.certificate.checks[2].measured["mean_kl"] < 1e-8
 
 
+@pytest.mark.slow
 def test_a_real_llama_server_writes_what_the_live_adapter_writes_merged_or_not(finished: Any, tmp_path: Path) -> None:
     run = shutil.copytree(finished.path, tmp_path / "run")
     adapter = open_adapter(run).adapter
@@ -283,6 +292,7 @@ class Leaving(Fake):
             self.end_headers()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("status", [0, 401, 429, 500])
 def test_what_was_checked_before_a_server_went_away_is_kept_and_incomplete(
     finished: Any, loud: Path, status: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
@@ -359,6 +369,7 @@ def test_the_base_is_seen_where_rounding_could_explain_all_that_the_adapter_chan
     assert right or "the adapter is not applied" in check.detail
 
 
+@pytest.mark.slow
 def test_another_answer_counts_unless_the_live_model_is_undecided(loud: Path) -> None:
     """Few bits flip an answer where two are nearly as likely; one that is clearly worse, or told as text alone, is different."""
     opened = open_adapter(loud)

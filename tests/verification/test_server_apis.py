@@ -211,6 +211,7 @@ def answering(*statuses: int | bytes) -> tuple[str, list[str], Callable[[], None
     return f"http://127.0.0.1:{server.server_port}", seen, stop
 
 
+@pytest.mark.slow
 def test_a_server_that_has_no_time_is_queried_again_and_later_has_none() -> None:
     waits = list[float]()
     url, seen, stop = answering(429, 503)

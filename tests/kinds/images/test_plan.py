@@ -50,6 +50,7 @@ def heap_as_it_was(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(fit, "return_freed_memory", lambda: True)
 
 
+@pytest.mark.slow
 def test_a_budget_is_kept_reported_and_certified_with_one_base(tiny_sd_folder: Path, tmp_path: Path) -> None:
     found = image_run(tiny_sd_folder, tmp_path, memory__budget="8GiB", diffusion__seeds=0, train__steps=2)
     assert found.report is not None
@@ -62,6 +63,7 @@ def test_a_budget_is_kept_reported_and_certified_with_one_base(tiny_sd_folder: P
     assert found.to_mapping()["memory"]["peak"] == whole.planned
 
 
+@pytest.mark.slow
 def test_what_takes_less_is_chosen_and_said(tiny_sd_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     config = image_config(tiny_sd_folder, tmp_path, memory__budget="1GiB")
     monkeypatch.setattr(image_forecast, "image_runtime_bytes", lambda config, dtype: 0)
@@ -88,6 +90,7 @@ def limited(monkeypatch: pytest.MonkeyPatch) -> list[tuple[torch.device, int]]:
     return found
 
 
+@pytest.mark.slow
 def test_on_a_cuda_device_the_budget_is_that_of_its_memory(
     tiny_sd_folder: Path, tmp_path: Path, limited: list[tuple[torch.device, int]]
 ) -> None:
@@ -133,6 +136,7 @@ def test_files_count_from_which_numbers_are_rounded(tiny_sd_folder: Path, tmp_pa
     assert machine_of(image_config(Path("somebody/a-model"), tmp_path)).mapped == -1
 
 
+@pytest.mark.slow
 def test_what_helps_on_a_gpu_without_bfloat16_is_float16_which_takes_no_more(
     tiny_sd_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -144,6 +148,7 @@ def test_what_helps_on_a_gpu_without_bfloat16_is_float16_which_takes_no_more(
     assert change == "model.dtype float16" and planned.peak == narrow.peak and planned.work == narrow.work
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("start", "decomposed"), [("pissa", 1), ("kaiming", 0)])
 def test_what_pairs_begin_with_is_in_the_runtime_and_in_the_peak_of_training(
     tiny_sd_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, start: str, decomposed: int
@@ -175,6 +180,7 @@ def rehearsed(shapes: Shapes, pictures: Pictures = PICTURES, quantize: str = "no
     return rehearse_images(partial(built, shapes, quantize), LORA, TrainSpec(), diffusion, pictures)
 
 
+@pytest.mark.slow
 def test_what_is_kept_all_along_is_counted_exactly(shapes: Shapes) -> None:
     found, real = rehearsed(shapes), built(shapes)
     tensors = {id(t): t for t in (*real.parts.parameters(), *real.parts.buffers(), *real.vae.parameters())}
@@ -187,6 +193,7 @@ def test_what_is_kept_all_along_is_counted_exactly(shapes: Shapes) -> None:
     assert step["gradients"] <= adapter and set(found.peaks) >= {ENCODE, BEGIN, STEP, EVALUATE, CHECKPOINT, FINAL}
 
 
+@pytest.mark.slow
 def test_more_pictures_keep_more_and_checkpointing_keeps_less(shapes: Shapes) -> None:
     def kept(found: ImageRehearsal) -> int:
         return found.peaks[STEP].kinds["saved activations"]
@@ -197,11 +204,13 @@ def test_more_pictures_keep_more_and_checkpointing_keeps_less(shapes: Shapes) ->
     assert rehearsed(shapes, text_encoder=True).plan.parameters > two.plan.parameters
 
 
+@pytest.mark.slow
 def test_a_packed_unet_takes_less(shapes: Shapes) -> None:
     dense, packed = rehearsed(shapes), rehearsed(shapes, quantize="int8")
     assert packed.base < dense.base and packed.other_part == dense.other_part and packed.largest == dense.largest
 
 
+@pytest.mark.slow
 def test_a_gpu_has_a_shard_only_while_it_computes(shapes: Shapes) -> None:
     all_along, card = rehearsed(shapes), rehearse_images(
         partial(image_model_from_config, shapes, name="tiny", dtype=torch.float32, gpu=True), LORA, TrainSpec(),
@@ -220,6 +229,7 @@ def test_a_gpu_has_a_shard_only_while_it_computes(shapes: Shapes) -> None:
     assert apart[FINAL] > encoders and all_along.peaks[ENCODE].bytes - card.peaks[ENCODE].bytes >= parts["unet"]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", ["sd3", "flux"])
 def test_transformers_are_rehearsed_too(kind: str, request: pytest.FixtureRequest) -> None:
     folder = request.getfixturevalue(f"tiny_{kind}_folder")
@@ -229,6 +239,7 @@ def test_transformers_are_rehearsed_too(kind: str, request: pytest.FixtureReques
     assert dense.peaks[STEP].kinds["saved activations"] > 0
 
 
+@pytest.mark.slow
 def test_moments_of_8_bits_are_counted(shapes: Shapes, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("lorakeet.train.optimizer.SMALLEST", 1)  # no tensor of a tiny model is large
     full, quarter = (

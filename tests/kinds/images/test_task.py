@@ -69,6 +69,7 @@ def new_task(
     )
 
 
+@pytest.mark.slow
 def test_a_step_is_cut_by_size_and_its_noise_is_not(tiny_sd_folder: Path, cache: Path) -> None:
     one, four = (
         new_task(tiny_sd_folder, cache, diffusion=DiffusionSpec(at_once=n), spec=replace(TRAIN, batch_size=9)) for n in (1, 4)
@@ -117,6 +118,7 @@ def test_pictures_of_the_kind_are_trained_beside_the_subject(tiny_sd_folder: Pat
     assert loss == pytest.approx(own / 3 + 0.5 * other / 3, rel=1e-4)
 
 
+@pytest.mark.slow
 def test_the_watcher_gets_the_step(tiny_sd_folder: Path, cache: Path, tmp_path: Path) -> None:
     seen: list[int] = []
     task = new_task(tiny_sd_folder, cache)
@@ -172,6 +174,7 @@ def test_held_out_losses_are_the_same_at_any_time(tiny_sd_folder: Path, cache: P
     assert np.allclose(base, first.sums, rtol=1e-6)  # B is 0: the adapter is the base, on the same timesteps and noises
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("kind", "text_encoder"), [("sd", False), ("sd", True), ("sdxl", True)])
 def test_training_lowers_the_loss_and_the_saved_adapter_is_the_trained_one(
     request: pytest.FixtureRequest, cache: Path, tmp_path: Path, kind: str, text_encoder: bool
@@ -189,6 +192,7 @@ def test_training_lowers_the_loss_and_the_saved_adapter_is_the_trained_one(
         assert torch.equal(pair.B, other.B) and pair.scale == other.scale == 3.0
 
 
+@pytest.mark.slow
 def test_a_resumed_run_ends_in_the_same_bits(tiny_sdxl_folder: Path, cache: Path, tmp_path: Path) -> None:
     spec = replace(TRAIN, evaluate_every=2)
     whole = new_task(tiny_sdxl_folder, cache, spec=spec, dropout=0.2)
@@ -210,6 +214,7 @@ def test_a_resumed_run_ends_in_the_same_bits(tiny_sdxl_folder: Path, cache: Path
     assert (tmp_path / "whole" / file).read_bytes() == (cut.path / file).read_bytes()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("kind", "quantize", "text_encoder", "targets"),
     [
@@ -250,6 +255,7 @@ def test_small_gradients_are_lost_without_the_scale(tiny_sd_folder: Path, cache:
     assert scaled < 0.01 and plain > 0.1
 
 
+@pytest.mark.slow
 def test_a_true_overflow_is_left_out_and_a_resumed_run_ends_in_the_same_bits(
     tiny_sd_folder: Path, cache: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -275,6 +281,7 @@ def test_a_true_overflow_is_left_out_and_a_resumed_run_ends_in_the_same_bits(
     assert all(torch.equal(value, resumed.parameters()[name]) for name, value in whole.parameters().items())
 
 
+@pytest.mark.slow
 def test_a_model_that_predicts_v_is_trained_on_v(cache: Path, tmp_path: Path) -> None:
     task = new_task(save_tiny_sd(tmp_path / "v", prediction="v_prediction"), cache, targets=("attention",))
     assert task.diffusion.prediction == "v_prediction"
@@ -292,6 +299,7 @@ def test_a_model_that_predicts_v_is_trained_on_v(cache: Path, tmp_path: Path) ->
     assert outcome.best_loss is not None and outcome.base_loss is not None and outcome.best_loss < outcome.base_loss
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", ["sd3", "flux"])
 def test_a_flow_is_trained_on_its_velocity(kind: str, cache: Path, request: pytest.FixtureRequest, tmp_path: Path) -> None:
     task = new_task(request.getfixturevalue(f"tiny_{kind}_folder"), cache, targets=("attention", "mlp"))

@@ -37,6 +37,7 @@ def trials(folder: Path, tmp_path: Path, betas: tuple[float, ...] = (), **change
     return PairTrials(setup, space, SearchRows(held_out[:10], held_out[10:], {}, "others"), SearchBudget(None, None), quiet())
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("reference", "passes"), [("start", 2), ("base", 1)])
 def test_the_reference_is_computed_once_for_each_choice_of_pairs(
     reference: str, passes: int, tiny_llama_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch

@@ -106,6 +106,7 @@ def test_new_tokens_are_known_before_rows_are_encoded(finished: Any, tmp_path: P
     assert setup.new_token_ids == (320,) and all(320 in example.ids for example in setup.train.examples)
 
 
+@pytest.mark.slow
 def test_float16_is_refused_where_rows_are_measured_alone(finished: Any, rows: Path, tmp_path: Path) -> None:
     narrow = {"model.dtype": "float16", "model.products": "float32"}
     with pytest.raises(ConfigError, match=r"float16, and lora.start gradient measures rows without the loss scale.* kaiming"):

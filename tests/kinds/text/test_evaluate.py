@@ -85,6 +85,7 @@ def test_the_floors_learn_from_the_rows_that_are_named(finished: Any, text: Text
     assert [system.role for system in without.report("t", baseline_rows=dataset.train).systems] == ["adapter", "base"]
 
 
+@pytest.mark.slow
 def test_examples_pass_through_the_base_once_a_batch(finished: Any, text: TextModel, monkeypatch: pytest.MonkeyPatch) -> None:
     """The few-shot base computes about the tokens of the rows alone, though each row stands behind all examples."""
     named = [("ab"[number % 2], f"Number {number} is it") for number in range(60)]
@@ -126,6 +127,7 @@ def test_how_the_base_answers_labelled_rows_is_said(finished: Any, text: TextMod
     assert next(system.note for system in report.systems if system.role == "base") == LIKELIEST_LABEL
 
 
+@pytest.mark.slow
 def test_few_shot_rows_pass_in_wider_batches_where_memory_allows_it(
     finished: Any, text: TextModel, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -171,6 +173,7 @@ def test_rows_that_do_not_fit_are_left_out_of_every_system(finished: Any, text: 
         judge_of(finished, text, rows, max_tokens=8, too_long="drop").report("t", baseline_rows=())
 
 
+@pytest.mark.slow
 def test_loss_of_rows_without_labels_is_that_of_transformers(tiny_llama_folder: Path, tmp_path: Path) -> None:
     data = write_rows(tmp_path / "chats.jsonl", chats(30))
     result = run(tiny_llama_folder, data, tmp_path / "run", {"train.steps": 2})

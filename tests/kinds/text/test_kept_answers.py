@@ -140,6 +140,7 @@ def test_old_files_go_where_all_are_too_large(tmp_path: Path, monkeypatch: pytes
     assert 1 <= len(left) < 5 and sum(file.stat().st_size for file in left) <= 2000
 
 
+@pytest.mark.slow
 def test_the_newest_files_stay(tmp_path: Path) -> None:
     for number in range(MOST + 3):
         KeptAnswers(tmp_path, f"m{number}", APART).numbers("base", ROWS, Counted())
@@ -169,6 +170,7 @@ def passes(monkeypatch: pytest.MonkeyPatch) -> list[int]:
     return found
 
 
+@pytest.mark.slow
 def test_a_second_run_on_the_same_rows_takes_them(finished: Any, tmp_path: Path, passes: list[int]) -> None:
     """Two runs and an evaluation beside each other: reports are equal but for the adapter and the sentence."""
     test, reports = write_rows(tmp_path / "test.jsonl", reviews(50, seed=2)), []
@@ -193,6 +195,7 @@ def test_a_second_run_on_the_same_rows_takes_them(finished: Any, tmp_path: Path,
         assert kept_answers(replace(opened.config, **changes), text, tmp_path / "run1") is None, changes
 
 
+@pytest.mark.slow
 def test_replies_of_the_base_are_taken_too(tiny_llama_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     write_rows(tmp_path / "rows.jsonl", chats(120))
     written, real = [], reply.sample

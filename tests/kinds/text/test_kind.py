@@ -38,6 +38,7 @@ from tiny.gguf_file import write_tiny_gguf
 from tiny.runs import reviews, run, write_rows
 
 
+@pytest.mark.slow
 def test_rows_that_were_cut_or_left_out_are_warned_of(finished: Any, tmp_path: Path) -> None:
     records = [*reviews(30), {"text": "long " * 60, "label": "good"}]
     data = write_rows(tmp_path / "rows.jsonl", records)
@@ -51,6 +52,7 @@ def test_rows_that_were_cut_or_left_out_are_warned_of(finished: Any, tmp_path: P
         assert parts["test"] == f"1 test rows were longer than 120 tokens and {said}"
 
 
+@pytest.mark.slow
 def test_the_next_commands_run_as_they_are_printed(finished: Any, tmp_path: Path) -> None:
     copy = tmp_path / "run"
     shutil.copytree(finished.path, copy)
@@ -109,6 +111,7 @@ def planned(
     return result, text.getvalue()
 
 
+@pytest.mark.slow
 def test_the_table_says_phases_kinds_and_peak(config_folder: Path) -> None:
     result, text = planned(config_folder)
     for word in ("train step", "merge", "saved: activations kept", "runtime", "Peak of the run", "tokens a second"):
@@ -119,6 +122,7 @@ def test_the_table_says_phases_kinds_and_peak(config_folder: Path) -> None:
     assert result.advice == () and result.to_mapping()["fits"] is None
 
 
+@pytest.mark.slow
 def test_the_time_is_that_of_all_steps_or_of_a_thousand_rows(config_folder: Path) -> None:
     steps = {"train.steps": "50", "train.batch_size": "6"}
     whole, text = planned(config_folder, settings=steps)
@@ -132,6 +136,7 @@ def test_the_time_is_that_of_all_steps_or_of_a_thousand_rows(config_folder: Path
     assert " here for every 1,000 rows, in each epoch, if each row has 32 tokens. A full micro-batch takes at least " in text
 
 
+@pytest.mark.slow
 def test_a_plan_says_how_many_prompts_are_answered(config_folder: Path) -> None:
     _, text = planned(config_folder)
     assert "answers up to 64 held-out prompts, if rows have no labels, in at most 256 tokens each" in text
@@ -148,6 +153,7 @@ def test_times_and_rates_are_written_as_people_do(config_folder: Path) -> None:
     assert f"So at most {slow.planned.rows.tokens / 1700:.2g} tokens a second are trained." in said
 
 
+@pytest.mark.slow
 def test_ranks_that_will_be_chosen_are_planned_by_their_budget(config_folder: Path) -> None:
     given, _ = planned(config_folder)
     auto, text = planned(config_folder, ranks="20k")
@@ -157,6 +163,7 @@ def test_ranks_that_will_be_chosen_are_planned_by_their_budget(config_folder: Pa
         planned(config_folder, ranks="100")
 
 
+@pytest.mark.slow
 def test_ranks_that_will_fall_are_planned_as_they_begin(config_folder: Path) -> None:
     given, _ = planned(config_folder)
     pruned, text = planned(config_folder, ranks="2k", choose="prune")
@@ -173,6 +180,7 @@ def test_ranks_that_will_fall_are_planned_as_they_begin(config_folder: Path) -> 
     assert refused.streamed is None and "finetune refuses: The memory budget is 64MB" in text and "finetune keeps" not in text
 
 
+@pytest.mark.slow
 def test_a_budget_that_is_too_small_brings_advice_with_numbers(config_folder: Path) -> None:
     result, text = planned(config_folder, budget="64MB")
     assert result.to_mapping()["fits"] is False and "more than the budget" in text
@@ -223,6 +231,7 @@ def test_two_answers_that_are_never_apart_are_advised_to_be_shorter() -> None:
     assert advised(4096, RowShape(512, 8)) == {"--train.micro_tokens 2048"}
 
 
+@pytest.mark.slow
 def test_shorter_rows_are_advised_with_smaller_micro_batches(config_folder: Path) -> None:
     """Two rows of half the length in a micro-batch would hold as much as one."""
     result, text = planned(config_folder, budget="64MB", tokens=512)
@@ -231,6 +240,7 @@ def test_shorter_rows_are_advised_with_smaller_micro_batches(config_folder: Path
     assert shorter.peak <= result.peak  # of so small a model the certificate holds most
 
 
+@pytest.mark.slow
 def test_a_budget_that_streaming_keeps_shows_the_table_of_that_run(config_folder: Path) -> None:
     wide = {**SMALL, "hidden_size": 1024, "intermediate_size": 4096, "num_hidden_layers": 4}  # 67 million numbers
     (config_folder / "config.json").write_text(json.dumps(wide))
@@ -266,6 +276,7 @@ def packed_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     return tmp_path / "tiny.gguf"
 
 
+@pytest.mark.slow
 def test_the_host_memory_of_unpacking_is_no_gpu_memory(packed_file: Path) -> None:
     config = read_run(None, {"model.path": str(packed_file), "data.train": "none", "model.device": "cuda"})
     for device, unpacks in (("cuda", False), ("cpu", True)):
@@ -275,6 +286,7 @@ def test_the_host_memory_of_unpacking_is_no_gpu_memory(packed_file: Path) -> Non
         assert (text_runs.UNPACK in [phase.name for phase in result.planned.forecast.phases]) == unpacks
 
 
+@pytest.mark.slow
 def test_where_only_unpacking_is_too_large_nothing_is_streamed(
     packed_file: Path, config_folder: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -288,6 +300,7 @@ def test_where_only_unpacking_is_too_large_nothing_is_streamed(
     assert too_little.least is not None and "finetune refuses: unpacking" in text and "it needs at least" in text
 
 
+@pytest.mark.slow
 def test_a_budget_on_a_cuda_device_that_streaming_keeps_says_what_the_host_holds(config_folder: Path) -> None:
     wide = {**SMALL, "hidden_size": 512, "intermediate_size": 2048, "num_hidden_layers": 6, "vocab_size": 4096}
     (config_folder / "config.json").write_text(json.dumps(wide))

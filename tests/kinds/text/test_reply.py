@@ -185,6 +185,7 @@ def test_the_report_has_replies_first_and_the_headline_is_theirs(ran: Path) -> N
     assert "Normalised match" in page and "held-out rows" in page
 
 
+@pytest.mark.slow
 def test_chats_are_compared_by_their_last_answers(tiny_llama_folder: Path, tmp_path: Path) -> None:
     data = write_rows(tmp_path / "rows.jsonl", chats(40))
     result = finetune(settings(tiny_llama_folder, data, tmp_path / "run"), console=quiet())
@@ -201,6 +202,7 @@ def test_an_own_metric_decides(ran: Path, tmp_path: Path) -> None:
     assert render_html(report)
 
 
+@pytest.mark.slow
 def test_the_few_shot_base_is_shown_to_classifiers(finished: Any) -> None:
     """Labels named, examples given, calibrated: a contender of the adapter's, with its own note."""
     setup = finished.result.setup

@@ -90,6 +90,7 @@ def preferring(tiny_llama_folder: Path, folder: Path, objective: str, **changes:
     return assemble_text(settings(tiny_llama_folder, data, folder / "run", more), quiet())
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("objective", ["dpo", "kto"])
 def test_the_reference_and_its_readings_are_counted(
     objective: str, tiny_llama_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
@@ -141,6 +142,7 @@ def test_it_is_said_in_a_dry_run_alone_and_not_where_nothing_was_planned(setup: 
     assert run_time_text(unplanned) == ""
 
 
+@pytest.mark.slow
 def test_it_says_how_many_prompts_are_answered_and_how_long_that_takes(tiny_llama_folder: Path, tmp_path: Path) -> None:
     data = write_rows(tmp_path / "rows.jsonl", [{"prompt": f"Number {n}", "completion": f"{n % 7}"} for n in range(40)])
     changes = {"evaluate.answers": "5", "data.held_out_fraction": "0.3", "data.held_out_minimum": "0"}

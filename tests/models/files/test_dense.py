@@ -65,6 +65,7 @@ def test_what_is_cast_is_transformers_own_model(tmp_path: Path, family: str, sha
     assert {**wanted.config.to_dict(), "_name_or_path": ""} == {**found.config.to_dict(), "_name_or_path": ""}
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(sys.platform != "linux", reason="asks Linux what is mapped")
 def test_no_file_is_mapped_while_it_is_cast(tmp_path: Path, reads: list[tuple[str, bool]]) -> None:
     save_tiny_llama(tmp_path)  # a folder of its own: a model of another test may still have its file mapped

@@ -94,6 +94,7 @@ def digests(model: Any) -> dict[str, str]:
     }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("family", "method"), [("llama", "nf4"), ("gpt2", "int8")])
 def test_several_processes_pack_each_weight_once(
     family: str, method: str, tiny_model: Callable[..., Any], tmp_path: Path, forked: Together

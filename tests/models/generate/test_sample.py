@@ -49,6 +49,7 @@ def test_greedy_is_the_likeliest_token_each_time(text: TextModel) -> None:
     assert text.attention == "varlen"
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", ["qwen3_next", "granitemoehybrid", "lfm2", "falcon_h1", "nemotron_h"])
 def test_padding_reaches_no_state(kind: str, tmp_path: Path) -> None:
     """Prompts around the length of a convolution and of a chunk of linear attention, in one batch with an adapter."""
@@ -158,6 +159,7 @@ def test_what_cannot_be_sampled(text: TextModel, prompts: list[list[int]], tempe
         sample(text, prompts, max_tokens=1, temperature=temperature)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("family", ["minimax", "openai-gpt", "rwkv", "vibevoice_asr"])
 def test_a_model_out_of_the_ordinary_writes_its_likeliest_tokens(family: str, tmp_path: Path) -> None:
     """MiniMax refuses a cache of another class, the next two take none, and the last one's tower for sound has no sdpa."""

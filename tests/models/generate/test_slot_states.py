@@ -46,6 +46,7 @@ def weights(name: str) -> dict[str, float]:
     return {name: 1.0} if name else {}
 
 
+@pytest.mark.slow
 def test_texts_in_company_have_transformers_logits(made: Hybrid) -> None:
     """Prompts of every length together, in pieces, then tokens beside prompts that begin later, with mixed adapters."""
     text, selection = made.live.text, made.live.selection

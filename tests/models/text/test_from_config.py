@@ -61,6 +61,7 @@ def quiet(_: str) -> None:
     return None
 
 
+@pytest.mark.slow
 def test_every_published_shape_has_its_published_size() -> None:
     assert set(published_configs()) == set(PARAMETERS)
     for name, expected in PARAMETERS.items():
@@ -210,6 +211,7 @@ def test_attention_over_a_mask_is_rehearsed_too_and_holds_more(attention: str) -
     assert rehearsed(config, Way(True, together=1), attention=attention).peaks[STEP].bytes > by_rows
 
 
+@pytest.mark.slow
 def test_inputs_on_disk_and_fewer_batches_together_hold_less() -> None:
     config = tiny_model("llama").config
     config.num_hidden_layers = 6

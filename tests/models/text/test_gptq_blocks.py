@@ -37,6 +37,7 @@ def loaded(folder: Path, **settings: Any) -> TextModel:
     return load_text_model(ModelSpec(path=str(folder), dtype="float32", products="float32", **settings), say=lambda line: None)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("family", ["llama", "gemma2", "phi3", "gpt2"])
 @pytest.mark.parametrize("attention", ["auto", "eager"])
 def test_each_block_sees_what_the_quantised_ones_before_it_make(family: str, attention: str, tmp_path: Path) -> None:

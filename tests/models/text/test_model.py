@@ -64,6 +64,7 @@ CASES = [(family, attention) for family in FAMILIES for attention in ("varlen", 
 CASES.remove(("gemma2", "sdpa"))  # refused: see test_load
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("family", "attention"), CASES)
 def test_packed_is_one_at_a_time(
     folders: Callable[[str], Path], adapted: Callable[..., Any], rows: Rows, family: str, attention: str

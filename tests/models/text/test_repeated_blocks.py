@@ -78,11 +78,13 @@ def require_equal(few: Rehearsal, every: Rehearsal) -> None:
     assert replace(few, peaks={}, work=every.work, alike=every.alike) == replace(every, peaks={})
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("family", ALIKE)
 def test_every_family_of_equal_blocks(family: str, monkeypatch: pytest.MonkeyPatch) -> None:
     require_equal(*both(monkeypatch, config_of(family)))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("quantize", "way"),
     [("none", RESIDENT), ("nf4", Way(True, together=3)), ("int8", Way(True, together=1, spilled=True)), ("nf4", RESIDENT)],
@@ -92,6 +94,7 @@ def test_every_way_to_keep_weights(quantize: str, way: Way, monkeypatch: pytest.
     require_equal(*both(monkeypatch, config_of("llama"), way=way, quantize=quantize))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "lora",
     [
@@ -106,6 +109,7 @@ def test_every_kind_of_adapter(lora: LoraSpec, monkeypatch: pytest.MonkeyPatch) 
     require_equal(*both(monkeypatch, config_of("llama"), lora))
 
 
+@pytest.mark.slow
 def test_moments_of_8_bits(monkeypatch: pytest.MonkeyPatch) -> None:
     """AdamW in 8 bits goes from matrix to matrix in Python, so that its passing tensors are in a loop over all blocks."""
     few, every = both(monkeypatch, config_of("llama"), moments="8bit")

@@ -95,6 +95,7 @@ def in_this_process(folder: str, method: str, layers: str, dtype: str = "float32
         return found
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("method", ["none", "nf4", "int8"])
 @pytest.mark.parametrize("layers", ["all", "top:1"])
 def test_a_sharded_model_computes_the_same_bits(forked: Together, tiny_llama_folder: Path, method: str, layers: str) -> None:
@@ -105,6 +106,7 @@ def test_a_sharded_model_computes_the_same_bits(forked: Together, tiny_llama_fol
         assert found["whole"] == ["A", "B"]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("method", ["none", "nf4", "int8"])
 def test_so_it_does_in_bf16_for_which_a_whole_model_has_kernels(forked: Together, tmp_path: Path, method: str) -> None:
     """Heads of 64 numbers, so that the C library would compute whole blocks: of parted ones it sees no weights."""
@@ -116,6 +118,7 @@ def test_so_it_does_in_bf16_for_which_a_whole_model_has_kernels(forked: Together
         assert (found["in C"][0] > 0) == operators.in_use() and found["in C"][1] == 0, found
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("method", ["none", "nf4"])
 def test_so_it_does_with_stacked_experts_packed_or_not(forked: Together, tmp_path: Path, method: str) -> None:
     folder = save_tiny_llama(tmp_path / "model", family="mixtral")
@@ -124,6 +127,7 @@ def test_so_it_does_with_stacked_experts_packed_or_not(forked: Together, tmp_pat
         assert 0.45 <= found["kept"] <= 0.55 and (found["codes"] > 0) == (method != "none"), found
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 def test_so_it_does_over_a_gptq_folder(forked: Together, tmp_path: Path, dtype: str) -> None:
     """Of every number of bits and every group size, with columns in their order and out of it."""
@@ -135,6 +139,7 @@ def test_so_it_does_over_a_gptq_folder(forked: Together, tmp_path: Path, dtype: 
         assert 0.4 <= found["kept"] <= 0.6 and found["codes"] > 0, found
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 def test_so_it_does_over_a_gguf_file_in_its_own_blocks(forked: Together, tmp_path: Path, dtype: str) -> None:
     sizes = {"hidden_size": 256, "intermediate_size": 512}
@@ -144,6 +149,7 @@ def test_so_it_does_over_a_gguf_file_in_its_own_blocks(forked: Together, tmp_pat
         assert 0.4 <= found["kept"] <= 0.6 and found["codes"] > 0, found
 
 
+@pytest.mark.slow
 def test_three_processes_have_uneven_parts(forked: Together, tmp_path: Path) -> None:
     folder = save_tiny_llama(tmp_path / "model", hidden_size=40, intermediate_size=56)
     answers = forked.call("models.text.test_shard:in_this_process", str(folder), "none", "all", count=3)
@@ -174,6 +180,7 @@ def passing_until_one_dies(folder: str) -> str:
     return "nothing"
 
 
+@pytest.mark.slow
 def test_one_that_dies_within_a_pass_is_named(forked: Together, tiny_llama_folder: Path) -> None:
     forked.start({"count": 2, "call": "models.text.test_shard:passing_until_one_dies", "with": [str(tiny_llama_folder)]})
     survivor, victim = forked.end()
@@ -238,6 +245,7 @@ def order_of_gathering(folder: str) -> list[str]:
         return [*forward, "back", *found]
 
 
+@pytest.mark.slow
 def test_a_block_is_gathered_while_its_neighbour_computes(forked: Together, tmp_path: Path) -> None:
     """Each way: the next block is asked for before this one begins."""
     folder = save_tiny_llama(tmp_path / "model", num_hidden_layers=4)

@@ -139,6 +139,7 @@ def test_a_head_on_the_cpu_keeps_its_bits(tmp_path: Path) -> None:
     assert torch.equal(frozen_head_losses(states, rows, targets, chunk=8), frozen_head_losses(states, weight, targets, chunk=8))
 
 
+@pytest.mark.slow
 def test_on_shapes_it_takes_two_tiles_and_no_logits_of_all_words() -> None:
     words, hidden, count = 4096, 64, 512
     with Ledger() as ledger:

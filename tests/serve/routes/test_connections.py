@@ -92,6 +92,7 @@ def test_those_that_wait_make_place_for_new_ones(site: Callable[..., Any]) -> No
     until(lambda: idle(served) and book.count == 0 and not book.by_address)
 
 
+@pytest.mark.slow
 def test_streams_write_on_while_many_connections_trickle(site: Callable[..., Any]) -> None:
     served = site(slots=16, connections=ConnectionLimits(total=40, header=1.0))
     body = {**BODY, "max_tokens": 60}
@@ -243,6 +244,7 @@ http.run_server(service, host="127.0.0.1", port=0, ready=lambda port: print(port
 """
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("sent", "codes"), [(signal.SIGTERM, (-15, 128 + 15)), (signal.SIGINT, (128 + 2,))])
 def test_a_thread_that_never_ends_does_not_keep_the_server(sent: int, codes: tuple[int, ...], prepared: Prepared) -> None:
     with prepared.python(STUCK) as process:

@@ -145,6 +145,7 @@ def test_slow_readers_hold_no_one_up(site: Callable[..., Any]) -> None:
     slow.close()
 
 
+@pytest.mark.slow
 def test_many_connections(site: Callable[..., Any]) -> None:
     """500 of them, both ends of which are open files of this process."""
     resource = pytest.importorskip("resource")

@@ -131,6 +131,7 @@ def shared(monkeypatch: pytest.MonkeyPatch) -> list[int]:
     return members_of_passes(monkeypatch)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("tokens", [400, 60])
 def test_each_becomes_what_it_becomes_alone(tiny_llama_folder: Path, tmp_path: Path, shared: list[int], tokens: int) -> None:
     """In one pass for all that still learn, and in several, some of which members share."""
@@ -151,6 +152,7 @@ def test_each_becomes_what_it_becomes_alone(tiny_llama_folder: Path, tmp_path: P
         assert [step for step, _ in at.held_out] == list(range(0, at.total + 1, 2))
 
 
+@pytest.mark.slow
 def test_steps_that_are_not_small_are_those_of_single_runs_to_the_last_bit(
     tiny_llama_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -175,6 +177,7 @@ def test_steps_that_are_not_small_are_those_of_single_runs_to_the_last_bit(
     assert held == [[]] * 16
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("packed", ["nf4", "int8", "gptq"])
 def test_each_becomes_what_it_becomes_alone_over_a_packed_base(
     tiny_llama_folder: Path, tmp_path: Path, shared: list[int], packed: Literal["nf4", "int8", "gptq"]
@@ -204,6 +207,7 @@ def streamed_or_not(folder: Path, store: Path | None, names: str) -> tuple[TextM
     return text, members
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("together", "small"), [(0, 512), (1, 512), (0, 60), (2, 0)])
 def test_over_a_streamed_base_they_become_the_same_to_the_last_bit(
     tmp_path: Path, together: int, small: int, monkeypatch: pytest.MonkeyPatch

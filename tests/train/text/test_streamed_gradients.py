@@ -59,6 +59,7 @@ def test_any_grouping_gives_the_same_bits(together: int, on_disk: bool, tmp_path
     assert all(torch.equal(resident[1][name], streamed[1][name]) for name in resident[1])
 
 
+@pytest.mark.slow
 def test_a_block_is_read_twice_a_step_however_many_batches_there_are(tmp_path: Path) -> None:
     folder = save_tiny_llama(tmp_path / "model", num_hidden_layers=6)
     task = task_on(folder, tmp_path / "store")
@@ -120,6 +121,7 @@ def test_a_micro_batch_draws_its_numbers_on_the_device_too_and_once_more_backwar
     assert torch.equal(second_generator.get_state(), before), "what others draw is not touched"
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("keep", [False, True])
 def test_blocks_that_are_copied_late_and_inputs_kept_by_the_host_give_the_same_bits(keep: bool, tmp_path: Path) -> None:
     """The way of a CUDA device, with the device simulated (tiny/cards)."""

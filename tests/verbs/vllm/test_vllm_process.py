@@ -64,6 +64,7 @@ def test_loading_later_is_on_only_if_it_is_meant(
     assert json.loads((tmp_path / "words.json").read_text())["environment"] == {"VLLM_ALLOW_RUNTIME_LORA_UPDATING": given}
 
 
+@pytest.mark.slow
 def test_it_ends_with_the_context_and_one_that_is_not_ready_in_time_is_ended(
     tiny_llama_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

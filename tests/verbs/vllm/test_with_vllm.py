@@ -50,6 +50,7 @@ def test_a_gguf_model_is_named_by_its_dense_copy(
     assert away.words[2] == "/elsewhere/m" and "--served-model-name" not in away.words
 
 
+@pytest.mark.slow
 def test_a_wrong_adapter_there_is_not_served(finished: Any, loud: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(vllm_process, "PAUSE", 0.02)
     monkeypatch.setattr(with_vllm, "CHECK_ROWS", 1)
@@ -103,6 +104,7 @@ def test_the_key_goes_to_the_verification_and_ctrl_c_in_it_is_no_success(
     assert given == {"loading": loading, "key": "sesame-sesame", "ended": True}
 
 
+@pytest.mark.slow
 def test_it_says_that_it_serves_once_verified_and_ends_with_sigterm(
     finished: Any, loud: Path, tmp_path: Path, prepared: Prepared
 ) -> None:

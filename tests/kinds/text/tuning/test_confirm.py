@@ -30,6 +30,7 @@ def test_where_the_run_files_settings_diverge_the_best_is_unconfirmed(setup: Tex
     assert "own settings diverged" in confirmed.conclusion
 
 
+@pytest.mark.slow
 def test_the_confirmation_is_over_new_seeds_and_over_rows_that_did_not_choose(setup: TextAssembly) -> None:
     trials = trials_of(setup)
     trials.generation([Trial(START, SearchPoint()), Trial("other", SearchPoint(2.0, 2, "mlp"))], rungs=())
@@ -48,6 +49,7 @@ def test_the_confirmation_is_over_new_seeds_and_over_rows_that_did_not_choose(se
     assert "n = 9, 2 new seeds each" in of_two.conclusion
 
 
+@pytest.mark.slow
 def test_a_winner_that_diverges_under_another_seed_is_not_confirmed(setup: TextAssembly) -> None:
     trials = trials_of(setup)
     trials.generation([Trial(START, SearchPoint()), Trial("other", SearchPoint(2.0))], rungs=())

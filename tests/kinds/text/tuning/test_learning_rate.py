@@ -58,6 +58,7 @@ def test_no_rate_is_tried_on_top_of_an_earlier_adapter(tiny_llama_folder: Path, 
     assert found is None and "lora.on_top_of keeps an earlier adapter" in said
 
 
+@pytest.mark.slow
 def test_the_rate_is_tried_saved_and_the_run_is_that_of_the_rate(tiny_llama_folder: Path, rows: Path, tmp_path: Path) -> None:
     """The run after a trial, a run that is given the rate, and one that was cut short and resumed: the same bytes."""
     done = finetune(settings(tiny_llama_folder, rows, tmp_path / "run", LONG), console=quiet())
@@ -81,6 +82,7 @@ def test_the_rate_is_tried_saved_and_the_run_is_that_of_the_rate(tiny_llama_fold
     assert adapter_bytes(cut) == adapter_bytes(done.run.path) and resumed.report.search == search
 
 
+@pytest.mark.slow
 def test_a_rate_that_is_far_too_low_is_raised(tiny_llama_folder: Path, rows: Path, tmp_path: Path) -> None:
     setup = assembled(tiny_llama_folder, rows, tmp_path / "run", train__learning_rate=0.004, train__steps=72)
     chosen, found, said = tried(setup, requested=True)
@@ -91,6 +93,7 @@ def test_a_rate_that_is_far_too_low_is_raised(tiny_llama_folder: Path, rows: Pat
     assert adapter_names(chosen.text.model) == [] and chosen.plan == setup.plan
 
 
+@pytest.mark.slow
 def test_without_a_difference_the_rate_stays(tiny_llama_folder: Path, rows: Path, tmp_path: Path) -> None:
     setup = assembled(tiny_llama_folder, rows, tmp_path / "run", train__learning_rate=1e-30)
     chosen, found, said = tried(setup, requested=True)
@@ -98,6 +101,7 @@ def test_without_a_difference_the_rate_stays(tiny_llama_folder: Path, rows: Path
     assert "stays" in said and said.count("no difference shown") == 2
 
 
+@pytest.mark.slow
 def test_a_given_rate_is_not_tried(tiny_llama_folder: Path, rows: Path, tmp_path: Path) -> None:
     setup = assembled(tiny_llama_folder, rows, tmp_path / "run", train__learning_rate=0.004)
     assert tried(setup) == (setup, None, "")
@@ -155,6 +159,7 @@ def test_a_trial_that_takes_more_than_the_run_is_made_where_memory_is_free(
     assert chosen.residency.plan.peak == chosen.residency.plan.training_peak == peak > plan.peak
 
 
+@pytest.mark.slow
 def test_rates_that_diverge_are_marked_and_all_three_are_an_error(
     tiny_llama_folder: Path, rows: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -169,6 +174,7 @@ def test_rates_that_diverge_are_marked_and_all_three_are_an_error(
         choose_rate(hot, quiet())
 
 
+@pytest.mark.slow
 def test_a_long_run_tries_whole_rates_and_not_the_beginning_of_its_own_rise(
     tiny_llama_folder: Path, rows: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -202,6 +208,7 @@ def test_a_rate_that_makes_rows_far_less_likely_has_diverged(
         tried(setup)
 
 
+@pytest.mark.slow
 def test_rows_of_one_group_tell_no_rates_apart(tiny_llama_folder: Path, tmp_path: Path) -> None:
     data = write_rows(tmp_path / "rows.jsonl", [{**record, "who": "one"} for record in reviews(100)])
     held_out = write_rows(tmp_path / "held_out.jsonl", [{**record, "who": "another"} for record in reviews(20, seed=9)])

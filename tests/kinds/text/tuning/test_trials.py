@@ -28,6 +28,7 @@ def setup(tiny_llama_folder: Path, tmp_path_factory: pytest.TempPathFactory) -> 
     return assembled(tiny_llama_folder, tmp_path_factory.mktemp("search"))
 
 
+@pytest.mark.slow
 def test_a_trial_is_what_its_single_run_would_be_and_leaves_the_model_bare(setup: TextAssembly, tmp_path: Path) -> None:
     trials = trials_of(setup)
     point = SearchPoint(2.0, 2, "mlp")
@@ -104,6 +105,7 @@ def test_a_trial_whose_last_step_blew_up_has_diverged(setup: TextAssembly) -> No
     assert at is not None and at.diverged and at.done.startswith("step 1: the held-out loss is") and trials.all[0].losses is None
 
 
+@pytest.mark.slow
 def test_what_trials_are_compared_with_is_trained_to_its_end_however_slow_it_is(setup: TextAssembly) -> None:
     """Else a fast starter would be better than a run file of a quarter of its steps."""
     trials = trials_of(setup)
@@ -115,6 +117,7 @@ def test_what_trials_are_compared_with_is_trained_to_its_end_however_slow_it_is(
     assert trials.result(trials.all[0], "", "").trials[2].against_start is not None
 
 
+@pytest.mark.slow
 def test_those_given_up_count_among_the_comparisons(setup: TextAssembly) -> None:
     trials = trials_of(setup)
     trials.generation([Trial(START, SearchPoint()), *(Trial(f"×{f}", SearchPoint(f)) for f in (0.01, 0.1, 2.0))], rungs=(0.25,))
