@@ -417,3 +417,22 @@ def test_what_happens_to_repeated_rows_is_said_as_it_is():
         assert "They stay. First" in report.lines()[1], "each is measured"
     report = search_leaks({"test": [], "held-out": [], "training": same}, DataSpec(train="x"))
     assert "2 training rows repeat others: 2 × exact copy. They stay, and count twice." in report.lines()[1]
+
+
+@pytest.mark.parametrize(
+    ("text", "near"),
+    [
+        ("Wife: he sleeps badly\nDoctor: since when is it so\nSon: for a week now", True),
+        ("1. step one: heat the oil\n2. step two: add the rice\n3. step three: stir it", False),
+        ("total = price\nprice = total\nnet = price", False),
+        ("name: Ann\ncity: Rome\nage: 34", True),
+    ],
+)
+def test_lines_in_another_order_are_no_exact_copy(text, near):
+    """Fields in another order are near-copies: not where these are off."""
+    given = {
+        "held-out": [row(text, "h:1"), row("The weather is fine in May", "h:2")],
+        "training": [row("\n".join(reversed(text.splitlines())), "t:1")],
+    }
+    assert find_duplicates(given, 0) == ()
+    assert [(pair.kind, pair.similarity) for pair in find_duplicates(given, 0.8)] == [("near", 1.0)] * near

@@ -10,6 +10,7 @@ import hashlib
 from collections import Counter, defaultdict
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from itertools import combinations
 
 from lorakeet.data.copies.near_copies import fewest_words, find_near_copies
 from lorakeet.data.copies.words import fields_sorted, letters, normal_words
@@ -289,7 +290,7 @@ def _documents(parts: Mapping[str, Sequence[Row]]) -> list[_Document]:
 
 def _digest(text: str) -> bytes:
     # A text without words (punctuation only) is compared verbatim.
-    said = letters(normal_words(fields_sorted(text))) or text.strip()
+    said = letters(normal_words(text)) or text.strip()
     return hashlib.blake2b(said.encode("utf-8", "surrogatepass"), digest_size=16).digest()
 
 
@@ -327,9 +328,16 @@ def _near_pairs(
 ) -> Iterator[LeakPair]:
     """Pairs each row with the most similar text that has a row in an earlier part, or that precedes its own in its own part."""
     alike: dict[int, list[tuple[float, int]]] = defaultdict(list)
-    for copy in find_near_copies((normal_words(fields_sorted(document.text)) for document in documents), threshold):
-        alike[copy.first].append((-copy.similarity, copy.second))
-        alike[copy.second].append((-copy.similarity, copy.first))
+    texts = [normal_words(fields_sorted(document.text)) for document in documents]
+    same: dict[tuple[str, ...], list[int]] = defaultdict(list)  # but for the order of fields
+    for number, words in enumerate(texts):
+        if words:
+            same[tuple(words)].append(number)
+    copies = [(1.0, *pair) for numbers in same.values() for pair in combinations(numbers, 2)]
+    copies += [(copy.similarity, copy.first, copy.second) for copy in find_near_copies(texts, threshold)]
+    for similarity, first, second in copies:
+        alike[first].append((-similarity, second))
+        alike[second].append((-similarity, first))
     for number in sorted(alike):
         nearest = sorted(alike[number])
         document = documents[number]

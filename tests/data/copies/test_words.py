@@ -51,6 +51,7 @@ def test_characters_are_words_of_scripts_without_spaces() -> None:
         ("a = 1; b = 2; c = 3", "c = 3; a = 1; b = 2", True),
         ("Facts:\nname: Ann\ncity: Rome\nage: 3\n\nIs she old?", "Facts:\nage: 3\nname: Ann\ncity: Rome\n\nIs she old?", True),
         ("name: Ann\ncity: Rome\nage: 3", "name: Rome\ncity: Ann\nage: 3", False),
+        ("total = price\nprice = total\nnet = price", "net = price\nprice = total\ntotal = price", False),
         ("User: yes\nBot: no\nUser: maybe", "User: maybe\nBot: no\nUser: yes", False),
         ("name: Ann\ncity: Rome", "city: Rome\nname: Ann", False),
         ("Sort 3, 1, 2 at 10:30, 11:40, 12:50", "Sort 1, 3, 2 at 10:30, 11:40, 12:50", False),

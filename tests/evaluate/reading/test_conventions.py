@@ -26,7 +26,7 @@ def read(*references: str, known: tuple[str, ...] = ()) -> Conventions:
         ("x >= 1", "x > 1"), ("5%", "5"), ("$5", "€5"), ("-5", "5"), ("Cu2+", "Cu2-"), ("Na+", "Na"), ("a & b", "a | b"),
         ("3.5", "35"), ("3 + 4", "3 - 4"), ("10²", "102"), ("1½", "11/2"), ("@home", "home"), ("a/b", "a b"), ("x_1", "x 1"),
         ('5"', "5'"), ("5′", "5"), ("5 MW", "5 mW"), ("it takes 3 Mg/L", "it takes 3 mg/L"), ("7 mS", "7 MS"), ("2 Nm", "2 nm"),
-        ("9 GB", "9 Gb"), ("4 mM", "4 mm"), ("[abc]", "(abc)"), ("x in [0, 1)", "x in (0, 1]"), ("[0, 1]", "(0, 1)"),
+        ("9 GB", "9 Gb"), ("4 mM", "4 mm"), ("x in [0, 1)", "x in (0, 1]"), ("[0, 1]", "(0, 1)"),
         ("6'2\"", "62"),
         ("p := 1", "p = 1"), ("i++", "i--"), ("~x", "x"), ("(-)", "(+)"), (":)", ":("), ("2*3", "2 3"), ("#ff0000", "ff0000"),
     ],
@@ -48,6 +48,10 @@ def test_signs_that_carry_meaning_are_kept(one: str, other: str) -> None:
         ("well known", "well-known"), ("答案是甲。", "答案是甲"), (">50k!", ">50K"), ("# Paris", "Paris"),
         ("5 KG", "5 kg"), ("5 ml", "5 mL"), ("5 KB", "5 kB"), ("24H", "24h"), ("5''", '5"'), ("6′ 2″", "6'2\""), ('"5"', "5"),
         ("'route 5'", "route 5"), ('The "5" key', "the 5 key"), ("a) Paris", "(a) Paris"), ("(Paris)", "Paris"),
+        ("$5m", "$5M"), ("$5b", "$5B"), ("5m", "5M"), ("It lost $3b then", "It lost $3B then"), ("THE 90S", "the 90s"),
+        ("in the 1980S", "in the 1980s"), ("IT WEIGHS 5 T", "It weighs 5 t"), ("Washington [DC]", "Washington (DC)"),
+        ('{"a":"5"}', '{"a": "5"}'), ('["1","2"]', '["1", "2"]'), ('Born:"1990"', 'Born: "1990"'), ('x="5"', 'x = "5"'),
+        ('("5","","6.5")', '("5", "", "6.5")'), ("x='5'", "x = '5'"), ("50 K", "50K"),
         ("MM wave", "mm wave"), ("NO", "no"), ("1'234'567 x", "1'234'567 X"),
         ("The answer is: **Paris**.", "Paris"), ("Antwort: A+", "A+"), ("don’t", "don't"),
     ],
@@ -130,6 +134,31 @@ def test_kelvin_is_no_thousand() -> None:
     replies = ("300", "300 kelvin", "300 K", "300,000", "300 °C")
     assert [numeric_match(reply, "300 K", file) for reply in replies] == [1, 1, 1, 0, 0]
     assert numeric_match("5000", "5k", read("5k", "7K")) == 1.0 and read("5 ms", "7 m").kind == "short texts"
+
+
+@pytest.mark.parametrize(
+    ("references", "replies", "wrong"),
+    [
+        (("50K", "7K"), ("50 K", "50k", "50,000"), "50"),
+        (("50 K", "7k"), ("50K", "50k", "50,000"), "50"),  # one is scaled
+        (("$50 K", "$7 K"), ("$50K", "50,000"), "50"),
+        (("50 K", "77 K"), ("50K", "50k", "50", "50 kelvin"), "50,000"),  # all are in kelvin
+        (("$5M", "$7m"), ("$5m", "5 million"), "5"),
+        (("$5B", "$7b"), ("$5b",), "$6b"),
+    ],
+)
+def test_a_letter_behind_a_number_is_read_as_the_references_have_it(
+    references: tuple[str, ...], replies: tuple[str, ...], wrong: str
+) -> None:
+    file = read(*references)
+    assert file.kind == "numbers" and numeric_match(wrong, references[0], file) == 0.0
+    assert [numeric_match(reply, references[0], file) for reply in replies] == [1.0] * len(replies)
+
+
+def test_the_kind_of_brackets_counts_where_it_tells_references_apart() -> None:
+    assert normalised_match("Rome [IT]", "Rome (IT)", read("Rome (IT)", "(a) b", "[a] b")) == 0.0
+    assert normalised_match("Rome [IT]", "Rome (IT)", read("Rome (IT)", "(a) b", "a b")) == 1.0
+    assert normalised_match("[abc]", "(abc)", read("[abc]", "(abc)")) == 0.0
 
 
 def test_the_sides_of_a_query_are_told_apart() -> None:

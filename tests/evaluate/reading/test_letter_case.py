@@ -10,8 +10,9 @@ from lorakeet.evaluate.reading.letter_case import are_formulas, case_differs, is
 @pytest.mark.parametrize(
     ("one", "other", "another"),
     [
-        ("MW", "mW", True), ("mg", "Mg", True), ("mS", "ms", True), ("nM", "nm", True), ("mW/L", "MW/L", True), ("T", "t", True),
+        ("MW", "mW", True), ("mg", "Mg", True), ("mS", "ms", True), ("nM", "nm", True), ("mW/L", "MW/L", True), ("ms", "m", True),
         ("KG", "kg", False), ("MM", "mm", False), ("l", "L", False), ("KB", "kB", False), ("μg", "ug", False), ("H", "h", False),
+        ("T", "t", False), ("M", "m", False), ("B", "b", False), ("S", "s", False),
         ("stars", "Stars", False), ("", "mW", False),
     ],
 )  # fmt: skip
@@ -22,6 +23,8 @@ def test_two_units_differ_where_both_exist(one: str, other: str, another: bool) 
 def test_a_unit_stands_behind_a_number_or_a_stroke() -> None:
     assert case_differs(["5", "MW"], ["5", "mW"], formulas=False)
     assert case_differs(["5", "kg", "/", "ML"], ["5", "kg", "/", "mL"], formulas=False)
+    assert not case_differs(["$", "1", ".", "5", "MT"], ["$", "1", ".", "5", "mT"], formulas=False)
+    assert not case_differs(["USD", "5", "MT"], ["usd", "5", "mT"], formulas=False)
     assert not case_differs(["the", "MS"], ["the", "ms"], formulas=False)
     assert case_differs(["CO"], ["Co"], formulas=True) and not case_differs(["CO"], ["co"], formulas=True)
 

@@ -55,7 +55,10 @@ def normal_words(text: str) -> list[str]:
 
 
 def fields_sorted(text: str) -> str:
-    """A text with its fields ("key: value", "key = value") in order, if all keys differ; a text of other form as it is."""
+    """A text with its fields ("key: value", "key = value") in order, if all keys differ; a text of other form as it is.
+
+    Neither is sorted where a "=" assigns what another key names: then the order says what it is.
+    """
     found = list(_FIELD.finditer(text)) if text.count(":") + text.count("=") >= _FEWEST_FIELDS and text.count("{") < 2 else []
     keys = [field[1].strip().casefold() for field in found]
     if len(found) < _FEWEST_FIELDS or len({*keys}) < len(found):
@@ -63,6 +66,10 @@ def fields_sorted(text: str) -> str:
     bounds = [field.start() for field in found]
     last, _, behind = text[bounds[-1] :].partition("\n\n")
     fields = (*(text[begin:end] for begin, end in pairwise(bounds)), last)
+    for field, key, whole in zip(found, keys, fields, strict=True):
+        value = whole[len(field[0]) :].casefold() if field[0].endswith("=") else ""
+        if any(regex.search(rf"(?<!\w){regex.escape(other)}(?!\w)", value) for other in keys if other != key):
+            return text
     ordered = (field.strip(" \t\n,;|{}") for _, field in sorted(zip(keys, fields, strict=True)))
     return "\n".join((text[: bounds[0]], *ordered, behind))
 

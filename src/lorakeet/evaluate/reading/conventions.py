@@ -15,7 +15,7 @@ import regex
 
 from lorakeet.evaluate.intervals import Floats
 from lorakeet.evaluate.reading.letter_case import are_formulas, case_differs, other_unit
-from lorakeet.evaluate.reading.numbers import Number, answering, decimal_mark, whole_number
+from lorakeet.evaluate.reading.numbers import Number, answering, decimal_mark, in_kelvin, whole_number
 from lorakeet.evaluate.reading.texts import DOTLESS, bare, folded, plain, unfenced, words
 
 Kind = Literal["JSON", "numbers", "ordered labels", "sets of labels", "short texts", "texts"]
@@ -42,6 +42,9 @@ _CODE = regex.compile(r"\w[(\[]|[{};]\s*$|[=!<>]=|[=-]>|&&|\|\||(?<!\w)[!*&~]\w|
 _TOKEN = regex.compile(r"\w+|\S")
 _BRACKET = regex.compile(r"[()\[\]{}]")
 _KINDS = dict(zip("()[]{}", "(([[{{", strict=True))
+_ONE_KIND = str.maketrans("[]{}", "()()")
+_END = r"\s*[-+]?(?:[\d.]+|∞|\\?inf(?:ty|inity)?)\s*"
+_INTERVAL = regex.compile(rf"[(\[]{_END}[,;]{_END}[)\]]", regex.I)
 _IN_BRACKETS = regex.compile(r"(?<![\w)])(\p{Sc}?)\((\p{Sc}?)\s*(\d[\d.,]*)\s*(%?)\)")
 
 
@@ -69,6 +72,8 @@ class Conventions:
     shares: bool = False  # its numbers lie between -1 and 1 without %: 12 % is 0.12
     code: bool = False  # most texts are code: every sign counts
     formulas: bool = False  # its references are chemical formulas: CO is not Co
+    brackets: bool = False  # two of its references differ by the kind of brackets alone
+    kelvin: bool = False  # K behind its numbers is kelvin, and no thousand
     accounts: bool = False  # some of its numbers stand in brackets: these are negative
 
     def normal(self, text: str) -> str:
@@ -106,7 +111,8 @@ class Conventions:
 
     def _set_apart(self, reply: str, reference: str) -> bool:
         """Whether brackets, or the case of a unit or a formula, tell two texts apart that are equal but for these."""
-        one, other = (_BRACKET.findall(text) for text in (reply, reference))
+        matters = self.brackets or self.formulas or _INTERVAL.search(reference)
+        one, other = (_BRACKET.findall(text) if matters else [] for text in (reply, reference))
         kinds, others = ({*map(_KINDS.get, some)} for some in (one, other))
         if one and other and (kinds != others or (len(one) == len(other) and one != other)):
             return True
@@ -126,10 +132,13 @@ class Conventions:
         if self.scale:  # "4 out of 5" is 4
             top = max(self.scale.values())
             text = regex.sub(rf"(?<=\d)\s*\(?(?:/|out of|of|von|sur|de|su)\s*{top}\b(?![.,]?\d)", "", text)
-        found = whole_number(text, self.decimal) or answering(text, self.decimal)
+        found = whole_number(text, self.decimal, kelvin=self.kelvin) or self._answering(text)
         if found is None:
             return None
         return found.value / 100 if self.shares and found.unit == "%" else found.value
+
+    def _answering(self, text: str) -> Number | None:
+        return answering(text, self.decimal, kelvin=self.kelvin)
 
     def same_number(self, reply: str, reference: str) -> bool:
         """Whether both answer with the same number, within 1e-6 of it, and in no other unit."""
@@ -138,7 +147,7 @@ class Conventions:
             return False
         if not self.unit or self.scale:
             return True
-        numbers = [answering(self.signed(unfenced(text)), self.decimal) for text in (reply, reference)]
+        numbers = [self._answering(self.signed(unfenced(text))) for text in (reply, reference)]
         if other_unit(*(one.symbol if one is not None else "" for one in numbers)):
             return False
         found = [one.unit for one in numbers if one is not None]
@@ -218,6 +227,7 @@ def conventions_of(references: tuple[str, ...], known: tuple[str, ...] = (), sca
         decimal=decimal_mark(texts),
         code=2 * sum(_CODE.search(text) is not None for text in references) >= len(references),
         formulas=are_formulas([plain(text) for text in references], NEARLY_ALL),
+        kelvin=in_kelvin(references, NEARLY_ALL),
         accounts=0 < in_brackets < len(references),
     )
     if any(sign in letters for sign in DOTLESS):
@@ -226,7 +236,8 @@ def conventions_of(references: tuple[str, ...], known: tuple[str, ...] = (), sca
     alike: dict[str, set[str]] = defaultdict(set)
     for text in texts:
         alike[found.normal(unfenced(text))].add(_spaced(unfenced(text)))
-    found = replace(found, alike={key: frozenset(forms) for key, forms in alike.items() if len(forms) > 1})
+    kinds = any(len({form.translate(_ONE_KIND) for form in forms}) < len(forms) for forms in alike.values())
+    found = replace(found, brackets=kinds, alike={key: frozenset(forms) for key, forms in alike.items() if len(forms) > 1})
     kind = _declared(found, references, scale) or _json_or_sets(found, references, every) or _numbers(found, references, every)
     if kind is not None:
         return kind
@@ -320,8 +331,8 @@ def _numbers(found: Conventions, references: tuple[str, ...], every: tuple[str, 
 
     def number(text: str) -> Number | None:
         text = found.signed(text)
-        whole = whole_number(text, found.decimal)
-        return answering(text, found.decimal) if whole is None and _MARKED.search(text) else whole
+        whole = whole_number(text, found.decimal, kelvin=found.kelvin)
+        return found._answering(text) if whole is None and _MARKED.search(text) else whole
 
     some = [one for text in references if (one := number(text)) is not None]
     units = {one.unit.removesuffix("s") for one in some if one.unit}

@@ -6,6 +6,8 @@ from collections.abc import Sequence
 
 import regex
 
+from lorakeet.evaluate.reading.numbers import UNITS
+
 _SI, _SMALL, _LARGE = tuple("fpnμumcdhkMGT"), tuple("fpnμum"), tuple("MGT")
 _UNITS = {
     **dict.fromkeys("m g s A K J W C V F S Ω L l H".replace(" ", ""), _SI),
@@ -26,13 +28,15 @@ _ELEMENTS = (
 _FORMULA = regex.compile(rf"(?:[(\[]|(?:{_ELEMENTS}|[)\]])\d*)++(?:·\d*(?:(?:{_ELEMENTS})\d*)++)?")
 _CHARGE = regex.compile(r"(?:\^?\d?[-+]|\((?:s|l|g|aq)\))*$")
 _WORD = regex.compile(r"(\p{L}+)(\d*)")
+_OF_NUMBER = regex.compile(r"[-+]?[\d.,]+")
+_CURRENCY = regex.compile(r"\p{Sc}\W*$")
 _FEWEST_FORMULAS = 3
 
 
 def other_unit(one: str, other: str) -> bool:
-    """Whether two units both exist as written and differ: MW and mW, but neither KG and kg nor l and L."""
+    """Whether two units both exist as written and differ: MW and mW, but neither KG and kg nor two letters such as M and m."""
     pairs = zip(one.split("/"), other.split("/"), strict=False)
-    found = [(_MEANING.get(left), _MEANING.get(right)) for left, right in pairs]
+    found = [(_MEANING.get(left), _MEANING.get(right)) for left, right in pairs if len(left + right) > 2]  # 5M may be millions
     return any(left is not None and right is not None and left != right for left, right in found)
 
 
@@ -50,14 +54,23 @@ def are_formulas(texts: Sequence[str], share: float) -> bool:
 
 def case_differs(one: Sequence[str], other: Sequence[str], *, formulas: bool) -> bool:
     """Whether two texts, as words that are equal but for case, have another unit behind a number, or another formula."""
-    before = ""
-    for left, right in zip(one, other, strict=False):
+    for place, (left, right) in enumerate(zip(one, other, strict=False)):
         if left != right:
             words = [_WORD.fullmatch(word) for word in (left, right)]
             units = [found[1] if found else "" for found in words]
-            if (before[-1:].isdigit() or before == "/") and other_unit(*units):
+            before = one[place - 1] if place else ""
+            measured = before == "/" or (before[-1:].isdigit() and not _is_money(one[:place]))
+            if measured and other_unit(*units):
                 return True
             if formulas and is_formula(left) and is_formula(right):
                 return True
-        before = left
     return False
+
+
+def _is_money(words: Sequence[str]) -> bool:
+    """Whether words that end in a number have a currency before it."""
+    number = len(words)
+    while number and _OF_NUMBER.fullmatch(words[number - 1]):
+        number -= 1
+    before = words[number - 1] if number else ""
+    return before.casefold() in UNITS or _CURRENCY.search(before) is not None

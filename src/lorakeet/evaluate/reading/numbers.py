@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 
 import regex
@@ -53,7 +53,7 @@ _REFERRED = regex.compile(
 
 @dataclass(frozen=True)
 class Number:
-    """A number of a text, where it stands, its unit (the currency, % or word at it), and what is written behind it."""
+    """A number of a text, where it stands, its unit (the currency, % or word at it), as written if it is a measure."""
 
     value: float
     start: int
@@ -78,21 +78,38 @@ def decimal_mark(texts: Iterable[str]) -> str:
     return "," if votes[","] > votes["."] else "."
 
 
-def numbers_in(text: str, decimal: str) -> Iterator[Number]:
-    """The numbers of a text in `plain` form. A date or a version, such as 1.12.2024, is none; "1,2,3" are three, 1 1/2 is one."""
+def in_kelvin(texts: Sequence[str], share: float) -> bool:
+    """Whether K is kelvin: one stands behind a space in so many of the texts, and no number has a currency or is scaled."""
+    spaced = 0
+    for text in map(plain, texts):
+        kelvin = 0
+        for found in _NUMBER.finditer(text):
+            unit = found["unit"] or ""
+            if found["money"] or unit.casefold() in TIMES:
+                if found["money"] or unit != "K" or text[found.start("unit") - 1] != " ":
+                    return False
+                kelvin += 1
+        spaced += kelvin == 1
+    return spaced >= share * len(texts)
+
+
+def numbers_in(text: str, decimal: str, *, kelvin: bool = False) -> Iterator[Number]:
+    """The numbers of a text in `plain` form. A date or a version, such as 1.12.2024, is none; "1,2,3" are three, 1 1/2 is one.
+
+    K is a thousand, or a `kelvin`.
+    """
     for found in _NUMBER.finditer(text):
         sign = -1 if "-" in ((found["sign"] or "") + (found["inner"] or "")) else 1
         power = int(found["e"] or found["ten"] or 0)
         symbol = found["unit"] or ""
-        kelvin = symbol == "K" and not found["money"] and text[found.start("unit") - 1] == " "  # but 5K are 5000
-        behind = "kelvin" if kelvin else symbol.casefold()
+        behind = "kelvin" if kelvin and symbol in ("K", "k") else symbol.casefold()
         times = TIMES.get(behind, 1e6 if found["money"] and behind == "m" else 1.0)  # "$5m", but 5 m
         unit = (found["money"] or ("" if times > 1 else behind)).strip().casefold()
         unit = UNITS.get(unit, unit)
         for value in _values(found["digits"], decimal):
             scaled = times * (float(f"{value!r}e{power}") if power and value < LARGEST else value)
             if scaled < LARGEST:
-                yield Number(sign * scaled, found.start(), found.end(), unit, symbol)
+                yield Number(sign * scaled, found.start(), found.end(), unit, "" if found["money"] or times > 1 else symbol)
                 sign = 1
 
 
@@ -119,23 +136,23 @@ def _values(digits: str, decimal: str) -> list[float]:
     return [float(digits.replace(",", "."))]
 
 
-def whole_number(text: str, decimal: str) -> Number | None:
+def whole_number(text: str, decimal: str, *, kelvin: bool = False) -> Number | None:
     """The number that a text consists of, with its unit; None if there is more in it, or a code such as 007."""
     text = _MINUS.sub("-", plain(text).strip().strip("*`").rstrip(".").strip())
     found = _NUMBER.fullmatch(text)
-    parts = list(numbers_in(text, decimal)) if found else []
+    parts = list(numbers_in(text, decimal, kelvin=kelvin)) if found else []
     zeros = found is not None and regex.match(r"0\d", found["digits"])
     return parts[0] if len(parts) == 1 and not zeros else None
 
 
-def answering(text: str, decimal: str) -> Number | None:
+def answering(text: str, decimal: str, *, kelvin: bool = False) -> Number | None:
     """The number with which a text answers.
 
     That of the last "####", box, "the answer is" or bold type; else the one behind the last =, the one the text starts with, the
     one behind the verb of a single sentence; else the last, not in brackets and not of a page or a step.
     """
     text = _MINUS.sub("-", plain(text).strip())
-    found = list(numbers_in(text, decimal))
+    found = list(numbers_in(text, decimal, kelvin=kelvin))
     if not found:
         return None
     referred = [at.span() for at in _REFERRED.finditer(text)]

@@ -22,9 +22,11 @@ _CLOSING = ".,;:!?…'`\"’”»)]}"  # behind a sign they end the sentence or 
 _OPENING = "([{`\"'«‘“¿¡"
 _SOFT = regex.compile(r"(?:(?![%‰&*@#/\\\-_§′″])\p{P}|[`´])+")  # between words they only separate them
 _VOWEL_POINTS = regex.compile("[\u0640\u064b-\u0652]")  # of Arabic, which most texts leave out
-_PRIME = regex.compile(r"(?<=\d)(?:′′|''|[\"”]|[′'](?!\d{3}))(?!\p{L})")  # of feet and inches, minutes and seconds
-_OPENED = {'"': regex.compile(r"(?<![^\s([{])[\"“„](?=\S)"), "'": regex.compile(r"(?<![^\s([{])'(?=\S)")}
-_CLOSED = {'"': regex.compile(r"(?<=[^\s([{])[\"”]"), "'": regex.compile(r"(?<=[^\s([{])'(?!\p{L})")}
+_QUOTE = regex.compile(  # also the marks of feet and inches, minutes and seconds
+    r"(?<=\d)(?P<prime>′′|''|′)(?!\p{L})"
+    r"|(?<!\w)(?P<opening>[\"“„](?=[^\s.,;:!?)\]}\"”]|\.\d)|'(?=[^\s.,;:!?)\]}']|\.\d))"
+    r"|(?<=[^\s([{])(?P<closing>[\"“”]|'(?!\p{L}|\d{3}))"
+)
 _INITIALS = regex.compile(r"(?<![\w@.-])\p{L}(?:\.\p{L})+\.?(?![\w@])")  # U.S. is US, and q.d. qd
 _RAISED = regex.compile(r"(?<=\p{L}\d*)\^\{?([-+]?\d+[-+]?|[-+])\}?")  # x^2 is x²; 10^2 stays
 _ONE_SIGN = str.maketrans(
@@ -85,16 +87,19 @@ def bare(text: str) -> str:
 
 def _with_primes(text: str) -> str:
     """The text with ′ and ″ in place of the marks behind numbers that close no quotation."""
+    opened = {'"': False, "'": False}
 
     def made(found: regex.Match[str]) -> str:
-        mark, before = found[0], text[: found.start()]
-        kind = '"' if mark in '"”' else "'"
-        quoted = len(_OPENED[kind].findall(before)) > len(_CLOSED[kind].findall(before))
-        if quoted and mark in "\"”'":
-            return str(mark)
-        return " ′ " if mark in "′'" else " ″ "
+        mark, behind = found[0], text[found.end() : found.end() + 1]
+        kind = "'" if mark in "'′" else '"'
+        prime = " ′ " if kind == "'" else " ″ "
+        if found["prime"]:
+            return prime
+        measured = not opened[kind] and not found["opening"] and mark != "“"
+        opened[kind] = bool(found["opening"])
+        return prime if measured and text[found.start() - 1].isdecimal() and not behind.isalpha() else str(mark)
 
-    return str(_PRIME.sub(made, text))
+    return str(_QUOTE.sub(made, text))
 
 
 def _kept(word: str, text: str, start: int, end: int) -> str:
