@@ -113,6 +113,14 @@ def test_mistakes_are_one_message_and_write_nothing(
     assert not list(tmp_path.iterdir()), "nothing was written, in the cache neither"
     with pytest.raises(ConfigError, match=r"texts is 'fine' \(str\); expected a list"):
         shared.run.classify("fine")
+    for wrong in ({"text": "a review"}, {"text": 5}):
+        with pytest.raises(ConfigError, match=r"^texts is \{'text': .*\} \(dict\); expected a list"):
+            shared.run.classify(wrong)  # type: ignore[arg-type]
+    for texts in (iter(["fine", 5]), np.array(["fine", 5], dtype=object), ["fine", 5]):
+        with pytest.raises(ConfigError, match=r"^texts\[1\] is 5 \(int\); expected text or a dict\.$"):
+            shared.run.classify(texts)
+    with pytest.raises(ConfigError, match=r"^prompt is \{'role': 'user'.* \(dict\); expected text or a list"):
+        shared.run.generate({"role": "user", "content": "hello"})
 
 
 @pytest.mark.slow

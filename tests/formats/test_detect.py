@@ -83,6 +83,12 @@ def begun_run(path: Path) -> None:
     (path / "config.yaml").touch()
 
 
+def run_of_another_kind(path: Path) -> None:
+    begun_run(path)
+    (path / "adapter").mkdir()
+    (path / "adapter" / "matrix.npy").touch()
+
+
 def two_formats(path: Path) -> None:
     path.mkdir()
     for name in (mlx.MODEL_NAME, peft.MODEL_NAME):
@@ -115,6 +121,7 @@ def spans(first: tuple[int, int], second: tuple[int, int]) -> str:
         ("old.PT", lambda path: path.write_bytes(b"\x80"), "is a pickle file"),
         ("empty", lambda path: path.mkdir(), "holds no adapter: .* only nothing"),
         ("run", begun_run, "no adapter yet: .* finetune --resume .*run"),
+        ("other", run_of_another_kind, r"has an adapter in the layout of its own kind of run, .* holds matrix\.npy\."),
         ("tuned", lambda path: (path.mkdir(), (path / "config.yaml").touch()), "holds no adapter: .* only config.yaml"),
         ("files", two_files, r"holds 2 adapter files \(a\.safetensors, b\.safetensors\); name one of them"),
         ("both", two_formats, r"holds two adapters: adapter_model\.safetensors of peft and adapters\.safetensors of mlx"),

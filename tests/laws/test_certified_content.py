@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import shlex
 import shutil
 from collections.abc import Callable
 from dataclasses import fields
@@ -356,6 +357,18 @@ def test_a_report_of_another_run_is_found(copied: Path, tmp_path: Path, monkeypa
     assert main(["check", str(copied), "--accuracy", ">=0"]) == main(["check", str(copied), "--uncertified"]) == 2
     assert main(["push", str(copied), "a/b", "--base", "c/d"]) == 2
     assert "is not the report that" in summary_of(copied).problem
+
+
+@pytest.mark.slow
+def test_a_run_that_ended_between_certificate_and_report_is_measured_again(copied: Path) -> None:
+    """Its report is of an earlier evaluation, and no other exists."""
+    certificate = read_certificate(copied / "certificate.json")
+    dataclasses.replace(certificate, report="0" * 64).write(copied / "certificate.json")
+    with pytest.raises(DataError, match="is not the report that") as refused:
+        read_report(copied / "report.json")
+    _, _, command = str(refused.value).rpartition("lorakeet ")
+    assert main(shlex.split(command)) == 0
+    assert read_report(copied / "report.json") and main(["check", str(copied)]) == 0
 
 
 @pytest.mark.slow

@@ -474,5 +474,5 @@ def test_a_preference_run_is_planned(rows: Path, tiny_llama_folder: Path, capsys
     assert main(["finetune", *given, "--train.objective", "dpo", "--dry-run"]) == 0
     said = capsys.readouterr().out
     assert "with its chosen answer" in said and "with its rejected answer" in said
-    assert re.search(r"tokens an epoch, \d+\.\d% of them targets", " ".join(said.split()))
+    assert re.search(r"tokens an epoch, \d+\.\d % of them targets", " ".join(said.split()))
     assert pair["micro_batch"]["rows"] >= 2

@@ -340,6 +340,11 @@ def test_a_mended_file_of_the_same_name_is_read_again(browser: Any, studio: Stud
     page.wait_for_selector("#set:has-text('text column What happened; label column Category')", timeout=WAIT)
     assert page.input_value("#field-data-train") == "register-2.csv"
     assert not page.is_visible("summary:has-text('images')") and "register-2.csv" in page.inner_text("#same")
+    sent = page.input_value("[name='data.train']")
+    assert sent.endswith("/.studio/rows/register-2.csv")
+    for typed, path in (("register-2.csv#A", f"{sent}#A"), ("register-2.cs", "register-2.cs"), ("register-2.csv", sent)):
+        page.fill("#field-data-train", typed)
+        assert page.input_value("[name='data.train']") == path, "what is typed behind the name of a copy stays in its folder"
     assert len(page.said) == 1 and "400" in page.said[0], "the workbook was refused"
 
 

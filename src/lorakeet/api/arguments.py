@@ -87,8 +87,9 @@ def _misfits(name: str, value: Any, kind: Any, *, several: bool) -> Iterator[str
     if not several and _fits(value, kind):
         return
     wrong = [(name, value)]
+    held = (Mapping,) if isinstance(value, Mapping) else (Sequence, tuple) if isinstance(value, (list, tuple)) else ()
     for arm in () if several else _arms(kind):
-        if typing.get_origin(arm) in (Sequence, Mapping, tuple) and isinstance(value, (list, tuple, Mapping)):
+        if typing.get_origin(arm) in held:
             several, kind = True, next(inner for inner in reversed(typing.get_args(arm)) if inner is not ...)
     if several:
         items = value.items() if isinstance(value, Mapping) else enumerate(value)

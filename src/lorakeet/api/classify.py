@@ -8,6 +8,7 @@ from typing import Any
 
 import numpy as np
 
+from lorakeet.api.arguments import given_as
 from lorakeet.data.chat import Encoder
 from lorakeet.data.rows import Row
 from lorakeet.data.shapes import shape_rows
@@ -34,8 +35,11 @@ def classified(
     """The answer to each text, or to each record with the columns of the template, by the model as it is now.
 
     Probabilities are the softmax of the labels' log-probabilities, as the report measures them. Raises ConfigError for a run
-    without labels, DataError for a record without a column, and for one that is too long.
+    without labels and for what is neither text nor record, DataError for a record without a column, and for one that is too long.
     """
+    for number, one in enumerate(inputs):  # those of a generator or a column too, which annotations do not reach
+        if not isinstance(one, (str, Mapping)):
+            raise ConfigError(f"texts[{number}] is {given_as(one)}; expected text or a dict.")
     if not labels:
         raise ConfigError("The run's rows have no labels; classify is for runs on labelled rows. Use generate.")
     encoder = Encoder(text.tokenizer, replace(spec, too_long="refuse"), labels)

@@ -74,6 +74,11 @@ def _only_file(path: Path) -> Found:
         listed = ", ".join(file.name for file in single[:5])
         raise DataError(f"{path} holds {len(single)} adapter files ({listed}); name one of them.")
     if (path / "config.yaml").is_file() and (path / "checkpoints").is_dir():
+        if (own := path / "adapter").is_dir() and (held := sorted(entry.name for entry in own.iterdir())[:8]):
+            raise DataError(
+                f"{path} has an adapter in the layout of its own kind of run, which only that kind reads: {own} holds "
+                f"{', '.join(held)}. Expected {READABLE}."
+            )
         raise DataError(
             f"{path} is a run that has no adapter yet: {path / 'adapter'} is written at its first held-out evaluation. Train it, "
             f"or go on with it: lorakeet finetune --resume {path}"

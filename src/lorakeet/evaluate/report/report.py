@@ -9,6 +9,7 @@ from dataclasses import dataclass, field, replace
 from functools import cache
 from importlib.resources import files
 from pathlib import Path
+from shlex import quote
 from typing import Any, Literal
 
 import jinja2
@@ -271,7 +272,10 @@ def report_values(path: Path) -> dict[str, Any]:
         raise DataError(f"{path} was edited after it was written: its digest does not match. Put back the original file.")
     beside = path.with_name(CERTIFICATE)
     if beside.is_file() and read_certificate(beside).report not in ("", _measured(data)):
-        raise DataError(f"{path} is not the report that {beside} was written with. Put back the report of this run.")
+        said = f"{path} is not the report that {beside} was written with. Put back the report of this run."
+        if (path.parent / "checkpoints").is_dir():  # it may have been ended between writing the one and the other
+            said += f" If there is no other, measure the run again: lorakeet finetune --resume {quote(str(path.parent))}"
+        raise DataError(said)
     return data
 
 

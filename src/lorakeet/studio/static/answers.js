@@ -27,12 +27,18 @@ function nameCopies(sent) {
   sent.removeAttribute("id"); // which the label names
   sent.type = "hidden";
   sent.after(sent.seen);
-  sent.seen.value = nameOf(sent.value);
-  sent.seen.addEventListener("input", () => { sent.value = sent.seen.value; });
+  showName(sent);
+  sent.seen.addEventListener("input", () => {
+    const { folder, name } = sent.copy;
+    sent.value = (folder && sent.seen.value.startsWith(name) ? folder : "") + sent.seen.value; // a sheet may follow the name
+  });
 }
 
-function nameOf(path) {
-  return path.replace(/^.*\/\.studio\/rows\//, "");
+/** Shows the file that is sent, a copy by its name; the folder of the copy is kept for what is typed behind the name. */
+function showName(sent) {
+  const folder = sent.value.match(/^.*\/\.studio\/rows\//)?.[0] ?? "";
+  sent.seen.value = sent.value.slice(folder.length);
+  sent.copy = { folder, name: sent.seen.value.replace(/(\.\w+)#.*$/, "$1") };
 }
 
 /** Sends a file to the studio; `onShare` is called with the part of it that has arrived. An error has the studio's own message. */
@@ -91,7 +97,7 @@ export function setFields(form, settings) {
     let field = form.elements[path];
     if (!field) { field = make("input", { type: "hidden", name: path }); form.append(field); }
     field.value = shown(value); // the studio reads it as it was
-    if (field.seen) field.seen.value = nameOf(field.value);
+    if (field.seen) showName(field);
     field = field.seen || field;
     field.title = field.value;
     field.scrollLeft = field.scrollWidth; // of a long path the end says which file it is
