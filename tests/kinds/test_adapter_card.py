@@ -22,6 +22,8 @@ from lorakeet.runs.open_adapter import open_adapter
 from tiny.gguf_file import write_tiny_gguf
 from tiny.runs import reviews, run, write_rows
 
+pytestmark = pytest.mark.slow  # they share what takes seconds to make
+
 
 def logits(model: Any, ids: torch.Tensor) -> torch.Tensor:
     with torch.no_grad():
@@ -45,7 +47,6 @@ def test_peft_loads_the_base_and_the_adapter_from_the_folder_alone(finished: Any
     assert same_as_trained(finished.path / "adapter", finished.result.setup)
 
 
-@pytest.mark.slow
 def test_a_gguf_file_is_a_base_that_peft_finds_and_keeps_its_name_here(tmp_path: Path) -> None:
     file = tmp_path / "base.gguf"
     write_tiny_gguf(file)

@@ -29,6 +29,8 @@ from tiny.models import save_tiny_llama
 from tiny.peft_oracle import by_peft
 from tiny.runs import chats, quiet, run, write_rows
 
+pytestmark = pytest.mark.slow  # they share what takes seconds to make
+
 WIDE = {"num_hidden_layers": 8, "hidden_size": 256, "intermediate_size": 1024}
 CHANGES = {"train.steps": "2", "evaluate.drift_texts": "0"}
 
@@ -82,7 +84,6 @@ def same(one: Certificate, other: Certificate) -> None:
     assert one.checks == other.checks and dict(one.facts) == dict(other.facts)
 
 
-@pytest.mark.slow
 def test_a_merge_is_certified_alike_and_leaves_nothing_behind(wide: Path, tmp_path: Path) -> None:
     whole = merging(wide, tmp_path / "whole")().certificate
     found = streamed(merging(wide, tmp_path / "streamed"))
@@ -100,7 +101,6 @@ def half_scale(adapter: Adapter) -> Adapter:
     return replace(adapter, pairs={path: replace(pair, alpha=pair.alpha / 2) for path, pair in adapter.pairs.items()})
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize(("mend", "named"), [(without_one_layer, r"layers\.7\.mlp\.down_proj"), (half_scale, r"layers\.\d+\.")])
 def test_a_wrong_merge_fails_streamed_too(
     wide: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, mend: Callable[[Adapter], Adapter], named: str
@@ -115,7 +115,6 @@ def test_a_wrong_merge_fails_streamed_too(
     assert [check.passed for check in certificate.checks] == [False, False]
 
 
-@pytest.mark.slow
 def test_changes_that_are_no_pairs_are_folded_on_the_way_into_a_store(wide: Path, tmp_path: Path) -> None:
     paths = [str(tmp_path / f"adapter-{rank}") for rank in (4, 8)]
     for path, rank in zip(paths, (4, 8), strict=True):
@@ -148,7 +147,6 @@ def test_a_disk_that_gets_full_and_one_that_is(wide: Path, tmp_path: Path, monke
     assert not (tmp_path / "other").exists()
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize("kind", ["folder", "gguf"])
 def test_verify_and_export_stream_the_live_side_and_a_folder(
     wide: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, kind: str
@@ -172,7 +170,6 @@ def test_verify_and_export_stream_the_live_side_and_a_folder(
     assert [check.measured for check in found.checks] == [check.measured for check in again.checks]
 
 
-@pytest.mark.slow
 def test_longer_rows_are_compared_as_far_as_memory_allows(
     wide: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -195,7 +192,6 @@ def test_longer_rows_are_compared_as_far_as_memory_allows(
     assert sorted(path.name for path in tmp_path.iterdir()) == ["model.README.md", "model.certificate.json", "model.gguf"]
 
 
-@pytest.mark.slow
 def test_a_large_budget_streams_nothing(wide: Path, tmp_path: Path) -> None:
     with forecasts() as found:
         assert merging(wide, tmp_path)(memory="64GiB").certificate.passed

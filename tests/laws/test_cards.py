@@ -78,6 +78,7 @@ def test_on_a_t4_no_probabilities_are_planned(monkeypatch: pytest.MonkeyPatch) -
     assert more < 256 << 20 < 32 * 1024**2 * 2 * 2 * 16, "which probabilities of two rows of 1,024 tokens in 16 blocks exceed"
 
 
+@pytest.mark.slow
 def test_a_card_that_is_too_small_is_refused_with_one_message(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(text_run, "MOST_TOGETHER", 1)
     work = default_run("meta-llama/Llama-3.1-8B", "none")

@@ -71,6 +71,7 @@ def test_the_sum_goes_into_one_adapter_that_peft_loads(
     assert main(["merge", *adapters, "--out", str(out)]) == 2 and "exists already" in capsys.readouterr().err
 
 
+@pytest.mark.slow
 def test_the_sum_goes_into_the_base(adapters: list[str], tiny_llama_folder: Path, tmp_path: Path) -> None:
     merged = merge(MergeOptions(adapters, out=tmp_path / "model", to="model", weights=WEIGHTS), console=quiet())
     assert merged.certificate.passed and merged.result is not None and merged.result.changed == 14

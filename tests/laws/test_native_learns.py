@@ -100,6 +100,7 @@ def test_products_in_int8_learn_to_the_bit_what_torch_s_do(tmp_path: Path) -> No
         assert torch.equal(mine, found[1][name]), name
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("prefix", [0, 12])
 @pytest.mark.parametrize("method", ["none", "nf4"])
 @pytest.mark.parametrize("family", FAMILIES)

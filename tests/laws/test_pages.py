@@ -30,6 +30,8 @@ from tiny.pictures import album
 from tiny.runs import reviews, write_rows
 from tiny.site import Site
 
+pytestmark = pytest.mark.slow  # they share what takes seconds to make
+
 PAGES = ["README.md", "docs/README.md", *(
     str(path.relative_to(ROOT)) for part in ("start", "how-to") for path in sorted((ROOT / "docs" / part).glob("*.md"))
 )]  # fmt: skip
@@ -253,7 +255,6 @@ AFTER: dict[str, Callable[[Desk], None]] = {"lorakeet finetune examples/photos.y
 SERVED = re.compile(r"lorakeet \w+ .*http://")  # lines that need a server
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize("page", [page for page in PAGES if any(kind in ("", "sh") for kind, _ in blocks(page))])
 def test_commands(page: str, desk: Desk, python_of_readme: Any) -> None:
     """In the order of the page; those that need a server within the line that starts it."""
@@ -328,7 +329,6 @@ def test_python_of_the_first_page_is_that_of_the_readme() -> None:
     assert first == readme[: len(first)] and len(first) > 5
 
 
-@pytest.mark.slow
 @pytest.mark.filterwarnings("ignore::FutureWarning")  # PEFT's use of transformers
 def test_python_of_the_api(desk: Desk, monkeypatch: pytest.MonkeyPatch) -> None:
     """With small stand-ins for what the reader brings."""

@@ -27,6 +27,8 @@ from lorakeet.train.log import read_metrics
 from tiny.runs import QUICK, adapter_bytes, chats, write_rows
 from tiny.together import Together
 
+pytestmark = pytest.mark.slow  # they share what takes seconds to make
+
 STEPS = 12
 NEAR = 1e-5  # relative: fp32 sums in another order
 
@@ -95,7 +97,6 @@ def test_two_processes_train_what_one_trains(one: Path, two: Path) -> None:
     assert "Processes" not in read_report(one / "report.json").facts
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize(("before", "after"), [(1, 2), (2, 1)])
 def test_a_checkpoint_goes_on_with_another_number(
     forked: Together, one: Path, two: Path, tmp_path: Path, before: int, after: int
@@ -110,7 +111,6 @@ def test_a_checkpoint_goes_on_with_another_number(
     assert_same_run(one, run)
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize("method", ["none", "nf4"])
 def test_two_processes_with_a_part_of_the_base_each_train_what_one_trains(
     forked: Together, tiny_llama_folder: Path, rows: Path, one: Path, tmp_path: Path, method: str
@@ -138,7 +138,6 @@ def test_two_processes_with_a_part_of_the_base_each_train_what_one_trains(
     assert ended.code == 0 and "train.shard has no effect with one process" in ended.answered, ended.said
 
 
-@pytest.mark.slow
 def test_a_killed_process_leaves_the_checkpoint_and_is_named(
     forked: Together, tiny_llama_folder: Path, rows: Path, one: Path, tmp_path: Path
 ) -> None:
@@ -165,7 +164,6 @@ def test_a_killed_process_leaves_the_checkpoint_and_is_named(
     assert found[3] == f"torchrun --nproc-per-node 2 -m lorakeet finetune --resume {run}"
 
 
-@pytest.mark.slow
 def test_two_machines_train_what_one_process_trains(tiny_llama_folder: Path, rows: Path, one: Path, tmp_path: Path) -> None:
     """The command of docs/how-to/many-gpus, once for each machine: two agents of torchrun that meet at an address."""
     run = tmp_path / "run"
@@ -227,7 +225,6 @@ def dead(pid: int) -> bool:
         return True
 
 
-@pytest.mark.slow
 def test_one_that_is_killed_while_a_sharded_run_is_evaluated_is_named(
     forked: Together, tiny_llama_folder: Path, rows: Path, tmp_path: Path
 ) -> None:

@@ -251,6 +251,7 @@ def test_what_fits_stays_in_memory_and_what_does_not_is_streamed() -> None:
         assert streamed.kinds.get("base", 0) < models * weights / 2 and streamed.bytes < whole.bytes
 
 
+@pytest.mark.slow
 def test_a_packed_model_is_merged_into_its_dense_one() -> None:
     stored = {"quant_method": "gptq", "bits": 4, "group_size": 64, "desc_act": False, "sym": True}
     config, model, plan = planned()

@@ -68,6 +68,8 @@ from tiny.memory_plans import same_runtime
 from tiny.models import save_tiny_llama, tiny_model
 from tiny.runs import quiet, reviews, run, write_rows
 
+pytestmark = pytest.mark.slow  # they share what takes seconds to make
+
 HIDDEN, INNER = 128, 384
 OF_BLOCK = 4 * HIDDEN * HIDDEN + 3 * HIDDEN * INNER  # numbers
 WIDE = {
@@ -141,7 +143,6 @@ def contents(out: Path) -> dict[str, bytes]:
     return {path.name.replace(out.name, "out"): path.read_bytes() for path in files}
 
 
-@pytest.mark.slow
 @pytest.mark.usefixtures("no_runtime")
 @pytest.mark.parametrize(
     ("base", "like", "ways"), [("on_dense", "nf4", WAYS), ("on_dense", "gptq", [SPILLED]), ("on_nf4", None, [SPILLED])]
@@ -162,7 +163,6 @@ def test_the_same_bytes_are_written_each_way(
     assert {path.name for path in tmp_path.iterdir()} == written
 
 
-@pytest.mark.slow
 @pytest.mark.usefixtures("no_runtime")
 def test_a_gguf_file_is_patched_to_the_same_bytes(
     runs: Path, going: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
@@ -188,7 +188,6 @@ def held(monkeypatch: pytest.MonkeyPatch) -> Iterator[HeldBytes]:
         yield counting
 
 
-@pytest.mark.slow
 @pytest.mark.usefixtures("no_runtime")
 @pytest.mark.parametrize(
     ("way", "base"),
@@ -225,7 +224,6 @@ def into_larger(runs: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> 
     return tmp_path / "run", tmp_path / "like.gguf"
 
 
-@pytest.mark.slow
 @pytest.mark.usefixtures("no_runtime")
 def test_layers_that_become_larger_are_planned(
     into_larger: tuple[Path, Path], going: Any, held: HeldBytes, tmp_path: Path
@@ -244,7 +242,6 @@ def test_layers_that_become_larger_are_planned(
     assert held.peak - FP32 * HIDDEN * HIDDEN <= planned[0] <= 1.5 * held.peak
 
 
-@pytest.mark.slow
 @pytest.mark.usefixtures("no_runtime")
 def test_with_more_blocks_a_streamed_merge_takes_no_more(runs: Path, tmp_path: Path) -> None:
     peaks: dict[int, list[int]] = {}
@@ -259,7 +256,6 @@ def test_with_more_blocks_a_streamed_merge_takes_no_more(runs: Path, tmp_path: P
     assert peaks[12][0] - peaks[6][0] >= six_blocks and peaks[12][1] - peaks[6][1] <= 1.1 * pairs < six_blocks / 10
 
 
-@pytest.mark.slow
 @pytest.mark.usefixtures("no_runtime")
 @pytest.mark.parametrize("like", ["nf4", "gptq"])
 def test_what_a_finish_holds_is_what_is_planned(
@@ -296,7 +292,6 @@ def said(opened: Opened, like: Path, **more: Any) -> str:
     return console.export_text()
 
 
-@pytest.mark.slow
 def test_a_budget_that_is_enough_is_said_and_one_that_is_not_is_refused(runs: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     same_runtime(monkeypatch, 1 << 29)
     opened, like = open_adapter(runs / "on_nf4"), runs / "nf4"
@@ -323,7 +318,6 @@ def test_a_gguf_file_that_is_still_to_be_laid_out_is_refused_before_that(
         said(open_adapter(runs / "on_nf4").within("8GiB"), runs / "nf4")
 
 
-@pytest.mark.slow
 def test_the_least_that_is_named_is_enough(runs: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     same_runtime(monkeypatch, 1 << 29)
     opened, like = open_adapter(runs / "on_dense"), runs / "nf4"
@@ -369,7 +363,6 @@ def test_another_attention_than_the_planned_one_is_refused_under_a_budget() -> N
     require_planned_attention(limited, cast(TextModel, SimpleNamespace(attention="varlen")))
 
 
-@pytest.mark.slow
 @pytest.mark.usefixtures("no_runtime")
 @pytest.mark.parametrize("full", [False, True])
 def test_every_store_is_closed_and_gone(
@@ -430,7 +423,6 @@ def test_the_result_is_counted_on_its_own_disk(runs: Path, going: Any, tmp_path:
         fit_packed_merge(given, tmp_path / "large" / "out", quiet())
 
 
-@pytest.mark.slow
 def test_one_layer_at_a_time_is_dense(runs: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """While a layer is rounded no other is plain numbers, and nothing of its size is kept after it."""
     held: list[set[str]] = []
@@ -455,7 +447,6 @@ def test_one_layer_at_a_time_is_dense(runs: Path, tmp_path: Path, monkeypatch: p
     assert len(found) == 6 * 7 and all(one.latent is None for one in found)
 
 
-@pytest.mark.slow
 def test_a_merge_without_disk_space_writes_nothing(runs: Path, tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match="a merge into packed weights takes at least"):
         merge(MergeOptions((str(runs / "on_nf4"),), out=tmp_path / "out", into="packed", memory="64MiB"), console=quiet())

@@ -191,6 +191,7 @@ def streaming() -> Any:
     return SimpleNamespace(streamed=SimpleNamespace(stream=SimpleNamespace(transfer=object())))
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("limited")
 def test_blocks_are_kept_by_the_host_where_its_free_memory_allows_it(
     model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch

@@ -253,6 +253,7 @@ def test_operators_that_one_plan_met_the_next_one_knows(model: dict[str, str], m
     assert len(values[fitting.OPERATORS]) > known
 
 
+@pytest.mark.slow
 def test_rows_are_not_read_where_that_would_fetch_or_unpack(model: dict[str, str], monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(fitting, "unready_model", lambda config: "it is to be unpacked")
     last = parts_of({**model, "machine": "gpu-8", "data.train": "rows.jsonl"})[-1]

@@ -33,6 +33,8 @@ from lorakeet.verbs.options import CompressOptions, EvaluateOptions
 from tiny.exports import certified_anew
 from tiny.runs import quiet, reviews, run, tree, write_rows
 
+pytestmark = pytest.mark.slow  # they share what takes seconds to make
+
 WIDE: dict[str, Any] = {"tolerance": "40%", "metric_tolerance": "40%"}  # forty rows show no more than that
 
 
@@ -144,7 +146,6 @@ def test_the_report_has_the_curve_with_intervals_and_what_the_test_rows_say(comp
     assert "The rank curve" in page and f"Marked: {compressed.curve.marked}" in page
 
 
-@pytest.mark.slow
 def test_a_size_that_is_measured_on_the_rows_that_chose_it_is_said_to_be(compressed: Any, trained: Path, tmp_path: Path) -> None:
     before = read_run(trained / "config.yaml")
     config = tmp_path / "run.yaml"
@@ -155,7 +156,6 @@ def test_a_size_that_is_measured_on_the_rows_that_chose_it_is_said_to_be(compres
     assert compressing.CHOSEN_HERE not in compressed.report.warnings, "there are test rows"
 
 
-@pytest.mark.slow
 def test_the_requested_size_is_what_is_written(trained: Path, tmp_path: Path) -> None:
     by_rank = compress(
         CompressOptions(str(trained), out=tmp_path / "rank", to="rank 2", rows=20, weighting="activation"), console=quiet()
@@ -166,7 +166,6 @@ def test_the_requested_size_is_what_is_written(trained: Path, tmp_path: Path) ->
     assert 1900 < parameters(peft.read(tmp_path / "count" / "adapter")) <= 2000
 
 
-@pytest.mark.slow
 def test_a_bare_adapter_needs_a_run_file(trained: Path, tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match=r"has no rows.*--config"):
         compress(CompressOptions(str(trained / "adapter"), out=tmp_path / "cut"), console=quiet())
@@ -196,7 +195,6 @@ def test_sizes_that_cannot_be(trained: Path, tmp_path: Path, given: dict[str, An
     assert not (tmp_path / "cut").exists()
 
 
-@pytest.mark.slow
 def test_where_every_cut_loses_too_much_nothing_is_written(
     trained: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

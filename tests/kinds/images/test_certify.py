@@ -23,6 +23,8 @@ from lorakeet.models.spec import ModelSpec
 from lorakeet.verbs.finetune import FinetuneResult
 from tiny.image_runs import image_run
 
+pytestmark = pytest.mark.slow  # they share what takes seconds to make
+
 
 @pytest.fixture(scope="module")
 def weak(tiny_sd_folder: Path, tmp_path_factory: pytest.TempPathFactory) -> FinetuneResult:
@@ -31,7 +33,6 @@ def weak(tiny_sd_folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Fine
     return image_run(tiny_sd_folder, tmp_path_factory.mktemp("weak"), diffusion__seeds=0, **changes)
 
 
-@pytest.mark.slow
 def test_a_run_passes_and_what_was_changed_fails(tiny_sd_folder: Path, tmp_path: Path) -> None:
     result = image_run(tiny_sd_folder, tmp_path, diffusion__seeds=0)
     setup, run = result.setup, result.run
@@ -55,7 +56,6 @@ def test_a_run_passes_and_what_was_changed_fails(tiny_sd_folder: Path, tmp_path:
     assert names() == ["adapter on disk", "base untouched", "frozen weights", PAIRS]
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize("change", ["zeros", "minus", "double"])
 def test_in_bf16_a_weak_adapter_cannot_be_exchanged(change: str, weak: FinetuneResult, tmp_path: Path) -> None:
     """Its whole effect is about 1 % of the largest latent, below what bf16 would round away of two different computations."""
@@ -99,7 +99,6 @@ def _certified(result: FinetuneResult, adapter: Path, *, alone: bool = False) ->
     )  # fmt: skip
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize("only_fresh", [False, True])
 def test_a_machine_that_rounds_otherwise_each_time_fails_no_correct_run(
     only_fresh: bool, strong: FinetuneResult, monkeypatch: pytest.MonkeyPatch, tmp_path: Path

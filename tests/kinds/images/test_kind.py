@@ -37,6 +37,8 @@ from tiny.image_runs import image_config, image_run
 from tiny.pictures import album, drawn
 from tiny.pipelines import save_tiny_scorer
 
+pytestmark = pytest.mark.slow  # they share what takes seconds to make
+
 
 @pytest.fixture(scope="module")
 def result(tiny_sd_folder: Path, tmp_path_factory: pytest.TempPathFactory) -> FinetuneResult:
@@ -75,7 +77,6 @@ def test_the_commands_that_are_printed_work(result: FinetuneResult, tmp_path: Pa
     assert (tmp_path / "run-pictures" / "000.png").is_file() and (tmp_path / "run.safetensors").is_file()
 
 
-@pytest.mark.slow
 def test_photos_of_several_shapes_are_compared_with_samples(tiny_sd_folder: Path, tmp_path: Path) -> None:
     config = image_config(tiny_sd_folder, tmp_path, train__steps="2", images__smallest="8")
     shutil.rmtree(tmp_path / "photos")
@@ -87,7 +88,6 @@ def test_photos_of_several_shapes_are_compared_with_samples(tiny_sd_folder: Path
     assert len({tuple(picture.latents.shape) for picture in found.setup.train}) > 1
 
 
-@pytest.mark.slow
 def test_a_finished_run_is_evaluated_again_with_a_scorer(tiny_sd_folder: Path, result: FinetuneResult, tmp_path: Path) -> None:
     run, scorer = copied(result, tmp_path), save_tiny_scorer(tmp_path / "clip")
     config = image_config(tiny_sd_folder, result.run.path.parent, diffusion__scorer=scorer, out=run)
@@ -98,7 +98,6 @@ def test_a_finished_run_is_evaluated_again_with_a_scorer(tiny_sd_folder: Path, r
     assert metrics == ["denoising_loss", "prompt_distance", "style_distance"]
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize("kind", ["sd3", "flux"])
 def test_a_transformer_is_trained_proved_and_written(kind: str, request: pytest.FixtureRequest, tmp_path: Path) -> None:
     folder: Path = request.getfixturevalue(f"tiny_{kind}_folder")
@@ -125,7 +124,6 @@ def test_settings_of_diffusion_do_not_go_with_a_flow(
         image_run(tiny_sd3_folder, tmp_path, images__resolution=16, **{flag.replace(".", "__"): value})
 
 
-@pytest.mark.slow
 def test_a_finished_run_is_evaluated_again_to_the_same_numbers(result: FinetuneResult) -> None:
     config = read_run(result.run.config)
     again = finetune(config, FinetuneOptions(resume=result.run.path), console=Console(quiet=True))
@@ -133,7 +131,6 @@ def test_a_finished_run_is_evaluated_again_to_the_same_numbers(result: FinetuneR
     assert again.report.comparisons == result.report.comparisons and again.report.samples == result.report.samples
 
 
-@pytest.mark.slow
 def test_other_verbs_say_what_to_do_with_it(result: FinetuneResult, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["merge", str(result.run.path), "--out", str(tmp_path / "x")]) == 2
     assert "is a run of kind image" in capsys.readouterr().err
@@ -144,13 +141,11 @@ def test_other_verbs_say_what_to_do_with_it(result: FinetuneResult, tmp_path: Pa
                      read_run(result.run.config).model.path]) == 0  # fmt: skip
 
 
-@pytest.mark.slow
 def test_a_dry_run_writes_nothing_but_the_cache(tiny_sdxl_folder: Path, tmp_path: Path) -> None:
     found = finetune(image_config(tiny_sdxl_folder, tmp_path), FinetuneOptions(dry_run=True), console=Console(quiet=True))
     assert found.to_mapping()["dry_run"] and not (tmp_path / "run").exists()
 
 
-@pytest.mark.slow
 def test_a_subject_with_its_kind_beside_it_and_samples_on_the_way(tiny_sd_folder: Path, tmp_path: Path) -> None:
     kind = {"images__prior_caption": "a box", "images__prior_count": 3, "diffusion__prior_weight": 0.5}
     found = image_run(tiny_sd_folder, tmp_path, **kind, diffusion__progress=True, train__steps=2, train__evaluate_every=2)
@@ -165,7 +160,6 @@ def test_a_subject_with_its_kind_beside_it_and_samples_on_the_way(tiny_sd_folder
     assert resumed.report is not None and resumed.report.comparisons == found.report.comparisons
 
 
-@pytest.mark.slow
 def test_a_quantised_unet_is_trained_and_certified(tiny_sdxl_folder: Path, tmp_path: Path) -> None:
     changes = {"model__quantize": "nf4", "diffusion__checkpointing": True, "diffusion__seeds": 0, "train__steps": 4}
     found = image_run(tiny_sdxl_folder, tmp_path, **changes)
@@ -174,7 +168,6 @@ def test_a_quantised_unet_is_trained_and_certified(tiny_sdxl_folder: Path, tmp_p
     assert found.report is not None and "linear layers of the UNet in nf4" in found.report.facts["Model"]
 
 
-@pytest.mark.slow
 def test_float16_over_a_quantised_base_is_certified_and_reported(
     tiny_sd_folder: Path, tmp_path: Path, capfd: pytest.CaptureFixture[str]
 ) -> None:
@@ -188,7 +181,6 @@ def test_float16_over_a_quantised_base_is_certified_and_reported(
     assert "cannot run with" not in capfd.readouterr().err
 
 
-@pytest.mark.slow
 def test_a_base_that_was_moved_is_known_by_its_content(tiny_sd_folder: Path, result: FinetuneResult, tmp_path: Path) -> None:
     run, moved = copied(result, tmp_path), Path(shutil.copytree(tiny_sd_folder, tmp_path / "elsewhere"))
     config = image_config(moved, result.run.path.parent, out=run)
@@ -196,7 +188,6 @@ def test_a_base_that_was_moved_is_known_by_its_content(tiny_sd_folder: Path, res
     assert again.outcome is not None and again.outcome.steps == 8
 
 
-@pytest.mark.slow
 def test_a_run_started_with_other_arithmetic_is_not_resumed(
     tiny_sd_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -221,7 +212,6 @@ def test_a_run_started_with_other_arithmetic_is_not_resumed(
         require_same(before, now, run=first.run.path)
 
 
-@pytest.mark.slow
 def test_a_run_started_with_settings_of_text_models_goes_on(
     tiny_sd_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -256,7 +246,6 @@ class _AfterThree(Reporter):
             signal.raise_signal(signal.SIGINT)
 
 
-@pytest.mark.slow
 def test_a_resumed_run_is_not_split_anew(tiny_sd_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Later rules call all pictures copies, and a picture came that is none of the run: the result is that of a run unbroken."""
     few = {"diffusion__seeds": 0, "train__steps": 6}
@@ -279,7 +268,6 @@ def test_a_resumed_run_is_not_split_anew(tiny_sd_folder: Path, tmp_path: Path, m
         finetune(read_run(tmp_path / "run" / "config.yaml"), FinetuneOptions(resume=tmp_path / "run"), console=console)
 
 
-@pytest.mark.slow
 def test_a_run_of_a_version_that_named_no_pictures_is_split_again_and_compared(tiny_sd_folder: Path, tmp_path: Path) -> None:
     first = image_run(tiny_sd_folder, tmp_path, diffusion__seeds=0, train__steps=2)
     record = json.loads(first.run.split.read_text())
@@ -317,7 +305,6 @@ def planned(folder: Path, room: Path, budget: str = "", device: str = "cpu", **c
     return KIND.plan(config, Console(file=text, width=200)), text.getvalue()
 
 
-@pytest.mark.slow
 def test_neither_weights_nor_pictures_are_needed(configurations: Path, tmp_path: Path) -> None:
     result, text = planned(configurations, tmp_path, diffusion__scorer="some/clip")
     assert "Not counted: diffusion.scorer some/clip" in text
@@ -327,7 +314,6 @@ def test_neither_weights_nor_pictures_are_needed(configurations: Path, tmp_path:
     assert mapping["peak"] == max(phase["bytes"] for phase in mapping["phases"]) > mapping["card_tensors"] > 0
 
 
-@pytest.mark.slow
 @pytest.mark.usefixtures("no_probe")
 def test_gpu_memory_is_planned_without_a_gpu(configurations: Path, tmp_path: Path) -> None:
     result, text = planned(configurations, tmp_path, device="cuda:1")
@@ -352,7 +338,6 @@ def test_what_finetune_refuses_is_not_planned(configurations: Path, tmp_path: Pa
         KIND.plan(config, Console(file=io.StringIO()))
 
 
-@pytest.mark.slow
 @pytest.mark.usefixtures("no_probe")
 def test_a_budget_is_answered_with_what_helps(configurations: Path, tmp_path: Path) -> None:
     result, text = planned(configurations, tmp_path, budget="64MB")
@@ -364,7 +349,6 @@ def test_a_budget_is_answered_with_what_helps(configurations: Path, tmp_path: Pa
     assert enough.to_mapping()["fits"] and "less than the budget" in text and "this machine has" in text
 
 
-@pytest.mark.slow
 @pytest.mark.usefixtures("no_probe")
 def test_the_verb_knows_published_shapes() -> None:
     name = "stable-diffusion-v1-5/stable-diffusion-v1-5"
@@ -376,7 +360,6 @@ def test_the_verb_knows_published_shapes() -> None:
     assert 1.8e9 < base < 2.0e9 and mapping["micro_batch"]["size"] == [512, 512]
 
 
-@pytest.mark.slow
 def test_stable_diffusion_xl_fits_a_gpu_of_eight_gigabytes_by_plan() -> None:
     given = ["plan", "--kind", "image", "--model", "stabilityai/stable-diffusion-xl-base-1.0", "--data", "none", "--json",
              "--model.dtype", "bfloat16", "--diffusion.at_once", "1", "--diffusion.checkpointing", "true",

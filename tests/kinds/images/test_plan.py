@@ -107,6 +107,7 @@ def test_on_a_cuda_device_the_budget_is_that_of_its_memory(
         fit_images(image_config(tiny_sd_folder, tmp_path, memory__budget="8GiB", model__device="mps"), said.append)
 
 
+@pytest.mark.slow
 def test_without_a_budget_pictures_are_planned_within_what_is_free_on_a_card(
     tiny_sd_folder: Path, tmp_path: Path, limited: list[tuple[torch.device, int]]
 ) -> None:

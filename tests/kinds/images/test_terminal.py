@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from pathlib import Path
 
+import pytest
+
 from lorakeet.kinds.images.assemble import assemble_images
 from lorakeet.kinds.images.terminal import show_image_forecast, show_pictures
 from tiny.image_runs import image_config
@@ -11,6 +13,7 @@ from tiny.runs import quiet
 from tiny.terminal import printed
 
 
+@pytest.mark.slow
 def test_pictures_plan_and_memory(tiny_sd_folder: Path, tmp_path: Path) -> None:
     setup = assemble_images(image_config(tiny_sd_folder, tmp_path), quiet(), forecast=True)
     assert setup.residency.plan is not None and not setup.residency.budget

@@ -25,6 +25,8 @@ from lorakeet.verbs.finetune import finetune
 from lorakeet.verbs.options import FinetuneOptions
 from tiny.runs import QUICK, adapter_bytes, quiet, settings
 
+pytestmark = pytest.mark.slow  # they share what takes seconds to make
+
 AUTO = {"ranks": "auto", "ranks.max_rank": 12}
 
 
@@ -34,7 +36,6 @@ def chosen(finished: Any, tmp_path_factory: pytest.TempPathFactory) -> Any:
     return finetune(settings(finished.model, finished.data, out, AUTO), FinetuneOptions(budget="3000"), console=quiet())
 
 
-@pytest.mark.slow
 def test_the_saved_run_file_says_the_ranks_and_gives_the_same_run(chosen: Any, tmp_path: Path) -> None:
     run, plan = chosen.run, chosen.setup.plan
     assert 2900 < pair_parameters(plan) <= 3000 and len({entry.rank for entry in plan.entries}) > 2
@@ -45,7 +46,6 @@ def test_the_saved_run_file_says_the_ranks_and_gives_the_same_run(chosen: Any, t
     assert adapter_bytes(tmp_path / "again") == adapter_bytes(run.path)
 
 
-@pytest.mark.slow
 def test_a_dry_run_and_a_resumed_run_agree(chosen: Any, finished: Any, tmp_path: Path) -> None:
     again = settings(finished.model, finished.data, tmp_path / "dry", {**AUTO, "ranks.budget": "3k"})
     dry = finetune(again, FinetuneOptions(dry_run=True), console=quiet())
@@ -56,7 +56,6 @@ def test_a_dry_run_and_a_resumed_run_agree(chosen: Any, finished: Any, tmp_path:
     assert adapter_bytes(chosen.run.path) == before
 
 
-@pytest.mark.slow
 def test_the_command_line_prints_ranks_that_can_be_edited_and_given(
     finished: Any, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -158,7 +157,6 @@ def test_what_a_pair_begins_with_is_measured_beside_other_adapters_too(finished:
         assert shared > 0.9, (path, shared)
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize("start", ["gradient", "activation"])
 def test_pairs_begin_along_what_was_measured_and_resume_to_the_same_bytes(finished: Any, tmp_path: Path, start: str) -> None:
     config = settings(finished.model, finished.data, tmp_path / "run", {"lora.start": start, "train.steps": 4})

@@ -117,6 +117,7 @@ def test_the_reference_and_its_readings_are_counted(
     assert found.certificate > without.certificate
 
 
+@pytest.mark.slow
 def test_the_pass_that_estimates_the_kl_is_counted_at_each_step(tiny_llama_folder: Path, tmp_path: Path) -> None:
     """A trained answer is twice one that is read, and kto only reads the second answer of a row."""
     setup = preferring(tiny_llama_folder, tmp_path, "kto", **{"train.steps": "200"})

@@ -28,6 +28,8 @@ from tiny.gguf_file import write_tiny_gguf
 from tiny.models import tiny_tokenizer
 from tiny.runs import chats, quiet, reviews, run, write_rows
 
+pytestmark = pytest.mark.slow  # they share what takes seconds to make
+
 
 @pytest.fixture(scope="module")
 def on_nf4(tiny_llama_folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
@@ -80,7 +82,6 @@ def test_auto_takes_the_base_that_measures_better(
     assert merged.to_mapping()["into"]["base"] == choice.base
 
 
-@pytest.mark.slow
 def test_rows_without_labels_are_evaluated_by_their_loss(tiny_llama_folder: Path, tmp_path: Path) -> None:
     data = write_rows(tmp_path / "rows.jsonl", chats(40))
     run(tiny_llama_folder, data, tmp_path / "run", {"model.quantize": "int8", "train.steps": 2})
@@ -150,7 +151,6 @@ def on_disk(request: Any, tiny_llama_folder: Path, tmp_path_factory: pytest.Temp
         yield folder / "run", dense, packed
 
 
-@pytest.mark.slow
 def test_both_bases_of_a_run_on_a_quantised_file_are_measured(
     on_disk: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -208,7 +208,6 @@ def test_without_a_known_original_the_quantised_base_is_taken_and_it_is_said(on_
     assert several.base == "original" and "unmeasured" in several.why
 
 
-@pytest.mark.slow
 def test_a_base_that_is_not_at_its_place_is_looked_for_where_base_says(tiny_llama_folder: Path, tmp_path: Path) -> None:
     quantize(QuantizeOptions(str(tiny_llama_folder), method="nf4", out=tmp_path / "packed"), console=quiet())
     data = write_rows(tmp_path / "rows.jsonl", reviews(40))

@@ -32,6 +32,8 @@ from tiny.gguf_file import write_tiny_gguf
 from tiny.models import tiny_model
 from tiny.runs import chats, quiet, reviews, run, write_rows
 
+pytestmark = pytest.mark.slow  # they share what takes seconds to make
+
 STEPS = {"train.steps": 16}
 
 
@@ -56,7 +58,6 @@ def on_gptq(tiny_llama_folder: Path, data: Path, tmp_path_factory: pytest.TempPa
     return folder / "run"
 
 
-@pytest.mark.slow
 def test_a_gptq_run_stays_gptq(on_gptq: Path, tmp_path: Path) -> None:
     out, source = tmp_path / "merged", on_gptq.parent / "gptq"
     merged = merge(MergeOptions((str(on_gptq),), out=out, into="packed", keep=0.5, memory="8GiB"), console=quiet())
@@ -94,7 +95,6 @@ def test_too_few_calibration_tokens_are_refused_before_any_model_is_loaded(
     assert not (tmp_path / "merged").exists()
 
 
-@pytest.mark.slow
 def test_a_dense_run_goes_into_the_layout_that_is_named_and_is_finished(
     finished: Any, data: Path, tmp_path: Path
 ) -> None:
@@ -108,7 +108,6 @@ def test_a_dense_run_goes_into_the_layout_that_is_named_and_is_finished(
     assert shares[WRITTEN] in (shares[FEEDBACK], shares[FINISHED])
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize("kind", ["Q4_0", "Q4_K"])
 def test_a_gguf_run_stays_one_file(kind: str, data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("LORAKEET_CACHE", str(tmp_path / "cache"))
@@ -164,7 +163,6 @@ def test_a_disk_that_is_full_after_the_model_is_said_in_words(
     assert not list(tmp_path.iterdir()), "no model stands there without its certificate"
 
 
-@pytest.mark.slow
 def test_rows_without_labels_are_evaluated_by_their_loss(on_gptq: Path, tmp_path: Path) -> None:
     rows = write_rows(tmp_path / "rows.jsonl", chats(50))
     run(on_gptq.parent / "gptq", rows, tmp_path / "run", STEPS)
@@ -208,7 +206,6 @@ def test_a_finish_says_that_a_gpu_is_not_used(
     assert ("Training runs on the CPU. Install another torch." in console.export_text()) == said
 
 
-@pytest.mark.slow
 def test_a_pair_on_a_layer_that_is_not_packed_is_named(
     data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -221,7 +218,6 @@ def test_a_pair_on_a_layer_that_is_not_packed_is_named(
     assert "not packed there: model.layers.0.mlp.down_proj" in said and "ends in .gguf" in said
 
 
-@pytest.mark.slow
 def test_a_gguf_run_is_merged_densely_into_the_numbers_of_its_file(
     data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

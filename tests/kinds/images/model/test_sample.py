@@ -45,6 +45,7 @@ def close(left: torch.Tensor, right: torch.Tensor) -> bool:
     return float((left - right).abs().max()) < 1e-5 * float(right.abs().max())
 
 
+@pytest.mark.slow
 def test_each_picture_has_its_own_adapters(model: ImageModel) -> None:
     alone = {}
     for name in ("a", "b", None):

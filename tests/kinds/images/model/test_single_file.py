@@ -192,6 +192,7 @@ def vocabulary_package(folder: Path, merges: int = MERGES) -> None:
     (folder / "open_clip" / "bpe_simple_vocab_16e6.txt.gz").write_bytes(gzip.compress("\n".join([*lines, "z z"]).encode()))
 
 
+@pytest.mark.slow
 def test_without_configurations_the_shipped_ones_and_a_packages_vocabulary_count(
     tiny_sdxl_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
