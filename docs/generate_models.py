@@ -38,8 +38,8 @@ No real GPU was used: the simulated one computes with the CPU, and refuses what 
 steps in fp32, is evaluated, generates and is certified. Compared are the first step's loss and gradient norm, and the base's
 losses and replies. Dropout is off, since a GPU draws other numbers.
 
-States, losses and replies of a row do not depend on the rows beside it. `make families` compares them with transformers on the
-row alone, from 3 tokens to the most that a family takes. Some families attend to the best-scored tokens in longer rows alone:
+A row's hidden states, loss and reply do not depend on the rest of its batch. `make families` compares them with transformers on
+the row alone, from 3 tokens to the most that a family takes. Some families attend to the best-scored tokens in longer rows alone:
 DeepSeek-V3.2, GLM-5, Doge, MiniMax-M3 and their like. Which of equal scores are taken depends on the padding. So such rows are
 computed one by one, and such texts are continued one by one. Shorter rows share batches.
 

@@ -16,10 +16,8 @@ from typing import Any
 from lorakeet.errors import ConfigError, EnvironmentProblem, nearest
 
 GROUP = "lorakeet.kinds"
-SECTIONS = (  # names of RunConfig that no kind may take
-    "model", "lora", "ranks", "data", "train", "memory", "evaluate", "kind", "out", "uncertified", "changed", "section",
-    "declaration", "validate",
-)  # fmt: skip
+SECTIONS = ("model", "lora", "ranks", "data", "train", "memory", "evaluate")  # that every run file has
+_TAKEN = (*SECTIONS, "kind", "out", "uncertified", "changed", "section", "declaration", "validate")  # names in RunConfig
 OWN = {name: f"lorakeet.kinds.{folder}" for name, folder in (("text", "text"), ("preference", "preference"), ("image", "images"))}
 
 
@@ -96,7 +94,7 @@ def _why_not(one: Any, name: str, known: Mapping[str, KindDeclaration]) -> str:
         return f"its DECLARATION is {type(one).__name__}, not KindDeclaration"
     if one.name != name:
         return f"its DECLARATION is called {one.name!r}"
-    taken = {*SECTIONS, *(section for other in known.values() for section in other.sections)}
+    taken = {*_TAKEN, *(section for other in known.values() for section in other.sections)}
     wrong = [section for section in one.sections if section in taken or not section.isidentifier()]
     return f"its sections {', '.join(wrong)} have names that are taken, or are no names" if wrong else ""
 

@@ -2,12 +2,14 @@
 
 import random
 from dataclasses import replace
+from itertools import islice, permutations
 
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from lorakeet.data.leaks import MANY, check_leaks, counted_once, find_duplicates, search_leaks
+from lorakeet.data.copies.words import fields_sorted, normal_words
+from lorakeet.data.leaks import MANY, _documents, _reordered, check_leaks, counted_once, find_duplicates, search_leaks
 from lorakeet.data.prepare import load_dataset
 from lorakeet.data.rows import Row, Turn
 from lorakeet.data.spec import DataSpec
@@ -436,3 +438,16 @@ def test_lines_in_another_order_are_no_exact_copy(text, near):
     }
     assert find_duplicates(given, 0) == ()
     assert [(pair.kind, pair.similarity) for pair in find_duplicates(given, 0.8)] == [("near", 1.0)] * near
+
+
+def test_reordered_rows_are_paired_with_the_first_of_each_part_only():
+    """All pairs of 300 orders of the same fields would be 45,000, and grow with the square of the rows."""
+    orders = islice(permutations(["name: ann", "age: 41", "town: oslo", "pet: cat", "car: red", "job: cook"]), 300)
+    given_texts = ["\n".join(fields) for fields in orders]
+    parts = {"training": rows("a", *given_texts[:200]), "test": rows("t", *given_texts[200:])}
+    documents = [one for one in _documents(parts) if not one.answers]
+    words = [normal_words(fields_sorted(document.text)) for document in documents]
+    assert len(documents) == 300 and len({tuple(one) for one in words}) == 1
+    assert len(list(_reordered(documents, words))) == 2 * (300 - 1)
+    found = {(pair.row_part, pair.twin_part, pair.row.source) for pair in find_duplicates(parts, 0.8) if pair.kind == "near"}
+    assert len({place for place in found if place[0] != place[1]}) >= 100, "every test row, or its twin"

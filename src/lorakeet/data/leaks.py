@@ -10,7 +10,6 @@ import hashlib
 from collections import Counter, defaultdict
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from itertools import combinations
 
 from lorakeet.data.copies.near_copies import fewest_words, find_near_copies
 from lorakeet.data.copies.words import fields_sorted, letters, normal_words
@@ -329,11 +328,7 @@ def _near_pairs(
     """Pairs each row with the most similar text that has a row in an earlier part, or that precedes its own in its own part."""
     alike: dict[int, list[tuple[float, int]]] = defaultdict(list)
     texts = [normal_words(fields_sorted(document.text)) for document in documents]
-    same: dict[tuple[str, ...], list[int]] = defaultdict(list)  # but for the order of fields
-    for number, words in enumerate(texts):
-        if words:
-            same[tuple(words)].append(number)
-    copies = [(1.0, *pair) for numbers in same.values() for pair in combinations(numbers, 2)]
+    copies = [(1.0, *pair) for pair in _reordered(documents, texts)]
     copies += [(copy.similarity, copy.first, copy.second) for copy in find_near_copies(texts, threshold)]
     for similarity, first, second in copies:
         alike[first].append((-similarity, second))
@@ -350,6 +345,18 @@ def _near_pairs(
                     if twin is not None and (document.answers or not _answers_follow(row, twin)):
                         yield LeakPair(row, part, twin, twin_part, -distance, "near", document.answers)
                         break
+
+
+def _reordered(documents: Sequence[_Document], texts: Sequence[Sequence[str]]) -> Iterator[tuple[int, int]]:
+    """Pairs of documents whose words are equal but for the order of fields: each with the first one that a part has."""
+    firsts: dict[tuple[str, ...], dict[str, int]] = defaultdict(dict)
+    for number, (document, words) in enumerate(zip(documents, texts, strict=True)):
+        for part, _ in document.members if words else ():
+            firsts[tuple(words)].setdefault(part, number)
+    for number, words in enumerate(texts):
+        for first in {*firsts.get(tuple(words), {}).values()}:
+            if first != number:
+                yield first, number
 
 
 def _answers_follow(row: Row, twin: Row) -> bool:

@@ -16,6 +16,7 @@ from lorakeet.evaluate.certificate import CERTIFICATE, Certificate, read_certifi
 from lorakeet.formats.files.digest import PIECE, sha256_of
 from lorakeet.formats.files.json_object import parse_object
 from lorakeet.formats.files.yaml_mapping import parse_yaml
+from lorakeet.registry import SECTIONS
 
 if TYPE_CHECKING:  # imports torch
     from lorakeet.formats.files.loaded_file import LoadedFile
@@ -38,7 +39,6 @@ _TOKENIZER = (
     "chat_template.json",
 )  # fmt: skip
 _SLOW = ("tokenizer.model", "spiece.model", "sentencepiece.bpe.model", "vocab.json", "vocab.txt", "merges.txt")  # of older ones
-_COMMON = ("model", "lora", "ranks", "data", "train", "memory", "evaluate")  # sections of every kind of run
 _SHOWN = 8  # names in a refusal
 
 
@@ -83,7 +83,7 @@ def _settings_around(folder: Path, *, sections: bool = False) -> dict[str, str]:
     parts = {name: part for name, part in settings.items() if isinstance(part, dict)} if isinstance(settings, dict) else {}
     data = parts.get("data", {})
     found = {f"{SETTING}data.{key}": _canonical(data[key]) for key in _PROMPTS if key in data}
-    own = [(name, part) for name, part in parts.items() if sections and name not in _COMMON]
+    own = [(name, part) for name, part in parts.items() if sections and name not in SECTIONS]
     return found | {f"{SETTING}{name}.{key}": _canonical(value) for name, part in own for key, value in part.items()}
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass, replace
-from typing import Literal, get_args
+from typing import Any, Literal, cast, get_args
 
 from lorakeet.setting import setting
 from lorakeet.settings import require_types
@@ -95,3 +95,8 @@ class PreferenceSpec:
             length_normalised=objective in _NORMALISED if self.length_normalised is None else self.length_normalised,
             sft_weight=_SFT_WEIGHT.get(objective, 0.0) if self.sft_weight is None else self.sft_weight,
         )
+
+
+def preference_of(config: Any) -> PreferenceSpec:
+    """The part `preference` of a RunConfig, with every value of its objective filled in."""
+    return cast(PreferenceSpec, config.section(PreferenceSpec)).resolved(config.train.objective)

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
 from lorakeet.core.spec import MEASURED
-from lorakeet.registry import KindDeclaration, Section
+from lorakeet.kinds.text import DECLARATION as TEXT
+from lorakeet.registry import Section
 from lorakeet.train.preference_spec import OBJECTIVES, SFT, START, PreferenceSpec, needs_reference
 
 
@@ -29,16 +31,13 @@ def _conflicts(config: Any) -> list[str]:
     return found
 
 
-DECLARATION = KindDeclaration(
+DECLARATION = replace(
+    TEXT,
     name="preference",
     help="a causal language model, on preferences",
     module="lorakeet.kinds.preference.kind",
-    over="text",
-    text_model=True,
-    taken_as=("merge", "gguf", "ollama", "mlx", "push"),
+    over=TEXT.name,
     objectives=tuple(objective for objective in OBJECTIVES if objective != SFT),
     sections={"preference": Section(PreferenceSpec, "The loss of a preference objective.")},
     conflicts=_conflicts,
-    require_rows="lorakeet.kinds.text.early:require_text_rows",
-    require_model="lorakeet.kinds.text.early:require_text_base",
 )

@@ -35,7 +35,7 @@ from lorakeet.models.inject import activate, adapter_of, eject
 from lorakeet.models.text.adapters import add_adapter
 from lorakeet.models.text.compare import compare_outputs
 from lorakeet.models.text.model import TextModel
-from lorakeet.train.preference_spec import BASE, KTO, SFT, START, PreferenceSpec, needs_reference
+from lorakeet.train.preference_spec import BASE, KTO, SFT, START, needs_reference, preference_of
 from lorakeet.train.progress import counted
 from lorakeet.train.run import RunFolder
 from lorakeet.train.text.preference_loss import log_ratio_gap
@@ -237,7 +237,7 @@ class _Scored:
 
     def preferences(self, known: Sequence[tuple[str, str]]) -> PreferenceScores:
         """What each system prefers; `known` are the answers of training pairs, for the baseline."""
-        spec, objective = self.config.section(PreferenceSpec).resolved(self.config.train.objective), self.config.train.objective
+        spec, objective = preference_of(self.config), self.config.train.objective
         compares, groups, named = needs_reference(objective), self.groups, REFERENCE if self.named else BASE_SYSTEM
         likely = {ADAPTER: self._likelihood(self.adapter), BASE_SYSTEM: self._likelihood(self.base)}
         if self.named:

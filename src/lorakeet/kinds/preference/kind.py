@@ -41,7 +41,7 @@ from lorakeet.runs.output_paths import writing
 from lorakeet.runs.run_folder import hashes_of_parts
 from lorakeet.train import durable
 from lorakeet.train.checkpoint import found as checkpoints
-from lorakeet.train.preference_spec import KTO, START, PreferenceSpec, needs_reference
+from lorakeet.train.preference_spec import KTO, START, needs_reference, preference_of
 from lorakeet.train.run import RunFolder
 from lorakeet.train.text.preference_task import Floats, PreferenceTask, Reference
 from lorakeet.train.text.reference import adapter_digest, digest_of, read_reference, save_reference
@@ -158,11 +158,6 @@ class PreferenceRunKind(TextRunKind):
 
 
 KIND = PreferenceRunKind()
-
-
-def preference_of(config: RunConfig) -> PreferenceSpec:
-    """The part `preference` of the run file, with every value of its objective filled in."""
-    return config.section(PreferenceSpec).resolved(config.train.objective)
 
 
 def _desirable(rows: Sequence[Row], encoded: Encoded) -> list[bool]:

@@ -23,7 +23,7 @@ from lorakeet.kinds.text.tuning.trials import Trial, Trials
 from lorakeet.models.generate.score import row_losses
 from lorakeet.models.inject import activate
 from lorakeet.runs.search_space import SearchPoint
-from lorakeet.train.preference_spec import KTO, START, PreferenceSpec, needs_reference
+from lorakeet.train.preference_spec import KTO, START, needs_reference, preference_of
 from lorakeet.train.text.multi_adapter import Member
 from lorakeet.train.text.preference_task import Floats, Preferences, Reference, not_preferred, pair_losses
 
@@ -68,7 +68,7 @@ class PairTrials(Trials):
         activate(self.setup.text.model, name)
         sums, tokens = self._log_probs(rows)
         config = self.space.resolved(point or SearchPoint())
-        spec, objective = config.section(PreferenceSpec).resolved(config.train.objective), config.train.objective
+        spec, objective = preference_of(config), config.train.objective
         reference = None
         if needs_reference(objective):
             if name is None and self._held is None:
@@ -92,7 +92,7 @@ class PairTrials(Trials):
             there = [known[key] for key in _keys(held_out)]
             reference = Reference(train, np.concatenate(there) if there else np.zeros(0), plain.spec.micro_tokens)
         own = begins_at_reference(config) and not config.lora.dropout
-        spec = config.section(PreferenceSpec).resolved(config.train.objective)
+        spec = preference_of(config)
         about = Preferences(
             spec, reference, (self._desirable(self.setup.train.examples), self._desirable(held_out)),
             largest_difference(self.setup) if own and reference is not None else None,
