@@ -12,6 +12,7 @@ import pytest
 from lorakeet.memory import measure
 from lorakeet.memory.measure import PeakMemory, peak_bytes, reset_peak, resident_bytes
 from tiny.proc import proc_file
+from tiny.settled import settled_bytes
 
 MEGABYTE = 1 << 20
 
@@ -25,7 +26,7 @@ def use(megabytes: int) -> None:
 
 @pytest.mark.parametrize("sample", [False, True])
 def test_a_spike_is_seen_after_it_is_gone(sample: bool) -> None:
-    before = resident_bytes()
+    before = settled_bytes()
     with PeakMemory(interval=0.005, sample=sample) as memory:
         use(200)
     assert memory.bytes - before > 150 * MEGABYTE
@@ -92,7 +93,7 @@ def test_without_permission_it_samples(monkeypatch: pytest.MonkeyPatch) -> None:
         raise PermissionError(path)
 
     monkeypatch.setattr(Path, "write_text", refuse)
-    before = resident_bytes()
+    before = settled_bytes()
     with PeakMemory(interval=0.005) as memory:
         use(120)
     assert memory.sampled

@@ -17,9 +17,9 @@ from lorakeet.core.spec import LoraSpec
 from lorakeet.data.chat import Example
 from lorakeet.data.pack import micro_batches
 from lorakeet.errors import ConfigError
-from lorakeet.memory.allocator import SMALL_SLACK, release_free_memory
+from lorakeet.memory.allocator import SMALL_SLACK
 from lorakeet.memory.cuda import CONTEXT
-from lorakeet.memory.measure import peak_bytes, reset_peak, resident_bytes
+from lorakeet.memory.measure import peak_bytes
 from lorakeet.memory.usage import Usage, add_usage
 from lorakeet.models.targets import plan_for
 from lorakeet.models.text import by_peft
@@ -57,6 +57,7 @@ from lorakeet.planning.rehearse_text import BEGIN, FINAL, STEP, Rehearsal, RowSh
 from lorakeet.quant.spec import QuantSpec
 from lorakeet.ranks.allocate import allocate, pair_parameters, rank_pattern
 from lorakeet.ranks.score import Sketch
+from tiny.settled import settled_bytes
 
 SMALL = {
     "model_type": "llama", "vocab_size": 96, "hidden_size": 64, "intermediate_size": 128, "num_hidden_layers": 2,
@@ -239,8 +240,7 @@ def test_a_start_from_the_weights_takes_no_more_than_is_planned() -> None:
     text = model_from_config(config_from_settings(shape), name="random", dtype=torch.bfloat16, products=torch.bfloat16)
     plan = plan_for(text.model, config.lora, text.family)
     initialise_adapter(text, plan, seed=0, name="before")  # code and buffers are there now
-    assert reset_peak()
-    before = resident_bytes()
+    before = settled_bytes()
     initialise_adapter(text, plan_for(text.model, config.lora, text.family), seed=0, name="again")
     used = peak_bytes() - before
     copy = 4 * 2048 * 5632
@@ -436,8 +436,7 @@ def test_taking_a_matrix_apart_holds_no_more_than_is_planned() -> None:
     sketch = Sketch(width, directions, torch.Generator().manual_seed(0))
     sketch.add(torch.randn(300, width, generator=torch.Generator().manual_seed(1)))
     sketch.directions("q", 4)  # what a first time leaves behind is there now
-    assert release_free_memory() and reset_peak()
-    before = resident_bytes()
+    before = settled_bytes()
     sketch.directions("q", 4)
     planned, used = _decomposing(directions, width), peak_bytes() - before
     assert 2 * 8 * directions * width <= used <= planned + SMALL_SLACK

@@ -9,6 +9,7 @@ import pytest
 from lorakeet.kernels.cpu.workspace import Workspaces
 from lorakeet.memory.measure import resident_bytes
 from tiny.native import needs_native
+from tiny.settled import settled_bytes
 
 pytestmark = needs_native
 MIB = 1 << 20
@@ -39,7 +40,7 @@ def test_a_view_keeps_its_workspace() -> None:
 
 def test_pages_come_when_they_are_written_to_and_go_when_they_are_released() -> None:
     rooms = Workspaces(1 << 36)
-    before = resident_bytes()
+    before = settled_bytes()
     held = rooms.take(8 * MIB)
     held.fill_(1)
     passing = rooms.take(64 * MIB)
@@ -67,7 +68,7 @@ def test_a_gap_is_filled_before_anything_is_put_behind() -> None:
 def test_where_nothing_freed_is_to_stay_pages_go_with_their_piece() -> None:
     rooms = Workspaces(1 << 36)
     rooms.keeps = False
-    before = resident_bytes()
+    before = settled_bytes()
     held, other = rooms.take(64 * MIB), rooms.take(MIB)
     held.fill_(1), other.fill_(2)
     del held
