@@ -1,7 +1,7 @@
 """How much an exported model may differ from the live one, by the storage type of its matrices, and why.
 
 Measured with llama.cpp on SmolLM2-135M against fp32 in torch: with a random rank-4 adapter on all 210 linear layers, 67 tokens,
-and with the quickstart's own adapter of rank 8, 4,236 tokens of 32 held-out rows (benchmarks/results/llama_cpp_parity…):
+and with the quickstart's own adapter of rank 8, 4,236 tokens of 32 held-out rows:
 
               random              the quickstart's
     type      KL       top-1      KL       top-1    logit    loss
@@ -13,7 +13,7 @@ and with the quickstart's own adapter of rank 8, 4,236 tokens of 32 held-out row
 A model of 135 M parameters suffers most from few bits, so larger ones differ less. The tolerances are 6 to 60 times what was
 measured in F16, 6 to 18 times in Q8_0; in Q4_K_M 6 times for KL and twice for the loss, which 4 bits alone change. `effect` in
 F16 is KL over the adapter's own: rounding is 1e-6 of the quickstart's (4.4 nats), and 0.1 tests one down to 1e-4 nats.
-llama.cpp's server over the same adapter (results/llama_server_parity…, 32 positions of 4 rows) has KL 3e-6 in F16, 0.0034 in
+llama.cpp's server over the same adapter (32 positions of 4 rows) has KL 3e-6 in F16, 0.0034 in
 Q8_0;
 the largest difference of a log-probability above 1 % is 0.02 (`gap` allows 0.1) and 0.53 (1), so that `gap` is the nearest limit.
 With 8 bits or fewer the logits alone could hide a wrong scale; there `share` detects it: how much of the adapter's change the
