@@ -141,6 +141,8 @@ def read_run(path: str | Path | None, overrides: Mapping[str, Any] | None = None
     mapping = read_yaml(Path(path)) if path else {}
     for dotted, value in (overrides or {}).items():
         mapping = override(RunConfig, mapping, dotted, value)
+    if isinstance(kind := mapping.get("kind"), str) and kind not in ("none", *own_kinds()):
+        declared(kind)  # its sections would be unknown too
     origins = {dotted: f"flag --{dotted}" for dotted in overrides or {}}
     return load(RunConfig, mapping, where=str(path) if path else "the flags", origins=origins)
 

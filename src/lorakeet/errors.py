@@ -8,7 +8,7 @@
     └── RunStopped           the run ended early; what it saved is good  exit code 4
 
 A message says what failed, the value, what was expected and what to do. Where several things are wrong at once,
-collect them in `Problems` and raise once.
+collect them in `Problems` and raise once. Programs read an error's code, values and remedies, never its message.
 """
 
 from __future__ import annotations
@@ -19,12 +19,12 @@ import itertools
 import re
 import shlex
 import traceback
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from contextvars import ContextVar
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Concatenate, ParamSpec, TypeVar
+from typing import Any, Concatenate, ParamSpec, TypeVar
 
 LONGEST_MESSAGE = 2000  # characters; a file of a stranger can have names and values of any length
 _LONGEST_LINE = 1000  # of one problem among several
@@ -149,34 +149,117 @@ def respelt(message: str) -> str:
     return message if spell is _as_flag else _WRITTEN.sub(written, message)
 
 
+CODES = {  # every code, and what it says: docs/reference/errors.md
+    "setting-refused": "A setting, an option or an argument cannot be used as it is given, or not together with another one.",
+    "setting-unknown": "No setting, flag or key has this name. `values`: setting, and nearest, the name that is most like it.",
+    "setting-missing": "A setting that has no default is not given. `values`: setting, expected.",
+    "setting-wrong-type": "A value cannot be read as what its setting takes. `values`: setting, value, expected.",
+    "setting-out-of-range": "A section of the run file, or options, have a value that is not allowed. `values`: section.",
+    "setting-removed": "A setting of an earlier version is gone, and its value would change the result. `values`: setting, value.",
+    "several-problems": "Several things of different codes are wrong. `values`: problems, each with its own code.",
+    "kind-unknown": "No kind of run has this name. `values`: kind, known.",
+    "kind-lacks": "This kind of run cannot do what was asked for. `values`: kind, what.",
+    "kinds-collide": "Two packages register a kind of run under one name. `values`: kind, packages.",
+    "verb-unknown": "No verb has this name. `values`: verb, known.",
+    "output-exists": "Something is where the result would be written. `values`: path.",
+    "run-missing": "There is no run of this name, or the folder is no run folder.",
+    "does-not-fit": "The least memory that works is more than the budget, or than what is free. `values`: needed and budget, in bytes.",
+    "data-refused": "Rows, a data file, an adapter or a model file cannot be used as they are.",
+    "file-unreadable": "The system does not read a file. `values`: path.",
+    "file-malformed": "A file is not of the format that it should have, or is damaged. `values`: path or file.",
+    "rows-unusable": "Single rows cannot be used; others can. `values`: file.",
+    "rows-leak": "Rows are equal or nearly equal to rows that are measured.",
+    "row-too-long": "A row has more tokens than data.max_tokens. `values`: limit.",
+    "encoding-wrong": "A file is not in the encoding that it is read in. `values`: file.",
+    "columns-unclear": "It is not clear which column is the text, or which is the label. `values`: file, candidates of the label.",
+    "environment-refused": "The machine refuses or lacks something: a permission, a device, a processor feature.",
+    "package-missing": "A package is not installed. `values`: packages.",
+    "disk-full": "A disk or a quota is full, or too small for what would be written.",
+    "out-of-memory": "A device, or the machine, ran out of memory.",
+    "device-failed": "A GPU failed, and this process can no longer use it.",
+    "port-in-use": "Nothing can listen at this address. `values`: host, port.",
+    "server-refused": "A server or the hub refused a request, or does not answer as it should.",
+    "verification-failed": "Two things that must compute the same do not.",
+    "content-differs-from-certificate": "An adapter is not what its certificate was made for. `values`: subject, differs.",
+    "run-stopped": "A run ended before its last step. What it saved is good.",
+    "stopped": "A signal or Ctrl-C ended the command. `values`: signal.",
+}
+
+
 @dataclass(frozen=True)
 class Remedy:
-    """One setting that would mend what an error names.
+    """One setting or one command that would mend what an error names.
 
-    `setting` is its path, such as "data.encoding", `value` the text that its flag takes, `words` are for a button.
+    `setting` is its path, such as "data.encoding", `value` the text that its flag takes, `words` are for a button. A command has
+    no setting.
     """
 
     setting: str
     value: str
     words: str
+    command: str = ""
 
     @property
     def flag(self) -> str:
         """The setting as the caller writes it (`spelt`)."""
         return spelt(self.setting, self.value)
 
+    def to_mapping(self) -> dict[str, str]:
+        """Plain values for --json."""
+        given = {"command": self.command} if self.command else {"setting": self.setting, "value": self.value}
+        return {**given, "words": self.words}
+
+    @classmethod
+    def from_mapping(cls, mapping: Mapping[str, Any]) -> Remedy:
+        """What `to_mapping` has written."""
+        setting, value, words, command = (str(mapping.get(name, "")) for name in ("setting", "value", "words", "command"))
+        return cls(setting, value, words, command)
+
 
 class LorakeetError(Exception):
     """Base of every error that a user can mend; `exit_code` is what the command line returns.
 
-    A message is at most LONGEST_MESSAGE characters long. `remedies` are settings that mend it, all of them together.
+    A message is at most LONGEST_MESSAGE characters long. `code` is one of CODES, by default that of the class, and `values` are
+    what the message names. `remedies` mend it: settings all together, a command alone. An error for several things has
+    `problems`, an error for each.
     """
 
     exit_code = 2
+    CODE = "setting-refused"
 
-    def __init__(self, *details: object, remedies: Iterable[Remedy] = ()) -> None:
+    def __init__(
+        self,
+        *details: object,
+        code: str = "",
+        values: Mapping[str, Any] | None = None,
+        remedies: Iterable[Remedy] = (),
+        problems: Iterable[LorakeetError] = (),
+    ) -> None:
         super().__init__(*(shortened(respelt(one)) if isinstance(one, str) else one for one in details))
+        self.code = code or self.CODE
+        self.values = dict(values or {})
         self.remedies = tuple(remedies)
+        self.problems = tuple(problems)
+
+    def to_mapping(self) -> dict[str, Any]:
+        """Plain values for --json: code, message, values (of several problems the mapping of each), remedies."""
+        values = {**self.values, **({"problems": [one.to_mapping() for one in self.problems]} if self.problems else {})}
+        remedies = [one.to_mapping() for one in self.remedies]
+        return {"code": self.code, "message": str(self), "values": values, "remedies": remedies}
+
+    @classmethod
+    def from_mapping(cls, mapping: Mapping[str, Any]) -> LorakeetError:
+        """An error of this class, of what `to_mapping` has written."""
+        values = dict(mapping.get("values") or {})
+        problems = [cls.from_mapping(one) for one in values.pop("problems", ())]
+        remedies = [Remedy.from_mapping(one) for one in mapping.get("remedies", ())]
+        return cls(mapping["message"], code=mapping.get("code", ""), values=values, remedies=remedies, problems=problems)
+
+    def worded(self, message: str) -> LorakeetError:
+        """The same error with another message."""
+        found = type(self).__new__(type(self), message)
+        found.__dict__.update(self.__dict__)
+        return found
 
 
 class ConfigError(LorakeetError):
@@ -186,28 +269,34 @@ class ConfigError(LorakeetError):
 class DataError(LorakeetError):
     """A row, a data file or a model file is wrong."""
 
+    CODE = "data-refused"
+
 
 class EnvironmentProblem(LorakeetError):
     """The machine lacks something: a package, disk space, a permission, a processor feature."""
+
+    CODE = "environment-refused"
 
 
 class VerificationFailed(LorakeetError):
     """An artefact does not compute the function that it should."""
 
     exit_code = 3
+    CODE = "verification-failed"
 
 
 class RunStopped(LorakeetError):
     """A run ended before its last step (NaN loss, Ctrl-C); the message says what is kept and how to go on."""
 
     exit_code = 4
+    CODE = "run-stopped"
 
 
 _LONGEST_NAME = 400
 
 
-def nearest(name: str, known: Iterable[str]) -> str:
-    """A sentence " Did you mean 'x'?" for the closest known name, or an empty string when none is close.
+def nearest_name(name: str, known: Iterable[str]) -> str:
+    """The closest known name, or an empty string when none is close.
 
     What is longer than any name is not compared: a text of megabytes would take seconds.
     """
@@ -215,7 +304,13 @@ def nearest(name: str, known: Iterable[str]) -> str:
         return ""
     lowered = {candidate.lower(): candidate for candidate in known}
     close = difflib.get_close_matches(name.lower(), lowered, n=1, cutoff=0.6)
-    return f" Did you mean '{lowered[close[0]]}'?" if close else ""
+    return lowered[close[0]] if close else ""
+
+
+def nearest(name: str, known: Iterable[str]) -> str:
+    """A sentence " Did you mean 'x'?" for the closest known name, or an empty string when none is close."""
+    found = nearest_name(name, known)
+    return f" Did you mean '{found}'?" if found else ""
 
 
 def unreadable(path: Path, error: OSError) -> str:
@@ -235,13 +330,16 @@ def readable(path: Path) -> Iterator[None]:
     try:
         yield
     except OSError as error:
-        raise DataError(unreadable(path, error)) from error
+        raise DataError(unreadable(path, error), code="file-unreadable", values={"path": str(path)}) from error
 
 
 def require_regular(path: Path) -> None:
     """Raises DataError if a device, a pipe or a socket is at `path`: reading it may never end."""
     if path.exists() and not path.is_file():
-        raise DataError(f"{path} is {'a folder' if path.is_dir() else 'a device or a pipe'}; expected a file. Check the path.")
+        what = "a folder" if path.is_dir() else "a device or a pipe"
+        raise DataError(
+            f"{path} is {what}; expected a file. Check the path.", code="file-unreadable", values={"path": str(path)}
+        )
 
 
 _Arguments = ParamSpec("_Arguments")
@@ -250,7 +348,7 @@ _Result = TypeVar("_Result")
 
 @contextmanager
 def one_message(
-    begin: str, advice: str, kind: type[LorakeetError] = DataError, *, passing: tuple[type[Exception], ...] = ()
+    begin: str, advice: str, kind: type[LorakeetError] = DataError, *, passing: tuple[type[Exception], ...] = (), code: str = ""
 ) -> Iterator[None]:
     """The boundary of a reader: whatever a library raises within becomes one `kind`, "BEGIN: reason. ADVICE".
 
@@ -264,11 +362,11 @@ def one_message(
     except passing:
         raise
     except MemoryError as error:
-        raise EnvironmentProblem(f"{begin}: it needs more memory than there is. {advice}") from error
+        raise EnvironmentProblem(f"{begin}: it needs more memory than there is. {advice}", code="out-of-memory") from error
     except BaseException as error:
         if not isinstance(error, Exception) and type(error).__name__ != "PanicException":  # of libraries in Rust
             raise
-        raise kind(f"{begin}: {reason_of(error)}. {advice}") from error
+        raise kind(f"{begin}: {reason_of(error)}. {advice}", code=code) from error
 
 
 def reason_of(error: BaseException) -> str:
@@ -288,7 +386,8 @@ def reader(what: str) -> Callable[
         @functools.wraps(read)
         def within(path: Path, /, *arguments: _Arguments.args, **more: _Arguments.kwargs) -> _Result:
             require_path(path)
-            with one_message(f"{path} cannot be read as {what}", "It may be damaged: fetch it again. If not, report this."):
+            begin, advice = f"{path} cannot be read as {what}", "It may be damaged: fetch it again. If not, report this."
+            with one_message(begin, advice, code="file-malformed"):
                 return read(Path(path), *arguments, **more)  # a text is a path too
 
         return within
@@ -297,7 +396,10 @@ def reader(what: str) -> Callable[
 
 
 class Problems:
-    """Collects messages and raises them together, so that a user mends everything in one go."""
+    """Collects problems and raises them together, so that a user mends everything in one go.
+
+    A message that is added has the `code` and `values` given here.
+    """
 
     def __init__(
         self,
@@ -307,36 +409,57 @@ class Problems:
         remedy: str = "",
         shown: int | None = None,
         remedies: Iterable[Remedy] = (),
+        code: str = "",
+        values: Mapping[str, Any] | None = None,
     ) -> None:
         self.heading = heading
         self.remedies = tuple(remedies)  # of the error
         self.kind = kind
         self.remedy = remedy  # the last sentence, where one thing mends them all
         self.shown = shown  # of many problems the first so many are named and the others counted
-        self.messages: list[str] = []
+        self.code = code
+        self.values = dict(values or {})
+        self.errors: list[LorakeetError] = []
         self.others = 0  # problems that are counted and not kept
 
-    def add(self, message: str) -> None:
-        self.messages.append(shortened(message, _LONGEST_LINE))
+    @property
+    def messages(self) -> list[str]:
+        """The message of each problem."""
+        return [str(one) for one in self.errors]
+
+    def add(self, problem: str | LorakeetError, *, code: str = "", values: Mapping[str, Any] | None = None) -> None:
+        """Adds a problem: a message, or an error as it is."""
+        if isinstance(problem, LorakeetError):
+            self.errors.append(problem.worded(shortened(str(problem), _LONGEST_LINE)))
+        else:
+            self.errors.append(self.kind(shortened(problem, _LONGEST_LINE), code=code or self.code, values=values or self.values))
 
     def locate(self, where: object) -> None:
         """Puts `where`, a file or folder, before each message so far that does not name it."""
-        self.messages = [message if str(where) in message else f"{where}: {message}" for message in self.messages]
+        self.errors = [one if str(where) in str(one) else one.worded(f"{where}: {one}") for one in self.errors]
 
     def raise_if_any(self) -> None:
         """Raises `kind` with the heading and one line per problem; a single problem stands alone. The remedy comes last."""
-        if len(self.messages) == 1:
-            raise self.kind(" ".join([*self.messages, *([self.remedy] if self.remedy else [])]), remedies=self.remedies)
-        if self.messages:
-            named, count = self._fitting(), len(self.messages) + self.others
+        last = [self.remedy] if self.remedy else []
+        remedies = dict.fromkeys((*self.remedies, *(one for each in self.errors for one in each.remedies)))
+        if len(self.errors) == 1:
+            (one,) = self.errors
+            message = " ".join([str(one), *last])
+            raise self.kind(message, code=one.code, values=one.values, remedies=remedies, problems=one.problems)
+        if self.errors:
+            named, count = self._fitting(), len(self.errors) + self.others
             lines = [f"{self.heading} ({count:,} problems):", *(f"  - {message}" for message in named)]
             if more := count - len(named):
                 lines.append(f"  - and {more:,} more.")
-            raise self.kind("\n".join([*lines, *([self.remedy] if self.remedy else [])]), remedies=self.remedies)
+            codes = {one.code for one in self.errors}
+            code = self.errors[0].code if len(codes) == 1 else "several-problems"
+            values = self.values if self.code else None
+            raise self.kind("\n".join([*lines, *last]), code=code, values=values, remedies=remedies, problems=self.errors)
 
     def _fitting(self) -> list[str]:
         """The first messages that are shown: at most `shown`, and no more than fit into one message."""
         most = LONGEST_MESSAGE - len(self.heading) - len(self.remedy) - 100
-        lengths = itertools.accumulate(len(message) + 5 for message in self.messages)
+        messages = self.messages
+        lengths = itertools.accumulate(len(message) + 5 for message in messages)
         fitting = max(1, sum(length <= most for length in lengths))
-        return self.messages[: fitting if self.shown is None else min(fitting, self.shown)]
+        return messages[: fitting if self.shown is None else min(fitting, self.shown)]

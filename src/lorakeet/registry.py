@@ -7,7 +7,7 @@ lorakeet.config, so that it must import neither that nor torch; what does the wo
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import cache
 from importlib import import_module
 from importlib.metadata import entry_points
@@ -56,6 +56,7 @@ class KindDeclaration:
     conflicts: Callable[[Any], list[str]] = _no_conflicts  # RunConfig → a message for each conflict of settings
     require_rows: str = ""  # "module:function" (RunConfig, whole=bool) that raises DataError for missing rows, without torch
     require_model: str = ""  # the same (RunConfig) for a missing model
+    package: str = "lorakeet"  # that registered it; known when it was found
 
 
 def function_at(place: str) -> Any:
@@ -68,15 +69,15 @@ def function_at(place: str) -> Any:
 def declarations() -> Mapping[str, KindDeclaration]:
     """Every kind by its name. Raises EnvironmentProblem for an entry point that cannot be imported, ConfigError for two of one
     name."""
-    found, origins = {}, dict.fromkeys(OWN, "lorakeet")
+    found = {}
     for name, module in OWN.items():
         found[name] = import_module(module).DECLARATION
     for point in entry_points(group=GROUP):
         package = point.dist.name if point.dist is not None else point.value
         if point.name in found:
-            raise ConfigError(
-                f"Two packages register the kind of run {point.name!r}: {origins[point.name]} and {package}. Uninstall one."
-            )
+            both = [found[point.name].package, package]
+            said = f"Two packages register the kind of run {point.name!r}: {' and '.join(both)}. Uninstall one."
+            raise ConfigError(said, code="kinds-collide", values={"kind": point.name, "packages": both})
         who, mend = f"The kind of run {point.name!r} of the package {package}", f"Mend or uninstall it: pip uninstall {package}"
         try:
             one = point.load().DECLARATION
@@ -84,7 +85,7 @@ def declarations() -> Mapping[str, KindDeclaration]:
             raise EnvironmentProblem(f"{who} cannot be imported: {type(error).__name__}: {error}. {mend}") from error
         if why := _why_not(one, point.name, found):
             raise EnvironmentProblem(f"{who} cannot be used: {why}. {mend}")
-        found[point.name], origins[point.name] = one, package
+        found[point.name] = replace(one, package=package)
     return found
 
 
@@ -113,7 +114,8 @@ def declared(kind: str, objective: str = "") -> KindDeclaration:
     """The declaration of `kind`, or of the kind over it that has this objective. Raises ConfigError for an unknown name."""
     known = declarations()
     if kind not in known:
-        listed = ", ".join(own_kinds())
-        raise ConfigError(f"There is no kind of run {kind!r}; there are {listed}.{nearest(kind, known)}")
+        listed = ", ".join(f"{name} (of {known[name].package})" for name in own_kinds())
+        said = f"There is no kind of run {kind!r}; there are {listed}.{nearest(kind, known)}"
+        raise ConfigError(said, code="kind-unknown", values={"kind": kind, "known": list(own_kinds())})
     over = [one for one in known.values() if one.over == kind and objective in one.objectives]
     return over[0] if over else known[kind]

@@ -22,3 +22,4 @@ class Removed:
 
     same: tuple[Any, ...]
     why: str  # it is gone, in a sentence
+    instead: str = ""  # the name of the setting that replaces it

@@ -17,19 +17,19 @@ import math
 import re
 import types
 import typing
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import MISSING, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, TypeVar
 
-from lorakeet.errors import ConfigError, Problems, nearest
+from lorakeet.errors import ConfigError, LorakeetError, Problems, nearest
 from lorakeet.setting import Removed
 
 if TYPE_CHECKING:
     from _typeshed import DataclassInstance
 
 __all__ = [
-    "TRUTH_WORDS", "Setting", "choices", "describe", "fields_of", "load", "override", "require_types", "shown_default",
+    "TRUTH_WORDS", "Setting", "choices", "describe", "fields_of", "load", "override", "removed_from", "require_types", "shown_default",
     "to_mapping",
 ]  # fmt: skip
 
@@ -73,6 +73,15 @@ def fields_of(cls: type[DataclassInstance], prefix: str = "") -> tuple[Setting, 
         else:
             found.append(Setting(path, kind, _default(spec), str(spec.metadata.get("help", ""))))
     return tuple(found)
+
+
+def removed_from(cls: type[DataclassInstance], prefix: str = "") -> dict[str, Removed]:
+    """The settings of earlier versions below `cls`, by their dotted paths."""
+    found = {f"{prefix}{name}": one for name, one in getattr(cls, "REMOVED", {}).items()}
+    for name, kind, _ in _fields(cls):
+        if dataclasses.is_dataclass(kind):
+            found |= removed_from(typing.cast("type[DataclassInstance]", kind), f"{prefix}{name}.")
+    return found
 
 
 def load(cls: type[T], mapping: Mapping[str, Any], *, where: str, origins: Mapping[str, str] | None = None) -> T:
@@ -197,35 +206,36 @@ class _Reader:
                 if value is MISSING:
                     good = False
                     help_text = spec.metadata.get("help", "")
-                    self.problems.add(f"{path} is missing in {self.where}; expected {describe(kind)}. {help_text}".rstrip())
+                    message = f"{path} is missing in {self.where}; expected {describe(kind)}. {help_text}".rstrip()
+                    self.problems.add(message, code="setting-missing", values={"setting": path, "expected": describe(kind)})
             values[name] = value
             complete = complete and good
-        return self.finish(cls, values) if complete else None
+        return self.finish(cls, values, prefix.rstrip(".")) if complete else None
 
     def value(self, kind: Any, spec: dataclasses.Field[Any], given: Any, path: str) -> tuple[Any, bool]:
         if dataclasses.is_dataclass(kind):
             shorthand = spec.metadata.get("shorthand")
             if isinstance(given, str) and shorthand:
                 given = {shorthand: given}
-            before = len(self.problems.messages)
+            before = len(self.problems.errors)
             built = self.build(typing.cast("type[DataclassInstance]", kind), {} if given is None else given, f"{path}.")
-            return built, len(self.problems.messages) == before
+            return built, len(self.problems.errors) == before
         try:
             return _read(kind, given), True
         except _Misfit:
             self.misfit(path, given, describe(kind), choices(kind))
             return None, False
 
-    def finish(self, cls: type[T], values: dict[str, Any]) -> T:
+    def finish(self, cls: type[T], values: dict[str, Any], section: str) -> T:
         instance = cls(**values)
         validate = getattr(instance, "validate", None)
+        found: Iterable[str | LorakeetError]
         try:
-            messages = (validate() or ()) if validate else ()
-        except ConfigError as error:  # raised by `Problems`: one message, or a heading and one line for each
-            lines = str(error).split("\n  - ")
-            messages = lines[1:] or lines
-        for message in messages:
-            self.problems.add(message)
+            found = (validate() or ()) if validate else ()
+        except ConfigError as error:
+            found = error.problems or (error,)
+        for one in (str(one) if isinstance(one, LorakeetError) and one.code == one.CODE else one for one in found):
+            self.problems.add(one, code="setting-out-of-range", values={"section": section})
         return instance
 
     def misfit(self, path: str, given: Any, expected: str, known: tuple[str, ...] = ()) -> None:
@@ -233,27 +243,36 @@ class _Reader:
         hint = nearest(given, known) if isinstance(given, str) else ""
         if expected.startswith("a number") and isinstance(given, str) and _COMMA.fullmatch(given.strip()):
             hint = f" Write {given.strip().replace(',', '.')}, with a point."
-        self.problems.add(f"{path} {self.source(path)} is {seen}; expected {expected}.{hint}")
+        message = f"{path} {self.source(path)} is {seen}; expected {expected}.{hint}"
+        values = {"setting": path, "value": _plain_value(given), "expected": expected}
+        self.problems.add(message, code="setting-wrong-type", values=values)
 
     def unknown(self, key: str, names: tuple[str, ...], prefix: str) -> None:
         key = key[:_LONGEST_SHOWN]
         path = f"{prefix}{key}"
-        near = difflib.get_close_matches(key, names, n=1)
-        if near:
-            hint = f"Did you mean '{prefix}{near[0]}'?"
-        else:
+        near = [f"{prefix}{one}" for one in difflib.get_close_matches(key, names, n=1)]
+        if not near:
             leaf = key.rpartition(".")[2]
             by_leaf = {known.rpartition(".")[2]: known for known in reversed(self.paths)}
-            near = difflib.get_close_matches(leaf, by_leaf, n=1, cutoff=0.8)
-            hint = f"Did you mean '{by_leaf[near[0]]}'?" if near else f"Known keys here: {_listed(names)}."
-        self.problems.add(f"Unknown key '{path}' {self.source(path)}. {hint}")
+            near = [by_leaf[one] for one in difflib.get_close_matches(leaf, by_leaf, n=1, cutoff=0.8)]
+        hint = f"Did you mean '{near[0]}'?" if near else f"Known keys here: {_listed(names)}."
+        values = {"setting": path, "nearest": "".join(near)}
+        self.problems.add(f"Unknown key '{path}' {self.source(path)}. {hint}", code="setting-unknown", values=values)
 
     def removed(self, path: str, given: Any, setting: Removed) -> None:
         if setting.same and given not in setting.same:
-            self.problems.add(f"{path} {self.source(path)} is {_shown(given)}. {setting.why} Leave it out.")
+            message = f"{path} {self.source(path)} is {_shown(given)}. {setting.why} Leave it out."
+            self.problems.add(message, code="setting-removed", values={"setting": path, "value": _plain_value(given)})
 
     def source(self, path: str) -> str:
         return f"({self.origins[path]})" if path in self.origins else f"in {self.where}"
+
+
+def _plain_value(value: Any) -> Any:
+    """A value for JSON: as it is if it is short and plain, else as a message shows it."""
+    if isinstance(value, str):
+        return value[:_LONGEST_SHOWN]
+    return value if value is None or isinstance(value, (bool, int, float)) else _shown(value)
 
 
 def _shown(value: Any) -> str:

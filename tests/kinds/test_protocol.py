@@ -87,7 +87,7 @@ def test_the_names_of_kinds_are_those_of_the_registry(config: RunConfig, monkeyp
     with pytest.raises(ConfigError, match=r"kind \(flag --kind\) is 'lime'.*expected one of 'text', 'image', 'line'.*'line'\?"):
         read_run(None, {"kind": "lime", "data.train": "x", "model": "y"})
     with pytest.raises(ConfigError, match=r"kind is line, and no learning rates are tried for that"):
-        trained(config, quick=True)
+        trained(config, try_rates=True)
     shutil.rmtree(tmp_path / "site")
     declarations.cache_clear()
     with pytest.raises(ConfigError, match="expected one of 'text', 'image'"):

@@ -85,10 +85,10 @@ def test_a_wrong_run_file(bench: Bench, content: str, words: list[str]) -> None:
 @pytest.mark.parametrize(
     ("flags", "words"),
     [
-        ([], ["No budget is given", "--minutes or --tokens, or use --quick"]),
+        ([], ["No budget is given", "--minutes or --tokens, or use --try-rates"]),
         (["--minutes", "0", "--together", "1"], ["(2 problems)", "--minutes is 0", "--together is 1"]),
         (["--minutes", "1", *NOTHING], ["The search space has nothing in it to choose"]),
-        (["--quick", "--difference", "-1"], ["--difference is -1; it must be above 0"]),
+        (["--try-rates", "--difference", "-1"], ["--difference is -1; it must be above 0"]),
     ],
     ids=" ".join,
 )

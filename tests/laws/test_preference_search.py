@@ -154,7 +154,7 @@ def test_rates_are_compared_by_the_loss_of_a_pair(objective: str, tiny_llama_fol
     changes = {**SLOW, "train.objective": objective, "train.learning_rate": 1e-3}
     config = settings(tiny_llama_folder, rows, tmp_path / "run", changes)
     said = io.StringIO()
-    found = tune(config, TuneOptions(quick=True), console=Console(file=said, width=200))
+    found = tune(config, TuneOptions(try_rates=True), console=Console(file=said, width=200))
     assert [trial.name for trial in found.search.trials] == ["run file", "rate ×0.5", "rate ×2"]
     assert found.search.measure == "loss of a pair" and {trial.steps for trial in found.search.trials} == {4}
     assert all(trial.loss is not None and trial.loss.n == found.search.rows for trial in found.search.trials)
@@ -187,7 +187,7 @@ def test_beta_and_rank_are_chosen_by_what_is_preferred(tiny_llama_folder: Path, 
 def test_the_default_rate_of_a_search_is_that_of_a_run(tiny_llama_folder: Path, tmp_path: Path) -> None:
     rows = write_rows(tmp_path / "rows.jsonl", preferences(50))
     changes = {**SLOW, "train.objective": "simpo", "train.steps": 1, "train.learning_rate": None}
-    found = tune(settings(tiny_llama_folder, rows, tmp_path / "run", changes), TuneOptions(quick=True), console=quiet())
+    found = tune(settings(tiny_llama_folder, rows, tmp_path / "run", changes), TuneOptions(try_rates=True), console=quiet())
     sft = settings(tiny_llama_folder, rows, tmp_path / "run", {})
     rate = read_run(found.out / "config.yaml").train.learning_rate
     text = loaded(tiny_llama_folder)

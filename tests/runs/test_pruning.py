@@ -166,4 +166,4 @@ def test_what_cannot_be_pruned_is_refused_before_anything_is_written(
 
 def test_a_search_keeps_its_ranks(finished: Any, tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match="trials keep their ranks"):
-        tune(settings(finished.model, finished.data, tmp_path / "run", PRUNE), TuneOptions(quick=True), console=quiet())
+        tune(settings(finished.model, finished.data, tmp_path / "run", PRUNE), TuneOptions(try_rates=True), console=quiet())

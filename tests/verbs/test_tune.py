@@ -80,7 +80,7 @@ def test_a_search_over_a_packed_base_ends_with_its_minutes(tiny_llama_folder: Pa
 def test_three_rates_in_one_pass_and_no_difference_said_so(tiny_llama_folder: Path, rows: Path, tmp_path: Path) -> None:
     """At rates of next to nothing, the three trials are the base: the run file's settings stay."""
     config = settings(tiny_llama_folder, rows, tmp_path / "run", {**SLOW, "train.learning_rate": 1e-30})
-    found = tune(config, TuneOptions(quick=True, results=tmp_path / "quick", difference=0.01), console=quiet())
+    found = tune(config, TuneOptions(try_rates=True, results=tmp_path / "quick", difference=0.01), console=quiet())
     assert [trial.name for trial in found.search.trials] == ["run file", "rate ×0.5", "rate ×2"]
     assert {trial.steps for trial in found.search.trials} == {6}  # nothing improves, so patience ends them
     verdicts = [one.against_start and one.against_start.verdict for one in found.search.trials]
@@ -93,8 +93,8 @@ def test_three_rates_in_one_pass_and_no_difference_said_so(tiny_llama_folder: Pa
 
 def test_choices_that_a_quick_search_would_not_look_at_are_refused(tiny_llama_folder: Path, rows: Path, tmp_path: Path) -> None:
     config = settings(tiny_llama_folder, rows, tmp_path / "run", SLOW)
-    with pytest.raises(ConfigError, match=r"--quick compares half, once and twice the learning rate only\. Leave it out, or"):
-        tune(config, TuneOptions(quick=True, rank_choices=(2, 4)), console=quiet())
+    with pytest.raises(ConfigError, match=r"--try-rates compares half, once and twice the learning rate only\. Leave it out, or"):
+        tune(config, TuneOptions(try_rates=True, rank_choices=(2, 4)), console=quiet())
     assert not (tmp_path / "run-tune").exists()
 
 
@@ -102,7 +102,7 @@ def test_choices_that_a_quick_search_would_not_look_at_are_refused(tiny_llama_fo
 def test_test_rows_confirm_where_there_are_some(tiny_llama_folder: Path, rows: Path, tmp_path: Path) -> None:
     test = write_rows(tmp_path / "test.jsonl", reviews(21, seed=9))
     config = settings(tiny_llama_folder, rows, tmp_path / "run", {**SLOW, "data.test": test})
-    found = tune(config, TuneOptions(quick=True), console=quiet())
+    found = tune(config, TuneOptions(try_rates=True), console=quiet())
     assert found.search.rows == 30 and "on test rows" in found.search.conclusion
     assert found.confirmed is not None and found.confirmed.difference.n == 21
 
@@ -111,7 +111,7 @@ def test_groups_of_rows_stay_together(tiny_llama_folder: Path, tmp_path: Path) -
     records = [{**record, "who": f"person {number // 4}"} for number, record in enumerate(reviews(120))]
     data = write_rows(tmp_path / "rows.jsonl", records)
     config = settings(tiny_llama_folder, data, tmp_path / "run", {**SLOW, "data.group_column": "who", "train.steps": 2})
-    found = tune(config, TuneOptions(quick=True), console=quiet())
+    found = tune(config, TuneOptions(try_rates=True), console=quiet())
     assert found.search.trials[0].loss is not None and "groups" in found.search.trials[0].loss.method
 
 
@@ -178,11 +178,11 @@ def test_states_that_cannot_be_kept_are_refused_before_any_trial(
 @pytest.mark.parametrize(
     ("given", "words"),
     [
-        ({}, ["No budget is given", "--minutes", "--quick"]),
+        ({}, ["No budget is given", "--minutes", "--try-rates"]),
         ({"minutes": -1.0}, ["--minutes is -1"]),
         ({"tokens": 0, "seeds": 0}, ["--tokens is 0", "--seeds is 0"]),
         ({"minutes": 1.0, "together": 1}, ["--together is 1", "2 or more"]),
-        ({"quick": True, "difference": 0.0}, ["--difference is 0"]),
+        ({"try_rates": True, "difference": 0.0}, ["--difference is 0"]),
         ({"minutes": 1.0, "rank_choices": (), "target_choices": (), "rate_factors": ()}, ["nothing in it to choose"]),
     ],
 )
@@ -200,19 +200,19 @@ def test_a_budget_too_small_for_all_trials_is_refused_with_what_would_help(
     config = settings(tiny_llama_folder, rows, tmp_path / "run", {**SLOW, "memory.budget": "50MiB"})
     words = r"this search takes at least \d+ MiB.* and 3 adapters of rank \d+ in training at once\. Raise .* lower --together"
     with pytest.raises(ConfigError, match=words):
-        tune(config, TuneOptions(quick=True), console=quiet())
+        tune(config, TuneOptions(try_rates=True), console=quiet())
 
 
 def test_pictures_are_not_searched_on(tiny_sd_folder: Path, tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match="kind is image, and no search is for that"):
-        tune(image_config(tiny_sd_folder, tmp_path), TuneOptions(quick=True), console=quiet())
+        tune(image_config(tiny_sd_folder, tmp_path), TuneOptions(try_rates=True), console=quiet())
 
 
 def test_an_adapter_that_is_continued_is_refused_before_rows_are_read(tiny_llama_folder: Path, tmp_path: Path) -> None:
     given = {**SLOW, "lora.continue_from": "runs/first"}
     config = settings(tiny_llama_folder, tmp_path / "no-rows.jsonl", tmp_path / "run", given)
     with pytest.raises(ConfigError, match=r"lora\.continue_from is runs/first, but each trial starts with pairs of its own"):
-        tune(config, TuneOptions(quick=True), console=quiet())
+        tune(config, TuneOptions(try_rates=True), console=quiet())
 
 
 def test_a_missing_optuna_is_named_and_quick_needs_none(
@@ -220,21 +220,21 @@ def test_a_missing_optuna_is_named_and_quick_needs_none(
 ) -> None:
     monkeypatch.setitem(sys.modules, "optuna", None)
     config = settings(tiny_llama_folder, rows, tmp_path / "run", {**SLOW, "train.steps": 1})
-    with pytest.raises(EnvironmentProblem, match=r"optuna.*missing.*lorakeet\[tune\].*--quick"):
+    with pytest.raises(EnvironmentProblem, match=r"optuna.*missing.*lorakeet\[tune\].*--try-rates"):
         tune(config, TuneOptions(minutes=1.0), console=quiet())
-    assert tune(config, TuneOptions(quick=True), console=quiet()).search.trials
+    assert tune(config, TuneOptions(try_rates=True), console=quiet()).search.trials
 
 
 def test_too_few_rows_and_a_place_that_is_taken_are_refused(tiny_llama_folder: Path, tmp_path: Path) -> None:
     few = write_rows(tmp_path / "few.jsonl", reviews(9))
     config = settings(tiny_llama_folder, few, tmp_path / "run", {**SLOW, "data.held_out_fraction": 0.2})
     with pytest.raises(DataError, match=r"held-out rows are too few: those that choose and those that confirm.*data\.test"):
-        tune(config, TuneOptions(quick=True), console=quiet())
+        tune(config, TuneOptions(try_rates=True), console=quiet())
     (tmp_path / "taken").mkdir()
     (tmp_path / "taken" / "file").touch()
     with pytest.raises(ConfigError, match="exists already"):
         tune(
             settings(tiny_llama_folder, few, tmp_path / "run", SLOW),
-            TuneOptions(quick=True, results=tmp_path / "taken"),
+            TuneOptions(try_rates=True, results=tmp_path / "taken"),
             console=quiet(),
         )

@@ -10,14 +10,16 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from lorakeet.errors import nearest
-from lorakeet.settings import TRUTH_WORDS, Setting, choices, fields_of, shown_default
+from lorakeet.errors import nearest_name
+from lorakeet.setting import Removed
+from lorakeet.settings import TRUTH_WORDS, Setting, choices, fields_of, removed_from, shown_default
+from lorakeet.verbs.options import VERBS
 
 if TYPE_CHECKING:
     from _typeshed import DataclassInstance
     from click.shell_completion import CompletionItem
 
-__all__ = ["SettingFlag", "SettingsCommand", "given_values", "nearest_flag", "option_flags", "setting_flags"]
+__all__ = ["SettingFlag", "SettingsCommand", "given_values", "nearest_flag", "option_flags", "removed_flags", "setting_flags"]
 
 _METAVARS = {bool: "true|false", int: "N", float: "X", str: "TEXT", Path: "PATH"}
 
@@ -154,15 +156,24 @@ def given_values(command: click.Command, values: dict[str, Any], chosen: Callabl
 
 
 def nearest_flag(typed: str, command: click.Command) -> str:
-    """Returns " Did you mean '--lora.rank'?" for an unknown flag, also if only its last part was typed; else an empty string."""
+    """Returns the flag that is most like an unknown one, also if only its last part was typed; else an empty string."""
     flags = [flag for param in command.params if isinstance(param, click.Option)
              for flag in (*param.opts, *param.secondary_opts)]  # fmt: skip
     by_leaf = {flag.lstrip("-").rpartition(".")[2]: flag for flag in reversed(flags)}
     leaf = typed.lstrip("-").rpartition(".")[2].replace("-", "_")
     if leaf in by_leaf:
-        return f" Did you mean '{by_leaf[leaf]}'?"
+        return by_leaf[leaf]
     section = [flag for flag in flags if flag.rpartition(".")[0] == typed.rpartition(".")[0]]
-    return nearest(typed, section) or nearest(typed, flags)
+    return nearest_name(typed, section) or nearest_name(typed, flags)
+
+
+def removed_flags(command: click.Command) -> dict[str, Removed]:
+    """The flags that the command had in earlier versions."""
+    from lorakeet.config import RunConfig
+
+    verb = next((verb for verb in VERBS if verb.name == command.name), None)
+    found = {} if verb is None else removed_from(verb.options) | (removed_from(RunConfig) if verb.config != "none" else {})
+    return {f"--{name.replace('_', '-') if '.' not in name else name}": one for name, one in found.items()}
 
 
 def _joined(value: Any, setting: Setting | None) -> Any:

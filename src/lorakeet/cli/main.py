@@ -7,12 +7,11 @@ Of several processes that torchrun started, only the first prints.
 
 from __future__ import annotations
 
-import dataclasses
 import os
 import sys
 import traceback
 from collections.abc import Sequence
-from contextlib import nullcontext
+from contextlib import nullcontext, suppress
 from pathlib import Path
 from typing import Any
 
@@ -20,7 +19,17 @@ import click
 
 from lorakeet import __version__
 from lorakeet.disk import FULL
-from lorakeet.errors import ConfigError, LorakeetError, is_device_fault, is_of_the_device, nearest, visible
+from lorakeet.errors import (
+    ConfigError,
+    EnvironmentProblem,
+    LorakeetError,
+    Remedy,
+    RunStopped,
+    is_device_fault,
+    is_of_the_device,
+    nearest,
+    visible,
+)
 from lorakeet.train.interrupt import terminable
 from lorakeet.train.launch import launched
 from lorakeet.verbs.options import VERBS, Verb
@@ -41,26 +50,28 @@ def main(arguments: Sequence[str] | None = None) -> int:
         click.echo(error.format_message(), err=True)
         return error.exit_code
     except click.ClickException as error:
-        return _report(error, _usage_message(error), exit_code=error.exit_code, as_json=as_json, debug=False)
+        return _report(_usage(error), exit_code=error.exit_code, as_json=as_json)
     except LorakeetError as error:
-        return _report(error, str(error), exit_code=error.exit_code, as_json=as_json, debug="--debug" in arguments)
+        return _report(error, as_json=as_json, debug="--debug" in arguments)
     except OSError as error:
         if error.errno not in FULL:
             raise
         _drop_unwritten()
         said = f"The disk (or the quota) is full: {error}. Free some space and run it again; what was finished before is whole."
-        return _report(error, said, exit_code=LorakeetError.exit_code, as_json=False, debug="--debug" in arguments)
+        return _report(EnvironmentProblem(said, code="disk-full"), error, as_json=as_json, debug="--debug" in arguments)
     except click.Abort as error:  # which is a RuntimeError too
         by = str(error.__cause__ or "") or "Ctrl-C"
         code = {"SIGTERM": 143, "SIGHUP": 129}.get(by, 130)
-        return _report(error, f"Stopped by {by} before it finished.", exit_code=code, as_json=as_json, debug=False)
+        stopped = RunStopped(f"Stopped by {by} before it finished.", code="stopped", values={"signal": by})
+        return _report(stopped, exit_code=code, as_json=as_json)
     except RuntimeError as error:
         if not is_of_the_device(error):
             raise
         from lorakeet.memory.cuda import device_fault_text, out_of_memory_text
 
-        said = device_fault_text(error) if is_device_fault(error) else out_of_memory_text(error)
-        return _report(error, said, exit_code=LorakeetError.exit_code, as_json=as_json, debug="--debug" in arguments)
+        failed = is_device_fault(error)
+        said, what = device_fault_text(error) if failed else out_of_memory_text(error), "device-failed" if failed else "out-of-memory"
+        return _report(EnvironmentProblem(said, code=what), error, as_json=as_json, debug="--debug" in arguments)
     return code if isinstance(code, int) else 0
 
 
@@ -72,6 +83,14 @@ def _drop_unwritten() -> None:
         nowhere = os.open(os.devnull, os.O_WRONLY)
         os.dup2(nowhere, sys.stdout.fileno())
         os.close(nowhere)
+
+
+class _NoSuchVerb(click.UsageError):
+    """A word that is no verb, and the verbs that there are."""
+
+    def __init__(self, verb: str, known: list[str], ctx: click.Context) -> None:
+        super().__init__(f"No such verb '{verb}'.{nearest(verb, known)} The verbs are {', '.join(known)}.", ctx)
+        self.verb, self.known = verb, known
 
 
 class _Verbs(click.Group):
@@ -87,7 +106,7 @@ class _Verbs(click.Group):
     def resolve_command(self, ctx: click.Context, args: list[str]) -> tuple[str | None, click.Command | None, list[str]]:
         if not ctx.resilient_parsing and args and args[0] not in self.list_commands(ctx) and not args[0].startswith("-"):
             known = self.list_commands(ctx)
-            raise click.UsageError(f"No such verb '{args[0]}'.{nearest(args[0], known)} The verbs are {', '.join(known)}.", ctx)
+            raise _NoSuchVerb(args[0], known, ctx)
         return super().resolve_command(ctx, args)
 
     def format_commands(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
@@ -190,32 +209,42 @@ def _config(verb: Verb, file: str | None, resume: Path | None, flags: dict[str, 
     return read_run(resume / "config.yaml")
 
 
-def _usage_message(error: click.ClickException) -> str:
-    """Returns click's message, with the nearest flag and the command that lists all flags."""
-    from lorakeet.cli.flags import nearest_flag
+def _usage(error: click.ClickException) -> ConfigError:
+    """Click's error with a code, the nearest flag, and the command that lists all flags."""
+    from lorakeet.cli.flags import nearest_flag, removed_flags
 
     context = getattr(error, "ctx", None)
     where = f" 'lorakeet {context.command.name} --help' lists all." if context and context.parent else ""
-    if isinstance(error, click.NoSuchOption) and context:
-        return f"No such flag '{error.option_name}'.{nearest_flag(error.option_name, context.command)}{where}"
-    return f"{error.format_message().rstrip('.')}.{where}"
+    if not isinstance(error, click.NoSuchOption) or not context:
+        known = {"verb": error.verb, "known": error.known} if isinstance(error, _NoSuchVerb) else {}
+        code = "verb-unknown" if known else "setting-refused"
+        return ConfigError(f"{error.format_message().rstrip('.')}.{where}", code=code, values=known)
+    name = error.option_name
+    if removed := removed_flags(context.command).get(name):
+        remedies = [Remedy(removed.instead, "true", f"Use --{removed.instead}")] if removed.instead else []
+        advice = f" Use --{removed.instead}." if removed.instead else " Leave it out."
+        return ConfigError(f"{name} is gone. {removed.why}{advice}", code="setting-removed", values={"setting": name}, remedies=remedies)
+    near = nearest_flag(name, context.command)
+    hint = f" Did you mean '{near}'?" if near else ""
+    return ConfigError(f"No such flag '{name}'.{hint}{where}", code="setting-unknown", values={"setting": name, "nearest": near})
 
 
-def _report(error: BaseException, message: str, *, exit_code: int, as_json: bool, debug: bool) -> int:
+def _report(
+    error: LorakeetError, cause: BaseException | None = None, *, exit_code: int | None = None, as_json: bool, debug: bool = False
+) -> int:
+    """Prints an error; as JSON on standard output, or as text on standard error. Returns the exit code."""
     from lorakeet.runs.terminal import TerminalConsole, json_text
 
+    exit_code = error.exit_code if exit_code is None else exit_code
     if debug:
-        click.echo(visible("".join(traceback.format_exception(error))), err=True, nl=False)
+        click.echo(visible("".join(traceback.format_exception(cause or error))), err=True, nl=False)
     if not launched().first:  # an error that every process has; train/processes reports one of a single process
         return exit_code
-    kind = "Stopped" if exit_code in (129, 130, 143) else type(error).__name__
-    kind = "UsageError" if isinstance(error, click.ClickException) else kind
     if as_json:
-        remedies = error.remedies if isinstance(error, LorakeetError) else ()
-        found = {"remedies": [dataclasses.asdict(one) for one in remedies]} if remedies else {}
-        click.echo(json_text({"error": kind, "message": message, **found}))
-    else:
-        from rich.text import Text
+        with suppress(OSError):  # of a full disk
+            click.echo(json_text({"error": error.to_mapping()}))
+            return exit_code
+    from rich.text import Text
 
-        TerminalConsole(stderr=True, soft_wrap=True).print(Text("Error: ", "bold red") + Text(message, "default"))
+    TerminalConsole(stderr=True, soft_wrap=True).print(Text("Error: ", "bold red") + Text(str(error), "default"))
     return exit_code

@@ -60,10 +60,10 @@ class RowProblems:
     def __init__(self, heading: str, shown: int = SHOWN_PROBLEMS) -> None:
         self._shown = shown
         remedy = f"To leave such rows out, set {LEAVE_OUT.flag}." if LEAVE_OUT.flag else ""
-        self._problems = Problems(heading, DataError, remedy=remedy, remedies=[LEAVE_OUT])
+        self._problems = Problems(heading, DataError, remedy=remedy, remedies=[LEAVE_OUT], code="rows-unusable")
 
     def add(self, source: str, message: str) -> None:
-        if len(self._problems.messages) < self._shown:
+        if len(self._problems.errors) < self._shown:
             self._problems.add(f"{source}: {message}")
         else:
             self._problems.others += 1
@@ -71,12 +71,12 @@ class RowProblems:
     @property
     def count(self) -> int:
         """How many rows have a problem."""
-        return len(self._problems.messages) + self._problems.others
+        return len(self._problems.errors) + self._problems.others
 
     @property
     def first(self) -> str:
         """The first problem."""
-        return self._problems.messages[0]
+        return str(self._problems.errors[0])
 
     def raise_if_any(self) -> None:
         """Raises a DataError with the first problems and the number of the others."""

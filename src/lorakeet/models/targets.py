@@ -56,7 +56,7 @@ def plan_for(model: nn.Module, spec: LoraSpec, family: Family) -> Plan:
     _check_variants(entries, problems)
     _check_renamed(entries, _kind_of(model), problems)
     extras = _plan_extras(model, spec, [entry.path for entry in entries], problems)
-    if not problems.messages and not entries and not extras:
+    if not problems.errors and not entries and not extras:
         problems.add("Nothing would be trained: every target is excluded or outside lora.layers. Widen one of them.")
     problems.raise_if_any()
     left_out = {site.path: site.why_not or site.apart or "not in lora.target_modules" for site in sites}

@@ -156,7 +156,8 @@ def require_text_run(path: Path, settings: RunConfig) -> None:
     """Raises ConfigError for a run whose base is no causal language model."""
     kind = settings.declaration
     if not kind.text_model:
-        raise ConfigError(f"{path} is a run of kind {kind.name}, which has no text model. {kind.instead}".rstrip())
+        said = f"{path} is a run of kind {kind.name}, which has no text model. {kind.instead}".rstrip()
+        raise ConfigError(said, code="kind-lacks", values={"kind": kind.name, "what": "text model"})
 
 
 def _bare(path: Path, adapter: Adapter, base: str | None) -> RunConfig:

@@ -91,7 +91,7 @@ def finetune(
     """Trains, evaluates and certifies; everything is in the run folder `config.out`, or in `options.resume`.
 
     With `options.seeds` further seeds are trained one after another, each in a folder of its own within the run.
-    A run whose settings name no learning rate, or with `options.quick`, tries three first (kinds/text/tuning/learning_rate).
+    A run whose settings name no learning rate, or with `options.try_rates`, tries three first (kinds/text/tuning/learning_rate).
     If torchrun started several processes, all train together and the first one does everything else (train/processes).
     `on_step` and `on_held_out` are called with each record of a step and of a held-out evaluation, in the first process.
     Raises ConfigError, DataError and EnvironmentProblem before anything is written, RunStopped when the run ends early, and
@@ -112,7 +112,7 @@ def finetune(
         if not options.dry_run:
             processes.from_first(lambda: _require_run(run, resume=resume))
         require_sink(config.train.log_to)
-        _check_quick(config, options, kind)
+        _check_try_rates(config, options, kind)
         with enforcing_gpu_budget(config.memory.limit, "Raise the budget."), PeakMemory() as memory:
             setup = kind.assemble(config, console, processes=processes, resumed=run if resume else None, dry_run=options.dry_run)
             setup = dataclasses.replace(setup, memory=memory)
@@ -136,7 +136,7 @@ def _over_seeds(
         if not folder.report.is_file():
             release_free_memory()
             console.print(f"Seed {seed}, in {folder.path}:", soft_wrap=True)
-            further = dataclasses.replace(alone, quick=False, resume=folder.path if folder.config.is_file() else None)
+            further = dataclasses.replace(alone, try_rates=False, resume=folder.path if folder.config.is_file() else None)
             finetune(config_of_seed(run, seed, folder.path), further, console=console, on_step=on_step, on_held_out=on_held_out)
         others[seed] = read_report(folder.report)
     report = with_seeds(before, others, config.evaluate.confidence, config.train.seed)
@@ -155,7 +155,7 @@ def _trained(
     if resume:
         search = rates_of(run)
     elif kind.tries_rates:
-        setup, search = choose_rate(setup, console, requested=options.quick)
+        setup, search = choose_rate(setup, console, requested=options.try_rates)
     rate = processes.from_first(lambda: setup.config.train.learning_rate)
     setup = dataclasses.replace(setup, config=setup.config.changed(train={"learning_rate": rate}))
     task = kind.task(setup, run, console)
@@ -252,15 +252,15 @@ def _evaluating(run: RunFolder) -> Iterator[None]:
         raise RunStopped(f"{said} Then evaluate it with: {run.resume_command}") from error
 
 
-def _check_quick(config: RunConfig, options: FinetuneOptions, kind: RunKind[Any]) -> None:
-    """Raises ConfigError if --quick cannot be used."""
-    if not options.quick:
+def _check_try_rates(config: RunConfig, options: FinetuneOptions, kind: RunKind[Any]) -> None:
+    """Raises ConfigError if --try-rates cannot be used."""
+    if not options.try_rates:
         return
-    problems = Problems("--quick cannot be used")
+    problems = Problems("--try-rates cannot be used")
     if options.resume is not None:
-        problems.add(f"{options.resume} has its learning rate already, and a resumed run keeps it. Leave --quick out.")
+        problems.add(f"{options.resume} has its learning rate already, and a resumed run keeps it. Leave --try-rates out.")
     if not kind.tries_rates:
-        problems.add(f"{what_trains(config)}, and no learning rates are tried for that. Leave --quick out; compare whole runs.")
+        problems.add(f"{what_trains(config)}, and no learning rates are tried for that. Leave --try-rates out; compare whole runs.")
     if config.train.rate_trial_steps < FEWEST_STEPS:
         steps = config.train.rate_trial_steps
         problems.add(f"train.rate_trial_steps is {steps}, which tries none. Give the number of steps to try, such as 12.")

@@ -3,16 +3,16 @@
 from __future__ import annotations
 
 import gc
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import MISSING, dataclass, field, fields
 from importlib import import_module
 from pathlib import Path
 from types import ModuleType
-from typing import Any, Literal
+from typing import Any, ClassVar, Literal
 
 from lorakeet.errors import ConfigError
 from lorakeet.memory.import_cost import without_triton
-from lorakeet.setting import setting
+from lorakeet.setting import Removed, setting
 
 __all__ = ["VERBS", "Verb", "non_default"]
 
@@ -21,6 +21,8 @@ _RUN = "A run folder, or an adapter folder in PEFT's layout."
 _BASE = "The base model; the default is the one that the run or adapter names."
 _UNCERTIFIED = "Use an adapter whose content is not that of its certificate; results say so."
 _MEMORY = "Memory budget, such as 2GiB (default: memory.budget); weights that do not fit are streamed from disk."
+
+_QUICK = Removed((), "Learning rates are tried first by another flag.", "try-rates")
 
 
 def _help(text: str, *, positional: bool = False, whole: bool = False) -> dict[str, Any]:
@@ -32,11 +34,13 @@ def _help(text: str, *, positional: bool = False, whole: bool = False) -> dict[s
 class FinetuneOptions:
     """Options of `lorakeet finetune`."""
 
+    REMOVED: ClassVar[Mapping[str, Removed]] = {"quick": _QUICK}
+
     resume: Path | None = setting(None, "Resume the run in this folder from its last checkpoint.")
     dry_run: bool = setting(False, "Print the plan, parameters, tokens and steps, then stop.")
     budget: str | None = setting(None, "Same as --ranks.budget: the parameters that --ranks auto or prune may use.")
     seeds: int = setting(1, "Train so many seeds, from train.seed on, and report the spread; the first one's adapter is kept.")
-    quick: bool = setting(False, "Try 0.5, 1 and 2 times the learning rate first, even if the run file gives one.")
+    try_rates: bool = setting(False, "Try 0.5, 1 and 2 times the learning rate first, even if the run file gives one.")
 
 
 @dataclass(frozen=True)
@@ -295,17 +299,19 @@ class GenerateOptions:
 class TuneOptions:
     """Options of `lorakeet tune`."""
 
+    REMOVED: ClassVar[Mapping[str, Removed]] = {"quick": _QUICK}
+
     results: Path | None = setting(None, "Folder for the chosen settings and the report; the default is OUT-tune.")
     minutes: float | None = setting(None, "Stop the search after this many minutes, its confirmation included.")
     tokens: int | None = setting(None, "Stop the search after this many training tokens, its confirmation included.")
-    quick: bool = setting(False, "Try only three learning rates: half, once and twice the run file's.")
+    try_rates: bool = setting(False, "Try only three learning rates: half, once and twice the run file's.")
     together: int = setting(4, "Number of trials trained in one pass over the base.")
     rate_factors: tuple[float, ...] = setting(RATES, "Lowest and highest learning rate, as factors of the run file's.")
     rank_choices: tuple[int, ...] = setting(RANKS, "Ranks to choose from.")
     target_choices: tuple[str, ...] = setting(TARGETS, "Targets to choose from, as in lora.target_modules.")
     beta_choices: tuple[float, ...] = setting((), "Values of preference.beta to choose from, for objectives other than sft.")
     seeds: int | None = setting(
-        None, "Number of new seeds for the confirmation (default 3); 1 reuses the trials of the search, as --quick does."
+        None, "Number of new seeds for the confirmation (default 3); 1 reuses the trials of the search, as --try-rates does."
     )
     difference: float = setting(0.05, "Difference in nats per token that the comparison of trials should detect (sft).")
 

@@ -28,7 +28,7 @@ def require_repeatable(config: RunConfig, options: FinetuneOptions, processes: i
         if config.memory.limit:
             problems.add("memory.budget counts one run, and the seeds are trained in one process. Leave one of them out.")
         if why := config.declaration.lacks.get("seeds"):
-            problems.add(why)
+            problems.add(why, code="kind-lacks", values={"kind": config.declaration.name, "what": "seeds"})
     problems.raise_if_any()
 
 

@@ -44,7 +44,7 @@ from lorakeet.train.preference_spec import SFT
 from lorakeet.train.text.task import order_of
 from lorakeet.verbs.options import TuneOptions, non_default
 
-SPACE = {"rate_factors", "rank_choices", "target_choices", "beta_choices"}  # options that --quick replaces
+SPACE = {"rate_factors", "rank_choices", "target_choices", "beta_choices"}  # options that --try-rates replaces
 SEEDS = 3  # of the confirmation: a difference counts only beyond that between seeds
 
 
@@ -65,13 +65,13 @@ class Tuned:
 def tune(config: RunConfig, options: TuneOptions = TuneOptions(), *, console: Console) -> Tuned:
     """Searches and confirms; writes config.yaml (the settings to train with) and a report to `results`, else OUT-tune.
 
-    `options.seeds` are those of the confirmation: None is 3, or with `quick` 1, the run file's own.
+    `options.seeds` are those of the confirmation: None is 3, or with `try_rates` 1, the run file's own.
 
     Raises ConfigError and DataError for what cannot be searched, before anything is trained.
     """
     out = options.folder(config.out)
-    quick, together = options.quick, options.together
-    seeds = (1 if quick else SEEDS) if options.seeds is None else options.seeds
+    rates_only, together = options.try_rates, options.together
+    seeds = (1 if rates_only else SEEDS) if options.seeds is None else options.seeds
     _check(options, seeds)
     kind, pairs = run_kind(config), config.train.objective != SFT
     if not kind.searched:
@@ -92,19 +92,19 @@ def tune(config: RunConfig, options: TuneOptions = TuneOptions(), *, console: Co
             f"train.keep_prefix_states is true, but a search over {config.train.objective} computes its reference with every "
             "block. Leave it out."
         )
-    if quick and SPACE & non_default(options).keys():
+    if rates_only and SPACE & non_default(options).keys():
         given = "--rate-factors, --rank-choices, --target-choices and --beta-choices"
-        raise ConfigError(f"--quick compares half, once and twice the learning rate only. Leave it out, or {given}.")
+        raise ConfigError(f"--try-rates compares half, once and twice the learning rate only. Leave it out, or {given}.")
     require_empty(out)
-    sampler = None if quick else _sampler(config.train.seed)
+    sampler = None if rates_only else _sampler(config.train.seed)
     with enforcing_gpu_budget(config.memory.limit, "Raise the budget, or lower --together."):
-        if quick:
+        if rates_only:
             options = replace(options, rate_factors=QUICK_FACTORS, rank_choices=(), target_choices=(), beta_choices=())
         ranks, targets = options.rank_choices, options.target_choices
         planned = config.memory.budget or torch.cuda.is_available()
         largest = _largest(config, ranks, targets) if planned else None
         members = together  # in training at once, in the search or in its confirmation (none with one seed)
-        if quick:
+        if rates_only:
             members = max(together, len(QUICK_FACTORS)) if seeds > 1 else len(QUICK_FACTORS)
         setup = assemble_text(config, console, members=members, largest=largest)
         space = space_for(
@@ -169,11 +169,12 @@ def _check(options: TuneOptions, seeds: int) -> None:
     """Raises ConfigError for numbers that no search can be made with."""
     minutes, tokens, together = options.minutes, options.tokens, options.together
     problems = Problems("The search cannot start")
-    if not options.quick and minutes is None and tokens is None:
-        problems.add("No budget is given. Give --minutes or --tokens, or use --quick.")
+    if not options.try_rates and minutes is None and tokens is None:
+        problems.add("No budget is given. Give --minutes or --tokens, or use --try-rates.")
     numbers = {"--minutes": minutes, "--tokens": tokens, "--seeds": seeds, "--difference": options.difference}
     wrong = {name: value for name, value in numbers.items() if value is not None and value <= 0}
-    problems.messages += [f"{name} is {value:g}; it must be above 0." for name, value in wrong.items()]
+    for name, value in wrong.items():
+        problems.add(f"{name} is {value:g}; it must be above 0.")
     if together < 2:
         problems.add(f"--together is {together}; trials are compared with each other, so 2 or more are trained at once.")
     problems.raise_if_any()
@@ -184,7 +185,7 @@ def _sampler(seed: int) -> Any:
     try:
         import optuna
     except ImportError:
-        remedy = "Install it with pip install 'lorakeet[tune]', or use --quick."
+        remedy = "Install it with pip install 'lorakeet[tune]', or use --try-rates."
         raise EnvironmentProblem(f"The package optuna, which draws the trials, is missing. {remedy}") from None
     optuna.logging.set_verbosity(optuna.logging.WARNING)
     return optuna.create_study(sampler=optuna.samplers.TPESampler(seed=seed))

@@ -120,7 +120,7 @@ def _read(folder: Path, config: PeftConfig, file: SafeFile) -> Adapter:
     wrapped = {*pairs, *(path.rpartition(".")[0] for path, pair in pairs.items() if pair.kind == "experts"), *tokens}
     extras = {_extra_path(name, wrapped, config, problems): tensor for name, tensor in others.items()}
     token_rows = _token_rows(config, note, tokens, problems)
-    if not pairs and not extras and not token_rows and not problems.messages:
+    if not pairs and not extras and not token_rows and not problems.errors:
         problems.add(f"{file.path} holds no tensor.")
     problems.locate(folder)
     problems.raise_if_any()

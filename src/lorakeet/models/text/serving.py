@@ -174,7 +174,7 @@ class ServingModel:
         for what, found in (("whole parameters", adapter.extras), ("token rows", adapter.token_rows)):
             if found:
                 problems.add(f"It trains {what} ({', '.join(sorted(found)[:3])}), which cannot differ within a batch. {advice}")
-        if not adapter.pairs and not problems.messages:
+        if not adapter.pairs and not problems.errors:
             problems.add("It has no pairs.")
         problems.raise_if_any()
         targets = {path: self._targets[path] for path in entries}
@@ -226,7 +226,11 @@ class ServingModel:
         if pair.kind == "experts" and (pair.magnitude is not None or pair.bias is not None):
             problems.add(f"'{path}': a pair on experts with a trained magnitude or a bias cannot be served.")
             return None
-        return checked_entry(path, target.kind, target.shape, pair, problems.messages)
+        wrong = list[str]()
+        entry = checked_entry(path, target.kind, target.shape, pair, wrong)
+        for line in wrong:
+            problems.add(line)
+        return entry
 
 
 _Parts = tuple[Tensor, Tensor, Tensor | None, Tensor | None]  # A, B, magnitude, bias
