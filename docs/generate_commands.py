@@ -14,7 +14,7 @@ PAGE = Path(__file__).parent / "reference" / "commands.md"
 HEAD = """# Reference: the commands
 
 Made from the code by `make docs`; a test compares it with the code. `lorakeet VERB --help` prints the same. Every verb also takes
-`--json`, which prints only the result, and `--debug`, which prints the traceback of an error. A pair such as
+`--json`, which prints only the result or the [error](errors.md), and `--debug`, which prints its traceback. A pair such as
 `--sym / --no-sym` is one option: the first form means true, the second false. A word after the first works too: `--sym false`.
 
 | exit code | means |

@@ -1,4 +1,4 @@
-"""Writes docs/reference/config.md from the settings dataclasses: `make docs`."""
+"""Writes docs/reference/config.md from the settings dataclasses, and errors.md from the codes of errors: `make docs`."""
 
 from __future__ import annotations
 
@@ -6,9 +6,10 @@ import dataclasses
 from pathlib import Path
 
 from lorakeet.config import RunConfig
+from lorakeet.errors import CODES, ConfigError, DataError, EnvironmentProblem, RunStopped, VerificationFailed
 from lorakeet.settings import describe, fields_of, shown_default
 
-PAGE = Path(__file__).parent / "reference" / "config.md"
+REFERENCE = Path(__file__).parent / "reference"
 
 HEAD = """# Reference: the run file
 
@@ -23,6 +24,26 @@ data: rows.jsonl                  # short for data: {train: ...}
 lora: {rank: 8, alpha: 16}
 out: runs/first
 ```
+"""
+
+ERRORS_HEAD = """# Reference: errors
+
+Made from the code by `make docs`; a test compares it with the code. Programs read an error's code and values. Messages are for
+people, and may change.
+
+With `--json`, a command that fails prints one object on standard output:
+
+```json
+{"error": {"code": "setting-unknown", "message": "No such flag '--lora.rnak'. Did you mean '--lora.rank'? …",
+           "values": {"setting": "--lora.rnak", "nearest": "--lora.rank"}, "remedies": []}}
+```
+
+In Python every `LorakeetError` has the same as attributes: `code`, `values`, `remedies`, and `problems`, if it is for several.
+A remedy is a setting with a value, `{"setting": "data.encoding", "value": "cp1252", "words": "Read it as cp1252"}`. Or it is a
+command, `{"command": "pip install 'lorakeet[serve]'", "words": "Install it"}`. Settings mend an error together.
+
+| exit code | class | is for | code unless another is given |
+| --- | --- | --- | --- |
 """
 
 
@@ -43,6 +64,15 @@ def page() -> str:
     return "\n".join(parts)
 
 
+def errors_page() -> str:
+    """The whole page as Markdown: the classes, and every code in the order of the source."""
+    classes = (ConfigError, DataError, EnvironmentProblem, VerificationFailed, RunStopped)
+    rows = [f"| {one.exit_code} | `{one.__name__}` | {(one.__doc__ or '').splitlines()[0]} | `{one.CODE}` |" for one in classes]
+    codes = [f"| `{code}` | {says} |" for code, says in CODES.items()]
+    return ERRORS_HEAD + "\n".join([*rows, "", "## Codes", "", "| code | says |", "| --- | --- |", *codes, ""])
+
+
 if __name__ == "__main__":
-    PAGE.parent.mkdir(exist_ok=True)
-    PAGE.write_text(page(), encoding="utf-8")
+    REFERENCE.mkdir(exist_ok=True)
+    (REFERENCE / "config.md").write_text(page(), encoding="utf-8")
+    (REFERENCE / "errors.md").write_text(errors_page(), encoding="utf-8")

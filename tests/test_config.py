@@ -142,3 +142,31 @@ def test_files_that_cannot_be_read_are_named(tmp_path: Path) -> None:
 
 def test_the_yaml_package_itself_is_left_as_it_was() -> None:
     assert yaml.safe_load("a: off") == {"a": False}
+
+
+@pytest.mark.parametrize(("removed", "value", "same"), [
+    ({"model": {"kernels": "triton"}}, "triton", {"model": {"kernels": "torch"}}),
+    ({"train": {"cuda_graphs": True}}, True, {"train": {"cuda_graphs": False}}),
+])  # fmt: skip
+def test_a_removed_setting_of_an_old_run_file_is_named_in_one_message(
+    removed: dict[str, Any], value: object, same: dict[str, Any], tmp_path: Path
+) -> None:
+    """With the value that an earlier version had for what is done now, the file is still read."""
+    file = tmp_path / "run.yaml"
+    whole = {"model": {"path": "m"}, "data": "rows.jsonl"}
+    ((section, settings),) = removed.items()
+    file.write_text(dump_yaml({**whole, section: {**whole.get(section, {}), **settings}}))  # type: ignore[dict-item]
+    with pytest.raises(ConfigError) as caught:
+        read_run(file)
+    assert caught.value.code == "setting-removed"
+    assert caught.value.values == {"setting": f"{section}.{next(iter(settings))}", "value": value}
+    file.write_text(dump_yaml({**whole, section: {**whole.get(section, {}), **same[section]}}))  # type: ignore[dict-item]
+    assert read_run(file).model.path == "m"
+
+
+def test_a_kind_that_is_unknown_is_one_problem(tmp_path: Path) -> None:
+    file = tmp_path / "run.yaml"
+    file.write_text("model: m\ndata: rows\nkind: sound\nwaves: {bits: 8}\n")
+    with pytest.raises(ConfigError) as caught:
+        read_run(file)
+    assert caught.value.code == "kind-unknown" and caught.value.values == {"kind": "sound", "known": ["text", "image"]}

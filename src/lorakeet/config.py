@@ -156,7 +156,8 @@ def read_yaml(path: Path) -> dict[str, Any]:
             raise ConfigError(f"{path} has more than {LARGEST:,} bytes; expected a run file. Is it the right file?")
         text = raw.decode("utf-8-sig")
     except FileNotFoundError:
-        raise ConfigError(f"{path} does not exist (looked in {path.absolute().parent}). Give the path of a run file.") from None
+        said = f"{path} does not exist (looked in {path.absolute().parent}). Give the path of a run file."
+        raise ConfigError(said, code="file-missing", values={"path": str(path)}) from None
     except IsADirectoryError:
         raise ConfigError(f"{path} is a folder; expected a run file, such as {path / 'config.yaml'}.") from None
     except UnicodeDecodeError as error:

@@ -155,30 +155,31 @@ CODES = {  # every code, and what it says: docs/reference/errors.md
     "setting-missing": "A setting that has no default is not given. `values`: setting, expected.",
     "setting-wrong-type": "A value cannot be read as what its setting takes. `values`: setting, value, expected.",
     "setting-out-of-range": "A section of the run file, or options, have a value that is not allowed. `values`: section.",
-    "setting-removed": "A setting of an earlier version is gone, and its value would change the result. `values`: setting, value.",
+    "setting-removed": "A setting of an earlier version is gone, and its value would change results. `values`: setting, value.",
     "several-problems": "Several things of different codes are wrong. `values`: problems, each with its own code.",
     "kind-unknown": "No kind of run has this name. `values`: kind, known.",
-    "kind-lacks": "This kind of run cannot do what was asked for. `values`: kind, what.",
+    "kind-lacks": "This kind of run lacks what is requested. `values`: kind, what.",
     "kinds-collide": "Two packages register a kind of run under one name. `values`: kind, packages.",
     "verb-unknown": "No verb has this name. `values`: verb, known.",
     "output-exists": "Something is where the result would be written. `values`: path.",
     "run-missing": "There is no run of this name, or the folder is no run folder.",
-    "does-not-fit": "The least memory that works is more than the budget, or than what is free. `values`: needed and budget, in bytes.",
+    "does-not-fit": "The least memory that works is more than is allowed or free. `values`: needed and budget, in bytes.",
     "data-refused": "Rows, a data file, an adapter or a model file cannot be used as they are.",
+    "file-missing": "There is no file or folder of this name. `values`: path.",
     "file-unreadable": "The system does not read a file. `values`: path.",
     "file-malformed": "A file is not of the format that it should have, or is damaged. `values`: path or file.",
     "rows-unusable": "Single rows cannot be used; others can. `values`: file.",
     "rows-leak": "Rows are equal or nearly equal to rows that are measured.",
     "row-too-long": "A row has more tokens than data.max_tokens. `values`: limit.",
     "encoding-wrong": "A file is not in the encoding that it is read in. `values`: file.",
-    "columns-unclear": "It is not clear which column is the text, or which is the label. `values`: file, candidates of the label.",
+    "columns-unclear": "It is not clear which column is the text or the label. `values`: file, and candidates of the label.",
     "environment-refused": "The machine refuses or lacks something: a permission, a device, a processor feature.",
-    "package-missing": "A package is not installed. `values`: packages.",
+    "package-missing": "A package is not installed. `values`: packages, by their names or as pip installs them.",
     "disk-full": "A disk or a quota is full, or too small for what would be written.",
     "out-of-memory": "A device, or the machine, ran out of memory.",
     "device-failed": "A GPU failed, and this process can no longer use it.",
     "port-in-use": "Nothing can listen at this address. `values`: host, port.",
-    "server-refused": "A server or the hub refused a request, or does not answer as it should.",
+    "server-refused": "A server or the hub refused a request, or does not answer as it should. `values`: status, of HTTP.",
     "verification-failed": "Two things that must compute the same do not.",
     "content-differs-from-certificate": "An adapter is not what its certificate was made for. `values`: subject, differs.",
     "run-stopped": "A run ended before its last step. What it saved is good.",
@@ -276,6 +277,17 @@ class EnvironmentProblem(LorakeetError):
     """The machine lacks something: a package, disk space, a permission, a processor feature."""
 
     CODE = "environment-refused"
+
+
+class PackageMissing(EnvironmentProblem):
+    """A package is not installed; `install` is what pip installs, such as "lorakeet[serve]"."""
+
+    CODE = "package-missing"
+
+    def __init__(self, need: str, install: str, packages: Iterable[str] = ()) -> None:
+        command = f"pip install '{install}'"
+        values = {"packages": [*packages] or [install]}
+        super().__init__(f"{need}. Install it with: {command}", values=values, remedies=[Remedy("", "", "Install it", command)])
 
 
 class VerificationFailed(LorakeetError):
@@ -441,7 +453,7 @@ class Problems:
     def raise_if_any(self) -> None:
         """Raises `kind` with the heading and one line per problem; a single problem stands alone. The remedy comes last."""
         last = [self.remedy] if self.remedy else []
-        remedies = dict.fromkeys((*self.remedies, *(one for each in self.errors for one in each.remedies)))
+        remedies = self.remedies or tuple(dict.fromkeys(one for each in self.errors for one in each.remedies))
         if len(self.errors) == 1:
             (one,) = self.errors
             message = " ".join([str(one), *last])

@@ -29,8 +29,8 @@ if TYPE_CHECKING:
     from _typeshed import DataclassInstance
 
 __all__ = [
-    "TRUTH_WORDS", "Setting", "choices", "describe", "fields_of", "load", "override", "removed_from", "require_types", "shown_default",
-    "to_mapping",
+    "TRUTH_WORDS", "Setting", "choices", "describe", "fields_of", "load", "override", "removed_from", "require_types",
+    "shown_default", "to_mapping",
 ]  # fmt: skip
 
 T = TypeVar("T", bound="DataclassInstance")

@@ -17,7 +17,7 @@ import lorakeet.verbs.options as verbs_module
 from lorakeet import __version__
 from lorakeet.cli.main import main
 from lorakeet.config import RunConfig
-from lorakeet.errors import ConfigError, DataError, Remedy, RunStopped, VerificationFailed
+from lorakeet.errors import ConfigError, DataError, LorakeetError, Remedy, RunStopped, VerificationFailed
 from lorakeet.verbs.early import checks as early_checks
 from lorakeet.verbs.options import VERBS, MergeOptions
 
@@ -140,29 +140,60 @@ def test_what_mends_an_error_is_said_to_programs(monkeypatch: pytest.MonkeyPatch
     raising(monkeypatch, DataError(f"not utf-8; set {remedy.flag}", remedies=[remedy]))
     assert main(["doctor", "--json"]) == 2
     found = json.loads(capsys.readouterr().out)
-    assert found["remedies"] == [{"setting": "data.encoding", "value": "cp1252", "words": "Read it as cp1252"}]
+    assert found["error"]["code"] == "data-refused"
+    assert found["error"]["remedies"] == [{"setting": "data.encoding", "value": "cp1252", "words": "Read it as cp1252"}]
 
 
 @pytest.mark.parametrize(
     ("error", "code"), [(ConfigError("bad [rank]"), 2), (VerificationFailed("bad [rank]"), 3), (RunStopped("bad [rank]"), 4)]
 )
 def test_errors_have_exit_codes_and_no_traceback(
-    error: Exception, code: int, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+    error: LorakeetError, code: int, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     raising(monkeypatch, error)
     assert main(["doctor"]) == code
     assert capsys.readouterr() == ("", "Error: bad [rank]\n")
     assert main(["doctor", "--json"]) == code
     output = capsys.readouterr()
-    assert json.loads(output.out) == {"error": type(error).__name__, "message": "bad [rank]"} and output.err == ""
+    said = {"code": type(error).CODE, "message": "bad [rank]", "values": {}, "remedies": []}
+    assert json.loads(output.out) == {"error": said} and output.err == ""
     assert main(["doctor", "--debug"]) == code
     assert "Traceback" in capsys.readouterr().err
 
 
 def test_a_wrong_flag_is_json_too(capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["doctor", "--jsn", "--json"]) == 2
-    answer = json.loads(capsys.readouterr().out)
-    assert answer["error"] == "UsageError" and "Did you mean '--json'?" in answer["message"]
+    found = json.loads(capsys.readouterr().out)["error"]
+    assert found["code"] == "setting-unknown" and found["values"] == {"setting": "--jsn", "nearest": "--json"}
+
+
+@pytest.mark.parametrize(("words", "setting", "remedy"), [
+    (["finetune", "--quick"], "--quick", "try-rates"), (["tune", "--quick"], "--quick", "try-rates"),
+    (["finetune", "--model.kernels", "triton"], "--model.kernels", ""),
+    (["plan", "--train.cuda_graphs"], "--train.cuda_graphs", ""),
+])  # fmt: skip
+def test_a_removed_flag_is_named_with_what_replaces_it(
+    words: list[str], setting: str, remedy: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert main([*words, "--json"]) == 2
+    found = json.loads(capsys.readouterr().out)["error"]
+    assert found["code"] == "setting-removed" and found["values"] == {"setting": setting}
+    assert [one["setting"] for one in found["remedies"]] == [remedy] * bool(remedy)
+
+
+def test_a_wrong_verb_lists_those_that_exist(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["finetnue", "--json"]) == 2
+    found = json.loads(capsys.readouterr().out)["error"]
+    assert found["code"] == "verb-unknown" and {"finetune", "completion"} <= {*found["values"]["known"]}
+
+
+def test_several_problems_are_said_one_by_one(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["serve", "--context", "x", "--json"]) == 2
+    found = json.loads(capsys.readouterr().out)["error"]
+    assert found["code"] == "several-problems"
+    assert [(one["code"], one["values"]["setting"]) for one in found["values"]["problems"]] == [
+        ("setting-missing", "model"), ("setting-wrong-type", "context")
+    ]  # fmt: skip
 
 
 def test_ctrl_c_leaves_with_130(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
@@ -192,7 +223,7 @@ def test_other_signals_clear_away_too(
         assert main(["doctor", "--json"]) == code
     finally:
         signal.signal(which, before)
-    assert json.loads(capsys.readouterr().out)["error"] == "Stopped"
+    assert json.loads(capsys.readouterr().out)["error"]["code"] == "stopped"
 
 
 def test_a_bug_is_not_hidden(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -270,5 +270,5 @@ def test_the_message_is_json_where_a_machine_asks(bench: Bench) -> None:
     assert main([*bench.finetune("--lora.target_modules", "q_prj"), "--json"]) == 2
     output = bench.capsys.readouterr()
     answer = json.loads(output.out)
-    assert answer["error"] == "ConfigError" and "Did you mean 'q_proj'?" in answer["message"]
+    assert answer["error"]["code"] == "setting-refused" and "Did you mean 'q_proj'?" in answer["error"]["message"]
     assert not (bench.folder / "run").exists()

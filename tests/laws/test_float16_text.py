@@ -83,7 +83,8 @@ def test_a_card_without_bfloat16_tries_rates_and_is_searched_on_by_default(
     said = io.StringIO()
     with simulated_card((7, 5)):
         console = Console(file=said, width=200)
-        found = tune(settings(tiny_llama_folder, data, tmp_path / "run", few), TuneOptions(try_rates=True, seeds=2), console=console)
+        options = TuneOptions(try_rates=True, seeds=2)
+        found = tune(settings(tiny_llama_folder, data, tmp_path / "run", few), options, console=console)
     assert "float16" in said.getvalue(), "or it is no run of a T4"
     assert [trial.name for trial in found.search.trials] == ["run file", "rate ×0.5", "rate ×2"]
     assert all(trial.steps == 8 and trial.loss is not None for trial in found.search.trials)

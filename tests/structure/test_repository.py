@@ -48,6 +48,7 @@ def test_triton_is_required_only_where_it_has_wheels() -> None:
 def test_the_reference_page_is_up_to_date() -> None:
     made = runpy.run_path(str(ROOT / "docs" / "generate_reference.py"))
     assert text_of("docs/reference/config.md") == made["page"](), "run: make docs"
+    assert text_of("docs/reference/errors.md") == made["errors_page"](), "run: make docs"
 
 
 def test_the_page_of_families_says_what_the_results_say() -> None:

@@ -128,6 +128,8 @@ def test_full_disk_is_recognised() -> None:
 
 def test_space_is_the_remedy_of_a_full_disk_alone() -> None:
     remedy = "Free some space, or choose another --out."
-    assert durable.refusal(OSError(errno.ENOSPC, "full"), remedy) == ("the disk (or the quota) is full", remedy)
-    why, other = durable.refusal(PermissionError(errno.EACCES, "no"), remedy)
-    assert why == "the system refused" and other == "See that files can be written there, or choose another --out."
+    full = durable.refusal(OSError(errno.ENOSPC, "full"), "x failed", remedy)
+    assert full.code == "disk-full" and str(full).endswith(remedy)
+    other = durable.refusal(PermissionError(errno.EACCES, "no"), "x failed", remedy)
+    assert other.code == "environment-refused"
+    assert str(other).endswith("See that files can be written there, or choose another --out.")

@@ -167,7 +167,7 @@ def test_a_wrong_merge_is_exit_code_3_and_names_the_worst_layer(
     assert not certificate.passed and [check.passed for check in certificate.checks] == [False, False]
     capsys.readouterr()
     assert main(["merge", str(finished.path), "--out", str(tmp_path / "json"), "--json"]) == 3
-    assert json.loads(capsys.readouterr().out)["error"] == "VerificationFailed"
+    assert json.loads(capsys.readouterr().out)["error"]["code"] == "verification-failed"
 
 
 def test_bf16_does_not_hide_a_missed_layer(finished: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

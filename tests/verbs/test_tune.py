@@ -14,7 +14,7 @@ from rich.console import Console
 
 from lorakeet.config import read_run
 from lorakeet.data.pack import pack_examples
-from lorakeet.errors import ConfigError, DataError, EnvironmentProblem
+from lorakeet.errors import ConfigError, DataError, PackageMissing
 from lorakeet.evaluate.report.report import read_report
 from lorakeet.kinds.text.assemble import TextAssembly, assemble_text
 from lorakeet.models import modules
@@ -220,8 +220,9 @@ def test_a_missing_optuna_is_named_and_quick_needs_none(
 ) -> None:
     monkeypatch.setitem(sys.modules, "optuna", None)
     config = settings(tiny_llama_folder, rows, tmp_path / "run", {**SLOW, "train.steps": 1})
-    with pytest.raises(EnvironmentProblem, match=r"optuna.*missing.*lorakeet\[tune\].*--try-rates"):
+    with pytest.raises(PackageMissing, match="--try-rates") as caught:
         tune(config, TuneOptions(minutes=1.0), console=quiet())
+    assert caught.value.values == {"packages": ["optuna"]} and caught.value.remedies[0].command == "pip install 'lorakeet[tune]'"
     assert tune(config, TuneOptions(try_rates=True), console=quiet()).search.trials
 
 

@@ -11,7 +11,7 @@ from torch import nn
 from lorakeet.api.adapter import AdapterValue
 from lorakeet.api.arguments import as_argument, given_as, python_call
 from lorakeet.core.adapter import Adapter
-from lorakeet.errors import ConfigError, EnvironmentProblem, nearest, one_message
+from lorakeet.errors import ConfigError, PackageMissing, nearest, one_message
 from lorakeet.formats.peft import peft
 
 
@@ -42,7 +42,7 @@ def to_peft(adapter: Adapter, model: nn.Module, name: str = "default") -> Any:
     try:
         from peft import PeftModel
     except ImportError as error:
-        raise EnvironmentProblem("to_peft needs PEFT; install it with: pip install peft") from error
+        raise PackageMissing("to_peft needs PEFT", "peft") from error
     with TemporaryDirectory() as place:
         folder = Path(place) / "adapter"
         peft.write(adapter, folder)

@@ -69,9 +69,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
             raise
         from lorakeet.memory.cuda import device_fault_text, out_of_memory_text
 
-        failed = is_device_fault(error)
-        said, what = device_fault_text(error) if failed else out_of_memory_text(error), "device-failed" if failed else "out-of-memory"
-        return _report(EnvironmentProblem(said, code=what), error, as_json=as_json, debug="--debug" in arguments)
+        if is_device_fault(error):
+            problem = EnvironmentProblem(device_fault_text(error), code="device-failed")
+        else:
+            problem = EnvironmentProblem(out_of_memory_text(error), code="out-of-memory")
+        return _report(problem, error, as_json=as_json, debug="--debug" in arguments)
     return code if isinstance(code, int) else 0
 
 
@@ -205,7 +207,8 @@ def _config(verb: Verb, file: str | None, resume: Path | None, flags: dict[str, 
         saved = resume / "config.yaml"
         raise ConfigError(f"--resume takes every setting from {saved}. Leave out {extra}, or start a new run with them.")
     if not (resume / "config.yaml").is_file():
-        raise ConfigError(f"--resume {resume}: this is no run folder (no config.yaml in it). Give the folder of a run.")
+        said = f"--resume {resume}: this is no run folder (no config.yaml in it). Give the folder of a run."
+        raise ConfigError(said, code="run-missing")
     return read_run(resume / "config.yaml")
 
 
@@ -221,9 +224,10 @@ def _usage(error: click.ClickException) -> ConfigError:
         return ConfigError(f"{error.format_message().rstrip('.')}.{where}", code=code, values=known)
     name = error.option_name
     if removed := removed_flags(context.command).get(name):
-        remedies = [Remedy(removed.instead, "true", f"Use --{removed.instead}")] if removed.instead else []
-        advice = f" Use --{removed.instead}." if removed.instead else " Leave it out."
-        return ConfigError(f"{name} is gone. {removed.why}{advice}", code="setting-removed", values={"setting": name}, remedies=remedies)
+        advice = f"Use --{removed.instead}" if removed.instead else "Leave it out"
+        remedies = [Remedy(removed.instead, "true", advice)] if removed.instead else []
+        said = f"{name} is gone. {removed.why} {advice}."
+        return ConfigError(said, code="setting-removed", values={"setting": name}, remedies=remedies)
     near = nearest_flag(name, context.command)
     hint = f" Did you mean '{near}'?" if near else ""
     return ConfigError(f"No such flag '{name}'.{hint}{where}", code="setting-unknown", values={"setting": name, "nearest": near})

@@ -18,12 +18,13 @@ from lorakeet.data.rows import Row, Turn
 from lorakeet.data.shapes import label_text
 from lorakeet.data.spec import DataSpec
 from lorakeet.data.template import Tokenizer, decoded, encoded, is_templated, render, uses_template
-from lorakeet.errors import ConfigError, DataError, nearest, spelt
+from lorakeet.errors import ConfigError, DataError, Remedy, nearest, spelt
 
 if TYPE_CHECKING:
     from rich.text import Text
 
 Ids = NDArray[np.int64]
+_SHORTEN = Remedy("data.too_long", "truncate", "Shorten longer rows")
 _SLACK = 8  # tokens by which a label's completion may differ from the label's own encoding, end of turn included
 
 
@@ -233,7 +234,10 @@ class Encoder:
         if self.spec.too_long == "refuse":
             raise DataError(
                 f"{row.source}: the row has {tokens} tokens, and data.max_tokens is {limit}. Shorten it, "
-                f"raise {spelt('data.max_tokens')}, or set {spelt('data.too_long')} to truncate or drop."
+                f"raise {spelt('data.max_tokens')}, or set {spelt('data.too_long')} to truncate or drop.",
+                code="row-too-long",
+                values={"limit": limit},
+                remedies=[_SHORTEN],
             )
         if all(turn.supervised and not turn.role for turn in row.turns):
             return fitted  # raw text is cut by tokens
@@ -288,7 +292,10 @@ def encode_rows(rows: Iterable[Row], encoder: Encoder) -> Encoded:
     if dropped and not examples:
         raise DataError(
             f"All {len(dropped)} rows are longer than data.max_tokens ({encoder.spec.max_tokens}) and were dropped; "
-            f"raise {spelt('data.max_tokens')} or set {spelt('data.too_long', 'truncate')}."
+            f"raise {spelt('data.max_tokens')} or set {spelt('data.too_long', 'truncate')}.",
+            code="row-too-long",
+            values={"limit": encoder.spec.max_tokens},
+            remedies=[_SHORTEN],
         )
     return Encoded(tuple(examples), sum(example.truncated for example in examples), tuple(dropped))
 

@@ -15,7 +15,7 @@ from lorakeet.data.copies.near_copies import fewest_words, find_near_copies
 from lorakeet.data.copies.words import fields_sorted, letters, normal_words
 from lorakeet.data.rows import Row
 from lorakeet.data.spec import DataSpec
-from lorakeet.errors import DataError, percent, spelt
+from lorakeet.errors import DataError, Remedy, percent, spelt
 
 PARTS = ("test", "held-out", "training")  # a leaking row is dropped from the later part of this list
 KINDS = {
@@ -186,7 +186,9 @@ def check_leaks(train: Sequence[Row], held_out: Sequence[Row], test: Sequence[Ro
         raise DataError(
             f"{len(across)} pairs of rows are on both sides of a split ({_counted(across)}), and data.on_leak is 'refuse':"
             f"{shown}{more}\n"
-            f"Remove one of each pair, or set {spelt('data.on_leak', 'drop')} (from training) or keep."
+            f"Remove one of each pair, or set {spelt('data.on_leak', 'drop')} (from training) or keep.",
+            code="rows-leak",
+            remedies=[Remedy("data.on_leak", "drop", "Leave copies out of training")],
         )
     if not across or spec.on_leak == "keep":
         return CleanParts(tuple(train), tuple(held_out), tuple(test), report)
@@ -197,7 +199,9 @@ def check_leaks(train: Sequence[Row], held_out: Sequence[Row], test: Sequence[Ro
         if rows and not kept:
             raise DataError(
                 f"Every {part} row has a copy or near-copy among the rows that evaluate it ({across[0]}). "
-                f"Give other rows, or set {spelt('data.on_leak', 'keep')} if equal prompts are intended."
+                f"Give other rows, or set {spelt('data.on_leak', 'keep')} if equal prompts are intended.",
+                code="rows-leak",
+                remedies=[Remedy("data.on_leak", "keep", "Keep equal prompts")],
             )
         return kept
 

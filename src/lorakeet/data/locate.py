@@ -18,7 +18,7 @@ from typing import IO, cast
 from lorakeet.data.guarded_stream import MOST_UNPACKED, GuardedStream, too_large, unpacking
 from lorakeet.data.text_encoding import codec_of, encoding_refusal
 from lorakeet.disk import open_buffered
-from lorakeet.errors import ConfigError, DataError, EnvironmentProblem, LorakeetError, nearest, spelt
+from lorakeet.errors import ConfigError, DataError, EnvironmentProblem, LorakeetError, Remedy, nearest, spelt
 
 PACKAGE = "package:"
 WORKBOOKS = (".xlsx", ".xlsm")
@@ -68,7 +68,7 @@ def locate(name: str) -> Path:
         return package_file(distribution, suffix=relative)
     path = Path(name).expanduser()
     if not path.exists():
-        raise DataError(f"'{name}' does not exist{_why_missing(path)}")
+        raise DataError(f"'{name}' does not exist{_why_missing(path)}", code="file-missing", values={"path": str(path)})
     return path
 
 
@@ -134,7 +134,10 @@ def package_file(distribution: str, suffix: str = "") -> Path:
         guess = nearest(distribution, {one.name for one in metadata.distributions() if one.name})
         raise EnvironmentProblem(
             f"The package '{distribution}' is not installed, so its files cannot be read."
-            f"{guess} {'If not, install' if guess else 'Install'} it with: pip install --no-deps {distribution}"
+            f"{guess} {'If not, install' if guess else 'Install'} it with: pip install --no-deps {distribution}",
+            code="package-missing",
+            values={"packages": [distribution]},
+            remedies=[Remedy("", "", "Install it", f"pip install --no-deps {distribution}")],
         ) from error
     shipped = [file for file in listed or () if ".dist-info/" not in str(file) and file.suffix not in _CODE]
     found = [file for file in shipped if _ends_with(str(file), suffix)]
@@ -195,7 +198,8 @@ def open_text(location: Location, encoding: str = "utf-8", most: int = MOST_UNPA
                 raise encoding_refusal(error, encoding, location.name) from error
             except UnicodeError as error:  # UTF-16 without its mark
                 advice = f"Set {spelt('data.encoding')} to what the file was saved in, such as {encoding}-le or cp1252"
-                raise DataError(f"{location.name} is not {encoding} text ({error}). {advice}.") from error
+                said = f"{location.name} is not {encoding} text ({error}). {advice}."
+                raise DataError(said, code="encoding-wrong", values={"file": location.name}) from error
 
 
 def _ends_with(path: str, suffix: str) -> bool:

@@ -18,6 +18,7 @@ from lorakeet.data.pack import Batch, even_bins, pack_examples, padded_bins
 from lorakeet.data.preferences import common_turns
 from lorakeet.data.prefix import UNIT, BatchLimits, common_prefix
 from lorakeet.data.rows import Row
+from lorakeet.data.template import WITHOUT
 from lorakeet.errors import DataError, spelt
 
 
@@ -46,7 +47,8 @@ def encode_pair(row: Row, encoder: Encoder) -> tuple[Example, Example] | None:
     if not np.array_equal(chosen.ids[: starts[0]], rejected.ids[: starts[1]]):
         raise DataError(
             f"{row.source}: the prompt has other tokens before the chosen answer than before the rejected one, so the answers "
-            f"cannot be compared. The chat template changes the prompt with the answer; set {spelt('data.chat_template', 'off')}."
+            f"cannot be compared. The chat template changes the prompt with the answer; set {WITHOUT.flag}.",
+            remedies=[WITHOUT],
         )
     if row.desirable is None and np.array_equal(chosen.ids, rejected.ids):  # kto's second answer is that of another row
         raise DataError(

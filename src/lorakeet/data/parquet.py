@@ -17,7 +17,7 @@ from lorakeet.data.locate import Location, open_binary
 from lorakeet.data.parquet_footer import ColumnChunk, read_footer, shared_bytes
 from lorakeet.data.spec import LONGEST_ROW
 from lorakeet.data.tables import FileRecord, RowProblems
-from lorakeet.errors import DataError, EnvironmentProblem, LorakeetError, spelt
+from lorakeet.errors import DataError, LorakeetError, PackageMissing, spelt
 
 AT_ONCE = 1024  # rows
 _USUAL = 8  # times its size is what a large file may unpack to
@@ -38,9 +38,7 @@ def parquet_records(
     try:
         from pyarrow import parquet
     except ImportError as error:
-        raise EnvironmentProblem(
-            f"{location.name} is a Parquet file, which needs pyarrow; install it with: pip install 'lorakeet[parquet]'"
-        ) from error
+        raise PackageMissing(f"{location.name} is a Parquet file, which needs pyarrow", "lorakeet[parquet]") from error
     name = location.name.rsplit("/", 1)[-1]
     number, unpacked = 0, 0
     with open_binary(location, most) as stream:

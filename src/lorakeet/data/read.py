@@ -13,14 +13,20 @@ from typing import Any
 from lorakeet.data.locate import PACKAGE, WORKBOOKS, locate_data, quiet_hub
 from lorakeet.data.parquet import parquet_records
 from lorakeet.data.preferences import common_words_note, unread_verdict_note, with_prompt_groups
-from lorakeet.data.proposals.columns import SAMPLED, doubtful_label_note, overlooked_label, overlooked_label_note
+from lorakeet.data.proposals.columns import (
+    SAMPLED,
+    doubtful_label_note,
+    overlooked_label,
+    overlooked_label_note,
+    undecided_labels,
+)
 from lorakeet.data.proposals.reading_on import every_problem
 from lorakeet.data.rows import Row
 from lorakeet.data.shapes import shape_rows
 from lorakeet.data.spec import DataSpec
 from lorakeet.data.tables import READERS, SHOWN_PROBLEMS, FileRecord, RowProblems, TextFormat, given_name, text_records
 from lorakeet.data.workbook import sheets_note, workbook_records
-from lorakeet.errors import DataError, EnvironmentProblem, Remedy, nearest
+from lorakeet.errors import DataError, EnvironmentProblem, PackageMissing, Remedy, nearest
 
 HUB = "hub:"
 SAID_EACH = 20_000  # rows
@@ -64,7 +70,8 @@ def read_rows(
             notes.append(overlooked_label_note(words, first, spec.text_column, label))
             if proposed is not None:
                 proposed.append(label)
-        elif doubt := doubtful_label_note(first, used):
+        elif undecided := undecided_labels(first, used):
+            doubt = doubtful_label_note(first, undecided)
             notes.append(f"{words} is read as plain text, column {spec.text_column!r}. {doubt}")
     return rows
 
@@ -226,9 +233,7 @@ def _datasets(name: str) -> Any:
     try:
         import datasets
     except ImportError as error:
-        raise EnvironmentProblem(
-            f"'{name}' is read with the datasets library; install it with: pip install 'lorakeet[hub]'"
-        ) from error
+        raise PackageMissing(f"'{name}' is read with the datasets library", "lorakeet[hub]") from error
     return datasets
 
 

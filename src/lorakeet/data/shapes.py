@@ -118,7 +118,9 @@ def _find_shape(
     sample = [record, *islice(following, SAMPLED - 1)]
     proposal = propose_columns(sample, {"text": spec.text_column, "label": spec.label_column})
     words = [propose_answers(columns), proposal.words if proposal else "", general]
-    raise DataError(" ".join([said, *filter(None, words)]), remedies=proposal.remedies if proposal else ())
+    values = {"file": name, "candidates": list(proposal.undecided) if proposal else []}
+    message = " ".join([said, *filter(None, words)])
+    raise DataError(message, code="columns-unclear", values=values, remedies=proposal.remedies if proposal else ())
 
 
 def _compared_shape(columns: Mapping[str, object], objective: str | None) -> str:
@@ -189,7 +191,8 @@ def _require_columns(
         f"{separator_hint(several)}"
         for column, remedy in missing.items()
     ]
-    raise DataError("\n".join(lines) + flags, remedies=remedies)
+    values = {"file": name, "candidates": []}
+    raise DataError("\n".join(lines) + flags, code="columns-unclear", values=values, remedies=remedies)
 
 
 def _column_remedies(sample: Sequence[FileRecord], missing: Mapping[str, str], spec: DataSpec) -> tuple[Remedy, ...]:

@@ -18,10 +18,11 @@ from jinja2 import TemplateError
 from lorakeet.data.rows import Row, Turn
 from lorakeet.data.spec import DataSpec
 from lorakeet.data.tool_calls import require_written
-from lorakeet.errors import ConfigError, DataError, one_message, spelt
+from lorakeet.errors import ConfigError, DataError, Remedy, one_message
 
 # Replaces a turn's text to find its place; some templates trim surrounding white space.
 _MARK = "\u2402lorakeet\u2403"
+WITHOUT = Remedy("data.chat_template", "off", "Train without the chat template")
 _LAST_WORD = re.compile(r"\w+\W*$")
 
 
@@ -96,7 +97,8 @@ def uses_template(tokenizer: Tokenizer, spec: DataSpec) -> bool:
         raise ConfigError(
             "data.chat_template is 'on', but the tokenizer has no chat template; choose an instruction-tuned model, "
             f"set tokenizer.chat_template and save it with the model, or set "
-            f"{spelt('data.chat_template', 'off')} to train on raw text."
+            f"{WITHOUT.flag} to train on raw text.",
+            remedies=[WITHOUT],
         )
     return spec.chat_template != "off" and bool(tokenizer.chat_template)
 
@@ -227,10 +229,11 @@ def _apply(turns: Sequence[Turn], tokenizer: Tokenizer, row: Row, generation: bo
         return templated(tokenizer, messages, add_generation_prompt=generation, **tools)
     except TemplateRefused as error:
         roles = ", ".join(turn.role for turn in turns)
-        other = "remove the row" if _has_tools(row) else f"set {spelt('data.chat_template', 'off')}"
+        other = "remove the row" if _has_tools(row) else f"set {WITHOUT.flag}"
         raise DataError(
             f"{row.source}: the chat template refuses the turns ({roles}): {error}. Change the turns (some templates accept no "
-            f"system prompt, some require user and assistant to alternate), or {other}."
+            f"system prompt, some require user and assistant to alternate), or {other}.",
+            remedies=[] if _has_tools(row) else [WITHOUT],
         ) from error
 
 
@@ -240,8 +243,9 @@ def _has_tools(row: Row) -> bool:
 
 
 def _unclear(row: Row, number: int) -> DataError:
-    other = "remove the row" if _has_tools(row) else f"set {spelt('data.chat_template', 'off')}"
+    other = "remove the row" if _has_tools(row) else f"set {WITHOUT.flag}"
     return DataError(
         f"{row.source}: the chat template changes turn {number + 1} so that its text {row.turns[number].text[:60]!r} cannot be "
-        f"found in the result, so its target tokens are unknown. Use another template, or {other}."
+        f"found in the result, so its target tokens are unknown. Use another template, or {other}.",
+        remedies=[] if _has_tools(row) else [WITHOUT],
     )

@@ -25,16 +25,16 @@ def codec_of(beginning: bytes, encoding: str, name: str) -> str:
         if chosen.startswith(mark):
             return "utf-8-sig" if mark == "utf-8" else mark
         said = f"{name} begins with the byte-order mark of {mark}, so it is not {encoding} text."
-        raise DataError(f"{said} {_advice(mark)}.", remedies=[_remedy(mark)])
+        raise _refusal(f"{said} {_advice(mark)}.", name, mark)
     found = utf_16_of(beginning)
     if found and chosen not in (found, "utf-32", "utf-32-le", "utf-32-be"):
         said = f"{name} has a zero byte beside each letter, as {found} has: it is not {encoding} text."
-        raise DataError(f"{said} {_advice(found)}.", remedies=[_remedy(found)])
+        raise _refusal(f"{said} {_advice(found)}.", name, found)
     if not found and not chosen.startswith(("utf-8", "ascii")):
         text = _as_utf_8(beginning)
         if text and (chosen.startswith("utf") or not text.isascii()):
             said = f"{name} is utf-8 text and not {encoding}{_otherwise(text, encoding)}."
-            raise DataError(f"{said} {_advice('utf-8')}.", remedies=[_remedy("utf-8")])
+            raise _refusal(f"{said} {_advice('utf-8')}.", name, "utf-8")
     return "utf-8-sig" if chosen == "utf-8" else encoding
 
 
@@ -51,7 +51,7 @@ def encoding_refusal(error: UnicodeDecodeError, encoding: str, name: str) -> Dat
     block, at = error.object, error.start
     said = f"{name} is not {encoding} text (byte 0x{block[at : at + 1].hex()})."
     if codecs.lookup(encoding).name != "utf-8" and not block.isascii() and _as_utf_8(block) is not None:
-        return DataError(f"{said} It is utf-8. {_advice('utf-8')}.", remedies=[_remedy("utf-8")])
+        return _refusal(f"{said} It is utf-8. {_advice('utf-8')}.", name, "utf-8")
     around = block[max(0, at - _SHOWN) : at + _SHOWN]
     shown = next((line for line in around.splitlines() if not line.isascii()), around).strip()
     try:
@@ -59,14 +59,22 @@ def encoding_refusal(error: UnicodeDecodeError, encoding: str, name: str) -> Dat
     except UnicodeDecodeError:
         western = None
     if western is None:
-        return DataError(
-            f"{said} Set {spelt('data.encoding')} to what the file was saved in, such as {OTHERS}, or convert the file to UTF-8."
+        return _refusal(
+            f"{said} Set {spelt('data.encoding')} to what the file was saved in, such as {OTHERS}, or convert the file to UTF-8.",
+            name,
         )
-    return DataError(
+    return _refusal(
         f"{said} {_advice(_WESTERN)} if {western!r} reads right; otherwise what the file was saved in, such as {OTHERS}, or "
         "convert the file to UTF-8.",
-        remedies=[_remedy(_WESTERN)],
+        name,
+        _WESTERN,
     )
+
+
+def _refusal(message: str, name: str, encoding: str = "") -> DataError:
+    """The error for the file `name`, which seems to be in this encoding."""
+    remedies = [_remedy(encoding)] if encoding else []
+    return DataError(message, code="encoding-wrong", values={"file": name}, remedies=remedies)
 
 
 def _remedy(encoding: str) -> Remedy:

@@ -116,7 +116,7 @@ def _explained(name: str, state: str) -> Iterator[None]:
         if cause is None and not from_hub:
             raise
         what = _words(cause or error, name)
-        raise EnvironmentProblem(f"Pushing to {name} failed, {state}: {what}") from error
+        raise EnvironmentProblem(f"Pushing to {name} failed, {state}: {what}", code="server-refused") from error
 
 
 def _http_errors() -> tuple[type[Exception], ...]:

@@ -16,7 +16,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from lorakeet.errors import ConfigError, EnvironmentProblem
+from lorakeet.errors import ConfigError, EnvironmentProblem, PackageMissing
 from lorakeet.memory.mapped_files import releasing_pages
 
 FILE_TYPES = {  # llama_ftype of llama.h
@@ -43,7 +43,7 @@ class _Library:
 
     def __init__(self) -> None:
         if not is_installed():
-            raise EnvironmentProblem("This needs llama.cpp, which is not installed. Run: pip install 'lorakeet[llama]'")
+            raise PackageMissing("This needs llama.cpp, which is not installed", "lorakeet[llama]")
         from llama_cpp_py_sync import _cffi_bindings
 
         bindings: Any = _cffi_bindings

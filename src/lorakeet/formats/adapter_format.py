@@ -46,6 +46,6 @@ class AdapterFormat(Protocol):
 def require_adapter(path: Path) -> None:
     """Raises DataError unless a file or a folder is at `path`."""
     if not path.exists():
-        raise DataError(f"{path} does not exist; expected {READABLE}.")
+        raise DataError(f"{path} does not exist; expected {READABLE}.", code="file-missing", values={"path": str(path)})
     if not path.is_dir():
         require_regular(path)

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, NamedTuple
 
 from lorakeet.disk import open_buffered, read_regular
-from lorakeet.errors import DataError, VerificationFailed, readable
+from lorakeet.errors import DataError, Remedy, VerificationFailed, readable
 from lorakeet.evaluate.certificate import CERTIFICATE, Certificate, read_certificate
 from lorakeet.formats.files.digest import PIECE, sha256_of
 from lorakeet.formats.files.json_object import parse_object
@@ -236,7 +236,10 @@ def accept_content(subject: str, apart: list[str], *, uncertified: bool, say: Sa
     if not uncertified:
         raise VerificationFailed(
             f"{subject} is not what its certificate was made for: {names}. Put back what was there, or go on with --uncertified; "
-            "results then say so."
+            "results then say so.",
+            code="content-differs-from-certificate",
+            values={"subject": subject, "differs": apart},
+            remedies=[Remedy("uncertified", "true", "Go on with it; results say so")],
         )
     note = f"{UNCERTIFIED}: {names}"
     say(f"{subject} is used {note}")

@@ -15,7 +15,7 @@ from typing import Generic
 
 import torch
 
-from lorakeet.errors import ConfigError, EnvironmentProblem
+from lorakeet.errors import ConfigError, EnvironmentProblem, Remedy
 from lorakeet.evaluate.wording import bytes_text
 from lorakeet.memory.allocator import return_freed_memory
 from lorakeet.memory.budget import Budget, available_memory, enough_for, larger_than_machine, machine_bytes
@@ -182,7 +182,10 @@ def fit_free(work: BudgetedWork[P], free: Budget, say: Say) -> Residency[P]:
 def _chosen(work: BudgetedWork[P], choice: WayChoice[P], budget: Budget, say: Say) -> Residency[P]:
     """The chosen way, which is printed. Raises ConfigError where none fits, and for too little host memory or disk."""
     if not choice.fits:
-        raise ConfigError(too_small_text(work, choice, budget))
+        needed = choice.plan.peak
+        remedies = [Remedy("memory.budget", enough_for(needed), f"Allow {enough_for(needed)}")] * (not budget.free)
+        values = {"needed": needed, "budget": budget.bytes}
+        raise ConfigError(too_small_text(work, choice, budget), code="does-not-fit", values=values, remedies=remedies)
     gpu = None if work.device.type == "cpu" else work.device
     way, plan = choice.way, choice.plan
     pinned = keeps_in_host(work, way, plan)
@@ -195,7 +198,9 @@ def _chosen(work: BudgetedWork[P], choice: WayChoice[P], budget: Budget, say: Sa
         if size > machine_bytes():
             raise ConfigError(
                 f"{line} This machine has {bytes_text(machine_bytes())}. Set memory.keep to disk, from where they come then, or "
-                "lower train.batch_size."
+                "lower train.batch_size.",
+                code="does-not-fit",
+                values={"needed": size, "budget": machine_bytes()},
             )
         say(line)
     return Residency(budget, way, plan, work.folder if way.streamed else None, gpu, pinned, work.remedy)
@@ -216,7 +221,9 @@ def require_space_to_unpack(spec: ModelSpec, budget: Budget, option: str) -> Non
     if held and needed > budget.bytes:
         raise ConfigError(
             f"The memory budget is {budget}, but unpacking {spec.path}, which is done once, takes about {enough_for(needed)}. "
-            f"Raise {option}, or run once without it: later runs read the copy that stays."
+            f"Raise {option}, or run once without it: later runs read the copy that stays.",
+            code="does-not-fit",
+            values={"needed": needed, "budget": budget.bytes},
         )
 
 
@@ -256,7 +263,8 @@ def _require_disk(work: BudgetedWork[P], way: Way, plan: P) -> None:
             sizes = " and ".join(f"{bytes_text(size)} in {path}" for path, size in parts.items() if size)
             raise EnvironmentProblem(
                 f"To keep the memory budget, {work.what} needs {sizes} on disk, where {bytes_text(free)} are free. "
-                f"{work.remedy}"
+                f"{work.remedy}",
+                code="disk-full",
             )
 
 

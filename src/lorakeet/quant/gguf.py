@@ -21,7 +21,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from lorakeet.errors import EnvironmentProblem
+from lorakeet.errors import EnvironmentProblem, PackageMissing
 from lorakeet.kernels.cpu.stored import GGUF, StoredWeight, address_of
 from lorakeet.quant.packed import PackedBase, tile_size
 
@@ -148,7 +148,7 @@ class GgufBase(PackedBase):
     def store(self, weight: Tensor) -> None:
         """Quantises by the gguf package's reference; EnvironmentProblem for a type that it cannot write (the K types)."""
         if importlib.util.find_spec("gguf") is None:
-            raise EnvironmentProblem(f"Writing {self.kind} blocks needs the package gguf: pip install 'lorakeet[gguf]'")
+            raise PackageMissing(f"Writing {self.kind} blocks needs the package gguf", "lorakeet[gguf]")
         from gguf import GGMLQuantizationType, quants
 
         try:

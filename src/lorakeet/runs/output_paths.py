@@ -31,13 +31,15 @@ def require_place(out: Path) -> None:
 def require_absent(out: Path) -> None:
     """Raises ConfigError if something is at `out`."""
     if out.exists():
-        raise ConfigError(f"{out} exists already and is never overwritten. Choose another --out or remove that one.")
+        said = f"{out} exists already and is never overwritten. Choose another --out or remove that one."
+        raise ConfigError(said, code="output-exists", values={"path": str(out)})
 
 
 def require_empty(out: Path) -> None:
     """Raises ConfigError unless `out` is missing or an empty folder, and EnvironmentProblem where it cannot be made."""
     if out.exists() and not (out.is_dir() and not any(out.iterdir())):
-        raise ConfigError(f"{out} exists already and is no empty folder; nothing in it was touched. Choose another --out.")
+        said = f"{out} exists already and is no empty folder; nothing in it was touched. Choose another --out."
+        raise ConfigError(said, code="output-exists", values={"path": str(out)})
     require_place(out)
 
 
@@ -81,5 +83,4 @@ def writing(what: str, remedy: str) -> Iterator[None]:
     try:
         yield
     except OSError as error:
-        why, remedy = refusal(error, remedy)
-        raise EnvironmentProblem(f"{what} could not be written: {why} ({error}). {remedy}") from error
+        raise refusal(error, f"{what} could not be written", remedy) from error

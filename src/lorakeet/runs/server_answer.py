@@ -110,11 +110,13 @@ def _pieces(response: Any, seconds: float) -> Iterator[bytes]:
 
 
 class CallRefused(EnvironmentProblem):
-    """The server answered, but not this call; `code` is HTTP's."""
+    """The server answered, but not this call; `status` is HTTP's."""
 
-    def __init__(self, message: str, code: int) -> None:
-        super().__init__(message)
-        self.code = code
+    CODE = "server-refused"
+
+    def __init__(self, message: str, status: int) -> None:
+        super().__init__(message, values={"status": status})
+        self.status = status
 
 
 def called_again(
@@ -128,7 +130,7 @@ def called_again(
         try:
             return call()
         except CallRefused as error:
-            if error.code not in busy:
+            if error.status not in busy:
                 raise
         pause(wait)
     return call()

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import socket
 
-from lorakeet.errors import ConfigError, EnvironmentProblem
+from lorakeet.errors import ConfigError, EnvironmentProblem, Remedy
 
 LARGEST_PORT = 65535
 LOOPBACK = ("127.0.0.1", "localhost", "::1")  # which no other machine reaches
@@ -22,7 +22,10 @@ def listening_socket(host: str, port: int) -> socket.socket:
         return socket.create_server((host, port), family=family, backlog=2048)
     except OSError as error:
         raise EnvironmentProblem(
-            f"The server cannot listen on {host}:{port}: {error.strerror or error}. Choose another --host or --port."
+            f"The server cannot listen on {host}:{port}: {error.strerror or error}. Choose another --host or --port.",
+            code="port-in-use",
+            values={"host": host, "port": port},
+            remedies=[Remedy("port", "0", "Take a free port")],
         ) from error
 
 

@@ -31,6 +31,8 @@ _READ = (
 class NotHere(LorakeetError):
     """There is no such page, run or job."""
 
+    CODE = "run-missing"
+
 
 @dataclass(frozen=True)
 class Places:

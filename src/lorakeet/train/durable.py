@@ -15,6 +15,7 @@ from pathlib import Path
 from safetensors import SafetensorError
 
 from lorakeet.disk import FULL, erase, flush_folder, stage_in_use, written_whole
+from lorakeet.errors import EnvironmentProblem
 
 _OS_ERROR = re.compile(r"\(os error (\d+)\)")
 
@@ -71,11 +72,13 @@ def is_full(error: Exception) -> bool:
     return isinstance(error, SafetensorError) and any(f"os error {number}" in str(error) for number in FULL)
 
 
-def refusal(error: Exception, remedy: str) -> tuple[str, str]:
-    """The cause of a failed write, and `remedy`, with "Free some space" replaced unless the disk is full."""
+def refusal(error: Exception, what: str, remedy: str, more: str = "") -> EnvironmentProblem:
+    """The error for a failed write: `what` failed, the cause, `more`, and `remedy`, in which "Free some space" is replaced unless
+    the disk is full."""
     if is_full(error):
-        return "the disk (or the quota) is full", remedy
-    return "the system refused", remedy.replace("Free some space", "See that files can be written there")
+        return EnvironmentProblem(f"{what}: the disk (or the quota) is full ({error}).{more} {remedy}", code="disk-full")
+    remedy = remedy.replace("Free some space", "See that files can be written there")
+    return EnvironmentProblem(f"{what}: the system refused ({error}).{more} {remedy}")
 
 
 def _put_in_place(target: Path) -> None:

@@ -24,7 +24,7 @@ import torch
 from safetensors import SafetensorError
 from torch import Tensor
 
-from lorakeet.errors import DataError, EnvironmentProblem, RunStopped, is_out_of_memory
+from lorakeet.errors import DataError, RunStopped, is_out_of_memory
 from lorakeet.formats.identity import is_certified
 from lorakeet.memory.allocator import keep_freed_memory, release_free_memory
 from lorakeet.memory.cuda import cuda_device_of, gpu_peak_bytes, release_device_memory
@@ -456,10 +456,8 @@ class Training(Generic[BatchT]):
             yield
         except (OSError, SafetensorError) as error:
             previous = f" The previous checkpoint {self.last_checkpoint.name} is intact." if self.last_checkpoint else ""
-            why, remedy = durable.refusal(error, f"Free some space, then go on with: {self.run.resume_command}")
-            raise EnvironmentProblem(
-                f"{what} could not be written in {self.run.path}: {why} ({error}).{previous} {remedy}"
-            ) from error
+            remedy = f"Free some space, then go on with: {self.run.resume_command}"
+            raise durable.refusal(error, f"{what} could not be written in {self.run.path}", remedy, previous) from error
 
 
 def kept_text(checkpoint: Path | None, adapter: Path, loss: float | None, step: int | None) -> str:

@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from lorakeet.disk import open_in_place, write_whole
-from lorakeet.errors import ConfigError, EnvironmentProblem
+from lorakeet.errors import ConfigError
 from lorakeet.train import durable
 
 
@@ -92,9 +92,11 @@ class RunFolder:
         """
         run = cls(path)
         if not path.is_dir():
-            raise ConfigError(f"There is no run folder {path}; expected the --out of an earlier finetune. Check the path.")
+            said = f"There is no run folder {path}; expected the --out of an earlier finetune. Check the path."
+            raise ConfigError(said, code="run-missing")
         if not run.config.exists() and not run.checkpoints.is_dir():
-            raise ConfigError(f"{path} is not a run folder: it has neither config.yaml nor checkpoints. Check the path.")
+            said = f"{path} is not a run folder: it has neither config.yaml nor checkpoints. Check the path."
+            raise ConfigError(said, code="run-missing")
         with run.locked():
             run.checkpoints.mkdir(exist_ok=True)
             durable.recover(run.path)
@@ -110,8 +112,8 @@ class RunFolder:
         try:
             lock = open_in_place(self.path / ".lock")
         except OSError as error:
-            why, remedy = durable.refusal(error, "Free some space, or choose another --out.")
-            raise EnvironmentProblem(f"{self.path / '.lock'} could not be opened: {why} ({error}). {remedy}") from error
+            what, remedy = f"{self.path / '.lock'} could not be opened", "Free some space, or choose another --out."
+            raise durable.refusal(error, what, remedy) from error
         with lock as file:
             try:
                 fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)

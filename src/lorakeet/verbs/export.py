@@ -13,7 +13,7 @@ from typing import Any
 from rich.console import Console
 
 from lorakeet.disk import written_whole
-from lorakeet.errors import ConfigError, EnvironmentProblem
+from lorakeet.errors import ConfigError, EnvironmentProblem, PackageMissing
 from lorakeet.evaluate.certificate import Certificate, read_certificate
 from lorakeet.evaluate.report.report import Report, read_report
 from lorakeet.evaluate.values import encode
@@ -132,7 +132,7 @@ def _check(options: ExportOptions, written: bool) -> None:
         require_address(options.host)
     if quant not in DIRECT and not is_installed():
         direct = ", ".join(DIRECT)
-        raise ConfigError(f"--quant {quant} needs llama.cpp's quantiser: pip install 'lorakeet[llama]', or take {direct}.")
+        raise PackageMissing(f"--quant {quant} needs llama.cpp's quantiser; {direct} need none", "lorakeet[llama]")
     require_place(out)
 
 

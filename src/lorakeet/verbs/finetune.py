@@ -260,7 +260,7 @@ def _check_try_rates(config: RunConfig, options: FinetuneOptions, kind: RunKind[
     if options.resume is not None:
         problems.add(f"{options.resume} has its learning rate already, and a resumed run keeps it. Leave --try-rates out.")
     if not kind.tries_rates:
-        problems.add(f"{what_trains(config)}, and no learning rates are tried for that. Leave --try-rates out; compare whole runs.")
+        problems.add(f"{what_trains(config)}, and no rates are tried for that. Leave --try-rates out; compare whole runs.")
     if config.train.rate_trial_steps < FEWEST_STEPS:
         steps = config.train.rate_trial_steps
         problems.add(f"train.rate_trial_steps is {steps}, which tries none. Give the number of steps to try, such as 12.")

@@ -22,7 +22,7 @@ _BASE = "The base model; the default is the one that the run or adapter names."
 _UNCERTIFIED = "Use an adapter whose content is not that of its certificate; results say so."
 _MEMORY = "Memory budget, such as 2GiB (default: memory.budget); weights that do not fit are streamed from disk."
 
-_QUICK = Removed((), "Learning rates are tried first by another flag.", "try-rates")
+_QUICK = Removed((), "Its name did not say what it does.", "try-rates")
 
 
 def _help(text: str, *, positional: bool = False, whole: bool = False) -> dict[str, Any]:

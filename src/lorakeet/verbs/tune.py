@@ -22,7 +22,7 @@ from lorakeet.config import RunConfig, dump_yaml
 from lorakeet.core.initialise import seed_for
 from lorakeet.core.spec import LoraSpec
 from lorakeet.disk import write_whole
-from lorakeet.errors import ConfigError, DataError, EnvironmentProblem, Problems
+from lorakeet.errors import ConfigError, DataError, PackageMissing, Problems
 from lorakeet.evaluate.compare import Comparison
 from lorakeet.evaluate.report.rank_values import Search
 from lorakeet.evaluate.report.report import Command, Report, write_report
@@ -185,8 +185,8 @@ def _sampler(seed: int) -> Any:
     try:
         import optuna
     except ImportError:
-        remedy = "Install it with pip install 'lorakeet[tune]', or use --try-rates."
-        raise EnvironmentProblem(f"The package optuna, which draws the trials, is missing. {remedy}") from None
+        need = "The package optuna, which draws the trials, is missing. --try-rates does without"
+        raise PackageMissing(need, "lorakeet[tune]", ["optuna"]) from None
     optuna.logging.set_verbosity(optuna.logging.WARNING)
     return optuna.create_study(sampler=optuna.samplers.TPESampler(seed=seed))
 

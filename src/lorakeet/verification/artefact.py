@@ -267,7 +267,8 @@ def open_artefact(
             yield InTorch(text, None, name, _row(precision, _folder_types(path)), _together(opened))
         return
     if not path.is_file():
-        raise ConfigError(f"--against {target} does not exist; expected a merged folder, a .gguf file or an http address.")
+        said = f"--against {target} does not exist; expected a merged folder, a .gguf file or an http address."
+        raise ConfigError(said, code="file-missing", values={"path": str(target)})
     if path.suffix.lower() != ".gguf" and not begins_as_gguf(path):
         raise ConfigError(f"--against {target} is no GGUF file; expected a merged folder, a .gguf file or an http address.")
     file, adapter = GgufFile(path), None

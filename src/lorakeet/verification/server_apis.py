@@ -77,8 +77,8 @@ def ask(
     try:
         return called_again(partial(_answer, url, path, body, key), _NO_TIME, PAUSES, pause)
     except CallRefused as error:
-        if error.code in _NO_TIME:
-            raise EnvironmentProblem(str(error)) from error
+        if error.status in _NO_TIME:
+            raise EnvironmentProblem(str(error), code=error.code, values=error.values) from error
         raise
 
 
@@ -103,7 +103,8 @@ def _read(url: str, path: str, body: Mapping[str, Any] | None, key: str) -> byte
 
 
 def _unusable(place: str, error: Exception) -> EnvironmentProblem:
-    return EnvironmentProblem(f"{place} gives no answer that can be used ({error}). Start the server, or correct --against.")
+    said = f"{place} gives no answer that can be used ({error}). Start the server, or correct --against."
+    return EnvironmentProblem(said, code="server-refused")
 
 
 _Call = TypeVar("_Call", bound=Callable[..., Any])
@@ -162,7 +163,7 @@ class Api:
             try:
                 found = call(count)
             except CallRefused as error:
-                if error.code not in _TOO_MANY or count == self._most[-1]:
+                if error.status not in _TOO_MANY or count == self._most[-1]:
                     raise
                 refused.append(count)
                 continue

@@ -39,7 +39,6 @@ _SURE_LABELS = _LABELS[: _LABELS.index("rubrik")]  # names that say nothing else
 _LABEL_LENGTH = 60  # characters, on average
 _FEWEST = 6  # records from which what a column holds is evidence
 _MOST_LABELS = 100
-UNDECIDED = "nothing says which is the label"
 _NAMED = 4  # columns that may be the label, of which a sentence names no more
 
 
@@ -51,6 +50,7 @@ class ColumnProposal:
     label: str | None
     remedies: tuple[Remedy, ...]
     words: str
+    undecided: tuple[str, ...] = ()  # columns of which one may be the label
 
 
 def propose_columns(records: Sequence[FileRecord], given: Mapping[str, str | None]) -> ColumnProposal | None:
@@ -77,8 +77,9 @@ def propose_columns(records: Sequence[FileRecord], given: Mapping[str, str | Non
     words = f"It seems that {' and '.join(parts)}: set {' '.join(remedy.flag for remedy in remedies)}."
     if proposed_label is None and (empty := _empty_label(records, free)):
         words = f"{words} Column {empty!r}, named like the label, is empty: to train on labels, fill it."
-    elif proposed_label is None and (doubt := doubtful_label_note(records, {proposed_text})):
-        words = f"{words} {doubt}"
+    elif proposed_label is None and (doubtful := undecided_labels(records, {proposed_text})):
+        words = f"{words} {doubtful_label_note(records, doubtful)}"
+        return ColumnProposal(proposed_text, proposed_label, tuple(remedies), words, tuple(doubtful))
     return ColumnProposal(proposed_text, proposed_label, tuple(remedies), words)
 
 
@@ -107,20 +108,23 @@ def overlooked_label_note(name: str, records: Sequence[FileRecord], text_column:
     )
 
 
-def doubtful_label_note(records: Sequence[FileRecord], used: Collection[str]) -> str:
-    """The sentences for two or more columns beside those `used` that repeat as labels do; empty for fewer.
+def undecided_labels(records: Sequence[FileRecord], used: Collection[str]) -> list[str]:
+    """Two or more columns beside those `used` that repeat as labels do; empty for fewer.
 
     None of them is likelier to be the label, so none is proposed.
     """
     repeated = [remedy.value for remedy in possible_labels(records, used)]
-    if len(repeated) < 2:
-        return ""
+    return repeated if len(repeated) > 1 else []
+
+
+def doubtful_label_note(records: Sequence[FileRecord], repeated: Sequence[str]) -> str:
+    """The sentences for these `undecided_labels`."""
     named = " and ".join(f"{column!r} ({len(_values(records, column))} values)" for column in repeated[:_NAMED])
     more = f" and {len(repeated) - _NAMED} more" if len(repeated) > _NAMED else ""
     flag = spelt("data.label_column")
     return (
-        f"{named}{more} have values that repeat, as labels do, and {UNDECIDED}. If the texts are labelled, set {flag} too; "
-        f"without it the model is trained to write the texts."
+        f"{named}{more} have values that repeat, as labels do, and nothing says which is the label. If the texts are "
+        f"labelled, set {flag} too; without it the model is trained to write the texts."
     )
 
 

@@ -6,7 +6,6 @@ from collections.abc import Callable, Sequence
 from dataclasses import replace
 from typing import Any
 
-from lorakeet.data.proposals.columns import UNDECIDED
 from lorakeet.data.spec import DataSpec
 from lorakeet.data.tables import LEAVE_OUT
 from lorakeet.errors import LONGEST_MESSAGE, DataError, Problems, Remedy, shortened, spelt
@@ -27,7 +26,7 @@ def every_problem(first: DataError, name: str, spec: DataSpec, read: Callable[[D
     `read` reads the file with other settings. It is called until it succeeds, until its error proposes nothing new, or until all
     that is left are single rows.
     """
-    messages, remedies, error = [str(first)], list(first.remedies), first
+    errors, remedies, error = [first], list(first.remedies), first
     while {one.setting for one in error.remedies} - {LEAVE_OUT.setting}:
         try:
             read(mended(spec, remedies))
@@ -36,20 +35,21 @@ def every_problem(first: DataError, name: str, spec: DataSpec, read: Callable[[D
             error = found
         known = {one.setting for one in remedies}
         new = [one for one in error.remedies if one.setting not in known]
-        messages.append(str(error))
+        errors.append(error)
         if not new:
             break
         remedies += new
-    if len(messages) == 1:
+    if len(errors) == 1:
         return first
     flags = " ".join(one.flag for one in remedies)
     together = f"If all of that is right, set: {flags}"
-    if any(UNDECIDED in message for message in messages):
+    if any(one.values.get("candidates") for one in errors):
         together += f" and, if the texts are labelled, {spelt('data.label_column')}"
     problems = Problems(f"{name} cannot be read as it is", DataError, remedy=together, remedies=remedies)
-    each = list(dict.fromkeys(message.replace("\n", "\n  ") for message in messages))
-    for message in _fitted(each, LONGEST_MESSAGE - len(problems.heading) - len(together) - _LIST):
-        problems.add(message)
+    each = {str(one).replace("\n", "\n  "): one for one in errors}
+    fitted = _fitted([*each], LONGEST_MESSAGE - len(problems.heading) - len(together) - _LIST)
+    for message, one in zip(fitted, each.values(), strict=True):
+        problems.add(one.worded(message))
     try:
         problems.raise_if_any()
     except DataError as combined:

@@ -21,7 +21,7 @@ from pathlib import Path
 from typing import Any
 
 from lorakeet.disk import open_buffered
-from lorakeet.errors import DataError, EnvironmentProblem, Problems, readable, require_regular
+from lorakeet.errors import DataError, PackageMissing, Problems, readable, require_regular
 
 __all__ = ["MAGIC", "GgufHeader", "Slot", "begins_as_gguf", "check_gguf", "gguf_package"]
 
@@ -57,7 +57,7 @@ class GgufHeader:
 def gguf_package() -> Any:
     """The package gguf; EnvironmentProblem if it is missing."""
     if importlib.util.find_spec("gguf") is None:
-        raise EnvironmentProblem("GGUF files need the package gguf, which is not installed. Run: pip install 'lorakeet[gguf]'")
+        raise PackageMissing("GGUF files need the package gguf, which is not installed", "lorakeet[gguf]")
     import gguf
 
     return gguf

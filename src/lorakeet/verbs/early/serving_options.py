@@ -9,7 +9,7 @@ from collections.abc import Sequence
 from importlib.util import find_spec
 from pathlib import Path
 
-from lorakeet.errors import ConfigError, EnvironmentProblem, Problems
+from lorakeet.errors import ConfigError, PackageMissing, Problems
 from lorakeet.memory.budget import Budget, parse_size
 from lorakeet.serve.access import read_keys
 from lorakeet.serve.listening import LOOPBACK, require_free_port
@@ -47,7 +47,7 @@ def require_servable(options: ServeOptions) -> Budget:
     if options.keys is not None:
         read_keys(options.keys)
     if missing := [name for name in _PACKAGES if find_spec(name) is None]:
-        raise EnvironmentProblem(f"lorakeet serve needs {' and '.join(missing)}; install with: pip install 'lorakeet[serve]'.")
+        raise PackageMissing(f"lorakeet serve needs {' and '.join(missing)}", "lorakeet[serve]", missing)
     require_free_port(options.host, options.port)
     return budget
 

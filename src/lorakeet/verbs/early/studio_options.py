@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from importlib.util import find_spec
 
-from lorakeet.errors import EnvironmentProblem, Problems
+from lorakeet.errors import PackageMissing, Problems
 from lorakeet.runs.output_paths import require_place
 from lorakeet.serve.listening import require_free_port
 from lorakeet.verbs.options import StudioOptions
@@ -25,7 +25,7 @@ def require_studio(options: StudioOptions) -> None:
             problems.add(f"--folder {folder} is no folder; expected one with models or rows.")
     problems.raise_if_any()
     if missing := [name for name in _PACKAGES if find_spec(name) is None]:
-        raise EnvironmentProblem(f"lorakeet studio needs {' and '.join(missing)}; install with: pip install 'lorakeet[studio]'.")
+        raise PackageMissing(f"lorakeet studio needs {' and '.join(missing)}", "lorakeet[studio]", missing)
     if not options.runs.exists():
         require_place(options.runs)
     require_free_port(LOOPBACK_ADDRESS, options.port)

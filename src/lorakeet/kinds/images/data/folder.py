@@ -25,7 +25,7 @@ from lorakeet.data.read import HUB, SAVED, is_hub_id, read_records
 from lorakeet.data.spec import DataSpec
 from lorakeet.data.tables import RowProblems, text_records
 from lorakeet.disk import FULL, erase, read_regular, write_new, written_whole
-from lorakeet.errors import DataError, EnvironmentProblem, Problems, percent
+from lorakeet.errors import DataError, EnvironmentProblem, PackageMissing, Problems, percent
 from lorakeet.kinds.images.spec import ImageSpec
 
 ENDINGS = (".png", ".jpg", ".jpeg", ".jpe", ".jfif", ".webp", ".bmp", ".gif", ".tif", ".tiff")
@@ -344,9 +344,7 @@ def _pillow() -> tuple[Any, Any]:
     try:
         from PIL import Image, ImageOps
     except ImportError as error:
-        raise EnvironmentProblem(
-            f"Pictures need Pillow, which is not installed ({error}). Install it: pip install 'lorakeet[images]'"
-        ) from error
+        raise PackageMissing(f"Pictures need Pillow, which is not installed ({error})", "lorakeet[images]") from error
     return Image, ImageOps
 
 

@@ -6,7 +6,7 @@ from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
 
-from lorakeet.errors import DataError, EnvironmentProblem
+from lorakeet.errors import DataError, PackageMissing
 from lorakeet.models.files.quiet import errors_only, quiet_transformers
 
 
@@ -16,9 +16,7 @@ def diffusers() -> Any:
         try:
             import diffusers as package
         except ImportError as error:
-            raise EnvironmentProblem(
-                f"Image models need diffusers, which is not installed ({error}). Install it: pip install 'lorakeet[images]'"
-            ) from error
+            raise PackageMissing(f"Image models need diffusers, which is not installed ({error})", "lorakeet[images]") from error
     return package
 
 
