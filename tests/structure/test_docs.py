@@ -136,3 +136,14 @@ def test_every_page_is_in_the_index() -> None:
         if page.is_relative_to(ROOT / "docs") and page.name != "README.md" and str(page.relative_to(ROOT / "docs")) not in index
     ]
     assert not missing, f"docs/README.md does not name {', '.join(missing)}"
+
+
+def test_the_heart_is_read_in_an_hour() -> None:
+    """A dozen files of at most 2,500 lines in all, and every name that the page points at is there."""
+    page = (ROOT / "docs/explain/heart.md").read_text(encoding="utf-8")
+    rows = re.findall(r"^\| \[\S+\]\(\.\./\.\./(src/\S+\.py)\) \| ([^|]+) \|", page, re.MULTILINE)
+    sources = {path: (ROOT / path).read_text(encoding="utf-8") for path, _ in rows}
+    assert len(sources) == 12 and sum(text.count("\n") for text in sources.values()) <= 2500
+    for path, names in rows:
+        for name in SPAN.findall(names):
+            assert re.search(rf"(?:class|def) {name.rpartition('.')[2]}\b", sources[path]), (path, name)
