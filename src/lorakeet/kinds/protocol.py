@@ -21,7 +21,7 @@ from rich.console import Console
 from lorakeet.config import RunConfig, read_run
 from lorakeet.core.plan import Plan
 from lorakeet.data.batches import StepOrder
-from lorakeet.errors import ConfigError, EnvironmentProblem
+from lorakeet.errors import ConfigError, EnvironmentProblem, spelt
 from lorakeet.evaluate.certificate import Certificate
 from lorakeet.evaluate.report.rank_values import RankMap
 from lorakeet.evaluate.report.report import Command, Report
@@ -98,9 +98,14 @@ AssemblyT = TypeVar("AssemblyT", bound=Assembly)
 class Advice:
     """A change of the settings, and the peak of the run with it: with weights in memory, or streamed."""
 
-    change: str
+    settings: Mapping[str, str]  # by their paths
     peak: int
     streamed: bool = False
+
+    @property
+    def change(self) -> str:
+        """The settings in words."""
+        return " ".join(spelt(name, value) for name, value in self.settings.items())
 
 
 @dataclass(frozen=True, kw_only=True)

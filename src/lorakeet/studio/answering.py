@@ -14,7 +14,6 @@ from lorakeet.studio.forms import FormField, run_fields, settings_of, typed
 from lorakeet.studio.jobs import Job, Queue
 from lorakeet.studio.offers import stem_of
 from lorakeet.studio.places import NotHere, Places, regular_within
-from lorakeet.studio.remedies import advised_value
 from lorakeet.studio.taking import jobs_of
 from lorakeet.verbs.early.checks import check_early
 from lorakeet.verbs.options import PredictOptions
@@ -111,28 +110,21 @@ def _saved(job: Job) -> Path | None:
 def answer_values(job: Job) -> dict[str, object]:
     """What the page shows of a job besides its state: the file to save, what was counted, the form that mends it."""
     saved = _saved(job) if job.state == "done" else None
-    out = saved if job.words[0] == VERB else None
-    ending = f": {out}"  # of the line that the command says it with; libraries may say more after it
-    counted = [line.removesuffix(ending) for line in job.log.splitlines() if line.endswith(ending)] if out else []
+    counted = str(next(iter(job.results), {}).get("summary", "")) if saved and job.words[0] == VERB else ""
     again, labels = _mended(job) if job.words[0] == VERB else {}, {field.path: field.label for field in run_fields()}
     how = [f"{labels[path]} {value}" for path, value in again.items() if path != ROWS]
     return {
-        "saves": saved.name if saved else "", "counted": counted[-1] if counted else "", "again": again,
+        "saves": saved.name if saved else "", "counted": counted, "again": again,
         "again_words": f"Answer them with {', '.join(how)}" if again else "", "held": job.kept is not None,
     }  # fmt: skip
 
 
 def _mended(job: Job) -> dict[str, str]:
-    """The form of a failed job with what its message advises; empty if that is nothing new."""
-    if job.state != "failed":
+    """The form of a failed job with the remedies of its error; empty if that is nothing new."""
+    if job.state != "failed" or (problem := job.problem) is None:
         return {}
     before = dict(word.split("=", 1) for word in job.words if word.startswith("--") and "=" in word)
     form = {path: before[flag] for path, flag in {ROWS: "--data", **HOW}.items() if flag in before}
-    advised = {path: value for path, flag in HOW.items() if (value := _advised(job.error, flag))}
+    given = {f"--{one.setting}": one.value for one in problem.remedies}
+    advised = {path: given[flag] for path, flag in HOW.items() if flag in given}
     return {**form, **advised} if advised.items() - form.items() else {}
-
-
-def _advised(message: str, flag: str) -> str:
-    """The value that a message writes behind a flag; empty without one, and where a sentence goes on there."""
-    rest = message.partition(f"{flag} ")[2]
-    return "" if rest.startswith("to the ") else advised_value(rest)

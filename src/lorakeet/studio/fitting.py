@@ -12,7 +12,7 @@ from typing import Any
 
 from rich.console import Console
 
-from lorakeet.config import RunConfig, read_run
+from lorakeet.config import read_run
 from lorakeet.data.spec import NO_ROWS
 from lorakeet.evaluate.wording import bytes_text, duration_text
 from lorakeet.kernels import bitsandbytes_nf4
@@ -31,7 +31,6 @@ from lorakeet.models.spec import ModelSpec
 from lorakeet.models.text.from_config import config_of, local_files, published_configs
 from lorakeet.planning.forecast_text_run import CERTIFY, LOAD, SCORE
 from lorakeet.planning.rehearse_text import BEGIN, CHECKPOINT, EVALUATE, FINAL, STEP
-from lorakeet.settings import fields_of
 from lorakeet.studio.local import fetched_rows, unready_model
 from lorakeet.studio.remedies import page_words
 from lorakeet.studio.workbench import Send
@@ -191,34 +190,15 @@ def time_words(result: PlanResult) -> str:
     )
 
 
-def changed_settings(change: str) -> dict[str, str]:
-    """The settings of an advice such as "--model.quantize nf4", by their full paths; empty for one that is no settings."""
-    words = change.replace(" and ", " ").split()
-    paths = {setting.shorthand: setting.path for setting in fields_of(RunConfig) if setting.shorthand}
-    known = {setting.path for setting in fields_of(RunConfig)}
-    found: dict[str, str] = {}
-    place = 0
-    while place < len(words):
-        name = words[place].removeprefix("--")
-        name = paths.get(name, name)
-        if name not in known:
-            return {}
-        alone = place + 1 == len(words) or words[place + 1].removeprefix("--") in known | set(paths)
-        found[name] = "true" if alone else words[place + 1]
-        place += 1 if alone else 2
-    return found
-
-
 def _helping(result: PlanResult) -> list[dict[str, Any]]:
     """What would lower the peak, that which fits first."""
 
     def values(advice: Advice) -> dict[str, Any]:
         how = ", with blocks read from disk as they are needed" if advice.streamed else ""
-        settings = changed_settings(advice.change)
-        named = [page_words(f"{name} {value}") for name, value in settings.items()]
+        named = [page_words(f"{name} {value}") for name, value in advice.settings.items()]
         return {
-            "settings": settings,
-            "words": f"{', '.join(named) or page_words(advice.change)}{how}",
+            "settings": dict(advice.settings),
+            "words": f"{', '.join(named)}{how}",
             "size": bytes_text(advice.peak),
             "fits": advice.peak <= result.bound.bytes,
         }

@@ -5,7 +5,8 @@
                       run.yaml   the run file, where there is one
                       alive      locked by the process and all it starts, as long as one of them lives
                       pid        the leader of their process group
-                      log        all that they print
+                      log        what they say while they work, and libraries print
+                      result     what the command prints as JSON: its result, or its error
                       code       the exit code
                       cancelled  it was taken out of the queue
                       stopping   it was sent the signal of Ctrl-C
@@ -33,17 +34,17 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 from lorakeet.disk import erase, open_in_place, open_regular, write_new, write_whole, written_whole
-from lorakeet.errors import ConfigError, visible
+from lorakeet.errors import ConfigError, LorakeetError, visible
 from lorakeet.studio.places import OWN, NotHere, given_run_id, signature_of
 
 State = Literal["waiting", "running", "done", "stopped", "failed", "killed", "cancelled"]
 STOPPED = (4, 130, 143)  # exit codes of a run that ended early, Ctrl-C, SIGTERM
 _AUTO = "auto"
 _RUNS = "runs.json"
-_FILES = ("job.json", _RUNS, "alive", "pid", "log", "code", "cancelled", "stopping", "ended")
+_FILES = ("job.json", _RUNS, "alive", "pid", "log", "result", "code", "cancelled", "stopping", "ended")
 BESIDE = ""  # the device of a job that waits for no other
 _OWN = "{folder}/"  # before the name of a job's own file, in a word
 _STARTING = 5.0  # seconds that the start of a process may take
@@ -168,10 +169,27 @@ class Job:
         return _text(self.folder / "log", 4 * _LOG_END)[-_LOG_END:]
 
     @property
+    def results(self) -> list[dict[str, Any]]:
+        """The objects that its command has printed so far: one a line, or one in several lines."""
+        text = _text(self.folder / "result", _LARGEST_ABOUT)
+        for parts in ([text], text.splitlines()):
+            with suppress(ValueError, RecursionError):
+                found = [json.loads(part) for part in parts]
+                return [one for one in found if isinstance(one, dict)]
+        return []
+
+    @property
+    def problem(self) -> LorakeetError | None:
+        """The error that its command has ended with."""
+        try:
+            return LorakeetError.from_mapping(self.results[-1]["error"])
+        except (IndexError, LookupError, TypeError, ValueError, AttributeError):
+            return None
+
+    @property
     def error(self) -> str:
-        """The command line's own message, from the last line on that begins with "Error: "."""
-        _, found, message = f"\n{self.log}".rpartition("\nError: ")
-        return message.strip() if found else ""
+        """The message of its `problem`."""
+        return str(self.problem or "")
 
     @property
     def started(self) -> float:
@@ -345,11 +363,15 @@ class Queue:
 
     def _start(self, job: Job) -> None:
         given = {**os.environ, "PYTHONUNBUFFERED": "1", "COLUMNS": "100"}
-        command = ["/bin/sh", "-c", _SCRIPT, str(job.folder), sys.executable, "-m", "lorakeet", *job.words]
-        with open_in_place(job.folder / "log", append=True) as log, open_in_place(job.folder / "alive") as alive:
+        command = ["/bin/sh", "-c", _SCRIPT, str(job.folder), sys.executable, "-m", "lorakeet", *job.words, "--json"]
+        with (
+            open_in_place(job.folder / "log", append=True) as log,
+            open_in_place(job.folder / "result", append=True) as result,
+            open_in_place(job.folder / "alive") as alive,
+        ):
             fcntl.flock(alive, fcntl.LOCK_EX)
             process = subprocess.Popen(
-                command, stdin=subprocess.DEVNULL, stdout=log, stderr=log, env=given, start_new_session=True,
+                command, stdin=subprocess.DEVNULL, stdout=result, stderr=log, env=given, start_new_session=True,
                 pass_fds=(alive.fileno(),),
             )  # fmt: skip
         threading.Thread(target=_await, args=(process, job), name=f"studio-{job.name}", daemon=True).start()

@@ -19,14 +19,14 @@ from starlette.requests import Request
 from starlette.responses import HTMLResponse, RedirectResponse, Response, StreamingResponse
 from starlette.routing import Route
 
-from lorakeet.errors import LorakeetError, Remedy, percent
+from lorakeet.errors import LorakeetError, percent
 from lorakeet.evaluate.report.templates import page_templates
 from lorakeet.evaluate.wording import bytes_text, duration_text, number
 from lorakeet.studio.forms import command_line, given_settings
 from lorakeet.studio.index import Index
 from lorakeet.studio.jobs import Queue
 from lorakeet.studio.places import NotHere, Places
-from lorakeet.studio.remedies import page_words, remedies_of_error
+from lorakeet.studio.remedies import page_words, remedies_together
 from lorakeet.studio.safety import FORM, csrf_of
 from lorakeet.studio.workbench import Workbench
 
@@ -122,19 +122,13 @@ def json_answer(value: Any, status: int = 200) -> Response:
 
 
 def problems_of(error: LorakeetError) -> list[str]:
-    """The problems of a message, one by one."""
-    lines = page_words(str(error)).split("\n  - ")
-    return lines[1:] or lines
+    """The messages of an error, one for each problem."""
+    return [page_words(str(one)) for one in error.problems or (error,)]
 
 
 def refused_values(error: LorakeetError) -> dict[str, Any]:
     """The problems of a message for a script, and what one click sets against them."""
-    return {"problems": problems_of(error), "remedies": remedies_of_error(error)}
-
-
-def error_of(found: Mapping[str, Any]) -> LorakeetError:
-    """The error that a workbench has sent."""
-    return LorakeetError(found["error"], remedies=[Remedy(**one) for one in found.get("remedies", ())])
+    return {"problems": problems_of(error), "remedies": remedies_together(error.remedies)}
 
 
 def event_stream(make: Callable[[], Any]) -> Response:

@@ -15,6 +15,7 @@ from rich.console import Console
 
 from lorakeet.disk import open_in_place
 from lorakeet.errors import LorakeetError
+from lorakeet.runs.terminal import json_text
 from lorakeet.serve.listening import listening_socket
 from lorakeet.studio.app import make_studio, studio_app
 from lorakeet.studio.jobs import Starter
@@ -70,7 +71,10 @@ def studio(options: StudioOptions, *, console: Console) -> Studied:
     listening = listening_socket(LOOPBACK_ADDRESS, options.port)
     port = listening.getsockname()[1]
     console.print(f"The studio of {found.places.runs} is open at", soft_wrap=True)
-    console.print(f"  http://{LOOPBACK_ADDRESS}:{port}/?token={found.token}", soft_wrap=True)
+    address = f"http://{LOOPBACK_ADDRESS}:{port}/?token={found.token}"
+    console.print(f"  {address}", soft_wrap=True)
+    if console.stderr:  # standard output is for --json
+        print(json_text({"address": address, "port": port}), flush=True)
     said = "The address is a key: share it with no other user of this machine. Ctrl-C closes the studio; jobs that run go on."
     console.print(said, soft_wrap=True)
     server = StudioServer(found)

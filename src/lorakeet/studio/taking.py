@@ -170,7 +170,8 @@ def go_on_uncertified(places: Places, queue: Queue, run: str, name: str, once: s
 
 def is_uncertified(job: Job) -> bool:
     """Whether a command was refused because of another content than that of a certificate."""
-    return job.state == "failed" and UNCERTIFIED in job.error and UNCERTIFIED not in job.words
+    problem = job.problem if job.state in ("failed", "killed") and UNCERTIFIED not in job.words else None
+    return problem is not None and problem.code == "content-differs-from-certificate"
 
 
 def add_uncertified(queue: Queue, refused: Job, once: str = "") -> Job:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-import re
 import secrets
 import threading
 from collections.abc import Iterator, Mapping, Sequence
@@ -15,7 +14,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from lorakeet.config import read_run
-from lorakeet.disk import open_regular, write_whole
+from lorakeet.disk import write_whole
 from lorakeet.errors import ConfigError, DataError, EnvironmentProblem, one_message
 from lorakeet.formats.files.json_object import read_object
 from lorakeet.runs.server_answer import LONGEST_LINE
@@ -31,8 +30,6 @@ _SECONDS = 600.0  # without a byte of an answer
 _ABOUT, _KEYS, _CLOSED = "trial.json", "keys.json", "closed"
 _MOST_TOKENS = 2048
 _LARGEST_LIST = 1 << 22  # bytes of a list of models
-_SERVING = re.compile(rb"^Serving [^\n]* at http://127\.0\.0\.1:(\d+)/v1$", re.MULTILINE)
-_FIRST_LINES = 1 << 16  # bytes
 _EXAMPLES = 40
 _OPENING = threading.Lock()  # two tabs load one model after the other, so that the later one closes the other's
 
@@ -119,13 +116,9 @@ def _tried(job: Job) -> TriedModel | None:
 
 
 def port_of(job: Job) -> int:
-    """The port that the server has bound, from the beginning of its own log; 0 before. The key is sent to no other."""
-    try:
-        with open_regular(job.folder / "log") as file:
-            found = _SERVING.search(file.read(_FIRST_LINES) or b"")
-    except OSError:
-        return 0
-    return int(found[1]) if found and int(found[1]) < 1 << 16 else 0
+    """The port that the server has bound, as it said first; 0 before. The key is sent to no other."""
+    port = next(iter(job.results), {}).get("port")
+    return port if type(port) is int and 0 < port < 1 << 16 else 0
 
 
 def trial_state(trial: TriedModel | None) -> tuple[TrialState, str]:

@@ -24,11 +24,10 @@ import threading
 import time
 from collections.abc import AsyncIterator, Callable, Mapping, Sequence
 from contextlib import nullcontext, suppress
-from dataclasses import asdict
 from importlib import import_module
 from typing import Any
 
-from lorakeet.errors import LorakeetError
+from lorakeet.errors import EnvironmentProblem, LorakeetError
 from lorakeet.memory.beside import forks_allowed, gpu_beside
 from lorakeet.memory.import_cost import without_triton
 from lorakeet.memory.remembered import Values, remembering
@@ -85,7 +84,7 @@ class Workbench:
     async def answers(self, work: str, settings: Mapping[str, Any]) -> AsyncIterator[dict[str, Any]]:
         """What the function `work` ("module:name") sends for these settings, as it comes; closing the iterator ends its process.
 
-        The last one is {"error": "…"} where it raised, in the words of the command line, and {"done": true} otherwise.
+        The last one is {"error": {…}} where it raised, as --json prints it, and {"done": true} otherwise.
         """
         async with self._places:
             reader, transport = await self._sent(work, settings)
@@ -100,7 +99,8 @@ class Workbench:
                     yield found
                     if ended:
                         return
-                yield {"error": "It was ended from outside, perhaps because memory ran out. Try again."}
+                said = "It was ended from outside, perhaps because memory ran out. Try again."
+                yield {"error": EnvironmentProblem(said, code="out-of-memory").to_mapping()}
             finally:
                 transport.close()
                 if pid and not ended:
@@ -131,7 +131,7 @@ async def _line(reader: asyncio.StreamReader) -> bytes:
         return await reader.readline()
     except ValueError:
         said = f"One part of the answer has more than {_LARGEST >> 20} MiB, as of very long rows. Shorten those."
-        return json.dumps({"error": said}).encode()
+        return json.dumps({"error": LorakeetError(said).to_mapping()}).encode()
 
 
 class Learned:
@@ -284,11 +284,13 @@ def answer_of(work: str, settings: Mapping[str, Any], send: Send) -> dict[str, A
     except BrokenPipeError:
         raise
     except LorakeetError as error:
-        return {"error": str(error), "remedies": [asdict(one) for one in error.remedies]}
+        return {"error": error.to_mapping()}
     except OSError as error:
-        return {"error": f"The system refused: {error}. Free some space if the disk is full; try again."}
+        found = EnvironmentProblem(f"The system refused: {error}. Free some space if the disk is full; try again.")
+        return {"error": found.to_mapping()}
     except Exception as error:
-        return {"error": f"{type(error).__name__}: {error}. This is a fault of Lorakeet; please report it with these settings."}
+        said = f"{type(error).__name__}: {error}. This is a fault of Lorakeet; please report it with these settings."
+        return {"error": LorakeetError(said).to_mapping()}
     return {"done": True}
 
 

@@ -77,6 +77,7 @@ class Predicted:
     shortened: int
     columns: tuple[str, ...]
     notes: tuple[str, ...] = ()
+    summary: str = ""  # what was counted, in a sentence
 
     def to_mapping(self) -> dict[str, Any]:
         """Plain values for --json."""
@@ -174,12 +175,12 @@ def predict(options: PredictOptions, *, console: Console) -> Predicted:
     later += found.notes
     for note in later:
         say(note)
-    found = dataclasses.replace(found, notes=(*filter(None, (opened.note,)), *file.notes, *later))
     shortened = f", {found.shortened:,} shortened to {settings.data.max_tokens:,} tokens" if found.shortened else ""
     marked = f"{found.review:,} marked for review{measured.said}"
     marked += "".join(f"; the adapter is {said}" for said in file.constant.values())
-    say(f"{found.answered:,} of {found.rows:,} rows answered{shortened}; {marked}: {options.out}")
-    return found
+    summary = f"{found.answered:,} of {found.rows:,} rows answered{shortened}; {marked}"
+    say(f"{summary}: {options.out}")
+    return dataclasses.replace(found, notes=(*filter(None, (opened.note,)), *file.notes, *later), summary=summary)
 
 
 @dataclass(frozen=True)
@@ -224,7 +225,8 @@ def _read_first(options: PredictOptions, opened: Opened, labels: Sequence[str]) 
         if not rows:
             raise DataError(f"{given_name(options.data)} has no rows; expected at least one record below the header.")
     except DataError as error:
-        raise DataError(str(error), remedies=_own_remedies(error.remedies)) from error
+        error.remedies = tuple(_own_remedies(error.remedies))
+        raise
     if empty.count == rows:
         raise DataError(f"No row of {given_name(options.data)} can be answered; first {empty.first}")
     if empty.count:
@@ -330,9 +332,10 @@ def _written(options: PredictOptions, file: _RowsFile, answerer: _Answerer) -> P
         if counts["rows"] != file.rows:
             changed = f"{counts['rows']:,} rows, before {file.rows:,}"
             raise DataError(f"{options.data} changed while it was answered: {changed}. Try again.")
-    replaced = counts.pop("replaced")
-    said = f"{replaced:,} rows have characters that {file.form.encoding} cannot write; '?' stands for each."
-    return Predicted(options.out, **counts, columns=file.columns, notes=(said,) if replaced else ())
+    said = f"{counts['replaced']:,} rows have characters that {file.form.encoding} cannot write; '?' stands for each."
+    rows, answered, review, shortened = (counts[name] for name in ("rows", "answered", "review", "shortened"))
+    notes = (said,) if counts["replaced"] else ()
+    return Predicted(options.out, rows, answered, review, shortened, columns=file.columns, notes=notes)
 
 
 @dataclass(frozen=True)

@@ -18,7 +18,7 @@ from markupsafe import Markup
 from numpy.typing import NDArray
 
 from lorakeet.disk import read_regular
-from lorakeet.errors import DataError, percent, reader
+from lorakeet.errors import DataError, Remedy, percent, reader
 from lorakeet.evaluate.answers import Confusion
 from lorakeet.evaluate.calibration import ReliabilityBin
 from lorakeet.evaluate.certificate import CERTIFICATE, Certificate, digest_of_json, pop_digest, read_certificate, with_digest
@@ -240,6 +240,7 @@ class Report:
     speed: dict[str, str] = field(default_factory=dict)
     certificate: Certificate | None = None
     warnings: tuple[str, ...] = ()
+    remedies: tuple[Remedy, ...] = ()  # settings of another run, against what is warned of
     next_commands: tuple[Command, ...] = ()
 
 

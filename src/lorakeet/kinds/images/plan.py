@@ -285,7 +285,7 @@ class ImageRun(BudgetedWork[ImageRunPlan]):
     def __init__(self, config: RunConfig, say: Callable[[str], None]) -> None:
         self.config, self.say, self.spec = config, say, config.model
         self.device = device_for(config.model.device)
-        self.settings = dict(ways(config))
+        self.settings = {_words(change): other for change, other in ways(config)}
         self._plans: dict[str, ImageRunPlan] = {}
 
     @cached_property
@@ -315,35 +315,39 @@ class ImageRun(BudgetedWork[ImageRunPlan]):
     def advice(self) -> str:
         change, least = min(self._plans.items(), key=lambda one: one[1].peak)
         changes = changes_that_help(self.settings[change], self.shapes, self.machine)
-        helping = [f"{change}: {bytes_text(found.peak)}" for change, found in changes if found.peak < least.peak]
+        helping = [f"{_words(change)}: {bytes_text(found.peak)}" for change, found in changes if found.peak < least.peak]
         first = "Raise the budget" if self.config.memory.limit else "Set a memory.budget for another bound"
         return first + (f", or set {', '.join(helping)}." if helping else ".")
 
 
-def ways(config: RunConfig) -> Iterator[tuple[str, RunConfig]]:
-    """The settings as they are, then with what takes less memory for the same result up to rounding; what to say of each."""
-    yield "", config
+def _words(change: Mapping[str, str]) -> str:
+    return " and ".join(f"{name} {value}" for name, value in change.items())
+
+
+def ways(config: RunConfig) -> Iterator[tuple[dict[str, str], RunConfig]]:
+    """The settings as they are, then with what takes less memory for the same result up to rounding; with the settings of each."""
+    yield {}, config
     if diffusion_of(config).at_once > 1:
-        yield "diffusion.at_once 1", config.changed(diffusion={"at_once": 1})
+        yield {"diffusion.at_once": "1"}, config.changed(diffusion={"at_once": 1})
     if not diffusion_of(config).checkpointing:
-        both = {"at_once": 1, "checkpointing": True}
-        yield "diffusion.at_once 1 and diffusion.checkpointing", config.changed(diffusion=both)
+        both = {"diffusion.at_once": "1", "diffusion.checkpointing": "true"}
+        yield both, config.changed(diffusion={"at_once": 1, "checkpointing": True})
 
 
-def changes_that_help(config: RunConfig, shapes: Shapes, machine: Machine) -> Iterator[tuple[str, ImageRunPlan]]:
+def changes_that_help(config: RunConfig, shapes: Shapes, machine: Machine) -> Iterator[tuple[dict[str, str], ImageRunPlan]]:
     """Changes of the result that take less memory, and the run with each."""
     if machine.dtype == torch.float32:
         name = narrow_for(machine.gpu)
-        yield f"model.dtype {name}", forecast_images(config, shapes, dataclasses.replace(machine, dtype=DTYPES[name]))
+        yield {"model.dtype": name}, forecast_images(config, shapes, dataclasses.replace(machine, dtype=DTYPES[name]))
     if (quantize := config.model.quantize).method == "none":
         packed = config.changed(model={"quantize": dataclasses.replace(quantize, method="nf4")})
-        yield "model.quantize nf4", forecast_images(packed, shapes, machine)
+        yield {"model.quantize.method": "nf4"}, forecast_images(packed, shapes, machine)
     half = pictures_of(config, shapes).drawn[0] // 2
     if half >= 256:
-        yield f"images.resolution {half}", forecast_images(config.changed(images={"resolution": half}), shapes, machine)
+        yield {"images.resolution": str(half)}, forecast_images(config.changed(images={"resolution": half}), shapes, machine)
     if config.lora.target_modules != ("attention",):
         fewer = config.changed(lora={"target_modules": ("attention",)})
-        yield "lora.target_modules attention", forecast_images(fewer, shapes, machine)
+        yield {"lora.target_modules": "attention"}, forecast_images(fewer, shapes, machine)
 
 
 def machine_of(config: RunConfig, *, returning: bool = False) -> Machine:

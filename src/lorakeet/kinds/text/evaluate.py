@@ -15,7 +15,7 @@ from lorakeet.data.chat import Candidates, Encoder, Example, encode_rows
 from lorakeet.data.few_shot import FewShot, choose_examples
 from lorakeet.data.leaks import counted_once
 from lorakeet.data.pack import Batch, micro_batches
-from lorakeet.data.prepare import label_counts, unnamed_labels_note
+from lorakeet.data.prepare import label_counts, template_remedy, unnamed_labels_note
 from lorakeet.data.proposals.labels import doubtful_labels
 from lorakeet.data.rows import Row, row_groups
 from lorakeet.errors import ConfigError, DataError
@@ -133,7 +133,9 @@ class TextEvaluator:
             added.append(NO_FEW_SHOT)
         if self.kept is not None:
             added += self.kept.said
-        return replace(report, warnings=(*warnings, *report.warnings, *added))
+        remedy = template_remedy(rows, labels, template, doubtful)
+        remedies = () if remedy is None or not unnamed else (remedy,)
+        return replace(report, warnings=(*warnings, *report.warnings, *added), remedies=remedies)
 
     def with_judge(self, report: Report, rows: Sequence[Row], answered: Answered | None) -> Report:
         """The report with what evaluate.judge says of the replies to `rows`, if it is given and there are some."""

@@ -19,7 +19,7 @@ from lorakeet.config import RunConfig
 from lorakeet.core.plan import Plan
 from lorakeet.data.spec import NO_ROWS
 from lorakeet.data.template import prompt_format
-from lorakeet.errors import ConfigError, spelt
+from lorakeet.errors import ConfigError
 from lorakeet.evaluate.certificate import Certificate
 from lorakeet.evaluate.own_metric import load_metric
 from lorakeet.evaluate.report.rank_values import RankMap
@@ -154,7 +154,7 @@ class TextPlanResult(PlanResult):
             "micro_batch": {"rows": self.planned.rows.count, "tokens": self.planned.rows.tokens},
             "streamed": None if self.streamed is None else self.streamed.to_mapping(),
             "streamed_least": self.least,
-            "advice": [dataclasses.asdict(item) for item in self.advice],
+            "advice": [{**dataclasses.asdict(item), "change": item.change} for item in self.advice],
             "later": [phase.to_mapping() for phase in self.later],
         }
         if self.speed is not None:
@@ -312,30 +312,30 @@ def text_advice(
     return tuple(sorted(found, key=lambda item: item.peak))
 
 
-def _changes(config: RunConfig, precision: Precision, planned: TextRunPlan) -> Iterator[tuple[str, RunConfig, Precision]]:
-    """Changes that take less memory: the flag, the settings and the precision with it."""
+def _changes(config: RunConfig, precision: Precision, planned: TextRunPlan) -> Iterator[tuple[dict[str, str], RunConfig, Precision]]:
+    """Changes that take less memory: the settings, the run and the precision with them."""
     if precision.dtype == torch.float32:
         narrow = narrow_for(precision.device)
-        yield f"--model.dtype {narrow}", config, dataclasses.replace(precision, dtype=DTYPES[narrow])
+        yield {"model.dtype": narrow}, config, dataclasses.replace(precision, dtype=DTYPES[narrow])
     if precision.quantize.method == "none":
         packed = dataclasses.replace(precision.quantize, method="nf4")
-        yield "--model.quantize nf4", config, dataclasses.replace(precision, quantize=packed)
+        yield {"model.quantize.method": "nf4"}, config, dataclasses.replace(precision, quantize=packed)
     rows, lora, answers = planned.rows, config.lora, config.train.answers
     if config.train.moments != "8bit":
-        yield "--train.moments 8bit", config.changed(train={"moments": "8bit"}), precision
+        yield {"train.moments": "8bit"}, config.changed(train={"moments": "8bit"}), precision
     if rows.count > answers:  # which are never apart
         fewer = rows.length * max(answers, rows.count // 2)
-        yield f"--train.micro_tokens {fewer}", config.changed(train={"micro_tokens": fewer}), precision
+        yield {"train.micro_tokens": str(fewer)}, config.changed(train={"micro_tokens": fewer}), precision
     elif rows.length > 64:
         half, one = rows.length // 2, answers * (rows.length // 2)
-        change, shorter = f"{spelt('data.max_tokens')} {half}", config.changed(data={"max_tokens": half})
+        change, shorter = {"data.max_tokens": str(half)}, config.changed(data={"max_tokens": half})
         if config.train.micro_tokens > one:  # else two such rows would be in a micro-batch
-            change, shorter = f"{change} --train.micro_tokens {one}", shorter.changed(train={"micro_tokens": one})
+            change, shorter = change | {"train.micro_tokens": str(one)}, shorter.changed(train={"micro_tokens": one})
         yield change, shorter, precision
     if lora.rank >= 8:
-        yield f"--lora.rank {lora.rank // 2}", config.changed(lora={"rank": lora.rank // 2}), precision
+        yield {"lora.rank": str(lora.rank // 2)}, config.changed(lora={"rank": lora.rank // 2}), precision
     if lora.target_modules == ("all-linear",):
-        yield "--lora.target_modules attention", config.changed(lora={"target_modules": ("attention",)}), precision
+        yield {"lora.target_modules": "attention"}, config.changed(lora={"target_modules": ("attention",)}), precision
 
 
 class TextRunKind(RunKind[TextAssembly]):
@@ -503,6 +503,7 @@ class TextRunKind(RunKind[TextAssembly]):
             leak_search=setup.dataset.leaks.method(),
             verdict=noted(report.verdict, setup.dataset.leaks.much_dropped()),
             warnings=(*_warnings(setup), *report.warnings),
+            remedies=(*setup.dataset.remedies, *report.remedies),
         )
 
     def certify(self, setup: TextAssembly, run: RunFolder, before: Digests) -> Certificate:

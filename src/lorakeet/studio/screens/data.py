@@ -15,7 +15,7 @@ from lorakeet.errors import ConfigError, LorakeetError
 from lorakeet.registry import function_at
 from lorakeet.studio.forms import FormField, command_line, run_fields, run_file, run_words
 from lorakeet.studio.offers import offers
-from lorakeet.studio.pages import Screen, Studio, draft_of, error_of, event, event_stream, page, refused_values, studio_of
+from lorakeet.studio.pages import Screen, Studio, draft_of, event, event_stream, page, refused_values, studio_of
 
 WORK = "lorakeet.studio.shown_rows:show_rows_of"
 CHOSEN = ("data.train", "model.path", "kind")
@@ -77,7 +77,7 @@ async def _stream(studio: Studio, settings: Mapping[str, str]) -> AsyncIterator[
         return
     async for found in studio.workbench.answers(WORK, settings):
         if "error" in found:
-            yield event(refused_values(error_of(found)), name="problems")
+            yield event(refused_values(LorakeetError.from_mapping(found["error"])), name="problems")
         else:
             yield event(found, name="done" if "done" in found else "part" if "part" in found else "say")
 

@@ -15,7 +15,7 @@ from lorakeet.data.spec import NO_ROWS
 from lorakeet.errors import LorakeetError
 from lorakeet.studio.forms import FormField, command_line, run_fields, run_file, run_words
 from lorakeet.studio.offers import offers
-from lorakeet.studio.pages import Screen, Studio, draft_of, error_of, event, event_stream, page, refused_values, studio_of
+from lorakeet.studio.pages import Screen, Studio, draft_of, event, event_stream, page, refused_values, studio_of
 from lorakeet.verbs.early.checks import check_early
 from lorakeet.verbs.options import PlanOptions
 
@@ -88,7 +88,7 @@ async def _stream(studio: Studio, settings: Mapping[str, str], machine: str) -> 
         return
     async for found in studio.workbench.answers(WORK, {**settings, "machine": machine}):
         if "error" in found:
-            yield event(refused_values(error_of(found)), name="problems")
+            yield event(refused_values(LorakeetError.from_mapping(found["error"])), name="problems")
         elif "part" in found:
             yield event(found["part"], name="part")
         else:

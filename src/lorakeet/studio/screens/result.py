@@ -25,7 +25,7 @@ from lorakeet.studio.forms import settings_of
 from lorakeet.studio.pages import Screen, moved, page, page_address, studio_of
 from lorakeet.studio.pairing import measuring
 from lorakeet.studio.places import NotHere, Places, regular_within
-from lorakeet.studio.remedies import page_words, remedies_of
+from lorakeet.studio.remedies import page_words, remedies_together
 from lorakeet.train.run import RunFolder
 
 _FIRST = 12  # rows shown at once
@@ -59,7 +59,8 @@ def _result(request: Request) -> Response:
         request, "result.html", name=name, report=report, others=others[:50], metrics={key: metric_words(key) for key in names},
         outcomes=OUTCOMES, counts=counts, unproved=unproved(report, labels_of(folder)), check_words=check_words, compact=compact,
         first=_FIRST, folder=str(folder), measure=_shown(studio.places, name), plain=plain_sentences(report),
-        warnings=[(page_words(text, rows), _again(folder, text)) for text in report.warnings],
+        warnings=[page_words(text, rows) for text in report.warnings],
+        again=[(one["words"], {**settings_of(folder), **one["settings"]}) for one in remedies_together(report.remedies)],
     )  # fmt: skip
 
 
@@ -106,12 +107,6 @@ def plain_sentences(report: Report) -> list[str]:
         else:
             found.append(f"{said}, with the same model.")
     return found
-
-
-def _again(folder: Path, warning: str) -> list[tuple[str, dict[str, str]]]:
-    """Runs like this one with a setting that a warning advises: the words of each link, and its settings."""
-    settings = settings_of(folder)
-    return [(one["words"], {**settings, **one["settings"]}) for one in remedies_of(warning)]
 
 
 def rare_labels(report: Report, labels: Sequence[str]) -> str:

@@ -176,7 +176,7 @@ async def _measured(studio: Studio, name: str) -> AsyncIterator[str]:
         return
     async for found in studio.workbench.answers(WORK, {"folder": folder}):
         if "error" in found:
-            yield event({"message": page_words(found["error"])}, name="problem")
+            yield event({"message": page_words(found["error"]["message"])}, name="problem")
         elif "sizes" in found:
             yield event(found, name="sizes")
         elif "done" in found:

@@ -19,7 +19,7 @@ from lorakeet.studio.jobs import last_line
 from lorakeet.studio.pages import Screen, Studio, form_of, json_answer, moved, once_of, page, page_address, studio_of
 from lorakeet.studio.remedies import page_words
 from lorakeet.studio.screens import pictures
-from lorakeet.studio.taking import UNCERTIFIED
+from lorakeet.studio.taking import is_uncertified
 from lorakeet.studio.trial import (
     TriedModel,
     add_run,
@@ -48,7 +48,7 @@ def _talk(request: Request) -> Response:
     trial = current_trial(studio.queue)
     state, message = trial_state(trial)
     runs = [run for run in studio.index.summaries() if (studio.places.runs / run.name / "adapter").is_dir()]
-    refused = trial.run if trial is not None and UNCERTIFIED in message and UNCERTIFIED not in trial.job.words else ""
+    refused = trial.run if trial is not None and is_uncertified(trial.job) else ""
     loaded = trial if trial is not None and state in ("ready", "starting") else None
     wanted = request.query_params.get("run") or (loaded.run if loaded else "") or (runs[0].name if runs else "")
     base = next((run.model for run in runs if loaded is not None and run.name == loaded.run), "")

@@ -10,7 +10,7 @@ from pathlib import Path
 from lorakeet.data.rows import Row, Turn
 from lorakeet.data.spec import DataSpec
 from lorakeet.data.split import split_record, split_rows
-from lorakeet.errors import DataError
+from lorakeet.errors import DataError, Remedy
 from lorakeet.kinds.images.data.folder import ImageRow, is_table, read_album, unpack_pictures
 from lorakeet.kinds.images.data.near_duplicates import Copy, DuplicatePairs, copies, duplicate_groups, duplicate_pairs
 from lorakeet.kinds.images.spec import ImageSpec
@@ -171,7 +171,8 @@ def _without_leaks(
     if found and policy == "refuse":
         named = ", ".join(f"{one.train} is nearly {one.evaluated}" for one in found[:5])
         remedy = "Remove them, or set data.on_leak drop."
-        raise DataError(f"{len(found)} {part} pictures are also evaluation pictures ({named}). {remedy}")
+        said = f"{len(found)} {part} pictures are also evaluation pictures ({named}). {remedy}"
+        raise DataError(said, code="rows-leak", remedies=[Remedy("data.on_leak", "drop", "Leave copies out of training")])
     return tuple(row for place, row in enumerate(rows) if policy == "keep" or place not in nearest), found
 
 
