@@ -39,6 +39,7 @@ from lorakeet.studio.pages import Studio
 from lorakeet.studio.places import Places
 from lorakeet.studio.screens import home
 from tiny.browser import StudioProcess, axe_core, chromium, serious, studio_here
+from tiny.command_results import failed
 from tiny.runs import QUICK, reviews, write_rows
 
 pytestmark = pytest.mark.slow
@@ -472,15 +473,14 @@ def test_what_is_drawn_anew_while_it_works_keeps_the_keyboards_place(browser: An
     run = made_run(studio, "a")
     page = opened(browser, address)
     job = studio.queue.add(["predict", str(run)], title="Rows answered: b.csv")
-    (job.folder / "log").write_text("Error: one.\n")
+    (job.folder / "result").write_text(failed("one."))
     (job.folder / "alive").touch()
     (job.folder / "code").write_text("2")
     page.goto(address.partition("/?")[0] + "/take/a")
     page.focus("#jobs summary")
     page.keyboard.press("Enter")
     for line in ("two", "three"):
-        with (job.folder / "log").open("a") as log:
-            log.write(f"Error: {line}.\n")
+        (job.folder / "result").write_text(failed(f"{line}."))
         page.wait_for_selector(f"#jobs .warning:has-text('{line}')")
         assert page.evaluate("document.activeElement.textContent") == "The command, and what it printed"
         assert page.evaluate("document.activeElement.parentElement.open")

@@ -113,7 +113,7 @@ def test_a_busy_server_is_called_again_and_no_other() -> None:
         codes, paused = iter((given, 404)), []
         with pytest.raises(CallRefused) as caught:
             called_again(call, (429, 503), (1.0,), paused.append)
-        assert caught.value.code == 404 and paused == waits
+        assert caught.value.status == 404 and paused == waits
 
 
 CHOICE = {"index": 0, "finish_reason": "stop", "message": {"role": "assistant", "content": "Right. [[A]]"},

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 from zipfile import ZipFile
 
 import pytest
 
 from lorakeet.cli.flags import SettingsCommand, option_flags
-from lorakeet.errors import ConfigError
+from lorakeet.errors import ConfigError, Remedy
 from lorakeet.studio import jobs, taking
 from lorakeet.studio.answering import (
     HOW,
@@ -23,6 +24,7 @@ from lorakeet.studio.jobs import Job
 from lorakeet.studio.pages import Studio
 from lorakeet.studio.places import NotHere
 from lorakeet.verbs.options import PredictOptions
+from tiny.command_results import failed
 
 
 @pytest.fixture
@@ -41,8 +43,8 @@ def rows(studio: Studio, tmp_path: Path) -> Path:
     return path
 
 
-def over(job: Job, code: int, log: str) -> Job:
-    for name, text in (("alive", ""), ("code", str(code)), ("log", log)):
+def over(job: Job, code: int, result: str) -> Job:
+    for name, text in (("alive", ""), ("code", str(code)), ("result", result)):
         (job.folder / name).write_text(text)
     return job
 
@@ -113,7 +115,7 @@ def test_only_what_is_done_can_be_saved(studio: Studio, run: Path, rows: Path, t
     with pytest.raises(NotHere):
         written_file(studio.places, studio.queue, "mine", job.name)
     assert shown(job) == ("", "", {})
-    over(job, 0, f"Reads the rows\n20 of 20 rows answered; 2 marked for review: {out}\nA library says good-bye.\n")
+    over(job, 0, json.dumps({"out": str(out), "summary": "20 of 20 rows answered; 2 marked for review"}, indent=2))
     assert written_file(studio.places, studio.queue, "mine", job.name) == out
     counted = "20 of 20 rows answered; 2 marked for review"
     assert shown(job) == ("December notes-answered.csv", counted, {}) and answer_values(job)["held"]
@@ -132,29 +134,24 @@ def test_only_what_is_done_can_be_saved(studio: Studio, run: Path, rows: Path, t
         written_file(studio.places, studio.queue, "mine", job.name)
 
 
-@pytest.mark.parametrize(
-    ("message", "advised"),
-    [
-        ("It may be separated by ';': set --delimiter ';'.", {"data.delimiter": ";"}),
-        ("It is utf-8. Set --encoding utf-8. 'Notes' is the text: --text-column 'My notes'.",
-         {"data.encoding": "utf-8", "data.text_column": "My notes"}),
-        ("There is no space left.", {}),
-        ("Set --encoding cp1252 if it reads right.", {}),
-        ("Set --encoding", {}),
-    ],
-)  # fmt: skip
-def test_what_a_message_advises_is_one_form(
-    studio: Studio, run: Path, rows: Path, message: str, advised: dict[str, str]
+@pytest.mark.parametrize(("remedies", "advised"), [
+    ([("delimiter", ";")], {"data.delimiter": ";"}),
+    ([("encoding", "utf-8"), ("text-column", "My notes")], {"data.encoding": "utf-8", "data.text_column": "My notes"}),
+    ([], {}), ([("encoding", "cp1252")], {}), ([("other", "x")], {}),
+])  # fmt: skip
+def test_the_remedies_of_an_error_are_one_form(
+    studio: Studio, run: Path, rows: Path, remedies: list[tuple[str, str]], advised: dict[str, str]
 ) -> None:
     """Nothing where it is advised already."""
     form = {ROWS: str(rows), "data.encoding": "cp1252"}
-    job = over(add_answers(studio.places, studio.queue, "mine", form), 2, f"Error: {message}\n")
+    said = failed("It cannot be read.", remedies=[Remedy(name, value, "x") for name, value in remedies])
+    job = over(add_answers(studio.places, studio.queue, "mine", form), 2, said)
     assert answer_values(job)["again"] == ({**form, **advised} if advised else {})
 
 
 def test_the_button_that_answers_again_says_what_it_sets(studio: Studio, run: Path, rows: Path) -> None:
     job = add_answers(studio.places, studio.queue, "mine", {ROWS: str(rows)})
-    over(job, 2, "Error: set --delimiter ';'.\n")
+    over(job, 2, failed("x", remedies=[Remedy("delimiter", ";", "x")]))
     assert answer_values(job)["again_words"] == "Answer them with separator ;"
 
 

@@ -74,7 +74,7 @@ def test_the_theme_is_a_cookie(browser: TestClient) -> None:
 def test_an_event_is_one_event_whatever_it_carries() -> None:
     made = event({"text": "a\n\ndata: b"}, name="step", id="7")
     assert made == 'event: step\nid: 7\ndata: {"text": "a\\n\\ndata: b"}\n\n'
-    assert problems_of(ConfigError("head (2 problems):\n  - one\n  - two")) == ["one", "two"]
+    assert problems_of(ConfigError("both", problems=[ConfigError("one"), ConfigError("two")])) == ["one", "two"]
     assert "{% block main %}" in asset("templates", "base.html") and Studio.__dataclass_params__.frozen  # type: ignore[attr-defined]
 
 

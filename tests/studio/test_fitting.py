@@ -25,7 +25,7 @@ from lorakeet.planning import encoded_rows, forecast_text_run, text_run
 from lorakeet.planning.rehearsal_key import NO_SHAPES
 from lorakeet.planning.rehearse_text import RowShape
 from lorakeet.studio import fitting
-from lorakeet.studio.fitting import ON_GPU, WORDS, bar_values, changed_settings, fit, time_words
+from lorakeet.studio.fitting import ON_GPU, WORDS, bar_values, fit, time_words
 from lorakeet.studio.workbench import PREPARED, prepare_for
 from tiny.configs import SMALL
 from tiny.models import save_tiny_llama
@@ -269,19 +269,6 @@ def test_every_kind_of_memory_has_plain_words() -> None:
     assert set(WORDS) == set(ON_GPU) == set(KINDS)
     bar = bar_values(Phase("train step", {"logits": 1 << 20, "base": 3 << 20}), WORDS)
     assert bar["size"] == bytes_text(4 << 20) and [kind["kind"] for kind in bar["kinds"]] == ["base", "logits"]
-
-
-@pytest.mark.parametrize(
-    ("change", "settings"),
-    [
-        ("--model.quantize nf4", {"model.quantize.method": "nf4"}),
-        ("--data.max_tokens 256 --train.micro_tokens 512", {"data.max_tokens": "256", "train.micro_tokens": "512"}),
-        ("diffusion.at_once 1 and diffusion.checkpointing", {"diffusion.at_once": "1", "diffusion.checkpointing": "true"}),
-        ("close other programs", {}),
-    ],
-)
-def test_an_advice_is_settings_that_a_button_can_set(change: str, settings: dict[str, str]) -> None:
-    assert changed_settings(change) == settings
 
 
 def test_the_time_of_pictures_is_said_to_be_unknown() -> None:

@@ -20,6 +20,7 @@ from lorakeet.errors import ConfigError
 from lorakeet.studio import jobs as module
 from lorakeet.studio.jobs import Job, Queue, Starter, read_job
 from lorakeet.studio.places import NotHere
+from tiny.command_results import failed
 
 
 @pytest.fixture
@@ -28,7 +29,8 @@ def queue(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Queue]:
     command = tmp_path / "python"
     command.write_text(
         "#!/bin/sh\ntrap 'kill $!; exit 4' INT\nshift 2\n"  # before the words, for which tests wait
-        'echo "words: $*"\nif [ "$1" = end ]; then echo "Error: no rows"; exit "$2"; fi\nsleep 60 & wait\n'
+        'echo "words: $*" >&2\nif [ "$1" = end ]; then '
+        f"echo '{failed('no rows', 'rows-unusable').strip()}'; exit $2; fi\nsleep 60 & wait\n"
     )
     command.chmod(0o755)
     monkeypatch.setattr(module.sys, "executable", str(command))
@@ -71,6 +73,7 @@ def test_a_job_is_what_its_exit_code_says(queue: Queue, code: int, state: str) -
     assert queue.start_waiting() == [job]
     until(lambda: job.state != "running")
     assert (job.state, job.code, job.error) == (state, code, "no rows")
+    assert job.problem is not None and job.problem.code == "rows-unusable"
 
 
 def test_one_job_runs_on_a_device_and_the_others_wait(queue: Queue) -> None:
@@ -135,7 +138,7 @@ def test_a_process_that_has_the_number_of_a_job_is_not_signalled(queue: Queue, m
 
 def test_a_log_is_read_from_its_end(queue: Queue, monkeypatch: pytest.MonkeyPatch) -> None:
     job = queue.add(["sleep"], title="Long")
-    (job.folder / "log").write_bytes(b"x" * 3_000_000 + "é".encode() * 100_000 + b"\nError: no rows\n")
+    (job.folder / "log").write_bytes(b"x" * 3_000_000 + "é".encode() * 100_000 + b"\nthe end\n")
     read = 0
 
     class Counted(FileIO):
@@ -146,7 +149,7 @@ def test_a_log_is_read_from_its_end(queue: Queue, monkeypatch: pytest.MonkeyPatc
             return found
 
     monkeypatch.setattr(module, "open_regular", lambda path: Counted(str(path)))
-    assert job.error == "no rows" and job.log.startswith("é") and read < 200_000
+    assert job.log.startswith("é") and job.log.endswith("the end\n") and read < 200_000
 
 
 def test_a_code_that_a_full_disk_refused_is_written_later(queue: Queue, monkeypatch: pytest.MonkeyPatch) -> None:

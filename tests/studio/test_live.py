@@ -15,6 +15,7 @@ from lorakeet.studio.jobs import Job, read_lock
 from lorakeet.studio.live import RunNumbers, all_records, drawn_samples, live_run, new_records, plain_values, thinned
 from lorakeet.studio.pages import Studio
 from lorakeet.studio.places import NotHere
+from tiny.command_results import failed
 
 CONFIG = "model: package:tiny\ndata: rows.jsonl\ntrain: {epochs: 2}\nmemory: 1GiB\n"
 
@@ -60,7 +61,7 @@ def test_a_run_that_ended_early_shows_the_commands_message_and_can_go_on(
     studio: Studio, run: Path, monkeypatch: pytest.MonkeyPatch, state: str
 ) -> None:
     job = over(studio, "mine", "2", at=time.time() + 9)
-    (job.folder / "log").write_text("step 3\nError: Ctrl-C: stopped after step 3.\nResume with: it\n")
+    (job.folder / "result").write_text(failed("Ctrl-C: stopped after step 3.\nResume with: it"))
     monkeypatch.setattr(type(job), "state", state)
     live = live_run(studio.places, studio.queue, "mine")
     said = "No step was trained yet" if state == "stopped" else "Stop: stopped after step 3."
@@ -85,10 +86,16 @@ def test_a_resumed_run_reads_its_model_before_it_trains(studio: Studio, run: Pat
     assert live_run(studio.places, studio.queue, "mine").state == "training"
 
 
-def test_the_message_of_a_command_begins_its_line(studio: Studio) -> None:
+def test_the_error_of_a_command_is_what_it_prints_last(studio: Studio) -> None:
+    """A server has said before where it listens; what is no result of a command is none."""
     job = studio.queue.add(["finetune"], title="x", run="mine")
-    (job.folder / "log").write_text("Error: the disk is full.\nrow 3 says Error: none of yours\n")
-    assert job.error.startswith("the disk is full.")
+    assert job.problem is None
+    (job.folder / "result").write_text('{"port": 1}\n' + failed("the disk is full.", "disk-full"))
+    assert job.problem is not None and (job.problem.code, job.error) == ("disk-full", "the disk is full.")
+    odd_errors = ('{"error": 1}', '{"error": {"message": "x", "values": 1}}', '{"error": {"message": "x", "remedies": [1]}}')
+    for odd in ("x", "[]", "{}", *odd_errors):
+        (job.folder / "result").write_text(odd)
+        assert job.problem is None
 
 
 def over(studio: Studio, name: str, code: str, *, at: float) -> Job:

@@ -1,4 +1,4 @@
-"""`studio.remedies`: what messages advise becomes one click, and columns are guessed as a reader of the table would."""
+"""`studio.remedies`: the remedies of an error are one click, and messages are written in the words of a page."""
 
 from __future__ import annotations
 
@@ -10,65 +10,31 @@ from pathlib import Path
 import pytest
 
 import lorakeet
-from lorakeet.errors import DataError, Remedy
-from lorakeet.studio.remedies import page_words, remedies_of, remedies_of_error
-
-
-@pytest.mark.parametrize(
-    ("message", "expected"),
-    [
-        ("a.csv is not utf-8. Set --data.encoding cp1252 if 'nt üb' reads right; otherwise cp1250.", {"data.encoding": "cp1252"}),
-        ("Its columns may be separated by ';': set --data.delimiter ';'.", {"data.delimiter": ";"}),
-        ("To leave such rows out, set --data.bad_rows drop.", {"data.bad_rows": "drop"}),
-        ("raise --data.max_tokens or set --data.too_long truncate.", {"data.too_long": "truncate"}),
-        (
-            "To train with their names, set data.template, for instance '{text}\\nAnswer with one of: a, b\\'s'.",
-            {"data.template": "{text}\nAnswer with one of: a, b's"},
-        ),
-    ],
-)
-def test_a_value_that_a_message_advises_is_one_click(message: str, expected: dict[str, str]) -> None:
-    (found,) = remedies_of(message)
-    assert found["settings"] == expected and found["words"].startswith("Set ")
+from lorakeet.errors import Remedy
+from lorakeet.studio.remedies import page_words, remedies_together
 
 
 def test_a_page_names_fields_and_shows_line_breaks() -> None:
     note = "To train with their names, set data.template, for instance '{text}\\nOne of: a, b'. Or see data.test, data.on_leak."
     shown = "To train with their names, set “prompt template”, for instance “{text}\nOne of: a, b”. Or see “test rows”, "
-    assert page_words(note) == f"{shown}“copies on both sides”."
+    template = Remedy("data.template", "{text}\nOne of: a, b", "Name the labels in the prompt")
+    assert page_words(note, remedies=[template]) == f"{shown}“copies on both sides”."
     same = "a.data.test, lk.rows, C:\\new\\table, rows/data.test and e.g. this stay."
     assert page_words(same) == same
     long = "3 rows were dropped of /a/.studio/rows/my rows.csv; first my rows.csv:2. Set --data.test x.csv."
     assert page_words(long, "/a/.studio/rows/my rows.csv") == (
         "3 rows were dropped of my rows.csv; first my rows.csv:2. Set “test rows” x.csv."
     )
-    (found,) = remedies_of(note)
-    assert found["words"] == "Set prompt template to {text} ↵ One of: a, b"
-
-
-@pytest.mark.parametrize(
-    "message",
-    [
-        "Set --data.encoding to what the file was saved in, such as cp1252.",
-        "choose --data.format chat|completion. Set --data.too_long long.",
-        "Name yours with --data.text_column (and --data.label_column for labelled texts).",
-        "set --no.such thing",
-    ],
-)
-def test_nothing_is_set_that_no_message_advises_or_the_run_file_refuses(message: str) -> None:
-    assert remedies_of(message) == []
 
 
 def test_the_remedies_of_an_error_come_together_first() -> None:
     encoding, label = Remedy("data.encoding", "cp1252", "Read it as cp1252"), Remedy("data.label_column", "b", "'b' is the label")
-    whole, *each = remedies_of_error(DataError("Set --data.delimiter ';'.", remedies=[encoding, label]))
+    whole, *each = remedies_together([encoding, label, Remedy("", "", "Install it", "pip install x")])
     assert whole["settings"] == {"data.encoding": "cp1252", "data.label_column": "b"}
     assert whole["words"] == "All together: read it as cp1252; “b” is the label"
     assert [one["settings"] for one in each] == [{"data.encoding": "cp1252"}, {"data.label_column": "b"}]
-    (alone,) = remedies_of_error(DataError("x", remedies=[encoding]))
+    (alone,) = remedies_together([encoding])
     assert alone["words"] == "Read it as cp1252"
-    (advised,) = remedies_of_error(DataError("Set --data.delimiter ';'."))
-    assert advised["settings"] == {"data.delimiter": ";"}
 
 
 FLAG = re.compile(r"(?<![\w-])--[a-z]|Ctrl-C|(?<!\w)/home/")

@@ -28,6 +28,7 @@ from lorakeet.studio.taking import (
     ways_of,
     why_not,
 )  # fmt: skip
+from tiny.command_results import failed
 
 PASSED = Certificate("run", (Check("logits", "a", "b", {"error": 0.1}, {"error": 0.2}, True),))
 
@@ -43,10 +44,10 @@ def run(studio: Studio) -> Path:
     return folder
 
 
-def made_job(studio: Studio, words: list[str], code: int | None = None, log: str = "") -> Job:
+def made_job(studio: Studio, words: list[str], code: int | None = None, result: str = "") -> Job:
     job = studio.queue.add(words, title="One GGUF file")
     if code is not None:
-        for name, text in (("alive", ""), ("code", str(code)), ("log", log)):
+        for name, text in (("alive", ""), ("code", str(code)), ("result", result)):
             (job.folder / name).write_text(text)
     return job
 
@@ -114,7 +115,7 @@ def test_a_job_shows_what_was_written_and_its_certificate(studio: Studio, run: P
 
 
 def test_a_job_that_failed_shows_the_commands_message(studio: Studio, run: Path) -> None:
-    job = made_job(studio, ["merge", str(run), "--out", str(studio.places.runs / "m")], 2, "Error: no space\n")
+    job = made_job(studio, ["merge", str(run), "--out", str(studio.places.runs / "m")], 2, failed("no space"))
     found = job_values(job)
     assert (found["state"], found["error"], found["use"], found["certificate"]) == ("failed", "no space", [], None)
 
@@ -128,14 +129,14 @@ def test_a_folder_keeps_its_certificate_inside(studio: Studio, run: Path) -> Non
 
 def test_a_refused_content_is_shown_in_its_words_and_a_click_goes_on(studio: Studio, run: Path) -> None:
     """The click repeats the command with --uncertified, in a folder of its own, and is offered once."""
-    said = "Error: mine is not what its certificate was made for: tensor x has changed. Go on with --uncertified.\n"
+    said = failed("mine is not what its certificate was made for: tensor x has changed.", "content-differs-from-certificate")
     job = made_job(studio, ["predict", str(run), "--data=rows.csv", "--out", "{folder}/answers.csv"], 3, said)
     values = job_values(job)
     assert values["uncertified"] and "tensor x has changed" in values["error"]
     again = go_on_uncertified(studio.places, studio.queue, "mine", job.name)
     assert [*again.words] == ["predict", str(run), "--data=rows.csv", "--out", f"{again.folder}/answers.csv", "--uncertified"]
     assert again.folder != job.folder and not job_values(again)["uncertified"]
-    for name, text in (("alive", ""), ("code", "3"), ("log", said)):
+    for name, text in (("alive", ""), ("code", "3"), ("result", said)):
         (again.folder / name).write_text(text)
     assert not job_values(again)["uncertified"], "it was given already"
     with pytest.raises(NotHere):

@@ -192,8 +192,8 @@ def test_the_port_is_the_one_that_the_server_has_bound(studio: Studio) -> None:
     trial = open_trial(studio.places, studio.queue, "mine")
     words = trial.job.words
     assert words[words.index("--port") + 1] == "0" and trial.port == port_of(trial.job) == 0
-    log = "Reads it at http://127.0.0.1:1/v1 first\nServing tiny with 1 adapter at http://127.0.0.1:4711/v1\n"
-    (trial.job.folder / "log").write_text(log + "Serving tiny with 1 adapter at http://127.0.0.1:9/v1\n")
+    (trial.job.folder / "log").write_text("Serving tiny with 1 adapter at http://127.0.0.1:9/v1\n")
+    (trial.job.folder / "result").write_text('{"address": "http://127.0.0.1:4711/v1", "port": 4711}\n')
     found = current_trial(studio.queue)
     assert found is not None and found.port == 4711
 

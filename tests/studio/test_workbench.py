@@ -103,8 +103,8 @@ def test_answers_come_one_by_one_and_end(bench: Workbench) -> None:
 
 @pytest.mark.slow
 def test_what_fails_says_why_and_the_next_work_goes_on(bench: Workbench) -> None:
-    assert all_of(bench, "small_work:refuse") == [{"error": "data is missing", "remedies": []}]
-    assert "ended from outside" in all_of(bench, "small_work:die")[-1]["error"]
+    assert all_of(bench, "small_work:refuse") [0]["error"]["message"] == "data is missing"
+    assert "ended from outside" in all_of(bench, "small_work:die")[-1]["error"]["message"]
     assert all_of(bench, "small_work:count", {"to": 1})[-1] == {"done": True}
 
 
@@ -174,10 +174,11 @@ def test_a_fault_of_the_program_is_said_as_one(monkeypatch: pytest.MonkeyPatch) 
 
     made_up = types.SimpleNamespace(broken=broken, refused=refused, full=full)
     monkeypatch.setitem(sys.modules, "made_up", made_up)  # type: ignore[arg-type]
-    said = answer_of("made_up:full", {}, print)["error"]
+    said = answer_of("made_up:full", {}, print)["error"]["message"]
     assert "No space left on device. Free some space" in said and "fault" not in said, "what the system refuses is no fault"
-    assert "KeyError: 'x'. This is a fault of Lorakeet" in answer_of("made_up:broken", {}, print)["error"]
-    assert answer_of("made_up:refused", {}, print) == {"error": "wrong", "remedies": []}
+    assert "KeyError: 'x'. This is a fault of Lorakeet" in answer_of("made_up:broken", {}, print)["error"]["message"]
+    refused_values = answer_of("made_up:refused", {}, print)["error"]
+    assert (refused_values["code"], refused_values["message"]) == ("setting-refused", "wrong")
 
 
 WITH_A_GPU = """
@@ -220,7 +221,7 @@ def test_a_part_that_is_too_long_is_an_error_in_words(bench: Workbench) -> None:
         return [values async for values in bench.answers("small_work:long", {})]
 
     [only] = asyncio.run(found())
-    assert "more than 16 MiB" in only["error"]
+    assert "more than 16 MiB" in only["error"]["message"]
 
 
 def test_pages_in_several_threads_start_one_process(bench: Workbench, monkeypatch: pytest.MonkeyPatch) -> None:

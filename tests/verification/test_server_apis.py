@@ -237,7 +237,7 @@ def test_another_refusal_is_none_of_the_number_of_likeliest_tokens(status: int) 
         api = Api(url, "m", "sesame")
         with pytest.raises(CallRefused) as raised:
             api.write([1], 1)
-        assert raised.value.code == status and len(seen) == 1 and api._most == (10, 5, 1, 0) and seen == ["Bearer sesame"]
+        assert raised.value.status == status and len(seen) == 1 and api._most == (10, 5, 1, 0) and seen == ["Bearer sesame"]
     finally:
         stop()
 

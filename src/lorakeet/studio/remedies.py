@@ -31,12 +31,14 @@ def in_quotes(text: str) -> str:
     return _SAID.sub(r"“\2”", text)
 
 
-def page_words(message: str, rows: str = "") -> str:
+def page_words(message: str, rows: str = "", remedies: Sequence[Remedy] = ()) -> str:
     """The sentences of a message in the words of a page: settings by the labels of their fields, commands by the screens that
     do the same, files by their names; quotes are “ and ”. It changes how a text is written: nothing is decided by it.
 
-    The file `rows` is named without its folders, as it was chosen.
+    The file `rows` is named without its folders, as it was chosen; the values of `remedies` have their line breaks.
     """
+    for value in (one.value for one in remedies):
+        message = message.replace(repr(value), f"“{value}”")
     if rows:
         message = message.replace(rows, rows.rpartition("/")[2] or rows)
     with spelling(_on_page):

@@ -141,7 +141,10 @@ def split_values(dataset: Dataset, remarks: Sequence[Remark], data: DataSpec) ->
         "notes": [
             *({"words": words, "remedies": []} for words in unmeasured_labels(dataset)),
             *({"words": page_words(note, rows), "remedies": []} for note in dataset.notes if note != chosen_above),
-            *({"words": page_words(remark.words, rows), "remedies": remedies_together(remark.remedies)} for remark in remarks),
+            *(
+                {"words": page_words(one.words, rows, one.remedies), "remedies": remedies_together(one.remedies)}
+                for one in remarks
+            ),
         ],
         "method": page_words(report.method()),
         "leaks": len(report.across),

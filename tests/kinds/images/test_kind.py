@@ -343,8 +343,8 @@ def test_a_budget_is_answered_with_what_helps(configurations: Path, tmp_path: Pa
     result, text = planned(configurations, tmp_path, budget="64MB")
     assert "more than the budget" in text and "is still too much" in text
     changes = [item.change for item in result.advice]
-    assert changes == ["diffusion.at_once 1", "diffusion.at_once 1 and diffusion.checkpointing", "model.dtype bfloat16",
-                       "model.quantize nf4", "lora.target_modules attention"]  # fmt: skip
+    assert changes == ["--diffusion.at_once 1", "--diffusion.at_once 1 --diffusion.checkpointing true", "--model.dtype bfloat16",
+                       "--model.quantize.method nf4", "--lora.target_modules attention"]  # fmt: skip
     enough, text = planned(configurations, tmp_path, budget="100TB")
     assert enough.to_mapping()["fits"] and "less than the budget" in text and "this machine has" in text
 

@@ -187,7 +187,7 @@ def test_a_budget_that_is_too_small_brings_advice_with_numbers(config_folder: Pa
     assert result.exit_code == 2 and result.to_mapping()["refused"] == list(result.refused) != []
     assert result.streamed is None and result.least is not None and "finetune refuses: it needs at least" in text
     changes = {item.change for item in result.advice}
-    assert {"--model.dtype bfloat16", "--model.quantize nf4", "--lora.target_modules attention"} <= changes
+    assert {"--model.dtype bfloat16", "--model.quantize.method nf4", "--lora.target_modules attention"} <= changes
     assert all(item.peak < result.peak for item in result.advice if "bfloat16" in item.change or "nf4" in item.change)
     enough, text = planned(config_folder, budget="100TB")
     assert enough.exit_code == 0 and enough.to_mapping()["refused"] == []
@@ -210,7 +210,7 @@ def test_where_the_weights_alone_are_too_much_what_helps_a_streamed_run_is_said(
     streamed = [(item.change, item.peak) for item in found if item.streamed]
     shorter = "--data.max_tokens 256 --train.micro_tokens 256"
     assert streamed == [(shorter, 900_000), ("--train.moments 8bit", 1_200_000)] and len(tried) == 2
-    assert [item.change for item in found if not item.streamed] == ["--model.dtype bfloat16", "--model.quantize nf4"]
+    assert [item.change for item in found if not item.streamed] == ["--model.dtype bfloat16", "--model.quantize.method nf4"]
 
 
 def advised(tokens: int, rows: RowShape, **changes: str) -> set[str]:
@@ -337,4 +337,4 @@ def test_on_a_gpu_the_narrow_numbers_that_it_multiplies_are_advised(
     monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda **_: native)
     wide = Precision(torch.float32, torch.float32, QuantSpec(), torch.device("cuda", 0))
     change, _, narrow = next(text_runs._changes(RunConfig(), wide, cast(Any, None)))
-    assert change == f"--model.dtype {advised}" and narrow.dtype == getattr(torch, advised)
+    assert change == {"model.dtype": advised} and narrow.dtype == getattr(torch, advised)

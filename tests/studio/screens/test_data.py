@@ -47,7 +47,8 @@ def test_the_command_is_a_dry_run_of_the_same_rows() -> None:
 
 
 def test_what_is_known_is_shown_before_what_is_wrong(studio: Studio, tmp_path: Path) -> None:
-    object.__setattr__(studio, "workbench", Made({"part": "first", "rows": []}, {"say": "Reads"}, {"error": "no column"}))
+    wrong = {"error": DataError("no column").to_mapping()}
+    object.__setattr__(studio, "workbench", Made({"part": "first", "rows": []}, {"say": "Reads"}, wrong))
     found = events(studio, {"data.train": str(tmp_path / "models" / "rows.csv")})
     assert [name for name, _ in found] == ["same", "part", "say", "problems"]
     assert found[-1][1] == {"problems": ["no column"], "remedies": []}

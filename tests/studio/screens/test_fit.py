@@ -81,7 +81,7 @@ def test_events_carry_the_parts_and_the_machine(studio: Studio, made: Made) -> N
 def test_what_is_wrong_is_said_in_place_and_nothing_outside_is_read(studio: Studio, made: Made) -> None:
     [(name, values)] = events(studio, {**MODEL, "data.train": "/etc/passwd"})
     assert name == "problems" and "outside of the folders" in values["problems"][0] and made.given == {}
-    made.found = ({"error": "head:\n  - one\n  - two"},)
+    made.found = ({"error": ConfigError("both", problems=[ConfigError("one"), ConfigError("two")]).to_mapping()},)
     assert events(studio, MODEL)[-1] == ("problems", {"problems": ["one", "two"], "remedies": []})
 
 

@@ -8,6 +8,7 @@ from pathlib import Path
 from starlette.testclient import TestClient
 
 from lorakeet.studio.pages import Studio
+from tiny.command_results import failed
 
 
 def test_an_image_run_is_tried_by_drawing(browser: TestClient, studio: Studio) -> None:
@@ -27,7 +28,7 @@ def test_an_image_run_is_tried_by_drawing(browser: TestClient, studio: Studio) -
     (out / "001.png").write_bytes(b"\x89PNG")
     text = browser.get(address).text
     assert 'data-strength="1.5"' in text and 'max="3" step="1" value="1"' in text
-    for name, said in (("alive", ""), ("code", "3"), ("log", "Error: it is not what was certified: --uncertified.\n")):
+    for name, said in (("alive", ""), ("code", "3"), ("result", failed("x", "content-differs-from-certificate"))):
         (job.folder / name).write_text(said)
     assert "Draw it uncertified" in browser.get(address).text
     assert browser.post(address, data={"uncertified": "true"}).status_code == 303

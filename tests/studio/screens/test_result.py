@@ -13,6 +13,7 @@ import pytest
 from starlette.testclient import TestClient
 
 from lorakeet.data.split import SPLIT_FORMAT
+from lorakeet.errors import Remedy
 from lorakeet.evaluate.baselines import MAJORITY, TFIDF
 from lorakeet.evaluate.certificate import Certificate, Unchecked, tolerance_check
 from lorakeet.evaluate.intervals import Estimate
@@ -152,6 +153,8 @@ def test_a_warning_that_advises_a_setting_leads_to_a_run_with_it(browser: TestCl
     folder.mkdir()
     (folder / "config.yaml").write_text("model: m\ndata: r\nlora: {rank: 4}\n")
     warning = "To train with their names, set data.template, for instance '{text}\\nOne of: a, b'."
-    write_report(replace(REPORT, warnings=(warning,)), folder)
+    remedy = Remedy("data.template", "{text}\nOne of: a, b", "Name the labels in the prompt")
+    write_report(replace(REPORT, warnings=(warning,), remedies=(remedy,)), folder)
     text = browser.get("/result/mine").text
+    assert "Prepare another run: name the labels in the prompt" in text and "One of: a, b”" in text
     assert "data.template=%7Btext%7D%0AOne+of%3A+a%2C+b" in text and "lora.rank=4" in text

@@ -16,6 +16,7 @@ from lorakeet.studio.jobs import Job, Queue
 from lorakeet.studio.live import RunNumbers
 from lorakeet.studio.pages import Studio
 from lorakeet.studio.screens import run as module
+from tiny.command_results import failed
 
 ROWS = '{"prompt": "a", "completion": "b"}\n' * 3
 
@@ -82,7 +83,7 @@ def test_settings_of_other_screens_leave_the_way_to_the_button_short(browser: Te
 
 def test_a_job_that_failed_before_its_folder_was_made_has_a_page(browser: TestClient, studio: Studio) -> None:
     job = studio.queue.add(["finetune"], title="x", run="mine")
-    for name, text in (("alive", ""), ("code", "2"), ("log", "Error: 'x' does <b>not</b> exist.")):
+    for name, text in (("alive", ""), ("code", "2"), ("result", failed("'x' does <b>not</b> exist."))):
         (job.folder / name).write_text(text)
     text = browser.get("/run/mine").text
     assert "does &lt;b&gt;not&lt;/b&gt; exist." in text and "Could not go on" in text

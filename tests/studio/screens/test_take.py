@@ -90,7 +90,7 @@ def test_sizes_come_from_the_workbench(studio: Studio, run: Path) -> None:
 
     found = asyncio.run(collect())
     assert found[0].startswith("event: sizes") and '"1 MiB"' in found[0] and found[1].startswith("event: done")
-    object.__setattr__(studio, "workbench", Made({"error": "no model"}))
+    object.__setattr__(studio, "workbench", Made({"error": {"message": "no model"}}))
     assert "no model" in asyncio.run(collect())[0]
 
 

@@ -15,6 +15,7 @@ from lorakeet.studio.screens import talk as module
 from lorakeet.studio.screens.talk import conversation
 from lorakeet.studio.trial import TriedModel, mixed
 from lorakeet.verbs.options import PredictOptions
+from tiny.command_results import failed
 
 
 @pytest.fixture
@@ -46,7 +47,7 @@ def test_a_model_is_loaded_and_closed(browser: TestClient, studio: Studio, run: 
 def test_a_model_that_cannot_be_loaded_says_why(browser: TestClient, studio: Studio, run: Path) -> None:
     browser.post("/try/open", data={"run": "mine"})
     [job] = studio.queue.jobs()
-    for name, text in (("alive", ""), ("pid", "1"), ("code", "2"), ("log", "Error: 'm' <i>does not exist</i>.")):
+    for name, text in (("alive", ""), ("pid", "1"), ("code", "2"), ("result", failed("'m' <i>does not exist</i>."))):
         (job.folder / name).write_text(text)
     assert "“m” &lt;i&gt;does not exist&lt;/i&gt;." in browser.get("/try").text
 

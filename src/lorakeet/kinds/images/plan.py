@@ -325,7 +325,7 @@ def _words(change: Mapping[str, str]) -> str:
 
 
 def ways(config: RunConfig) -> Iterator[tuple[dict[str, str], RunConfig]]:
-    """The settings as they are, then with what takes less memory for the same result up to rounding; with the settings of each."""
+    """The settings as they are, then with what takes less memory for the same result up to rounding; the settings of each."""
     yield {}, config
     if diffusion_of(config).at_once > 1:
         yield {"diffusion.at_once": "1"}, config.changed(diffusion={"at_once": 1})

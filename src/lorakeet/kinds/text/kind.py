@@ -312,7 +312,9 @@ def text_advice(
     return tuple(sorted(found, key=lambda item: item.peak))
 
 
-def _changes(config: RunConfig, precision: Precision, planned: TextRunPlan) -> Iterator[tuple[dict[str, str], RunConfig, Precision]]:
+def _changes(
+    config: RunConfig, precision: Precision, planned: TextRunPlan
+) -> Iterator[tuple[dict[str, str], RunConfig, Precision]]:
     """Changes that take less memory: the settings, the run and the precision with them."""
     if precision.dtype == torch.float32:
         narrow = narrow_for(precision.device)

@@ -59,7 +59,7 @@ def _result(request: Request) -> Response:
         request, "result.html", name=name, report=report, others=others[:50], metrics={key: metric_words(key) for key in names},
         outcomes=OUTCOMES, counts=counts, unproved=unproved(report, labels_of(folder)), check_words=check_words, compact=compact,
         first=_FIRST, folder=str(folder), measure=_shown(studio.places, name), plain=plain_sentences(report),
-        warnings=[page_words(text, rows) for text in report.warnings],
+        warnings=[page_words(text, rows, report.remedies) for text in report.warnings],
         again=[(one["words"], {**settings_of(folder), **one["settings"]}) for one in remedies_together(report.remedies)],
     )  # fmt: skip
 
