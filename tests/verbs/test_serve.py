@@ -56,16 +56,18 @@ def adapters(tmp_path: Path) -> Path:
 def server(prepared: Prepared, *arguments: object) -> Iterator[tuple[Forked, str]]:
     """The verb in a process of its own, and where it answers."""
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONUNBUFFERED": "1", "COLUMNS": "300"}
-    command = ["serve", "--dtype", "float32", "--port", "0", *arguments]
+    command = ["serve", "--json", "--dtype", "float32", "--port", "0", *arguments]
     with prepared.lorakeet(*command, env=environment, merged=True) as process:
         said = []
         for line in process.stdout:
             said.append(line)
-            if line.startswith("Serving "):
+            if line.startswith('{"address"'):
                 break
         else:
             raise AssertionError("".join(said))
-        yield process, said[-1].split(" at ")[1].strip().removesuffix("/v1")
+        found = json.loads(said[-1])
+        assert found["address"] == f"http://127.0.0.1:{found['port']}/v1"
+        yield process, found["address"].removesuffix("/v1")
 
 
 @contextmanager

@@ -71,10 +71,10 @@ def tfidf_logistic(
     unseen = [label for label in labels if label not in present]
     note = f"never saw {', '.join(map(repr, unseen))}; " if unseen else ""
     vectors = None if embed is None else Embeddings.of([*train_texts[: _within(train_texts)], *texts], embed)
-    probabilities, said = _fit_and_answer(train_texts, train_labels, texts, labels, vectors)
+    probabilities, said, kind = _fit_and_answer(train_texts, train_labels, texts, labels, vectors)
     if probabilities is None:
         probabilities = np.tile(_frequencies(train_labels, labels), (len(texts), 1))
-    system = EMBEDDED if said.startswith(EMBEDDINGS) else TFIDF
+    system = EMBEDDED if kind == EMBEDDINGS else TFIDF
     return answers_from_probabilities(
         system, probabilities, labels=labels, truth=_index(truth, labels), groups=groups, note=(note + said).rstrip("; ")
     )
@@ -103,20 +103,21 @@ def _fit_and_answer(
     texts: Sequence[str],
     labels: Sequence[str],
     vectors: Embeddings | None,
-) -> tuple[Floats | None, str]:
+) -> tuple[Floats | None, str, str]:
+    """The probabilities, None without words; what was unusual; words, characters or embeddings."""
     count = _within(train_texts)
     said = f"the first {count} training rows; " if count < len(train_texts) else ""
     train_texts, train_labels = train_texts[:count], train_labels[:count]
     kind, why = _better_terms(train_texts, train_labels, vectors)
     fitted = _fit(train_texts, train_labels, kind, vectors)
     if fitted is None:
-        return None, "the training rows have no words, so it answers like the majority class"
+        return None, "the training rows have no words, so it answers like the majority class", kind
     terms, model, fault = fitted
     known = model.probabilities(terms.transform(texts))
     columns = {label: index for index, label in enumerate(model.classes)}
     floor = 1 / (len(train_labels) + 1)
     table = np.stack([known[:, columns[label]] if label in columns else np.full(len(texts), floor) for label in labels], axis=1)
-    return table / table.sum(axis=1, keepdims=True), why + said + fault
+    return table / table.sum(axis=1, keepdims=True), why + said + fault, kind
 
 
 def _within(texts: Sequence[str]) -> int:

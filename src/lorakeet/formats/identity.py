@@ -25,7 +25,7 @@ CONFIG_NAME, MODEL_NAME = "adapter_config.json", "adapter_model.safetensors"  # 
 BASE = "base "  # begins the names that are about the base, which is compared where it is opened
 WEIGHTS, QUANTISATION = f"{BASE}weights", f"{BASE}quantisation"
 SETTING = "setting "  # begins the names that are about the run around an adapter, which a copy of the adapter alone lacks
-NOT_TRAINED, UNCERTIFIED = "not trained here", "uncertified"
+NOT_TRAINED = "not trained here"
 Say = Callable[[str], object]
 # Keys of adapter_config.json that say where things are and who wrote them; all others may change what is computed.
 _NOT_COMPUTED = ("base_model_name_or_path", "revision", "inference_mode", "peft_version", "auto_mapping")
@@ -228,6 +228,16 @@ def is_certified(folder: Path, certificate: Path) -> bool:
         return False
 
 
+class Uncertified(str):
+    """A note on content that is used though it is not what its certificate was made for."""
+
+
+def joined_notes(*notes: str) -> str:
+    """The notes as one, which is Uncertified where one of them is."""
+    said = "; ".join(filter(None, notes))
+    return Uncertified(said) if any(isinstance(note, Uncertified) for note in notes) else said
+
+
 def accept_content(subject: str, apart: list[str], *, uncertified: bool, say: Say = lambda _: None) -> str:
     """Empty if nothing is `apart`, a note of it if `uncertified`; else VerificationFailed."""
     if not apart:
@@ -241,7 +251,7 @@ def accept_content(subject: str, apart: list[str], *, uncertified: bool, say: Sa
             values={"subject": subject, "differs": apart},
             remedies=[Remedy("uncertified", "true", "Go on with it; results say so")],
         )
-    note = f"{UNCERTIFIED}: {names}"
+    note = Uncertified(f"uncertified: {names}")
     say(f"{subject} is used {note}")
     return note
 

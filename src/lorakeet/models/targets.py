@@ -33,6 +33,7 @@ class Site:
     kind: Kind | None
     shape: tuple[int, ...] = ()
     why_not: str = ""
+    experts: bool = False  # of a block's own parameter
     apart: str = "no linear layer"  # why no keyword but conv takes it; empty for linear layers and experts of all-linear
 
 
@@ -79,7 +80,7 @@ def _sites(model: nn.Module) -> Iterable[Site]:
             apart = "" if refusal else _apart_in_peft(model, path)
             for name in stacks:
                 shape = () if refusal else stack_shape(module, name)
-                yield Site(f"{path}.{name}", None if refusal else "experts", shape, why, apart)
+                yield Site(f"{path}.{name}", None if refusal else "experts", shape, why, experts=True, apart=apart)
             continue
         kind = modules.kind_of(module)
         if kind is None:
@@ -90,7 +91,7 @@ def _sites(model: nn.Module) -> Iterable[Site]:
         else:
             beside = any(f"{path}.".startswith(f"{part}.") for part in outside)
             apart = "outside the text part, adapted by name only" if beside else ""
-            yield Site(path, kind, modules.weight_shape(module, kind), "", apart or _apart(model, path, module, kind))
+            yield Site(path, kind, modules.weight_shape(module, kind), apart=apart or _apart(model, path, module, kind))
 
 
 def _apart(model: nn.Module, path: str, module: nn.Module, kind: Kind) -> str:
@@ -191,12 +192,12 @@ def _in_layers(chosen: list[Site], blocks: tuple[str, int], spec: LoraSpec, prob
 
 
 def _refuse_unfit(chosen: list[Site], problems: Problems) -> None:
-    groups: dict[tuple[str, str], list[str]] = {}
+    groups: dict[tuple[str, str, bool], list[str]] = {}
     for site in chosen:
         if site.kind is None:
-            groups.setdefault((_without_numbers(site.path), site.why_not), []).append(site.path)
-    for (_, why), paths in groups.items():
-        remedy = " Leave the experts out with --lora.exclude_modules experts." if "whose experts cannot" in why else ""
+            groups.setdefault((_without_numbers(site.path), site.why_not, site.experts), []).append(site.path)
+    for (_, why, experts), paths in groups.items():
+        remedy = " Leave the experts out with --lora.exclude_modules experts." if experts else ""
         problems.add(f"'{path_range(paths)}' cannot be adapted: it is {why}.{remedy}")
 
 

@@ -18,7 +18,7 @@ from lorakeet.data.prepare import Dataset, load_dataset
 from lorakeet.data.spec import DataSpec
 from lorakeet.errors import ConfigError, DataError
 from lorakeet.formats.detect import read_certified
-from lorakeet.formats.identity import require_base
+from lorakeet.formats.identity import joined_notes, require_base
 from lorakeet.memory.budget import Budget
 from lorakeet.models.files.origin import stored_as
 from lorakeet.models.files.source import on_this_machine
@@ -148,8 +148,7 @@ def open_adapter(
     settings = dataclasses.replace(settings, uncertified=uncertified or settings.uncertified)  # of the adapter it began with
     otherwise = run is None or config is not None  # nothing says how a bare adapter's base was quantised
     about = require_base(path, partial(base_identity, settings.model), quantised=otherwise, uncertified=uncertified, say=say)
-    note = "; ".join(filter(None, (note, about)))
-    return Opened(adapter, settings, run, run.adapter if run else path, note)
+    return Opened(adapter, settings, run, run.adapter if run else path, joined_notes(note, about))
 
 
 def require_text_run(path: Path, settings: RunConfig) -> None:

@@ -40,7 +40,7 @@ from lorakeet.evaluate.spec import EvaluateSpec
 from lorakeet.evaluate.values import encode
 from lorakeet.evaluate.verdict import of_unfound, verdict_of
 from lorakeet.evaluate.wording import metric_words, span
-from lorakeet.formats.identity import UNCERTIFIED, with_note
+from lorakeet.formats.identity import Uncertified, with_note
 from lorakeet.formats.peft import peft
 from lorakeet.kinds.report import machine, rank_map, versions
 from lorakeet.kinds.terminal import show_certificate, show_results
@@ -414,7 +414,7 @@ def _report(evaluator: TextEvaluator, item: _Cut, curve: RankCurve, about: tuple
         measured = {**measure_replies(full.replies, share_metric(full.replies.how), spec), **measured}
     uncut = SystemResult(FULL, "floor", measured)
     compared = (*against, *report.comparisons)
-    noted = (f"The uncut adapter is {opened.note}.",) if opened.note.startswith(UNCERTIFIED) else ()
+    noted = (f"The uncut adapter is {opened.note}.",) if isinstance(opened.note, Uncertified) else ()
     chosen_here = part == "held-out" and item.name == curve.marked
     return replace(
         report,

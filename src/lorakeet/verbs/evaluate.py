@@ -28,7 +28,7 @@ from lorakeet.evaluate.own_metric import load_metric
 from lorakeet.evaluate.report.report import Report, write_report
 from lorakeet.evaluate.values import encode
 from lorakeet.evaluate.verdict import circumstances, noted
-from lorakeet.formats.identity import UNCERTIFIED, require_certified
+from lorakeet.formats.identity import Uncertified, require_certified
 from lorakeet.kinds.preference.evaluate import evaluator_for
 from lorakeet.kinds.protocol import run_without_text
 from lorakeet.kinds.report import leaks
@@ -135,7 +135,7 @@ def _noted(report: Report, note: str) -> Report:
     """The report with how the adapter was compared with its certificate, unless it is what was certified."""
     if not note:
         return report
-    warnings = (f"The adapter is {note}.", *report.warnings) if note.startswith(UNCERTIFIED) else report.warnings
+    warnings = (f"The adapter is {note}.", *report.warnings) if isinstance(note, Uncertified) else report.warnings
     return dataclasses.replace(report, facts={**report.facts, "Adapter": note}, warnings=warnings)
 
 

@@ -39,7 +39,7 @@ from lorakeet.evaluate.intervals import Estimate
 from lorakeet.evaluate.likelihood import label_log_probs
 from lorakeet.evaluate.reading.numbers import decimal_mark
 from lorakeet.evaluate.report.report import read_report
-from lorakeet.formats.identity import UNCERTIFIED
+from lorakeet.formats.identity import Uncertified
 from lorakeet.kinds.text.evaluate import require_encodable
 from lorakeet.kinds.text.reply import ADAPTER, FIRST_LINE, LINE, Prompts, Replier
 from lorakeet.memory.cuda import enforcing_gpu_budget
@@ -231,7 +231,7 @@ def _read_first(options: PredictOptions, opened: Opened, labels: Sequence[str]) 
         raise DataError(f"No row of {given_name(options.data)} can be answered; first {empty.first}")
     if empty.count:
         notes.append(f"{empty.count:,} of {rows:,} rows get no answer; first {empty.first}")
-    said = opened.note if opened.note.startswith(UNCERTIFIED) else ""
+    said = opened.note if isinstance(opened.note, Uncertified) else ""
     columns = _new_columns(options, trained, contents.columns, labels, uncertified=bool(said))
     constant = {columns[-1]: said} if said else {}
     if not (contents.fits and can_write(form.encoding, "".join((*columns, said)))):

@@ -17,7 +17,7 @@ from lorakeet.core.adapter import Adapter
 from lorakeet.core.plan import Plan
 from lorakeet.errors import ConfigError, Problems
 from lorakeet.formats.detect import read_certified
-from lorakeet.formats.identity import UNCERTIFIED, require_base, require_certified
+from lorakeet.formats.identity import Uncertified, require_base, require_certified
 from lorakeet.models.files.fingerprint import fingerprint
 from lorakeet.models.fits import plan_of
 from lorakeet.models.inject import trained_parameters
@@ -48,7 +48,7 @@ def earlier_note(config: RunConfig) -> str:
             require_certified(path, uncertified=uncertified),
             require_base(path, partial(base_identity, config.model), quantised=True, uncertified=uncertified),
         )
-        said += [f"started from {path}, {note}" for note in notes if note.startswith(UNCERTIFIED)]
+        said += [f"started from {path}, {note}" for note in notes if isinstance(note, Uncertified)]
     return "; ".join(said)
 
 
