@@ -312,9 +312,7 @@ def text_advice(
     return tuple(sorted(found, key=lambda item: item.peak))
 
 
-def _changes(
-    config: RunConfig, precision: Precision, planned: TextRunPlan
-) -> Iterator[tuple[dict[str, str], RunConfig, Precision]]:
+def _changes(config: RunConfig, precision: Precision, plan: TextRunPlan) -> Iterator[tuple[dict[str, str], RunConfig, Precision]]:
     """Changes that take less memory: the settings, the run and the precision with them."""
     if precision.dtype == torch.float32:
         narrow = narrow_for(precision.device)
@@ -322,7 +320,7 @@ def _changes(
     if precision.quantize.method == "none":
         packed = dataclasses.replace(precision.quantize, method="nf4")
         yield {"model.quantize.method": "nf4"}, config, dataclasses.replace(precision, quantize=packed)
-    rows, lora, answers = planned.rows, config.lora, config.train.answers
+    rows, lora, answers = plan.rows, config.lora, config.train.answers
     if config.train.moments != "8bit":
         yield {"train.moments": "8bit"}, config.changed(train={"moments": "8bit"}), precision
     if rows.count > answers:  # which are never apart
