@@ -125,7 +125,7 @@ def test_every_verb_says_it_in_one_message(
     monkeypatch.setattr(command, "lorakeet", type("Fails", (), {"main": staticmethod(failed)}))
     assert command.main(["generate", *(["--json"] if as_json else [])]) == 2
     printed = capsys.readouterr()
-    words = json.loads(printed.out)["message"] if as_json else printed.err
+    words = json.loads(printed.out)["error"]["message"] if as_json else printed.err
     assert "The GPU failed: CUDA error: device-side assert triggered. " in words and "Run the command again." in words
     assert "Traceback" not in words and "Search for" not in words
 

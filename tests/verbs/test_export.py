@@ -16,7 +16,7 @@ import torch
 from rich.console import Console
 
 from lorakeet.cli.main import main
-from lorakeet.errors import ConfigError, EnvironmentProblem, VerificationFailed
+from lorakeet.errors import ConfigError, EnvironmentProblem, PackageMissing, VerificationFailed
 from lorakeet.evaluate.certificate import read_certificate
 from lorakeet.exporting.gguf_model import DIGEST, NAME
 from lorakeet.formats.files.gguf_file import GgufFile
@@ -140,7 +140,7 @@ def test_without_llama_cpp_it_is_said_that_nothing_was_checked(
     said = capsys.readouterr().out
     assert "Not checked: llama.cpp is not installed" in said
     assert f"then: lorakeet verify {finished.path} --against {tmp_path / 'a.gguf'}\n" in said
-    with pytest.raises(ConfigError, match=r"needs llama\.cpp.s quantiser"):
+    with pytest.raises(PackageMissing, match=r"needs llama\.cpp.s quantiser"):
         export(ExportOptions(str(finished.path), out=tmp_path / "b.gguf", quant="q4_k_m"), console=quiet())
 
 

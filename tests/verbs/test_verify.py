@@ -267,9 +267,9 @@ def test_the_command_ends_with_3_and_without_artefacts_with_2(
     loud: Loud, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     assert main(["verify", str(loud.path), "--against", str(loud.base_gguf), "--rows", "2", "--json"]) == 3
-    assert "the adapter is not in it at all" in json.loads(capsys.readouterr().out)["message"]
+    assert "the adapter is not in it at all" in json.loads(capsys.readouterr().out)["error"]["message"]
     assert main(["verify", str(loud.path), "--json"]) == 2
-    assert "There is nothing to compare" in json.loads(capsys.readouterr().out)["message"]
+    assert "There is nothing to compare" in json.loads(capsys.readouterr().out)["error"]["message"]
     with pytest.raises(ConfigError, match="does not exist"):
         verify(VerifyOptions(str(loud.path), against=(str(tmp_path / "gone.gguf"),)), console=quiet())
     (tmp_path / "rows.jsonl").write_text("{}")
@@ -300,7 +300,7 @@ def loads(path: Path, runtime: Runtime, **more: Any) -> set[str]:
 def test_before_training(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     plan = run_file(tmp_path, "{rank: 24, variant: dora, target_modules: [q_proj], extra_modules: [lm_head]}")
     assert main(["verify", str(plan), "--deploy", "vllm", "--json"]) == 3
-    said = json.loads(capsys.readouterr().out)["message"]
+    said = json.loads(capsys.readouterr().out)["error"]["message"]
     assert "would not load rightly in vllm" in said and "DoRA is refused" in said and "whole modules is refused" in said
     assert main(["verify", str(plan), "--deploy", "peft", "--json"]) == 0
     assert json.loads(capsys.readouterr().out)["features"] == ["DoRA", "rank above 16", "whole modules"]

@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 
-from lorakeet.errors import ConfigError, EnvironmentProblem
+from lorakeet.errors import ConfigError, EnvironmentProblem, PackageMissing
 from lorakeet.memory.budget import Budget
 from lorakeet.verbs.early import serving_options
 from lorakeet.verbs.early.serving_options import named_paths, require_servable, vllm_flags
@@ -50,11 +50,14 @@ def test_keys_open_other_addresses(tmp_path: Path) -> None:
 def test_a_port_in_use_and_a_missing_package_are_refused(monkeypatch: pytest.MonkeyPatch) -> None:
     with socket.create_server(("127.0.0.1", 0)) as taken:
         port = taken.getsockname()[1]
-        with pytest.raises(EnvironmentProblem, match=rf"cannot listen on 127\.0\.0\.1:{port}"):
+        with pytest.raises(EnvironmentProblem) as caught:
             require_servable(options(port=port))
+    assert caught.value.code == "port-in-use" and caught.value.values == {"host": "127.0.0.1", "port": port}
     monkeypatch.setattr(serving_options, "find_spec", lambda name: None if name == "uvicorn" else name)
-    with pytest.raises(EnvironmentProblem, match=r"needs uvicorn; install with: pip install 'lorakeet\[serve\]'"):
+    with pytest.raises(PackageMissing) as caught:
         require_servable(options())
+    assert caught.value.values == {"packages": ["uvicorn"]}
+    assert caught.value.remedies[0].command == "pip install 'lorakeet[serve]'"
 
 
 def test_every_wrong_adapter_is_named() -> None:

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from lorakeet.errors import EnvironmentProblem
+from lorakeet.errors import PackageMissing
 from lorakeet.verbs.early import studio_options
 from lorakeet.verbs.options import StudioOptions
 
@@ -15,5 +15,7 @@ def test_a_missing_package_is_named_with_its_extra(tmp_path: Path, monkeypatch: 
     options = StudioOptions(runs=tmp_path / "runs", port=0)
     studio_options.require_studio(options)
     monkeypatch.setattr(studio_options, "find_spec", lambda name: None if name == "uvicorn" else object())
-    with pytest.raises(EnvironmentProblem, match=r"needs uvicorn; install with: pip install 'lorakeet\[studio\]'"):
+    with pytest.raises(PackageMissing) as caught:
         studio_options.require_studio(options)
+    assert caught.value.values == {"packages": ["uvicorn"]}
+    assert caught.value.remedies[0].command == "pip install 'lorakeet[studio]'"

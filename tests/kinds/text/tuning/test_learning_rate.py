@@ -218,10 +218,10 @@ def test_rows_of_one_group_tell_no_rates_apart(tiny_llama_folder: Path, tmp_path
     assert (chosen, found) == (setup, None) and "1 groups of held-out rows cannot distinguish two rates" in said
 
 
-def test_quick_that_can_mean_nothing_is_refused(finished: Any, tmp_path: Path) -> None:
+def test_a_trial_of_rates_that_can_mean_nothing_is_refused(finished: Any, tmp_path: Path) -> None:
     config = read_run(finished.path / "config.yaml", {"train.rate_trial_steps": "0", "out": str(tmp_path / "run")})
     with pytest.raises(ConfigError, match=r"(?s)has its learning rate already.*rate_trial_steps is 0"):
         finetune(config, FinetuneOptions(resume=finished.path, try_rates=True), console=quiet())
-    with pytest.raises(ConfigError, match="no learning rates are tried for that"):
+    with pytest.raises(ConfigError, match="no rates are tried for that"):
         finetune(replace(config, kind="image"), FinetuneOptions(try_rates=True), console=quiet())
     assert not (tmp_path / "run").exists()
