@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 from pathlib import Path
 
@@ -133,3 +134,33 @@ def test_no_text_changes_the_order_of_what_is_shown(number: int) -> None:
     assert visible(f"a{chr(number)}b").isascii()
     shown = page_templates(lambda _: "{{ text }}").get_template("x").render(text=f"a{chr(number)}<b")
     assert shown == f"a\\u{number:04x}&lt;b"
+
+
+def test_an_error_is_the_same_after_json() -> None:
+    """Its code, values, remedies and problems; those that are added to others keep theirs."""
+    whole = Problems("Two")
+    whole.add("a", code="file-missing", values={"path": "a"})
+    whole.add(EnvironmentProblem("b", code="disk-full", remedies=[Remedy("", "", "Make space", "rm x")]))
+    with pytest.raises(ConfigError) as caught:
+        whole.raise_if_any()
+    found = caught.value.to_mapping()
+    assert found["code"] == "several-problems" and found["remedies"] == [{"command": "rm x", "words": "Make space"}]
+    assert [one["code"] for one in found["values"]["problems"]] == ["file-missing", "disk-full"]
+    again = LorakeetError.from_mapping(json.loads(json.dumps(found)))
+    assert again.to_mapping() == found and [str(one) for one in again.problems] == ["a", "b"]
+    one = Problems("One")
+    one.add(EnvironmentProblem("b", code="disk-full", values={"path": "x"}))
+    with pytest.raises(ConfigError, match="^b$") as alone:
+        one.raise_if_any()
+    assert (alone.value.code, alone.value.values, alone.value.problems) == ("disk-full", {"path": "x"}, ())
+
+
+def test_what_a_library_raises_names_the_file_in_its_values(tmp_path: Path) -> None:
+    @reader("a number")
+    def number_of(path: Path) -> int:
+        return int(path.read_text())
+
+    (tmp_path / "n").write_text("x")
+    with pytest.raises(DataError) as caught:
+        number_of(tmp_path / "n")
+    assert (caught.value.code, caught.value.values) == ("file-malformed", {"path": str(tmp_path / "n")})

@@ -167,8 +167,8 @@ CODES = {  # every code, and what it says: docs/reference/errors.md
     "data-refused": "Rows, a data file, an adapter or a model file cannot be used as they are.",
     "file-missing": "There is no file or folder of this name. `values`: path.",
     "file-unreadable": "The system does not read a file. `values`: path.",
-    "file-malformed": "A file is not of the format that it should have, or is damaged. `values`: path or file.",
-    "rows-unusable": "Single rows cannot be used; others can. `values`: file.",
+    "file-malformed": "A file is not of the format that it should have, or is damaged. `values`: path.",
+    "rows-unusable": "Single rows cannot be used; others can.",
     "rows-leak": "Rows are equal or nearly equal to rows that are measured.",
     "row-too-long": "A row has more tokens than data.max_tokens. `values`: limit.",
     "encoding-wrong": "A file is not in the encoding that it is read in. `values`: file.",
@@ -179,7 +179,7 @@ CODES = {  # every code, and what it says: docs/reference/errors.md
     "out-of-memory": "A device, or the machine, ran out of memory.",
     "device-failed": "A GPU failed, and this process can no longer use it.",
     "port-in-use": "Nothing can listen at this address. `values`: host, port.",
-    "server-refused": "A server or the hub refused a request, or does not answer as it should. `values`: status, of HTTP.",
+    "server-refused": "A server or the hub refused a request, or does not answer as it should. `values`: status, if it answered.",
     "verification-failed": "Two things that must compute the same do not.",
     "content-differs-from-certificate": "An adapter is not what its certificate was made for. `values`: subject, differs.",
     "run-stopped": "A run ended before its last step. What it saved is good.",
@@ -360,12 +360,12 @@ _Result = TypeVar("_Result")
 
 @contextmanager
 def one_message(
-    begin: str, advice: str, kind: type[LorakeetError] = DataError, *, passing: tuple[type[Exception], ...] = (), code: str = ""
+    begin: str, advice: str, kind: type[LorakeetError] = DataError, *, passing: tuple[type[Exception], ...] = (), **about: Any
 ) -> Iterator[None]:
     """The boundary of a reader: whatever a library raises within becomes one `kind`, "BEGIN: reason. ADVICE".
 
-    `begin` names the file. Errors of Lorakeet, those in `passing` and requests to stop pass. The reason says where the error was
-    raised.
+    `begin` names the file; `about` are code, values and remedies. Errors of Lorakeet, those in `passing` and requests to stop
+    pass. The reason says where the error was raised.
     """
     try:
         yield
@@ -378,7 +378,7 @@ def one_message(
     except BaseException as error:
         if not isinstance(error, Exception) and type(error).__name__ != "PanicException":  # of libraries in Rust
             raise
-        raise kind(f"{begin}: {reason_of(error)}. {advice}", code=code) from error
+        raise kind(f"{begin}: {reason_of(error)}. {advice}", **about) from error
 
 
 def reason_of(error: BaseException) -> str:
@@ -399,7 +399,7 @@ def reader(what: str) -> Callable[
         def within(path: Path, /, *arguments: _Arguments.args, **more: _Arguments.kwargs) -> _Result:
             require_path(path)
             begin, advice = f"{path} cannot be read as {what}", "It may be damaged: fetch it again. If not, report this."
-            with one_message(begin, advice, code="file-malformed"):
+            with one_message(begin, advice, code="file-malformed", values={"path": str(path)}):
                 return read(Path(path), *arguments, **more)  # a text is a path too
 
         return within

@@ -221,7 +221,8 @@ class _HeaderReader:
 def _byte_ranges(path: Path, read: _HeaderReader, size: int) -> dict[str, Slot]:
     """The tensors with their byte ranges; DataError lists everything impossible about them."""
     advice = "Fetch the file again, or use the model's safetensors folder."
-    problems = Problems(f"{path} is not a sound GGUF file", DataError, remedy=advice)
+    about: Any = {"code": "file-malformed", "values": {"path": str(path)}}
+    problems = Problems(f"{path} is not a sound GGUF file", DataError, remedy=advice, **about)
     alignment = int(read.values.get(_ALIGNMENT, _USUAL_ALIGNMENT))
     start = -(-read.place // alignment) * alignment
     kinds = {int(kind): (str(kind.name), *sizes) for kind, sizes in gguf_package().GGML_QUANT_SIZES.items()}

@@ -190,7 +190,8 @@ def check_header(path: Path, raw: bytes, size: int) -> Header:
     expected = "a table of tensors. Fetch the file again"
     header = parse_object(raw, f"{path} is not a safetensors file: its header", expected=expected)
     metadata = header.pop("__metadata__", None) or {}  # mlx writes null
-    problems = Problems(f"{path} is not a sound safetensors file", DataError, remedy="Fetch the file again.")
+    about: Any = {"remedy": "Fetch the file again.", "code": "file-malformed", "values": {"path": str(path)}}
+    problems = Problems(f"{path} is not a sound safetensors file", DataError, **about)
     if not isinstance(metadata, dict) or not all(isinstance(v, str) for v in metadata.values()):
         problems.add(f"{path}: __metadata__ is not a table of texts.")
         metadata = {}
