@@ -150,7 +150,7 @@ def test_an_error_is_the_same_after_json() -> None:
     assert again.to_mapping() == found and [str(one) for one in again.problems] == ["a", "b"]
     one = Problems("One")
     one.add(EnvironmentProblem("b", code="disk-full", values={"path": "x"}))
-    with pytest.raises(ConfigError, match="^b$") as alone:
+    with pytest.raises(ConfigError, match=r"^b$") as alone:
         one.raise_if_any()
     assert (alone.value.code, alone.value.values, alone.value.problems) == ("disk-full", {"path": "x"}, ())
 
