@@ -473,7 +473,7 @@ def test_what_is_drawn_anew_while_it_works_keeps_the_keyboards_place(browser: An
     run = made_run(studio, "a")
     page = opened(browser, address)
     job = studio.queue.add(["predict", str(run)], title="Rows answered: b.csv")
-    (job.folder / "result").write_text(failed("one."))
+    (job.folder / "result").write_text(failed("a."))
     (job.folder / "alive").touch()
     (job.folder / "code").write_text("2")
     page.goto(address.partition("/?")[0] + "/take/a")

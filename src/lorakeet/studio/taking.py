@@ -231,4 +231,4 @@ def bytes_of(path: Path) -> int:
 
 def stamp_of(jobs: list[Job]) -> str:
     """Changes whenever a page of these commands would."""
-    return json.dumps([[job.name, job.state, bytes_of(job.folder / "log")] for job in jobs])
+    return json.dumps([[job.name, job.state, *(bytes_of(job.folder / name) for name in ("log", "result"))] for job in jobs])

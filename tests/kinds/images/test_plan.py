@@ -75,7 +75,7 @@ def test_what_takes_less_is_chosen_and_said(tiny_sd_folder: Path, tmp_path: Path
     between = image_config(tiny_sd_folder, tmp_path, memory__budget=f"{(peaks[0] + peaks[1]) / 2e6:.3f}MB")
     chosen, _ = fit_images(between, said.append)
     assert chosen.diffusion.at_once == 1 and not chosen.diffusion.checkpointing and "at_once 1" in said[-1]
-    with pytest.raises(ConfigError, match=r"takes at least .* in phase '[\w ]+'[\s\S]*model\.quantize nf4"):
+    with pytest.raises(ConfigError, match=r"takes at least .* in phase '[\w ]+'[\s\S]*model\.quantize\.method nf4"):
         fit_images(image_config(tiny_sd_folder, tmp_path, memory__budget=f"{peaks[2] / 4e6:.3f}MB"), said.append)
 
 
@@ -146,7 +146,7 @@ def test_what_helps_on_a_gpu_without_bfloat16_is_float16_which_takes_no_more(
     monkeypatch.setattr(image_forecast, "narrow_for", lambda device: {"cuda": "float16"}[device.type])
     change, planned = next(changes_that_help(config, shapes, machine))
     narrow = forecast_images(config, shapes, replace(machine, dtype=torch.bfloat16))
-    assert change == "model.dtype float16" and planned.peak == narrow.peak and planned.work == narrow.work
+    assert change == {"model.dtype": "float16"} and planned.peak == narrow.peak and planned.work == narrow.work
 
 
 @pytest.mark.slow
