@@ -84,15 +84,15 @@ class Kind:
 @contextmanager
 def server(arguments: Sequence[str]) -> Iterator[tuple[str, int]]:
     """`lorakeet serve` on a free port: where it answers, and its process."""
-    command = [sys.executable, "-m", "lorakeet", "serve", "--model", MODEL, "--port", "0", *arguments]
-    environment = {**os.environ, "PYTHONUNBUFFERED": "1", "COLUMNS": "300"}
+    command = [sys.executable, "-m", "lorakeet", "serve", "--model", MODEL, "--port", "0", "--json", *arguments]
+    environment = {**os.environ, "PYTHONUNBUFFERED": "1"}
     with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True, env=environment) as process:
         assert process.stdout is not None
-        found = next((said for said in process.stdout if said.startswith("Serving ")), "")
-        if not found:
+        found = json.loads(process.stdout.readline() or "{}")
+        if "address" not in found:
             raise SystemExit("the server did not start")
         try:
-            yield found.split(" at ")[1].strip().removesuffix("/v1"), process.pid
+            yield found["address"].removesuffix("/v1"), process.pid
         finally:
             process.terminate()
 

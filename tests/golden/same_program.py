@@ -275,7 +275,7 @@ def small_runs(place: Workplace, kernels: tuple[str, ...]) -> tuple[dict[str, st
 
 def refusal(place: Workplace, *arguments: str) -> dict[str, Any]:
     """The sizes that a refusal names, without the budget, from the least; and its words, without numbers."""
-    message = place.lorakeet(*arguments, "--memory", f"{LITTLE >> 20}MiB", allowed=(2,))["message"]
+    message = place.lorakeet(*arguments, "--memory", f"{LITTLE >> 20}MiB", allowed=(2,))["error"]["message"]
     sizes = [int(float(number.replace(",", "")) * _UNITS[unit]) for number, unit in _SIZE.findall(message)]
     near = {f"/size {number}": size for number, size in enumerate(sorted(size for size in sizes if size != LITTLE))}
     return {"exact": {"/sizes": len(near)}, "near": near, "words": {"/message": re.sub(r"\d+", "#", message)}}

