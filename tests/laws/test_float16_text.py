@@ -2,12 +2,10 @@
 
 from __future__ import annotations
 
-import io
 from pathlib import Path
 
 import pytest
 import torch
-from rich.console import Console
 from torch import Tensor
 
 from lorakeet.core.spec import LoraSpec
@@ -19,10 +17,7 @@ from lorakeet.train import loop
 from lorakeet.train.loss_scale import START, LossScale
 from lorakeet.train.spec import TrainSpec
 from lorakeet.train.text.task import TextTask
-from lorakeet.verbs.options import TuneOptions
-from lorakeet.verbs.tune import tune
-from tiny.runs import reviews, run, settings, write_rows
-from tiny.simulated_card import simulated_card
+from tiny.runs import reviews, run, write_rows
 from tiny.streams import loaded, rows
 
 FEW = {"model.products": "float32", "evaluate.drift_texts": "0", "evaluate.answers": "0", "train.steps": "8"}
@@ -73,23 +68,6 @@ def test_a_run_learns_as_in_float32_and_is_certified(tiny_llama_folder: Path, da
     certificate = read_certificate(tmp_path / "half" / "certificate.json")
     assert certificate.passed and certificate.facts["dtype"] == "float16"
     assert "own code" in {check.name for check in certificate.checks}
-
-
-@pytest.mark.slow
-def test_a_card_without_bfloat16_tries_rates_and_is_searched_on_by_default(
-    tiny_llama_folder: Path, data: Path, tmp_path: Path
-) -> None:
-    few = {"train.steps": "8", "evaluate.resamples": "100", "model.dtype": "auto", "train.learning_rate": "0.01"}
-    said = io.StringIO()
-    with simulated_card((7, 5)):
-        console = Console(file=said, width=200)
-        options = TuneOptions(try_rates=True, seeds=2)
-        found = tune(settings(tiny_llama_folder, data, tmp_path / "run", few), options, console=console)
-    assert "float16" in said.getvalue(), "or it is no run of a T4"
-    assert [trial.name for trial in found.search.trials] == ["run file", "rate ×0.5", "rate ×2"]
-    assert all(trial.steps == 8 and trial.loss is not None for trial in found.search.trials)
-    best = min(trial.loss.value for trial in found.search.trials if trial.loss is not None)
-    assert found.confirmed is not None or found.search.best == "run file", best
 
 
 @pytest.mark.slow

@@ -10,7 +10,7 @@ import signal
 import subprocess
 import sys
 import zipfile
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping
 from contextlib import nullcontext
 from importlib import import_module
 from pathlib import Path
@@ -93,24 +93,6 @@ def failed(values: Mapping[str, Any]) -> dict[str, str]:
     return {name: each["failed"] for name, each in values.items() if isinstance(each, dict) and "failed" in each}
 
 
-def test_rates_and_launches_are_measured_on_the_simulated_card(on_card: simulated.Card, tmp_path: Path) -> None:
-    values = found_on(on_card, "rates", tmp_path)
-    assert not failed(values) and on_card.launches["mm"] > 50
-    assert values["product_flops"] > 0 and values["torch_launch_seconds"] > 0
-    assert len(values["copies_bytes_per_second"]) == 4 and on_card.copies["to the card"] > 5 << 20
-
-
-@pytest.mark.slow
-def test_attention_is_proved_on_the_simulated_card(
-    on_card: simulated.Card, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """Without the tests that the stage runs: pytest is running."""
-    monkeypatch.setattr(import_module("first_hour.proofs"), "TESTS", tmp_path / "none")
-    values = found_on(on_card, "proofs", tmp_path)
-    assert "no folder tests/gpu" in values.pop("tests")["not_run"]
-    assert len(values) == 8 and not any(values.values()), values
-
-
 @pytest.mark.slow
 def test_losses_on_the_simulated_card_are_those_of_the_cpu(on_card: simulated.Card, tmp_path: Path) -> None:
     values = found_on(on_card, "losses", tmp_path)
@@ -131,34 +113,12 @@ def test_speed_is_measured_on_the_simulated_card(on_card: simulated.Card, tmp_pa
         assert run["peak_bytes"] > 0 and run["gpu_seconds"] > 0 and math.isfinite(run["last_loss"])
 
 
-@pytest.mark.slow
-def test_waits_are_watched_on_the_simulated_card(on_card: simulated.Card, tmp_path: Path) -> None:
-    """torch's own watch sees none on it; the card's does, and few."""
-    values = found_on(on_card, "waits", tmp_path)
-    assert len(values) == 6 and not failed(values) and on_card.launches["mm"] > 0
-    assert all(each["waits_a_step"] == 0 for each in values.values())
-
-
-def test_a_profiler_that_sees_no_kernel_is_said(
-    on_card: simulated.Card, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_profiler_that_sees_no_kernel_is_said(on_card: simulated.Card, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """As where a container may not watch the GPU. torch's own profiler runs in the rehearsal on the CPU."""
     seen = SimpleNamespace(key_averages=list)
     monkeypatch.setattr(import_module("first_hour.kernels"), "profile", lambda activities: nullcontext(seen))
     values = found_on(on_card, "kernels", tmp_path)
     assert "saw no kernel" in values["1B, none"]["not_run"] and on_card.launches["mm"] > 0
-
-
-@pytest.mark.slow
-def test_a_whole_run_is_measured_on_the_simulated_card(on_card: simulated.Card, tmp_path: Path) -> None:
-    run = found_on(on_card, "runs", tmp_path)["1B, whole"]
-    assert run["certificate_passed"] and "cuda:0" in run["memory_line"] and run["tokens_per_second"] > 0
-
-
-@pytest.mark.slow
-def test_two_processes_train_what_one_does_beside_the_simulated_card(on_card: simulated.Card, tmp_path: Path) -> None:
-    values = found_on(on_card, "shards", tmp_path)
-    assert not failed(values) and 0 < values["largest gap"] < 1e-4
 
 
 @pytest.mark.slow
@@ -196,20 +156,6 @@ def test_packages_that_are_missing_or_of_another_version_are_named_together() ->
     assert environment.packages_lacking(lines, here.get) == [
         "transformers is 5.17.0 (expected <6,>=5.24)", "scipy is missing (expected >=1.14)",
     ]  # fmt: skip
-
-
-def test_the_requirements_of_a_tree_that_is_not_installed(monkeypatch: pytest.MonkeyPatch) -> None:
-    environment = import_module("first_hour.environment")
-    installed = environment.needs()
-
-    def missing(name: str) -> Sequence[str]:
-        raise environment.metadata.PackageNotFoundError(name)
-
-    monkeypatch.setattr(environment.metadata, "requires", missing)
-    def names(lines: Sequence[str]) -> set[str]:
-        return {line.partition(";")[0].split(">")[0].split("<")[0].strip() for line in lines}
-
-    assert names(environment.needs()) == names(installed) >= {"torch", "transformers"}
 
 
 class Card:
@@ -394,17 +340,6 @@ def test_a_goal_is_not_met_by_the_parts_that_did_not_fail() -> None:
     assert "met by what was measured: rows alone, nf4: failed" in page._goals([partly])
 
 
-def test_streaming_keeps_its_budget() -> None:
-    """Fast, in more memory than was allowed, is no goal."""
-    run = {"tokens_per_second": 2000.0, "bytes_within_budget": 5_000_000_000}
-    stage = {"found": {"8B nf4, budget 3.4 GB, host": run}, "ended": "done"}
-    name = "8B, NF4, streamed within 3.4 GB, rows of 512: "
-    assert compared(f"{name}tokens a second", g=stage)["met"] is True
-    assert compared(f"{name}GB", g=stage)["met"] is False
-    memory = [{"what": "training", "planned": 1, "used": 2}, {"what": "x, against memory.budget", "planned": 3, "used": 4}]
-    assert import_module("first_hour.runs")._within(memory) == 4
-
-
 @pytest.mark.parametrize(("program", "kept"), [("lorakeet", "failed"), ("PEFT + Liger", "not_run")])
 def test_too_little_memory_for_lorakeet_is_a_failure(
     program: str, kept: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
@@ -419,26 +354,6 @@ def test_too_little_memory_for_lorakeet_is_a_failure(
     (tmp_path / "asked.json").write_text(json.dumps({"program": program, "device": "cpu"}))
     contender.main([str(tmp_path / "asked.json"), str(tmp_path / "found.json")])
     assert list(json.loads((tmp_path / "found.json").read_text())) == [kept]
-
-
-def test_spans_with_a_name_are_no_kernels() -> None:
-    """The profiler lists `Optimizer.step` on the GPU too, with the time of all its kernels."""
-    seconds = import_module("first_hour.kernels")._seconds
-    here = SimpleNamespace(name="CUDA")
-    each = SimpleNamespace(device_type=here, self_device_time_total=2e6, is_user_annotation=False)
-    assert seconds(each, True) == 2.0
-    each.is_user_annotation = True
-    assert seconds(each, True) == 0.0
-
-
-def test_the_page_says_of_which_card_and_commit_each_stage_is() -> None:
-    page = import_module("first_hour.page").page
-    stage = {"title": "x", "ended": "done", "seconds": 1.0, "limit": 9, "found": {}, "began": "then"}
-    one = {**stage, "card": "NVIDIA H100", "commit": "abc"}
-    report: dict[str, Any] = {"rehearsal": False, "goals": [], "stages": {"a": one, "d": one}}
-    assert "Stages are of" not in page(report) and "at abc, on NVIDIA H100" in page(report)
-    report["stages"]["d"] = {**stage, "card": "NVIDIA T4", "commit": "abd"}
-    assert "Stages are of NVIDIA H100 and NVIDIA T4, at abc and abd." in page(report)
 
 
 def test_waits_are_counted_by_place(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -509,20 +424,3 @@ def test_bitsandbytes_keeps_one_library(tmp_path: Path) -> None:
         assert [line.partition(",")[0] for line in wheel.read(record).decode().splitlines()] == kept
     with pytest.raises(ValueError, match="no library bitsandbytes/libbitsandbytes_cuda150"):
         wheels.keep_library(path, "cuda150")
-
-
-def test_wheels_are_fetched_by_name_and_a_failure_is_said(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    wheels = import_module("gpu_wheels")
-    (tmp_path / "old-1-py3-none-any.whl").write_bytes(b"")
-    commands: list[Sequence[str]] = []
-
-    def run(command: Sequence[str]) -> int:
-        commands.append(command)
-        return 1
-
-    assert wheels.main(["--out", str(tmp_path)], run) == 1 and not [*tmp_path.iterdir()]
-    assert "pip ended with code 1" in capsys.readouterr().err
-    (command,) = commands
-    assert {"download", "--no-deps", "--only-binary=:all:"} <= {*command}
-    assert {"transformers>=5.24,<6", "liger-kernel>=0.8.5,<0.9"} <= {*command}
-    assert wheels.main(["--out", str(tmp_path)], lambda _: 0) == 0, "nothing was fetched, and the tree alone is small enough"

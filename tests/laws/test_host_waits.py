@@ -16,7 +16,6 @@ from lorakeet.models.targets import plan_for
 from lorakeet.models.text.adapters import initialise_adapter
 from lorakeet.models.text.load import load_text_model
 from lorakeet.train import optimizer
-from lorakeet.train.preference_spec import OBJECTIVES, SFT
 from lorakeet.train.text.multi_adapter import Member, MultiAdapterTraining
 from tiny.card_steps import BEGINNING, LORA, SPEC, rows_behind, stepped, training_on_card
 from tiny.family_columns import saved
@@ -55,7 +54,7 @@ def test_a_micro_batch_waits_for_nothing(case: str, card: Card, tiny_llama_folde
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("objective", [objective for objective in OBJECTIVES if objective != SFT])
+@pytest.mark.parametrize("objective", ["dpo", "kto"])
 def test_a_micro_batch_of_pairs_waits_for_nothing(objective: str, card: Card, tiny_llama_folder: Path) -> None:
     """Tokens and references of answers go over together. KTO reads its estimate of the KL before a step's first micro-batch."""
     text = load_text_model(ModelSpec(path=str(tiny_llama_folder), dtype="bfloat16", device="cuda"))
@@ -109,8 +108,7 @@ def test_grouped_products_of_experts_wait_for_nothing(family: str, tmp_path: Pat
 
 @pytest.mark.slow
 @pytest.mark.parametrize(("family", "dtype", "capability"), [
-    ("qwen3_moe", "bfloat16", (8, 0)), ("mixtral", "bfloat16", (12, 0)), ("gpt_oss", "bfloat16", (8, 9)),
-    ("qwen3_moe", "float32", (9, 0)),
+    ("gpt_oss", "bfloat16", (8, 9)), ("qwen3_moe", "float32", (9, 0)),
 ])  # fmt: skip
 def test_a_block_of_experts_waits_once_a_pass(family: str, dtype: str, capability: tuple[int, int], tmp_path: Path) -> None:
     """Where torch's grouped product reads on the host where the tokens of each expert end, it would wait in each of 16
@@ -126,7 +124,7 @@ def test_a_block_of_experts_waits_once_a_pass(family: str, dtype: str, capabilit
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("family", ["qwen3_5_text", "lfm2", "lfm3", "falcon_h1", "bamba", "recurrent_gemma"])
+@pytest.mark.parametrize("family", ["qwen3_5_text", "lfm2"])
 def test_padded_rows_of_recurrent_layers_wait_for_nothing(family: str, card: Card, tmp_path: Path) -> None:
     """Masks come by kind of layer (models/text/row_masks): of a mask of ones transformers reads for each kind what it hides."""
     training = training_on_card(saved(family, tmp_path), rows_behind(BEGINNING, 24))
@@ -147,11 +145,8 @@ def test_one_mask_is_read_once(card: Card, tiny_llama_folder: Path) -> None:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("pinned", [False, True], ids=["disk", "host"])
-@pytest.mark.parametrize("ends", [False, True], ids=["head comes", "head stays"])
-def test_blocks_that_come_and_inputs_that_go_are_not_waited_for(
-    pinned: bool, ends: bool, card: Card, tmp_path: Path
-) -> None:
+@pytest.mark.parametrize(("pinned", "ends"), [(False, False), (True, True)], ids=["head comes from disk", "head stays"])
+def test_blocks_that_come_and_inputs_that_go_are_not_waited_for(pinned: bool, ends: bool, card: Card, tmp_path: Path) -> None:
     """What is copied goes through pinned memory: blocks, tiles of the head, rows of the embedding, and inputs both ways."""
     folder = save_tiny_llama(tmp_path / "model", num_hidden_layers=4)
     residence = {"slots": 2, "pinned": pinned, "ends": ends}

@@ -51,8 +51,11 @@ from lorakeet.verbs.options import (
 from lorakeet.verbs.quantize import quantize
 from lorakeet.verbs.tune import tune
 from lorakeet.verbs.verify import verify
+from tiny.card_column import same_on_card
 from tiny.exports import loud_run, write_folder
+from tiny.family_columns import saved
 from tiny.gguf_file import write_tiny_gguf
+from tiny.models import save_tiny_llama
 from tiny.runs import quiet, reviews, run, settings, write_rows
 from tiny.simulated_card import Card, simulated_card
 from tiny.site import Site
@@ -96,6 +99,20 @@ def test_a_gguf_file_is_trained(tmp_path: Path, card: Card) -> None:
     found = run(tmp_path / "base.gguf", data, tmp_path / "run", FEW)
     assert found.setup.device.type == "cuda" and found.report is not None and found.report.certificate is not None
     assert found.report.certificate.passed
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("family", "changes"), [
+    ("gpt_oss", {}), ("qwen3_next", {}),
+    ("llama", {"model.quantize": "nf4", "lora.variant": "dora", "lora.new_tokens": "<note>"}),
+])  # fmt: skip
+def test_a_run_is_that_of_the_cpu(family: str, changes: dict[str, Any], tmp_path: Path) -> None:
+    """Losses, replies and certificate; every family is tried so by `make families`."""
+    if family == "qwen3_next":
+        saved(family, tmp_path, num_hidden_layers=2, layer_types=["linear_attention", "full_attention"])
+    else:
+        save_tiny_llama(tmp_path / "model", family=family)
+    same_on_card(tmp_path, changes)
 
 
 @pytest.mark.slow

@@ -110,21 +110,6 @@ def test_so_many_are_held_while_they_leave_and_no_more() -> None:
     assert [one() for one in seen] == [None] * 5, "none while blocks go back"
 
 
-def test_the_one_that_is_taken_next_is_on_its_way_before_it_is_wanted() -> None:
-    device = Device(computing_first)
-    spill = HostSpill(transfer_on(device))
-    for number in range(3):
-        spill.put(number, torch.full((2,), float(number)))
-    device.log.clear()
-    spill.take(2, 1)
-    assert [kind for name, kind in device.log if name == "copying"] == ["wait", "do", "record"] * 2
-    device.log.clear()
-    spill.take(1, 5)
-    assert [kind for name, kind in device.log if name == "copying"] == [], "it is there; an unknown key is none to bring"
-    assert 0 in spill and 1 not in spill
-    device.finish()
-
-
 def test_what_is_dropped_or_read_twice_is_no_other() -> None:
     device = Device(computing_first)
     spill = HostSpill(transfer_on(device))

@@ -9,10 +9,9 @@ from typing import Any
 import pytest
 import torch
 
-from lorakeet.errors import DataError
 from lorakeet.memory.store import WeightStore, new_store
 from lorakeet.memory.stream import RecordStream
-from lorakeet.memory.transfer import STAGINGS, CudaTransfer, HostTransfer
+from lorakeet.memory.transfer import STAGINGS, CudaTransfer
 from tiny.cards import Device, Event, by_chance, computing_first, copying_first, pinned
 
 RECORDS = 5
@@ -68,15 +67,6 @@ def test_a_pinned_buffer_is_not_read_into_before_its_copy_is_over(tmp_path: Path
     assert wrong(Device(computing_first), tmp_path) > 0
 
 
-def test_a_copy_waits_for_the_slot_alone_and_computing_for_the_copy_alone(tmp_path: Path) -> None:
-    device = Device(computing_first)
-    wrong(device, tmp_path, turns=1)
-    copies = [kind for name, kind in device.log if name == "copying"]
-    assert copies == ["wait", "do", "record"] * (len(copies) // 3) and len(copies) == 3 * 8
-    asked = "".join({"wait": "w", "do": "c", "record": "m"}[kind] for name, kind in device.log if name == "computing")
-    assert asked.count("c") == len(TURN) and asked.count("w") == 8, "a record that is there is not waited for again"
-
-
 @pytest.mark.parametrize(("keep", "most"), [(False, STAGINGS), (True, RECORDS)])
 def test_so_much_is_pinned(keep: bool, most: int, tmp_path: Path) -> None:
     store, device = stored(tmp_path), Device(by_chance(1))
@@ -93,20 +83,6 @@ def test_so_much_is_pinned(keep: bool, most: int, tmp_path: Path) -> None:
         stream.fetch(index, index)
     stream.close()
     assert len(taken) == most
-
-
-def test_a_record_that_stays_on_the_device_is_not_kept_by_the_host(tmp_path: Path) -> None:
-    """What is read again is, also where all of it fits into the buffers of those who read it."""
-    store, device = stored(tmp_path), Device(by_chance(1))
-    transfer = CudaTransfer(store, CPU, keep=True, cuda=device, pinned=pinned)
-    names = [f"b.{number}" for number in range(RECORDS)]
-    for again, kept in ((False, 0), (True, RECORDS)):
-        stream = RecordStream(store, names, slots=RECORDS, transfer=transfer, again=again)
-        for index in TURN:
-            stream.fetch(index, index)
-        assert len(transfer._kept) == kept
-        stream.release()
-    transfer.close()
 
 
 def powers(size: int) -> int:
@@ -169,16 +145,6 @@ def test_where_no_more_can_be_pinned_the_rest_comes_from_disk(
         assert len(caplog.messages) == 1 + (most < 100), "buffers are said once too, where none can be pinned"
 
 
-def test_what_is_kept_is_read_once_after_others_were_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    reads: list[int] = []
-    read = WeightStore.read
-    monkeypatch.setattr(WeightStore, "read", lambda store, begin, into: (reads.append(begin), read(store, begin, into))[1])
-    host = Host(free=400, most=1 << 20)
-    wrong(Device(computing_first), tmp_path, keep=True, pinned=host.pin, free=host.left)
-    counts = sorted(reads.count(begin) for begin in set(reads))
-    assert counts[0] == 1 and counts[-1] > 1 and len(counts) == RECORDS
-
-
 def test_what_is_closed_gives_torchs_own_pinned_memory_back_too(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     emptied: list[int] = []
     transfer = CudaTransfer(stored(tmp_path), CPU, keep=True, cuda=Device(computing_first), pinned=pinned)
@@ -187,38 +153,3 @@ def test_what_is_closed_gives_torchs_own_pinned_memory_back_too(tmp_path: Path, 
     transfer._kept[0] = pinned(4)
     transfer.close()
     assert emptied == [0], "once nothing of it is in use"
-
-
-def test_nothing_is_on_its_way_into_a_buffer_that_goes(tmp_path: Path) -> None:
-    for leave in (RecordStream.close, RecordStream.release):
-        store, device = stored(tmp_path), Device(computing_first)
-        transfer = CudaTransfer(store, CPU, cuda=device, pinned=pinned)
-        stream = RecordStream(store, ["b.0", "b.1"], transfer=transfer)
-        stream.fetch(0, 1)
-        leave(stream)
-        device.computing.synchronize()  # behind which the memory is another tensor's
-        assert not any(kind == "do" for kind, _ in device.copying.queue)
-        transfer.close()
-
-
-def test_a_store_that_was_cut_off_is_reported_where_the_record_is_wanted(tmp_path: Path) -> None:
-    store = stored(tmp_path)
-    with (tmp_path / "s").open("rb+") as file:
-        file.truncate(store.record("b.3").begin + 4)
-    for transfer in (HostTransfer(store), CudaTransfer(
-        store, CPU, cuda=Device(computing_first), pinned=pinned
-    )):  # fmt: skip
-        stream = RecordStream(store, [f"b.{number}" for number in range(RECORDS)], transfer=transfer)
-        stream.fetch(2, 3)
-        with pytest.raises(DataError, match="cut off"):
-            stream.fetch(3, 4)
-        transfer.close()
-
-
-def test_on_the_host_a_record_is_read_into_the_buffer_itself(tmp_path: Path) -> None:
-    store = stored(tmp_path)
-    transfer = HostTransfer(store)
-    record, buffer = store.record("b.4"), transfer.buffer(64)
-    transfer.wait_for(transfer.fetch(record, buffer, transfer.mark()))
-    assert torch.equal(record.views(buffer)["w"], torch.full((14,), 4.0))
-    transfer.close()

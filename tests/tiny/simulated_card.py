@@ -323,8 +323,8 @@ def _place() -> str:
     frame, caller = sys._getframe(1), ""
     while frame is not None:
         name = frame.f_code.co_filename
-        if PACKAGE in name and "/tests/" not in name:
-            return f"{name.rpartition(PACKAGE)[2]}:{frame.f_lineno}"
+        if PACKAGE in name and not (within := name.rpartition(PACKAGE)[2]).startswith("tests/"):
+            return f"{within}:{frame.f_lineno}"
         if not caller and name != __file__ and "/torch/" not in name:
             caller = f"{name}:{frame.f_lineno}"
         frame = frame.f_back

@@ -11,7 +11,6 @@ import torch
 from torch import Tensor
 
 from lorakeet.kernels.cpu import operators
-from tiny.runs import chats, run, write_rows
 from tiny.simulated_card import CUDA, Card, simulated_card
 
 SEEN = ContextVar("seen", default="nothing")
@@ -34,20 +33,6 @@ def test_gradients_are_those_of_the_cpu(card: Card) -> None:
     assert layer.weight is tied and layer.weight.device == torch.device("cuda", 0) and layer.weight.is_cuda
     layer(x.to("cuda")).square().sum().backward()
     assert all(torch.equal(parameter.grad.cpu(), one) for parameter, one in zip(layer.parameters(), expected, strict=True))
-
-
-def test_turned_complex_numbers_have_the_gradients_of_the_cpu(card: Card) -> None:
-    """As of rotary positions in DeepSeek-V2: the backward pass conjugates, and torch only marks the numbers as conjugated."""
-    turns, x = torch.polar(torch.ones(3, 4), torch.arange(12.0).view(3, 4)), torch.arange(24.0).view(3, 4, 2)
-
-    def gradient(device: str) -> Tensor:
-        given = x.to(device).detach().requires_grad_(True)
-        turned = torch.view_as_real(torch.view_as_complex(given) * turns.to(device))
-        (found,) = torch.autograd.grad(turned.square().sum() + turned.sum() + (turns.to(device).conj() * 2).imag.sum(), [given])
-        return found.cpu()
-
-    assert torch.equal(gradient("cuda"), gradient("cpu"))
-    assert (turns.to("cuda").conj().imag * 2).tolist() == (turns.conj().imag * 2).tolist()
 
 
 def test_several_devices_raise(card: Card) -> None:
@@ -179,17 +164,3 @@ def test_places_in_a_list(card: Card) -> None:
     card.reset()
     x[0, [1, 2]] = 7
     assert [wait.kind for wait in card.waits] == ["a copy of indices from the host"] and x[0].tolist() == [0, 7, 7]
-
-
-@pytest.mark.slow
-def test_a_whole_run_gives_the_losses_of_the_cpu(tiny_llama_folder: Path, tmp_path: Path) -> None:
-    """Plan, training, evaluation, replies and certificate: the same run, on the card and on the CPU."""
-    data = write_rows(tmp_path / "rows.jsonl", chats(30))
-    quick = {"train.steps": 3, "evaluate.answers": 1}
-    expected = run(tiny_llama_folder, data, tmp_path / "cpu", {**quick, "model.device": "cpu"}).outcome
-    with simulated_card() as card:
-        found = run(tiny_llama_folder, data, tmp_path / "card", {**quick, "model.device": "cuda"}).outcome
-    assert found.base_loss == pytest.approx(expected.base_loss, rel=1e-5)
-    assert found.best_loss == pytest.approx(expected.best_loss, rel=1e-4)
-    assert card.flash.efficient_calls > 0 and card.waits and card.launches["mm"] > 100
-    assert (tmp_path / "card" / "certificate.json").exists()
