@@ -85,13 +85,6 @@ def test_a_system_that_does_not_page_out_gives_nothing_back(file: Path, monkeypa
         assert release_pages(file) == 0 and held(file) == SIZE and bytes(data) == before
 
 
-@linux
-def test_a_mapping_that_is_written_to_is_left_alone(file: Path) -> None:
-    with file.open("r+b") as opened, mmap.mmap(opened.fileno(), 0, access=mmap.ACCESS_COPY) as data:
-        data[0] = 77
-        assert release_pages(file) == 0 and data[0] == 77
-
-
 def test_a_system_without_a_list_of_mappings_gives_nothing_back(file: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     proc_file(monkeypatch, "/proc/self/maps", None)
     assert release_pages(file) == 0

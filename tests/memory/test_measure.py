@@ -72,22 +72,6 @@ def test_what_cuda_forgets_is_kept_too(monkeypatch: pytest.MonkeyPatch) -> None:
     assert (outer.cuda_bytes, inner.cuda_bytes) == (500, 20)
 
 
-def test_before_a_process_uses_cuda_there_is_nothing_to_reset(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Every run begins to measure before its model is loaded, and torch raises until CUDA is initialised."""
-
-    def refuse(index: int) -> None:
-        raise RuntimeError(f"Invalid device argument {index}: did you call init?")  # c10/cuda/CUDACachingAllocator.cpp
-
-    monkeypatch.setattr(measure.torch.cuda, "is_available", lambda: True)
-    monkeypatch.setattr(measure.torch.cuda, "is_initialized", lambda: False)
-    monkeypatch.setattr(measure.torch.cuda, "device_count", lambda: 1)
-    monkeypatch.setattr(measure.torch.cuda, "max_memory_allocated", lambda _: 0)
-    monkeypatch.setattr(measure.torch.cuda, "reset_peak_memory_stats", refuse)
-    with PeakMemory() as memory:
-        pass
-    assert memory.cuda_bytes == 0
-
-
 def test_without_permission_it_samples(monkeypatch: pytest.MonkeyPatch) -> None:
     def refuse(path: Path, text: str) -> None:
         raise PermissionError(path)

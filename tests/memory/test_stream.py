@@ -46,30 +46,12 @@ def test_any_order_gives_the_right_record_while_another_is_read(tmp_path: Path) 
     found.close()
 
 
-def test_with_one_slot_nothing_is_read_ahead(tmp_path: Path) -> None:
-    found = stream(tmp_path, slots=1)
-    for index in (0, 1, 2, 2, 4, 3, 0):
-        views = found.fetch(index, (index + 1) % 5)
-        assert bool((views["w"] == index).all()) and len(found._slots) == 1
-    assert found.bytes_read == sum(found.records[index].bytes for index in (0, 1, 2, 4, 3, 0))
-    found.close()
-
-
 def test_what_the_reader_meets_is_raised_where_the_record_is_wanted(tmp_path: Path) -> None:
     found = stream(tmp_path)
     os.truncate(tmp_path / "s", found.records[3].begin + 4)
     found.fetch(2, 3)
     with pytest.raises(DataError, match="cut off"):
         found.fetch(3, 4)
-
-
-def test_with_a_slot_for_each_record_all_are_read_once(tmp_path: Path) -> None:
-    two = stream(tmp_path)
-    found = RecordStream(two.store, [f"b.{number}" for number in range(5)], slots=5)
-    for index in (0, 1, 2, 3, 4, 3, 2, 1, 0, 1):
-        assert bool((found.fetch(index, (index + 1) % 5)["w"] == index).all())
-    assert found.bytes_read == sum(record.bytes for record in found.records)
-    two.close()
 
 
 @pytest.mark.parametrize("slots", [2, 3, 4, 5])
@@ -83,15 +65,6 @@ def test_forth_and_back_again_reads_only_what_has_no_place(slots: int, tmp_path:
     first = sum(record.bytes for record in found.records[:slots])
     assert found.bytes_read == first + 3 * sum(record.bytes for record in (*out, *back))
     assert len(found._slots) == slots == len(found.fill())
-    found.close()
-
-
-def test_released_buffers_are_gone_and_come_again(tmp_path: Path) -> None:
-    found = stream(tmp_path)
-    found.fetch(1, 2)
-    found.release()
-    assert found._slots == []
-    assert bool((found.fetch(3, 4)["w"] == 3).all()) and len(found._slots) == 2
     found.close()
 
 

@@ -21,11 +21,9 @@ from lorakeet.core.layers.linear import Replacement
 from lorakeet.core.spec import LoraSpec
 from lorakeet.data.pack import pack_examples
 from lorakeet.kernels.choose import elementwise_ops
-from lorakeet.kernels.device import standing_for
 from lorakeet.kernels.threads import compute_with
 from lorakeet.memory.beside import forks_allowed
 from lorakeet.memory.ledger import Ledger
-from lorakeet.memory.remembered import remembering
 from lorakeet.models import fuse, inject
 from lorakeet.models.families import family_of
 from lorakeet.models.spec import ModelSpec
@@ -127,18 +125,6 @@ def test_eject_takes_the_stand_ins_out(tiny_model: Callable[..., Any]) -> None:
     assert {path: type(module) for path, module in model.named_modules()} == before
 
 
-def test_paths_of_the_adapter_do_not_change(tiny_model: Callable[..., Any]) -> None:
-    model = tiny_model("llama")
-    prepared(model)
-    before = inject.adapter_of(model)
-    fuse.fuse(model)
-    after = inject.adapter_of(model)
-    assert list(after.pairs) == list(before.pairs)
-    assert any(isinstance(module, Replacement) and "mlp" in path for path, module in model.named_modules())
-    inject.attach(model, before, "again")
-    assert inject.adapter_names(model) == ["default", "again"]
-
-
 def stand_ins(model: Any) -> dict[str, type[Replacement]]:
     return {path: type(module) for path, module in model.named_modules() if isinstance(module, Replacement)}
 
@@ -163,72 +149,6 @@ def test_attention_is_fused_where_its_norms_are_those_that_it_knows(family: str,
     text = load_text_model(ModelSpec(path=str(save_tiny_llama(tmp_path, family=family)), dtype="float32", device="cpu"))
     initialise_adapter(text, plan_for(text.model, LoraSpec(rank=2), text.family), seed=0)
     assert sum(isinstance(module, RotaryAttention) for module in text.model.modules()) == fused
-
-
-def test_attentions_alike_are_compared_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """In one model and the next; what differs in a setting, in code or in a hook is compared anew."""
-    compared: list[nn.Module] = []
-    small = fuse._small_attention
-    monkeypatch.setattr(fuse, "_small_attention", lambda module: compared.append(module) or small(module))
-    monkeypatch.setattr(fuse, "_SAME", set())
-
-    def fused_in(**changes: Any) -> int:
-        folder = save_tiny_llama(tmp_path / str(len(compared)), **changes)
-        text = load_text_model(ModelSpec(path=str(folder), dtype="float32", device="cpu"))
-        compared.clear()
-        fuse.fuse(text.model)
-        for layer in text.model.model.layers:
-            fuse.unfuse(text.model)
-            layer.self_attn.register_forward_hook(lambda module, given, found: (2 * found[0], found[1]))
-            fuse.fuse(text.model)
-            assert not isinstance(layer.self_attn, RotaryAttention), "a hook changes what it computes"
-        return len(compared)
-
-    assert fused_in(num_hidden_layers=2) == 2 + 3, "each place in the model once, and what has a hook every time"
-    assert fused_in(num_hidden_layers=2) == 3
-    assert fused_in(num_hidden_layers=2, rope_theta=500.0) > 3
-
-
-def test_mlps_and_norms_alike_of_planned_models_are_compared_once(monkeypatch: pytest.MonkeyPatch) -> None:
-    """In one model and the next; another activation, rounding or place of the tensors is compared anew."""
-    compared: list[nn.Module] = []
-    small = fuse.small_copy
-    monkeypatch.setattr(fuse, "small_copy", lambda module: compared.append(module) or small(module))
-    own = {"rms_norm_eps": 1.2345e-5, "vocab_size": 97}  # which no other test has
-
-    def fused_in(dtype: torch.dtype = torch.float32, device: str = "cpu", **changes: Any) -> tuple[int, int]:
-        compared.clear()
-        with Ledger(), standing_for(torch.device(device)):
-            text = model_from_config(config_from_settings({**SMALL, **own, **changes}), name="small", dtype=dtype, products=dtype)
-            return fuse.fuse(text.model), len(compared)
-
-    count, first = fused_in()
-    assert count == 2 * (1 + 2 + 1) + 1 and first == 3, "one MLP and one norm of nine, and the table of tokens"
-    assert fused_in() == (count, 0) == fused_in(num_hidden_layers=2)
-    assert fused_in(hidden_act="relu") == (count - 2, 1), "which is not fused, and not compared again either"
-    assert fused_in(hidden_act="relu") == (count - 2, 0)
-    assert fused_in(torch.bfloat16)[1] == 3 == fused_in(device="cuda")[1]
-    assert fused_in(rms_norm_eps=1e-3) == (count, 2), "the MLP knows the configuration"
-
-
-def test_what_one_process_compared_another_one_knows(monkeypatch: pytest.MonkeyPatch) -> None:
-    compared: list[nn.Module] = []
-    small = fuse.small_copy
-    monkeypatch.setattr(fuse, "small_copy", lambda module: compared.append(module) or small(module))
-    values: dict[str, Any] = {}
-
-    def fused_in_a_new_process() -> tuple[int, int]:
-        compared.clear()
-        fuse._FOUND.clear()
-        fuse._SAME.clear()
-        with remembering(values, lambda key, value: None), Ledger():
-            dtype = torch.float32
-            text = model_from_config(config_from_settings(SMALL), name="small", dtype=dtype, products=dtype)
-            return fuse.fuse(text.model), len(compared)
-
-    first, known = fused_in_a_new_process(), len(values)
-    assert first == (9, 3) and known == 3 + 2, "an MLP, a norm, a table, and attention at each place"
-    assert fused_in_a_new_process() == (9, 0) and len(values) == known
 
 
 @pytest.mark.parametrize("beside", [False, True])
@@ -266,12 +186,3 @@ def test_a_norm_that_rounds_elsewhere_has_no_attention_fused(tmp_path: Path) -> 
         layer.self_attn.q_norm = Late(layer.self_attn.q_norm)
     initialise_adapter(text, plan_for(text.model, LoraSpec(rank=2), text.family), seed=0)
     assert not any(isinstance(module, RotaryAttention) for module in text.model.modules())
-
-
-def test_a_router_with_weights_of_its_own_within_is_no_norm(tiny_model: Callable[..., Any]) -> None:
-    """ERNIE's: a small copy of it still has weights without numbers, and was copied again for ever."""
-    whole = tiny_model("ernie_moe")
-    with torch.device("meta"):
-        model = type(whole)(whole.config)
-    assert fuse.fuse(model) == fuse.fuse(whole) > 0
-    assert not any("gate" in path and "moe" in path for path, module in model.named_modules() if isinstance(module, Replacement))

@@ -15,9 +15,7 @@ from lorakeet.config import RunConfig, read_run
 from lorakeet.core.plan import ExtraEntry, Plan, PlanEntry
 from lorakeet.core.spec import LoraSpec
 from lorakeet.errors import ConfigError, EnvironmentProblem
-from lorakeet.exporting.merged_tensors import PART_BYTES
 from lorakeet.memory.budget import Budget, enough_for
-from lorakeet.memory.forecast import Forecast, Phase
 from lorakeet.models.families import family_of
 from lorakeet.models.streaming.load import empty_model
 from lorakeet.models.targets import plan_for
@@ -30,9 +28,6 @@ from lorakeet.planning.check import (
     adapted_bytes,
     fit_check,
     later_phases,
-    logits_bytes,
-    tensor_peak,
-    with_later,
 )
 from lorakeet.planning.rehearse_text import EvaluationSize, NotPlanned, RowShape
 from lorakeet.runs.open_adapter import Opened, open_adapter
@@ -80,11 +75,6 @@ def test_models_in_memory_count_whole_and_streamed_ones_by_two_blocks(opened: Op
     assert peak(opened, True) < peak(opened, False) - FP32 * BASE
 
 
-@pytest.mark.parametrize("part", ["row", "beside", "writing"])
-def test_what_is_held_beside_the_models_counts(opened: Opened, part: str) -> None:
-    assert peak(opened, True, **{part: 1 << 32}) > peak(opened, True)
-
-
 def test_llama_cpp_is_beside_models_in_memory_and_before_streamed_ones(opened: Opened) -> None:
     size = 256 << 20
     for streamed in (False, True):
@@ -125,9 +115,7 @@ def test_more_budget_keeps_more_blocks_up_to_all(opened: Opened, tmp_path: Path)
     assert fit_check(opened, SIZE, tmp_path / "out", quiet()) is opened
 
 
-def test_the_cpu_computes_what_is_too_large_for_the_gpu(
-    opened: Opened, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_the_cpu_computes_what_is_too_large_for_the_gpu(opened: Opened, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Two models in fp32 take four times what one took in bf16."""
     asked: list[tuple[int, str]] = []
     monkeypatch.setattr(check_planning, "device_for", lambda name: torch.device("cuda", 0))
@@ -158,18 +146,6 @@ def test_where_two_blocks_do_not_fit_one_may(opened: Opened, tmp_path: Path) -> 
     assert f"{least} MiB" == enough_for(one.peak)
     asked = fit_check(opened.within(f"{least}MiB"), SIZE, tmp_path / "out", quiet())
     assert asked.residency.way.slots == 1 and asked.residency.planned == one.peak
-
-
-@pytest.mark.parametrize("changed", [0, 10])
-def test_a_tensor_counts_by_whether_it_is_changed(changed: int) -> None:
-    assert tensor_peak(changed, 100) == 3 * 4 * 100 and tensor_peak(400, 100) == 6 * 400
-    assert tensor_peak(changed, 1 << 30) == PART_BYTES, "a large one is read in parts"
-
-
-def test_logits_count_by_their_tables_and_what_compares_a_part_of_two() -> None:
-    assert logits_bytes(0, 1000) == 0 and logits_bytes(256, 1000) == (3 * 4 + 80) * 256_000
-    assert logits_bytes(256, 32_000) == 3 * 4 * 256 * 32_000 + 80_000_000
-    assert logits_bytes(256, 128_000) == 4 * 4 * 256 * 128_000, "the tiles of the last one are larger than what compares"
 
 
 def test_the_store_goes_where_the_run_keeps_its_own_and_is_gone_afterwards(opened: Opened, tmp_path: Path) -> None:
@@ -203,9 +179,7 @@ def test_a_full_disk_is_refused_before_the_work(
         fit_check(budget, size, tmp_path / "out", quiet())
 
 
-def test_a_model_that_cannot_be_planned_keeps_no_budget(
-    opened: Opened, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_model_that_cannot_be_planned_keeps_no_budget(opened: Opened, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     def refused(*_: object, **__: object) -> None:
         raise NotPlanned("This model cannot be planned.")
 
@@ -249,36 +223,3 @@ def test_what_fits_stays_in_memory_and_what_does_not_is_streamed() -> None:
     for whole, streamed, models in zip(roomy, tight, (2, 1), strict=True):
         assert whole.kinds["base"] >= models * weights, "each model whole, in fp32"
         assert streamed.kinds.get("base", 0) < models * weights / 2 and streamed.bytes < whole.bytes
-
-
-@pytest.mark.slow
-def test_a_packed_model_is_merged_into_its_dense_one() -> None:
-    stored = {"quant_method": "gptq", "bits": 4, "group_size": 64, "desc_act": False, "sym": True}
-    config, model, plan = planned()
-    _, packed, _ = planned(quantization_config=stored)
-    both = zip(later_phases(config, packed, plan, Budget(1, "1")), later_phases(config, model, plan, Budget(1, "1")), strict=True)
-    for found, expected in both:
-        assert {**found.kinds, "runtime": 0} == {**expected.kinds, "runtime": 0}
-
-
-@pytest.mark.slow
-def test_new_tokens_are_planned_too() -> None:
-    config, model, _ = planned()
-    more = replace(config, lora=replace(config.lora, new_tokens=("<one>", "<two>")))
-    plan = plan_for(empty_model(model, torch.float32), more.lora, family_of(model))
-    assert [phase.name for phase in later_phases(more, model, plan, Budget(1, "1"))] == ["merge", "export"]
-
-
-def test_phases_take_the_place_of_those_of_the_same_name() -> None:
-    before = Forecast((Phase("train step", {"base": 5}), Phase("merge", {"base": 9})))
-    assert with_later(before, (Phase("merge", {"base": 2}),)).phases == (before.phases[0], Phase("merge", {"base": 2}))
-    assert with_later(before, ()) == before
-
-
-def test_a_model_that_cannot_be_followed_keeps_what_was_planned(monkeypatch: pytest.MonkeyPatch) -> None:
-    def refused(*_: object, **__: object) -> None:
-        raise NotPlanned("experts")
-
-    monkeypatch.setattr(ModelCheck, "plan", refused)
-    config, model, plan = planned()
-    assert later_phases(config, model, plan, Budget(1, "1")) == ()

@@ -28,7 +28,7 @@ from lorakeet.verbs.finetune import finetune
 from lorakeet.verbs.plan import plan
 from tiny.memory_plans import same_runtime
 from tiny.models import save_tiny_llama
-from tiny.runs import chats, quiet, reviews, run, settings, write_rows
+from tiny.runs import chats, quiet, reviews, settings, write_rows
 
 WIDE = {"hidden_size": 256, "intermediate_size": 1024}
 LONG = {"data.max_tokens": "1024", "train.batch_size": "8", "train.steps": "2", "evaluate.examples": "0"}
@@ -54,14 +54,6 @@ def test_short_rows_are_planned_as_they_are(model: Path, rows: Path, tmp_path: P
     unknown = TextRun(config, Workload(False, 1000), print).plan(RESIDENT)
     found = setup.residency.plan
     assert found.training_peak < unknown.training_peak - (50 << 20), "the step of 2,048 tokens is not met"
-
-
-@pytest.mark.slow
-def test_a_run_of_short_rows_keeps_its_smaller_plan(model: Path, rows: Path, tmp_path: Path) -> None:
-    for name, changes in (("plain", {}), ("limited", {"memory.budget": "8GiB"})):
-        found = run(model, rows, tmp_path / name, {**LONG, **changes}).report
-        assert found is not None and found.memory
-        assert all(line.used <= line.planned for line in found.memory if line.planned is not None)
 
 
 def test_lengths_are_those_of_the_longest_rows_and_of_the_longest_step(finished: Any, tmp_path: Path) -> None:
@@ -145,16 +137,6 @@ def test_a_model_with_a_shorter_context_lowers_the_limit_with_a_word(finished: A
     assert shorter.data.max_tokens == 64
     assert said.getvalue() == "data.max_tokens is 120, but small takes rows of at most 64 tokens; 64 is used.\n"
     assert within_context(config, "small", 120, print) is config and within_context(config, "small", None, print) is config
-
-
-def test_a_plan_says_what_is_known_of_the_measurement(finished: Any, tmp_path: Path) -> None:
-    labelled = reviews(60, labels=("Verpflegung", "Pflege"))
-    data = write_rows(tmp_path / "rows.jsonl", [*labelled, {"text": "alder SOUP", "label": "Verpflegng"}])
-    said: list[str] = []
-    workload_of_files(settings(finished.model, data, tmp_path / "run"), read_config(finished.model), said.append)
-    assert any("'Verpflegng' has 1 row and is very like 'Verpflegung' (30)" in line for line in said)
-    assert any("6 rows are few to measure on" in line for line in said) and any("There are no test rows" in line for line in said)
-    assert any("Answer with one of: Pflege, Verpflegung'" in line for line in said), "the slip is not proposed"
 
 
 def test_lengths_of_an_archive_that_was_replaced_are_counted_anew(finished: Any, tmp_path: Path) -> None:

@@ -95,12 +95,6 @@ def test_where_two_blocks_do_not_fit_one_stays_whatever_is_left(
     assert found.way.slots == 1 and found.planned == 100 << 20
 
 
-def test_a_passage_less_long_is_a_remedy(within: Callable[..., RunConfig]) -> None:
-    judged = partial(fit_evaluation, adapter=ADAPTER, say=print, workload=NO_LABELS)
-    long, short = (judged(within("8GiB", data__max_tokens=length)).planned for length in ("4096", "1024"))
-    assert long is not None and short is not None and short < long
-
-
 @pytest.mark.parametrize(("objective", "reference", "copies"), [("dpo", "start", 2), ("kto", "runs/sft", 2), ("dpo", "base", 0)])
 def test_the_reference_of_a_preference_run_is_on_the_model_too(
     within: Callable[..., RunConfig], objective: str, reference: str, copies: int

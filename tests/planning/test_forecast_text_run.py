@@ -5,7 +5,6 @@ from __future__ import annotations
 import random
 from dataclasses import replace
 from functools import partial
-from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -20,27 +19,21 @@ from lorakeet.errors import ConfigError
 from lorakeet.memory.allocator import SMALL_SLACK
 from lorakeet.memory.cuda import CONTEXT
 from lorakeet.memory.measure import peak_bytes
-from lorakeet.memory.usage import Usage, add_usage
 from lorakeet.models.targets import plan_for
-from lorakeet.models.text import by_peft
 from lorakeet.models.text.adapters import initialise_adapter
 from lorakeet.models.text.from_config import config_from_settings, model_from_config
-from lorakeet.planning import forecast_text_run
 from lorakeet.planning.forecast_text_run import (
-    CERTIFY,
     EXPORT,
     FLOORS,
     LOAD,
     MERGE,
     SCORE,
-    SEARCH,
     TOKENIZER_ENTRY,
     RowLengths,
     TextRunPlan,
     Workload,
     _decomposing,
     budget_of,
-    certified_within,
     evaluation_of,
     filling_rows,
     forecast_run,
@@ -48,7 +41,6 @@ from lorakeet.planning.forecast_text_run import (
     largest_rows,
     text_runtime_bytes,
     while_measuring,
-    while_trying,
     with_importance,
     with_largest_ranks,
 )
@@ -150,12 +142,6 @@ def test_a_step_of_more_tokens_than_a_micro_batch_has_two_of_them() -> None:
     assert found[0].kinds["gradients"] >= found[1].kinds.get("gradients", 0)
 
 
-def test_as_many_rows_are_evaluated_as_fit() -> None:
-    wide, narrow = (settings(train__micro_tokens=tokens, evaluate__examples="0") for tokens in ("4096", "64"))
-    assert evaluation_of(wide.changed(train={"batch_size": 1})).rows == RowShape(32, 128)
-    assert evaluation_of(narrow).rows == RowShape(32, 32), "the certificate reads 1,024 at once"
-
-
 def test_few_shot_rows_are_planned_as_long_as_the_few_shot_base_sees_them() -> None:
     """Up to 1,024 tokens in the model's context, whatever data.max_tokens; under a budget no more than that."""
     few = settings(train__micro_tokens="64", evaluate__answer_tokens="96")
@@ -195,41 +181,6 @@ def test_every_phase_holds_the_runtime_the_tokenizer_and_the_base() -> None:
     assert found.training_peak <= found.peak and found.to_mapping()["peak"] == found.peak
 
 
-def test_the_certificate_reads_the_base_again_but_not_under_a_budget(monkeypatch: pytest.MonkeyPatch) -> None:
-    once = forecast_run(settings(), config_from_settings(SMALL), FP32, runtime=RUNTIME, returning=True).forecast.phase(CERTIFY)
-    with_peft = planned().forecast.phase(CERTIFY)
-    monkeypatch.setattr(by_peft, "peft_version", lambda: "")
-    twice = planned().forecast.phase(CERTIFY)
-    assert twice.kinds["base"] == 2 * once.kinds["base"]
-    assert with_peft.kinds["base"] == pytest.approx(twice.kinds["base"], rel=1e-3)  # but for buffers
-    assert with_peft.kinds["runtime"] - twice.kinds["runtime"] == 64 << 20
-
-
-@pytest.mark.parametrize(("computing", "copies"), [(900, 2), (100, 3)])
-def test_within_a_budget_the_certificate_computes_with_two_adapters_and_reads_beside_three(computing: int, copies: int) -> None:
-    """The value that is read has gone when the model computes; of an adapter larger than what computing takes it is the peak."""
-    kept, judge = (add_usage(Usage(), base=1000, adapter=400, scratch=scratch) for scratch in (0, computing))
-    found: Any = SimpleNamespace(plan=SimpleNamespace(parameters=100), packed=25, largest=1000, peaks={FINAL: judge})
-    peak = certified_within(found, kept, 400)
-    assert peak.kinds == {"base": 1000, "adapter": copies * 400, "scratch": computing}
-
-
-@pytest.mark.parametrize("changes", [{"lora__start": "pissa"}, {"lora__start": "olora"}, {"lora__variant": "dora"}])
-def test_pairs_that_begin_from_the_weights_hold_a_matrix_in_fp32_beside_the_earlier_ones(changes: dict[str, str]) -> None:
-    narrow = Precision(torch.bfloat16, torch.bfloat16, QuantSpec())
-    found = forecast_run(settings(**changes), config_from_settings(SMALL), narrow, runtime=RUNTIME, returning=True)
-    names = [phase.name for phase in found.forecast.phases]
-    assert names[:3] == ["load", BEGIN, "train step"]
-    kinds = found.forecast.phase(BEGIN).kinds
-    assert kinds["scratch"] >= 4 * 64 * 128 and kinds["base"] == found.base
-    anchors = 2 if "lora__start" in changes else 1
-    assert 0.8 * anchors * 4 * found.plan.parameters <= kinds["adapter"] <= anchors * 4.4 * found.plan.parameters
-    assert found.training_peak >= found.forecast.phase(BEGIN).bytes
-    merged, plain = (one.forecast.phase(MERGE).kinds["adapter"] for one in (found, planned(narrow)))
-    assert merged == anchors * plain or "lora__variant" in changes, "a pair with an anchor is merged at twice its rank"
-    assert BEGIN not in [phase.name for phase in planned(narrow).forecast.phases], "random starts hold less than a step"
-
-
 @pytest.mark.slow
 def test_a_start_from_the_weights_takes_no_more_than_is_planned() -> None:
     """Of the process: the matrices are of 23 MB in bf16, and the copy in fp32 of one of them is the most that comes and goes."""
@@ -245,12 +196,6 @@ def test_a_start_from_the_weights_takes_no_more_than_is_planned() -> None:
     used = peak_bytes() - before
     copy = 4 * 2048 * 5632
     assert copy <= used + (4 << 20) and used <= phase.bytes - phase.kinds["base"] - phase.kinds["runtime"]
-
-
-def test_rows_that_are_not_answered_have_no_floors() -> None:
-    none = settings(evaluate__answers="0")
-    found = forecast_run(none, config_from_settings(SMALL), FP32, runtime=RUNTIME, workload=Workload(labelled=False))
-    assert found.forecast.phase("final eval").kinds["runtime"] == RUNTIME + 96 * TOKENIZER_ENTRY
 
 
 def test_a_gptq_model_is_planned_as_it_is_packed() -> None:
@@ -272,12 +217,6 @@ def test_gguf_blocks_need_a_file_that_has_them() -> None:
         planned(Precision(torch.float32, torch.float32, QuantSpec(method="gguf")))
 
 
-def test_the_runtime_is_that_of_this_process() -> None:
-    found = text_runtime_bytes(FP32, counts=1)
-    assert abs(text_runtime_bytes(FP32) - found) < 16 << 20, "only narrow products have code that stays"
-    assert 100 << 20 < found < 8 << 30
-
-
 def test_on_a_cuda_device_only_what_is_there_counts() -> None:
     host = planned()
     card = forecast_run(
@@ -289,18 +228,6 @@ def test_on_a_cuda_device_only_what_is_there_counts() -> None:
     assert card.base == host.base and card.forecast.phase(LOAD).kinds["base"] == card.base
     assert "scratch" not in card.forecast.phase(LOAD).kinds
     assert text_runtime_bytes(replace(FP32, device=torch.device("cuda"))) == CONTEXT
-
-
-@pytest.mark.slow
-def test_packed_weights_are_unpacked_on_a_cuda_device_as_they_are_there() -> None:
-    """Whole in fp32, where a CPU has them in parts."""
-    config = config_from_settings({**SMALL, "hidden_size": 1024, "intermediate_size": 16384, "num_attention_heads": 8})
-    scratch = []
-    for name in ("cpu", "cuda"):
-        packed = Precision(torch.float32, torch.float32, QuantSpec(method="int8"), torch.device(name))
-        found = forecast_run(settings(model__quantize="int8"), config, packed, runtime=CONTEXT, returning=True)
-        scratch.append(found.forecast.phase(STEP).kinds["scratch"])
-    assert scratch[1] > scratch[0] + (16 << 20)
 
 
 SMALL_CONFIG = config_from_settings(
@@ -373,63 +300,6 @@ def test_measuring_ranks_is_a_phase_of_its_own(score: str) -> None:
     assert planned.peak >= planned.forecast.phase(SCORE).bytes <= planned.training_peak
 
 
-@pytest.mark.slow
-def test_sketches_are_counted_as_they_are_made(monkeypatch: pytest.MonkeyPatch) -> None:
-    """The pairs of the rehearsal are those that scoring puts in: rank 12 + 8, capped where a matrix is smaller."""
-    config, seen = chosen(ranks__max_rank="30"), []
-
-    def watched(lora: LoraSpec) -> Any:
-        result = rehearsed(config, lora)
-        seen.append({entry.rank for entry in result.plan.entries})
-        return result
-
-    while_measuring(config, rehearsed(config, config.lora), watched)
-    assert seen == [{32, 38}], "k_proj and v_proj are 32 wide"
-    given = chosen(ranks="given", lora__start="gradient")
-    while_measuring(given, rehearsed(given, given.lora), watched)
-    assert seen[1:] == [{4 + 8}], "a start measures no more than its own ranks"
-    given = chosen(ranks="given")
-    assert while_measuring(given, rehearsed(given, given.lora), watched) is None
-
-
-def test_three_adapters_take_their_gradients_and_moments() -> None:
-    config = chosen()
-    found = rehearsed(config, config.lora)
-    step, three = found.peaks[STEP], while_trying(config, found, ROWS)
-    parameters = found.plan.parameters
-    assert step.kinds["moments"] >= 8 * parameters  # and each tensor's count of steps
-    assert three.kinds["moments"] == 3 * step.kinds["moments"]
-    assert three.kinds["gradients"] - step.kinds.get("gradients", 0) == 2 * 4 * parameters
-    assert three.kinds["saved activations"] == step.kinds["saved activations"], "a pass is no larger than that of one"
-    laid_out = 3 * 2 * (64 + 128) * 16  # three matrices of an MLP in bf16, their ranks as whole sixteens
-    assert three.kinds["scratch"] - step.kinds.get("scratch", 0) == 2 * laid_out, "of two more members"
-    wide = while_trying(replace(config, train=replace(config.train, micro_tokens=256)), found, ROWS)
-    assert wide.kinds["saved activations"] == 3 * step.kinds["saved activations"], "rows of three members, where one has few"
-
-
-@pytest.mark.slow
-def test_a_search_keeps_the_best_values_of_all_and_two_earlier_adapters() -> None:
-    config = chosen()
-    found = rehearsed(config, config.lora)
-    trial, search = (while_trying(config, found, ROWS, 5, searching=searching) for searching in (False, True))
-    assert search.bytes - trial.bytes == 7 * 4 * found.plan.parameters
-    planned = forecast_run(config, SMALL_CONFIG, FP32, runtime=0, returning=True)
-    assert planned.searching(1) is planned
-    few, many = (planned.searching(members) for members in (5, 5000))
-    assert few.forecast.phase(SEARCH).bytes < many.forecast.phase(SEARCH).bytes == many.peak
-    assert few.peak == max(planned.peak, few.forecast.phase(SEARCH).bytes)
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize("score", ["gradient", "activation", "sensitivity"])
-def test_what_was_measured_is_taken_apart_within_the_plan(score: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    config = chosen(ranks__score=score)
-    found = rehearsed(config, config.lora)
-    monkeypatch.setattr(forecast_text_run, "svd_bytes", lambda *_, **__: 1 << 30)
-    measured = while_measuring(config, found, partial(rehearsed, config))
-    assert measured is not None and found.base + (1 << 30) < measured.bytes < found.base + (2 << 30)
-
-
 def test_taking_a_matrix_apart_holds_no_more_than_is_planned() -> None:
     """Of the process, whose heap may grow by SMALL_SLACK beside the tensors."""
     directions, width = 136, 8192
@@ -456,11 +326,3 @@ def test_a_run_that_prunes_is_planned_at_its_first_ranks_with_what_it_knows_of_e
     assert planned.forecast.phase(STEP).kinds["moments"] > 1.9 * least.forecast.phase(STEP).kinds["moments"]
     with pytest.raises(ConfigError, match="has nothing to cut"):
         with_importance(chosen(ranks="prune", ranks__budget="9M"), found)
-
-
-def test_baselines_take_what_their_rows_have() -> None:
-    short, long = (Workload(characters=count).floors(settings(), on_gpu=False) for count in (0, 3_000_000))
-    assert short == 128 << 20 and long == (64 << 20) + 72 * 3_000_000
-    assert Workload(characters=10**9).floors(settings(), on_gpu=False) == (64 << 20) + 72 * 5_000_000
-    assert Workload(characters=10**9).floors(settings(), on_gpu=True) == 0
-    assert Workload().floors(settings(evaluate__baselines="false"), on_gpu=False) == 0

@@ -2,12 +2,10 @@
 
 from __future__ import annotations
 
-import errno
 import io
 from collections.abc import Callable, Iterator
 from contextlib import suppress
 from dataclasses import replace
-from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any, cast
@@ -17,23 +15,11 @@ import torch
 from rich.console import Console
 from torch import nn
 
-from lorakeet.core.spec import LoraSpec
 from lorakeet.data.prepare import load_dataset
 from lorakeet.errors import ConfigError, EnvironmentProblem, VerificationFailed
-from lorakeet.exporting import model_folder
-from lorakeet.formats.files.gguf_header import check_gguf
 from lorakeet.memory.allocator import slack
 from lorakeet.memory.budget import BETWEEN_PROCESSES, Budget
-from lorakeet.memory.spill import Spill
-from lorakeet.memory.store import WeightStore
-from lorakeet.memory.stream import RecordStream
-from lorakeet.models.files.gguf_dense import bytes_of_unpacking
-from lorakeet.models.files.packing import packing_of
 from lorakeet.models.modules import find
-from lorakeet.models.streaming.load import empty_model
-from lorakeet.models.streaming.model import NotStreamed
-from lorakeet.models.targets import plan_for
-from lorakeet.models.text.from_config import model_from_config, streamed_model_from_config
 from lorakeet.models.text.model import TextModel
 from lorakeet.models.text.packed_layout import read_layout
 from lorakeet.planning import fit, packed_merge
@@ -45,16 +31,13 @@ from lorakeet.planning.packed_merge import (
     PackedMerging,
     fit_packed_merge,
     outlined_grid,
-    rehearse_rounding,
 )
-from lorakeet.planning.rehearse_text import NotPlanned, RowShape, made_up_rows
 from lorakeet.quant import gguf_codes
 from lorakeet.quant.construct import empty_base
 from lorakeet.quant.gguf_codes import HIGHEST
 from lorakeet.quant.grids import FixedGrid, Nf4Grid, UniformGrid, grid_of
 from lorakeet.quant.nf4 import Nf4Base
 from lorakeet.quant.packed import PackedBase
-from lorakeet.quant.spec import QuantSpec
 from lorakeet.runs.open_adapter import Opened, open_adapter
 from lorakeet.runs.output_paths import folder_above
 from lorakeet.runs.residency import RESIDENT, MemoryPlan, Residency, Way, require_planned_attention
@@ -65,13 +48,12 @@ from lorakeet.verbs.quantize import quantize
 from tiny.gguf_file import write_tiny_gguf
 from tiny.held import HeldBytes, counted_from
 from tiny.memory_plans import same_runtime
-from tiny.models import save_tiny_llama, tiny_model
+from tiny.models import save_tiny_llama
 from tiny.runs import quiet, reviews, run, write_rows
 
 pytestmark = pytest.mark.slow  # they share what takes seconds to make
 
 HIDDEN, INNER = 128, 384
-OF_BLOCK = 4 * HIDDEN * HIDDEN + 3 * HIDDEN * INNER  # numbers
 WIDE = {
     "hidden_size": HIDDEN, "intermediate_size": INNER, "num_hidden_layers": 3, "num_attention_heads": 4, "num_key_value_heads": 4,
 }  # fmt: skip
@@ -145,7 +127,7 @@ def contents(out: Path) -> dict[str, bytes]:
 
 @pytest.mark.usefixtures("no_runtime")
 @pytest.mark.parametrize(
-    ("base", "like", "ways"), [("on_dense", "nf4", WAYS), ("on_dense", "gptq", [SPILLED]), ("on_nf4", None, [SPILLED])]
+    ("base", "like", "ways"), [("on_dense", "gptq", WAYS), ("on_nf4", None, [SPILLED])]
 )
 def test_the_same_bytes_are_written_each_way(
     base: str, like: str | None, ways: list[Way], runs: Path, going: Any, tmp_path: Path
@@ -190,16 +172,9 @@ def held(monkeypatch: pytest.MonkeyPatch) -> Iterator[HeldBytes]:
 
 @pytest.mark.usefixtures("no_runtime")
 @pytest.mark.parametrize(
-    ("way", "base"),
-    [
-        pytest.param(way, base, id=f"{base}-{name}")
-        for way, name in zip(WAYS, NAMES, strict=True) for base in ("on_nf4", "on_dense")
-        if (way, base) != (STREAMED, "on_nf4")
-    ],
-)  # fmt: skip
-def test_memory_in_use_is_what_is_planned(
-    way: Way, base: str, wide: Path, going: Any, held: HeldBytes, tmp_path: Path
-) -> None:
+    ("way", "base"), [(RESIDENT, "on_nf4"), (RESIDENT, "on_dense"), (SPILLED, "on_dense")], ids=["nf4", "dense", "dense spilled"]
+)
+def test_memory_in_use_is_what_is_planned(way: Way, base: str, wide: Path, going: Any, held: HeldBytes, tmp_path: Path) -> None:
     """Not more, but for a matrix that Python may not have let go yet, and not half as much again. A spilled merge streams too,
     so on NF4 it stands for both."""
     planned = going(way)
@@ -211,53 +186,8 @@ def test_memory_in_use_is_what_is_planned(
     assert held.peak - FP32 * HIDDEN * HIDDEN <= planned[0] <= 1.5 * held.peak
 
 
-@pytest.fixture
-def into_larger(runs: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> tuple[Path, Path]:
-    """A run on six blocks in NF4, and a .gguf file whose layers in Q8_0 are twice as large."""
-    monkeypatch.setenv("LORAKEET_CACHE", str(tmp_path / "cache"))
-    many = {**WIDE, "num_hidden_layers": 6}
-    quantize(
-        QuantizeOptions(str(save_tiny_llama(tmp_path / "model", **many)), method="nf4", out=tmp_path / "nf4"), console=quiet()
-    )
-    run(tmp_path / "nf4", runs / "rows.jsonl", tmp_path / "run", {"train.steps": 8, "evaluate.drift_texts": 0})
-    write_tiny_gguf(tmp_path / "like.gguf", "Q8_0", **many)
-    return tmp_path / "run", tmp_path / "like.gguf"
-
-
 @pytest.mark.usefixtures("no_runtime")
-def test_layers_that_become_larger_are_planned(
-    into_larger: tuple[Path, Path], going: Any, held: HeldBytes, tmp_path: Path
-) -> None:
-    source, like = into_larger
-    of_block = OF_BLOCK * 34 // 32
-    plan = PackedMerging(job(open_adapter(source), like), tmp_path / "out.gguf").plan
-    file = check_gguf(like)
-    assert plan(RESIDENT).peak > bytes_of_unpacking(file, packed=True), "what was written is laid out to be loaded"
-    comparing = plan(RESIDENT).forecast.phase(packed_merge.COMPARE_MADE).bytes
-    assert comparing > 6 * of_block and plan(STREAMED).block_bytes >= of_block
-    planned = going(RESIDENT)
-    words: dict[str, Any] = {"into": "packed", "keep": 1e-6, "like": str(like), "memory": "8GiB"}
-    with suppress(VerificationFailed):
-        merge(MergeOptions((str(source),), out=tmp_path / "out.gguf", calibration_rows=24, **words), console=quiet())
-    assert held.peak - FP32 * HIDDEN * HIDDEN <= planned[0] <= 1.5 * held.peak
-
-
-@pytest.mark.usefixtures("no_runtime")
-def test_with_more_blocks_a_streamed_merge_takes_no_more(runs: Path, tmp_path: Path) -> None:
-    peaks: dict[int, list[int]] = {}
-    for blocks in (6, 12):
-        source = save_tiny_llama(tmp_path / f"of{blocks}", **{**WIDE, "num_hidden_layers": blocks})
-        run(source, runs / "rows.jsonl", tmp_path / f"run{blocks}", {"train.steps": 1, "evaluate.drift_texts": 0})
-        quantize(QuantizeOptions(str(source), method="nf4", out=tmp_path / f"nf4-{blocks}"), console=quiet())
-        merging = PackedMerging(job(open_adapter(tmp_path / f"run{blocks}"), tmp_path / f"nf4-{blocks}"), tmp_path / "out")
-        peaks[blocks] = [merging.plan(way).peak for way in (RESIDENT, STREAMED)]
-    six_blocks = FP32 * 6 * OF_BLOCK
-    pairs = FP32 * 6 * 4 * (4 * 2 * HIDDEN + 3 * (HIDDEN + INNER))  # which stay in memory
-    assert peaks[12][0] - peaks[6][0] >= six_blocks and peaks[12][1] - peaks[6][1] <= 1.1 * pairs < six_blocks / 10
-
-
-@pytest.mark.usefixtures("no_runtime")
-@pytest.mark.parametrize("like", ["nf4", "gptq"])
+@pytest.mark.parametrize("like", ["gptq"])
 def test_what_a_finish_holds_is_what_is_planned(
     like: str, wide: Path, held: HeldBytes, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -329,30 +259,6 @@ def test_the_least_that_is_named_is_enough(runs: Path, monkeypatch: pytest.Monke
         said(opened.within(f"{least - 1 - (BETWEEN_PROCESSES >> 20)}MiB"), like)
 
 
-def test_a_model_that_cannot_be_planned_keeps_no_budget(runs: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    def refused(*_: object, **__: object) -> None:
-        raise NotPlanned("This model cannot be planned.")
-
-    monkeypatch.setattr(packed_merge, "rehearse_evaluation", refused)
-    opened, like = open_adapter(runs / "on_nf4"), runs / "nf4"
-    with pytest.raises(ConfigError, match=r"cannot be kept without a plan .* Leave --memory out\."):
-        said(opened.within("8GiB"), like)
-
-
-def test_a_model_that_cannot_be_streamed_is_refused_with_the_reason(runs: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    real = PackedMerging.plan
-
-    def plan(merging: PackedMerging, way: Way) -> MemoryPlan:
-        if way.streamed:
-            raise NotStreamed("It has no list of blocks.")
-        return real(merging, way)
-
-    monkeypatch.setattr(PackedMerging, "plan", plan)
-    opened, like = open_adapter(runs / "on_nf4").within("100MiB"), runs / "nf4"
-    with pytest.raises(ConfigError, match=r"It has no list of blocks\. Fewer --calibration-rows"):
-        said(opened, like)
-
-
 def test_another_attention_than_the_planned_one_is_refused_under_a_budget() -> None:
     by_row = cast(TextModel, SimpleNamespace(name="a model", attention="sdpa"))
     limited: Residency[MemoryPlan] = Residency(Budget.parse("1GiB"))
@@ -361,47 +267,6 @@ def test_another_attention_than_the_planned_one_is_refused_under_a_budget() -> N
         require_planned_attention(limited, by_row)
     require_planned_attention(limited, by_row, "sdpa")
     require_planned_attention(limited, cast(TextModel, SimpleNamespace(attention="varlen")))
-
-
-@pytest.mark.usefixtures("no_runtime")
-@pytest.mark.parametrize("full", [False, True])
-def test_every_store_is_closed_and_gone(
-    full: bool, runs: Path, going: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    begun: list[WeightStore] = []
-    real = RecordStream.__init__
-
-    def begin(stream: RecordStream, store: Any, *given: Any, **more: Any) -> None:
-        begun.extend([store] if type(store) is WeightStore else [])  # and none of a rehearsal
-        real(stream, store, *given, **more)
-
-    monkeypatch.setattr(RecordStream, "__init__", begin)
-    going(SPILLED)
-    words: dict[str, Any] = {**FEW_ROWS, "like": str(runs / "nf4"), "memory": "8GiB"}
-    if full:
-        def failing(*_: Any, **__: Any) -> None:
-            raise OSError(errno.ENOSPC, "No space left on device")
-
-        monkeypatch.setattr(model_folder, "stream_safetensors", failing)
-        with pytest.raises(EnvironmentProblem, match="Free some space"):
-            merge(MergeOptions((str(runs / "on_dense"),), out=tmp_path / "out", **words), console=quiet())
-    else:
-        merge(MergeOptions((str(runs / "on_dense"),), out=tmp_path / "out", **words), console=quiet())
-    assert len(begun) == (5 if full else 6), "the base three times, and what was made of it"
-    assert not any(store._closing.alive for store in begun)
-    assert [path.name for path in tmp_path.iterdir()] == ([] if full else ["out"])
-
-
-@pytest.mark.usefixtures("no_runtime")
-def test_a_full_disk_is_said_before_the_work(
-    runs: Path, going: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    going(SPILLED)
-    monkeypatch.setattr(fit.shutil, "disk_usage", lambda place: SimpleNamespace(free=1000))
-    with pytest.raises(EnvironmentProblem, match=r"packed weights needs .* in .*\.out\.blocks and .* in .*out on disk"):
-        words: dict[str, Any] = {"into": "packed", "like": str(runs / "nf4"), "memory": "8GiB"}
-        merge(MergeOptions((str(runs / "on_dense"),), out=tmp_path / "out", **words), console=quiet())
-    assert not any(tmp_path.iterdir())
 
 
 @pytest.mark.usefixtures("no_runtime")
@@ -447,12 +312,6 @@ def test_one_layer_at_a_time_is_dense(runs: Path, tmp_path: Path, monkeypatch: p
     assert len(found) == 6 * 7 and all(one.latent is None for one in found)
 
 
-def test_a_merge_without_disk_space_writes_nothing(runs: Path, tmp_path: Path) -> None:
-    with pytest.raises(ConfigError, match="a merge into packed weights takes at least"):
-        merge(MergeOptions((str(runs / "on_nf4"),), out=tmp_path / "out", into="packed", memory="64MiB"), console=quiet())
-    assert not (tmp_path / "out").exists()
-
-
 WEIGHT = torch.randn(64, 512, generator=torch.Generator().manual_seed(0))
 
 
@@ -478,23 +337,3 @@ def test_a_grid_of_shapes_is_as_large_as_the_real_one(base: PackedBase) -> None:
 def test_so_is_that_of_each_type_of_gguf(kind: str) -> None:
     base = gguf_codes.fit_gguf_scales(WEIGHT, kind)
     assert shapes(outlined_grid(base)) == shapes(grid_of(base))
-
-
-def test_rounding_holds_what_its_rows_and_its_blocks_take() -> None:
-    """More tokens hold more; a streamed model holds less by the blocks that are not there."""
-    wide = {"hidden_size": 128, "intermediate_size": 256, "num_hidden_layers": 5}
-    config = tiny_model("llama", **wide).config
-    empty = empty_model(config, torch.float32)
-    plan = plan_for(
-        empty, LoraSpec(rank=4), model_from_config(config, name="m", dtype=torch.float32, products=torch.float32).family
-    )
-    packing = packing_of(empty, config, QuantSpec(method="nf4"))
-
-    def held(make: Any, rows: RowShape) -> int:
-        build = partial(make, config, name="m", dtype=torch.float32, products=torch.float32)
-        return rehearse_rounding(build, plan, made_up_rows(rows), packing, Spill).bytes
-
-    few, many = (held(model_from_config, RowShape(60, count)) for count in (4, 12))
-    assert many - few >= 4 * 8 * 60 * 128, "the states of eight rows more"
-    block = 4 * (2 * 128 * 128 + 2 * 128 * 64 + 3 * 128 * 256)
-    assert 2 * block < few - held(streamed_model_from_config, RowShape(60, 4)) < 5 * block

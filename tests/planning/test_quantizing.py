@@ -6,7 +6,6 @@ import errno
 from collections.abc import Callable
 from contextlib import nullcontext
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -19,11 +18,8 @@ from lorakeet.memory.store import WeightStore
 from lorakeet.memory.stream import RecordStream
 from lorakeet.models.streaming import load as streamed_load
 from lorakeet.models.streaming.model import NotStreamed
-from lorakeet.models.text import load
-from lorakeet.planning import fit
 from lorakeet.planning.packed_merge import SPILLED, STREAMED
 from lorakeet.planning.quantizing import QuantizeJob, Quantizing
-from lorakeet.planning.rehearse_text import NotPlanned
 from lorakeet.runs.residency import RESIDENT, MemoryPlan, Way
 from lorakeet.verbs import quantize as quantizer
 from lorakeet.verbs.options import QuantizeOptions
@@ -173,21 +169,6 @@ def test_a_budget_below_the_least_is_refused_with_it(
 
 
 @pytest.mark.parametrize("method", ["gptq", "nf4"])
-def test_a_model_that_cannot_be_planned_is_refused(
-    method: Any, rows: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    def refused(*_: Any) -> None:
-        raise NotPlanned("This model cannot be planned.")
-
-    monkeypatch.setattr(Quantizing, "plan", refused)
-    source = save_tiny_llama(tmp_path / "source")
-    settings = {**GPTQ, "calibration": rows} if method == "gptq" else {"method": method}
-    with pytest.raises(ConfigError, match=r"--memory cannot be kept without a plan .* Leave --memory out"):
-        quantize(QuantizeOptions(str(source), out=tmp_path / "out", memory="8GiB", **settings), console=quiet())
-    assert [path.name for path in tmp_path.iterdir()] == ["source"]
-
-
-@pytest.mark.parametrize("method", ["gptq", "nf4"])
 def test_a_model_that_cannot_be_streamed_is_in_memory_or_refused_by_the_option_of_this_verb(
     method: Any, rows: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -208,26 +189,6 @@ def test_a_model_that_cannot_be_streamed_is_in_memory_or_refused_by_the_option_o
         quantize(QuantizeOptions(str(source), out=tmp_path / "out", memory="100MiB", **settings), console=quiet())
     assert "memory.budget" not in str(caught.value)
     quantize(QuantizeOptions(str(source), out=tmp_path / "out", memory="12GiB", **settings), console=quiet())
-
-
-@pytest.mark.slow
-@pytest.mark.usefixtures("no_runtime")
-def test_another_attention_than_the_planned_one_is_refused_under_a_budget(
-    rows: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    real = load.set_attention
-
-    def without_varlen(model: Any, attention: str) -> None:
-        if attention == "varlen":
-            raise EnvironmentProblem("it cannot.")
-        real(model, attention)
-
-    monkeypatch.setattr(load, "set_attention", without_varlen)
-    source = save_tiny_llama(tmp_path / "source")
-    with pytest.raises(ConfigError, match=r"attends with sdpa, row by row, .* planned for attention varlen.* Leave --memory out"):
-        quantize(QuantizeOptions(str(source), out=tmp_path / "out", calibration=rows, memory="8GiB", **GPTQ), console=quiet())
-    assert [path.name for path in tmp_path.iterdir()] == ["source"]
-    quantize(QuantizeOptions(str(source), out=tmp_path / "out", calibration=rows, **GPTQ), console=quiet())
 
 
 @pytest.mark.usefixtures("no_runtime")
@@ -261,15 +222,3 @@ def test_every_store_is_closed(
 
 def failing(*_: Any, **__: Any) -> None:
     raise OSError(errno.ENOSPC, "No space left on device")
-
-
-@pytest.mark.usefixtures("no_runtime")
-def test_a_full_disk_is_said_before_the_work(
-    rows: str, going: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    source = save_tiny_llama(tmp_path / "source")
-    going(SPILLED)
-    monkeypatch.setattr(fit.shutil, "disk_usage", lambda place: SimpleNamespace(free=1000))
-    with pytest.raises(EnvironmentProblem, match=r"quantising .* needs .* on disk, where 1000 bytes are free\. Free some space"):
-        quantize(QuantizeOptions(str(source), out=tmp_path / "out", calibration=rows, memory="8GiB", **GPTQ), console=quiet())
-    assert [path.name for path in tmp_path.iterdir()] == ["source"]

@@ -9,11 +9,9 @@ import torch
 
 from lorakeet.config import RunConfig, read_run
 from lorakeet.memory.forecast import Forecast
-from lorakeet.memory.usage import Usage
 from lorakeet.models.text.from_config import config_from_settings
 from lorakeet.planning.forecast_text_run import TextRunPlan, forecast_run
 from lorakeet.planning.planned_model import Precision
-from lorakeet.planning.reference import evaluated_copies, reference_bytes, with_reference
 from lorakeet.planning.rehearse_text import CHECKPOINT, EVALUATE, FINAL, STEP
 from lorakeet.quant.spec import QuantSpec
 from lorakeet.train.preference_spec import Objective
@@ -58,16 +56,3 @@ def test_a_gpu_holds_what_is_on_the_model_alone() -> None:
     card = replace(FP32, device=torch.device("cuda"))
     (name, more), = differences(settings("dpo"), settings("simpo"), card).items()  # fmt: skip
     assert name == FINAL and more >= 1, "an allocator hands out whole pieces"
-
-
-def test_no_reference_and_a_base_as_the_reference_take_nothing() -> None:
-    for config in (settings("sft"), settings("orpo"), settings("simpo"), settings("dpo", "base")):
-        assert reference_bytes(config, 400) == 0 == evaluated_copies(config, 400, on_gpu=False)
-    assert [evaluated_copies(settings("kto"), 400, on_gpu=card) for card in (False, True)] == [800, 400]
-
-
-def test_phases_before_the_first_step_are_as_they_were() -> None:
-    peaks = {name: Usage(100, {"adapter": 100}) for name in ("load", STEP, FINAL, "certify")}
-    found = with_reference(settings("dpo"), peaks, 7, on_gpu=False)
-    assert [peak.kinds["adapter"] for peak in found.values()] == [100, 107, 114, 107]
-    assert with_reference(settings("orpo"), peaks, 7, on_gpu=False) == peaks

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import io
 import re
 from collections.abc import Callable
 from pathlib import Path
@@ -10,7 +9,6 @@ from typing import Any
 
 import pytest
 import torch
-from rich.console import Console
 
 from lorakeet.config import RunConfig, read_run
 from lorakeet.errors import ConfigError
@@ -167,7 +165,6 @@ FEW = {"train.steps": "2", "train.micro_tokens": "128", "evaluate.drift_texts": 
 CHOSEN = {
     "one base": Way(one_base=True),
     "computed again": Way(recomputed=True, slots=ALONE, one_base=True),
-    "streamed": Way(True, together=1, one_base=True),
     "fewer tokens": Way(micro_tokens=64, one_base=True),
 }
 
@@ -191,7 +188,7 @@ def test_a_whole_run_with_little_free_ends_in_the_same_bytes(
     found = run(small, data, tmp_path / "run", FEW)
     text, config = found.setup.text, read_run(tmp_path / "run" / "config.yaml")
     again = [module for module in text.model.modules() if isinstance(module, RecomputedBlock)]
-    assert len(again) == (2 if name == "computed again" else 0) and (text.streamed is not None) == (name == "streamed")
+    assert len(again) == (2 if name == "computed again" else 0)
     assert config.train.micro_tokens == (64 if name == "fewer tokens" else 128) and not config.memory.budget
     assert name == "fewer tokens" or adapter_bytes(tmp_path / "run") == adapter_bytes(whole)
     checks, of_whole = ({check.name for check in read_certificate(folder / "certificate.json").checks} for folder in
@@ -215,26 +212,11 @@ def test_a_base_that_would_not_fit_now_is_not_loaded_again(
     )]  # fmt: skip
 
 
-def test_a_gpu_that_torch_does_not_use_is_said_before_training(
-    plain: tuple[Path, Path, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr(assemble_text, "why_not_cuda", lambda _: "Training runs on the CPU. Install another torch.")
-    small, data, _ = plain
-    screen = io.StringIO()
-    with pytest.raises(ConfigError):
-        assemble_text.assemble_text(
-            settings(small, data, tmp_path / "run", {"lora.target_modules": "nothing"}), Console(file=screen, width=200)
-        )
-    assert screen.getvalue().startswith("Training runs on the CPU. Install another torch.\n")
-
-
 def test_a_plan_says_how_a_run_fits_the_card_that_is_here_or_that_it_is_refused(config: Callable[..., RunConfig]) -> None:
     settings = config()
     work, said = UnboundTextRun(settings, ROWS, print), list[str]()
     precision, planned = text_run.precision_of(settings), work.plan(RESIDENT)
-    result = text_kind.TextPlanResult(
-        config=settings, device=precision.device, planned=planned, precision=precision, speed=None
-    )
+    result = text_kind.TextPlanResult(config=settings, device=precision.device, planned=planned, precision=precision, speed=None)
     sizes = Budget(1 << 40, "1 TiB", "cuda:0"), Budget(CONTEXT, "512 MiB", "cuda:0")
     fitting, [refused] = (list(text_kind._refusals(result, work, free, said.append)) for free in sizes)
     assert "planned of 1 TiB free on cuda:0 for this run" in said[0] and fitting == []

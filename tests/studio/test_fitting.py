@@ -3,9 +3,7 @@
 from __future__ import annotations
 
 import json
-import os
 import pickle
-import subprocess
 import sys
 from collections import defaultdict
 from collections.abc import Mapping
@@ -127,48 +125,6 @@ def test_a_moved_setting_plans_anew_only_what_depends_on_it(
     number, after = answer()
     assert number == 0 and after == before, "what is remembered is what is computed"
     assert answer(lora__rank="32")[1]["bar"]["bytes"] > before["bar"]["bytes"]
-
-
-MOVED_IN_A_WORKBENCH = """
-from lorakeet.memory.beside import forks_allowed
-from lorakeet.memory.remembered import remembering
-from lorakeet.models.text.repeated_blocks import ModelBuilder
-from lorakeet.studio.fitting import fit
-from lorakeet.studio.workbench import import_all
-from lorakeet.planning import forecast_text_run
-
-import_all()
-rehearse, build, alike, whole = forecast_text_run.rehearse, ModelBuilder.__call__, [], [0]
-
-def counted(*given, **more):
-    found = rehearse(*given, **more)
-    alike.append(found.alike)
-    return found
-
-def built(self, blocks=None):
-    whole[-1] += blocks is None
-    return build(self, blocks)
-
-forecast_text_run.rehearse, ModelBuilder.__call__ = counted, built
-settings, values = {"model.path": "meta-llama/Llama-3.1-8B", "machine": "gpu-24"}, {}
-for moved in ({"model.quantize.method": "nf4"}, {"data.max_tokens": "512"}, {"lora.rank": "4"}):
-    settings |= moved
-    with forks_allowed(), remembering(values, values.__setitem__):
-        fit(settings, lambda part: None)
-    whole.append(0)
-print(alike)
-print(whole)
-"""
-
-
-@pytest.mark.slow
-def test_a_few_blocks_stand_for_all_of_a_shipped_model() -> None:
-    """Something that only one of two processes meets would make each answer a rehearsal of all 32 blocks: seconds more."""
-    command = [sys.executable, "-c", MOVED_IN_A_WORKBENCH]
-    ended = subprocess.run(command, capture_output=True, text=True, check=True, env={**os.environ, "OMP_NUM_THREADS": "1"})
-    alike, whole = map(json.loads, ended.stdout.splitlines()[-2:])
-    assert len(alike) >= 3 and set(alike) == {32}
-    assert whole == [1, 0, 1, 0], "the whole model is made once for its pairs, not again for rows of another length"
 
 
 @pytest.mark.slow

@@ -2,39 +2,31 @@
 
 from __future__ import annotations
 
-from dataclasses import replace
 from functools import partial
 from pathlib import Path
 
 import pytest
 import torch
-from safetensors.torch import load_file
 
 from lorakeet.core.spec import LoraSpec
 from lorakeet.errors import ConfigError, EnvironmentProblem
 from lorakeet.evaluate.certificate import read_certificate
 from lorakeet.kinds.images import plan as image_forecast
 from lorakeet.kinds.images.model.from_config import ShapeImageModel, image_model_from_config, shapes_of_images
-from lorakeet.kinds.images.model.model import image_plan
 from lorakeet.kinds.images.model.shapes import Shapes
 from lorakeet.kinds.images.plan import (
     ENCODE,
     ImageRehearsal,
-    Machine,
     Pictures,
-    changes_that_help,
     fit_images,
     forecast_images,
-    go_through,
     machine_of,
     rehearse_images,
     ways,
 )
 from lorakeet.kinds.images.spec import DiffusionSpec
 from lorakeet.memory.cuda import CONTEXT
-from lorakeet.memory.forecast import Forecast, Phase
 from lorakeet.memory.free import MARGIN
-from lorakeet.models.inject import adapter_names
 from lorakeet.models.spec import ModelSpec
 from lorakeet.planning import fit
 from lorakeet.planning.rehearse_text import BEGIN, CHECKPOINT, EVALUATE, FINAL, STEP, NotPlanned
@@ -129,40 +121,6 @@ def test_without_a_budget_nothing_is_planned(tiny_sd_folder: Path, tmp_path: Pat
     assert fit_images(config, print)[1].plan is None
 
 
-@pytest.mark.parametrize(("dtype", "rounded"), [("bfloat16", True), ("float32", False)])
-def test_files_count_from_which_numbers_are_rounded(tiny_sd_folder: Path, tmp_path: Path, dtype: str, rounded: bool) -> None:
-    config = image_config(tiny_sd_folder, tmp_path, model__dtype=dtype)
-    encoder = sum(tensor.nbytes for tensor in load_file(tiny_sd_folder / "text_encoder" / "model.safetensors").values())
-    assert encoder > 0 and machine_of(config).mapped == (encoder if rounded else 0)
-    assert machine_of(image_config(Path("somebody/a-model"), tmp_path)).mapped == -1
-
-
-@pytest.mark.slow
-def test_what_helps_on_a_gpu_without_bfloat16_is_float16_which_takes_no_more(
-    tiny_sd_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    config = image_config(tiny_sd_folder, tmp_path)
-    machine, shapes = Machine(torch.float32, 0, gpu=torch.device("cuda", 0)), shapes_of_images(config.model, print)
-    monkeypatch.setattr(image_forecast, "narrow_for", lambda device: {"cuda": "float16"}[device.type])
-    change, planned = next(changes_that_help(config, shapes, machine))
-    narrow = forecast_images(config, shapes, replace(machine, dtype=torch.bfloat16))
-    assert change == {"model.dtype": "float16"} and planned.peak == narrow.peak and planned.work == narrow.work
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize(("start", "decomposed"), [("pissa", 1), ("kaiming", 0)])
-def test_what_pairs_begin_with_is_in_the_runtime_and_in_the_peak_of_training(
-    tiny_sd_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, start: str, decomposed: int
-) -> None:
-    ran: list[int] = []
-    monkeypatch.setattr(image_forecast, "decompose", lambda: ran.append(1))
-    config = image_config(tiny_sd_folder, tmp_path, lora__start=start)
-    machine, shapes = machine_of(config), shapes_of_images(config.model, print)
-    planned = forecast_images(config, shapes, machine)
-    phases = (Phase("begin pairs", {"scratch": 1 << 40}), *planned.forecast.phases)
-    assert len(ran) == decomposed and replace(planned, forecast=Forecast(phases)).training_peak == 1 << 40
-
-
 LORA = LoraSpec(rank=4, alpha=12, target_modules=("attention",))
 PICTURES = Pictures((16, 24), 2, 2, (16, 16), 2)
 
@@ -206,12 +164,6 @@ def test_more_pictures_keep_more_and_checkpointing_keeps_less(shapes: Shapes) ->
 
 
 @pytest.mark.slow
-def test_a_packed_unet_takes_less(shapes: Shapes) -> None:
-    dense, packed = rehearsed(shapes), rehearsed(shapes, quantize="int8")
-    assert packed.base < dense.base and packed.other_part == dense.other_part and packed.largest == dense.largest
-
-
-@pytest.mark.slow
 def test_a_gpu_has_a_shard_only_while_it_computes(shapes: Shapes) -> None:
     all_along, card = rehearsed(shapes), rehearse_images(
         partial(image_model_from_config, shapes, name="tiny", dtype=torch.float32, gpu=True), LORA, TrainSpec(),
@@ -238,25 +190,6 @@ def test_transformers_are_rehearsed_too(kind: str, request: pytest.FixtureReques
     dense, packed = rehearsed(flow), rehearsed(flow, quantize="nf4")
     assert dense.plan.parameters == packed.plan.parameters > 0 and packed.base < dense.base
     assert dense.peaks[STEP].kinds["saved activations"] > 0
-
-
-@pytest.mark.slow
-def test_moments_of_8_bits_are_counted(shapes: Shapes, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("lorakeet.train.optimizer.SMALLEST", 1)  # no tensor of a tiny model is large
-    full, quarter = (
-        rehearse_images(
-            partial(built, shapes), LORA, TrainSpec(moments=moments), DiffusionSpec(at_once=2), PICTURES
-        ).peaks[STEP].kinds["moments"]
-        for moments in ("float32", "8bit")
-    )  # fmt: skip
-    assert 0.25 < quarter / full < 0.5
-
-
-def test_the_same_code_runs_on_numbers(shapes: Shapes) -> None:
-    model = built(shapes)
-    go_through(model, image_plan(model, LORA, text_encoder=False), TrainSpec(), DiffusionSpec(at_once=2), PICTURES)
-    assert adapter_names(model.parts) == ["default"]
-    assert any(p.abs().max() > 0 for name, p in model.parts.named_parameters() if name.endswith(".B"))
 
 
 def test_a_model_that_cannot_be_followed_is_no_plan(shapes: Shapes, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -5,31 +5,25 @@ from __future__ import annotations
 import dataclasses
 import io
 import json
-import math
-import re
 import shlex
 import shutil
 from collections.abc import Mapping
-from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
-from typing import Any, cast
+from typing import Any
 
 import pytest
 import torch
 from rich.console import Console
 
 from lorakeet.cli.main import main
-from lorakeet.config import RunConfig, read_run
+from lorakeet.config import read_run
 from lorakeet.errors import ConfigError
-from lorakeet.evaluate.wording import duration_text
 from lorakeet.kinds.text import kind as text_runs
-from lorakeet.kinds.text.kind import KIND, TextPlanResult, _speed_text
-from lorakeet.kinds.text.run_time import Speed
+from lorakeet.kinds.text.kind import KIND, TextPlanResult
 from lorakeet.planning.planned_model import Precision
 from lorakeet.planning.rehearse_text import RowShape
 from lorakeet.quant.spec import QuantSpec
-from lorakeet.runs.residency import Residency
 from lorakeet.train.run import RunFolder
 from lorakeet.verbs.options import PlanOptions
 from lorakeet.verbs.plan import plan
@@ -60,30 +54,6 @@ def test_the_next_commands_run_as_they_are_printed(finished: Any, tmp_path: Path
     for command in printed[:3]:  # merge, export, verify: serving does not end, and evaluating wants a file
         assert main(shlex.split(command)[1:]) == 0, command
     assert main(shlex.split(printed[-1].replace("FILE", str(finished.test)))[1:]) == 0
-
-
-def test_the_comparison_with_the_model_s_own_code_is_announced_before_it_begins(monkeypatch: pytest.MonkeyPatch) -> None:
-    console, before = Console(record=True, width=80, file=io.StringIO()), list[str]()
-    task: Any = SimpleNamespace(text=None, parameters=dict, train=[])
-    setup: Any = SimpleNamespace(
-        config=SimpleNamespace(train=SimpleNamespace(keep_prefix_states=False)), residency=Residency()
-    )
-    monkeypatch.setattr(text_runs, "text_task", lambda _: task)
-    monkeypatch.setattr(text_runs, "require_own_code", lambda *_: before.append(console.export_text()))
-    KIND.task(setup, RunFolder(Path("run")), console)
-    assert before == ["Comparing the first pass with the model's own code.\n"]
-
-
-def test_the_next_commands_name_the_run(finished: Any) -> None:
-    commands = [item.command for item in finished.result.report.next_commands]
-    assert commands == [
-        f"lorakeet merge {finished.path} --out {finished.path}-merged",
-        f"lorakeet export {finished.path} --to ollama --out {finished.path}-ollama",
-        f"lorakeet verify {finished.path}",
-        f"lorakeet serve --model {finished.model} --adapter {finished.path.name}={finished.path}",
-        f"lorakeet evaluate {finished.path} --data FILE",
-    ]
-    assert replace(finished.result.report).facts["Run folder"] == str(finished.path)
 
 
 def test_a_path_with_a_space_is_one_word_of_the_next_commands(finished: Any) -> None:
@@ -120,37 +90,6 @@ def test_the_table_says_phases_kinds_and_peak(config_folder: Path) -> None:
     assert result.config.lora.rank == 4 and result.planned.rows.tokens == 32
     assert result.peak == max(phase.bytes for phase in result.planned.forecast.phases if phase.name not in ("merge", "export"))
     assert result.advice == () and result.to_mapping()["fits"] is None
-
-
-@pytest.mark.slow
-def test_the_time_is_that_of_all_steps_or_of_a_thousand_rows(config_folder: Path) -> None:
-    steps = {"train.steps": "50", "train.batch_size": "6"}
-    whole, text = planned(config_folder, settings=steps)
-    count = whole.planned.rows.count
-    assert whole.micro_batches == -(-6 // count)
-    found = replace(whole, speed=Speed(whole.planned.work.flops / 7.0, math.inf))  # 7 s for a micro-batch
-    assert found.to_mapping()["speed"]["training_seconds_at_least"] == pytest.approx(50 * whole.micro_batches * 7)
-    assert re.search(r"Training alone takes at least \S+ \w+ here for the 50 steps of 6 rows, if each row has 32 tokens\.", text)
-    open_ended, text = planned(config_folder)
-    assert open_ended.to_mapping()["speed"]["training_seconds_at_least"] is None
-    assert " here for every 1,000 rows, in each epoch, if each row has 32 tokens. A full micro-batch takes at least " in text
-
-
-@pytest.mark.slow
-def test_a_plan_says_how_many_prompts_are_answered(config_folder: Path) -> None:
-    _, text = planned(config_folder)
-    assert "answers up to 64 held-out prompts, if rows have no labels, in at most 256 tokens each" in text
-    _, none = planned(config_folder, settings={"evaluate.answers": "0"})
-    assert "held-out prompts" not in none
-
-
-def test_times_and_rates_are_written_as_people_do(config_folder: Path) -> None:
-    whole, _ = planned(config_folder, settings={"train.steps": "50", "train.batch_size": "6"})
-    slow = replace(whole, speed=Speed(whole.planned.work.flops / 1700, math.inf))
-    said = _speed_text(slow)
-    assert "takes at least 28 min: " in said and "of 6 rows, if" in said
-    assert duration_text(50 * slow.micro_batches * 1700) in said
-    assert f"So at most {slow.planned.rows.tokens / 1700:.2g} tokens a second are trained." in said
 
 
 @pytest.mark.slow
@@ -194,25 +133,6 @@ def test_a_budget_that_is_too_small_brings_advice_with_numbers(config_folder: Pa
     assert enough.to_mapping()["fits"] is True and "less than the budget" in text and "this machine has" in text
 
 
-def test_where_the_weights_alone_are_too_much_what_helps_a_streamed_run_is_said() -> None:
-    """Settings are tried until one fits: with weights in memory none of them could."""
-    config = read_run(None, {"model.path": "none", "data.train": "none", "memory.budget": "1MB", "lora.rank": "8"})
-    precision = Precision(torch.float32, torch.float32, QuantSpec())
-    planned: Any = SimpleNamespace(base=2_000_000, rows=RowShape(512))
-    tried: list[RunConfig] = []
-
-    def least(other: RunConfig) -> int:
-        tried.append(other)
-        return 1_200_000 if other.train.moments == "8bit" else 900_000
-
-    bare, limit = SimpleNamespace(peak=3_000_000), config.memory.limit
-    found = text_runs.text_advice(config, precision, planned, lambda *_, **__: bare, least, limit)  # type: ignore[arg-type,return-value]
-    streamed = [(item.change, item.peak) for item in found if item.streamed]
-    shorter = "--data.max_tokens 256 --train.micro_tokens 256"
-    assert streamed == [(shorter, 900_000), ("--train.moments 8bit", 1_200_000)] and len(tried) == 2
-    assert [item.change for item in found if not item.streamed] == ["--model.dtype bfloat16", "--model.quantize.method nf4"]
-
-
 def advised(tokens: int, rows: RowShape, **changes: str) -> set[str]:
     given = {"model.path": "none", "data.train": "none", "memory.budget": "1MB", "train.objective": "dpo"}
     config = read_run(None, {**given, "data.max_tokens": str(rows.length), "train.micro_tokens": str(tokens), **changes})
@@ -229,15 +149,6 @@ def test_two_answers_that_are_never_apart_are_advised_to_be_shorter() -> None:
     assert advised(1024, RowShape(512, 2)) == {"--data.max_tokens 256 --train.micro_tokens 512"}
     assert advised(1536, RowShape(512, 3)) == {"--train.micro_tokens 1024"}
     assert advised(4096, RowShape(512, 8)) == {"--train.micro_tokens 2048"}
-
-
-@pytest.mark.slow
-def test_shorter_rows_are_advised_with_smaller_micro_batches(config_folder: Path) -> None:
-    """Two rows of half the length in a micro-batch would hold as much as one."""
-    result, text = planned(config_folder, budget="64MB", tokens=512)
-    (shorter,) = (item for item in result.advice if "max_tokens" in item.change)
-    assert shorter.change == "--data.max_tokens 256 --train.micro_tokens 256" and shorter.change in text
-    assert shorter.peak <= result.peak  # of so small a model the certificate holds most
 
 
 @pytest.mark.slow
@@ -287,20 +198,6 @@ def test_the_host_memory_of_unpacking_is_no_gpu_memory(packed_file: Path) -> Non
 
 
 @pytest.mark.slow
-def test_where_only_unpacking_is_too_large_nothing_is_streamed(
-    packed_file: Path, config_folder: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """A run may need streaming beside it, whose plan is of what comes after the unpacking."""
-    monkeypatch.setattr(text_runs, "bytes_to_unpack", lambda spec: 1 << 40)
-    result, text = planned(packed_file, budget="8GiB")
-    assert result.unpacks_too_much and result.streamed is None and result.least is None and result.advice == ()
-    assert result.to_mapping()["fits"] is False and "finetune refuses: unpacking" in text
-    assert "finetune keeps" not in text and "it needs at least" not in text
-    too_little, text = planned(packed_file, budget="64MB")
-    assert too_little.least is not None and "finetune refuses: unpacking" in text and "it needs at least" in text
-
-
-@pytest.mark.slow
 def test_a_budget_on_a_cuda_device_that_streaming_keeps_says_what_the_host_holds(config_folder: Path) -> None:
     wide = {**SMALL, "hidden_size": 512, "intermediate_size": 2048, "num_hidden_layers": 6, "vocab_size": 4096}
     (config_folder / "config.json").write_text(json.dumps(wide))
@@ -321,20 +218,3 @@ def test_a_budget_on_a_cuda_device_that_streaming_keeps_says_what_the_host_holds
     assert disk.streamed is not None and host.streamed is not None and disk.streamed.choice.way.slots < 5
     assert "2 buffers of a block" in disk.host_memory and "the 6 frozen blocks" in host.host_memory
     assert "streamed from pinned host memory" in text.getvalue() and "on cuda:0" in text.getvalue()
-
-
-def test_tokens_of_experts_are_those_of_all_processes() -> None:
-    processes: Any = SimpleNamespace(summed=lambda counts: counts + 10)
-    assert text_runs._summed(processes, {"a": [1, 2], "b": [0]}) == {"a": [11, 12], "b": [10]}
-
-
-@pytest.mark.parametrize(("native", "advised"), [(True, "bfloat16"), (False, "float16")])
-def test_on_a_gpu_the_narrow_numbers_that_it_multiplies_are_advised(
-    native: bool, advised: str, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """A T4 multiplies no bfloat16."""
-    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
-    monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda **_: native)
-    wide = Precision(torch.float32, torch.float32, QuantSpec(), torch.device("cuda", 0))
-    change, _, narrow = next(text_runs._changes(RunConfig(), wide, cast(Any, None)))
-    assert change == {"model.dtype": advised} and narrow.dtype == getattr(torch, advised)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -35,7 +34,7 @@ from lorakeet.quant.packed import PackedBase
 from lorakeet.quant.spec import QuantSpec
 from lorakeet.runs.residency import Way
 from lorakeet.train.spec import TrainSpec
-from tiny.models import FAMILIES, save_tiny_llama, tiny_model
+from tiny.models import save_tiny_llama, tiny_model
 from tiny.native import needs_native
 from tiny.streams import loaded
 
@@ -83,11 +82,6 @@ def test_an_outline_draws_no_numbers(monkeypatch: pytest.MonkeyPatch) -> None:
     assert drawn == []
 
 
-def test_a_folder_and_its_config_give_the_same(tmp_path: Path) -> None:
-    (tmp_path / "config.json").write_text(json.dumps(SMALL))
-    assert config_of(ModelSpec(path=str(tmp_path)), quiet).hidden_size == 64
-
-
 def test_what_has_no_configuration_is_refused_with_the_nearest_name(tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match=r"no configuration.*meta-llama/Llama-2-7b-hf.*Did you mean 'meta-llama/Llama-2-7b-hf'"):
         config_of(ModelSpec(path="meta-llama/Llama-2-7b-hv"), quiet)
@@ -126,19 +120,6 @@ def test_what_a_product_in_int8_holds_is_in_the_account(in_int8: bool) -> None:
     assert ledger.work["product"].flops == 2 * tokens * base.shape[0] * (base.shape[1] + apart)
 
 
-def test_one_tile_of_an_outlined_base_is_worked_through() -> None:
-    spec = QuantSpec(method="nf4")
-    with Ledger() as ledger:
-        text = model_from_config(
-            config_from_settings(SMALL), name="small", dtype=torch.float32, products=torch.float32, quantize=spec
-        )
-        base = next(module for module in text.model.modules() if isinstance(module, ShapeBase))
-        x = torch.zeros(3, base.shape[1])
-        with ledger.phase("product"):
-            assert base.matmul(x).shape == (3, base.shape[0])
-    assert ledger.peaks["product"].bytes > 0
-
-
 @needs_native
 @pytest.mark.parametrize("method", ["nf4", "int8"])
 def test_an_outlined_base_is_multiplied_as_it_is_where_a_run_s_is(method: Any, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -166,7 +147,7 @@ def rehearsed(config: object, way: Way, batches: int = 2, **changes: object) -> 
     return rehearse(build, LoraSpec(rank=2), TrainSpec(), rows=RowShape(32, 2), micro_batches=batches, way=way)
 
 
-@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("family", ["llama", "gemma3", "qwen2_moe", "gpt2"])
 def test_every_family_is_rehearsed_and_holds_less_than_resident(family: str) -> None:
     config = tiny_model(family).config
     resident = rehearse(
@@ -185,7 +166,10 @@ def test_its_places_are_as_large_as_those_of_the_loaded_model(method: str, tmp_p
     assert real.streamed is not None
     with Ledger() as ledger:
         text = streamed_model_from_config(
-            AutoConfig.from_pretrained(folder), name="x", quantize=QuantSpec(method=method), **DTYPES  # type: ignore[arg-type]
+            AutoConfig.from_pretrained(folder),
+            name="x",
+            quantize=QuantSpec(method=method),
+            **DTYPES,  # type: ignore[arg-type]
         )
         assert text.streamed is not None
         size, tensors = text.streamed.stream.slot_bytes, len(text.streamed.stream.records[0].tensors)
@@ -193,29 +177,3 @@ def test_its_places_are_as_large_as_those_of_the_loaded_model(method: str, tmp_p
         before = ledger.bytes
         assert len(text.streamed.stream.fill()) == 2
         assert ledger.bytes - before == 2 * size
-
-
-def test_products_in_int8_are_rehearsed() -> None:
-    config = tiny_model("llama").config
-    exact, coded = (
-        rehearsed(config, Way(True, together=1), quantize=QuantSpec(method="int8", int8_products=products))
-        for products in (False, True)
-    )
-    assert coded.block_bytes == exact.block_bytes and coded.peaks[STEP].bytes != exact.peaks[STEP].bytes
-
-
-@pytest.mark.parametrize("attention", ["sdpa", "eager"])
-def test_attention_over_a_mask_is_rehearsed_too_and_holds_more(attention: str) -> None:
-    config = tiny_model("llama").config
-    by_rows = rehearsed(config, Way(True, together=1)).peaks[STEP].bytes
-    assert rehearsed(config, Way(True, together=1), attention=attention).peaks[STEP].bytes > by_rows
-
-
-@pytest.mark.slow
-def test_inputs_on_disk_and_fewer_batches_together_hold_less() -> None:
-    config = tiny_model("llama").config
-    config.num_hidden_layers = 6
-    kept = rehearsed(config, Way(True, together=2)).peaks[STEP].bytes
-    one = rehearsed(config, Way(True, together=1)).peaks[STEP].bytes
-    spilled = rehearsed(config, Way(True, together=1, spilled=True)).peaks[STEP].bytes
-    assert spilled < one < kept

@@ -22,14 +22,14 @@ from lorakeet.models.text.repeated_blocks import (
     last_new_kind_of_block,
 )
 from lorakeet.planning import rehearse_text
-from lorakeet.planning.rehearse_text import CHECKPOINT, STEP, EvaluationSize, Rehearsal, RowShape, rehearse
+from lorakeet.planning.rehearse_text import STEP, EvaluationSize, Rehearsal, RowShape, rehearse
 from lorakeet.quant.spec import QuantSpec
 from lorakeet.runs.residency import RESIDENT, Way
 from lorakeet.train.spec import TrainSpec
 from tiny.models import FAMILIES, tiny_model
 
 BLOCKS = 6
-ALIKE = ("qwen2", "qwen3_moe", "phi3", "gpt2")
+ALIKE = ("qwen3_moe", "gpt2")
 LORA = LoraSpec(rank=2, alpha=4)
 
 
@@ -87,7 +87,7 @@ def test_every_family_of_equal_blocks(family: str, monkeypatch: pytest.MonkeyPat
 @pytest.mark.slow
 @pytest.mark.parametrize(
     ("quantize", "way"),
-    [("none", RESIDENT), ("nf4", Way(True, together=3)), ("int8", Way(True, together=1, spilled=True)), ("nf4", RESIDENT)],
+    [("nf4", Way(True, together=3)), ("int8", Way(True, together=1, spilled=True))],
     ids=str,
 )  # fmt: skip
 def test_every_way_to_keep_weights(quantize: str, way: Way, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -100,23 +100,11 @@ def test_every_way_to_keep_weights(quantize: str, way: Way, monkeypatch: pytest.
     [
         replace(LORA, variant="dora", dropout=0.1),
         replace(LORA, target_modules=("q_proj",), extra_modules=("lm_head",)),
-        replace(LORA, start="pissa"),
-        replace(LORA, start="olora"),
     ],
-    ids=["dora", "attention", "pissa", "olora"],
+    ids=["dora", "attention"],
 )  # fmt: skip
 def test_every_kind_of_adapter(lora: LoraSpec, monkeypatch: pytest.MonkeyPatch) -> None:
     require_equal(*both(monkeypatch, config_of("llama"), lora))
-
-
-@pytest.mark.slow
-def test_moments_of_8_bits(monkeypatch: pytest.MonkeyPatch) -> None:
-    """AdamW in 8 bits goes from matrix to matrix in Python, so that its passing tensors are in a loop over all blocks."""
-    few, every = both(monkeypatch, config_of("llama"), moments="8bit")
-    for name, peak in every.peaks.items():
-        if name:
-            assert peak.bytes <= few.peaks[name].bytes <= 1.02 * peak.bytes, name
-    assert few.peaks[CHECKPOINT].bytes == every.peaks[CHECKPOINT].bytes
 
 
 @pytest.mark.parametrize(
