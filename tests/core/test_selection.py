@@ -88,41 +88,6 @@ def test_a_mix_keeps_its_place_and_new_ones_take_those_of_the_gone() -> None:
     assert placed("a") == "a", "too many would see nothing"
 
 
-def test_what_stands_at_a_place_depends_on_who_came_last() -> None:
-    selection = Selection()
-    selection.changed("a")
-    selection.changed("b")
-    found = arranged([Share(0, 1, "a"), Share(1, 2, "a"), Share(1, 2, "b")], units=2, selection=selection)
-    before = selection.states(found)
-    assert selection.states(found) is before and set(before) == found.used
-    selection.changed("c")
-    assert selection.states(found) == before
-    selection.changed("b", gone=True)
-    after = selection.states(found)
-    assert after[0] == before[0] and after[1] != before[1]
-    selection.changed("b")
-    assert selection.states(found)[1] not in (before[1], after[1]), "the same name, but perhaps another adapter"
-    selection.changed("b", gone=True)
-    assert set(selection.attached_at) == {"a", "c"}, "thousands may come and go"
-
-
-def test_rows_that_outlive_many_changes_keep_the_newest_alone() -> None:
-    selection = Selection()
-    found = arranged([Share(0, 1, "a")], units=1, selection=selection)
-    for _ in range(100):
-        selection.changed("b")
-        selection.states(found)
-    assert len(found.picked) == 1
-
-
-def test_the_same_rows_are_arranged_once() -> None:
-    selection = Selection()
-    shares = [Share(1, 3, "a"), Share(2, 3, "b", 0.5)]
-    found = arranged(shares, units=3, selection=selection)
-    assert arranged(list(shares), units=3, selection=selection) is found, "the same rows write another token"
-    assert arranged(shares, units=4, selection=selection) is not found
-
-
 def test_units_of_several_tokens_are_arranged_in_tokens() -> None:
     selection = Selection()
     selection.divide([Share(0, 1, "a"), Share(1, 2, "b"), Share(2, 3, "c")], units=3)

@@ -4,7 +4,7 @@ import math
 
 import pytest
 
-from lorakeet.evaluate.wording import as_written, bytes_text, check_words, compact, duration_text, metric_words, number, signed
+from lorakeet.evaluate.wording import as_written, bytes_text, compact, duration_text, number, signed
 
 
 @pytest.mark.parametrize(
@@ -23,11 +23,6 @@ def test_numbers(value: float | None, text: str) -> None:
     assert number(value) == text
 
 
-def test_a_change_names_both_that_it_may_be_from_and_a_lead_both_units() -> None:
-    assert all("of the reference or base" in metric_words(name).meaning for name in ("chosen_change", "rejected_change"))
-    assert "in nats; a token if divided by length (ipo, orpo, simpo)" in metric_words("lead").meaning
-
-
 def test_signs() -> None:
     assert (signed(0.17), signed(-0.17), signed(0.0)) == ("+0.170", "−0.170", "0.000")
 
@@ -39,11 +34,6 @@ def test_compact_numbers() -> None:
 def test_sizes() -> None:
     sizes = (None, 12, 3000, 94 << 20, 1_720_000_000)
     assert [bytes_text(size) for size in sizes] == ["–", "12 bytes", "3 KiB", "94 MiB", "1.60 GiB"]
-
-
-def test_unknown_names_are_said_as_they_are() -> None:
-    assert metric_words("token_rate").title == "token rate" and check_words("some_thing") == "some thing"
-    assert not metric_words("log_loss").higher_is_better
 
 
 @pytest.mark.parametrize(

@@ -232,7 +232,7 @@ def test_doctor(capsys: pytest.CaptureFixture[str]) -> None:
 def test_resume(desk: Path, tiny_llama_folder: Path) -> None:
     """As a script, with real processes: the first one is stopped, the second one goes on."""
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}"}
-    arguments = ["--model", str(tiny_llama_folder), *QUICK, "--train.steps", "60", "--train.evaluate_every", "20"]
+    arguments = ["--model", str(tiny_llama_folder), *QUICK, "--train.steps", "40", "--train.evaluate_every", "20"]
     script = ["sh", "examples/resume.sh", *arguments]
     ended = subprocess.run(script, cwd=desk, env=environment, capture_output=True, text=True, timeout=300, check=False)
     assert ended.returncode == 0, ended.stderr

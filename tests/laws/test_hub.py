@@ -123,18 +123,6 @@ def fetched(hub: str, cache: Path, *names: str, offline: bool = False) -> list[d
 
 
 @pytest.mark.slow
-def test_a_model_is_fetched_once_and_then_needs_no_network(hub: str, tmp_path: Path) -> None:
-    (first,) = fetched(hub, tmp_path / "cache", "plants/tiny")
-    assert "error" not in first, first
-    assert first["said"][0] == "Fetching plants/tiny from the model hub."
-    assert {"config.json", "model.safetensors", "tokenizer.json"} <= set(first["files"])
-    assert "pytorch_model.bin" not in first["files"] and COMMIT in first["source"]
-    (again,) = fetched("http://127.0.0.1:9", tmp_path / "cache", "plants/tiny", offline=True)
-    assert again["files"] == first["files"] and again["source"] == first["source"]
-    assert not any("Fetching" in line for line in again["said"])
-
-
-@pytest.mark.slow
 def test_what_the_hub_refuses_is_said(hub: str, tmp_path: Path) -> None:
     unknown, gated, revision = fetched(hub, tmp_path / "cache", "plants/tinny", "plants/gated", "plants/tiny@v9")
     assert "ConfigError: model.path 'plants/tinny' is no file or folder here, and the hub has no model of" in unknown["error"]
@@ -153,12 +141,18 @@ def test_a_server_fetches_no_weights_of_a_model_that_it_refuses(tmp_path: Path) 
 
 
 @pytest.mark.slow
-def test_a_model_whose_configuration_alone_was_fetched_is_fetched_whole(hub: str, tmp_path: Path) -> None:
-    """The check before serving and a plan leave config.json in the cache; the second start needs no network."""
+def test_a_model_is_fetched_once_and_then_needs_no_network(hub: str, tmp_path: Path) -> None:
+    """The check before serving and a plan leave config.json alone in the cache; the rest is fetched then."""
     (first,) = fetched(hub, tmp_path / "cache", "serve plants/tiny")
+    assert "error" not in first, first
     assert first["said"][:2] == [
         "Fetching the config.json of plants/tiny from the model hub.", "Fetching plants/tiny from the model hub.",
     ]  # fmt: skip
     assert {"config.json", "model.safetensors", "tokenizer.json"} <= set(first["files"])
+    assert "pytorch_model.bin" not in first["files"] and COMMIT in first["source"]
     (again,) = fetched("http://127.0.0.1:9", tmp_path / "cache", "serve plants/tiny", offline=True)
-    assert again["files"] == first["files"] and not any("Fetching" in line for line in again["said"])
+    assert (
+        again["files"] == first["files"]
+        and again["source"] == first["source"]
+        and not any("Fetching" in line for line in again["said"])
+    )

@@ -1,19 +1,23 @@
-"""The figures that pages give for a command are those that it prints. Each runs in a process of its own, as a reader's does."""
+"""The figures that pages give for a command are those that it prints. Plans for a CPU, which count what the process itself holds,
+run in a process of their own, as a reader's do."""
 
 from __future__ import annotations
 
+import io
 import json
 import re
 import shlex
 import subprocess
 import sys
 from collections.abc import Callable
+from contextlib import redirect_stdout
 from dataclasses import dataclass
 from functools import cache
 from typing import Any
 
 import pytest
 
+from lorakeet.cli.main import main
 from structure.tree import ROOT
 
 UNITS = {"GiB": 1 << 30, "MiB": 1 << 20, "GB": 10**9, "": 1}
@@ -50,14 +54,12 @@ SDXL = (
     "lorakeet plan examples/photos.yaml --model stabilityai/stable-diffusion-xl-base-1.0 --quantize nf4 --diffusion.at_once 1 "
     "--diffusion.checkpointing"
 )
-TWO, NONE = ("3GiB", "2GiB"), (" --memory.budget 3GiB", "")
+NONE = (" --memory.budget 3GiB", "")
 FIGURES = (
     Figure(LOW, CPU, r"\| none \| 32 of 32 \| ([\d.]+) GiB", "GiB", lambda found: found["peak"], NONE, within=0.03),
     Figure(LOW, CPU, r"of which the base is ([\d.]+) GiB", "GiB", base_of, NONE),
     Figure(LOW, CPU, r"\| 3 GiB \| (\d+) \|", "", lambda found: found["streamed"]["slots"], blocks=2),
     Figure(LOW, CPU, r"\| 3 GiB \| \d+ \| ([\d.]+) GiB", "GiB", lambda found: found["streamed"]["planned"], within=0.03),
-    Figure(LOW, CPU, r"\| 2 GiB \| (\d+) \|", "", lambda found: found["streamed"]["slots"], TWO, blocks=2),
-    Figure(LOW, CPU, r"\| 2 GiB \| \d+ \| ([\d.]+) GiB", "GiB", lambda found: found["streamed"]["planned"], TWO, within=0.05),
     Figure(LOW, CUDA, r"the peak is ([\d.]+) GiB with all weights", "GiB", lambda found: found["peak"]),
     Figure(LOW, CUDA, r"refused: it needs at least ([\d,]+) MiB", "MiB", lambda found: found["streamed_least"]),
     Figure(MEMORY, CUDA, r"is refused: it needs at least ([\d,]+) MiB", "MiB", lambda found: found["streamed_least"]),
@@ -65,19 +67,23 @@ FIGURES = (
     Figure(LOW, GPU_12, r"takes ([\d.]+) of the", "GiB", lambda found: found["streamed"]["planned"]),
     Figure(LOW, GPU_12, r"of the ([\d.]+) GiB free", "GiB", lambda found: found["machine"]["bytes"]),
     Figure(IMAGES, SDXL, r"a peak of ([\d.]+) GB of tensors", "GB", lambda found: found["card_tensors"]),
-    Figure(IMAGES, SDXL, r"flags it is ([\d.]+) GB", "GB", lambda found: found["card_tensors"],
-           (" --diffusion.at_once 1 --diffusion.checkpointing", ""), within=0.02),
 )  # fmt: skip
 
 
 @cache
 def printed(command: str) -> dict[str, Any]:
     """What a command prints with --json. One that is refused ends with 2 and says why."""
-    words = [sys.executable, "-m", *shlex.split(command), "--json"]
-    done = subprocess.run(words, check=False, capture_output=True, text=True, cwd=ROOT, timeout=600)
-    found: dict[str, Any] = json.loads(done.stdout)
-    assert done.returncode == (2 if found["refused"] else 0), done.stderr
-    return found
+    words = [*shlex.split(command), "--json"]
+    if command.startswith(CPU.partition(" --memory")[0]):
+        done = subprocess.run([sys.executable, "-m", *words], check=False, capture_output=True, text=True, cwd=ROOT, timeout=600)
+        found, code = json.loads(done.stdout), done.returncode
+    else:
+        with pytest.MonkeyPatch.context() as patch, redirect_stdout(io.StringIO()) as said:
+            patch.chdir(ROOT)
+            code = main(words[1:])
+        found = json.loads(said.getvalue())
+    assert code == (2 if found["refused"] else 0)
+    return dict(found)
 
 
 @pytest.mark.slow

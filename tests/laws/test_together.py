@@ -138,32 +138,6 @@ def test_two_processes_with_a_part_of_the_base_each_train_what_one_trains(
     assert ended.code == 0 and "train.shard has no effect with one process" in ended.answered, ended.said
 
 
-def test_a_killed_process_leaves_the_checkpoint_and_is_named(
-    forked: Together, tiny_llama_folder: Path, rows: Path, one: Path, tmp_path: Path
-) -> None:
-    """Under torchrun itself, with a real kill."""
-    run = tmp_path / "run"
-    changes = {"train__checkpoint_every": "1", "train__steps": "100000", "train__evaluate_every": "100000"}
-    torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", "-m", "lorakeet"]
-    process = subprocess.Popen(
-        [*torchrun, *arguments(tiny_llama_folder, rows, run, **changes)],
-        stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env={**os.environ, "OMP_NUM_THREADS": "1"},
-    )  # fmt: skip
-    try:
-        wait_for_step(run, 3, process)
-        os.kill(second_of(process.pid), signal.SIGKILL)
-        _, said = process.communicate(timeout=60)
-    finally:
-        process.terminate()  # torchrun ends its own processes; nothing where all have ended
-    assert process.returncode != 0
-    newest = checkpoint.found(run / "checkpoints")[-1]
-    step = checkpoint.load_checkpoint(newest).position.step  # whole, by its own hashes
-    found = re.search(r"Error: After step (\d+): process 1 of 2 died\. Kept: the checkpoint (\S+)\. Resume with: (.*)", said)
-    assert found is not None, said
-    assert int(found[1]) in (step, step + 1) and found[2] == str(newest)
-    assert found[3] == f"torchrun --nproc-per-node 2 -m lorakeet finetune --resume {run}"
-
-
 def test_two_machines_train_what_one_process_trains(tiny_llama_folder: Path, rows: Path, one: Path, tmp_path: Path) -> None:
     """The command of docs/how-to/many-gpus, once for each machine: two agents of torchrun that meet at an address."""
     run = tmp_path / "run"
@@ -241,19 +215,6 @@ def test_one_that_is_killed_while_a_sharded_run_is_evaluated_is_named(
     said = f"Error: process 1: {judging.format(0)}{kept}"
     assert ended_at(forked, "kinds.text.certify:frozen_digests", 0, go_on, said) == newest
     assert adapter_bytes(run) == adapter
-
-
-def second_of(agent: int) -> int:
-    """The pid of process 1 of those that this torchrun started."""
-    for pid in (int(entry) for entry in os.listdir("/proc") if entry.isdigit()):
-        try:
-            with open(f"/proc/{pid}/stat") as stat, open(f"/proc/{pid}/environ", "rb") as environ:
-                parent = int(stat.read().rpartition(")")[2].split()[1])
-                if parent == agent and b"\0RANK=1\0" in b"\0" + environ.read():
-                    return pid
-        except OSError:
-            continue
-    raise AssertionError(f"torchrun {agent} has no process 1")
 
 
 def wait_for_step(run: Path, step: int, process: subprocess.Popen[str]) -> None:

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from lorakeet.core.base import DenseBase
-from lorakeet.core.batched.mix_copies import LAYOUTS, MixCopies
+from lorakeet.core.batched.mix_copies import MixCopies
 from lorakeet.core.dora import DoraPair
 from lorakeet.core.layers.linear import LoraLinear, SharedInput
 from lorakeet.core.lowrank import LoraPair
@@ -170,20 +170,6 @@ def test_pairs_that_are_more_than_a_and_b_compute_by_themselves(kind: str) -> No
         model.step(Share(0, 1, "a", 0.5))
 
 
-def test_layers_that_come_later_are_copied_for_beside_what_stands(copyings: list[int]) -> None:
-    model = Model()
-    model.selection.divide(texts("ac"), units=TOKENS)
-    with torch.no_grad():
-        before = model.shared(model.layers[:3], model.x)
-        assert copyings == [3, 3]
-        model.alone(model.layers[3:], model.x)
-        assert copyings == [3, 3, 1, 1]
-        for one, other in zip(before, model.shared(model.layers[:3], model.x), strict=True):
-            assert torch.equal(one, other)
-    near(model.step(*texts("ca")), model.by_torch())
-    assert copyings == [3, 3, 1, 1]
-
-
 def test_copies_take_what_one_batch_needed_at_most(copyings: list[int]) -> None:
     model = Model()
     model.step(*texts("ad"))
@@ -220,18 +206,6 @@ def test_a_copying_that_fails_leaves_nothing_that_looks_like_a_copy(monkeypatch:
     assert model.copies.bytes == sum(copy.bytes for copy in model.copies._copies.values())
     near(model.step(*texts("dc")), model.by_torch())
     near(model.step(*texts("ab")), model.by_torch())
-
-
-def test_layouts_of_the_last_mixes_are_remembered() -> None:
-    model = Model()
-    model.step(*texts("a"))
-    for count in range(1, LAYOUTS + 4):
-        model.step(*(Share(0, 1, name) for name in "abcd"[: 1 + count % 4]))
-    assert len(model.copies._layouts) <= LAYOUTS
-    model.step(*texts("a"))
-    known = len(model.copies._layouts)
-    model.step(Share(0, 1, "a", 0.5))
-    assert len(model.copies._layouts) == known, "of another weight, and alike"
 
 
 def test_a_copied_model_has_copies_of_its_own() -> None:

@@ -7,24 +7,11 @@ from collections.abc import Sequence
 import pytest
 import torch
 from torch import Tensor
-from torch.utils._python_dispatch import TorchDispatchMode
 
-from lorakeet.core.batched.padded_parts import FILLED, MOST, PaddedPart, PaddedParts, padded
+from lorakeet.core.batched.padded_parts import PaddedPart, padded
 
 IN, OUTS = 12, (10, 4)
 CPU = torch.device("cpu")
-
-
-class Counted(TorchDispatchMode):
-    """How often each operation ran."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.calls: list[str] = []
-
-    def __torch_dispatch__(self, func, types, args=(), kwargs=None):  # type: ignore[no-untyped-def]
-        self.calls.append(func.overloadpacket.__name__)
-        return func(*args, **(kwargs or {}))
 
 
 def parts_of(tokens: Sequence[Sequence[int]], ranks: Sequence[tuple[int, int]], gap: int = 0) -> list[PaddedPart]:
@@ -94,29 +81,3 @@ def test_what_fills_up_reaches_no_row_even_where_it_is_no_number() -> None:
     (group,) = padded(parts, CPU)
     group.add(ys, x, A, Bs)
     assert all(y[:8].isfinite().all() and y[8].isnan().all() for y in ys)
-
-
-def test_the_number_of_products_does_not_depend_on_the_number_of_parts() -> None:
-    def operations(count: int) -> list[str]:
-        parts = parts_of([range(3 * n, 3 * n + 3) for n in range(count)], [(2, 3)] * count)
-        x, A, Bs, ys = numbers(3 * count)
-        found: tuple[PaddedParts, ...] = padded(parts, CPU)
-        with Counted() as counted:
-            for group in found:
-                group.add(ys, x, A, Bs)
-        return counted.calls
-
-    few, many = operations(2), operations(12)
-    assert few == many and few.count("bmm") == 1 + len(OUTS)
-    assert "index_select" not in few, "equal parts that are neighbours are views"
-
-
-def test_filling_up_has_bounds() -> None:
-    lengths = [40, 38, 31, 30, 22, 9, 8, 1]
-    ends = [sum(lengths[: number + 1]) for number in range(len(lengths))]
-    parts = parts_of([range(end - length, end) for end, length in zip(ends, lengths, strict=True)], [(1, 1)] * len(lengths))
-    for group in padded(parts, CPU):
-        own = group.shape[0] * group.shape[1] if group.own is None else len(group.own)
-        assert group.shape[0] * group.shape[1] <= FILLED * own
-    long = parts_of([range(number * MOST, (number + 1) * MOST) for number in range(3)], [(1, 1)] * 3)
-    assert [group.shape for group in padded(long, CPU)] == [(1, MOST)] * 3, "large parts by themselves"

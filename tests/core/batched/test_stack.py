@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import weakref
 from collections.abc import Sequence
 from random import Random
 from typing import Any
@@ -13,7 +12,7 @@ from torch import Tensor, nn
 
 from lorakeet.core.base import DenseBase
 from lorakeet.core.batched import stack as stacks
-from lorakeet.core.batched.stack import PairStack, RowTable, row_dots, row_sums, shared_low_rank
+from lorakeet.core.batched.stack import PairStack, row_dots, shared_low_rank
 from lorakeet.core.lowrank import LoraPair
 from lorakeet.core.plan import PlanEntry
 from lorakeet.core.selection import PATIENCE, BatchAssignment, Selection, Share
@@ -46,9 +45,7 @@ def layer() -> nn.Linear:
     return nn.Linear(IN, OUT).requires_grad_(False)
 
 
-def one_at_a_time(
-    x: Tensor, layer: nn.Linear, pairs: dict[str, LoraPair], shares: Sequence[Share] = SHARES
-) -> Tensor:
+def one_at_a_time(x: Tensor, layer: nn.Linear, pairs: dict[str, LoraPair], shares: Sequence[Share] = SHARES) -> Tensor:
     """The definition: every token by itself."""
     rows = []
     for token, row in enumerate(x):
@@ -105,11 +102,6 @@ def stacked(x: Tensor, layer: nn.Linear, stack: PairStack, to: BatchAssignment) 
     return y
 
 
-def test_a_stack_gives_the_same(layer: nn.Linear, pairs: dict[str, LoraPair]) -> None:
-    x, to = inputs(), arrangement()
-    torch.testing.assert_close(stacked(x, layer, stack_of(pairs, to), to), one_at_a_time(x, layer, pairs))
-
-
 @pytest.mark.parametrize(
     "shares",
     [
@@ -156,18 +148,6 @@ def test_layers_that_see_the_same_x_share_a_stack(outs: tuple[int, ...], pairs: 
         stack.add([alone], x, to)
         torch.testing.assert_close(y, alone)
         assert bool(y.any()) == bool(held)
-
-
-def test_picked_rows_are_those_of_stacks_whose_tables_are_divided_alike(pairs: dict[str, LoraPair]) -> None:
-    to, short = arrangement(), {name: pair(name, out=6) for name in pairs}
-    sizes = [(OUT, OUT), (OUT, OUT), (OUT, 6)]
-    first, alike, other = (PairStack([(out, IN) for out in outs], torch.float32, CPU) for outs in sizes)
-    for stack, below in ((first, pairs), (alike, pairs), (other, short)):
-        stack.hold(to, [pairs, below], Selection())
-    assert alike._picks(to) is first._picks(to)
-    other._rows_of.update(first._rows_of)  # as if what came and went had left the same rows
-    assert other._picks(to) is not first._picks(to)
-    assert [len(stack._picks(to).sums) for stack in (first, other)] == [1, 2]
 
 
 def test_a_b_that_is_kept_in_bf16_is_not_rounded_again_where_products_are_in_fp32(pairs: dict[str, LoraPair]) -> None:
@@ -327,47 +307,6 @@ def test_a_stack_shrinks_when_many_batches_needed_less_and_not_for_one(
     assert stack.bytes == selection.table_bytes == 0 and stack.empty and selection.changes != before
 
 
-def test_tables_that_cannot_be_made_anew_leave_nothing_that_looks_like_a_copy(
-    pairs: dict[str, LoraPair], monkeypatch: pytest.MonkeyPatch
-) -> None:
-    selection, x = Selection(), inputs()
-    first, more = (arrangement(*rows_of(*names), selection=selection) for names in ("bc", "bca"))
-    stack = stack_of(pairs, first, selection=selection)
-    with monkeypatch.context() as patched, pytest.raises(MemoryError):
-        patched.setattr(stack._Bs[0], "remake", lambda *_: (_ for _ in ()).throw(MemoryError))
-        stack.hold(more, [pairs], selection)
-    stack.hold(more, [pairs], selection)
-    y = torch.zeros(TOKENS, OUT)
-    stack.add([y], x, more)
-    for token, name in enumerate("bca"):
-        torch.testing.assert_close(y[token], pairs[name].scale * x[token] @ pairs[name].A.T @ pairs[name].B.T)
-
-
-def test_a_pair_that_has_gone_is_not_kept_alive(pairs: dict[str, LoraPair]) -> None:
-    gone = weakref.ref(pairs["a"])
-    stack = stack_of(pairs, arrangement())
-    del pairs["a"]
-    assert gone() is None and stack.bytes > 0
-
-
-def test_a_stack_is_empty_without_pairs(pairs: dict[str, LoraPair]) -> None:
-    selection = Selection()
-    selection.changed("a")
-    to = arrangement(Share(0, 1, "a"), units=1, selection=selection)
-    stack = stack_of(pairs, to, selection=selection)
-    assert not stack.empty
-    selection.changed("a", gone=True)
-    stack.hold(to, [{}], selection)
-    assert stack.empty
-
-
-def test_a_pair_that_is_more_than_a_and_b_is_special(pairs: dict[str, LoraPair]) -> None:
-    pairs["b"].bias = nn.Parameter(torch.ones(OUT))
-    to = arrangement()
-    stack = stack_of(pairs, to)
-    assert stack.special == {place for place, mix in enumerate(to.places) if mix == (("b", 1.0),)}
-
-
 def test_bare_tokens_are_the_base_bit_for_bit(layer: nn.Linear, pairs: dict[str, LoraPair]) -> None:
     x, base = inputs(), DenseBase(layer)
     plain = base.matmul(x) + layer.bias
@@ -384,14 +323,6 @@ def test_bf16_states_over_fp32_pairs(layer: nn.Linear, pairs: dict[str, LoraPair
     y.sum().backward()
     assert (y.dtype, x.grad.dtype, pairs["a"].A.grad.dtype) == (torch.bfloat16, torch.bfloat16, torch.float32)  # type: ignore[union-attr]
     torch.testing.assert_close(y.float(), one_at_a_time(x.detach().float(), layer, pairs), rtol=1e-2, atol=1e-2)
-
-
-def test_what_is_plain() -> None:
-    held = pair("a")
-    assert held.plain
-    held.dropout = 0.1
-    assert held.plain
-    assert not held.train().plain
 
 
 def test_a_stack_of_bf16_copies(layer: nn.Linear, pairs: dict[str, LoraPair]) -> None:
@@ -431,18 +362,6 @@ def test_row_dots(dtype: torch.dtype) -> None:
         torch.testing.assert_close(one, expected)
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
-def test_row_sums(dtype: torch.dtype) -> None:
-    weights, table = numbers(len(PICKED), seed=2, dtype=dtype), numbers(ROWS, WIDTH, seed=3, dtype=dtype)
-    firsts = torch.tensor([0, 2, 2, 5])  # the second has nothing to add up
-    parts = [slice(0, 2), slice(2, 2), slice(2, 5), slice(5, 6)]
-    each = weights[:, None].double() * table[PICKED].double()
-    expected = torch.stack([each[part].sum(0) for part in parts]).to(dtype)
-    found = row_sums(weights, table, PICKED, firsts)
-    torch.testing.assert_close(found, expected)
-    assert not found[1].count_nonzero()
-
-
 def test_a_kernel_that_rounds_each_sum_is_not_used(monkeypatch: pytest.MonkeyPatch) -> None:
     assert stacks._adds_up_well(torch.float32)
 
@@ -472,28 +391,3 @@ def _one_by_one(products: Tensor) -> Tensor:
     for column in products.unbind(1)[1:]:
         total += column
     return total
-
-
-def test_spans_are_taken_freed_and_kept() -> None:
-    table = RowTable(3, torch.float32, torch.device("cpu"))
-    assert table.take(0, 0) and not table.take(1, 1), "no row yet"
-    table.remake(10, ())
-    assert [table.take(owner, count) for owner, count in ((1, 4), (2, 0), (3, 2), (4, 4), (5, 1))] == [True] * 4 + [False]
-    assert table.take(1, 4) and not table.take(1, 3), "had already"
-    for owner, span in table.spans.items():
-        table.numbers[span] = float(owner)
-    table.free(3)
-    table.free(9)
-    assert not table.take(6, 3) and table.take(6, 2) and table.spans[6] == slice(4, 6)
-    table.free(1)
-    table.remake(7, [4, 2])
-    assert table.spans == {4: slice(0, 4), 2: slice(4, 4)} and table.numbers.shape == (7, 3)
-    assert table.numbers[:4].eq(4).all() and table.take(7, 3) and not table.take(8, 1)
-
-
-def test_tables_can_be_written_to_wherever_they_were_made() -> None:
-    with torch.inference_mode():
-        table = RowTable(3, torch.float32, torch.device("cpu"))
-        table.remake(2, ())
-    table.numbers.fill_(1.0)
-    assert table.numbers.sum() == 6

@@ -10,7 +10,6 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor
-from torch.utils._python_dispatch import TorchDispatchMode
 from transformers.models.llama.modeling_llama import LlamaDecoderLayer
 
 from lorakeet.core.fused.decode_block import DecodeBlock
@@ -206,31 +205,6 @@ def test_a_pair_that_is_more_than_a_and_b_is_left_to_torch(tmp_path: Path) -> No
     for ours, theirs in zip(together, plain, strict=True):
         torch.testing.assert_close(ours[1:], theirs[1:], rtol=0.02, atol=0.02 * float(theirs.abs().max()))
         assert float((ours[0] - theirs[0]).norm() / theirs[0].norm()) > 0.05
-
-
-class Counting(TorchDispatchMode):
-    def __init__(self) -> None:
-        super().__init__()
-        self.calls = 0
-
-    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        self.calls += 1
-        return func(*args, **(kwargs or {}))
-
-
-def test_a_step_asks_for_fewer_operations(tmp_path: Path) -> None:
-    text = load(tmp_path, "llama")
-
-    def operations() -> int:
-        cache = KeyValues(slots=3, capacity=16)
-        step(text, cache, [CacheRow(i, 0, ids, {}) for i, ids in enumerate(PROMPTS)])
-        with Counting() as counting:
-            step(text, cache, [CacheRow(i, len(ids), (5,), {}) for i, ids in enumerate(PROMPTS)])
-        return counting.calls
-
-    before = operations()
-    ServingModel(text)
-    assert operations() < before
 
 
 class Louder(LlamaDecoderLayer):

@@ -23,13 +23,6 @@ def test_every_query_belongs_to_one_block_alone(prefix: int) -> None:
         assert sorted(own) == list(range(prefix + sum(ROWS)))
 
 
-def test_rows_of_nearly_equal_length_go_together_up_to_a_number_of_tokens() -> None:
-    assert [blocks.queries.tokens.shape for blocks in whole_row_blocks((30, 29, 31, 70), 0, 1000)] == [(1, 70), (3, 31)]
-    assert [blocks.queries.tokens.shape for blocks in whole_row_blocks((30, 29, 31), 0, 64)] == [(2, 31), (1, 29)]
-    assert [blocks.queries.tokens.shape for blocks in whole_row_blocks((500,), 0, 64)] == [(1, 500)], "a longer row stands alone"
-    assert len(whole_row_blocks((30, 90), 0, 1000)) == 2
-
-
 def test_queries_meet_the_keys_up_to_their_last_one() -> None:
     found = blocks_of_queries((70,), 0, 2, 32, 1 << 20)
     assert [(blocks.offset, blocks.queries.tokens.shape, blocks.keys.tokens.shape) for blocks in found] == [
@@ -51,21 +44,3 @@ def test_a_shared_prefix_gets_the_sum_over_the_rows_and_a_rows_own_tokens_what_i
         places.add(target, torch.ones(*places.shape, 1, 1))
     assert target[:PREFIX].flatten().tolist() == [len(ROWS)] * PREFIX
     assert target[PREFIX:].flatten().tolist() == [1] * sum(ROWS)
-
-
-def test_what_is_not_of_a_block_is_blank_on_request() -> None:
-    states = torch.ones(1, 1, TOKENS, 1)
-    own = sum(float(places.of(states, torch.float32, blank=True).sum()) for places in laid(whole_row_blocks(ROWS, PREFIX, 64)))
-    assert own == TOKENS
-
-
-@pytest.mark.parametrize("rows", [(33,) * 40 + (64,) * 11, (17, 32) * 42, (5,) * 95 + (32,), (33,) * 20 + (64,)])
-def test_filling_up_takes_no_more_places_than_there_are_tokens(rows: tuple[int, ...]) -> None:
-    found = whole_row_blocks(rows, 0, 4096)
-    assert max(blocks.queries.tokens.size for blocks in found) <= sum(rows)
-
-
-def test_a_block_is_filled_up_from_its_own_row() -> None:
-    for blocks in (*whole_row_blocks((30, 20), 0, 64), *blocks_of_queries((30, 20), 0, 2, 64, 1 << 20)):
-        for tokens in blocks.keys.tokens:
-            assert set(tokens) <= set(range(30)) or set(tokens) <= set(range(30, 50))

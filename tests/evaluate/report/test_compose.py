@@ -68,16 +68,6 @@ def test_prices_have_their_error_with_the_median_as_the_floor() -> None:
     assert from_text(Report, to_text(report), where="report").reading == report.reading
 
 
-def test_stars_have_their_distance_and_kappa() -> None:
-    stars = np.random.default_rng(1).integers(1, 6, 60)
-    written = [[f"{star}" for star in side] for side in (stars, np.clip(stars + 1, 1, 5), 6 - stars)]
-    report = report_on(written[0], written[1], written[2])
-    found = report.systems[0].metrics
-    assert report.comparisons[0].metric == "mean_distance" and found["mean_distance"].value == np.mean(stars < 5)
-    assert found["quadratic_kappa"].value > 0.6 and report.systems[1].metrics["quadratic_kappa"].value < 0
-    assert verdicts(report)["quadratic_kappa"] == "better"
-
-
 def test_an_own_metric_decides_beside_what_the_references_ask_for() -> None:
     stars = ["1", "2", "3", "4", "5"] * 8
     report = report_on(stars, stars, stars, OwnMetric("my.py:mine", lambda reply, reference: float(len(reply))))

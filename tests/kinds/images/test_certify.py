@@ -56,10 +56,10 @@ def test_a_run_passes_and_what_was_changed_fails(tiny_sd_folder: Path, tmp_path:
     assert names() == ["adapter on disk", "base untouched", "frozen weights", PAIRS]
 
 
-@pytest.mark.parametrize("change", ["zeros", "minus", "double"])
+@pytest.mark.parametrize("change", ["zeros", "double"])
 def test_in_bf16_a_weak_adapter_cannot_be_exchanged(change: str, weak: FinetuneResult, tmp_path: Path) -> None:
     """Its whole effect is about 1 % of the largest latent, below what bf16 would round away of two different computations."""
-    setup, factor = weak.setup, {"zeros": 0.0, "minus": -1.0, "double": 2.0}[change]
+    setup, factor = weak.setup, {"zeros": 0.0, "double": 2.0}[change]
     held = peft.read(weak.run.adapter)
     other = replace(held, pairs={path: replace(pair, B=pair.B * factor) for path, pair in held.pairs.items()})
     (tmp_path / "adapter").mkdir()

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 import io
 import json
 import shlex
@@ -12,17 +11,15 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from click.testing import CliRunner
 from PIL import Image
 from rich.console import Console
 
-from lorakeet.cli.main import lorakeet, main
+from lorakeet.cli.main import main
 from lorakeet.config import read_run
 from lorakeet.errors import ConfigError, DataError, RunStopped
 from lorakeet.evaluate.certificate import read_certificate
 from lorakeet.evaluate.report.report import read_report
 from lorakeet.formats.peft import peft
-from lorakeet.kinds.images import assemble as assemble_image
 from lorakeet.kinds.images import kind as image
 from lorakeet.kinds.images import plan as image_planning
 from lorakeet.kinds.images.data import split
@@ -34,7 +31,7 @@ from lorakeet.verbs import finetune as workflow
 from lorakeet.verbs.finetune import FinetuneResult, finetune
 from lorakeet.verbs.options import FinetuneOptions
 from tiny.image_runs import image_config, image_run
-from tiny.pictures import album, drawn
+from tiny.pictures import drawn
 from tiny.pipelines import save_tiny_scorer
 
 pytestmark = pytest.mark.slow  # they share what takes seconds to make
@@ -75,17 +72,6 @@ def test_the_commands_that_are_printed_work(result: FinetuneResult, tmp_path: Pa
         program, *words = shlex.split(command.command)
         assert program == "lorakeet" and main(words) == 0, command.command
     assert (tmp_path / "run-pictures" / "000.png").is_file() and (tmp_path / "run.safetensors").is_file()
-
-
-def test_photos_of_several_shapes_are_compared_with_samples(tiny_sd_folder: Path, tmp_path: Path) -> None:
-    config = image_config(tiny_sd_folder, tmp_path, train__steps="2", images__smallest="8")
-    shutil.rmtree(tmp_path / "photos")
-    album(tmp_path / "photos", 12, size=(64, 32))
-    for file in album(tmp_path / "square", 12, first=20).iterdir():
-        shutil.copy(file, tmp_path / "photos")
-    found = finetune(config, console=Console(quiet=True))
-    assert found.report is not None and found.report.memorisation is not None
-    assert len({tuple(picture.latents.shape) for picture in found.setup.train}) > 1
 
 
 def test_a_finished_run_is_evaluated_again_with_a_scorer(tiny_sd_folder: Path, result: FinetuneResult, tmp_path: Path) -> None:
@@ -212,25 +198,6 @@ def test_a_run_started_with_other_arithmetic_is_not_resumed(
         require_same(before, now, run=first.run.path)
 
 
-def test_a_run_started_with_settings_of_text_models_goes_on(
-    tiny_sd_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """Earlier versions took them and did nothing with them. A new run is refused with them."""
-    monkeypatch.setattr(assemble_image, "TEXT_SETTINGS", {})
-    given = {"model__attention": "eager", "train__keep_prefix_states": True, "data__text_column": "words", "train__shard": True}
-    first = image_run(tiny_sd_folder, tmp_path, diffusion__seeds=0, train__steps=2, **given)
-    monkeypatch.undo()
-    config, console = read_run(first.run.config), Console(record=True, width=300, file=io.StringIO())
-    again = finetune(config, FinetuneOptions(resume=first.run.path), console=console)
-    assert again.outcome is not None and again.outcome.steps == 2
-    said = console.export_text()
-    names = ("model.attention is eager", "train.keep_prefix_states is True", "data.text_column is words", "train.shard is True")
-    for name in names:
-        assert f"{name}, which is for text models and has no effect here" in said
-    with pytest.raises(ConfigError, match="These settings do not go with kind: image"):
-        finetune(dataclasses.replace(config, out=str(tmp_path / "new")), console=console)
-
-
 def test_a_resumed_run_with_other_pictures_or_settings_is_refused(
     tiny_sd_folder: Path, result: FinetuneResult, tmp_path: Path
 ) -> None:
@@ -266,20 +233,6 @@ def test_a_resumed_run_is_not_split_anew(tiny_sd_folder: Path, tmp_path: Path, m
     gone.unlink()
     with pytest.raises(DataError, match=rf"{gone.name} is gone\. Restore the old pictures, or start a new run"):
         finetune(read_run(tmp_path / "run" / "config.yaml"), FinetuneOptions(resume=tmp_path / "run"), console=console)
-
-
-def test_a_run_of_a_version_that_named_no_pictures_is_split_again_and_compared(tiny_sd_folder: Path, tmp_path: Path) -> None:
-    first = image_run(tiny_sd_folder, tmp_path, diffusion__seeds=0, train__steps=2)
-    record = json.loads(first.run.split.read_text())
-    first.run.split.write_text(json.dumps({key: record[key] for key in first.setup.dataset.split_record()}))
-    config = read_run(first.run.config)
-    again = finetune(config, FinetuneOptions(resume=first.run.path), console=Console(quiet=True))
-    assert again.setup.train[0].row == first.setup.train[0].row
-    album(tmp_path / "more", 6, first=60)
-    for file in (tmp_path / "more").iterdir():
-        shutil.copy(file, tmp_path / "photos")
-    with pytest.raises(DataError, match="The data has changed since this run started"):
-        finetune(config, FinetuneOptions(resume=first.run.path), console=Console(quiet=True))
 
 
 @pytest.fixture
@@ -325,11 +278,6 @@ def test_gpu_memory_is_planned_without_a_gpu(configurations: Path, tmp_path: Pat
     on_cpu, _ = planned(configurations, tmp_path)
     assert on_cpu.planned.tensors == result.planned.tensors
     assert phases["certify"].kinds["base"] == phases["final eval"].kinds["base"], "one base is away before another comes"
-    small, text = planned(
-        configurations, tmp_path, "600MiB", "cuda:1", diffusion__at_once=1, diffusion__checkpointing=True, model__quantize="nf4",
-        lora__target_modules="attention",
-    )  # fmt: skip
-    assert "more than the budget" in text and "this machine has" not in text and small.advice
 
 
 def test_what_finetune_refuses_is_not_planned(configurations: Path, tmp_path: Path) -> None:
@@ -347,23 +295,3 @@ def test_a_budget_is_answered_with_what_helps(configurations: Path, tmp_path: Pa
                        "--model.quantize.method nf4", "--lora.target_modules attention"]  # fmt: skip
     enough, text = planned(configurations, tmp_path, budget="100TB")
     assert enough.to_mapping()["fits"] and "less than the budget" in text and "this machine has" in text
-
-
-@pytest.mark.usefixtures("no_probe")
-def test_the_verb_knows_published_shapes() -> None:
-    name = "stable-diffusion-v1-5/stable-diffusion-v1-5"
-    given = ["plan", "--kind", "image", "--model", name, "--data", "none", "--json", "--diffusion.at_once", "1",
-             "--model.dtype", "bfloat16", "--quantize", "nf4", "--rank", "4"]  # fmt: skip
-    found = CliRunner().invoke(lorakeet, given, catch_exceptions=False)
-    mapping = json.loads(found.stdout)
-    base = {phase["phase"]: phase["kinds"]["base"] for phase in mapping["phases"]}["train step"]
-    assert 1.8e9 < base < 2.0e9 and mapping["micro_batch"]["size"] == [512, 512]
-
-
-def test_stable_diffusion_xl_fits_a_gpu_of_eight_gigabytes_by_plan() -> None:
-    given = ["plan", "--kind", "image", "--model", "stabilityai/stable-diffusion-xl-base-1.0", "--data", "none", "--json",
-             "--model.dtype", "bfloat16", "--diffusion.at_once", "1", "--diffusion.checkpointing", "true",
-             "--model.device", "cuda", "--memory", "8GiB", "--quantize", "nf4"]  # fmt: skip
-    found = CliRunner().invoke(lorakeet, given, catch_exceptions=False)
-    mapping = json.loads(found.stdout)
-    assert mapping["fits"] and mapping["device"].startswith("cuda") and mapping["micro_batch"]["size"] == [1024, 1024]
