@@ -177,19 +177,6 @@ def test_the_longest_turn_of_a_chat_is_cut_first(byte_tokenizer):
     assert len(shorter.ids) <= 50 and targets_of(tokenizer, shorter) == "yes<|end|>no<|end|>"
 
 
-def test_a_long_row_is_encoded_a_few_times_for_each_try(byte_tokenizer, monkeypatch):
-    """A try that is too long with the row's own label is not encoded with the others, and each label follows one prompt."""
-    tokenizer = byte_tokenizer()
-    encoder = Encoder(tokenizer, spec(max_tokens=60), LABELS)
-    (row,) = labelled(spec(), "good film " * 100)
-    encoded, real = [], tokenizer.encode
-    monkeypatch.setattr(tokenizer, "encode", lambda text, **more: encoded.append(text) or real(text, **more))
-    example = encoder.encode(row)
-    assert example.truncated and 50 < len(example.ids) <= 60
-    tries = 2 + (len(row.turns[0].text)).bit_length()  # the whole row, one letter, and halves
-    assert len(encoded) <= 4 * tries, "a prompt, and what follows it with one label, or with each of three"
-
-
 def test_long_raw_text_is_cut_by_tokens_without_an_end(byte_tokenizer):
     tokenizer = byte_tokenizer()
     example = Encoder(tokenizer, spec(max_tokens=10)).encode(Row((Turn("", "good film " * 20, True),), None, None, "f:1"))

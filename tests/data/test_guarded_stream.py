@@ -18,7 +18,6 @@ from hypothesis import given
 from hypothesis import strategies as st
 from pyarrow import parquet
 
-from lorakeet.data.guarded_stream import GuardedStream
 from lorakeet.data.locate import locate_data, open_binary
 from lorakeet.data.read import read_rows
 from lorakeet.data.spec import LONGEST_ROW, DataSpec
@@ -220,12 +219,3 @@ def test_any_data_file_is_rows_or_one_message(seed: int, tmp_path_factory: pytes
         assert all(row.key and row.text is not None for row in rows)
     except LorakeetError as error:
         assert len(str(error)) <= LONGEST_MESSAGE
-
-
-def test_the_stream_passes_on_messages_of_ours(tmp_path: Path) -> None:
-    class Odd(io.BytesIO):
-        def read(self, size: int | None = -1) -> bytes:
-            raise KeyError("x")
-
-    with pytest.raises(DataError, match=r"is damaged \(KeyError: 'x'\)"):
-        GuardedStream(Odd(), tmp_path / "x").read(1)

@@ -203,16 +203,6 @@ def test_one_word_changed_is_found_in_19_of_20_rows(length):
     assert found_copies(given_texts, [replaced(text, chance) for text in given_texts[:200]]) >= 190
 
 
-def test_case_punctuation_and_spacing_hide_nothing():
-    chance = random.Random(3)
-    changes = (
-        str.upper, str.title, lambda text: text.replace(" ", ", ") + "!", lambda text: text.replace(" ", "\n\t"),
-        lambda text: text.replace(" ", "", 1), lambda text: f"“{text}” …", lambda text: text.replace(" ", "-"),
-    )  # fmt: skip
-    given_texts = prose(400, 3, range(4, 17))
-    assert found_copies(given_texts, [chance.choice(changes)(text) for text in given_texts[:200]]) == 200
-
-
 @pytest.mark.parametrize("first", ["一", "ぁ"])
 def test_one_character_changed_is_found_in_9_of_10_rows_without_spaces(first):
     chance = random.Random(4)
@@ -253,19 +243,6 @@ def test_an_instruction_weighs_nothing_in_chats_and_a_copied_input_below_it_is_f
     assert pairs_of([f"{instruction}\n\n{text}" for text in inputs]) == ()
     copies = [f"{instruction}\n\n{replaced(text, chance)}" for text in inputs[:100]]
     assert found_copies([f"{instruction}\n\n{text}" for text in inputs], copies) >= 95
-
-
-def test_the_template_of_prompts_weighs_nothing():
-    template = "Tell whether the following review of a drug is positive, negative or neutral: {}\nAnswer with one word."
-
-    def templated(text, source):
-        start = template.index("{")
-        prompt = template.replace("{}", text)
-        return Row((Turn("user", prompt, False, (start, start + len(text))), Turn("assistant", "a", True)), "a", None, source)
-
-    one, two, three = texts(3, seed=10, length=5)
-    pairs = find_duplicates({"test": [templated(one, "t:1")], "training": [templated(two, "a:1"), templated(three, "a:2")]}, 0.8)
-    assert pairs == ()
 
 
 # Kinds

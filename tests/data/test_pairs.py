@@ -170,26 +170,10 @@ def test_answers_that_begin_alike_share_the_batch_of_their_prompt() -> None:
     assert pairs_of(pair_batches(examples, limits(4096), shares=True)) == [[0, 1, 2]]
 
 
-@pytest.mark.parametrize(("times", "batches"), [(1, 12), (2, 6), (3, 4), (8, 2)])
-def test_rows_of_a_shared_prompt_have_at_most_times_as_many_tokens(times: int, batches: int) -> None:
-    found = pair_batches(of_one_prompt(12, 300), limits(620, times), shares=True)
-    assert len(found) == batches and all(batch.tokens <= times * 620 for batch in found)
-    assert sorted(pair for row in pairs_of(found) for pair in row) == list(range(12))
-
-
 def test_targets_count_where_a_prompt_is_shared() -> None:
     examples = [replace(row, supervised=np.arange(len(row.ids)) >= 150) for row in of_one_prompt(6, 300)]
     for batch in pair_batches(examples, limits(700), shares=True):
         assert batch.targets <= 700
-
-
-def test_where_a_pass_reads_all_weights_pairs_are_packed() -> None:
-    apart = made_up([200] * 6)
-    assert len(pair_batches(apart, limits(4096), shares=True)) == 6
-    assert len(pair_batches(apart, limits(4096, a_pass=1 << 30), shares=True)) == 1
-    mixed = [*apart, *of_one_prompt(12, 2000)]
-    mixed = [replace(row, key=str(number)) for number, row in enumerate(mixed)]
-    assert [len(row) for row in pairs_of(pair_batches(mixed, limits(4096, 16, 1 << 30), shares=True))] == [6, 12]
 
 
 def test_a_batch_holds_at_most_its_tokens() -> None:

@@ -3,13 +3,12 @@
 from __future__ import annotations
 
 import json
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
 
-from lorakeet.data.preferences import dialogue, rows_for, split_texts, verdict, with_mismatches, with_prompt_groups
+from lorakeet.data.preferences import dialogue, rows_for, split_texts, verdict, with_mismatches
 from lorakeet.data.prepare import load_dataset
 from lorakeet.data.read import read_rows
 from lorakeet.data.rows import Row
@@ -273,24 +272,6 @@ def test_verdicts_on_answers_to_one_prompt_are_one_group(tmp_path: Path) -> None
     records = [{"prompt": f"Which {number // 2}?", "completion": f"{number}.", "label": number % 2 == 0} for number in range(6)]
     rows = read(tmp_path, *records)
     assert [row.group for row in rows[::2]] == [row.group for row in rows[1::2]] and len({row.group for row in rows}) == 3
-
-
-def test_only_repeated_prompts_make_groups(tmp_path: Path) -> None:
-    rows = read(tmp_path, _pair("One?", "a"), _pair("One? ", "b"), _pair("Two?", "c"))
-    groups = [row.group for row in rows]
-    assert groups[0] == groups[1] is not None and groups[2] is None
-    alike = read(tmp_path, _pair("One?", "a"), _pair("One?", "b"))
-    assert all(row.group is None for row in alike), "a prompt of all rows tells none apart"
-    named = [_pair("One?", "a", who="x"), _pair("One?", "b", who="y"), _pair("Two?", "c", who="y")]
-    given = read(tmp_path, *named, group_column="who")
-    assert [row.group for row in given] == ["x", "y", "y"]
-
-
-def test_a_group_of_one_row_turns_no_others_off(tmp_path: Path) -> None:
-    pairs = [_pair("One?", "a"), _pair("One?", "b"), _pair("Two?", "c"), _pair("Two?", "d"), _pair("Three?", "e")]
-    first, *others = [replace(row, group=None) for row in read(tmp_path, *pairs)]
-    groups = [row.group for row in with_prompt_groups([replace(first, group="x"), *others])]
-    assert groups[:2] == ["x", "x"] and groups[2] == groups[3] is not None and groups[4] is None
 
 
 @pytest.mark.parametrize(

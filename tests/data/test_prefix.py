@@ -2,18 +2,15 @@
 
 from __future__ import annotations
 
-from typing import Any
-
 import numpy as np
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from lorakeet.data import prefix
 from lorakeet.data.chat import Example
 from lorakeet.data.pack import Batch, micro_batches
-from lorakeet.data.prefix import DEPTH, PASS, BatchLimits, prefix_batches, shared_layout, unshared_layout
+from lorakeet.data.prefix import PASS, BatchLimits, prefix_batches, shared_layout, unshared_layout
 
 
 def batch(*rows: list[int]) -> Batch:
@@ -133,16 +130,6 @@ def test_rows_without_a_prompt_stay_together_when_those_with_one_leave() -> None
     assert {len({key.split()[0] for key in batch.keys}) for batch in batches} == {1}
 
 
-def test_a_prompt_within_a_prompt() -> None:
-    """Two tasks of one system prompt: each has its own instructions behind it."""
-    system = prompt(300)
-    tasks = [rows_after([*system, *prompt(500, 1 + n)], 4, 20, name=f"{n}/") for n in (0, 1)]
-    batches = shared_alike([*tasks[0], *tasks[1]], 4096)
-    assert sorted(laid(batches)) == [880, 880], "apart, although both begin alike"
-    close = [rows_after([*system, *prompt(20, 1 + n)], 4, 20, name=f"{n}/") for n in (0, 1)]
-    assert laid(shared_alike([*close[0], *close[1]], 4096)) == [301 + 8 * 39], "together: less to save than a pass costs"
-
-
 def test_target_tokens_count_each_although_they_are_computed_once() -> None:
     """Every target asks for logits of its own, also within what all rows begin with."""
     examples = [row(str(number), [*prompt(200), number], targets=200) for number in range(6)]
@@ -154,35 +141,3 @@ def test_target_tokens_count_each_although_they_are_computed_once() -> None:
 def test_rows_that_begin_otherwise_are_cut_as_ever(lengths: tuple[int, ...]) -> None:
     examples = [row(str(number), [50 - number, *range(length - 1)]) for number, length in enumerate(lengths)]
     assert [batch.keys for batch in shared_alike(examples, 200)] == [batch.keys for batch in micro_batches(examples, 200)]
-
-
-def test_equal_rows_and_one_that_is_another_s_beginning() -> None:
-    examples = [row("a", [1, 2, 3, 4]), row("b", [1, 2, 3, 4]), row("c", [1, 2, 3]), row("d", [1, 2, 3, 4, 5])]
-    batches = shared_alike(examples, 100)
-    assert laid(batches) == [2 + 2 + 2 + 1 + 3] and len(batches) == 1
-    assert shared_alike([], 100) == []
-
-
-def test_rows_each_of_which_is_the_next_one_s_beginning() -> None:
-    """As of completions word by word: looked into to some depth, and no further."""
-    text = list(range(1, 700))
-    examples = [row(str(length), text[:length]) for length in range(2, len(text))]
-    assert len(examples) > 20 * DEPTH
-    batches = shared_alike(examples, 2048)
-    assert sum(len(batch.lengths) for batch in batches) == len(examples)
-    assert sum(laid(batches)) < sum(laid(micro_batches(examples, 2048)))
-
-
-def test_time_of_thousands_of_row_pairs_is_not_quadratic(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Held-out rows, two of each document: splitting off a pair never reads all other rows again."""
-    counted, usual = [0], prefix._SortedRows._filling
-
-    def filling(self: Any, places: list[int], shared: int) -> Any:
-        counted[0] += len(places)
-        return usual(self, places, shared)
-
-    monkeypatch.setattr(prefix._SortedRows, "_filling", filling)
-    pairs = [rows_after([number, *prompt(200)], 2, 30, name=f"{number}/") for number in range(1000)]
-    batches = shared_alike([each for pair in pairs for each in pair], 2048)
-    assert sum(len(batch.lengths) for batch in batches) == 2000
-    assert counted[0] < 20 * 2000

@@ -51,13 +51,6 @@ def test_the_share_beyond_a_count_is_scipy_s(n: int, rate: float) -> None:
     assert found == pytest.approx([stats.binom.sf(k, n, rate) for k in range(n + 1)], abs=1e-12)
 
 
-def test_wilson_covers_95_percent() -> None:
-    generator = np.random.default_rng(0)
-    for p, n in ((0.8, 379), (0.5, 60), (0.93, 100)):
-        covered = [(e := proportion(int(k), n)).low <= p <= e.high for k in generator.binomial(n, p, size=1500)]
-        assert 0.925 < np.mean(covered) < 0.98, (p, n)
-
-
 def test_bootstrap_of_a_skewed_mean_covers_95_percent() -> None:
     generator = np.random.default_rng(1)
     covered = []

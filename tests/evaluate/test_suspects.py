@@ -31,15 +31,6 @@ def test_planted_wrong_labels_are_found_with_their_right_ones() -> None:
     assert [min(one.probabilities) for one in found] == sorted((min(one.probabilities) for one in found), reverse=True)
 
 
-def test_a_row_that_one_system_alone_doubts_is_no_suspect() -> None:
-    truth = np.arange(90) % 3
-    one, other = truth.copy(), truth.copy()
-    one[:9], other[9:18] = (truth[:9] + 1) % 3, (truth[9:18] + 1) % 3
-    assert suspect_labels(system("adapter", truth, one, seed=1), system("floor", truth, other, seed=2)) == ()
-    other[:9] = (truth[:9] + 2) % 3  # both doubt them, but say different things
-    assert suspect_labels(system("adapter", truth, one, seed=1), system("floor", truth, other, seed=2)) == ()
-
-
 def test_a_label_that_no_row_has_suggests_nothing() -> None:
     truth = np.zeros(20, int)
     said = system("adapter", truth, np.full(20, 2), seed=1)

@@ -31,15 +31,6 @@ def test_q_k_v_and_z_of_each_head_are_gathered() -> None:
     assert conversions.z_of_qkvz(column(20), HEADS).flatten().tolist() == [6, 7, 8, 9, 16, 17, 18, 19]
 
 
-def test_fused_gates_are_halves_or_alternate() -> None:
-    rows = column(6)
-    assert conversions.first_half(rows, {}).flatten().tolist() == [0, 1, 2]
-    assert conversions.second_half(torch.stack([rows, rows + 6]), {}).flatten().tolist() == [3, 4, 5, 9, 10, 11]
-    stored = torch.arange(12).reshape(2, 6)  # (in, out), gates in even columns
-    assert conversions.even_columns(stored, {}).tolist() == [[0, 6], [2, 8], [4, 10]]
-    assert conversions.odd_columns(stored, {}).tolist() == [[1, 7], [3, 9], [5, 11]]
-
-
 def test_decays_are_no_logarithms_any_more() -> None:
     found = conversions.decay_column(torch.tensor([0.0, 1.0]), {})
     torch.testing.assert_close(found, torch.tensor([[-1.0], [-torch.e]]))

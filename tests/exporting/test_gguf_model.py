@@ -3,9 +3,7 @@
 from __future__ import annotations
 
 import json
-import os
 from collections.abc import Callable, Iterator
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -14,19 +12,16 @@ import torch
 import transformers
 from tokenizers import AddedToken, Tokenizer, decoders, models, normalizers, pre_tokenizers, processors, trainers
 
-from lorakeet.core.tiled_product import PART, parts
+from lorakeet.core.tiled_product import parts
 from lorakeet.errors import ConfigError, DataError, Problems
 from lorakeet.exporting.gguf_layout import ModelLayout, model_layout
-from lorakeet.exporting.gguf_model import DIGEST, NAME, _Item, write_gguf
-from lorakeet.exporting.gguf_vocabulary import BYTE, CONTROL, NORMAL, SPLITS, UNKNOWN, UNUSED, vocabulary_of
+from lorakeet.exporting.gguf_model import DIGEST, NAME, write_gguf
+from lorakeet.exporting.gguf_vocabulary import BYTE, CONTROL, SPLITS, UNKNOWN, vocabulary_of
 from lorakeet.exporting.llama_cpp import LlamaCpp
-from lorakeet.exporting.merged_tensors import PART_BYTES, Fp32Rows
 from lorakeet.formats.files.gguf_file import GgufFile
-from lorakeet.formats.files.safetensors_file import open_safetensors, save_tensors
 from lorakeet.models.text.load import load_tokenizer
 from tiny.adapters import random_adapter
 from tiny.dense import fold_into
-from tiny.held import held_bytes
 from tiny.models import save_tiny_llama, tiny_model, tiny_tokenizer
 
 TEXT = "<|im_start|>user\nIt's 123 o'clock, né?\n\n  two  spaces<|im_end|>\n<|im_start|>assistant\n"
@@ -112,23 +107,6 @@ def test_parts_of_a_tensor_are_written_as_the_whole_is(
         assert torch.equal(read, tensors[name]) and read.dtype == rows.dtype
 
 
-@pytest.mark.parametrize("quant", ["F32", "F16", "BF16", "Q8_0"])
-@pytest.mark.parametrize("shape", [(12_000, 256), (4, 3000, 256)], ids=["matrix", "experts"])
-def test_of_a_tensor_that_nothing_changes_a_part_is_held_while_it_is_written(
-    shape: tuple[int, ...], quant: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """Also where one of a stack of experts has more numbers than a part."""
-    save_tensors(tmp_path / "x", {"a": torch.randn(shape).bfloat16()}, metadata={})
-    file = open_safetensors(tmp_path / "x")
-    number = 1 << 15
-    monkeypatch.setattr("lorakeet.exporting.gguf_model.parts", partial(parts, numbers=number))
-    item = _Item("a", shape, quant, lambda: Fp32Rows(file.rows("a")))
-    with (tmp_path / "out").open("wb") as out, held_bytes() as most:
-        item.tofile(out)
-    assert (tmp_path / "out").stat().st_size == item.nbytes
-    assert 4 * number <= most() <= PART_BYTES // PART * number < 2 * 12_000 * 256
-
-
 def test_a_width_that_blocks_do_not_divide_is_said_and_kept_wider(tmp_path: Path) -> None:
     folder = save_tiny_llama(tmp_path / "base", intermediate_size=40)
     written = write_gguf(folder, None, tmp_path / "model.gguf", tokenizer=load_tokenizer(folder), quant="q8_0")
@@ -154,22 +132,6 @@ def test_nothing_is_overwritten_and_nothing_half_written_stays(tiny_llama_folder
         GgufFile(out)
 
 
-def test_the_file_is_on_the_disk_before_it_gets_its_name(
-    tiny_llama_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    out = tmp_path / "model.gguf"
-    synced: list[tuple[int, int, bool]] = []
-
-    def note(number: int) -> None:
-        found = os.fstat(number)
-        synced.append((found.st_ino, found.st_size, out.exists()))
-
-    monkeypatch.setattr("os.fsync", note)
-    write_gguf(tiny_llama_folder, None, out, tokenizer=load_tokenizer(tiny_llama_folder))
-    file, folder = ((found.st_ino, found.st_size) for found in (out.stat(), tmp_path.stat()))
-    assert [(inode, size) for inode, size, _ in synced] == [file, folder] and [there for *_, there in synced] == [False, True]
-
-
 def test_a_tensor_without_a_place_is_named(tmp_path: Path) -> None:
     folder = save_tiny_llama(tmp_path / "base", family="gemma2")
     model = transformers.AutoModelForCausalLM.from_pretrained(folder)
@@ -193,18 +155,6 @@ def test_metadata_of_a_llama() -> None:
 def change_of(layout: ModelLayout, name: str) -> Callable[[torch.Tensor], torch.Tensor] | None:
     (part,) = layout.parts({name: name}, Problems("x")).values()
     return part.convert
-
-
-def test_rows_of_q_and_k_are_permuted_by_their_own_heads_and_nothing_else() -> None:
-    layout = model_layout(LLAMA, "x")
-    weight = torch.arange(32.0)[:, None].expand(32, 3)
-    change = change_of(layout, "model.layers.0.self_attn.q_proj.weight")
-    assert change is not None and change(weight)[:8, 0].tolist() == [0, 4, 1, 5, 2, 6, 3, 7]
-    key = change_of(layout, "model.layers.0.self_attn.k_proj.weight")
-    assert key is not None and key(weight[:16])[:8, 0].tolist() == [0, 4, 1, 5, 2, 6, 3, 7]
-    assert change_of(layout, "model.layers.0.self_attn.v_proj.weight") is None
-    assert change_of(layout, "model.norm.weight") is None
-    assert change_of(model_layout({**LLAMA, "model_type": "qwen2"}, "x"), "model.layers.0.self_attn.q_proj.weight") is None
 
 
 def test_gemma_norms_gain_one() -> None:
@@ -264,16 +214,6 @@ def sentencepiece_like() -> Any:
     core.add_special_tokens(["<unk>", "<s>", "</s>"])
     core.post_processor = processors.TemplateProcessing(single="<s> $A", special_tokens=[("<s>", 1)])
     return transformers.PreTrainedTokenizerFast(tokenizer_object=core, bos_token="<s>", eos_token="</s>", unk_token="<unk>")
-
-
-def test_byte_level_bpe() -> None:
-    tokenizer = tiny_tokenizer()
-    found = vocabulary_of(tokenizer, len(tokenizer) + 3)
-    assert (found.model, found.pre, found.add_bos, found.space_prefix) == ("gpt2", "gpt-2", False, False)
-    assert found.tokens[-1] == f"[PAD{len(tokenizer) + 2}]" and found.kinds[-3:] == (UNUSED,) * 3
-    assert found.kinds[tokenizer.eos_token_id] == CONTROL and found.kinds[10] == NORMAL and not found.scores
-    assert found.special["eos"] == tokenizer.eos_token_id
-    assert found.chat_template is not None and "generation" not in found.chat_template.replace("add_generation_prompt", "")
 
 
 def test_llama_cpp_reads_a_sentencepiece_like_tokenizer_the_same(tmp_path: Path) -> None:

@@ -62,22 +62,6 @@ def test_a_default_system_prompt_is_found() -> None:
     assert found is not None and found.default_system == "Be kind." and found.template.family == "ChatML"
 
 
-def test_the_begin_token_comes_once() -> None:
-    tokenizer = with_template("{{ bos_token }}" + JINJA["Llama 3"])
-    written = recognise(tokenizer)
-    assert written is not None and written.template.text.startswith("<|im_start|>{{- range")  # Ollama would not add it
-    tokenizer.backend_tokenizer.post_processor = beginning(tokenizer)
-    added = recognise(tokenizer)
-    assert added is not None and added.template.text.startswith("{{- range")  # Ollama adds it
-
-
-def beginning(tokenizer: Any) -> Any:
-    from tokenizers.processors import TemplateProcessing
-
-    bos = tokenizer.bos_token
-    return TemplateProcessing(single=f"{bos} $A", special_tokens=[(bos, tokenizer.bos_token_id)])
-
-
 @pytest.mark.parametrize("template", [LOOP + "({{ m.role }}) {{ m.content }}{% endfor %}", JINJA["ChatML"] + "!", None])
 def test_other_templates_are_not_guessed(template: str | None) -> None:
     assert recognise(with_template(template)) is None  # type: ignore[arg-type]

@@ -210,14 +210,6 @@ def test_it_is_said_once_at_every_reading_and_the_remedy_cuts_without_loss(tmp_p
     assert len(heard) == 2
 
 
-def test_files_of_other_programs_are_read_with_it(tmp_path: Path) -> None:
-    heard: list[str] = []
-    narrow = Adapter({"unet.conv_out": pair(16, 4, 8, 3, 3, kind="conv2d")}, metadata={"sd_family": "sd1"})
-    kohya.write(narrow, tmp_path / "a.safetensors", base=None)
-    found = read_adapter(tmp_path / "a.safetensors", say=heard.append)
-    assert found.pairs["unet.conv_out"].rank == 16 and "unet.conv_out (rank 16, 4 × 72)" in heard[-1]
-
-
 def test_convert_keeps_it_with_a_base_too(tmp_path: Path, tiny_llama_folder: Path) -> None:
     wide = Adapter({"model.layers.0.self_attn.k_proj": pair(20, 16, 32)}, base="some/base")
     peft.write(wide, tmp_path / "wide")

@@ -193,31 +193,6 @@ def test_its_workspace_is_what_is_planned(
     assert taken <= planned <= 1.6 * taken
 
 
-def test_a_row_is_a_block_and_short_rows_share_one() -> None:
-    """A block within a row computes at most twice what its queries see; one of several rows more, so it is shorter."""
-    blocks = query_blocks((10, 9, 3, 3, 2, 13), 0, 40, -1, HEADS)
-    assert [len(range(*block.queries.indices(40))) for block in blocks] == [10, 9, 8, 11, 2]
-    assert [block.see_first for block in blocks] == [True, True, False, True, True], "only one has queries of several rows"
-
-
-def test_many_short_rows_behind_a_long_prefix_are_no_large_block() -> None:
-    """Each row has the prefix's keys before its own, so that a block of as many queries would have 64 times as many keys."""
-    blocks = query_blocks((1,) * 64, 100, 164, -1, HEADS)
-    assert max(block.keys.stop - block.keys.start for block in blocks) <= 2 * 101 + blockwise_rows.SHARED
-    assert max(block.scores(HEADS) for block in blocks) <= max(blockwise_rows.SCORES, HEADS * 2 * 103)
-    assert len(query_blocks((4,) * 64, 0, 256, -1, HEADS)) == 256 // 8, "without one they share blocks"
-
-
-def test_shorter_rows_are_planned_to_take_no_more() -> None:
-    q, k = (torch.empty(512, heads, 64, device="meta") for heads in (HEADS, KV))
-    def of_backward(*given: Any) -> int:
-        return blockwise_rows._backward_workspace(q, *given[:3], q, q, *given[3:])
-
-    for workspace in (blockwise_rows._workspace, of_backward):
-        sizes = [workspace(q, k, k, [length] * (512 // length), 0, 1.0, -1, 2.0, 0.0, 0) for length in (8, 64, 256, 512)]
-        assert sizes == sorted(sizes)
-
-
 def test_a_rehearsal_counts_the_products_that_are_computed() -> None:
     with Ledger() as ledger, standing_for(CARD):
         q, k, v = (torch.empty(1, 40, heads, 64).transpose(1, 2) for heads in (HEADS, KV, KV))

@@ -12,10 +12,9 @@ from torch import Tensor, nn
 from lorakeet.core.fused.mlp_and_norm import FrozenRmsNorm, GatedMlp
 from lorakeet.core.layers.linear import LoraLinear, dense_base_of, new_pair
 from lorakeet.core.plan import PlanEntry
-from lorakeet.kernels import choose
-from lorakeet.kernels.choose import TABLE, candidates, elementwise_ops, passed_over
+from lorakeet.kernels.choose import TABLE, elementwise_ops, passed_over
 from lorakeet.kernels.cpu import elementwise, operators
-from lorakeet.kernels.protocol import Kernel, Situation
+from lorakeet.kernels.protocol import Situation
 
 CPU = torch.device("cpu")
 
@@ -46,18 +45,6 @@ def test_each_kernel_that_is_passed_over_has_a_reason() -> None:
 def test_kernels_have_distinct_names_within_a_task() -> None:
     for kernels in TABLE.values():
         assert len({kernel.name for kernel in kernels}) == len(kernels)
-
-
-def test_a_choice_is_made_once_for_a_situation(monkeypatch: pytest.MonkeyPatch) -> None:
-    asked: list[Situation] = []
-    line = Kernel("counted", lambda it: asked.append(it) or "never")  # type: ignore[func-returns-value]
-    monkeypatch.setitem(TABLE, "elementwise ops", (line, *TABLE["elementwise ops"]))
-    monkeypatch.setattr(choose, "CANDIDATES", {})
-    for _ in range(3):
-        candidates("elementwise ops", CPU, torch.float32)
-    with operators.torch_only():
-        candidates("elementwise ops", CPU, torch.float32)
-    assert [situation.c for situation in asked] == [True, False]
 
 
 def test_without_a_kernel_for_it_torch_computes() -> None:

@@ -91,15 +91,6 @@ def test_a_product_uses_it_in_the_shared_matrix(gpu: list[torch.dtype]) -> None:
     assert len(gpu) == 3 and [buffer.numel() for buffer in SCRATCH._buffers.values()] == [96 * 128]
 
 
-def test_parts_and_matrices_by_rows_are_left_to_torch(gpu: list[torch.dtype]) -> None:
-    weight = base(4)
-    assert not kernels.takes_columns(torch.zeros(96, 128), weight)
-    assert not kernels.dequantise_into(weight, torch.zeros(128, 64).t(), 32)
-    with torch_only():
-        assert torch.equal(weight.dense(), weight.unpack_by_torch(torch.zeros(weight.shape), 0))
-    assert not gpu
-
-
 def test_weights_that_it_cannot_read_are_left(gpu: list[torch.dtype], monkeypatch: pytest.MonkeyPatch) -> None:
     other = Int8Base.of(torch.randn(8, 64))
     assert not kernels.reads(other, torch.float32) and not kernels.dequantise_into(other, torch.zeros(64, 8).t(), 0)

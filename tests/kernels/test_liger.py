@@ -5,7 +5,6 @@ from __future__ import annotations
 import functools
 import logging
 from importlib import metadata
-from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -60,19 +59,6 @@ def test_norm(liger: Any, dtype: torch.dtype, shape: tuple[int, ...]) -> None:
     before = grad.clone()
     near(liger.norm_backward(grad, x, rho, weight), of_x, roundings=4)
     assert torch.equal(grad, before), "the gradient of others stays"
-
-
-def test_a_norms_backward_pass_is_one_launch(liger: Any, monkeypatch: pytest.MonkeyPatch) -> None:
-    """The package's own function fills the result with zeros first."""
-    x, grad, weight = numbers(9, 48), numbers(9, 48, seed=1), numbers(48, seed=2)
-    _, rho = liger.norm(x, weight, EPSILON)
-    expected = liger.norm_backward(grad, x, rho, weight)
-
-    def refuse(*_: Any, **__: Any) -> Tensor:
-        raise AssertionError("a second launch")
-
-    monkeypatch.setattr(torch, "zeros_like", refuse)
-    assert torch.equal(liger.norm_backward(grad, x, rho, weight), expected)
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
@@ -181,37 +167,6 @@ def test_the_other_gelu_is_seen_in_narrow_dtypes(
     with caplog.at_level(logging.WARNING, logger="lorakeet"):
         assert not liger.computes_the_same("gates", CPU, dtype, width)
     assert "in gelu(z)∘u" in caplog.text
-
-
-def test_small_numbers_of_a_gradient_are_compared(
-    liger: Any, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
-) -> None:
-    """Those of the gates that are below a tenth are lost."""
-    right = liger.gated_backward_
-
-    def wrong(gate: Tensor, up: Tensor, grad: Tensor) -> Tensor:
-        found: Tensor = right(gate, up, grad)
-        gate.masked_fill_(gate.abs() < 0.1, 0.0)
-        return found
-
-    monkeypatch.setattr(liger, "gated_backward_", wrong)
-    with caplog.at_level(logging.WARNING, logger="lorakeet"):
-        assert not liger.computes_the_same("gates", CPU, torch.bfloat16, 48)
-    assert "in ∂z of silu" in caplog.text
-
-
-def test_each_program_of_a_norm_computes_several_rows(liger: Any, monkeypatch: pytest.MonkeyPatch) -> None:
-    """The backward pass has a program for each of a GPU's processors, which loops over rows."""
-    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda _: SimpleNamespace(multi_processor_count=132))
-    arange = torch.arange
-
-    def on_the_cpu(*given: Any, device: torch.device) -> Tensor:
-        assert device == CUDA
-        return arange(*given)
-
-    monkeypatch.setattr(torch, "arange", on_the_cpu)
-    rows = kernels._norm_rows(CUDA)
-    assert len(rows) > 2 * 132 and set(rows.tolist()) == set(range(kernels.ROWS))
 
 
 def test_rotations_are_proved_for_each_number_of_heads(liger: Any, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -84,21 +84,6 @@ def test_a_conv1d_is_recognised_by_its_shape_and_a_square_one_by_the_model(tmp_p
         assert torch.allclose(step(torch.zeros(8, 8)), LINEAR.delta().t() if turned else LINEAR.delta())
 
 
-def test_rows_and_extras_come_before_pairs(tmp_path: Path) -> None:
-    new, rows = torch.randn(10, 8), torch.randn(2, 8)
-    adapter = Adapter(
-        {"model.embed_tokens": EMBEDDING}, {"model.embed_tokens.weight": new}, {"model.embed_tokens": TokenRows((1, 3), rows)}
-    )
-    edit = edits_for(checkpoint(tmp_path), adapter).by_name["model.embed_tokens.weight"]
-    weight = torch.zeros(10, 8)
-    for step in edit.steps:
-        weight = step(weight)
-    expected = new.clone()
-    expected[[1, 3]] = rows
-    assert torch.allclose(weight, expected + EMBEDDING.delta(), atol=1e-6)
-    assert not torch.equal(adapter.extras["model.embed_tokens.weight"], weight)
-
-
 def test_rows_of_both_ends_of_a_tied_base_and_ids_of_no_row_are_refused(tmp_path: Path) -> None:
     both = {path: TokenRows((3,), torch.zeros(1, 8)) for path in ("model.embed_tokens", "lm_head")}
     tied = checkpoint(tmp_path, head=False)

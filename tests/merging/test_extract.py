@@ -139,17 +139,6 @@ def test_a_module_of_two_parameters_is_kept_with_both(tmp_path: Path) -> None:
     merges_to_the_tuned(tmp_path, found)
 
 
-def test_shards_and_half_precision(tmp_path: Path) -> None:
-    adapter = random_adapter(tiny_model("llama"), "q_proj", "down_proj")
-    save(tmp_path / "base", tiny_model("llama").to(torch.bfloat16), max_shard_size="20kB")
-    save(tmp_path / "tuned", fold_into(tiny_model("llama").to(torch.bfloat16).float(), adapter), max_shard_size="30kB")
-    found = extracted(tmp_path)
-    assert len(list((tmp_path / "tuned").glob("*.safetensors"))) > 2
-    assert set(found.adapter.pairs) == set(adapter.pairs) and not found.adapter.extras and found.energy > 1 - 1e-6
-    for path, pair in found.adapter.pairs.items():
-        torch.testing.assert_close(change(pair), change(adapter.pairs[path]), atol=1e-5, rtol=0)
-
-
 def test_progress_counts_every_parameter(tmp_path: Path) -> None:
     tuned_pair(tmp_path, "llama")
     seen: list[tuple[int, int]] = []

@@ -186,19 +186,6 @@ def test_convolutions(tmp_path: Path) -> None:
         assert torch.allclose(written.double(), folded(weight, pair), atol=1e-6)
 
 
-def test_names_without_the_wrapper_word(tmp_path: Path) -> None:
-    """Hub checkpoints of GPT-2 say h.0.… where the model says transformer.h.0.…; square matrices are transposed all the same."""
-    model = tiny_model("gpt2")
-    saved(tmp_path / "base", "gpt2")
-    file = tmp_path / "base" / "model.safetensors"
-    short = {name.removeprefix("transformer."): tensor for name, tensor in load_file(file).items()}
-    save_file(short, file, metadata={"format": "pt"})
-    adapter = random_adapter(model, "c_attn", "c_proj")
-    as_linear = {path: replace(pair, kind="linear") for path, pair in adapter.pairs.items()}
-    merge_into(tmp_path / "base", Adapter(as_linear), tmp_path / "merged")
-    assert (logits(loaded(tmp_path / "merged")) - logits(fold_into(model, adapter))).abs().max() <= TOLERANCE
-
-
 @pytest.mark.parametrize("dtype", ["same", "float32"])
 def test_rounding_is_measured(dtype: Any, tmp_path: Path) -> None:
     model = tiny_model("llama").to(torch.bfloat16)
@@ -232,19 +219,6 @@ def test_one_tensor_at_a_time(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -
     monkeypatch.setattr(safetensors_file.SafeFile, "read", counted)
     merge_into(tmp_path / "base", adapter, tmp_path / "merged")
     assert len(alive) == 41 and most == 1
-
-
-def test_same_bytes_every_time(tmp_path: Path) -> None:
-    adapter = random_adapter(tiny_model("llama"))
-    saved(tmp_path / "base", "llama")
-    shuffled = Adapter(dict(reversed(adapter.pairs.items())))
-    seen: list[tuple[int, int]] = []
-    merge_into(tmp_path / "base", adapter, tmp_path / "one", on_progress=lambda done, total, name: seen.append((done, total)))
-    merge_into(tmp_path / "base", shuffled, tmp_path / "two")
-    names = sorted(path.name for path in (tmp_path / "one").iterdir())
-    assert names == ["config.json", "generation_config.json", "model.safetensors"]
-    assert all((tmp_path / "one" / name).read_bytes() == (tmp_path / "two" / name).read_bytes() for name in names)
-    assert seen == [(i, 21) for i in range(1, 22)]
 
 
 def test_tokenizer_files_go_along_and_weights_of_other_formats_do_not(tiny_llama_folder: Path, tmp_path: Path) -> None:

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from lorakeet.errors import EnvironmentProblem
-from lorakeet.models.attention import VARLEN, packed_attention, register
+from lorakeet.models.attention import packed_attention
 
 HEADS, KV, WIDTH = 6, 2, 8
 ROWS = (5, 1, 9, 3)
@@ -126,14 +126,6 @@ def test_values_may_be_narrower_than_keys() -> None:
     q, k, v = states()
     out = packed_attention(nn.Module(), q, k, v[..., :4], row_lengths=ROWS, scaling=WIDTH**-0.5)[0]
     torch.testing.assert_close(out, literal(q, k, v)[..., :4], rtol=1e-4, atol=1e-5)
-
-
-def test_register_twice_is_register_once() -> None:
-    from transformers import AttentionInterface
-
-    register()
-    register()
-    assert AttentionInterface()[VARLEN] is packed_attention
 
 
 def test_a_temperature_by_place_is_refused_where_it_is_not_one() -> None:

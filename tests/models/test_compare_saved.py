@@ -13,7 +13,7 @@ import torch
 from lorakeet.core.adapter import Adapter
 from lorakeet.formats.peft import peft
 from lorakeet.models.compare_saved import SavedDifference, compare_saved
-from lorakeet.models.inject import adapter_of, attach, eject
+from lorakeet.models.inject import adapter_of, attach
 from tiny.models import tiny_model
 
 Adapted = Callable[..., Any]
@@ -66,11 +66,3 @@ def test_one_bit_in_the_file_or_in_the_model_is_found(adapted: Adapted) -> None:
     B[0, 0] = torch.nextafter(B[0, 0], torch.tensor(9.0))
     other = replace(whole, pairs={**whole.pairs, path: replace(whole.pairs[path], B=B)})
     assert found(live, other).changed == found(live, whole, other).changed == found(live, other, whole).changed == (f"{path}.B",)
-
-
-def test_two_adapters_of_one_model_can_be_compared(adapted: Adapted) -> None:
-    live = adapted(tiny_model("llama"))
-    saved = adapter_of(live)
-    attach(live, saved, "read")
-    assert compare_saved((live, "default"), saved, (live, "read")).count == 28
-    eject(live, "read")

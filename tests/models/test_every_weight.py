@@ -47,13 +47,6 @@ def test_each_reason_is_named(planned: Planned) -> None:
     assert reasons(planned(outline("qwen3_next")), "convolution") == {"no pair fits a Conv1d"}
 
 
-def test_experts_that_cannot_be_adapted_are_left_out_with_a_reason(planned: Planned) -> None:
-    """DBRX keeps all experts in matrices that are no linear layers; PEFT cannot put pairs on them either."""
-    assert reasons(planned(outline("dbrx")), "experts") == {"no pair fits a DbrxExpertGLU"}
-    assert reasons(planned(outline("jetmoe")), "experts") == {"no pair fits a JetMoeParallelExperts"}
-    assert reasons(planned(outline("nemotron_h")), "experts") == {""}
-
-
 def test_stacked_experts_are_counted(planned: Planned) -> None:
     stacks = [weight for weight in planned(tiny_model("mixtral")).weights if weight.group == "experts"]
     assert [weight.experts for weight in stacks] == [4] * 4

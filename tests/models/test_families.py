@@ -2,12 +2,10 @@
 
 from __future__ import annotations
 
-from types import SimpleNamespace
-
 import pytest
 from transformers import AutoConfig
 
-from lorakeet.models.families import FAMILIES, GENERIC, LogitScaling, family_of, family_of_model, in_group
+from lorakeet.models.families import FAMILIES, GENERIC, family_of, family_of_model
 from lorakeet.models.modules import original_modules
 from tiny.models import FAMILIES as TINY
 from tiny.models import tiny_model
@@ -35,16 +33,6 @@ def test_configuration_keys_exist_in_transformers(model_type: str) -> None:
     assert hasattr(config, family.soft_cap) == (model_type in ("gemma2", "gemma3_text", "recurrent_gemma"))
 
 
-def test_what_is_done_to_the_logits_is_read_from_the_configuration() -> None:
-    """By the same keys in every family, so that the next Gemma or Granite needs no line here."""
-    config = SimpleNamespace(final_logit_softcapping=30.0, logits_scaling=8.0, logit_scale=0.5)
-    assert GENERIC.logits_of(config) == LogitScaling(1.0, 8.0, 30.0)
-    assert family_of("recurrent_gemma").logits_of(SimpleNamespace(logits_soft_cap=30.0)) == LogitScaling(cap=30.0)
-    assert family_of("cohere").logits_of(config) == LogitScaling(0.5, 8.0, 30.0)
-    assert GENERIC.logits_of(SimpleNamespace(final_logit_softcapping=None)).none
-    assert not GENERIC.logits_of(config).none
-
-
 def test_a_wrapper_whose_code_leaves_the_factor_out_has_none() -> None:
     for kind, factor in (("aya_vision", ""), ("cohere2_vision", ""), ("cohere_compass", ""), ("cohere2", "logit_scale")):
         assert family_of_model(AutoConfig.for_model(kind)).logit_factor == factor
@@ -58,10 +46,3 @@ def test_no_model_type_stands_twice() -> None:
 def test_unknown_models_are_generic() -> None:
     assert family_of("something_new") is GENERIC
     assert family_of(object()) is GENERIC
-
-
-def test_groups_by_name_or_by_parent() -> None:
-    assert in_group("h.0.attn.c_proj", ("attn.c_proj",), ())
-    assert not in_group("h.0.mlp.c_proj", ("attn.c_proj",), ())
-    assert in_group("layers.0.self_attn.dense", (), ("attn",))
-    assert not in_group("layers.0.mlp.attn_like", (), ("attn",))

@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-from typing import Any, cast
+from typing import cast
 
 import torch
 from torch import Tensor, nn
 
 from lorakeet.memory.spill import Spill
-from lorakeet.models.frozen_prefix import FrozenPrefix, PrefixBlock
+from lorakeet.models.frozen_prefix import FrozenPrefix
 
 
 class Block(nn.Module):
@@ -66,11 +66,3 @@ def test_rows_come_back_by_their_ids_with_a_shared_beginning_once() -> None:
     found = prefix.states_of(torch.tensor([7, 3, 7, 1, 2]), (2, 3), 1)
     assert found is not None and found.flatten().tolist() == [3, 4, 1, 2]
     assert prefix.states_of(torch.tensor([7, 4]), (2,), 0) is None, "another row"
-
-
-def test_a_block_answers_for_the_one_that_it_stands_for_until_it_is_taken_out() -> None:
-    model, blocks, prefix = prefixed()
-    standing: Any = model.blocks[0]
-    assert isinstance(standing, PrefixBlock) and standing.attention_type == "full"
-    prefix.close()
-    assert list(model.blocks) == blocks

@@ -23,7 +23,6 @@ from lorakeet.models.inject import (
     inject,
     keep_terms,
     trained_parameters,
-    use_products,
 )
 from tiny.dense import fold_into
 from tiny.models import FAMILIES, tiny_model
@@ -246,23 +245,6 @@ def test_several_adapters_by_name(adapted: Callable[..., Any]) -> None:
     assert_same_state(model, before)
 
 
-def test_dropout_only_while_training(adapted: Callable[..., Any]) -> None:
-    model = adapted(tiny_model("llama"), dropout=0.5)
-    still = model(IDS).logits
-    assert torch.equal(model(IDS).logits, still)
-    assert not torch.equal(model.train()(IDS).logits, still)
-    assert torch.equal(model.eval()(IDS).logits, still)
-
-
-def test_products_in_another_dtype(adapted: Callable[..., Any]) -> None:
-    model = adapted(tiny_model("llama").bfloat16())
-    exact = adapted(tiny_model("llama").bfloat16().float())(IDS).logits
-    use_products(model, torch.float32)
-    wide = model(IDS).logits
-    assert wide.dtype == torch.bfloat16
-    assert (wide - exact).abs().mean() < 0.05 * exact.abs().mean()
-
-
 @pytest.mark.parametrize(
     ("name", "words"), [("a.b", "letters"), ("items", "letters"), ("", "letters"), ("default", "already on the model")]
 )
@@ -377,14 +359,6 @@ def test_trained_rows_are_rows_of_the_weights(adapted: Callable[..., Any], famil
             each.weight = grown
     assert torch.allclose(model(WITH_NEW).logits, plain(WITH_NEW).logits, atol=2e-5)
     assert len(trained_parameters(model)) == len(value.token_rows) == (1 if tied else 2)
-
-
-def test_gradients_reach_the_rows_from_both_ends(adapted: Callable[..., Any]) -> None:
-    model = adapted(tiny_model("qwen2"), target_modules=(), new_tokens=("<a>", "<b>"))
-    model(torch.tensor([[5, 96, 11]])).logits[..., 97].sum().backward()
-    (rows,) = trained_parameters(model).values()
-    assert rows.grad[0].abs().max() > 0  # looked up
-    assert rows.grad[1].abs().max() > 0  # predicted
 
 
 @pytest.mark.parametrize("family", ["llama", "qwen2", "gpt2"])

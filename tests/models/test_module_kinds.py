@@ -5,11 +5,9 @@ from __future__ import annotations
 from typing import Any
 
 import pytest
-from torch import nn
 
-from lorakeet.models.module_kinds import EXPERT, HEAD, ROUTER, SHARED, kind_in_words, stateful_parts
+from lorakeet.models.module_kinds import EXPERT, ROUTER, kind_in_words, stateful_parts
 from lorakeet.models.modules import original_modules
-from tiny.models import tiny_model
 from tiny.outlines import outline
 
 
@@ -21,20 +19,6 @@ def kinds(model: Any) -> dict[str, str]:
         for path, module in by_path.items()
         if path and any(parameter.dim() > 1 for parameter in module.parameters(recurse=False))
     }
-
-
-def test_a_dense_model_has_attention_mlp_embeddings_and_a_head() -> None:
-    found = kinds(tiny_model("llama"))
-    assert set(found.values()) == {"attention", "MLP", "embeddings", HEAD}
-    assert found["model.layers.#.self_attn.q_proj"] == "attention" and found["model.layers.#.mlp.up_proj"] == "MLP"
-    assert kinds(tiny_model("gpt2"))["transformer.h.#.attn.c_attn"] == "attention"
-
-
-def test_experts_shared_ones_and_the_router_are_apart() -> None:
-    found = kinds(tiny_model("qwen2_moe"))
-    assert found["model.layers.#.mlp.experts"] == EXPERT
-    assert found["model.layers.#.mlp.shared_expert.up_proj"] == SHARED
-    assert found["model.layers.#.mlp.gate"] == found["model.layers.#.mlp.shared_expert_gate"] == ROUTER
 
 
 @pytest.mark.parametrize(
@@ -59,18 +43,6 @@ def test_experts_shared_ones_and_the_router_are_apart() -> None:
 )
 def test_each_kind_of_layer_has_its_word(name: str, path: str, kind: str) -> None:
     assert kinds(outline(name))[path] == kind
-
-
-def test_what_the_table_does_not_know_is_called_by_its_class() -> None:
-    found = kinds(outline("recurrent_gemma"))
-    assert found["model.layers.#.temporal_block.linear_x"] == "RecurrentGemmaRecurrentBlock"
-
-    class Oddity(nn.Module):
-        def __init__(self) -> None:
-            super().__init__()
-            self.parts = nn.ModuleList([nn.Linear(2, 2)])
-
-    assert kinds(nn.Sequential(Oddity()))["#.parts.#"] == "Oddity"
 
 
 @pytest.mark.parametrize(

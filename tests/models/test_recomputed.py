@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections import Counter
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -58,22 +57,6 @@ def test_training_ends_in_the_same_bits(
 
 def adapted(text: TextModel) -> TextModel:
     return initialise_adapter(text, plan_for(text.model, LORA, text.family), seed=0)
-
-
-def test_a_block_computes_twice_and_others_once(folder: Path) -> None:
-    text = adapted(recomputed(folder, 1))
-    found: Counter[int] = Counter()
-    for number in range(BLOCKS):
-        block: Any = modules.find(text.model, f"model.layers.{number}")
-        assert isinstance(block, RecomputedBlock) == (number < BLOCKS - 1)
-        modules.unwrapped(block).register_forward_hook(lambda *_, number=number: found.update([number]))
-    task = TextTask(text, rows(2), held_out=(), spec=TrainSpec(batch_size=2))
-    task.gradients(task.batches(0), 1.0)
-    assert [found[number] for number in range(BLOCKS)] == [2, 2, 2, 1]
-    text.model.eval()
-    with torch.no_grad():
-        text.hidden(task.batches(0)[0])
-    assert [found[number] for number in range(BLOCKS)] == [3, 3, 3, 2], "without gradients nothing is computed again"
 
 
 @pytest.mark.slow

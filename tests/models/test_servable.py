@@ -16,7 +16,6 @@ from lorakeet.models import servable
 from lorakeet.models.modules import decoder_of
 from lorakeet.models.servable import REMEDY, few_blocks_of, require_served, why_not_served
 from lorakeet.models.spec import ModelSpec
-from lorakeet.models.text import load
 from lorakeet.models.text.load import ReadBefore, load_tokenizer
 from tiny.family_columns import saved
 from tiny.small_configs import small_config
@@ -79,21 +78,6 @@ def test_a_gguf_file_is_refused_by_its_header(tmp_path: Path, monkeypatch: pytes
     monkeypatch.setitem(servable.NOT_SERVED, "lfm2", "this test says so")
     with pytest.raises(ConfigError, match=r"lfm2\.gguf is a 'lfm2' model, which cannot be served here: this test says so\."):
         require_served(ModelSpec(path=str(tmp_path / "lfm2.gguf")), lambda line: None)
-
-
-def test_what_was_read_for_the_check_is_not_read_again(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Neither the configuration nor the headers of all weight files."""
-    folder, read = saved("llama", tmp_path), []
-
-    def counted(name: str, does: Any) -> Any:
-        return lambda *given: (read.append(name), does(*given))[1]
-
-    for module in (servable, load):
-        monkeypatch.setattr(module, "read_config", counted("configuration", load.read_config))
-        monkeypatch.setattr(module, "find_source", counted("folder", load.find_source))
-    before = require_served(spec := ModelSpec(path=str(folder), dtype="float32"), lambda line: None)
-    text = load.load_text_model(spec, before=before)
-    assert read == ["folder", "configuration"] and text.source == folder == before.source
 
 
 @pytest.mark.parametrize(

@@ -6,13 +6,11 @@ from collections.abc import Callable
 from typing import Any
 
 import pytest
-import torch
 from torch import nn
 from transformers import AutoModelForCausalLM, GPTNeoXConfig, LlamaConfig, LlamaForSequenceClassification
 
 from lorakeet.core.plan import Plan
 from lorakeet.errors import ConfigError
-from lorakeet.models.inject import inject
 from tiny.models import FAMILIES, tiny_model
 
 Planned = Callable[..., Plan]
@@ -48,20 +46,6 @@ def test_experts_are_parameters(planned: Planned, family: str) -> None:
     assert entries[0].shape_a == (4, 4, 32)
     by_name = planned(tiny_model(family), target_modules=("gate_up_proj",)).entries
     assert by_name == entries[::2]
-
-
-def test_the_plan_of_a_meta_model_is_the_same(planned: Planned) -> None:
-    real = tiny_model("mixtral")
-    with torch.device("meta"):
-        meta = AutoModelForCausalLM.from_config(real.config)
-    assert planned(meta, new_tokens=("<a>",)) == planned(real, new_tokens=("<a>",))
-
-
-def test_an_injected_model_gives_the_same_plan(planned: Planned) -> None:
-    model = tiny_model("mixtral")
-    plan = planned(model, target_modules=("all-linear", "embed_tokens"))
-    inject(model, plan)
-    assert planned(model, target_modules=("all-linear", "embed_tokens")).entries == plan.entries
 
 
 def test_a_model_of_no_known_family(planned: Planned) -> None:

@@ -16,7 +16,6 @@ from lorakeet.memory.spill import Spill
 from lorakeet.quant import gptq, gptq_solve, packed
 from lorakeet.quant.construct import empty_base
 from lorakeet.quant.gptq import (
-    BITS,
     PARTS,
     GptqBase,
     GptqGrid,
@@ -26,11 +25,7 @@ from lorakeet.quant.gptq import (
     gptq_buffer_shapes,
     groups_in_order,
     pack_words,
-    pack_zeros,
     quantise_to_nearest,
-    unpack_word_rows,
-    unpack_words,
-    unpack_zeros,
     words_for,
 )
 from lorakeet.quant.gptq_config import GptqConfig, base_from, gptq_mapping, layer_problems, parse
@@ -121,9 +116,6 @@ def test_groups_may_be_in_any_order() -> None:
     assert groups_in_order(6, 2).tolist() == [0, 0, 1, 1, 2, 2] and groups_in_order(3, -1).tolist() == [0, 0, 0]
 
 
-every_width = pytest.mark.parametrize("bits", BITS)
-
-
 def naive(words: Tensor, bits: int) -> Tensor:
     """Code k is made of the bits k·bits … of the column's stream of words, lowest bit first."""
     columns = []
@@ -131,40 +123,6 @@ def naive(words: Tensor, bits: int) -> Tensor:
         stream = sum((word & 0xFFFFFFFF) << (32 * place) for place, word in enumerate(column))
         columns.append([(stream >> (bits * place)) & (2**bits - 1) for place in range(len(column) * 32 // bits)])
     return torch.tensor(columns).t()
-
-
-@every_width
-def test_words_hold_the_stream(bits: int) -> None:
-    codes = torch.randint(0, 2**bits, (64, 5), generator=torch.Generator().manual_seed(bits))
-    codes[0], codes[-1] = 2**bits - 1, 2**bits - 1  # the top bit of the last word makes it negative
-    words = pack_words(codes, bits)
-    assert words.dtype == torch.int32 and words.shape == (64 * bits // 32, 5) and bool((words < 0).any())
-    assert torch.equal(naive(words, bits), codes)
-    assert torch.equal(unpack_words(words, bits).long(), codes)
-    assert torch.equal(unpack_word_rows(words.t().contiguous(), bits).long(), codes.t())
-
-
-@every_width
-def test_many_columns_are_packed_a_few_at_a_time(bits: int, monkeypatch: pytest.MonkeyPatch) -> None:
-    codes = torch.randint(0, 2**bits, (64, 37), generator=torch.Generator().manual_seed(bits))
-    whole = pack_words(codes, bits)
-    monkeypatch.setattr(gptq, "TILE", 640)
-    assert torch.equal(pack_words(codes, bits), whole)
-
-
-@every_width
-@pytest.mark.parametrize("zero_format", ["gptq", "gptq_v2"])
-def test_zero_points_come_back_also_0_and_the_highest(bits: int, zero_format: ZeroFormat) -> None:
-    zeros = torch.randint(0, 2**bits, (3, 64), generator=torch.Generator().manual_seed(bits))
-    zeros[0], zeros[1] = 0, 2**bits - 1
-    assert torch.equal(unpack_zeros(pack_zeros(zeros, bits, zero_format), bits, zero_format).long(), zeros)
-
-
-@every_width
-def test_format_gptq_keeps_one_less(bits: int) -> None:
-    zeros = torch.randint(1, 2**bits, (3, 32), generator=torch.Generator().manual_seed(bits))
-    assert torch.equal(naive(pack_zeros(zeros, bits, "gptq").t(), bits).t(), zeros - 1)
-    assert torch.equal(naive(pack_zeros(zeros, bits, "gptq_v2").t(), bits).t(), zeros)
 
 
 def test_three_bits_fill_whole_words_only_by_the_32() -> None:
@@ -279,24 +237,6 @@ def test_memory_in_use_is_what_is_planned(
     with HeldBytes() as held:
         gptq_quantise(weight, inputs, layout)
     assert held.peak <= bytes_of_solving(shape, layout, dtype) <= 1.5 * held.peak
-
-
-def test_one_matrix_stands_beside_the_hessian(inputs: Tensor, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(gptq_solve, "ROWS", 16)
-    hessian = hessian_of(inputs)
-    with HeldBytes() as held:
-        sensitivity(hessian)
-    assert held.peak < 1.3 * hessian.nbytes
-
-
-def test_the_factor_is_that_of_the_inverse_in_the_order_of_the_columns(inputs: Tensor) -> None:
-    hessian = hessian_of(inputs)
-    found = sensitivity(hessian, damping=0.02)
-    damped = hessian[found.order][:, found.order].double()
-    damped += 0.02 * hessian.diagonal().double().mean() * torch.eye(SOLVE_IN)
-    factor = found.factor.double()
-    assert torch.equal(factor, factor.triu()) and bool((factor.diagonal() > 0).all())
-    torch.testing.assert_close(factor.T @ factor @ damped, torch.eye(SOLVE_IN, dtype=torch.float64), rtol=0, atol=1e-3)
 
 
 @pytest.mark.parametrize("rows", [16, 100, 512])

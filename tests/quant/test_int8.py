@@ -3,19 +3,16 @@
 from __future__ import annotations
 
 from contextlib import nullcontext
-from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from safetensors.torch import load_file, save_file
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from lorakeet.core.base import matmul_each
 from lorakeet.kernels import choose
 from lorakeet.kernels.cpu import int8_rows, operators
 from lorakeet.kernels.device import standing_for
-from lorakeet.quant.construct import empty_base
 from lorakeet.quant.int8 import Int8Base, enable_int8_products
 from tiny.native import needs_native
 
@@ -44,21 +41,6 @@ def test_each_number_is_off_by_half_a_step_at_most(weight: torch.Tensor) -> None
 def test_unpacking_rounds_once(weight: torch.Tensor) -> None:
     base = Int8Base.of(weight)
     assert torch.equal(base.unpack(torch.empty(9, 50, dtype=torch.bfloat16)), base.dense().bfloat16())
-
-
-def test_tiles_change_nothing(weight: torch.Tensor, monkeypatch: pytest.MonkeyPatch) -> None:
-    whole = Int8Base.of(weight)
-    monkeypatch.setattr("lorakeet.quant.packed.TILE", 100)
-    tiled = Int8Base.of(weight)
-    assert torch.equal(whole.packed, tiled.packed) and torch.equal(whole.dense(), tiled.dense())
-
-
-def test_buffers_go_through_safetensors(weight: torch.Tensor, tmp_path: Path) -> None:
-    base = Int8Base.of(weight)
-    save_file(dict(base.named_buffers()), tmp_path / "base.safetensors")
-    again = empty_base(base.settings)
-    again.load_state_dict(load_file(tmp_path / "base.safetensors"))
-    assert torch.equal(again.dense(), base.dense())
 
 
 def test_another_shape_is_refused(weight: torch.Tensor) -> None:

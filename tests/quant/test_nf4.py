@@ -3,17 +3,14 @@
 from __future__ import annotations
 
 import importlib.util
-from pathlib import Path
 
 import pytest
 import torch
-from safetensors.torch import load_file, save_file
 from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 
 from lorakeet.core.scratch import SCRATCH
 from lorakeet.quant import nf4
-from lorakeet.quant.construct import empty_base
 from lorakeet.quant.nf4 import LEVELS, Nf4Base
 
 SHAPES = [(64, 64), (6, 128), (7, 48), (16, 100), (5, 33), (1, 1), (576, 320)]  # also rows that end within a block, and odd sizes
@@ -73,26 +70,10 @@ def test_bits_a_number() -> None:
     assert Nf4Base.of(random_weight((512, 512)), double_quant=False).bytes * 8 / 512**2 == 4.5
 
 
-def test_buffers_go_through_safetensors(tmp_path: Path) -> None:
-    base = Nf4Base.of(random_weight((10, 70)), block_size=32)
-    save_file(dict(base.named_buffers()), tmp_path / "base.safetensors")
-    again = empty_base(base.settings)
-    again.load_state_dict(load_file(tmp_path / "base.safetensors"))
-    assert torch.equal(again.dense(), base.dense()) and again.settings == base.settings
-
-
 def test_a_cast_of_the_model_leaves_the_code_alone() -> None:
     base = Nf4Base.of(random_weight((10, 64)))
     before = base.dense()
     assert torch.equal(base.to(torch.bfloat16).half().double().dense(), before)
-
-
-def test_packing_in_tiles_changes_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
-    weight = random_weight((300, 130))
-    whole = Nf4Base.of(weight)
-    monkeypatch.setattr("lorakeet.quant.packed.TILE", 64 * 256)
-    tiled = Nf4Base.of(weight)
-    assert torch.equal(whole.packed, tiled.packed) and torch.equal(whole.dense(), tiled.dense())
 
 
 def test_on_the_meta_device_it_has_shapes_only() -> None:

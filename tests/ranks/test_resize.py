@@ -92,13 +92,6 @@ def test_at_its_own_rank_a_pair_is_what_it_was_also_where_nothing_was_seen_of_it
         assert same.rank == RANK and same.bias is pair.bias
 
 
-def test_a_pair_that_is_still_at_its_start_is_cut_too() -> None:
-    pair = replace(pair_of(0), B=torch.zeros(OUT, RANK))
-    moments, _, _ = seen(pair, 1)
-    short = cut_to_ranks(Adapter({"a": pair}), {"a": spectrum(pair, moments)}, {"a": 1}).pairs["a"]
-    assert short.A.isfinite().all() and short.B.isfinite().all() and not short.delta().any()
-
-
 def two() -> tuple[Adapter, Plan, dict[str, Moments]]:
     strong, weak = pair_of(0), pair_of(1)
     weak = replace(weak, B=weak.B * 1e-3)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import json
 import os
 import shutil
@@ -15,17 +14,8 @@ import torch
 from lorakeet.errors import ConfigError, DataError
 from lorakeet.formats.files import loaded_file
 from lorakeet.formats.peft import peft, peft_config
-from lorakeet.formats.peft.peft_config import CONFIG_NAME
 from lorakeet.models.text.serving import ServingModel
-from lorakeet.serve import adapter_files
 from lorakeet.serve.adapter_files import inspect_adapter, read_stored_adapter
-
-
-def test_headers_say_ranks_scales_and_size(live: ServingModel, saved: Callable[..., Path]) -> None:
-    folder = saved("a", rank=2)
-    source = inspect_adapter(folder, live)
-    assert (source.ranks, source.scales, source.digest) == ((2,), (3.0,), "")
-    assert source.bytes == 4 * peft.read(folder).parameters
 
 
 def test_content_is_known_again(live: ServingModel, saved: Callable[..., Path], tmp_path: Path) -> None:
@@ -54,17 +44,6 @@ def test_what_does_not_fit_is_refused_by_its_header(live: ServingModel, saved: C
         inspect_adapter(folder, live)
 
 
-def test_a_rank_larger_than_the_layer_is_served_and_logged(
-    live: ServingModel, saved: Callable[..., Path], monkeypatch: pytest.MonkeyPatch
-) -> None:
-    heard: list[str] = []
-    monkeypatch.setattr(adapter_files.log, "warning", lambda form, *given: heard.append(form % given))
-    inspect_adapter(saved("fits", rank=4), live)
-    assert not heard
-    assert inspect_adapter(saved("wide", "k_proj", rank=20), live).ranks == (20,)
-    assert len(heard) == 1 and "rank larger than the layer in 2 of 2 pairs" in heard[0] and "--to adapter --rank 20" in heard[0]
-
-
 @pytest.mark.parametrize("private", [False, True])
 def test_a_second_adapter_of_a_recipe_is_not_parsed(
     live: ServingModel, saved: Callable[..., Path], monkeypatch: pytest.MonkeyPatch, private: bool
@@ -91,36 +70,6 @@ def test_a_second_adapter_of_a_recipe_is_not_parsed(
     assert len({source.digest for _, source in (first, *others)}) == 3
 
 
-@pytest.mark.parametrize("private", [False, True])
-def test_a_digest_is_that_of_earlier_versions(live: ServingModel, saved: Callable[..., Path], private: bool) -> None:
-    """A server that starts again compares it with the one on its list."""
-    folder = saved("a")
-    expected = hashlib.sha256((folder / CONFIG_NAME).read_bytes())
-    expected.update(loaded_file.load_safetensors(folder / peft.MODEL_NAME).digest.encode())
-    for _ in range(2):
-        assert read_stored_adapter(inspect_adapter(folder, live, private=private), "a", live)[1].digest == expected.hexdigest()
-    assert read_stored_adapter(inspect_adapter(folder, live, expected.hexdigest()), "a", live)[1].stamp
-    with pytest.raises(DataError, match="have changed since they were checked"):
-        read_stored_adapter(inspect_adapter(folder, live, "0" * 64), "a", live)
-
-
-def test_the_digest_is_of_the_configuration_that_was_read(
-    live: ServingModel, saved: Callable[..., Path], monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """Also if it is written to meanwhile."""
-    folder = saved("a")
-    known = read_stored_adapter(inspect_adapter(folder, live), "a", live)[1].digest
-
-    def open_then_change(path: Path, **given: bool) -> loaded_file.LoadedFile:
-        found = loaded_file.load_safetensors(path, **given)
-        (folder / CONFIG_NAME).write_text((folder / CONFIG_NAME).read_text().replace('"lora_alpha": 12', '"lora_alpha": 13'))
-        return found
-
-    monkeypatch.setattr(adapter_files, "load_safetensors", open_then_change)
-    adapter, source = read_stored_adapter(inspect_adapter(folder, live), "a", live)
-    assert source.digest == known and {pair.alpha for pair in adapter.pairs.values()} == {12.0}
-
-
 def test_what_is_wrong_with_a_second_adapter_of_a_recipe_is_said(live: ServingModel, saved: Callable[..., Path]) -> None:
     read_stored_adapter(inspect_adapter(saved("a"), live), "a", live)
     source = inspect_adapter(saved("b", seed=1), live)
@@ -134,14 +83,3 @@ def test_what_is_wrong_with_a_second_adapter_of_a_recipe_is_said(live: ServingMo
         read_stored_adapter(source, "b", live)
     file.write_bytes(whole)
     assert len(read_stored_adapter(source, "b", live)[1].digest) == 64
-
-
-def test_a_surplus_rank_is_logged_for_each_adapter_of_a_recipe(
-    live: ServingModel, saved: Callable[..., Path], monkeypatch: pytest.MonkeyPatch
-) -> None:
-    heard: list[str] = []
-    monkeypatch.setattr(adapter_files.log, "warning", lambda form, *given: heard.append(form % given))
-    folders = [saved(name, "k_proj", seed=seed, rank=20) for seed, name in enumerate("ab")]
-    for folder in folders:
-        inspect_adapter(folder, live)
-    assert len(heard) == 2 and all(str(folder) in said for folder, said in zip(folders, heard, strict=True))

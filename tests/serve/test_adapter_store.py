@@ -253,21 +253,6 @@ def test_a_disk_too_full_for_the_list_changes_nothing(
     registry.release(registry.lease("a"))
 
 
-def test_what_a_start_is_given_besides_leaves_the_list(registry: Registry, saved: Callable[..., Path], tmp_path: Path) -> None:
-    """`serve` registers what --adapter names before the list is restored."""
-    store = AdapterStore(tmp_path / "s")
-    upload(store, "sent", saved("sent"))
-    store.accept("sent", registry, replace=False)
-    registry.pin("sent", True)
-    store.remember(registry)
-    restarted = AdapterStore(tmp_path / "s")
-    again = Registry(registry.live, registry.engine, base="base", changed=lambda: restarted.remember(again))
-    again.register("given", saved("given"))
-    restarted.restore(again, print)
-    assert again.names == ("given", "sent") and again.get("sent").pinned
-    assert set(json.loads((tmp_path / "s" / LIST).read_text())["adapters"]) == {"given", "sent"}
-
-
 def test_an_upload_that_another_start_may_serve_is_not_overwritten(
     registry: Registry, saved: Callable[..., Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -321,17 +306,6 @@ def test_what_a_reader_raises_stops_no_start(
     assert [text.split()[0] for text in said] == ["'listed'", "bad"]
     assert all(f"cannot be read as an adapter ({type(error).__name__}" in text for text in said)
     assert "listed" in json.loads((tmp_path / "s" / LIST).read_text())["adapters"]
-
-
-@pytest.mark.parametrize(
-    "entry", [{}, [], None, 5, {"path": "\0", "digest": "", "pinned": False, "probe": None}, {"path": 5, "digest": []}]
-)
-def test_damaged_entries_of_the_list_are_said_and_stay(entry: Any, registry: Registry, tmp_path: Path) -> None:
-    (tmp_path / LIST).write_text(json.dumps({"adapters": {"x": entry}}))
-    said: list[str] = []
-    AdapterStore(tmp_path).restore(registry, said.append)
-    assert len(said) == 1 and said[0].startswith("'x' is not served: ")
-    assert json.loads((tmp_path / LIST).read_text())["adapters"] == {"x": entry}
 
 
 def test_a_pipe_in_an_adapters_folder_holds_nothing_up(registry: Registry, saved: Callable[..., Path], tmp_path: Path) -> None:

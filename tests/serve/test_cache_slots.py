@@ -41,10 +41,6 @@ def test_another_version_or_weight_begins_anew() -> None:
         slots.release(0)
 
 
-def test_the_order_of_names_makes_no_key() -> None:
-    assert prefix_key({"a": 0.7, "b": 0.3}) == prefix_key({"b": 0.3, "a": 0.7})
-
-
 def test_a_busy_slot_lends_its_beginning() -> None:
     cache = KeyValues(slots=2, capacity=64)
     key, value = cache.layer(0, torch.zeros(1, 2, 1, 4), torch.zeros(1, 2, 1, 4))
@@ -78,10 +74,3 @@ def test_where_layers_pass_states_on_a_beginning_is_reused_at_its_end_only() -> 
         assert lent.get_conv_state(0).tolist() == [[[7.0] * 3] * 2]
     slots.release(number)
     assert slots.take(A, (*LONG[:30], 99)) == (number, 0), "the state is that after 40 tokens"
-
-
-def test_what_a_version_computed_is_forgotten() -> None:
-    slots = CacheSlots(KeyValues(slots=1, capacity=64))
-    slots.release(filled(slots, A, LONG))
-    slots.forget("a@1")
-    assert slots.take(A, LONG) == (0, 0)

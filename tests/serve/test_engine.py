@@ -10,12 +10,10 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-import torch
 
 from lorakeet.errors import ConfigError
 from lorakeet.formats.files import loaded_file
 from lorakeet.formats.peft import peft
-from lorakeet.kernels.threads import compute_with
 from lorakeet.models.generate.sample import end_ids, sample
 from lorakeet.models.text.serving import ServingModel
 from lorakeet.serve.engine import Draining, QueueFull
@@ -86,18 +84,6 @@ def test_beginnings_are_reused_for_the_same_adapter_only(loaded: ServingModel, a
         mixed = server.begin((*long, 7), weights)
         server.end(mixed)
         assert mixed[0].cached == 0, weights
-
-
-def test_a_beginning_is_copied_from_a_text_that_is_being_written(loaded: ServingModel, asking: Callable[..., Any]) -> None:
-    long, server = tuple(range(40, 70)), asking(slots=2)
-    expected = alone(loaded, (*long, 7), "a")
-    seen = threading.Event()
-    first = server.begin(long, {"a": 1.0}, max_tokens=34)
-    threading.Thread(target=lambda: (first[1].get(timeout=30), seen.set())).start()
-    assert seen.wait(30)
-    second = server.begin((*long, 7), {"a": 1.0})
-    assert server.end(second).ids == expected and second[0].cached == len(long)
-    server.end(first)
 
 
 def test_long_prompts_come_in_chunks_between_the_tokens_of_others(loaded: ServingModel, asking: Callable[..., Any]) -> None:
@@ -183,15 +169,6 @@ def test_a_failed_step_ends_its_texts_and_the_engine_goes_on(asking: Callable[..
     assert server.ask((30, 51), max_tokens=2).reason in ("length", "stop")
 
 
-def test_calls_compute_with_the_engine_s_cores_before_any_text(asking: Callable[..., Any]) -> None:
-    before = torch.get_num_threads()
-    try:
-        engine = asking(cores=lambda: before + 2).engine
-        assert engine.call(torch.get_num_threads).result(timeout=30) == before + 2
-    finally:
-        compute_with(before)
-
-
 def test_an_idle_engine_frees_the_copies_of_adapters(
     loaded: ServingModel, asking: Callable[..., Any], monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -206,14 +183,6 @@ def test_an_idle_engine_frees_the_copies_of_adapters(
         time.sleep(0.01)
     assert loaded.table_bytes == 0
     assert server.ask(PROMPTS[0], A).ids == expected and not loaded_file._SPARE
-
-
-def test_stop_texts_end_a_text_and_are_not_shown(asking: Callable[..., Any], loaded: ServingModel) -> None:
-    server = asking()
-    whole = server.ask((30, 51, 77), {"a": 1.0})
-    stop = whole.text[4:7]
-    answer = server.ask((30, 51, 77), {"a": 1.0}, stop=(stop,))
-    assert answer.reason == "stop" and answer.text == whole.text[: whole.text.index(stop)]
 
 
 def test_logprobs_are_those_of_the_model(asking: Callable[..., Any], loaded: ServingModel) -> None:

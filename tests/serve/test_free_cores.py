@@ -9,7 +9,7 @@ import time
 
 import pytest
 
-from lorakeet.serve.free_cores import INTERVAL, LONGEST, FreeCores, available, seconds
+from lorakeet.serve.free_cores import INTERVAL, FreeCores, available, seconds
 from tiny.proc import proc_file
 
 
@@ -42,39 +42,9 @@ def test_cores_that_others_use_are_left_to_them(most: int, others: float, expect
     assert free() == most
 
 
-@pytest.mark.parametrize(("others", "expected"), [(0.0, 4), (1.0, 4), (4.2, 4), (4.5, 3), (6.0, 2), (9.0, 1)])
-def test_others_take_the_cores_that_the_engine_does_not_use_first(others: float, expected: int) -> None:
-    machine = Machine()
-    free = machine.free(4, cores=8)
-    machine.go_on(2 * INTERVAL, own=4, others=others)
-    assert free() == expected
-
-
-def test_what_was_long_ago_does_not_decide() -> None:
-    machine = Machine()
-    free = machine.free(2)
-    machine.go_on(100 * LONGEST, own=0, others=2.0)  # nobody asked: the engine had nothing to do
-    assert free() == 2
-    machine.go_on(INTERVAL, own=0, others=1.0)
-    assert free() == 1, "a new window began"
-    machine.go_on(100 * LONGEST, own=0, others=0.0)
-    assert free() == 1
-    machine.go_on(INTERVAL, own=1, others=0.0)
-    assert free() == 2
-
-
 def test_there_are_as_many_cores_as_this_process_may_use() -> None:
     assert 1 <= available() <= (os.cpu_count() or 1)
     assert FreeCores(1).cores == available() and FreeCores(10_000).cores == 10_000
-
-
-def test_a_look_is_taken_now_and_then_only() -> None:
-    machine = Machine()
-    free = machine.free(2)
-    machine.go_on(INTERVAL / 2, own=0, others=2.0)
-    assert free() == 2
-    machine.go_on(INTERVAL / 2, own=0, others=2.0)
-    assert free() == 1
 
 
 @pytest.mark.slow

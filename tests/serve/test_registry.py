@@ -148,25 +148,6 @@ def test_copies_count_in_the_memory_of_adapters(live: ServingModel, server: Any,
         registry.release(lease)
 
 
-def test_no_table_is_larger_than_what_is_counted(live: ServingModel, server: Any, saved: Callable[..., Path]) -> None:
-    registry = Registry(live, server.engine, base="base", budget=1 << 30)
-    registry.register("wide", saved("wide", rank=16))
-    for number in range(3):
-        registry.register(f"a{number}", saved(f"a{number}", seed=number, rank=2))
-    rounds = (("wide", "a0", "a1", "a2"), ("wide*0.1", "wide*0.2", "wide*0.3+a0", "a1+a2"), ("a0", "a1*0.5+wide", "base", "a2"))
-    counted = 0
-    for models in rounds:
-        leases = [registry.lease(model) for model in models]
-        counted = max(counted, registry._copies())  # tables keep what was needed before
-        answers = [server.begin(IDS, lease.adapters, max_tokens=4) for lease in leases]
-        for answer in answers:
-            server.end(answer)
-        assert 0 < live.table_bytes <= counted, models
-        for lease in leases:
-            registry.release(lease)
-    assert not registry._mixes
-
-
 def test_a_mix_needs_memory_for_its_copy(live: ServingModel, server: Any, saved: Callable[..., Path]) -> None:
     size, slots = peft.read(saved("a")).parameters * 4, server.engine.cache.slots
     registry = Registry(live, server.engine, base="base", budget=2 * (1 + slots) * size - 1)
@@ -182,37 +163,6 @@ def test_a_mix_needs_memory_for_its_copy(live: ServingModel, server: Any, saved:
     for lease in leases:
         registry.release(lease)
     assert registry.get("a").users == registry.get("b").users == 0
-
-
-def test_copies_of_different_layers_stay_within_the_budget(
-    live: ServingModel, asking: Callable[..., Any], saved: Callable[..., Path]
-) -> None:
-    server, folders = asking(slots=1), [saved(leaf, leaf) for leaf in ("q_proj", "up_proj", "down_proj")]
-    sizes = [peft.read(folder).parameters * 4 for folder in folders]
-    registry = Registry(live, server.engine, base="base", budget=sum(sizes) + max(sizes))
-    for folder in folders:
-        registry.register(folder.name, folder)
-    for name in ("q_proj", "up_proj", "down_proj", "q_proj"):
-        write(server, registry, name)
-        assert live.table_bytes + registry.resident_bytes <= sum(sizes) + max(sizes)
-    assert registry.resident == 3
-
-
-def test_earlier_copies_are_freed(live: ServingModel, server: Any, saved: Callable[..., Path]) -> None:
-    size, small = (peft.read(saved(name, rank=rank)).parameters * 4 for name, rank in (("wide", 64), ("a", 4)))
-    slots = server.engine.cache.slots
-    registry = Registry(live, server.engine, base="base", budget=(1 + slots) * size)
-    for name in ("wide", "a"):
-        registry.register(name, saved(name, rank=64 if name == "wide" else 4))
-    leases = [registry.lease(f"wide*0.{number}") for number in range(1, slots + 1)]
-    together = server.engine.call(lambda: [server.begin(IDS, lease.adapters) for lease in leases]).result(timeout=30)
-    for begun in together:
-        server.end(begun)
-    for lease in leases:
-        registry.release(lease)
-    assert live.table_bytes == slots * size
-    write(server, registry, "a")
-    assert registry.resident == 2 and live.table_bytes == small
 
 
 def test_a_changed_file_is_refused_until_it_is_loaded_again(live: ServingModel, server: Any, saved: Callable[..., Path]) -> None:

@@ -57,19 +57,6 @@ def test_closing_early_cancels(service: Service) -> None:
     asyncio.run(life())
 
 
-def test_what_the_engine_cancels_is_not_done(service: Service) -> None:
-    async def life() -> None:
-        writing = await service.write(Caller(), {"a": 1.0}, [(30, 51, 77)], Sampling(max_tokens=50, seed=1))
-        assert writing.texts[0].job is not None
-        writing.texts[0].job.cancel()  # as at the end of a server
-        await writing.texts[0].ended.wait()
-        service.close(writing)
-        await service.settle()
-
-    asyncio.run(life())
-    assert 'requests_total{adapter="a",outcome="cancelled"} 1' in service.metrics.text({})
-
-
 def test_what_is_refused_holds_nothing(service: Service) -> None:
     async def life() -> None:
         with pytest.raises(ConfigError, match="n is 17"):

@@ -12,10 +12,8 @@ from lorakeet.cli.flags import SettingsCommand, option_flags
 from lorakeet.errors import ConfigError, Remedy
 from lorakeet.studio import jobs, taking
 from lorakeet.studio.answering import (
-    HOW,
     ROWS,
     add_answers,
-    answer_fields,
     answer_values,
     forget_answers,
     written_file,
@@ -84,13 +82,6 @@ def test_the_file_is_of_the_kind_of_the_rows_where_it_can(studio: Studio, run: P
     assert job.words[-1] == f"{job.folder}/{out}"
 
 
-def test_the_file_of_a_long_name_has_a_name_that_a_disk_takes(studio: Studio, run: Path, tmp_path: Path) -> None:
-    rows = tmp_path / "models" / f"{'長' * 82}.csv"
-    rows.write_text("text\n")
-    job = add_answers(studio.places, studio.queue, "mine", {ROWS: str(rows)})
-    Path(job.words[-1]).write_text("answered")
-
-
 def test_what_cannot_be_answered_is_refused(studio: Studio, run: Path) -> None:
     for form, words in (({}, "No file of rows is chosen"), ({ROWS: "/etc/passwd"}, "outside of the folders")):
         with pytest.raises(ConfigError, match=words):
@@ -99,13 +90,6 @@ def test_what_cannot_be_answered_is_refused(studio: Studio, run: Path) -> None:
     with pytest.raises(NotHere, match="no adapter yet"):
         add_answers(studio.places, studio.queue, "mine", {ROWS: "rows.csv"})
     assert studio.queue.jobs() == []
-
-
-def test_the_form_shows_how_the_training_was_read(run: Path) -> None:
-    fields = {field.path: field for field in answer_fields(run)}
-    assert list(fields) == [ROWS, *HOW] and fields[ROWS].required
-    assert [fields[path].default for path in HOW] == ["What happened", "cp1252", "a comma, or a tab in .tsv files"]
-    assert fields["data.encoding"].help.endswith("Left empty, it is as in the training: cp1252.")
 
 
 def test_only_what_is_done_can_be_saved(studio: Studio, run: Path, rows: Path, tmp_path: Path) -> None:

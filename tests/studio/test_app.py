@@ -63,14 +63,6 @@ def test_a_full_disk_is_said_on_a_page(browser: TestClient, monkeypatch: pytest.
     assert browser.get("/").status_code == 200
 
 
-def test_the_theme_is_a_cookie(browser: TestClient) -> None:
-    assert "data-theme=" not in browser.get("/").text.partition("<head>")[0]
-    browser.cookies.set("lorakeet-theme", "dark")
-    assert '<html lang="en" data-theme="dark">' in browser.get("/").text
-    browser.cookies.set("lorakeet-theme", '"><script>')
-    assert '<html lang="en">' in browser.get("/").text
-
-
 def test_an_event_is_one_event_whatever_it_carries() -> None:
     made = event({"text": "a\n\ndata: b"}, name="step", id="7")
     assert made == 'event: step\nid: 7\ndata: {"text": "a\\n\\ndata: b"}\n\n'

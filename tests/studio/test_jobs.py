@@ -388,12 +388,3 @@ def test_odd_files_at_any_name_of_a_job_hold_up_nobody(queue: Queue, name: str, 
     other.going()
     other.forget_old()
     shutil.rmtree(job.folder)
-
-
-def test_jobs_at_the_turn_of_a_second_stay_in_order(queue: Queue, monkeypatch: pytest.MonkeyPatch) -> None:
-    moments = [1_700_000_000.999_999, 1_700_000_001.000_1]
-    for number, moment in enumerate(moments):
-        monkeypatch.setattr(module.time, "time", lambda moment=moment: moment)
-        queue.add(["end", "0"], title=str(number))
-    monkeypatch.undo()
-    assert [job.title for job in queue.jobs()] == ["0", "1"] and [job.made for job in queue.jobs()] == moments

@@ -12,7 +12,7 @@ import pytest
 
 from lorakeet.studio import live as module
 from lorakeet.studio.jobs import Job, read_lock
-from lorakeet.studio.live import RunNumbers, all_records, drawn_samples, live_run, new_records, plain_values, thinned
+from lorakeet.studio.live import all_records, live_run, new_records, plain_values, thinned
 from lorakeet.studio.pages import Studio
 from lorakeet.studio.places import NotHere
 from tiny.command_results import failed
@@ -107,15 +107,6 @@ def over(studio: Studio, name: str, code: str, *, at: float) -> Job:
     return job
 
 
-def test_a_resume_that_was_cancelled_changes_nothing(studio: Studio, run: Path) -> None:
-    over(studio, "mine", "4", at=time.time() + 9)
-    studio.queue.stop(studio.queue.add(["finetune", "--resume"], title="x", run="mine"))
-    stopped = live_run(studio.places, studio.queue, "mine")
-    assert (stopped.state, stopped.can_resume) == ("stopped", True)
-    studio.queue.stop(studio.queue.add(["finetune"], title="x", run="other"))
-    assert live_run(studio.places, studio.queue, "other").state == "cancelled"
-
-
 def test_the_folder_comes_before_the_job(studio: Studio, run: Path) -> None:
     """Finished in a terminal; another run of the name; a folder that was deleted."""
     over(studio, "mine", "4", at=time.time() - 60)
@@ -186,25 +177,6 @@ def test_only_whole_new_lines_are_read(run: Path) -> None:
     assert new_records(run, end)[1] < end
 
 
-def test_numbers_are_the_same_fed_at_once_or_one_by_one(run: Path) -> None:
-    (run / "metrics.jsonl").write_text(lines(30))
-    records, _ = new_records(run, 0)
-    whole, parts = RunNumbers(), RunNumbers()
-    whole.feed(records)
-    for record in records:
-        parts.feed([record])
-    assert vars(whole) == vars(parts) and whole.pace == 2.0
-    kept = thinned(records, 10)
-    assert len(kept) < len(records) and sum("held_out_loss" in record for record in kept) == 31
-
-
-def test_samples_are_the_drawn_samples_the_run(run: Path) -> None:
-    (run / "progress" / "step-000002").mkdir(parents=True)
-    (run / "progress" / "step-000002" / "a.png").touch()
-    (run / "progress" / "step-000002" / "a.txt").touch()
-    assert drawn_samples(run) == ["step-000002/a.png"]
-
-
 def test_a_run_that_was_killed_speaks_of_memory(studio: Studio, run: Path) -> None:
     over(studio, "mine", "137", at=time.time() + 9)
     assert "memory" in live_run(studio.places, studio.queue, "mine").message
@@ -224,13 +196,3 @@ def test_a_run_that_left_no_folder_is_begun_again_by_a_button_that_is_there(
     live = live_run(studio.places, studio.queue, "young")
     assert not live.can_resume and "Resume" not in live.message
     assert live.message.endswith("To begin again, prepare another with these settings.")
-
-
-def test_the_time_so_far_is_that_of_the_job_while_it_runs(studio: Studio, run: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    job = studio.queue.add(["finetune"], title="x", run="mine")
-    assert live_run(studio.places, studio.queue, "mine").since is None, "it waits"
-    (job.folder / "alive").touch()
-    os.utime(job.folder / "alive", (100.0, 100.0))
-    for state, since in (("running", 100.0), ("stopped", None)):
-        monkeypatch.setattr(type(job), "state", state)
-        assert live_run(studio.places, studio.queue, "mine").since == since

@@ -2,12 +2,10 @@
 
 from __future__ import annotations
 
-import asyncio
 import os
 import time
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
-from io import BytesIO
 from pathlib import Path
 from typing import Any
 
@@ -60,28 +58,6 @@ def test_other_names_are_refused(browser: TestClient, studio: Studio, name: str)
 def test_an_office_s_other_table_is_answered_with_what_to_do(browser: TestClient, name: str) -> None:
     refused = browser.put(f"/rows/{name}", content=b"PK", headers={"accept": "application/json"})
     assert refused.status_code == 400 and f"{name} cannot be read as it is. Open it, save it as .xlsx" in refused.text
-
-
-def test_a_slow_disk_keeps_no_other_page_waiting(browser: TestClient, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Pieces are written where no loop runs."""
-    loops: list[bool] = []
-
-    class Noted(BytesIO):
-        def write(self, piece: Any) -> int:
-            try:
-                asyncio.get_running_loop()
-                loops.append(True)
-            except RuntimeError:
-                loops.append(False)
-            return super().write(piece)
-
-    def noted(path: Path) -> BytesIO:
-        path.touch()
-        return Noted()
-
-    monkeypatch.setattr(module, "create", noted)
-    assert browser.put("/rows/rows.csv", content=b"a,b").status_code == 200
-    assert loops and not any(loops)
 
 
 def test_copies_have_a_limit_together_and_leftovers_are_removed(

@@ -31,7 +31,6 @@ from lorakeet.studio.trial import (
     open_trial,
     port_of,
     reply_lines,
-    running_beside,
     served_base,
     shown_template,
     single_rows,
@@ -205,15 +204,6 @@ def test_what_it_was_measured_on_is_tried_with_what_was_expected(studio: Studio)
     assert examples_of(folder) == [{"text": "a", "truth": "b"}] and single_rows(folder)
     (folder / "report.json").write_text(json.dumps({"rows": [{"text": "a", "truth": "b"}], "task": "language"}))
     assert not single_rows(folder)
-
-
-def test_what_runs_beside_a_tried_model_is_said(studio: Studio, monkeypatch: pytest.MonkeyPatch) -> None:
-    made(studio, "mine")
-    open_trial(studio.places, studio.queue, "mine")
-    assert running_beside(studio.queue) == ""
-    studio.queue.add(["finetune"], title="Fine-tune into other")
-    monkeypatch.setattr(Job, "state", "running")
-    assert running_beside(studio.queue) == "Fine-tune into other"
 
 
 def test_two_tabs_that_load_a_model_leave_one(studio: Studio, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -73,14 +73,6 @@ def test_any_damage_is_found_and_the_one_before_used(tmp_path: Path, file: str, 
     assert (tmp_path / "step-000008.damaged").is_dir()
 
 
-def test_none_where_none_is_whole(tmp_path: Path) -> None:
-    assert checkpoint.load_newest(tmp_path, say=print) is None
-    (tmp_path / "step-000003").mkdir()
-    said: list[str] = []
-    assert checkpoint.load_newest(tmp_path, say=said.append) is None
-    assert len(said) == 1
-
-
 def test_of_several_hashes_one_must_be_the_same() -> None:
     earlier, now, elsewhere = {"model": "b" * 64}, {"model": ["a" * 64, "b" * 64]}, {"model": ["a" * 64, "c" * 64]}
     for saved, found in ((earlier, now), (now, {"model": "a" * 64}), (now, elsewhere)):
@@ -146,12 +138,3 @@ def test_on_disk_it_takes_no_memory(on_disk: bool, expected: int, tmp_path: Path
     before = storages()
     best.keep(trained)
     assert sum(size for place, size in storages().items() if place not in before) == expected
-
-
-def test_a_run_on_the_cpu_asks_no_gpu_for_its_name(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Which would start CUDA, and name a device that computed nothing."""
-    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
-    monkeypatch.setattr(torch.cuda, "get_device_name", lambda: "a card")
-    assert checkpoint.environment()["device"] == "cpu"
-    monkeypatch.setattr(torch.cuda, "is_initialized", lambda: True)
-    assert checkpoint.environment()["device"] == "a card"

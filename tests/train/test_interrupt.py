@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import signal
-import threading
 
 import pytest
 
@@ -40,20 +39,6 @@ def test_a_second_sigterm_goes_to_the_handler_from_before() -> None:
             assert got == [signal.SIGTERM]
     finally:
         signal.signal(signal.SIGTERM, before)
-
-
-def test_other_threads_ask_in_words() -> None:
-    seen: list[str] = []
-
-    def work() -> None:
-        with Interrupt() as stop:
-            stop.request("the stop button")
-            seen.append(stop.requested)
-
-    thread = threading.Thread(target=work)
-    thread.start()
-    thread.join()
-    assert seen == ["the stop button"]
 
 
 def test_outside_of_training_the_first_sigterm_ends_as_ctrl_c_does_and_the_second_as_the_system_has_it() -> None:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import json
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -21,7 +20,7 @@ from lorakeet.formats.peft import peft
 from lorakeet.train import checkpoint
 from lorakeet.train.interrupt import Interrupt
 from lorakeet.train.log import read_metrics
-from lorakeet.train.loop import Outcome, kept_text, train
+from lorakeet.train.loop import Outcome, train
 from lorakeet.train.progress import Record, Reporter
 from lorakeet.train.run import RunFolder
 from lorakeet.train.spec import TrainSpec
@@ -161,27 +160,6 @@ def test_the_last_partial_step_is_stepped(tmp_path: Path) -> None:
     assert not torch.equal(before[1], before[2])
 
 
-def test_the_base_s_loss_is_announced_before_it_is_computed(tmp_path: Path) -> None:
-    events: list[str] = []
-
-    class Hearing(Reporter):
-        def base_loss(self, count: int) -> None:
-            events.append(f"{count} rows")
-
-    class Telling(TinyTask):
-        def held_out(self) -> HeldOut | None:
-            events.append("computed")
-            return super().held_out()
-
-    go(tmp_path / "run", SPEC, Telling(SPEC), report=Hearing())
-    assert events[:2] == ["12 rows", "computed"] and events.count("12 rows") == 1
-    go(tmp_path / "none", SPEC, TinyTask(SPEC, held_out=0), report=Hearing())
-    assert events.count("0 rows") == 0
-    pairs = dataclasses.replace(SPEC, objective="dpo")
-    go(tmp_path / "pairs", pairs, TinyTask(pairs), report=Hearing())
-    assert events.count("6 rows") == 1, "two answers are one row"
-
-
 def test_ctrl_c_in_the_evaluation_of_the_base_stops_before_the_first_step(tmp_path: Path) -> None:
     stop = Interrupt()
 
@@ -278,13 +256,6 @@ def test_nan_stops_before_the_step_and_keeps_what_was_good(tmp_path: Path, gradi
     assert all(torch.isfinite(tensor).all() for tensor in kept.trained.values())
     assert torch.isfinite(peft.read(tmp_path / "run" / "adapter").pairs["first"].B).all()
     assert steps_of(tmp_path / "run")[-1]["step"] == 7
-
-
-def test_a_held_out_loss_that_is_not_a_number_stops_too(tmp_path: Path) -> None:
-    task = Scripted(SPEC)
-    task.losses = iter([9.0, 5.0, float("nan")])
-    with pytest.raises(RunStopped, match=r"Step 6: the held-out loss is not finite\. Kept: .*step-000004"):
-        go(tmp_path / "run", SPEC, task)
 
 
 def test_a_held_out_loss_far_above_the_base_stops_too(tmp_path: Path) -> None:
@@ -426,14 +397,6 @@ def test_rows_without_targets_are_refused(tmp_path: Path) -> None:
         go(tmp_path / "run", SPEC, task)
 
 
-def test_metrics_are_json_lines(tmp_path: Path) -> None:
-    go(tmp_path / "run")
-    lines = (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()
-    found = [json.loads(line, parse_constant=lambda name: pytest.fail(f"{name} is not JSON")) for line in lines]
-    assert [record["step"] for record in found if "loss" in record] == list(range(1, 13))
-    assert [record["step"] for record in found if "held_out_loss" in record] == [0, 3, 6, 9, 12]
-
-
 def test_a_broken_memory_budget_is_said_once_and_a_kept_one_never(tmp_path: Path) -> None:
     for name, budget, times in (("broken", 1, 1), ("kept", 1 << 50, 0)):
         said: list[str] = []
@@ -475,13 +438,6 @@ def test_an_outcome_is_read_back_as_it_was_written() -> None:
     assert (older.steps, older.skipped_steps, older.loss_scale) == (8, 0, None)
 
 
-def test_what_is_left_is_named_as_far_as_it_is_there() -> None:
-    last, adapter = Path("run/checkpoints/step-000004"), Path("run/adapter")
-    assert kept_text(None, adapter, None, None) == "No checkpoint was written yet."
-    assert kept_text(last, adapter, None, None) == f"Kept: the checkpoint {last}."
-    assert kept_text(last, adapter, 1.5, 2) == f"Kept: the checkpoint {last} and {adapter} (held-out loss 1.5000 at step 2)."
-
-
 def seen(losses: list[float], *, min_improvement: float = 0.0) -> tuple[EarlyStopping, list[bool]]:
     watch = EarlyStopping()
     return watch, [watch.see(step, loss, min_improvement=min_improvement) for step, loss in enumerate(losses)]
@@ -506,13 +462,6 @@ def test_a_loss_far_above_the_base_is_a_divergence() -> None:
     watch, _ = seen([2.0])
     assert watch.diverged(12.1) and not watch.diverged(11.9)
     assert not EarlyStopping().diverged(100.0)  # without held-out rows there is nothing to compare with
-
-
-def test_a_loss_that_is_no_nats_a_token_diverges_by_a_factor() -> None:
-    watch, _ = seen([2500.0])
-    assert watch.diverged(2600.0) and not watch.diverged(5009.0, nats=False) and watch.diverged(5011.0, nats=False)
-    assert watch.diverged(float("nan"), nats=False) and not watch.diverged(float("nan")), "the loop refuses that before"
-    assert not EarlyStopping().diverged(float("inf"), nats=False)
 
 
 def test_small_gains_are_kept_but_do_not_count() -> None:

@@ -184,15 +184,6 @@ def test_patience_begins_with_the_last_cut(tmp_path: Path) -> None:
     assert outcome.reason.startswith("no improvement in 1 evaluations after step 8")
 
 
-def test_a_run_without_a_checkpoint_begins_again_at_its_first_ranks(tmp_path: Path) -> None:
-    go(tmp_path / "run")
-    before = everything(tmp_path / "run")
-    for path in (tmp_path / "run" / "checkpoints").iterdir():
-        shutil.rmtree(path)
-    go(tmp_path / "run")
-    assert everything(tmp_path / "run") == before
-
-
 def test_before_the_last_cut_there_is_no_adapter_and_that_is_said(tmp_path: Path) -> None:
     awaited = "There is no adapter yet: the first follows a held-out evaluation after the last cut, in step 7."
     with pytest.raises(RunStopped, match="stopped after step 5 of 12") as stopped:

@@ -265,37 +265,3 @@ def test_no_request_is_repeated_and_nothing_is_made_up(loud: InTorch, spill: Spi
     ):
         with pytest.raises(KeyError):
             question()
-
-
-def test_no_block_of_a_streamed_live_model_comes_in_to_ask(loud: InTorch, spill: Spill, monkeypatch: pytest.MonkeyPatch) -> None:
-    def computed(*_: Any, **__: Any) -> None:
-        raise AssertionError("the loud model computed")
-
-    class Told:
-        """An artefact that computes nothing."""
-
-        name, allowed = "told", loud.allowed
-
-        def tokenise(self, text: str) -> list[int]:
-            return [1]
-
-        def prompt(self, messages: Any) -> list[int]:
-            return [1]
-
-        def logits(self, ids: Any, last: int | None = None) -> torch.Tensor:
-            return torch.zeros(last or len(ids), 96)
-
-        def logit_parts(self, ids: Any) -> Iterator[torch.Tensor]:
-            yield torch.zeros(len(ids), 96)
-
-        def greedy(self, prompt: Any, tokens: int, ends: Any) -> list[int]:
-            return [3]
-
-        def stored(self, source: Path, opened: Any) -> dict[str, Any]:
-            return {}
-
-    asked = every_probe(loud)
-    monkeypatch.setattr(type(loud.text), "hidden", computed)
-    monkeypatch.setattr(type(loud.text), "head", computed)
-    recorded = ask_all(Told(), asked, loud, spill)
-    assert recorded.greedy(ROW[:4].tolist(), GREEDY_TOKENS, end_ids(loud.text)) == [3]

@@ -74,10 +74,3 @@ def test_nothing_is_kept_where_a_pass_from_the_middle_ends_otherwise(live: InTor
         with kept.recording() as later:
             ProbedValues.of(live, ROWS, everywhere=True)
         assert not later
-
-
-def test_nothing_is_kept_under_a_memory_budget(live: InTorch) -> None:
-    bounded = KeptOutputs(InTorch(live.text, "default", "live", bounded=True))
-    with bounded.in_place(), bounded.recording() as outputs:
-        ProbedValues.of(live, ROWS, everywhere=True)
-    assert not bounded.able and not outputs

@@ -64,13 +64,6 @@ def test_a_merge_in_half_precision_is_compared_as_it_is_stored(
     assert all(found.mean < 1e-6 and found.row < 1e-5 for found in weight_differences(live, NAME, whole).values())
 
 
-def test_the_bare_base_is_no_merge(finished: Any, live: TextModel) -> None:
-    base = load_text_model(ModelSpec(str(finished.model), dtype="float32"))
-    found = certify_merge((live, NAME), base, rows_of(finished), out=finished.model, spec=SPEC)
-    assert not found.passed and found.checks[0].measured["effect"] == pytest.approx(1.0, abs=1e-3)
-    assert "The worst layer is model.layers." in found.checks[1].detail
-
-
 def test_equal_weights_under_other_settings_are_distinguished(finished: Any, live: TextModel, tmp_path: Path) -> None:
     merged(finished, tmp_path / "merged")
     config = tmp_path / "merged" / "config.json"

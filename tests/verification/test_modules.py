@@ -37,7 +37,7 @@ from lorakeet.verification.artefact import InTorch, live_side
 from lorakeet.verification.checks import Probes
 from lorakeet.verification.diagnose import changed_pairs
 from lorakeet.verification.left_out import left_out
-from lorakeet.verification.modules import Further, ProbedValues, check_modules, choose_rows, sets_of
+from lorakeet.verification.modules import Further, check_modules, choose_rows, sets_of
 from lorakeet.verification.rounding import Reported
 from lorakeet.verification.server import Server, check_server
 from tiny.exports import loud_run, write_model
@@ -251,15 +251,6 @@ def test_fewer_rows_than_are_needed_are_said(side: Any) -> None:
     few = [dataclasses.replace(one, places=given) for one in rows]
     found = check_modules(side[0], few, Further(), ("live", "there"), 0.01)
     assert isinstance(found, str) and "of 3 rows; 4 are needed, since rounding differs by row" in found
-
-
-def test_what_is_left_out_is_there_again_afterwards(side: Any) -> None:
-    live = side[0]
-    values = ProbedValues.of(live, [Reported([5, 9, 70, 33, 12], {})], everywhere=True)
-    assert np.array_equal(values.seen_by(live), values.ours)
-    with left_out(live, frozenset([GATE])):
-        assert not np.allclose(values.seen_by(live), values.ours, atol=1e-4)
-    assert np.array_equal(values.seen_by(live), values.ours)
 
 
 def test_a_magnitude_goes_with_its_pair(tiny_llama_folder: Path) -> None:

@@ -3,11 +3,7 @@
 from __future__ import annotations
 
 import gc
-import hashlib
-import mmap
 import os
-import pickle
-import weakref
 from pathlib import Path
 from typing import Any
 
@@ -122,18 +118,6 @@ def parsed(monkeypatch: pytest.MonkeyPatch) -> list[Path]:
     return found
 
 
-def test_a_header_is_checked_once_for_all_files_that_have_it(file: Path, tmp_path: Path, parsed: list[Path]) -> None:
-    others = [tmp_path / f"{number}.safetensors" for number in range(3)]
-    for number, other in enumerate(others):
-        save_file({**TENSORS, "b": TENSORS["b"] + number}, other)
-    slabs = [load_safetensors(other, mapped=mapped) for other in others for mapped in (False, True)]
-    assert [open_header(other).header for other in others] == [slabs[0].header] * 3
-    assert parsed == others[:1]
-    for number, one in enumerate(slabs):
-        assert torch.equal(one.read("b"), TENSORS["b"] + number // 2) and torch.equal(one.read("a"), TENSORS["a"])
-    assert len({one.digest for one in slabs}) == 3
-
-
 def test_another_byte_of_the_header_or_of_the_file_is_checked_anew(file: Path, tmp_path: Path, parsed: list[Path]) -> None:
     load_safetensors(file)
     whole = file.read_bytes()
@@ -151,31 +135,6 @@ def test_another_byte_of_the_header_or_of_the_file_is_checked_anew(file: Path, t
         with pytest.raises(DataError, match=r"longer\.safetensors"):
             load_safetensors(longer)
     assert parsed[:2] == [file, renamed] and parsed.count(typed) == 2
-
-
-def test_few_headers_are_remembered_and_no_long_ones(
-    file: Path, tmp_path: Path, parsed: list[Path], monkeypatch: pytest.MonkeyPatch
-) -> None:
-    for number in range(2 * loaded_file.MOST_HEADERS):
-        save_file({f"a{number}": torch.ones(2)}, tmp_path / "many.safetensors")
-        load_safetensors(tmp_path / "many.safetensors")
-    assert len(parsed) == 2 * loaded_file.MOST_HEADERS and len(loaded_file._HEADERS) == loaded_file.MOST_HEADERS
-    monkeypatch.setattr(loaded_file, "LONGEST_HEADER", 10)
-    slabs = [load_safetensors(file), load_safetensors(file)]
-    assert parsed[-2:] == [file, file] and slabs[0].header is None and slabs[0].numbers() is None
-    assert len(loaded_file._HEADERS) == loaded_file.MOST_HEADERS and slabs[0].digest == slabs[1].digest
-
-
-@pytest.mark.parametrize("mapped", [False, True])
-def test_a_digest_is_that_of_earlier_versions(tmp_path: Path, mapped: bool, parsed: list[Path]) -> None:
-    """Servers keep digests on disk."""
-    tensors = {"b": torch.arange(6.0).view(2, 3), "a": torch.tensor([7.0])}
-    save_file(tensors, tmp_path / "x.safetensors")
-    expected = hashlib.sha256()
-    for name, begin in (("a", 0), ("b", 4)):
-        expected.update(f"{name} torch.float32 {tuple(tensors[name].shape)} {begin}\n".encode())
-    expected.update(b"".join(tensors[name].numpy().tobytes() for name in "ab"))
-    assert [load_safetensors(tmp_path / "x.safetensors", mapped=mapped).digest for _ in range(2)] == [expected.hexdigest()] * 2
 
 
 @pytest.mark.parametrize("mapped", [False, True])
@@ -196,12 +155,6 @@ def test_there_is_no_row_of_all_numbers_where_tensors_differ_or_are_empty(file: 
     assert load_safetensors(file).numbers() is None, "one of TENSORS is empty"
     save_file({"a": torch.ones(2), "b": torch.ones(2).bfloat16()}, tmp_path / "m.safetensors")
     assert load_safetensors(tmp_path / "m.safetensors").numbers() is None
-
-
-def test_what_a_header_says_can_be_handed_to_another_process(tmp_path: Path) -> None:
-    save_file({"a": torch.ones(2)}, tmp_path / "a.safetensors")
-    found = open_header(tmp_path / "a.safetensors")
-    assert pickle.loads(pickle.dumps(found)).tensors == found.tensors
 
 
 def test_a_number_that_fp32_cannot_hold_is_looked_at(tmp_path: Path) -> None:
@@ -231,37 +184,6 @@ def test_memory_is_used_again_when_its_last_tensor_has_gone(tmp_path: Path) -> N
     third = load_safetensors(paths[2])
     assert third.read("a").data_ptr() == where and bool((third.read("a") == 2).all()) and bool((second.read("a") == 1).all())
     assert third.digest == load_safetensors(paths[2], mapped=True).digest
-
-
-@pytest.mark.usefixtures("alone")
-def test_at_most_one_piece_of_memory_is_kept_and_none_of_another_length_or_a_large_one(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    small, large = tmp_path / "small.safetensors", tmp_path / "large.safetensors"
-    save_file({"a": torch.ones(1000)}, small)
-    save_file({"a": torch.ones(2000)}, large)
-    held = [load_safetensors(small), load_safetensors(small)]
-    del held
-    assert [len(one) for one in loaded_file._SPARE] == [4000]
-    kept, taken = weakref.ref(loaded_file._SPARE[0]), mmap.mmap
-
-    def take(*given: Any, **more: Any) -> Any:
-        assert kept() is None, "it went before more was taken"
-        return taken(*given, **more)
-
-    with monkeypatch.context() as patch:
-        patch.setattr(mmap, "mmap", take)
-        other = load_safetensors(large)
-    assert not loaded_file._SPARE
-    del other
-    assert [len(one) for one in loaded_file._SPARE] == [8000]
-    monkeypatch.setattr(loaded_file, "LARGEST_SPARE", 7999)
-    load_safetensors(large)
-    assert not loaded_file._SPARE
-    load_safetensors(small)
-    assert len(loaded_file._SPARE) == 1
-    loaded_file.free_spare_memory()
-    assert not loaded_file._SPARE
 
 
 @pytest.mark.usefixtures("alone")

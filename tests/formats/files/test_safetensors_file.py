@@ -185,11 +185,3 @@ def test_an_index_without_a_map_of_names_is_refused(tmp_path: Path) -> None:
         (tmp_path / "i.json").write_text(json.dumps(content))
         with pytest.raises(DataError, match=r"i\.json has no weight_map"):
             read_index(tmp_path / "i.json")
-
-
-def test_a_file_that_goes_away_while_it_is_read_is_named(tmp_path: Path) -> None:
-    save_file({"a": torch.ones(3)}, tmp_path / "x.safetensors")
-    file = open_safetensors(tmp_path / "x.safetensors")
-    file.path.unlink()
-    with pytest.raises(DataError, match=r"x\.safetensors cannot be read: No such file"):
-        file.read("a")

@@ -110,10 +110,3 @@ def test_a_group_with_several_ways_is_not_repeated(key: str, nested: bool) -> No
 def test_what_regex_takes_otherwise_is_refused() -> None:
     for key in ("(?:foo){e<=1}", "[[:alpha:]]", "(?i)[\\u0080-\\U0010ffff]", "ä+", "[a--b]+"):
         assert "may take for ever" in pattern_problem(key, key), key
-
-
-def test_the_problem_is_named() -> None:
-    assert "may take for ever" in pattern_problem("(a+)+$", "(a+)+$")
-    assert "1,001 characters long" in pattern_problem("a" * 1001, "a")
-    assert "is not a regular expression" in pattern_problem("(", "(")
-    assert "is not a regular expression" in pattern_problem("a", "(a"), "as it is used"

@@ -274,13 +274,6 @@ def test_only_the_listed_modules_are_adapted_by_peft(tmp_path: Path) -> None:
     assert isinstance(first.pairs["model.layers.0.self_attn.q_proj"], Pair)
 
 
-def test_extras_and_rows_without_any_pair_load_in_peft(tmp_path: Path) -> None:
-    adapter = Adapter({}, {"lm_head.weight": torch.randn(96, 32)}, {"model.embed_tokens": TokenRows((3, 9), torch.randn(2, 32))})
-    lorakeet_peft.write(adapter, tmp_path)
-    theirs = logits(into_peft(tiny_model("llama"), tmp_path))
-    assert (theirs - logits(fold_into(tiny_model("llama"), adapter))).abs().max() <= TOLERANCE
-
-
 LAYOUT_CASES: dict[str, tuple[str, tuple[str, ...], dict[str, Any]]] = {
     "linear": ("llama", (), {}),
     "dora": ("llama", (), {"dora": True}),
@@ -418,15 +411,6 @@ def test_another_byte_of_the_configuration_counts(tmp_path: Path, looked: list[s
         lorakeet_peft.read(tmp_path / "b", opened=load_safetensors)
 
 
-def test_few_recipes_are_remembered(tmp_path: Path) -> None:
-    config = saved(tmp_path / "a", 1) / CONFIG_NAME
-    text = config.read_text()
-    for alpha in range(2 * lorakeet_peft.LAYOUTS.capacity):
-        config.write_text(text.replace('"lora_alpha": 12', f'"lora_alpha": {alpha + 1}'))
-        lorakeet_peft.read(tmp_path / "a", opened=load_safetensors)
-    assert len(lorakeet_peft.LAYOUTS) == lorakeet_peft.LAYOUTS.capacity and len(peft_config._KNOWN) == peft_config._KNOWN.capacity
-
-
 def test_what_is_more_than_pairs_is_read_tensor_by_tensor(tmp_path: Path, looked: list[str]) -> None:
     pair = random_pair("linear", torch.ones(7, 5))
     more: dict[str, dict[str, Any]] = {
@@ -478,15 +462,6 @@ def test_a_single_parameter_is_not_nested(parameter: str, tmp_path: Path) -> Non
     names = set(open_safetensors(tmp_path / "adapter_model.safetensors").tensors)
     assert names == {f"base_model.model.model.layers.0.mlp.experts.lora_{ab}.weight" for ab in "AB"}
     assert set(lorakeet_peft.read(tmp_path).pairs) == {path}
-
-
-def test_pack_undoes_unpack() -> None:
-    A, B = torch.randn(12, 8), torch.randn(6, 12)  # 3 experts of rank 4
-    unpacked = lorakeet_peft.unpack_experts(A, B, 4)
-    assert not isinstance(unpacked, str)
-    assert unpacked[0].shape == (3, 4, 8) and unpacked[1].shape == (3, 6, 4)
-    assert torch.equal(unpacked[1][2, :, 1], B[:, 1 * 3 + 2])
-    assert all(torch.equal(a, b) for a, b in zip(lorakeet_peft.pack_experts(*unpacked), (A, B), strict=True))
 
 
 def test_nesting_that_cannot_be_distinguished_is_refused(tmp_path: Path) -> None:

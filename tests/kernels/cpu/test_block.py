@@ -161,15 +161,6 @@ def test_a_token_gets_the_same_bits_beside_any_others() -> None:
         torch.set_num_threads(before)
 
 
-def test_a_prompt_at_once_is_a_prompt_token_by_token() -> None:
-    parts, _ = parts_of(SHAPES[2], biased=False)
-    x, caches = random(9, 96, seed=1), [[torch.zeros(2, 2, CAPACITY, 128).bfloat16() for _ in range(2)] for _ in range(2)]
-    whole = computed(parts, x, [1] * 9, list(range(9)), caches[0])
-    for token in range(9):
-        assert torch.equal(computed(parts, x[token : token + 1], [1], [token], caches[1]), whole[token : token + 1])
-    assert all(torch.equal(one, other) for one, other in zip(*caches, strict=True))
-
-
 def test_numbers_that_are_none_stay_in_their_row() -> None:
     parts, _ = parts_of(SHAPES[0], biased=False)
     x, cache = random(3, 48, seed=1), [torch.zeros(SLOTS, 1, CAPACITY, 64).bfloat16() for _ in range(2)]

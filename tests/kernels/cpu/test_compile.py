@@ -151,15 +151,6 @@ def test_a_file_that_was_not_written_to_its_end_is_made_again(monkeypatch: pytes
 
 
 @needs_native
-def test_no_home_is_a_reason(monkeypatch: pytest.MonkeyPatch) -> None:
-    def homeless() -> Path:
-        raise RuntimeError("Could not determine home directory.")
-
-    monkeypatch.setattr(compile, "cache_folder", homeless)
-    assert "home directory" in why_not()
-
-
-@needs_native
 @pytest.mark.parametrize("named", ["", "env gcc", "gcc"])
 def test_a_compiler_may_be_named_with_arguments(named: str, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     monkeypatch.setenv("CC", named)

@@ -7,12 +7,10 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor, nn
-from torch._subclasses.fake_tensor import FakeTensorMode
 
 from lorakeet.core.base import DenseBase, TransposedBase, frozen_product, sum_of_matmul_t
 from lorakeet.kernels import choose
 from lorakeet.kernels.cpu import compile, dense, operators
-from lorakeet.kernels.device import standing_for
 from lorakeet.memory.ledger import Ledger
 from tiny.native import needs_native
 
@@ -129,13 +127,6 @@ def test_empty_weights_are_left_to_torch() -> None:
         dense.DENSE_PRODUCT(drawn(3, 0), drawn(16, 0), False)
 
 
-def test_a_plan_for_a_gpu_follows_torch() -> None:
-    x, weight = drawn(3, 32), drawn(48, 32)
-    with standing_for(torch.device("cuda")):
-        assert choose.dense_products(x, weight) is None and not operators.supports(x)
-    assert choose.dense_products(x, weight) is not None and operators.supports(x)
-
-
 def test_a_frozen_weight_that_needs_a_gradient_gets_one() -> None:
     weight = drawn(48, 32).requires_grad_()
     frozen_product(drawn(3, 32), weight).sum().backward()  # type: ignore[no-untyped-call]
@@ -168,14 +159,6 @@ def test_tensors_that_do_not_fit_are_refused(x: Any, weight: Any, y: int) -> Non
         dense.DENSE_PRODUCT(drawn(*x), drawn(*weight), False)
     with pytest.raises(ValueError, match="do not fit each other"):
         dense.DENSE_PRODUCT_ADD(drawn(3, y), drawn(*x), drawn(*weight), False)
-
-
-def test_shapes_alone_give_what_numbers_give() -> None:
-    given, mode = (drawn(5, 32), drawn(48, 32)), FakeTensorMode()
-    with mode:
-        planned = dense.DENSE_PRODUCT(*(mode.from_tensor(each) for each in given), False)
-    real = dense.DENSE_PRODUCT(*given, False)
-    assert (planned.shape, planned.dtype, planned.stride()) == (real.shape, real.dtype, real.stride())
 
 
 def test_both_operators_pass_torch_s_own_checks() -> None:

@@ -6,8 +6,6 @@ import pytest
 import torch
 from torch import Tensor
 
-from lorakeet.kernels.choose import loss_kernel
-from lorakeet.kernels.cpu import head
 from lorakeet.kernels.cpu.head import HEAD_LOSSES, blocks
 from lorakeet.memory.ledger import Ledger
 from tiny.native import needs_native
@@ -71,20 +69,6 @@ def test_huge_logits_stay_finite_and_what_is_no_number_is_reported() -> None:
 def test_targets_that_are_no_words_are_refused(targets: list[int]) -> None:
     with pytest.raises(ValueError, match="targets in 0 … 7 and a tile above 0; given"):
         HEAD_LOSSES(torch.zeros(2, 8).bfloat16(), torch.tensor(targets), 4, False)
-
-
-def test_a_word_that_is_sure_costs_nothing() -> None:
-    for top in torch.arange(0.25, 100, 0.25):
-        logits = torch.full((1, 40), -200.0).bfloat16()
-        logits[0, 7] = top
-        assert HEAD_LOSSES(logits, torch.tensor([7]), 16, False).item() == 0
-
-
-def test_it_is_for_bf16_alone() -> None:
-    states = torch.zeros(2, 32)
-    assert loss_kernel(states.bfloat16(), torch.bfloat16, 50) is head
-    assert loss_kernel(states, torch.float32, 50) is None
-    assert loss_kernel(states.bfloat16(), torch.float32, 50) is None
 
 
 def test_shapes_alone_hold_what_numbers_hold() -> None:

@@ -7,7 +7,6 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor
-from torch._subclasses.fake_tensor import FakeTensorMode
 
 from lorakeet.kernels import choose
 from lorakeet.kernels.cpu import int8_rows, operators
@@ -161,30 +160,6 @@ def test_what_is_no_number_stays_none_and_stays_in_its_row(bad: str, place: int)
     assert torch.equal(found[others], alone[others])
 
 
-def test_zeros_and_numbers_too_small_to_be_divided_by_give_zeros() -> None:
-    weight, scale = weight_of(32, 16)
-    x = torch.zeros(3, 16, dtype=torch.bfloat16)
-    x[1, 5] = 1e-38
-    x[2, 5] = 1e-30
-    found = int8_rows.INT8_PRODUCT(*int8_rows.QUANTISE_ROWS(x, None), weight, scale, False)
-    assert not found[:2].any() and torch.equal(found[2] != 0, (weight[:, 5] != 0) & (scale > 0))
-
-
-def multiplied(x: Tensor, weight: Tensor, scale: Tensor) -> list[Tensor]:
-    codes, steps = int8_rows.QUANTISE_ROWS(x, None)
-    y = int8_rows.INT8_PRODUCT(codes, steps, weight, scale, False)
-    again, worth = int8_rows.QUANTISE_ROWS(y, scale)
-    return [codes, steps, y, int8_rows.INT8_PRODUCT(again, worth, weight, None, True)]
-
-
-def test_shapes_alone_give_what_numbers_give() -> None:
-    given, mode = [drawn(5, 32), *weight_of(48, 32)], FakeTensorMode()
-    with mode:
-        planned = multiplied(*(mode.from_tensor(each) for each in given))
-    for shape, real in zip(planned, multiplied(*given), strict=True):
-        assert (shape.shape, shape.dtype, shape.stride()) == (real.shape, real.dtype, real.stride())
-
-
 def test_a_ledger_counts_the_products_and_what_the_kernel_works_in() -> None:
     ledger, tokens = Ledger(), 480
     with ledger, ledger.phase("products"):
@@ -220,25 +195,6 @@ def test_tensors_that_do_not_fit_are_refused(codes: Any, steps: int, weight: Any
 def test_rows_that_cannot_be_coded_are_refused(rows: tuple[int, ...], by: int | None) -> None:
     with pytest.raises(ValueError, match="do not fit each other, or are not in whole 16"):
         int8_rows.quantise_rows(torch.ones(rows, dtype=torch.bfloat16), None if by is None else torch.ones(by))
-
-
-@pytest.mark.parametrize("width", [1, 5, 17, 33, 50, 63, 65, 127, 130])
-def test_the_way_back_takes_weights_of_any_width(width: int) -> None:
-    weight, _ = weight_of(48, width)
-    codes = torch.randint(1, 256, (7, 48), dtype=torch.uint8, generator=torch.Generator().manual_seed(3))
-    expected = ((codes.double() - 128) @ weight.double()).float().bfloat16()
-    assert torch.equal(int8_rows.INT8_PRODUCT(codes, torch.ones(7, 1), weight, None, True), expected)
-
-
-def test_torch_s_default_dtype_does_not_matter() -> None:
-    weight, scale = weight_of(48, 32)
-    expected, before = multiplied(drawn(3, 32), weight, scale), torch.get_default_dtype()
-    try:
-        torch.set_default_dtype(torch.bfloat16)
-        found = multiplied(drawn(3, 32), weight, scale)
-    finally:
-        torch.set_default_dtype(before)
-    assert all(torch.equal(*pair) for pair in zip(found, expected, strict=True))
 
 
 def test_both_operators_pass_torch_s_own_checks() -> None:

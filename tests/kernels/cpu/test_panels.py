@@ -48,18 +48,6 @@ def test_weights_beside_each_other_are_one_call() -> None:
         assert torch.equal(part, one.product(x))
 
 
-def test_any_number_of_threads_gives_the_same() -> None:
-    panels, x = Panels(numbers(300, 64)), numbers(20, 64, seed=1)
-    before, found = torch.get_num_threads(), []
-    try:
-        for threads in (1, 2, 3, 64):
-            torch.set_num_threads(threads)
-            found.append(panels.product(x))
-    finally:
-        torch.set_num_threads(before)
-    assert all(torch.equal(one, found[0]) for one in found)
-
-
 def test_numbers_that_are_none_stay_in_their_row() -> None:
     x = numbers(3, 32)
     x[1, 5] = float("nan")

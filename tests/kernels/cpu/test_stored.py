@@ -17,12 +17,10 @@ from lorakeet.kernels.cpu.stored import (
     GGUF,
     STORED_PRODUCT,
     STORED_PRODUCT_ADD,
-    StoredWeight,
     add_stored_product,
     dequantise,
     stored_product,
 )
-from lorakeet.memory.ledger import Ledger
 from lorakeet.quant.gguf import BLOCK_TYPES
 from lorakeet.quant.gguf_codes import fit_gguf_scales
 from lorakeet.quant.gptq import GptqBase, quantise_to_nearest
@@ -189,65 +187,12 @@ def test_codes_that_c_does_not_know_are_unpacked_as_before(bits: int) -> None:
     assert base.matmul(torch.randn(3, SHAPE[1]).bfloat16()).shape == (3, SHAPE[0])
 
 
-def test_columns_of_a_group_that_is_not_there_are_not_for_c() -> None:
-    base = gptq(sym=True, form="gptq", order="in order")
-    assert base.stored() is not None
-    base.g_idx[5] = 11
-    assert base.stored() is None
-    base.g_idx[5] = -1
-    assert base.stored() is None
-    base.g_idx[5] = 10
-    assert base.stored() is not None
-
-
-def test_sizes_in_no_whole_lanes_are_not_for_c() -> None:
-    assert Nf4Base.of(torch.randn(24, 64)).stored() is None and Int8Base.of(torch.randn(32, 40)).stored() is None
-
-
-def test_shapes_alone_hold_what_numbers_hold(monkeypatch: pytest.MonkeyPatch) -> None:
-    """A rehearsal counts what a product works in, and no matrix that is brought back."""
-    monkeypatch.setattr(dense, "multiplies", lambda: True)  # also with AMX
-    monkeypatch.setattr(choose, "CANDIDATES", {})
-    ledger = Ledger()
-    SCRATCH.clear()
-    with ledger, ledger.phase("product"):
-        base, x = Nf4Base(SHAPE), torch.empty(3, SHAPE[1], dtype=torch.bfloat16)
-        y = base.matmul(x)
-        assert isinstance(base.stored(), StoredWeight)
-    SCRATCH.clear()
-    assert ledger.peaks["product"].bytes == base.bytes + 2 * (x.numel() + y.numel()) + dense.scratch(SHAPE[1], SHAPE[0])
-    assert ledger.work["product"].flops == 2 * len(x) * SHAPE[0] * SHAPE[1]
-
-
 def test_shapes_alone_never_reach_c() -> None:
     with FakeTensorMode():
         told = Nf4Base(SHAPE).stored()
     assert told is not None
     with pytest.raises(ValueError, match="has no numbers"):
         dequantise(told, torch.empty(SHAPE, dtype=torch.bfloat16))
-
-
-def test_a_base_made_without_autograd_is_read_too() -> None:
-    with torch.inference_mode():
-        base = gptq(sym=True, form="gptq", order="in order")
-        assert base.stored() is not None
-        assert base.matmul(torch.randn(3, SHAPE[1]).bfloat16()).shape == (3, SHAPE[0])
-
-
-def test_few_blocks_with_scales_of_a_byte() -> None:
-    base = Nf4Base.of(torch.randn(16, 16, generator=torch.Generator().manual_seed(1)), block_size=128)
-    told = base.stored()
-    assert told is not None
-    assert torch.equal(dequantise(told, torch.empty(16, 16).bfloat16()), by_torch(base))
-
-
-def test_what_replaces_a_buffer_changes_no_earlier_answer() -> None:
-    base = Int8Base.of(weight())
-    told, expected = base.stored(), by_torch(base)
-    assert told is not None
-    base.packed, base.scale.data = torch.zeros_like(base.packed), torch.zeros(SHAPE[0])
-    torch.full((64, *SHAPE), 7.0)  # into memory that was given back, if any was
-    assert torch.equal(dequantise(told, torch.empty(SHAPE, dtype=torch.bfloat16)), expected)
 
 
 def test_every_type_of_block_has_its_number() -> None:

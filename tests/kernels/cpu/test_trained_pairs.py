@@ -80,15 +80,6 @@ def test_every_product_is_that_of_its_formula(case: Any, dtype: torch.dtype) -> 
         near(found, expected)
 
 
-def test_rows_outside_all_parts_stay_as_they_are() -> None:
-    given = Given(*CASES["parts of odd ranks"], torch.float32)
-    before = given.ys[0].clone()
-    TRAINED_PAIRS(given.ys, given.x, given.factors, given.places, given.scales)
-    assert torch.equal(given.ys[0][31:50], before[31:50])
-    assert torch.equal(given.ys[0][:3], before[:3])
-    assert not torch.equal(given.ys[0][3:31], before[3:31])
-
-
 def test_bits_depend_neither_on_threads_nor_on_other_parts() -> None:
     found = []
     for threads in (1, 2):

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import sys
 import time
 import warnings
@@ -80,17 +79,6 @@ def test_weights_that_stay_as_they_are_stay_pages_of_their_file(tiny_llama_folde
     assert not reads and mapped(tiny_llama_folder), type(model)
 
 
-@pytest.mark.skipif(sys.platform != "linux", reason="asks Linux what is mapped")
-def test_a_few_tensors_of_another_dtype_leave_the_others_pages(tmp_path: Path, reads: list[Any]) -> None:
-    save_tiny_llama(tmp_path)
-    stored = {name: tensor.bfloat16() for name, tensor in load_file(tmp_path / "model.safetensors").items()}
-    norm, unknown = "model.norm.weight", "model.layers.0.self_attn.rotary_emb.inv_freq"
-    stored |= {norm: stored[norm].float(), unknown: torch.ones(4)}
-    save_file(stored, tmp_path / "model.safetensors", metadata={"format": "pt"})
-    model = load_dense(tmp_path, read_config(tmp_path), torch.bfloat16)
-    assert not reads and mapped(tmp_path) and model.model.norm.weight.dtype == torch.bfloat16
-
-
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_a_text_model_within_a_larger_configuration(tmp_path: Path, dtype: torch.dtype) -> None:
     text = {
@@ -108,19 +96,6 @@ def test_a_text_model_within_a_larger_configuration(tmp_path: Path, dtype: torch
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_of_a_whole_file_and_an_index_the_whole_file_is_read(tmp_path: Path, dtype: torch.dtype) -> None:
-    AutoModelForCausalLM.from_pretrained(save_tiny_llama(tmp_path)).save_pretrained(tmp_path / "parts", max_shard_size="20KB")
-    for part in (tmp_path / "parts").glob("model*"):
-        if part.suffix == ".safetensors":
-            save_file({name: 0 * tensor for name, tensor in load_file(part).items()}, part, metadata={"format": "pt"})
-        part.rename(tmp_path / part.name)
-    assert (tmp_path / "model.safetensors.index.json").is_file()
-    stored = load_file(tmp_path / "model.safetensors")
-    model = load_dense(tmp_path, read_config(tmp_path), dtype)
-    assert all(torch.equal(model.get_parameter(name), tensor.to(dtype)) for name, tensor in stored.items())
-
-
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_an_adapter_beside_the_model_stays_out_of_it(tmp_path: Path, dtype: torch.dtype) -> None:
     folder = save_tiny_llama(tmp_path)
     plain = load_dense(folder, read_config(folder), dtype)
@@ -131,16 +106,6 @@ def test_an_adapter_beside_the_model_stays_out_of_it(tmp_path: Path, dtype: torc
     assert (folder / "adapter_config.json").is_file()
     found = load_dense(folder, read_config(folder), dtype)
     assert list(found.state_dict()) == list(plain.state_dict())
-
-
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_settings_of_generation_may_stand_in_the_models_own(tmp_path: Path, dtype: torch.dtype) -> None:
-    save_tiny_llama(tmp_path)
-    (tmp_path / "generation_config.json").unlink(missing_ok=True)
-    config = json.loads((tmp_path / "config.json").read_text(encoding="utf-8"))
-    (tmp_path / "config.json").write_text(json.dumps({**config, "max_length": 77, "do_sample": True}), encoding="utf-8")
-    found = load_dense(tmp_path, read_config(tmp_path), dtype).generation_config
-    assert (found.max_length, found.do_sample) == (77, True)
 
 
 def test_no_more_is_read_at_once_than_is_planned(tiny_llama_folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -235,13 +235,6 @@ def test_a_model_with_a_tower_is_planned_as_its_files_are(tmp_path: Path) -> Non
     assert sum(isinstance(module, Int8Base) for module in loaded(folder).model.modules()) > 8
 
 
-def test_blocks_follow_from_the_shape_of_the_scales() -> None:
-    assert scaled_block((64, 96), (), {}) == scaled_block((64, 96), (1,), {}) == (64, 96)
-    assert scaled_block((64, 96), (64, 1), {}) == (1, 96)
-    assert scaled_block((300, 200), (3, 2), {}) == (128, 128)
-    assert scaled_block((300, 200), (3, 3), {}) is None
-
-
 def test_what_is_not_whole_is_named(llama: Path, tmp_path: Path) -> None:
     folder = fp8_folder(llama, tmp_path / "fp8")
     tensors = load_file(folder / "model.safetensors")

@@ -201,13 +201,3 @@ def test_a_digest_is_computed_once_and_known_until_the_file_changes(
     assert content_digest(file) == found
     os.utime(file, ns=(1, 1))
     assert known_digest(file) == "" and content_digest(file) == "computed again" == known_digest(file)
-
-
-def test_digests_of_files_that_are_gone_are_kept_no_longer(monkeypatch: pytest.MonkeyPatch, tmp_path: Path, file: Path) -> None:
-    monkeypatch.setenv("LORAKEET_CACHE", str(tmp_path / "cache"))
-    for number in range(3):
-        other = Path(shutil.copy(file, tmp_path / f"{number}.gguf"))
-        content_digest(other)
-        other.unlink()
-    content_digest(file)
-    assert list(json.loads((tmp_path / "cache" / "gguf" / "digests.json").read_text())) == [str(file.resolve())]

@@ -49,16 +49,6 @@ def test_the_numbers_are_those_of_the_dense_copy(file: Path) -> None:
     assert kinds == dict.fromkeys(("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj"), "Q4_0")  # down: 48 wide
 
 
-def test_the_rows_are_the_files_own_bytes(file: Path) -> None:
-    model = load_text_model(spec(file, "gguf"), say=lambda _: None).model
-    held = {tensor.name: tensor.data for tensor in gguf.GGUFReader(file).tensors}
-    ours = model.get_submodule("model.layers.0.mlp.gate_proj").base.packed.numpy()
-    assert (ours == held["blk.0.ffn_gate.weight"]).all()
-    queries = model.get_submodule("model.layers.0.self_attn.q_proj").base.packed.numpy()
-    assert sorted(map(bytes, queries)) == sorted(map(bytes, held["blk.0.attn_q.weight"])), "rows in another order, bytes kept"
-    assert (queries != held["blk.0.attn_q.weight"]).any()
-
-
 def test_every_pair_on_it_gets_a_gradient(file: Path) -> None:
     from lorakeet.core.spec import LoraSpec
     from lorakeet.models.inject import trained_parameters
@@ -75,15 +65,6 @@ def test_every_pair_on_it_gets_a_gradient(file: Path) -> None:
     states = text.model.get_decoder()(input_ids=ids, row_lengths=(9,), use_cache=False).last_hidden_state
     states.square().sum().backward()
     assert all(parameter.grad is not None and parameter.grad.abs().sum() > 0 for parameter in parameters.values())
-
-
-def test_it_is_laid_out_once(file: Path, cache: Path) -> None:
-    said: list[str] = []
-    first = packed_copy(file, said.append)
-    assert packed_copy(file, said.append) == first
-    assert len(said) == 1
-    assert first.parent == cache / "gguf-packed"
-    assert [path.name for path in first.parent.iterdir()] == [first.name], "nothing half-made stays"
 
 
 def test_blocks_of_layers_that_the_file_does_not_hold_are_no_silent_loss(file: Path) -> None:

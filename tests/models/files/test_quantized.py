@@ -19,15 +19,13 @@ from lorakeet.models import modules
 from lorakeet.models.files import quantized
 from lorakeet.models.files.quantized import load_packed, load_quantised, packing_divided, quantised_model
 from lorakeet.models.files.stored_tensors import dense_model, tensor_files
-from lorakeet.models.spec import ModelSpec
-from lorakeet.models.text.load import load_text_model
 from lorakeet.quant.construct import quantise_weight
 from lorakeet.quant.packed import PackedBase, PackedLinear
 from lorakeet.quant.spec import QuantSpec
 from lorakeet.quant.stack import PackedStack
 from lorakeet.train.launch import launched
 from lorakeet.train.processes import joined
-from tiny.models import FAMILIES, save_tiny_llama
+from tiny.models import FAMILIES
 from tiny.together import Together
 
 IDS = torch.tensor([[5, 9, 31, 2, 77, 4], [8, 8, 60, 3, 1, 90]])
@@ -129,21 +127,6 @@ def test_the_head_is_quantised_on_request_and_refused_where_it_is_the_embedding(
         loaded(*saved(tiny_model("qwen2"), tmp_path / "tied"), method="int8", head="quantize")
 
 
-def test_a_packed_head_serves_loss_and_logits(tmp_path: Path) -> None:
-    folder = save_tiny_llama(tmp_path / "model", tie_word_embeddings=False)
-    quantize = QuantSpec(method="int8", head="quantize")
-    text = load_text_model(ModelSpec(path=str(folder), dtype="bfloat16", products="float32", quantize=quantize))
-    assert text.head_weight is None and text.head(torch.randn(3, 32).bfloat16()).dtype == torch.float32
-
-
-def test_what_is_packed_does_not_depend_on_the_dtype_of_the_run(tiny_model: Callable[..., Any], tmp_path: Path) -> None:
-    folder, config = saved(tiny_model("llama"), tmp_path)
-    one, other = (loaded(folder, config, dtype, method="nf4") for dtype in (torch.float32, torch.bfloat16))
-    for mine, theirs in zip(packed_layers(one).values(), packed_layers(other).values(), strict=True):
-        assert torch.equal(mine.weight, theirs.weight)
-    assert other.model.embed_tokens.weight.dtype == torch.bfloat16
-
-
 def test_one_dense_matrix_at_a_time(tiny_model: Callable[..., Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Every packed weight's dense tensor is gone before the next one is read."""
     import weakref
@@ -202,20 +185,3 @@ def test_an_unknown_way_of_packing_is_refused(method: str, tiny_model: Callable[
         loaded(folder, config, method="nf4")
     with pytest.raises(ConfigError, match=r"LLM\.int8"):
         loaded(folder, config)
-
-
-def test_missing_kernels_are_said_once(tiny_model: Callable[..., Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("lorakeet.models.files.quantized.bitsandbytes_advice", lambda: "bitsandbytes is not installed")
-    folder, config = saved(tiny_model("llama"), tmp_path)
-    for method, times in (("nf4", 1), ("int8", 0)):
-        said: list[str] = []
-        load_quantised(folder, config, torch.float32, QuantSpec(method=method), said.append)  # type: ignore[arg-type]
-        assert sum("bitsandbytes is not installed" in line for line in said) == times
-
-
-def test_what_it_saves_is_said(tiny_model: Callable[..., Any], tmp_path: Path) -> None:
-    said: list[str] = []
-    folder, config = saved(tiny_model("mixtral"), tmp_path)
-    model = load_quantised(folder, config, torch.float32, QuantSpec(method="int8"), said.append)
-    count = sum(isinstance(module, PackedBase) for module in model.modules())
-    assert said[0].startswith(f"{count} linear layers and 4 stacks of experts are int8: ") and len(said) == 1

@@ -31,24 +31,6 @@ def test_settings_come_back_after_an_error(bars: bool) -> None:
         (logging.enable_progress_bar if was[1] else logging.disable_progress_bar)()
 
 
-def test_retries_of_the_hub_are_not_reported() -> None:
-    """Twelve lines of them stood before the one message."""
-    log = standard.getLogger("huggingface_hub.utils._http")
-    before = log.getEffectiveLevel()
-    with quiet_transformers():
-        assert not log.isEnabledFor(standard.WARNING) and log.isEnabledFor(standard.ERROR)
-    assert log.getEffectiveLevel() == before
-
-
-def test_a_kernel_that_bitsandbytes_misses_is_not_reported(monkeypatch: pytest.MonkeyPatch) -> None:
-    log = standard.getLogger("bitsandbytes.backends.cpu.ops")
-    monkeypatch.setattr(log, "disabled", False)  # who reads a configuration of logs, as databases do, may have left it so
-    log.setLevel(standard.WARNING)
-    with quiet_transformers():
-        assert not log.isEnabledFor(standard.WARNING) and log.isEnabledFor(standard.ERROR)
-    assert log.level == standard.WARNING
-
-
 @pytest.mark.parametrize("before", [None, "0"])
 def test_blocks_of_two_threads_that_overlap_leave_everything_as_it_was(
     before: str | None, monkeypatch: pytest.MonkeyPatch

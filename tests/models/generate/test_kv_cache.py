@@ -11,7 +11,7 @@ from torch import Tensor
 
 from lorakeet.core.fused.packed_attention import AttentionRule
 from lorakeet.errors import ConfigError
-from lorakeet.models.generate.kv_cache import CacheRow, CacheStep, KeyValues, check_cached, shares_of, step
+from lorakeet.models.generate.kv_cache import CacheRow, CacheStep, KeyValues, check_cached, step
 from lorakeet.models.inject import selection_of
 from lorakeet.models.spec import ModelSpec
 from lorakeet.models.text.adapters import add_adapter
@@ -100,14 +100,6 @@ def test_rows_use_adapters_of_their_own(text: TextModel) -> None:
     for found, theirs in zip(step(text, cache, rows, selection), expected, strict=True):
         close(found, theirs)
     assert (expected[0] - expected[1]).abs().max() > 0.05
-
-
-def test_each_row_has_shares_of_its_own() -> None:
-    alone, mix = {"a": 1.0}, {"a": 1.0, "b": 0.5}
-    rows = [CacheRow(0, 0, (1, 2), alone), CacheRow(1, 0, (1,), alone), CacheRow(2, 0, (1,), {}), CacheRow(3, 0, (1,), mix)]
-    assert [(s.start, s.stop, s.name, s.weight) for s in shares_of(rows)] == [
-        (0, 2, "a", 1.0), (2, 3, "a", 1.0), (4, 5, "a", 1.0), (4, 5, "b", 0.5),
-    ]  # fmt: skip
 
 
 def test_what_does_not_fit_is_refused(text: TextModel) -> None:

@@ -14,7 +14,7 @@ import transformers
 from lorakeet.data.chat import Candidates, Encoder, Example
 from lorakeet.data.read import read_rows
 from lorakeet.data.spec import DataSpec
-from lorakeet.models.generate.score import distinguishing, label_branches, label_scores, row_losses
+from lorakeet.models.generate.score import distinguishing, label_scores, row_losses
 from lorakeet.models.spec import ModelSpec
 from lorakeet.models.text.load import load_text_model
 from lorakeet.models.text.model import TextModel
@@ -77,14 +77,6 @@ def test_every_label_gets_the_log_prob_of_a_plain_forward(
     assert np.unique(scores.round(3), axis=0).shape[0] == len(rows)
 
 
-def test_the_order_of_the_rows_is_kept(text: TextModel) -> None:
-    rows = candidates([3, 29, 5, 17], ONE_TOKEN)
-    forward = label_scores(text, rows, micro_tokens=64)
-    backward = label_scores(text, rows[::-1], micro_tokens=64)
-    np.testing.assert_allclose(forward, backward[::-1], atol=1e-5)
-    np.testing.assert_allclose(forward[1], label_scores(text, rows[1:2], micro_tokens=64)[0], atol=1e-5)
-
-
 def test_labels_of_real_rows_are_scored_as_they_were_trained(text: TextModel, plain: Any, tmp_path: Path) -> None:
     """Through template and tokenizer: prompt and answer are the ids of the training row, so their losses agree."""
     data = write_rows(tmp_path / "rows.jsonl", reviews(6, labels=("good", "good indeed", "bad")))
@@ -128,38 +120,6 @@ def test_row_losses_are_those_of_a_plain_forward_in_the_given_order(text: TextMo
         assert total == pytest.approx(-sum(float(log_probs[place - 1, row.ids[place]]) for place in places), abs=1e-4)
 
 
-@pytest.mark.parametrize(
-    ("completions", "expected"),
-    [
-        (ONE_TOKEN, [[50], [60], [70]]),
-        (SEVERAL, [[50, 51], [60], [50, 52, 53]]),
-        (PREFIXES, PREFIXES),
-        ([[50, 9, 8, END], [60, 9, 8, END]], [[50], [60]]),
-        ([[50, 40, END], [60, 40, END]], [[50, 40], [60, 40]]),  # "credit card" and "library card"
-        ([[50], [60]], [[50], [60]]),
-        ([[7, END], [END]], [[7, END], [END]]),
-        ([[5, 5, END], [5, END]], [[5, 5, END], [5, END]]),
-    ],
-)
-def test_what_tells_labels_apart_is_kept(completions: list[list[int]], expected: list[list[int]]) -> None:
-    found = distinguishing([ids(*each) for each in completions], frozenset({END, 8, 9}))
-    assert [ending.tolist() for ending in found] == expected
-
-
-@pytest.mark.parametrize(
-    ("endings", "expected"),
-    [
-        ([[50], [60], [70]], {(): {0: ([0, 1, 2], [50, 60, 70])}}),
-        ([[50, 51], [60], [50, 52, 53]], {(50, 52): {0: ([0, 1, 2], [50, 60, 50]), 1: ([0, 2], [51, 52]), 2: ([2], [53])}}),
-        ([[5, 6], [7, 8], [7, 9]], {(5,): {0: ([0, 1, 2], [5, 7, 7]), 1: ([0], [6])}, (7,): {1: ([1, 2], [8, 9])}}),
-    ],
-    ids=["one token", "a path that another holds", "labels that begin alike"],
-)
-def test_every_token_of_every_label_is_read_once(endings: list[list[int]], expected: dict[tuple[int, ...], Any]) -> None:
-    found = label_branches([ids(*ending) for ending in endings])
-    assert {branch.ids: branch.reads for branch in found} == expected
-
-
 def counted_scores(text: TextModel, rows: Sequence[Candidates], micro_tokens: int) -> tuple[np.ndarray, list[int], int]:
     """The scores, the tokens of each pass through the decoder, and the rows that were counted."""
     decoder, computed, done = text.model.get_decoder(), list[int](), list[int]()
@@ -173,15 +133,6 @@ def counted_scores(text: TextModel, rows: Sequence[Candidates], micro_tokens: in
         patch.setattr(decoder, "forward", counting)
         scores = label_scores(text.with_options(pad=False), rows, micro_tokens=micro_tokens, progress=done.append)
     return scores, computed, sum(done)
-
-
-def test_the_last_token_of_a_label_is_read_and_not_computed(text: TextModel) -> None:
-    """Twelve prompts of 10 tokens: 120 of them for labels of one token, where each label's own token would make 132."""
-    _, computed, done = counted_scores(text, candidates([10] * 12, ONE_TOKEN), 1024)
-    assert sum(computed) == 120 and done == 12
-    alike = [[50, 51, END], [50, 52, END], [50, 53, END], [60, END]]
-    _, computed, done = counted_scores(text, candidates([10] * 12, alike), 1024)
-    assert sum(computed) == 12 * 11 and done == 12, "one branch a row, of one token, for four labels"
 
 
 def test_examples_before_many_rows_pass_once_a_batch_for_labels_of_several_tokens(text: TextModel, plain: Any) -> None:

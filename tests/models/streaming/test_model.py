@@ -16,7 +16,6 @@ from lorakeet.models.generate.sample import sample
 from lorakeet.models.generate.score import row_losses
 from lorakeet.models.streaming.model import (
     NotStreamed,
-    StreamedBlock,
     StreamedEmbedding,
     StreamedHead,
     make_resident,
@@ -70,15 +69,6 @@ def test_gradients_through_a_block_that_leaves_are_refused(twins: tuple[TextMode
         text.model(input_ids=torch.arange(5, 9)[None])
 
 
-def test_what_a_decoder_asks_of_its_block_is_answered(twins: tuple[TextModel, TextModel]) -> None:
-    _, text = twins
-    assert text.streamed is not None
-    block = text.streamed.blocks[0]
-    assert isinstance(block, StreamedBlock) and block.hidden_size == block.original.hidden_size
-    with pytest.raises(AttributeError):
-        _ = block.nothing_of_that_name
-
-
 def test_blocks_that_give_more_than_states_are_refused() -> None:
     with pytest.raises(NotStreamed, match=r"tuple.*cannot be streamed\. Leave the memory budget"):
         plain_output((torch.zeros(1), None))
@@ -93,13 +83,6 @@ def test_embedding_and_head_stay_out_until_something_is_put_on_them(twins: tuple
     make_resident(text.model, plan_for(text.model, LoraSpec(rank=4, alpha=12.0, target_modules=("lm_head",)), text.family))
     assert torch.equal(text.model.get_output_embeddings().weight, resident.model.get_output_embeddings().weight)
     assert isinstance(text.model.get_input_embeddings(), StreamedEmbedding)
-
-
-def test_a_tied_head_comes_with_its_embedding(tmp_path: Path) -> None:
-    text = loaded(save_tiny_llama(tmp_path / "model", tie_word_embeddings=True), tmp_path / "store")
-    make_resident(text.model, plan_for(text.model, LoraSpec(rank=4, alpha=12.0, target_modules=("embed_tokens",)), text.family))
-    weight = text.model.get_input_embeddings().weight
-    assert not weight.is_meta and text.model.get_output_embeddings().weight is weight
 
 
 @pytest.mark.parametrize("settings", [{"start": "pissa"}, {"variant": "dora"}, {}])

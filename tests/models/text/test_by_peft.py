@@ -145,15 +145,6 @@ def test_peft_s_logits_are_those_of_the_live_pairs(
     assert found.of_effect is not None and found.of_effect < 1e-4
 
 
-def test_another_adapter_in_the_folder_is_found(trained: Callable[..., TextModel], tmp_path: Path) -> None:
-    text = trained("llama")
-    held = peft.read(tmp_path / "adapter")
-    fewer = {path: pair for path, pair in held.pairs.items() if not path.endswith("layers.1.mlp.up_proj")}
-    peft.write(replace(held, pairs=fewer), tmp_path / "adapter")
-    found = compare_with_peft(text, "default", tmp_path / "adapter", ROWS)
-    assert found.logit > by_peft.ROUNDING and found.of_effect is not None and found.of_effect > by_peft.SHARE
-
-
 def test_an_adapter_that_changes_nothing_is_not_measured_by_its_effect(
     trained: Callable[..., TextModel], tmp_path: Path
 ) -> None:

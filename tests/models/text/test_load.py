@@ -61,14 +61,6 @@ def test_every_family_passes_its_check_in_silence(
     assert capfd.readouterr() == ("", "")
 
 
-def test_the_loaded_weights_are_those_of_the_file(folder: Path) -> None:
-    text = load_text_model(spec(folder))
-    stored = load_file(folder / "model.safetensors")
-    assert all(torch.equal(text.model.get_parameter(name), tensor) for name, tensor in stored.items())
-    assert text.name == str(folder)
-    assert text.source == folder
-
-
 def test_gemma2_on_sdpa_is_refused_as_it_would_lose_its_cap(tmp_path: Path) -> None:
     save_tiny_llama(tmp_path, family="gemma2")
     with pytest.raises(EnvironmentProblem, match=r"model.attention sdpa cannot be used.*gemma2.*Use model.attention auto"):
@@ -167,21 +159,6 @@ def test_a_decoder_without_hidden_states_is_one_message(folder: Path, monkeypatc
         load_text_model(ModelSpec(path=str(folder)))
 
 
-def test_attention_that_fails_in_any_way_is_not_used(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    real = load.set_attention
-
-    def fails(model: Any, attention: str) -> None:
-        if attention == "varlen":
-            raise RuntimeError("no such kernel")
-        real(model, attention)
-
-    monkeypatch.setattr(load, "set_attention", fails)
-    said: list[str] = []
-    text = load_text_model(ModelSpec(path=str(folder)), say=said.append)
-    assert text.attention == "sdpa"
-    assert "'llama' models do not run with varlen (RuntimeError: no such kernel)" in said[0]
-
-
 def test_missing_weights_are_named_not_drawn_at_random(folder: Path) -> None:
     file = folder / "model.safetensors"
     tensors = load_file(file)
@@ -246,14 +223,3 @@ def test_a_damaged_tokenizer(folder: Path) -> None:
 
 def test_a_tokenizer_alone(folder: Path) -> None:
     assert load_tokenizer(folder)("hi")["input_ids"]
-
-
-def test_transformers_settings_are_as_before(folder: Path) -> None:
-    from transformers.utils import logging
-
-    before = logging.get_verbosity(), logging.is_progress_bar_enabled()
-    load_text_model(spec(folder))
-    change_config(folder, hidden_size=64)
-    with pytest.raises(DataError):
-        load_text_model(spec(folder))
-    assert (logging.get_verbosity(), logging.is_progress_bar_enabled()) == before

@@ -192,14 +192,6 @@ def test_only_where_attention_copies_nothing_have_batches_more_tokens_than_are_c
         assert batches(**half) == 4
 
 
-def test_a_model_that_is_read_or_gathered_for_each_pass_makes_no_more_of_them(tiny_llama_folder: Path) -> None:
-    text, examples = load(tiny_llama_folder), behind_one_beginning()
-    others = [dataclasses.replace(each, ids=np.concatenate([[2], each.ids[1:]])) for each in examples]  # of another beginning
-    assert len(text.micro_batches([*examples, *others], 1000)) == 2
-    text = dataclasses.replace(text, sharded=True)
-    assert len(text.micro_batches([*examples, *others], 1000)) == 1
-
-
 def test_the_last_block_computes_only_what_is_read(tiny_llama_folder: Path, adapted: Callable[..., Any], rows: Rows) -> None:
     """One target a row: the last MLP sees these tokens alone, the one before all; losses and gradients stay."""
     text, batch = load(tiny_llama_folder), beginning_alike(rows, 2)
@@ -218,41 +210,6 @@ def test_the_last_block_computes_only_what_is_read(tiny_llama_folder: Path, adap
     for one, other in zip(*found, strict=True):
         torch.testing.assert_close(one, other, atol=1e-4, rtol=1e-3)
     assert token_logprobs(text, batch).shape == (batch.targets,)  # the narrowing is over
-
-
-class Turned(torch.nn.Module):
-    """An MLP in a list, which gets the tokens in another order, as an expert may."""
-
-    def __init__(self, mlp: torch.nn.Module) -> None:
-        super().__init__()
-        self.parts = torch.nn.ModuleList([mlp])
-
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
-        return self.parts[0](x.flip(1)).flip(1)
-
-
-def test_parts_in_a_list_within_the_last_block_see_every_token(
-    tiny_llama_folder: Path, adapted: Callable[..., Any], rows: Rows
-) -> None:
-    text, batch = load(tiny_llama_folder), beginning_alike(rows, 2)
-    adapted(text.model)
-    fuse(text.model)
-    last = text.model.model.layers[-1]
-    last.mlp = Turned(last.mlp)
-    few = Batch(batch.ids, batch.lengths, batch.target_positions[-1:], batch.target_ids[-1:], batch.keys)
-    for one, other in zip(*as_usual_and_with_every_token(text, few), strict=True):
-        torch.testing.assert_close(one, other, atol=1e-4, rtol=1e-3)
-
-
-def test_a_watched_model_sees_every_token_and_no_other(tiny_llama_folder: Path, rows: Rows) -> None:
-    text, batch = load(tiny_llama_folder), beginning_alike(rows, 2)
-    fuse(text.model)
-    seen: list[int] = []
-    text.model.get_input_embeddings().register_forward_hook(lambda *call: seen.append(call[1][0].shape[-1]))
-    watched = text.with_every_token()
-    watched.hidden(batch)
-    assert watched.layout(batch).prefix == 0
-    assert seen == [batch.tokens]
 
 
 def test_rows_that_drop_numbers_of_their_own_share_nothing(tiny_llama_folder: Path) -> None:
@@ -317,13 +274,3 @@ def test_new_tokens_get_ids_from_the_tokenizer(folders: Callable[[str], Path], a
     assert text.add_tokens(("<x>", "<y>", "<x>")) == (count, count + 1, count)
     assert text.tokenizer("a<y>")["input_ids"][-1] == count + 1
     assert text.context == 256
-
-
-def test_training_mode_reaches_every_module_once_it_is_wanted(tiny_llama_folder: Path) -> None:
-    text = load(tiny_llama_folder)
-    text.train()
-    initialise_adapter(text, plan_for(text.model, LoraSpec(rank=2, dropout=0.5), text.family), seed=0)
-    text.model.eval()
-    assert not any(module.training for module in text.model.modules())
-    text.train()
-    assert all(module.training for module in text.model.modules())

@@ -63,24 +63,6 @@ def test_it_computes_what_the_layers_packed_in_memory_do(family: str, tmp_path: 
     assert not torch.equal(logits(streamed), logits(packed))
 
 
-def test_a_model_that_is_packed_already_is_packed_anew(tmp_path: Path) -> None:
-    """Nothing of the old packing is left, and what is not packed now stays as it was."""
-    folder = save_tiny_llama(tmp_path / "model")
-    text = loaded(folder, tmp_path, "int8")
-    prefix = f"{text.family.blocks}.0."
-    one = f"{prefix}mlp.up_proj"
-    bases = [{one: Nf4Base.of(torch.ones(48, 32))}, {}]
-    write_packed(text, iter(bases), tmp_path / "packed")
-    packed = open_packed(text, tmp_path / "packed")
-    assert packed.store is not None and text.store is not None
-    own = {name for name in packed.store.tensors if name.startswith(f"{one}.")}
-    assert own == {f"{one}.base.{leaf}" for leaf in bases[0][one].state_dict()}
-    kept = {name for name in text.store.tensors if not name.startswith(f"{one}.")}
-    assert kept == set(packed.store.tensors) - own
-    assert all(torch.equal(packed.store.tensor(name), text.store.tensor(name)) for name in kept)
-    assert len(logits(packed))
-
-
 def test_its_weights_are_read_one_by_one(tmp_path: Path) -> None:
     folder = save_tiny_llama(tmp_path / "model")
     text, bases = loaded(folder, tmp_path), {}

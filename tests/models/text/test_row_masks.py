@@ -14,9 +14,8 @@ from lorakeet.data.pack import pack_examples
 from lorakeet.errors import EnvironmentProblem
 from lorakeet.models.spec import ModelSpec
 from lorakeet.models.text.load import load_text_model
-from lorakeet.models.text.row_masks import masks_by_kind, recurrent_kinds
+from lorakeet.models.text.row_masks import recurrent_kinds
 from tiny.family_columns import saved
-from tiny.small_configs import small_config
 
 ROWS = (13, 4, 9)  # tokens; lfm3's window is 8
 HYBRIDS = {"qwen3_5_text": "linear_attention", "lfm2": "conv", "lfm3": "conv", "falcon_h1": "hybrid", "zaya": "hybrid"}
@@ -35,20 +34,6 @@ def test_states_are_those_with_a_mask_of_ones(family: str, attention: str, tmp_p
     assert text.masks_by_kind and HYBRIDS[family] in recurrent_kinds(text.model.config)
     with torch.no_grad():
         assert torch.equal(text.hidden(batch), replace(text, masks_by_kind=False).hidden(batch))
-
-
-def test_where_there_are_none() -> None:
-    ids = torch.zeros(2, 12, dtype=torch.int64)
-    assert masks_by_kind(small_config("llama"), ids, torch.float32) is None, "no recurrent layers"
-    minimax = small_config("minimax")
-    assert masks_by_kind(minimax, ids, torch.float32) is not None
-    minimax.sliding_window = 8  # its full attention has that window then, and no kind of layer says so
-    assert masks_by_kind(minimax, ids, torch.float32) is None
-    lfm3 = small_config("lfm3")
-    lfm3._attn_implementation = "sdpa"
-    masks = masks_by_kind(lfm3, ids, torch.float32)
-    assert masks is not None and masks["full_attention"] is None and masks["conv"] is None
-    assert masks["sliding_attention"] is not None, "12 tokens are more than its window of 8"
 
 
 def test_a_model_that_takes_one_mask_keeps_it(tmp_path: Path) -> None:

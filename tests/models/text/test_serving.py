@@ -27,7 +27,7 @@ from lorakeet.models.text.adapters import add_adapter
 from lorakeet.models.text.folded_weights import frozen_weights
 from lorakeet.models.text.load import load_text_model
 from lorakeet.models.text.model import TextModel
-from lorakeet.models.text.serving import CACHED_FITS, ServingModel
+from lorakeet.models.text.serving import ServingModel
 from lorakeet.quant.construct import quantise_weight
 from lorakeet.quant.gguf import GgufBase
 from lorakeet.quant.gptq import GptqBase
@@ -198,13 +198,6 @@ def test_loading_walks_nothing_and_leaves_nothing(
     assert tensors() == before and live.names == ()
 
 
-def test_an_outline_is_checked_without_its_numbers(text: TextModel, bare: Any, tmp_path: Path) -> None:
-    adapter = random_adapter(bare)
-    peft.write(adapter, tmp_path / "a")
-    entries = ServingModel(text).check(peft.read(tmp_path / "a", opened=open_header))
-    assert {path: (entry.rank, entry.scale) for path, entry in entries.items()} == dict.fromkeys(adapter.pairs, (4, 3.0))
-
-
 def test_everything_that_does_not_fit_is_named(text: TextModel, bare: Any) -> None:
     live = ServingModel(text)
     fits = random_adapter(bare, "q_proj", "k_proj").pairs
@@ -261,24 +254,6 @@ def test_an_outline_that_does_not_fit_is_refused_each_time_in_full(text: TextMod
             with pytest.raises(ConfigError, match=r"'model\.embed_tokens': a pair on it cannot be served"):
                 live.check(peft.read(tmp_path / str(seed), opened=opened))
     assert live.names == () and len(live._fits) == 0
-
-
-def test_few_outlines_are_remembered(text: TextModel, bare: Any, tmp_path: Path) -> None:
-    live = ServingModel(text)
-    for rank in range(1, CACHED_FITS + 4):
-        peft.write(random_adapter(bare, "q_proj", rank=rank), tmp_path / str(rank))
-        live.attach(f"r{rank}", peft.read(tmp_path / str(rank), opened=load_safetensors))
-    assert len(live._fits) == CACHED_FITS and len(live.names) == CACHED_FITS + 3
-    for name in live.names:
-        live.detach(name)
-    assert not any(target.layer.adapters for target in live._targets.values())
-
-
-def test_a_name_that_torch_has_no_place_for_leaves_nothing(text: TextModel, bare: Any) -> None:
-    live = ServingModel(text)
-    with pytest.raises(KeyError):
-        live.attach("a.b", random_adapter(bare))
-    assert live.names == () and not any(target.layer.adapters for target in live._targets.values())
 
 
 @pytest.mark.parametrize("dora", [False, True])

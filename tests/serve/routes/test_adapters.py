@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import threading
-import time
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -95,18 +94,6 @@ def test_an_upload_is_served_once_it_is_whole_and_checked(http: Any, served: Any
         assert http.put(path, content=b"x").status_code in (400, 404)
 
 
-def test_two_uploads_of_one_name_keep_their_files_apart(http: Any, saved: Callable[..., Path]) -> None:
-    first, second = saved("first", seed=1), saved("second", seed=2, rank=6)
-    for file in ("adapter_config.json", peft.MODEL_NAME):
-        for upload, folder in (("1", first), ("2", second)):
-            assert http.put(f"/v1/adapters/up/{file}?upload={upload}", content=(folder / file).read_bytes()).status_code == 200
-    assert http.post("/v1/adapters/up", json={"sha256": {}}).status_code == 400, "nothing came under no id"
-    assert http.post("/v1/adapters/up?upload=2", json={"sha256": digests_of(second)}).json()["ranks"] == [6]
-    taken = http.post("/v1/adapters/up?upload=1", json={"sha256": digests_of(first)})
-    assert taken.status_code == 400 and "is loaded already" in taken.json()["error"]["message"]
-    assert http.get("/v1/adapters/up").json()["ranks"] == [6]
-
-
 def test_the_config_of_one_and_the_weights_of_another_are_refused(http: Any, saved: Callable[..., Path]) -> None:
     """Two clients with one key send files of one name at the same time."""
     first, second = saved("first", seed=1), saved("second", seed=2)
@@ -161,13 +148,6 @@ def test_an_upgrade_while_a_stream_runs(http: Any, saved: Callable[..., Path]) -
     assert not expected.startswith(new)
 
 
-def test_pins(http: Any) -> None:
-    assert http.get("/v1/adapters/a").json()["loaded"] is False
-    about = http.post("/v1/adapters/a/pin", json={"pinned": True}).json()
-    assert about["loaded"] and about["pinned"] and about["users"] == 0
-    assert not http.post("/v1/adapters/a/pin", json={"pinned": False}).json()["pinned"]
-
-
 def test_a_certificate_is_extended(http: Any, saved: Callable[..., Path]) -> None:
     assert http.post("/v1/adapters/a/certificate").status_code == 400, "none came with it"
     folder = saved("run", seed=7)
@@ -210,33 +190,9 @@ def test_an_upload_goes_from_a_full_disk(
     assert list(json.loads((served.service.store.folder / adapter_store.LIST).read_text())["adapters"]) == ["b"]
 
 
-def test_every_load_is_counted(http: Any, served: Any, saved: Callable[..., Path]) -> None:
-    assert http.post("/v1/load_lora_adapter", json={"lora_name": "c", "lora_path": str(saved("c", seed=5))}).status_code == 200
-    assert http.post("/v1/adapters/a/pin", json={}).status_code == 200
-    text(http, "a")
-    page = http.get("/metrics").text
-    assert 'adapter_loads_total{adapter="c"} 1' in page and 'adapter_loads_total{adapter="a"} 1' in page
-
-
 def test_no_adapter_takes_the_name_of_the_base(http: Any, saved: Callable[..., Path]) -> None:
     answer = http.post("/v1/load_lora_adapter", json={"lora_name": "tiny", "lora_path": str(saved("c", seed=5))})
     assert answer.status_code == 400 and "since the base is" in answer.json()["error"]["message"]
-
-
-def test_a_scale_goes_with_its_adapter_at_once(http: Any, served: Any) -> None:
-    """Uploads of somebody else may be looked at meanwhile, for which the removal of files waits."""
-    base = text(http, "tiny")
-    assert http.post("/lora-adapters", json=[{"id": 0, "scale": 1.0}]).status_code == 200
-    assert text(http, "tiny") != base
-    with ThreadPoolExecutor() as pool:
-        with served.service.store._changing:
-            removing = pool.submit(http.delete, "/v1/adapters/a")
-            for _ in range(3000):
-                if not served.service.scales:
-                    break
-                time.sleep(0.01)
-            assert text(http, "tiny") == base and not removing.done()
-        assert removing.result().status_code == 200
 
 
 def test_an_upload_that_a_reader_fails_at_is_the_callers(

@@ -69,14 +69,6 @@ def test_a_byte_now_and_then_does_not_help(site: Callable[..., Any]) -> None:
         sending.join()
 
 
-def test_a_request_that_was_answered_before_its_body_came_has_no_more_time(site: Callable[..., Any]) -> None:
-    served = site(connections=ConnectionLimits(header=0.3))
-    with connect(served) as half:
-        half.sendall(b"POST /nowhere HTTP/1.1\r\nHost: localhost\r\nContent-Length: 1000000\r\n\r\n{")
-        answer = everything(half)
-    assert answer.startswith(b"HTTP/1.1 404") and b"HTTP/1.1 408" in answer
-
-
 def test_those_that_wait_make_place_for_new_ones(site: Callable[..., Any]) -> None:
     served = site(connections=ConnectionLimits(total=4, header=600.0))
     book = served.server.connections
@@ -140,15 +132,6 @@ def test_where_all_are_busy_the_next_one_is_refused(site: Callable[..., Any]) ->
     for opened in busy:
         opened.close()
     assert post(served, json=BODY).status_code == 200 and served.server.connections.refused == 1
-
-
-def test_a_connection_has_a_number_of_requests(site: Callable[..., Any]) -> None:
-    served = site(connections=ConnectionLimits(requests=2))
-    with connect(served) as opened:
-        opened.sendall(b"GET /health HTTP/1.1\r\nHost: localhost\r\n\r\n" * 5)
-        answers = everything(opened)
-    assert answers.count(b"HTTP/1.1 200") == 2
-    assert answers.lower().count(b"connection: close") == 1  # in the last one, or a client would send a third request
 
 
 def test_a_client_loses_no_request_to_that_number(site: Callable[..., Any]) -> None:

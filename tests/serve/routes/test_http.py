@@ -22,7 +22,6 @@ from lorakeet.serve.access import Access, Caller, hash_key
 from lorakeet.serve.engine import Draining
 from lorakeet.serve.routes import adapters, http
 from lorakeet.serve.routes.http import run_server
-from lorakeet.serve.routes.reply import as_json
 from lorakeet.serve.service import RequestLimits
 from tiny.damage import other_bytes, other_json
 from tiny.fuzz import fuzzed
@@ -290,22 +289,6 @@ def test_nothing_of_a_client_becomes_a_line_of_the_answers_head(both: Any) -> No
     assert answered.startswith(b"HTTP/1.1 400") and b"x-injected" not in answered.lower()
 
 
-def test_a_slash_at_the_end_lists_the_models_too(both: Any) -> None:
-    assert httpx.get(f"{both.url}/v1/models/").json() == httpx.get(f"{both.url}/v1/models").json()
-
-
-def test_half_a_character_is_said(both: Any) -> None:
-    answer = post(both, content=json.dumps({**BODY, "prompt": "\ud800"}))
-    assert answer.status_code == 400 and "half of a character" in answer.json()["error"]["message"]
-
-
-def test_what_is_not_there_is_said_in_each_apis_words(both: Any) -> None:
-    answer = post(both, "/v1/moderations", json={})
-    assert answer.status_code == 404 and "no POST /v1/moderations here" in answer.json()["error"]["message"]
-    answer = httpx.get(f"{both.url}/api/chat")
-    assert answer.status_code == 405 and "no GET /api/chat here" in answer.json()["error"] and "POST" in answer.headers["allow"]
-
-
 def test_a_bug_is_said_as_an_error_of_the_api(both: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(both.service, "adapters_named", {}.__getitem__)
     answer = post(both, json=BODY)
@@ -344,12 +327,6 @@ def test_a_key_that_may_load_keeps_to_its_own_adapters(
     assert post(served, "/v1/unload_lora_adapter", json={"lora_name": "a"}, headers=one).status_code == 200
     again = post(served, "/v1/unload_lora_adapter", json={"lora_name": "a"}, headers=one)
     assert again.status_code == 404 and "'b'" not in again.text
-
-
-def test_json_keeps_letters() -> None:
-    reply = as_json({"text": "日本", "n": [1, None]})
-    assert json.loads(str(reply.body)) == {"text": "日本", "n": [1, None]} and "日本" in str(reply.body)
-    assert (reply.status, reply.media) == (200, "application/json")
 
 
 def test_tokenising_and_every_text_count_in_a_quota(site: Callable[..., Any]) -> None:
@@ -421,8 +398,6 @@ REQUESTS: list[tuple[str, str, Any]] = [
     ("POST", "/api/show", {"model": "a"}), ("GET", "/v1/models/a", {}), ("DELETE", "/v1/adapters/none", {}),
 ]  # fmt: skip
 HEADERS: list[dict[str, str]] = [{}, {}, {}, {"Content-Type": "text/plain"}, {"Authorization": "Bearer \x01"}, {"Accept": "x/y"}]
-
-
 
 
 @pytest.fixture

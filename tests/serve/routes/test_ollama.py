@@ -23,13 +23,6 @@ def client(site: Callable[..., Any]) -> Any:
     found._client.close()
 
 
-def test_adapters_are_models(client: Any) -> None:
-    assert [model.model for model in client.list().models] == ["tiny", "a", "b"]
-    texts = [client.chat(name, MESSAGES, options=GREEDY).message.content for name in ("tiny", "a", "b")]
-    assert len(set(texts)) == 3
-    assert client.chat("a:latest", MESSAGES, options=GREEDY).message.content == texts[1]
-
-
 def test_streams_add_up(client: Any) -> None:
     whole = client.chat("a", MESSAGES, options=GREEDY)
     pieces = list(client.chat("a", MESSAGES, options=GREEDY, stream=True))

@@ -72,15 +72,6 @@ def test_stop_seed_n_and_logprobs(client: Any) -> None:
     assert "".join(entry.token for entry in told).startswith(whole[:3])
 
 
-def test_completions(client: Any) -> None:
-    answer = client.completions.create(model="b", prompt="This drug", temperature=0, max_tokens=8, logprobs=2)
-    assert answer.choices[0].text and len(answer.choices[0].logprobs.token_logprobs) == answer.usage.completion_tokens
-    again = client.completions.create(model="b", prompt="This drug", temperature=0, max_tokens=8, stream=True)
-    assert "".join(piece.choices[0].text for piece in again) == answer.choices[0].text
-    ids = client.completions.create(model="b", prompt=[30, 51, 77], temperature=0, max_tokens=8)
-    assert ids.usage.prompt_tokens == 3
-
-
 def test_json_by_a_schema(client: Any) -> None:
     properties = {"drug": {"enum": ["aspirin", "statin"]}, "stars": {"type": "integer", "minimum": 1, "maximum": 5}}
     schema = {"type": "object", "properties": properties, "required": [*properties], "additionalProperties": False}
@@ -143,13 +134,6 @@ def test_token_ids_are_reported_before_anything_is_written(served: Any) -> None:
     assert told(messages=MESSAGES, add_generation_prompt=False).status_code == 400
 
 
-def test_a_model_by_its_name(client: Any) -> None:
-    assert client.models.retrieve("a").parent == client.models.retrieve("a*0.5+b*2").parent == "tiny"
-    assert client.models.retrieve("tiny").parent is None
-    with pytest.raises(openai.NotFoundError, match="No model 'c' is served"):
-        client.models.retrieve("c")
-
-
 def test_several_prompts_at_once(client: Any) -> None:
     def texts(prompt: Any, **options: Any) -> list[str]:
         answer = client.completions.create(model="b", prompt=prompt, temperature=0.7, seed=3, max_tokens=6, **options)
@@ -169,15 +153,6 @@ def test_several_prompts_at_once(client: Any) -> None:
             texts(wrong)
 
 
-def test_the_bytes_of_tokens_add_up_to_the_text(client: Any) -> None:
-    """Also where a character came in several tokens, whose texts alone are none."""
-    for model in ("a", "b", "tiny"):
-        choice = chat(client, model, logprobs=True, top_logprobs=1, max_tokens=40).choices[0]
-        told = b"".join(bytes(entry.bytes) for entry in choice.logprobs.content)
-        assert told.decode(errors="replace") == choice.message.content
-        assert any("\ufffd" in entry.token for entry in choice.logprobs.content)
-
-
 def test_messages_with_more_than_text_are_refused(client: Any) -> None:
     echoed = chat(client, "a").choices[0].message
     for more in ({"images": ["aGk="]}, {"tool_calls": [{"id": "1"}]}, {"contents": "x"}):
@@ -186,16 +161,6 @@ def test_messages_with_more_than_text_are_refused(client: Any) -> None:
     thought = {**echoed.model_dump(), "id": "1", "parsed": {"x": 1}, "reasoning": "so", "reasoning_content": "so"}
     again = [*MESSAGES, thought, {"role": "user", "content": "And?", "name": "me"}]
     assert client.chat.completions.create(model="a", messages=again, max_tokens=1).usage.prompt_tokens > 20
-
-
-def test_text_offsets_are_where_tokens_begin(client: Any) -> None:
-    answer = client.completions.create(model="b", prompt="the", temperature=0, max_tokens=6, logprobs=0).choices[0]
-    offsets = answer.logprobs.text_offset
-    assert len(offsets) == len(answer.logprobs.tokens) == 6 and offsets[0] == 0 and offsets == sorted(offsets)
-    assert offsets[-1] <= len(answer.text)
-    pieces = client.completions.create(model="b", prompt="the", temperature=0, max_tokens=6, logprobs=0, stream=True)
-    streamed = [start for piece in pieces if piece.choices[0].logprobs for start in piece.choices[0].logprobs.text_offset]
-    assert streamed == offsets
 
 
 def test_a_bias_decides_what_is_written(client: Any) -> None:

