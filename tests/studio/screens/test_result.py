@@ -14,7 +14,7 @@ from starlette.testclient import TestClient
 
 from lorakeet.data.split import SPLIT_FORMAT
 from lorakeet.errors import Remedy
-from lorakeet.evaluate.baselines import MAJORITY, TFIDF
+from lorakeet.evaluate.baselines import CONSTANT, MAJORITY, TFIDF
 from lorakeet.evaluate.certificate import Certificate, Unchecked, tolerance_check
 from lorakeet.evaluate.intervals import Estimate
 from lorakeet.evaluate.report.report import Report, ScoredAnswer, SideBySide, SystemResult, write_report
@@ -117,6 +117,9 @@ def test_one_answer_to_every_row_is_never_said_to_be_all_that_is_needed() -> Non
     _, same, majority = plain_sentences(replace(REPORT, rows_of=4, rows=rows, systems=systems))
     assert same == "It gave the same answer to every row: “a”."
     assert majority.startswith("The majority class has 3 of 4 right (it always answers “a”): nothing shows yet that the model")
+    constant = replace(systems[2], name=CONSTANT, note="'a', which 3 of 4 have")
+    said = plain_sentences(replace(REPORT, rows_of=4, rows=rows, systems=(*systems[:2], constant)))[2]
+    assert "3 of 4 right: nothing shows yet" in said
     some = plain_sentences(replace(REPORT, rows_of=4, rows=(*rows[:3], answered("b", "b")), systems=systems))
     assert not any("same answer" in sentence for sentence in some)
 

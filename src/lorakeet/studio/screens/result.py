@@ -100,7 +100,7 @@ def plain_sentences(report: Report) -> list[str]:
         named = NAMED.get(one.name, one.name)
         said = f"{named[:1].upper()}{named[1:]} has {right[one.name]} of {of} right"
         if one.name in (MAJORITY, CONSTANT):
-            always = f" (it {page_words(one.note)})" if one.note else ""
+            always = f" (it {page_words(one.note)})" if one.name == MAJORITY and one.note else ""
             found.append(f"{said}{always}: nothing shows yet that the model does more than give one answer to every row.")
         elif one.name in WITHOUT_MODEL:
             found.append(f"{said}, and needs no such model. For this task it may be all that you need.")
