@@ -65,7 +65,7 @@ def page() -> str:
 
 
 def errors_page() -> str:
-    """The whole page as Markdown: the classes, and every code in the order of the source."""
+    """errors.md as Markdown: a table of the error classes, then a table of all codes, in the order of `CODES`."""
     classes = (ConfigError, DataError, EnvironmentProblem, VerificationFailed, RunStopped)
     rows = [f"| {one.exit_code} | `{one.__name__}` | {(one.__doc__ or '').splitlines()[0]} | `{one.CODE}` |" for one in classes]
     codes = [f"| `{code}` | {says} |" for code, says in CODES.items()]
