@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any, cast
 
 import torch
@@ -40,18 +41,18 @@ def _entry(by_path: dict[str, nn.Module], path: str, pair: Pair, wrong: list[str
     if isinstance(found, str):
         wrong.append(found)
         return None
-    return checked_entry(path, *found, pair, wrong)
+    return checked_entry(path, *found, pair, wrong.append)
 
 
-def checked_entry(path: str, kind: Kind, shape: tuple[int, ...], pair: Pair, wrong: list[str]) -> PlanEntry:
-    """Returns the entry of `pair` on a weight of this kind and shape, and adds every wrong shape to `wrong`."""
+def checked_entry(path: str, kind: Kind, shape: tuple[int, ...], pair: Pair, add: Callable[[str], None]) -> PlanEntry:
+    """Returns the entry of `pair` on a weight of this kind and shape, and calls `add` with a message for each wrong shape."""
     entry = PlanEntry(path, kind, shape, pair.rank, pair.alpha, pair.scale_rule, "lora" if pair.magnitude is None else "dora")
     shapes = [("A", pair.A, entry.shape_a), ("B", pair.B, entry.shape_b)]
     rows = shape[1] if kind == "embedding" else shape[0]
     shapes += [(name, part, (rows,)) for name, part in (("magnitude", pair.magnitude), ("bias", pair.bias)) if part is not None]
     for name, part, expected in shapes:
         if tuple(part.shape) != expected:
-            wrong.append(f"'{path}': {name} is {_shown(tuple(part.shape))}, but this base needs {_shown(expected)}.")
+            add(f"'{path}': {name} is {_shown(tuple(part.shape))}, but this base needs {_shown(expected)}.")
     return entry
 
 

@@ -58,7 +58,8 @@ def require_tasks(wanted: HarnessTasks) -> Any:
     try:
         from lm_eval.tasks import TaskManager
     except ImportError as error:
-        raise EnvironmentProblem(f"--tasks needs lm-evaluation-harness, which is not installed ({error}). {INSTALL}") from error
+        said = f"--tasks needs lm-evaluation-harness, which is not installed ({error}). {INSTALL}"
+        raise EnvironmentProblem(said, code="package-missing", values={"packages": ["lm_eval"]}) from error
     if wanted.rows is not None and wanted.rows < 2:
         raise ConfigError(f"--task-rows is {wanted.rows}; expected 2 or more.")
     if wanted.folder is not None and not wanted.folder.is_dir():

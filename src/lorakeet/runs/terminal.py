@@ -37,6 +37,12 @@ def json_text(value: Any, *, indent: int | None = None) -> str:
     return visible(json.dumps(value, ensure_ascii=False, indent=indent), "\\u{:04x}")
 
 
+def print_address(console: Console, address: str, port: int) -> None:
+    """With --json, when `console` writes to standard error, prints where a server listens to standard output, as one line."""
+    if console.stderr:
+        print(json_text({"address": address, "port": port}), flush=True)
+
+
 class WholeTable(Table):
     """A table whose columns are never narrower than their words. Where that is too wide, each row is a list, a line a cell."""
 

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from lorakeet.errors import ConfigError, EnvironmentProblem, LorakeetError
+from lorakeet.errors import ConfigError, LorakeetError, PackageMissing
 from lorakeet.models.generate.sample import end_ids
 from lorakeet.models.text.model import TextModel
 
@@ -109,9 +109,8 @@ def _library() -> Any:
     try:
         import llguidance
     except ImportError as error:
-        raise EnvironmentProblem(
-            "JSON schemas need llguidance, which is not installed on this server; install it with: pip install 'lorakeet[serve]'."
-        ) from error
+        need = "JSON schemas need llguidance, which is not installed on this server"
+        raise PackageMissing(need, "lorakeet[serve]", ["llguidance"]) from error
     return llguidance
 
 

@@ -183,7 +183,7 @@ class Job:
         """The error that its command has ended with."""
         try:
             return LorakeetError.from_mapping(self.results[-1]["error"])
-        except (IndexError, LookupError, TypeError, ValueError, AttributeError):
+        except (LookupError, TypeError, ValueError, AttributeError):
             return None
 
     @property

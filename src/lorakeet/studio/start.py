@@ -15,7 +15,7 @@ from rich.console import Console
 
 from lorakeet.disk import open_in_place
 from lorakeet.errors import LorakeetError
-from lorakeet.runs.terminal import json_text
+from lorakeet.runs.terminal import print_address
 from lorakeet.serve.listening import listening_socket
 from lorakeet.studio.app import make_studio, studio_app
 from lorakeet.studio.jobs import Starter
@@ -73,8 +73,7 @@ def studio(options: StudioOptions, *, console: Console) -> Studied:
     console.print(f"The studio of {found.places.runs} is open at", soft_wrap=True)
     address = f"http://{LOOPBACK_ADDRESS}:{port}/?token={found.token}"
     console.print(f"  {address}", soft_wrap=True)
-    if console.stderr:  # standard output is for --json
-        print(json_text({"address": address, "port": port}), flush=True)
+    print_address(console, address, port)
     said = "The address is a key: share it with no other user of this machine. Ctrl-C closes the studio; jobs that run go on."
     console.print(said, soft_wrap=True)
     server = StudioServer(found)

@@ -30,7 +30,7 @@ from lorakeet.models.text.model import served_context_of
 from lorakeet.models.text.serving import ServingModel
 from lorakeet.quant.spec import QuantSpec
 from lorakeet.runs.certified import base_identity
-from lorakeet.runs.terminal import json_text
+from lorakeet.runs.terminal import print_address
 from lorakeet.serve.access import read_keys
 from lorakeet.serve.adapter_store import AdapterStore
 from lorakeet.serve.engine import Engine
@@ -96,8 +96,7 @@ def serve(options: ServeOptions, *, console: Console) -> Served:
         served = f"{known} adapter{'' if known == 1 else 's'}"
         lines = [*expert_capacity(registry), f"Serving {registry.base} with {served} at http://{where}:{port}/v1"]
         console.print("\n".join(lines), soft_wrap=True)
-        if console.stderr:  # standard output is for --json
-            print(json_text({"address": f"http://{where}:{port}/v1", "port": port}), flush=True)
+        print_address(console, f"http://{where}:{port}/v1", port)
 
     name = Path(options.model.rpartition(":")[2]).name or options.model  # the last part of its path or id
     registry = Registry(

@@ -20,7 +20,7 @@ from typing import Any
 from transformers import AutoConfig
 from transformers.modeling_gguf_pytorch_utils import TENSOR_PROCESSORS, TensorProcessor, get_gguf_hf_weights_map
 
-from lorakeet.errors import DataError, EnvironmentProblem, Problems, one_message
+from lorakeet.errors import DataError, PackageMissing, Problems, one_message
 from lorakeet.formats.files.gguf_header import GgufHeader, check_gguf
 from lorakeet.models.files.foreign_code import read_native
 from lorakeet.models.files.quantized import skeleton
@@ -41,7 +41,7 @@ def require_gguf(path: Path) -> GgufHeader:
     """
     for package in ("gguf", "accelerate"):
         if importlib.util.find_spec(package) is None:
-            raise EnvironmentProblem(f"Reading {path.name} needs the package {package}: pip install 'lorakeet[gguf]' accelerate")
+            raise PackageMissing(f"Reading {path.name} needs the package {package}", "lorakeet[gguf]", [package])
     header = check_gguf(path)
     architecture = header.values.get(ARCHITECTURE)
     if not isinstance(architecture, str) or not architecture:

@@ -226,11 +226,7 @@ class ServingModel:
         if pair.kind == "experts" and (pair.magnitude is not None or pair.bias is not None):
             problems.add(f"'{path}': a pair on experts with a trained magnitude or a bias cannot be served.")
             return None
-        wrong = list[str]()
-        entry = checked_entry(path, target.kind, target.shape, pair, wrong)
-        for line in wrong:
-            problems.add(line)
-        return entry
+        return checked_entry(path, target.kind, target.shape, pair, problems.add)
 
 
 _Parts = tuple[Tensor, Tensor, Tensor | None, Tensor | None]  # A, B, magnitude, bias
