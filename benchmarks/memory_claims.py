@@ -32,6 +32,8 @@ from lorakeet.config import RunConfig
 from lorakeet.core.spec import LoraSpec
 from lorakeet.data.chat import Example
 from lorakeet.data.spec import DataSpec
+from lorakeet.kinds.preference.spec import PreferenceSpec
+from lorakeet.kinds.preference.task import PreferenceTask, Reference
 from lorakeet.memory.allocator import return_freed_memory
 from lorakeet.memory.measure import peak_bytes
 from lorakeet.memory.spec import MemorySpec
@@ -55,13 +57,12 @@ from lorakeet.quant.construct import weights_in
 from lorakeet.quant.spec import QuantSpec
 from lorakeet.runs.residency import Way
 from lorakeet.train.loop import Outcome, train
-from lorakeet.train.preference_spec import SFT, Objective, PreferenceSpec
 from lorakeet.train.progress import Record, Reporter
 from lorakeet.train.run import RunFolder
 from lorakeet.train.spec import TrainSpec
-from lorakeet.train.text.preference_task import PreferenceTask, Reference
 from lorakeet.train.text.task import TextTask
 
+SFT = "sft"
 NF4 = QuantSpec(method="nf4")
 GPTQ = {"quant_method": "gptq", "bits": 4, "group_size": 128, "desc_act": False, "sym": True}
 ADAM_BYTES = 16  # a parameter in mixed-precision full fine-tuning: 2 weight, 2 gradient, 4 master copy, 8 moments
@@ -81,7 +82,7 @@ class Claim:
     batches: int = 1
     gptq: bool = False  # whether the weights are in 4-bit GPTQ, else in NF4
     held_out: int = 0  # rows
-    objective: Objective = "sft"  # of preferences: `tokens` are those of a pair, a half for each of its answers
+    objective: str = SFT  # of preferences: `tokens` are those of a pair, a half for each of its answers
 
 
 CLAIMS = {

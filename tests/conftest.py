@@ -231,7 +231,7 @@ def finished(tiny_llama_folder: Path, tmp_path_factory: pytest.TempPathFactory) 
 @pytest.fixture
 def config_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """A folder with a config.json and nothing else; the order to the C library would outlast the test."""
-    from lorakeet.kinds.text import kind as text
+    from lorakeet.kinds.text import plan as text
     from tiny.configs import SMALL
 
     monkeypatch.setattr(text, "return_freed_memory", lambda: True)

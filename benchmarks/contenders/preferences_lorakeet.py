@@ -17,16 +17,16 @@ from contenders.with_lorakeet import StepRecorder
 from lorakeet.core.spec import LoraSpec
 from lorakeet.data.chat import Example
 from lorakeet.formats.detect import read_adapter
+from lorakeet.kinds.preference.spec import PreferenceSpec
+from lorakeet.kinds.preference.task import PreferenceTask, Reference
 from lorakeet.kinds.text.continued import start_from
 from lorakeet.models.spec import ModelSpec
 from lorakeet.models.targets import plan_for
 from lorakeet.models.text.adapters import initialise_adapter
 from lorakeet.models.text.load import load_text_model
 from lorakeet.train.loop import train
-from lorakeet.train.preference_spec import PreferenceSpec
 from lorakeet.train.run import RunFolder
 from lorakeet.train.spec import TrainSpec
-from lorakeet.train.text.preference_task import PreferenceTask, Reference
 
 PACKAGES = ("torch", "transformers", "lorakeet")
 

@@ -29,7 +29,7 @@ _PLACES = {  # where each name is defined
     "LorakeetError": "lorakeet.errors:LorakeetError",
     "Memory": "lorakeet.memory.spec:MemorySpec",
     "Model": "lorakeet.api.model:BaseModelHandle",
-    "Preference": "lorakeet.train.preference_spec:PreferenceSpec",
+    "Preference": "lorakeet.kinds.preference.spec:PreferenceSpec",
     "Ranks": "lorakeet.ranks.spec:RanksSpec",
     "Run": "lorakeet.api.run:FinishedRun",
     "RunConfig": "lorakeet.config:RunConfig",

@@ -30,9 +30,9 @@ from lorakeet.evaluate.certificate import read_certificate as read_certificate
 from lorakeet.evaluate.report.report import read_report as read_report
 from lorakeet.evaluate.spec import EvaluateSpec as Evaluate
 from lorakeet.formats.detect import read_adapter as read_adapter
+from lorakeet.kinds.preference.spec import PreferenceSpec as Preference
 from lorakeet.memory.spec import MemorySpec as Memory
 from lorakeet.ranks.spec import RanksSpec as Ranks
-from lorakeet.train.preference_spec import PreferenceSpec as Preference
 from lorakeet.train.spec import TrainSpec as Train
 
 __all__ = [

@@ -7,13 +7,14 @@ lorakeet.config, so that it must import neither that nor torch; what does the wo
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field, make_dataclass, replace
 from functools import cache
 from importlib import import_module
 from importlib.metadata import entry_points
-from typing import Any
+from typing import Any, Literal  # noqa: F401  # of the annotation that train_settings makes
 
 from lorakeet.errors import ConfigError, EnvironmentProblem, nearest
+from lorakeet.setting import setting
 
 GROUP = "lorakeet.kinds"
 SECTIONS = ("model", "lora", "ranks", "data", "train", "memory", "evaluate")  # that every run file has
@@ -33,19 +34,55 @@ def _no_conflicts(*_: Any, **__: Any) -> list[str]:
     return []
 
 
+START, BASE = "start", "base"  # what a run can be compared with: the model as training starts, or the base alone
+
+
+@dataclass(frozen=True, kw_only=True)
+class Objective:
+    """A value of train.objective, with what the trainer, the planner and the readers of rows need of it."""
+
+    name: str
+    answers: int = 1  # of each row, that a step computes
+    only_read: int = 0  # of these; neither trained nor evaluated
+    titles: tuple[str, ...] = ("One training row",)  # of the answers of the row that is shown
+    nats: bool = True  # its loss is in nats a token
+    rate_factor: float = 1.0  # of the default learning rate
+    compared_with: Callable[[Any], str] = lambda train: ""  # TrainSpec → START, BASE, or the path of an adapter; empty: nothing
+    varied: str = ""  # the setting of its loss that lorakeet tune can choose
+    older: bool = False  # its runs can be older than the settings that kinds add to `train`, and are resumed
+
+    def __str__(self) -> str:
+        return f"train.objective is {self.name}"
+
+
+@dataclass(frozen=True)
+class TrainedObjective:
+    """The part of the settings of training that is registered, as code without kinds sees it (`train_settings`)."""
+
+    objective: str = ""
+
+    @property
+    def registered(self) -> Objective:
+        """What is trained."""
+        return objectives()[self.objective]
+
+
 @dataclass(frozen=True, kw_only=True)
 class KindDeclaration:
     """What a kind of run says of itself before anything big is imported.
 
     `module` has the `KIND` (kinds/protocol.RunKind) that carries a run out. `over`: it is the kind of this name with one of the
-    `objectives` as train.objective; empty for a kind of its own.
+    `objectives` as train.objective; empty for a kind of its own. `trains` says in words what they train, and `train` is a
+    dataclass of the settings that they add to the section of that name.
     """
 
     name: str
     help: str
     module: str
     over: str = ""
-    objectives: tuple[str, ...] = ()
+    objectives: tuple[Objective, ...] = ()
+    trains: str = ""
+    train: type[Any] | None = None
     sections: Mapping[str, Section] = field(default_factory=dict)
     text_model: bool = False  # its base is a causal language model: what opens one (runs/open_adapter) takes its runs
     instead: str = ""  # what to do where a text model is needed and this kind has none, in sentences
@@ -56,6 +93,7 @@ class KindDeclaration:
     conflicts: Callable[[Any], list[str]] = _no_conflicts  # RunConfig → a message for each conflict of settings
     require_rows: str = ""  # "module:function" (RunConfig, whole=bool) that raises DataError for missing rows, without torch
     require_model: str = ""  # the same (RunConfig) for a missing model
+    trials: str = ""  # "module:class" of the trials with which lorakeet tune searches its settings; empty: it cannot
     package: str = "lorakeet"  # that registered it; known when it was found
 
 
@@ -105,9 +143,26 @@ def own_kinds() -> tuple[str, ...]:
     return tuple(name for name, one in declarations().items() if not one.over)
 
 
-def objectives() -> tuple[str, ...]:
-    """The names that train.objective may have."""
-    return tuple(dict.fromkeys(objective for one in declarations().values() for objective in one.objectives))
+def objectives() -> Mapping[str, Objective]:
+    """What train.objective may be, by name; the first is its default."""
+    return {one.name: one for declaration in declarations().values() for one in declaration.objectives}
+
+
+def train_settings() -> type[TrainedObjective]:
+    """A dataclass of train.objective and of the settings that kinds add to `train`."""
+    known = declarations().values()
+    words = f"What is trained: {', '.join(one.trains for one in known if one.trains)}."
+    names = "Literal[tuple(objectives())]"  # evaluated at each reading: of every kind
+    chosen = ("objective", names, setting(next(iter(objectives())), words))
+    about: dict[str, Any] = {"frozen": True, "namespace": {"__module__": __name__}}
+    first = make_dataclass("ChosenObjective", [chosen], bases=(TrainedObjective,), **about)
+    added = [one.train for one in known if one.train is not None]
+    return make_dataclass("AddedSettings", [], bases=(*reversed(added), first), **about)
+
+
+def text_sections() -> dict[str, type[Any]]:
+    """The sections of the run file that kinds with a text model bring."""
+    return {name: one.spec for each in declarations().values() if each.text_model for name, one in each.sections.items()}
 
 
 def declared(kind: str, objective: str = "") -> KindDeclaration:
@@ -117,5 +172,5 @@ def declared(kind: str, objective: str = "") -> KindDeclaration:
         listed = ", ".join(f"{name} (of {known[name].package})" for name in own_kinds())
         said = f"There is no kind of run {kind!r}; there are {listed}.{nearest(kind, known)}"
         raise ConfigError(said, code="kind-unknown", values={"kind": kind, "known": list(own_kinds())})
-    over = [one for one in known.values() if one.over == kind and objective in one.objectives]
+    over = [one for one in known.values() if one.over == kind and objective in [each.name for each in one.objectives]]
     return over[0] if over else known[kind]

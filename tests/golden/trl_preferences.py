@@ -1,6 +1,6 @@
 """Records what TRL's trainers make of made-up log-probabilities: run it where trl 1.16 is installed.
 
-Writes trl_preferences.json beside it, which tests/train/text/test_preference_loss.py compares with.
+Writes trl_preferences.json beside it, which tests/kinds/preference/test_loss.py compares with.
 """
 
 from __future__ import annotations

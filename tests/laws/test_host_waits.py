@@ -9,6 +9,7 @@ from typing import Any
 
 import pytest
 
+from kinds.preference.test_task import task_on, with_reference
 from lorakeet.memory.spill import HostSpill
 from lorakeet.models.inject import inject
 from lorakeet.models.spec import ModelSpec
@@ -21,7 +22,6 @@ from tiny.card_steps import BEGINNING, LORA, SPEC, rows_behind, stepped, trainin
 from tiny.family_columns import saved
 from tiny.models import LAYERS, save_tiny_llama
 from tiny.simulated_card import Card, Wait, simulated_card
-from train.text.test_preference_task import task_on, with_reference
 
 MOST = 3  # waits of an optimizer step: the loss, whether the gradient is finite, and its norm
 CASES: dict[str, dict[str, Any]] = {

@@ -19,10 +19,10 @@ from lorakeet.errors import ConfigError, DataError, RunStopped, VerificationFail
 from lorakeet.formats import detect
 from lorakeet.formats.detect import read_adapter
 from lorakeet.formats.peft import peft
+from lorakeet.kinds.preference.spec import OBJECTIVES
+from lorakeet.kinds.preference.task import PreferenceTask
 from lorakeet.models.files import fingerprint
 from lorakeet.train import loop
-from lorakeet.train.preference_spec import OBJECTIVES, SFT
-from lorakeet.train.text.preference_task import PreferenceTask
 from lorakeet.verbs.evaluate import evaluate
 from lorakeet.verbs.finetune import FinetuneResult, finetune
 from lorakeet.verbs.options import EvaluateOptions, FinetuneOptions
@@ -30,7 +30,7 @@ from tiny.exports import certified_anew
 from tiny.models import save_tiny_llama
 from tiny.runs import WORDS, adapter_bytes, quiet, run, sentence, settings, write_rows
 
-PREFERENCES = [objective for objective in OBJECTIVES if objective != SFT]
+PREFERENCES = list(OBJECTIVES)
 
 
 def preferences(count: int, *, seed: int = 0) -> list[dict[str, Any]]:

@@ -12,11 +12,14 @@ import torch
 from rich.console import Console
 from torch import Tensor
 
+from kinds.preference.test_task import pairs
 from laws.test_preference_runs import preferences, rated
 from lorakeet.config import read_run
 from lorakeet.core.spec import LoraSpec
 from lorakeet.errors import ConfigError
 from lorakeet.evaluate.report.report import read_report
+from lorakeet.kinds.preference.spec import OBJECTIVES, PreferenceSpec, needs_reference
+from lorakeet.kinds.preference.task import Preferences, PreferenceTask, Reference
 from lorakeet.memory.spill import Spill
 from lorakeet.models import inject
 from lorakeet.models.fuse import fuse
@@ -24,22 +27,19 @@ from lorakeet.models.inject import activate
 from lorakeet.models.targets import plan_for
 from lorakeet.models.text.model import TextModel
 from lorakeet.train.loop import train
-from lorakeet.train.preference_spec import OBJECTIVES, SFT, PreferenceSpec, needs_reference
 from lorakeet.train.run import RunFolder
 from lorakeet.train.spec import TrainSpec
 from lorakeet.train.text import multi_adapter
 from lorakeet.train.text.multi_adapter import Member, train_many
-from lorakeet.train.text.preference_task import Preferences, PreferenceTask, Reference
 from lorakeet.verbs.options import TuneOptions
 from lorakeet.verbs.tune import tune
 from tiny.models import save_tiny_llama
 from tiny.runs import quiet, settings, write_rows
 from tiny.shared_passes import members_of_passes
 from tiny.streams import loaded
-from train.text.test_preference_task import pairs
 
 NEAR = 1e-3  # relative, of a matrix: AdamW's first steps enlarge what fp32 rounds
-ALL = [objective for objective in OBJECTIVES if objective != SFT]
+ALL = list(OBJECTIVES)
 MEMBERS: dict[str, tuple[LoraSpec, dict[str, Any], float | None]] = {
     "a": (LoraSpec(rank=4, alpha=12.0), {}, None),
     "b": (LoraSpec(rank=2, alpha=6.0, target_modules=("q_proj", "v_proj")), {"steps": 2, "seed": 3}, 0.5),
@@ -62,14 +62,14 @@ def member_of(text: TextModel, objective: str, name: str, adapter: str, micro_to
     rows, held_out = pairs(9, 1, prompt=prompt), pairs(4, 2, prompt=prompt)
     flags = [number % 3 != 0 for number in range(9)]
     about = Preferences(PreferenceSpec(beta=beta).resolved(objective), None, (flags, flags[:4]))
-    member = Member(adapter, spec, rows, held_out, about)
+    member = Member(adapter, spec, rows, held_out, about.task)
     if not needs_reference(objective):
         return member
     task = member.task(text)
     activate(text.model, None)
     train_rows, others = (task.losses_of(part)[0] for part in (task.train, task.held_out_rows))
     reference = Reference(-train_rows, -others, micro_tokens)
-    return dataclasses.replace(member, preferences=dataclasses.replace(about, reference=reference))
+    return dataclasses.replace(member, make=dataclasses.replace(about, reference=reference).task)
 
 
 def alone(
@@ -195,7 +195,7 @@ def test_the_default_rate_of_a_search_is_that_of_a_run(tiny_llama_folder: Path, 
         inject_one(text), pairs(4, 1), held_out=(), spec=TrainSpec(objective="simpo"),
         preference=PreferenceSpec().resolved("simpo"),
     )  # fmt: skip
-    assert sft.train.objective == SFT and rate == pytest.approx(task.learning_rate)
+    assert sft.train.objective == "sft" and rate == pytest.approx(task.learning_rate)
 
 
 def inject_one(text: TextModel) -> TextModel:

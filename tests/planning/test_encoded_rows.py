@@ -15,7 +15,7 @@ from lorakeet.data.chat import Encoder
 from lorakeet.data.read import read_rows
 from lorakeet.errors import DataError
 from lorakeet.kinds.text.assemble import assemble_text
-from lorakeet.kinds.text.kind import TextPlanResult
+from lorakeet.kinds.text.plan import TextPlanResult
 from lorakeet.memory.remembered import remembering
 from lorakeet.models.text.load import load_tokenizer, read_config
 from lorakeet.planning import encoded_rows

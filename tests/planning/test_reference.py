@@ -14,14 +14,13 @@ from lorakeet.planning.forecast_text_run import TextRunPlan, forecast_run
 from lorakeet.planning.planned_model import Precision
 from lorakeet.planning.rehearse_text import CHECKPOINT, EVALUATE, FINAL, STEP
 from lorakeet.quant.spec import QuantSpec
-from lorakeet.train.preference_spec import Objective
 
 SMALL = {
     "model_type": "llama", "vocab_size": 96, "hidden_size": 64, "intermediate_size": 128, "num_hidden_layers": 2,
     "num_attention_heads": 4, "num_key_value_heads": 2, "dtype": "float32",
 }  # fmt: skip
 FP32 = Precision(torch.float32, torch.float32, QuantSpec())
-COMPARING: tuple[Objective, ...] = ("dpo", "ipo", "cdpo", "kto")
+COMPARING: tuple[str, ...] = ("dpo", "ipo", "cdpo", "kto")
 
 
 def settings(objective: str, reference: str = "start", **changes: str) -> RunConfig:

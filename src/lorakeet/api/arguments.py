@@ -14,10 +14,11 @@ from typing import Any, Literal, ParamSpec, TypeVar
 
 from lorakeet.config import RunConfig
 from lorakeet.errors import COMMAND, Problems, spelling
+from lorakeet.registry import text_sections
 from lorakeet.settings import fields_of
 from lorakeet.verbs.options import VERBS
 
-_SECTIONS = {name: f"lk.{name.title()}" for name in ("train", "lora", "evaluate", "ranks", "preference")}
+_SECTIONS = {name: f"lk.{name.title()}" for name in ("train", "lora", "evaluate", "ranks", *text_sections())}
 _SECTIONS |= {"model": "lk.load", "memory": "lk.load", "model.quantize": "lk.load"}
 _WORDS = {  # of what an argument may be, by the names of classes
     "str": "text", "Path": "a path", "int": "a whole number", "float": "a number", "bool": "True or False", "NoneType": "None",

@@ -30,10 +30,10 @@ from lorakeet.evaluate.report.report import Report, SystemResult, read_report
 from lorakeet.evaluate.spec import EvaluateSpec
 from lorakeet.evaluate.wording import metric_words
 from lorakeet.ranks.spec import RanksSpec
+from lorakeet.registry import text_sections
 from lorakeet.runs.terminal import TerminalConsole
 from lorakeet.settings import load as load_settings
 from lorakeet.settings import to_mapping
-from lorakeet.train.preference_spec import PreferenceSpec
 from lorakeet.train.progress import Record
 from lorakeet.train.run import RunFolder
 from lorakeet.train.spec import TrainSpec
@@ -103,7 +103,7 @@ def _config(
     handle: BaseModelHandle, rows: RowSet, *, lora: LoraSpec, train: TrainSpec, out: str, more: dict[str, Any]
 ) -> RunConfig:
     """The settings of the run, checked together."""
-    known = {"evaluate": EvaluateSpec, "ranks": RanksSpec, "preference": PreferenceSpec}
+    known = {"evaluate": EvaluateSpec, "ranks": RanksSpec, **text_sections()}
     if unknown := [name for name in more if name not in known]:
         names = ", ".join(known)
         raise ConfigError(f"finetune has no argument {unknown[0]!r}; it takes lora, train, {names}, out, on_step, quiet.")

@@ -169,8 +169,6 @@ class RunKind(ABC, Generic[AssemblyT]):
     several_processes: ClassVar[bool] = False  # can be started by torchrun
     peft_adapter: ClassVar[bool] = False  # its adapter is in PEFT's format, and gets a README
     tries_rates: ClassVar[bool] = False  # a run without a learning rate tries three first
-    searched: ClassVar[bool] = False  # lorakeet tune can search its settings
-
     hub_task: ClassVar[str] = ""  # what a model hub calls the task
 
     def plan(
@@ -243,6 +241,10 @@ class RunKind(ABC, Generic[AssemblyT]):
     def certify(self, setup: AssemblyT, run: RunFolder, before: Digests) -> Certificate:
         """Compares RUN/adapter, read again, with the trained one, and the frozen tensors with those `before` training."""
 
+    def evaluator(self, run: RunFolder | None) -> Callable[..., Any]:
+        """What measures a text model on rows, with what `run` keeps of its training. Raises ConfigError without a text model."""
+        raise ConfigError("This kind of run has no text model, so no rows of text are measured with it.")
+
     def evaluate_run(self, run: RunFolder, config: RunConfig, data: str | None, console: Console) -> Report:
         """Evaluates a finished run without a text model again, on the rows of `data` or else on its own.
 
@@ -283,7 +285,7 @@ class RunKind(ABC, Generic[AssemblyT]):
 
 def what_trains(config: RunConfig) -> str:
     """What decides the kind of a run, in words."""
-    return f"train.objective is {config.train.objective}" if config.declaration.over else f"kind is {config.kind}"
+    return str(config.train.registered) if config.declaration.over else f"kind is {config.kind}"
 
 
 def run_kind(config: RunConfig) -> RunKind[Any]:

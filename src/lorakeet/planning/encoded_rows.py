@@ -25,7 +25,6 @@ from lorakeet.models.text.load import load_tokenizer, read_config
 from lorakeet.models.text.model import context_of
 from lorakeet.planning.forecast_text_run import RowLengths, Workload
 from lorakeet.runs.remarks import remarks_on
-from lorakeet.train.preference_spec import SFT
 
 Say = Callable[[str], None]
 MOST_COMPARED = 20_000  # rows; to search so many for copies takes some seconds
@@ -68,7 +67,7 @@ class EncodedRows:
     @cached_property
     def parts(self) -> tuple[Encoded, ...]:
         """Each part as tokens; rows with two answers give two examples, the chosen one first."""
-        encode = encode_pairs if self.given.train.objective != SFT else encode_rows
+        encode = encode_rows if self.given.train.registered.answers == 1 else encode_pairs
         return tuple(encode(rows, self.encoder) for rows in self.rows)
 
     def lengths(self) -> RowLengths:

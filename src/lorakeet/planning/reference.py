@@ -1,4 +1,4 @@
-"""What the reference of a preference run adds to a plan: copies of its adapter, as values and on the model."""
+"""What the reference that a run is compared with adds to a plan: copies of its adapter, as values and on the model."""
 
 from __future__ import annotations
 
@@ -7,14 +7,14 @@ from collections.abc import Mapping
 from lorakeet.config import RunConfig
 from lorakeet.memory.usage import Usage, add_usage
 from lorakeet.planning.rehearse_text import FINAL, STEP
-from lorakeet.train.preference_spec import BASE, needs_reference
+from lorakeet.registry import BASE
 
 
 def reference_bytes(config: RunConfig, adapter: int) -> int:
     """Bytes of one copy of the reference, which is counted as large as the run's own `adapter`; 0 where it is the base with the
-    adapter off, or the objective has none.
+    adapter off, or there is none.
     """
-    return adapter if needs_reference(config.train.objective) and config.train.reference != BASE else 0
+    return 0 if config.train.registered.compared_with(config.train) in ("", BASE) else adapter
 
 
 def evaluated_copies(config: RunConfig, adapter: int, *, on_gpu: bool) -> int:

@@ -13,8 +13,6 @@ from lorakeet.core.spec import LoraSpec
 from lorakeet.errors import ConfigError, Problems
 from lorakeet.models.targets import plan_for
 from lorakeet.models.text.model import TextModel
-from lorakeet.train.preference_spec import SFT
-from lorakeet.train.text.preference_task import RATE_FACTOR
 from lorakeet.train.text.task import learning_rate_of
 
 QUICK_FACTORS = (0.5, 1.0, 2.0)
@@ -22,7 +20,7 @@ QUICK_FACTORS = (0.5, 1.0, 2.0)
 
 @dataclass(frozen=True)
 class SearchPoint:
-    """One choice of settings: the rate as a factor of the run file's; rank, targets and preference.beta, None for its own."""
+    """One choice of settings: the rate as a factor of the run file's; rank, targets and the loss's beta, None for its own."""
 
     rate_factor: float = 1.0
     rank: int | None = None
@@ -70,7 +68,8 @@ class Space:
         """The run file with the settings of `point`."""
         train = replace(self.config.train, learning_rate=self.rate * point.rate_factor)
         found = replace(self.config, lora=self.lora(point), train=train)
-        return found if point.beta is None else found.changed(preference={"beta": point.beta})
+        section, _, name = train.registered.varied.partition(".")
+        return found if point.beta is None else found.changed(**{section: {name: point.beta}})
 
     def draw(self, number: Callable[[str, float, float], float], choice: Callable[[str, tuple[str, ...]], str]) -> SearchPoint:
         """A point, each of its settings from one of the two functions (of a sampler): a number on a log scale, or a choice."""
@@ -94,21 +93,22 @@ def space_for(
 ) -> Space:
     """The space that the flags describe. Raises ConfigError with every choice that does not fit, and where there is none."""
     problems = Problems("The search space cannot be used")
-    rule = learning_rate_of(text) if config.train.objective == SFT else RATE_FACTOR * learning_rate_of(text)
+    trained = config.train.registered
+    rule = trained.rate_factor * learning_rate_of(text)
     rate = config.train.learning_rate if config.train.learning_rate is not None else rule
     low, high = (min(rate_factors), max(rate_factors)) if rate_factors else (1.0, 1.0)
     if low <= 0 or rate * high > 1:
         given = ", ".join(f"{factor:g}" for factor in rate_factors)
         problems.add(f"--rate-factors {given} times the rate {rate:.2e} must lie above 0 and give at most 1.")
     betas = tuple(dict.fromkeys(beta_choices))
-    if betas and config.train.objective == SFT:
-        problems.add("--beta-choices is given, but train.objective is sft, which has no beta. Leave it out.")
+    if betas and not trained.varied:
+        problems.add(f"--beta-choices is given, but {trained}, which has no beta. Leave it out.")
     if wrong := [beta for beta in betas if not (math.isfinite(beta) and beta > 0)]:
         problems.add(f"--beta-choices has {wrong[0]:g}; expected values above 0.")
     ranks, targets = tuple(dict.fromkeys(rank_choices)), tuple(dict.fromkeys(target_choices))
     space = Space(config, rate, low, high, ranks, targets, betas)
     if low == high and len(ranks) < 2 and len(targets) < 2 and len(betas) < 2:
-        flags = "--rate-factors, --rank-choices, --target-choices or, of preferences, --beta-choices"
+        flags = "--rate-factors, --rank-choices, --target-choices or, where the loss has a beta, --beta-choices"
         problems.add(f"The search space has nothing in it to choose; give {flags} two values.")
     for point in space.points:
         try:

@@ -18,7 +18,7 @@ from lorakeet.evaluate.wording import bytes_text, duration_text
 from lorakeet.kernels import bitsandbytes_nf4
 from lorakeet.kernels.proof import missing_package
 from lorakeet.kinds.protocol import Advice, PlanResult
-from lorakeet.kinds.text.kind import TextPlanResult
+from lorakeet.kinds.text.plan import TextPlanResult
 from lorakeet.memory.beside import gpu_beside
 from lorakeet.memory.budget import Budget
 from lorakeet.memory.forecast import Forecast, Phase

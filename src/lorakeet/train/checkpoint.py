@@ -34,8 +34,7 @@ from lorakeet.kernels.cpu.compile import why_not
 from lorakeet.kernels.cpu.dense import multiplies
 from lorakeet.train import durable
 from lorakeet.train.loss_scale import LossScale
-from lorakeet.train.preference_spec import SFT
-from lorakeet.train.spec import TrainSpec
+from lorakeet.train.spec import ADDED, TrainSpec
 from lorakeet.train.stopping import EarlyStopping
 
 MANIFEST = "manifest.json"
@@ -180,8 +179,8 @@ def run_identity(
     settings = {f"train.{key}": value for key, value in dataclasses.asdict(spec).items() if key not in MAY_CHANGE}
     if not spec.keep_prefix_states:
         del settings["train.keep_prefix_states"]  # so that runs older than this setting can be resumed
-    if spec.objective == SFT:
-        del settings["train.objective"], settings["train.reference"]  # and than these
+    for name in ADDED if spec.registered.older else ():
+        del settings[f"train.{name}"]  # and than these
     shapes = [[name, list(tensor.shape)] for name, tensor in parameters.items()]
     return {
         **settings,

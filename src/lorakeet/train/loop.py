@@ -35,7 +35,6 @@ from lorakeet.train.interrupt import Interrupt
 from lorakeet.train.log import MetricsLog, Sink, sink_for
 from lorakeet.train.loss_scale import LossScale
 from lorakeet.train.optimizer import Optimizer
-from lorakeet.train.preference_spec import SFT
 from lorakeet.train.processes import ProcessLost
 from lorakeet.train.progress import Record, Reporter
 from lorakeet.train.pruning import cut_text
@@ -433,7 +432,7 @@ class Training(Generic[BatchT]):
                 self.sink.write(record)
 
     def _diverged(self, loss: float) -> bool:
-        return self.at.watch.diverged(loss, nats=self.spec.objective == SFT)
+        return self.at.watch.diverged(loss, nats=self.spec.registered.nats)
 
     def _stop_diverged(self, what: str) -> None:
         """Raises RunStopped. A resumed run would repeat the same step, so the remedy is a new run."""

@@ -4,28 +4,28 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
-from dataclasses import dataclass
-from typing import ClassVar, Literal
+from dataclasses import dataclass, fields
+from typing import TYPE_CHECKING, ClassVar, Literal
 
-from lorakeet.registry import objectives
+from lorakeet.registry import train_settings
 from lorakeet.setting import Removed, setting
 from lorakeet.settings import require_types
-from lorakeet.train.preference_spec import BASE, SFT, START
 
 EVALUATIONS_A_RUN = 10  # when `evaluate_every` is left out
 LARGEST_SEED = 2**63 - 1  # what torch takes
 
 
+if TYPE_CHECKING:
+    from lorakeet.registry import TrainedObjective as _Added
+else:
+    _Added = train_settings()
+ADDED = tuple(one.name for one in fields(_Added))  # the settings that kinds add
+
+
 @dataclass(frozen=True)
-class TrainSpec:
+class TrainSpec(_Added):
     """Length, optimizer, evaluation and checkpoints of a run."""
 
-    objective: Literal[tuple(objectives())] = setting(  # type: ignore[valid-type]  # evaluated at each reading: of every kind
-        "sft", "What is trained: answers (sft), a preference between two (dpo, ipo, cdpo, orpo, simpo) or about one (kto)."
-    )
-    reference: str = setting(
-        START, "Model that dpo, ipo, cdpo and kto compare with: start (as training starts), base, or a run or adapter folder."
-    )
     epochs: float = setting(3.0, "Passes over the training rows; fractions are allowed.")
     steps: int | None = setting(None, "Optimizer steps; overrides epochs.")
     batch_size: int = setting(16, "Rows per optimizer step.")
@@ -79,10 +79,6 @@ class TrainSpec:
     def validate(self) -> list[str]:
         """Returns a message for every wrong setting."""
         found: list[str] = []
-        if not self.reference.strip():
-            found.append("train.reference is empty; expected start, base, or the folder of a run or an adapter.")
-        if self.reference not in (START, BASE) and self.objective == SFT:
-            found.append(f"train.reference is {self.reference}, but train.objective sft has no reference. Leave it out.")
         for name in (
             "batch_size",
             "micro_tokens",
@@ -114,8 +110,8 @@ class TrainSpec:
 
     @property
     def answers(self) -> int:
-        """The answers of a row: two of a preference (for kto the second estimates the KL), else one."""
-        return 1 if self.objective == SFT else 2
+        """The answers of a row, with those that are only read."""
+        return self.registered.answers
 
     @property
     def sequences(self) -> int:

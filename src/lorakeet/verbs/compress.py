@@ -64,7 +64,6 @@ from lorakeet.runs.output_paths import require_empty, writing
 from lorakeet.runs.residency import peak_said
 from lorakeet.runs.terminal import WholeTable
 from lorakeet.train.durable import new_folder
-from lorakeet.train.preference_spec import SFT
 from lorakeet.train.progress import counted, uncounted
 from lorakeet.train.run import RunFolder
 from lorakeet.train.text.task import TextTask
@@ -134,11 +133,9 @@ def compress(options: CompressOptions, *, console: Console) -> Compressed:
     opened = open_adapter(
         path, base=options.base, config=options.config, uncertified=options.uncertified, say=console.print
     ).within(options.memory)
-    if opened.config.train.objective != SFT:
-        raise ConfigError(
-            f"{path} was trained by {opened.config.train.objective}, and a cut is compared by the loss and the replies of sft. "
-            "Train with a smaller lora.rank instead."
-        )
+    if why := opened.config.declaration.lacks.get("compress"):
+        said, values = f"{path} was trained by {opened.config.train.registered.name}. {why}", {"what": "compress"}
+        raise ConfigError(said, code="kind-lacks", values={"kind": opened.config.declaration.name, **values})
     resize.check_pairs(opened.adapter)
     if not opened.config.data.train:
         raise ConfigError(

@@ -29,8 +29,7 @@ from lorakeet.evaluate.report.report import Report, write_report
 from lorakeet.evaluate.values import encode
 from lorakeet.evaluate.verdict import circumstances, noted
 from lorakeet.formats.identity import Uncertified, require_certified
-from lorakeet.kinds.preference.evaluate import evaluator_for
-from lorakeet.kinds.protocol import run_without_text
+from lorakeet.kinds.protocol import run_kind, run_without_text
 from lorakeet.kinds.report import leaks
 from lorakeet.kinds.terminal import show_results
 from lorakeet.kinds.text.evaluate import require_encodable
@@ -107,7 +106,7 @@ def evaluate(options: EvaluateOptions, *, console: Console) -> Evaluated:
         text = dataclasses.replace(opened, residency=residency).text_model(console)
         settings = within_context(opened.config, text.name, text.context, partial(console.print, markup=False, soft_wrap=True))
         encoder = Encoder(text.tokenizer, settings.data, rows.labels)
-        evaluator = evaluator_for(settings, opened.run)(settings, text, encoder, rows.rows, console, NAME, own, residency)
+        evaluator = run_kind(settings).evaluator(opened.run)(settings, text, encoder, rows.rows, console, NAME, own, residency)
         folder = None if opened.run is None else opened.run.path
         evaluator = dataclasses.replace(evaluator, kept=kept_answers(settings, text, folder))
         report = evaluator.report(f"{options.run_or_adapter} on {rows.named}", baseline_rows=rows.baseline_rows)

@@ -28,19 +28,18 @@ from lorakeet.evaluate.report.rank_values import Search
 from lorakeet.evaluate.report.report import Command, Report, write_report
 from lorakeet.evaluate.values import encode
 from lorakeet.evaluate.wording import signed, span
-from lorakeet.kinds.preference.trials import PairTrials
-from lorakeet.kinds.protocol import run_kind, what_trains
+from lorakeet.kinds.protocol import what_trains
 from lorakeet.kinds.report import machine, versions
 from lorakeet.kinds.text.assemble import TextAssembly, assemble_text
 from lorakeet.kinds.text.tuning.confirm import Confirmation, confirm
 from lorakeet.kinds.text.tuning.trials import START, SearchBudget, SearchRows, Trial, Trials, groups_by_key
 from lorakeet.memory.cuda import enforcing_gpu_budget
 from lorakeet.models.text.cached_states import cached_states
+from lorakeet.registry import function_at
 from lorakeet.runs.output_paths import folder_above, require_empty, writing
 from lorakeet.runs.search_space import QUICK_FACTORS, SearchPoint, plan_of_point, space_for
 from lorakeet.runs.terminal import WholeTable
 from lorakeet.train.durable import new_folder
-from lorakeet.train.preference_spec import SFT
 from lorakeet.train.text.task import order_of
 from lorakeet.verbs.options import TuneOptions, non_default
 
@@ -73,8 +72,7 @@ def tune(config: RunConfig, options: TuneOptions = TuneOptions(), *, console: Co
     rates_only, together = options.try_rates, options.together
     seeds = (1 if rates_only else SEEDS) if options.seeds is None else options.seeds
     _check(options, seeds)
-    kind, pairs = run_kind(config), config.train.objective != SFT
-    if not kind.searched:
+    if not config.declaration.trials:
         raise ConfigError(f"{what_trains(config)}, and no search is for that. Compare whole runs of lorakeet finetune.")
     if config.ranks.choose == "prune":
         raise ConfigError(
@@ -85,13 +83,8 @@ def tune(config: RunConfig, options: TuneOptions = TuneOptions(), *, console: Co
             raise ConfigError(
                 f"lora.{name} is {earlier}, but each trial starts with pairs of its own. Leave it out, or use lorakeet finetune."
             )
-    if pairs:
-        kind.check(config, 1)
-    if pairs and config.train.keep_prefix_states:
-        raise ConfigError(
-            f"train.keep_prefix_states is true, but a search over {config.train.objective} computes its reference with every "
-            "block. Leave it out."
-        )
+    trials: type[Trials] = function_at(config.declaration.trials)
+    trials.check(config)
     if rates_only and SPACE & non_default(options).keys():
         given = "--rate-factors, --rank-choices, --target-choices and --beta-choices"
         raise ConfigError(f"--try-rates compares half, once and twice the learning rate only. Leave it out, or {given}.")
@@ -112,7 +105,7 @@ def tune(config: RunConfig, options: TuneOptions = TuneOptions(), *, console: Co
             beta_choices=options.beta_choices,
         )  # fmt: skip
         budget = SearchBudget(None if options.minutes is None else 60 * options.minutes, options.tokens)
-        search = (PairTrials if pairs else Trials)(setup, space, _rows(setup), budget, console, folder_above(out))
+        search = trials(setup, space, _rows(setup), budget, console, folder_above(out))
         with _cached_states(search, seeds, out):
             confirmed, found = _searched(search, sampler, options.difference, seeds, together)
         _show(found, console)

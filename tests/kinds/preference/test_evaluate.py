@@ -16,10 +16,11 @@ from lorakeet.kinds.preference.evaluate import (
     PreferenceEvaluator,
     _Scored,
     as_reference,
-    evaluator_for,
     reference_adapter,
     reference_path,
 )
+from lorakeet.kinds.preference.kind import KIND
+from lorakeet.kinds.protocol import run_kind
 from lorakeet.kinds.text.evaluate import TextEvaluator
 from lorakeet.models.inject import adapter_names, adapter_of
 from lorakeet.models.spec import ModelSpec
@@ -47,8 +48,8 @@ def test_the_reference_is_where_training_starts_unless_another_is_named(config: 
 
 
 def test_the_evaluator_of_an_objective() -> None:
-    found: Any = evaluator_for(settings("kto"))
-    assert evaluator_for(RunConfig()) is TextEvaluator and found.func is PreferenceEvaluator
+    found: Any = KIND.evaluator(None)
+    assert run_kind(RunConfig()).evaluator(None) is TextEvaluator and found.func is PreferenceEvaluator
 
 
 @pytest.mark.parametrize(("objective", "against"), [("orpo", "the base"), ("simpo", "the base"), ("dpo", "the reference")])

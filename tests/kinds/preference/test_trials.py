@@ -14,6 +14,7 @@ from lorakeet.core.spec import LoraSpec
 from lorakeet.errors import ConfigError
 from lorakeet.formats.peft import peft
 from lorakeet.kinds.preference import trials as pair_trials
+from lorakeet.kinds.preference.task import PreferenceTask
 from lorakeet.kinds.preference.trials import PairTrials
 from lorakeet.kinds.text.assemble import assemble_text
 from lorakeet.kinds.text.tuning.trials import START, SearchBudget, SearchRows, Trial
@@ -65,7 +66,9 @@ def test_rows_of_one_key_have_references_of_their_own(tiny_llama_folder: Path, t
     same = [*one, *(replace(row, key=one[0].key) for row in other), *(row for pair in rest for row in pair)]
     found.rows = replace(found.rows, search=same)
     member = found.member("it", Trial(START, SearchPoint(1.0, 2)), same)
-    reference = member.preferences.reference if member.preferences is not None else None
+    task = member.task(found.setup.text)
+    assert isinstance(task, PreferenceTask)
+    reference = task.reference
     assert reference is not None
     np.testing.assert_allclose(reference.held_out, found._log_probs(same)[0], rtol=0, atol=1e-4)
 

@@ -6,19 +6,22 @@ from dataclasses import replace
 from typing import Any
 
 from lorakeet.core.spec import MEASURED
+from lorakeet.kinds.preference.spec import OBJECTIVES, PreferenceSpec, ReferenceSpec, declared_objective, needs_reference
 from lorakeet.kinds.text import DECLARATION as TEXT
-from lorakeet.registry import Section
-from lorakeet.train.preference_spec import OBJECTIVES, SFT, START, PreferenceSpec, needs_reference
+from lorakeet.registry import BASE, START, Section
 
 
 def _conflicts(config: Any) -> list[str]:
-    objective = config.train.objective
+    objective, reference = config.train.objective, config.train.reference
     found = list(config.section(PreferenceSpec).conflicts(objective))
-    if objective not in DECLARATION.objectives:
-        return found
-    if not needs_reference(objective) and config.train.reference != START:
+    if not reference.strip():
+        found.append("train.reference is empty; expected start, base, or the folder of a run or an adapter.")
+    if objective not in OBJECTIVES:
+        said = f"train.reference is {reference}, but train.objective {objective} has no reference. Leave it out."
+        return [*found, said] if reference not in (START, BASE) else found
+    if not needs_reference(objective) and reference != START:
         found.append(
-            f"train.reference is {config.train.reference}, but train.objective {objective} compares with no reference. Leave "
+            f"train.reference is {reference}, but train.objective {objective} compares with no reference. Leave "
             "it out, or take dpo, ipo, cdpo or kto."
         )
     if config.kind != "text":
@@ -37,7 +40,11 @@ DECLARATION = replace(
     help="a causal language model, on preferences",
     module="lorakeet.kinds.preference.kind",
     over=TEXT.name,
-    objectives=tuple(objective for objective in OBJECTIVES if objective != SFT),
+    objectives=tuple(map(declared_objective, OBJECTIVES)),
+    trains="a preference between two (dpo, ipo, cdpo, orpo, simpo) or about one (kto)",
+    train=ReferenceSpec,
     sections={"preference": Section(PreferenceSpec, "The loss of a preference objective.")},
+    lacks={"compress": "A cut is compared by loss and replies, and this run by preferences. Train with a smaller lora.rank."},
+    trials="lorakeet.kinds.preference.trials:PairTrials",
     conflicts=_conflicts,
 )

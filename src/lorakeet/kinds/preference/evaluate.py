@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Hashable, Iterator, Sequence
+from collections.abc import Hashable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -25,7 +24,9 @@ from lorakeet.evaluate.report.compose import language_report
 from lorakeet.evaluate.report.compose_preference import PreferenceScores, with_preferences
 from lorakeet.evaluate.report.report import Report
 from lorakeet.evaluate.wording import number, span
-from lorakeet.formats.detect import read_adapter
+from lorakeet.kinds.preference.loss import log_ratio_gap
+from lorakeet.kinds.preference.spec import KTO, needs_reference, preference_of, reference_of
+from lorakeet.kinds.preference.task import Floats, pair_scores
 from lorakeet.kinds.text.continued import read_earlier
 from lorakeet.kinds.text.evaluate import TextEvaluator, text_of_turns
 from lorakeet.kinds.text.reply import ADAPTER, Replier
@@ -35,11 +36,8 @@ from lorakeet.models.inject import activate, adapter_of, eject
 from lorakeet.models.text.adapters import add_adapter
 from lorakeet.models.text.compare import compare_outputs
 from lorakeet.models.text.model import TextModel
-from lorakeet.train.preference_spec import BASE, KTO, SFT, START, needs_reference, preference_of
+from lorakeet.registry import BASE, START
 from lorakeet.train.progress import counted
-from lorakeet.train.run import RunFolder
-from lorakeet.train.text.preference_loss import log_ratio_gap
-from lorakeet.train.text.preference_task import Floats, pair_scores
 
 REFERENCE = "reference"  # its name on the model, and in reports
 EARLIER = "earlier adapter"  # that the run began with, where the objective has no reference
@@ -47,11 +45,8 @@ EARLIER = "earlier adapter"  # that the run began with, where the objective has 
 
 def reference_path(config: RunConfig) -> Path | None:
     """The adapter that is the reference; None where it is the base, or the objective has none."""
-    if not needs_reference(config.train.objective) or config.train.reference == BASE:
-        return None
-    if config.train.reference == START:
-        return None if config.lora.earlier is None else Path(config.lora.earlier)
-    return Path(config.train.reference)
+    given = config.lora.earlier if reference_of(config.train) == START else reference_of(config.train)
+    return None if given in (None, "", BASE) else Path(str(given))
 
 
 def reference_adapter(config: RunConfig) -> Adapter | None:
@@ -62,7 +57,8 @@ def reference_adapter(config: RunConfig) -> Adapter | None:
 
 def begins_at_reference(config: RunConfig) -> bool:
     """Whether the model that training starts with computes what the reference does."""
-    return config.train.reference == START or (config.train.reference == BASE and config.lora.earlier is None)
+    given = reference_of(config.train)
+    return given == START or (given == BASE and config.lora.earlier is None)
 
 
 @contextmanager
@@ -166,7 +162,7 @@ class PreferenceEvaluator(TextEvaluator):
     def _reference_adapter(self) -> Adapter | None:
         """The reference; for the base pairs that add nothing, which take the adapter's path through the kernels."""
         held = self.reference or reference_adapter(self.config)
-        if held is not None or self.config.train.reference == BASE:
+        if held is not None or reference_of(self.config.train) == BASE:
             return held
         live = adapter_of(self.text.model, self.name)
         if live.extras or live.token_rows or any(pair.magnitude is not None for pair in live.pairs.values()):
@@ -187,14 +183,6 @@ class PreferenceEvaluator(TextEvaluator):
         with counted(self.console, f"{system} reads answers", len(examples)) as advance:
             sums, tokens = row_losses(self.text, examples, micro_tokens=self.config.train.micro_tokens, progress=advance)
         return -sums, tokens
-
-
-def evaluator_for(config: RunConfig, run: RunFolder | None = None) -> Callable[..., TextEvaluator]:
-    """The evaluator of runs with this objective, with the reference that `run` keeps."""
-    if config.train.objective == SFT:
-        return TextEvaluator
-    kept = None if run is None or not run.reference_adapter.is_dir() else read_adapter(run.reference_adapter)
-    return partial(PreferenceEvaluator, reference=kept)
 
 
 @dataclass(frozen=True, eq=False)

@@ -7,7 +7,7 @@ often the chosen answer is preferred.
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, nullcontext
 from functools import partial
 from typing import cast
@@ -31,20 +31,23 @@ from lorakeet.kinds.preference.evaluate import (
     reference_adapter,
     reference_path,
 )
+from lorakeet.kinds.preference.reference import digest_of, read_reference, save_reference
+from lorakeet.kinds.preference.spec import KTO, needs_reference, preference_of, reference_of
+from lorakeet.kinds.preference.task import Floats, PreferenceTask, Reference
 from lorakeet.kinds.protocol import Digests
 from lorakeet.kinds.text.assemble import TextAssembly, text_task
 from lorakeet.kinds.text.continued import require_same_base
+from lorakeet.kinds.text.evaluate import TextEvaluator
 from lorakeet.kinds.text.kind import TextRunKind
+from lorakeet.kinds.text.stacked import adapter_digest
 from lorakeet.models.files.fingerprint import fingerprint
 from lorakeet.models.generate.score import row_losses
+from lorakeet.registry import START
 from lorakeet.runs.output_paths import writing
 from lorakeet.runs.run_folder import hashes_of_parts
 from lorakeet.train import durable
 from lorakeet.train.checkpoint import found as checkpoints
-from lorakeet.train.preference_spec import KTO, START, needs_reference, preference_of
 from lorakeet.train.run import RunFolder
-from lorakeet.train.text.preference_task import Floats, PreferenceTask, Reference
-from lorakeet.train.text.reference import adapter_digest, digest_of, read_reference, save_reference
 from lorakeet.train.text.task import TextTask
 
 APART = {"float32": 1e-3}  # nats a token by which pairs that add nothing may change the base's log-probabilities, by dtype
@@ -65,7 +68,7 @@ class PreferenceRunKind(TextRunKind):
             raise ConfigError("evaluate.encoder is for rows with labels, but train.objective compares answers. Leave it out.")
         if (path := reference_path(config)) is not None and not path.exists():
             raise ConfigError(f"The reference {path} does not exist. Name a run or adapter folder with --train.reference.")
-        if config.train.reference != START:  # the adapter that training starts with is read for its ranks before the model is
+        if reference_of(config.train) != START:  # the adapter that training starts with is read for its ranks before the model is
             reference_adapter(config)  # raises now if it cannot be read
 
     def new_task(self, setup: TextAssembly) -> PreferenceTask:
@@ -105,7 +108,7 @@ class PreferenceRunKind(TextRunKind):
         another path through the kernels than no pairs, and in bf16 each path rounds in its own way.
         """
         first = setup.processes.from_first
-        own, held = setup.config.train.reference == START, first(lambda: _kept_reference(setup, run))
+        own, held = reference_of(setup.config.train) == START, first(lambda: _kept_reference(setup, run))
         adapter = task.adapter() if own else held
         digest = _digest(setup, held)
         if run.reference.is_file() or next(iter(checkpoints(run.checkpoints)), None) is not None:
@@ -137,6 +140,10 @@ class PreferenceRunKind(TextRunKind):
     def evaluate(self, setup: TextAssembly, run: RunFolder, console: Console) -> Report:
         held = None if setup.reference is None else setup.reference.adapter
         return self.measured(setup, run, console, partial(PreferenceEvaluator, reference=held))
+
+    def evaluator(self, run: RunFolder | None) -> Callable[..., TextEvaluator]:
+        kept = None if run is None or not run.reference_adapter.is_dir() else read_adapter(run.reference_adapter)
+        return partial(PreferenceEvaluator, reference=kept)
 
     def certify(self, setup: TextAssembly, run: RunFolder, before: Digests) -> Certificate:
         certificate, reference = super().certify(setup, run, before), setup.reference

@@ -9,7 +9,9 @@ from typing import Any
 
 import numpy as np
 
+from lorakeet.config import RunConfig
 from lorakeet.data.chat import Example
+from lorakeet.errors import ConfigError
 from lorakeet.evaluate.likelihood import RowLosses
 from lorakeet.kinds.preference.evaluate import (
     as_reference,
@@ -17,15 +19,16 @@ from lorakeet.kinds.preference.evaluate import (
     reference_adapter,
     reference_path,
 )
-from lorakeet.kinds.preference.kind import largest_difference
+from lorakeet.kinds.preference.kind import KIND, largest_difference
+from lorakeet.kinds.preference.spec import KTO, needs_reference, preference_of, reference_of
+from lorakeet.kinds.preference.task import Floats, Preferences, Reference, not_preferred, pair_losses
 from lorakeet.kinds.text.continued import require_same_base
 from lorakeet.kinds.text.tuning.trials import Trial, Trials
 from lorakeet.models.generate.score import row_losses
 from lorakeet.models.inject import activate
+from lorakeet.registry import START
 from lorakeet.runs.search_space import SearchPoint
-from lorakeet.train.preference_spec import KTO, START, needs_reference, preference_of
 from lorakeet.train.text.multi_adapter import Member
-from lorakeet.train.text.preference_task import Floats, Preferences, Reference, not_preferred, pair_losses
 
 UNKNOWN_POWER = (
     "{pairs} held-out pairs choose. What difference they can show depends on what is trained; each comparison has its interval."
@@ -51,6 +54,15 @@ class PairTrials(Trials):
         self._known: dict[SearchPoint | None, tuple[Floats, dict[bytes, Floats]]] = {}
         rows = (*self.setup.dataset.train, *self.setup.dataset.held_out, *self.setup.dataset.test)
         self._wanted = {row.key: bool(row.desirable) for row in rows}
+
+    @staticmethod
+    def check(config: RunConfig) -> None:
+        KIND.check(config, 1)
+        if config.train.keep_prefix_states:
+            raise ConfigError(
+                f"train.keep_prefix_states is true, but a search over {config.train.objective} computes its reference with every "
+                "block. Leave it out."
+            )
 
     @property
     def rungs(self) -> tuple[float, ...]:
@@ -97,7 +109,7 @@ class PairTrials(Trials):
             spec, reference, (self._desirable(self.setup.train.examples), self._desirable(held_out)),
             largest_difference(self.setup) if own and reference is not None else None,
         )  # fmt: skip
-        return replace(plain, preferences=about)
+        return replace(plain, make=about.task)
 
     def _reference(self, point: SearchPoint, name: str | None) -> tuple[Floats, dict[bytes, Floats]]:
         """log p of the training answers, and of the two answers of each other pair by its tokens, by the reference.
@@ -105,7 +117,7 @@ class PairTrials(Trials):
         A model that is its own reference computes it with its pairs as they start, for each choice of pairs once: their B is 0,
         whatever their seed and rate.
         """
-        own = self.setup.config.train.reference == START
+        own = reference_of(self.setup.config.train) == START
         key = SearchPoint(1.0, point.rank, point.targets) if own else None
         if key not in self._known:
             others = [*self.rows.search, *self.rows.confirm]

@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 from lorakeet.core.spec import MEASURED
-from lorakeet.registry import KindDeclaration
+from lorakeet.registry import KindDeclaration, Objective
 
 
 def _conflicts(config: Any) -> list[str]:
@@ -26,9 +26,11 @@ DECLARATION = KindDeclaration(
     name="text",
     help="a causal language model",
     module="lorakeet.kinds.text.kind",
-    objectives=("sft",),
+    objectives=(Objective(name="sft", older=True),),
+    trains="answers (sft)",
     text_model=True,
     taken_as=("merge", "gguf", "ollama", "mlx", "push"),
+    trials="lorakeet.kinds.text.tuning.trials:Trials",
     conflicts=_conflicts,
     require_rows="lorakeet.kinds.text.early:require_text_rows",
     require_model="lorakeet.kinds.text.early:require_text_base",

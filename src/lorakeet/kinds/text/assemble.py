@@ -7,6 +7,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 import torch
 from rich.console import Console
@@ -38,7 +39,6 @@ from lorakeet.runs.pruning import cuts_of, pruning_of
 from lorakeet.runs.residency import Residency
 from lorakeet.train.processes import ALONE, Processes
 from lorakeet.train.text.own_code import OwnCodeDifference
-from lorakeet.train.text.preference_task import Reference
 from lorakeet.train.text.task import TextTask
 
 
@@ -55,7 +55,7 @@ class TextAssembly(Assembly):
     new_token_ids: tuple[int, ...]
     residency: Residency[TextRunPlan] = field(default_factory=Residency)
     own_code: OwnCodeDifference | None = None  # how the first pass differed from the model's own code; None where not compared
-    reference: Reference | None = None  # of a preference run, once it is trained
+    reference: Any = None  # what a run was compared with, once it is trained, of a kind that has a reference
     halved: bool = False  # whether memory was too small for train.micro_tokens, against the plan
     start_note: str = ""  # that an earlier adapter was not what its certificate was made for
 

@@ -23,8 +23,8 @@ from lorakeet.models.fits import plan_of
 from lorakeet.models.inject import trained_parameters
 from lorakeet.models.text.from_config import local_files
 from lorakeet.models.text.model import TextModel
+from lorakeet.registry import BASE, START
 from lorakeet.runs.certified import base_identity
-from lorakeet.train.preference_spec import BASE, START, needs_reference
 from lorakeet.train.run import RunFolder
 
 T = TypeVar("T", int, float)
@@ -40,8 +40,8 @@ def earlier_note(config: RunConfig) -> str:
 
     VerificationFailed if they are not, unless config.uncertified.
     """
-    reference = config.train.reference if needs_reference(config.train.objective) else BASE
-    named = [config.lora.earlier, None if reference in (BASE, START) else reference]
+    reference = config.train.registered.compared_with(config.train)
+    named = [config.lora.earlier, None if reference in ("", BASE, START) else reference]
     said, uncertified = [], config.uncertified
     for path in (Path(one) for one in dict.fromkeys(named) if one is not None and Path(one).exists()):
         notes = (

@@ -23,7 +23,7 @@ from lorakeet.models.generate.sample import ROWS_AT_ONCE
 from lorakeet.models.generate.score import label_branches, label_endings
 from lorakeet.planning.evaluation_batches import tokens_within_peak
 from lorakeet.planning.forecast_text_run import REPLY_TOKENS
-from lorakeet.train.preference_spec import KTO, START, needs_reference
+from lorakeet.registry import START
 
 PROBE_SIZE, PROBE_BYTES, PROBE_REPEATS = 1024, 64 << 20, 5
 FORWARD = 0.5  # of a training pass: without gradients
@@ -73,13 +73,13 @@ def phase_tokens(setup: TextAssembly) -> PhaseTokens:
     held_out = 1 + setup.steps // train.evaluation_interval(each_epoch)
     training = _steps(setup) + held_out * _read(setup.held_out, train.micro_tokens) + _reference(setup)
     part, _ = setup.evaluated
-    rows, compares = setup.encoded[part], needs_reference(train.objective)
+    rows, compares, trained = setup.encoded[part], bool(train.registered.compared_with(train)), train.registered
     prompts, replies, few_shot = 0, 0.0, 0.0
     if setup.dataset.labels:
         answering, few_shot = _labelled(setup, rows)
         answering += few_shot
     else:
-        answers = 0.5 if train.objective == KTO else 1  # whose second answers are not evaluated
+        answers = 1 - trained.only_read / trained.answers
         prompts = min(spec.answers, sum(row.answered and row.desirable is not False for row in setup.evaluated[1]))
         replies = _written(setup, rows, prompts) if prompts else 0
         answering = replies + (2 + compares) * answers * _read(rows, train.micro_tokens)
@@ -112,19 +112,18 @@ def run_time_text(setup: TextAssembly) -> str:
 
 
 def _steps(setup: TextAssembly) -> float:
-    """The tokens of all steps. Of kto's two answers one is trained on, and the other read at each step, for the KL."""
-    if setup.config.train.objective != KTO:
-        return setup.tokens_of_run / FORWARD
-    half = setup.tokens_of_run / 2
-    return half / FORWARD + half + setup.steps * PASS
+    """The tokens of all steps. Answers that are only read are so in a pass of their own."""
+    trained = setup.config.train.registered
+    read = setup.tokens_of_run * trained.only_read / trained.answers
+    return (setup.tokens_of_run - read) / FORWARD + read + setup.steps * PASS * bool(read)
 
 
 def _reference(setup: TextAssembly) -> float:
     """The tokens of the reference: all answers once; where it is the base, its held-out answers with the adapter off too."""
     train = setup.config.train
-    if not needs_reference(train.objective):
+    if not (reference := train.registered.compared_with(train)):
         return 0
-    twice = 2 if train.reference == START and setup.config.lora.earlier is None else 1
+    twice = 2 if reference == START and setup.config.lora.earlier is None else 1
     return _read(setup.train, train.micro_tokens) + twice * _read(setup.held_out, train.micro_tokens)
 
 

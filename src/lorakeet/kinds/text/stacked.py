@@ -9,6 +9,7 @@ So ranks add up, and every verb reads an adapter like any other. The gradients o
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from functools import lru_cache
@@ -30,7 +31,6 @@ from lorakeet.models.fits import plan_of
 from lorakeet.models.inject import trained_parameters
 from lorakeet.models.text.model import TextModel
 from lorakeet.train.task import KeptTerms
-from lorakeet.train.text.reference import adapter_digest
 
 ROUNDED = 1e-6  # by which share B₁ may change when its scale becomes that of the new pair
 
@@ -147,3 +147,19 @@ def check_earlier(found: Adapter, earlier: Adapter) -> Check:
         "earlier adapter", {"changed_A": float(changed), "share_of_B": most}, tolerance={"changed_A": 0.0, "share_of_B": ROUNDED},
         between=("the first terms of the adapter", "the adapter that it was trained on top of"), n=len(earlier.pairs),
     )  # fmt: skip
+
+
+def adapter_digest(adapter: Adapter | None) -> str:
+    """The SHA-256 of an adapter as a value: its pairs with paths, numbers, alphas and scale rules; empty for none."""
+    if adapter is None:
+        return ""
+    found = hashlib.sha256()
+    for path, pair in sorted(adapter.pairs.items()):
+        found.update(f"{path} {pair.alpha!r} {pair.kind} {pair.scale_rule}\n".encode())
+        for tensor in (pair.A, pair.B, pair.magnitude, pair.bias):
+            found.update(b"-" if tensor is None else tensor.detach().float().cpu().contiguous().numpy().tobytes())
+    for path, tensor in sorted(adapter.extras.items()):
+        found.update(path.encode() + tensor.detach().float().cpu().contiguous().numpy().tobytes())
+    for path, rows in sorted(adapter.token_rows.items()):
+        found.update(f"{path} {rows.ids}".encode() + rows.rows.detach().float().cpu().contiguous().numpy().tobytes())
+    return found.hexdigest()

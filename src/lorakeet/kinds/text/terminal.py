@@ -14,7 +14,6 @@ from lorakeet.evaluate.wording import bytes_text
 from lorakeet.kinds.terminal import show_counts, show_plan, show_targets
 from lorakeet.ranks.allocate import pair_parameters
 from lorakeet.runs.remarks import remarks_on
-from lorakeet.train.preference_spec import KTO
 
 if TYPE_CHECKING:
     from lorakeet.kinds.text.assemble import TextAssembly
@@ -42,10 +41,7 @@ def show_rows(setup: TextAssembly, console: Console) -> None:
     first = setup.dataset.train[0].turns[0]
     if data.chat_template == "auto" and first.role and not uses_template(setup.text.tokenizer, data):
         console.print("The tokenizer has no chat template, so turns are joined as raw text.", soft_wrap=True)
-    pair = setup.config.train.answers == 2
-    titles = ("One training row, with its chosen answer", "and with its rejected answer") if pair else ("One training row",)
-    titles = ("One training row", "the same prompt with another row's answer") if setup.config.train.objective == KTO else titles
-    for title, example in zip(titles, setup.train.examples, strict=False):
+    for title, example in zip(setup.config.train.registered.titles, setup.train.examples, strict=False):
         console.print(Text.assemble((title, "bold"), " (target tokens in green):"))
         console.print(show_example(example, setup.text.tokenizer))
     show_plan(("path", "weight"), setup.plan.rows(), setup.plan, console)

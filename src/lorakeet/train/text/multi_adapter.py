@@ -16,7 +16,6 @@ import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import torch
@@ -43,7 +42,6 @@ from lorakeet.train.spec import TrainSpec
 from lorakeet.train.stopping import EarlyStopping
 from lorakeet.train.task import batch_seeds
 from lorakeet.train.text.loss import head_losses
-from lorakeet.train.text.preference_task import Preferences, PreferenceTask
 from lorakeet.train.text.streamed_gradients import loss_gradients_by_block
 from lorakeet.train.text.task import TextTask
 
@@ -52,24 +50,18 @@ from lorakeet.train.text.task import TextTask
 class Member:
     """One adapter, injected into the model under `name`: its settings, its training rows, the rows that choose its best step.
 
-    With `preferences` the rows stand in pairs (data/pairs), and the loss is that of train.objective.
+    `make` makes the task of its single run.
     """
 
     name: str
     spec: TrainSpec
     train: Sequence[Example]
     held_out: Sequence[Example]
-    preferences: Preferences | None = None
+    make: Callable[..., TextTask] = TextTask
 
     def task(self, text: TextModel) -> TextTask:
         """The task of its single run."""
-        given: dict[str, Any] = {"held_out": self.held_out, "spec": self.spec, "name": self.name}
-        if self.preferences is None:
-            return TextTask(text, self.train, **given)
-        about = self.preferences
-        found = PreferenceTask(text, self.train, preference=about.spec, desirable=about.desirable, **given)
-        found.reference, found.start_within = about.reference, about.start_within
-        return found
+        return self.make(text, self.train, held_out=self.held_out, spec=self.spec, name=self.name)
 
 
 @dataclass
@@ -94,12 +86,12 @@ class Progress:
 
     @property
     def unit(self) -> str:
-        """Of the losses, after a space; of a preference's, which have none, empty."""
-        return " nats a token" if self.member.preferences is None else ""
+        """Of the losses, after a space; empty where they have none."""
+        return " nats a token" if self.member.spec.registered.nats else ""
 
     def beyond_recovery(self, loss: float) -> bool:
         """True if a loss is so far above the base's that the member has diverged."""
-        return self.watch.diverged(loss, nats=self.member.preferences is None)
+        return self.watch.diverged(loss, nats=self.member.spec.registered.nats)
 
 
 class MultiAdapterTraining:

@@ -12,6 +12,7 @@ from typing import Any
 import numpy as np
 from rich.console import Console
 
+from lorakeet.config import RunConfig
 from lorakeet.core.adapter import Adapter
 from lorakeet.data.chat import Example
 from lorakeet.data.rows import Row
@@ -126,6 +127,10 @@ class Trials:
         self.setup, self.space, self.rows, self.budget, self.console, self.folder = setup, space, rows, budget, console, folder
         self.all: list[Trial] = []
         self.base_loss: float | None = None  # nats per token on the rows of the search, once measured
+
+    @staticmethod
+    def check(config: RunConfig) -> None:
+        """Raises ConfigError for settings that cannot be searched, before anything is loaded."""
 
     def power(self, difference: float) -> str:
         """The smallest difference that the rows of the search can show, in words."""

@@ -12,11 +12,10 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from lorakeet.core.adapter import Adapter
 from lorakeet.data.chat import Example
 from lorakeet.errors import DataError
 from lorakeet.formats.files.safetensors_file import open_safetensors, save_tensors
-from lorakeet.train.text.preference_task import Reference
+from lorakeet.kinds.preference.task import Reference
 
 BOUND_TO, MICRO_TOKENS, FROM_BASE, VALUES = "bound_to", "micro_tokens", "from_base", "values"  # keys of the file's metadata
 
@@ -28,22 +27,6 @@ def digest_of(rows: Sequence[Sequence[Example]], *names: str) -> str:
         found.update(b"\npart\n")
         for example in part:
             found.update(np.int64(len(example.ids)).tobytes() + example.ids.tobytes() + example.supervised.tobytes())
-    return found.hexdigest()
-
-
-def adapter_digest(adapter: Adapter | None) -> str:
-    """The SHA-256 of an adapter as a value: its pairs with paths, numbers, alphas and scale rules; empty for none."""
-    if adapter is None:
-        return ""
-    found = hashlib.sha256()
-    for path, pair in sorted(adapter.pairs.items()):
-        found.update(f"{path} {pair.alpha!r} {pair.kind} {pair.scale_rule}\n".encode())
-        for tensor in (pair.A, pair.B, pair.magnitude, pair.bias):
-            found.update(b"-" if tensor is None else tensor.detach().float().cpu().contiguous().numpy().tobytes())
-    for path, tensor in sorted(adapter.extras.items()):
-        found.update(path.encode() + tensor.detach().float().cpu().contiguous().numpy().tobytes())
-    for path, rows in sorted(adapter.token_rows.items()):
-        found.update(f"{path} {rows.ids}".encode() + rows.rows.detach().float().cpu().contiguous().numpy().tobytes())
     return found.hexdigest()
 
 

@@ -1,9 +1,9 @@
 """The training task of preferences: pairs of answers, compared with the log-probabilities of a fixed reference.
 
-    pairs ──► micro-batches with both answers ──► log p of each answer ──► loss of each pair (preference_loss)
+    pairs ──► micro-batches with both answers ──► log p of each answer ──► loss of each pair (kinds/preference/loss)
 
 The head's loss comes in chunks over the vocabulary, as for other text; a row's log-probabilities are summed in fp64, in an order
-that does not depend on the micro-batch. The reference is computed once, before training (train/text/reference).
+that does not depend on the micro-batch. The reference is computed once, before training (kinds/preference/reference).
 """
 
 from __future__ import annotations
@@ -26,13 +26,13 @@ from lorakeet.data.prefix import BatchLimits
 from lorakeet.errors import VerificationFailed
 from lorakeet.evaluate.preferences import TIE
 from lorakeet.kernels.host_copies import to_device, together_on
+from lorakeet.kinds.preference.loss import PairScores, kto_losses, log_ratio_gap, preference_losses
+from lorakeet.kinds.preference.spec import KTO, PreferenceSpec
 from lorakeet.models.generate.score import row_losses
 from lorakeet.models.text.model import TextModel
-from lorakeet.train.preference_spec import KTO, PreferenceSpec
 from lorakeet.train.spec import TrainSpec
 from lorakeet.train.task import HeldOut, Size
 from lorakeet.train.text.loss import head_losses
-from lorakeet.train.text.preference_loss import PairScores, kto_losses, log_ratio_gap, preference_losses
 from lorakeet.train.text.streamed_gradients import loss_gradients_by_block
 from lorakeet.train.text.task import TextTask
 
@@ -77,6 +77,12 @@ class Preferences:
     reference: Reference | None = None
     desirable: tuple[Sequence[bool], Sequence[bool]] = ((), ())
     start_within: float | None = None
+
+    def task(self, text: TextModel, train: Sequence[Example], **given: Any) -> PreferenceTask:
+        """The task of these pairs."""
+        found = PreferenceTask(text, train, preference=self.spec, desirable=self.desirable, **given)
+        found.reference, found.start_within = self.reference, self.start_within
+        return found
 
 
 class PreferenceTask(TextTask):
@@ -232,7 +238,7 @@ class PreferenceTask(TextTask):
 
     @property
     def learning_rate(self) -> float:
-        return RATE_FACTOR * super().learning_rate
+        return self.spec.registered.rate_factor * super().learning_rate
 
 
 def require_start(found: float, most: float) -> None:
@@ -242,9 +248,6 @@ def require_start(found: float, most: float) -> None:
             f"In the first step the answers' log-probabilities differ from the reference by {found:.3g} nats a token, where "
             f"{most:g} is allowed: nothing is trained yet, so both should agree. Report the model and the settings."
         )
-
-
-RATE_FACTOR = 0.1  # of the default rate of sft
 
 
 def pair_losses(

@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import pytest
 
-from lorakeet.train.preference_spec import OBJECTIVES, SFT, PreferenceSpec
+from lorakeet.kinds.preference.spec import OBJECTIVES, PreferenceSpec
 
 
 def test_each_objective_has_its_own_defaults() -> None:
-    assert {objective: PreferenceSpec().resolved(objective).beta for objective in OBJECTIVES if objective != SFT} == {
+    assert {objective: PreferenceSpec().resolved(objective).beta for objective in OBJECTIVES} == {
         "dpo": 0.1, "ipo": 0.1, "cdpo": 0.1, "kto": 0.1, "orpo": 0.1, "simpo": 2.0,
     }  # fmt: skip
     assert PreferenceSpec().resolved("simpo").margin == 1.0 and PreferenceSpec().resolved("cdpo").label_smoothing == 0.1

@@ -25,7 +25,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import logsigmoid
 
-from lorakeet.train.preference_spec import PreferenceSpec
+from lorakeet.kinds.preference.spec import PreferenceSpec
 
 
 @dataclass(frozen=True, eq=False)

@@ -11,8 +11,8 @@ import pytest
 import torch
 from torch import Tensor
 
-from lorakeet.train.preference_spec import PreferenceSpec
-from lorakeet.train.text.preference_loss import PairScores, kto_losses, log_ratio_gap, preference_losses
+from lorakeet.kinds.preference.loss import PairScores, kto_losses, log_ratio_gap, preference_losses
+from lorakeet.kinds.preference.spec import PreferenceSpec
 from structure.tree import ROOT
 
 TRL: dict[str, Any] = json.loads((ROOT / "tests" / "golden" / "trl_preferences.json").read_text())

@@ -12,8 +12,8 @@ import torch
 from lorakeet.data.chat import Example
 from lorakeet.errors import DataError
 from lorakeet.formats.files.safetensors_file import open_safetensors, save_tensors
-from lorakeet.train.text.preference_task import Reference
-from lorakeet.train.text.reference import VALUES, digest_of, read_reference, save_reference
+from lorakeet.kinds.preference.reference import VALUES, digest_of, read_reference, save_reference
+from lorakeet.kinds.preference.task import Reference
 
 FOUND = Reference(np.array([-1.25, -3.1]), np.array([-0.1, -7.0]), 2048, 1e-5)
 

@@ -1,19 +1,19 @@
-"""`PreferenceSpec`, the `preference` part of a run file: what the objectives other than sft need. Imports no torch."""
+"""`PreferenceSpec`, the `preference` part of a run file, and what the kind adds to `train`. Imports no torch."""
 
 from __future__ import annotations
 
 import math
 from dataclasses import dataclass, replace
-from typing import Any, Literal, cast, get_args
+from typing import Any, cast
 
+from lorakeet.registry import START, Objective
 from lorakeet.setting import setting
 from lorakeet.settings import require_types
 
-Objective = Literal["sft", "dpo", "ipo", "cdpo", "kto", "orpo", "simpo"]
-OBJECTIVES: tuple[str, ...] = get_args(Objective)
-SFT, KTO = "sft", "kto"
+OBJECTIVES = ("dpo", "ipo", "cdpo", "kto", "orpo", "simpo")
+KTO = "kto"
 WITHOUT_REFERENCE = ("orpo", "simpo")
-START, BASE = "start", "base"
+RATE_FACTOR = 0.1  # of the default rate of sft
 
 # The defaults of each objective's paper, or of TRL where the paper leaves them open.
 _BETA = {"dpo": 0.1, "ipo": 0.1, "cdpo": 0.1, "kto": 0.1, "orpo": 0.1, "simpo": 2.0}
@@ -25,7 +25,31 @@ _SFT_WEIGHT = {"orpo": 1.0}
 
 def needs_reference(objective: str) -> bool:
     """Whether the loss compares with a reference."""
-    return objective not in (SFT, *WITHOUT_REFERENCE)
+    return objective in OBJECTIVES and objective not in WITHOUT_REFERENCE
+
+
+def reference_of(train: Any) -> str:
+    """What a run with these settings of training is compared with; empty for nothing."""
+    return str(train.reference) if needs_reference(train.objective) else ""
+
+
+def declared_objective(name: str) -> Objective:
+    """An objective of this kind, as the trainer needs it. For kto the second answer of a row is that of another row."""
+    titles = "One training row, with its chosen answer", "and with its rejected answer"
+    return Objective(
+        name=name, answers=2, nats=False, rate_factor=RATE_FACTOR, compared_with=reference_of, varied="preference.beta",
+        only_read=int(name == KTO),
+        titles=("One training row", "the same prompt with another row's answer") if name == KTO else titles,
+    )  # fmt: skip
+
+
+@dataclass(frozen=True)
+class ReferenceSpec:
+    """What preferences add to the settings of training."""
+
+    reference: str = setting(
+        START, "Model that dpo, ipo, cdpo and kto compare with: start (as training starts), base, or a run or adapter folder."
+    )
 
 
 @dataclass(frozen=True)
@@ -65,9 +89,9 @@ class PreferenceSpec:
 
     def conflicts(self, objective: str) -> list[str]:
         """Returns a message for every setting that `objective` does not have."""
-        if objective == SFT:
+        if objective not in OBJECTIVES:
             changed = [name for name, value in vars(self).items() if value != getattr(PreferenceSpec(), name)]
-            advice = "but train.objective is sft. Set train.objective, or leave it out."
+            advice = f"but train.objective is {objective}. Set train.objective, or leave it out."
             return [f"preference.{name} is set, {advice}" for name in changed]
         found = []
         if self.label_smoothing and objective not in ("cdpo", "simpo"):

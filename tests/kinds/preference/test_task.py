@@ -15,20 +15,20 @@ from torch import Tensor
 
 from lorakeet.core.spec import LoraSpec
 from lorakeet.data.chat import Example
+from lorakeet.kinds.preference.loss import PairScores, kto_losses, preference_losses
+from lorakeet.kinds.preference.spec import OBJECTIVES, PreferenceSpec, needs_reference
+from lorakeet.kinds.preference.task import PreferenceTask, Reference, not_preferred, order_of_pairs, pair_losses
 from lorakeet.memory.spill import Spill
 from lorakeet.models.inject import activate, trained_parameters
 from lorakeet.models.spec import ModelSpec
 from lorakeet.models.targets import plan_for
 from lorakeet.models.text.adapters import initialise_adapter
 from lorakeet.models.text.load import load_text_model
-from lorakeet.train.preference_spec import OBJECTIVES, SFT, PreferenceSpec, needs_reference
 from lorakeet.train.spec import TrainSpec
-from lorakeet.train.text.preference_loss import PairScores, kto_losses, preference_losses
-from lorakeet.train.text.preference_task import PreferenceTask, Reference, not_preferred, order_of_pairs, pair_losses
 from tiny.streams import loaded
 
 PAIRS = 6
-PREFERENCES = [objective for objective in OBJECTIVES if objective != SFT]
+PREFERENCES = list(OBJECTIVES)
 
 
 def pairs(count: int, seed: int, *, prompt: int = 6) -> list[Example]:
