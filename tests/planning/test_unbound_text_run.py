@@ -14,7 +14,7 @@ from lorakeet.config import RunConfig, read_run
 from lorakeet.errors import ConfigError
 from lorakeet.evaluate.certificate import read_certificate
 from lorakeet.kinds.text import assemble as assemble_text
-from lorakeet.kinds.text import kind as text_kind
+from lorakeet.kinds.text import plan as text_kind
 from lorakeet.memory.budget import Budget
 from lorakeet.memory.cuda import CONTEXT
 from lorakeet.memory.free import MARGIN
