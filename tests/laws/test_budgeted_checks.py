@@ -151,7 +151,7 @@ def test_a_disk_that_gets_full_and_one_that_is(wide: Path, tmp_path: Path, monke
 def test_verify_and_export_stream_the_live_side_and_a_folder(
     wide: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, kind: str
 ) -> None:
-    monkeypatch.setattr("lorakeet.verbs.verify.GREEDY", 1)
+    monkeypatch.setattr("lorakeet.verification.probes.GREEDY", 1)
     if kind == "gguf":
         out = tmp_path / "model.gguf"
         found = streamed(
@@ -174,7 +174,7 @@ def test_longer_rows_are_compared_as_far_as_memory_allows(
     wide: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """A token is made to take 8 MiB of llama.cpp's memory."""
-    monkeypatch.setattr("lorakeet.verbs.verify.GREEDY", 1)
+    monkeypatch.setattr("lorakeet.verification.probes.GREEDY", 1)
     monkeypatch.setattr("lorakeet.planning.check.FEWEST_TOKENS", 16)
     monkeypatch.setattr("lorakeet.planning.check.context_bytes", lambda config, context: context << 23)
 

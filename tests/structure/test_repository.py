@@ -13,7 +13,7 @@ import pytest
 from packaging.requirements import Requirement
 
 from lorakeet import __version__
-from lorakeet.verbs.quickstart_packages import QUICKSTART_PACKAGES
+from lorakeet.verbs.packages import QUICKSTART_PACKAGES
 from structure.tree import ROOT, SOURCE, committed_files, named
 
 

@@ -20,7 +20,8 @@ from lorakeet.kernels.choose import TABLE, passed_over
 from lorakeet.kernels.protocol import Situation
 from lorakeet.models.nvidia import NvidiaGpus
 from lorakeet.verbs import doctor as module
-from lorakeet.verbs.doctor import Checkup, Finding, _kinds, doctor, pip_command
+from lorakeet.verbs.doctor import Checkup, Finding, _kinds, doctor
+from lorakeet.verbs.packages import pip_command
 from tiny.other_packages import installed, registered
 
 

@@ -28,13 +28,16 @@ from lorakeet.exporting.runtime_support import Runtime
 from lorakeet.formats.gguf import permute, unpermute
 from lorakeet.formats.peft import peft
 from lorakeet.models.text.load import load_tokenizer, read_config
-from lorakeet.planning.check import GREEDY_TOKENS, positions_of_answer
+from lorakeet.planning.check import GREEDY_TOKENS, positions_of_answer, size_of_check
 from lorakeet.runs.open_adapter import open_adapter
 from lorakeet.runs.residency import Residency, Way
 from lorakeet.serve.probe import read_record
+from lorakeet.verbs.deployment import check_deployment
 from lorakeet.verbs.options import VerifyOptions
-from lorakeet.verbs.verify import certify_artefacts, check_deployment, probes_of, size_of_check, verify
+from lorakeet.verbs.verify import verify
 from lorakeet.verification.artefact import live_side
+from lorakeet.verification.certify import HowCompared, certify_artefacts
+from lorakeet.verification.probes import probes_of
 from tiny.adapters import random_adapter
 from tiny.exports import loud_run, write_folder, write_lora, write_model
 from tiny.models import FAMILIES, tiny_model
@@ -113,10 +116,10 @@ def test_labelled_rows_that_are_left_out_are_counted_and_said(loud: Loud, tmp_pa
     left = sum(length > most for length in lengths)
     assert 0 < left < len(lengths)
     cut = dataclasses.replace(opened, residency=Residency(way=Way(longest=most)))
-    found = certify_artefacts(cut, VerifyOptions("x", against=(str(target),), rows=4), quiet())
+    found = certify_artefacts(cut, [str(target)], HowCompared(4), quiet(), of="x")
     assert found.facts["labelled rows left out"] == f"{left} of {len(lengths)}, longer than {most} tokens"
     assert next(check.n for check in found.checks if kind(check) == "answers") == len(lengths) - left
-    whole_one = certify_artefacts(opened, VerifyOptions("x", against=(str(target),), rows=1), quiet())
+    whole_one = certify_artefacts(opened, [str(target)], HowCompared(1), quiet(), of="x")
     assert "labelled rows left out" not in whole_one.facts
     tokenizer = load_tokenizer(loud.model)
     size = size_of_check(opened.within("8GiB"), [str(target)], loud.model, "a check", rows=4)
@@ -138,7 +141,7 @@ def test_few_bits_take_more_rows_within_the_memory_plan_or_say_that_they_cannot_
     assert len(kept) < others and all(len(row.prompt) + max(map(len, row.completions)) <= longest for row in kept)
     write_model(loud.model, loud.adapter, wide := tmp_path / "wide.gguf")
     quantise(wide, few := tmp_path / "few.gguf", "q4_0")
-    found = certify_artefacts(opened, VerifyOptions("x", against=(str(few),), rows=1), quiet())
+    found = certify_artefacts(opened, [str(few)], HowCompared(1), quiet(), of="x")
     check = next(check for check in found.checks if kind(check) == "answers")
     [weak] = found.unchecked
     assert check.n == len(dataset.held_out) < 58

@@ -27,7 +27,6 @@ from lorakeet.runs.open_adapter import open_adapter
 from lorakeet.verification.artefact import InTorch, live_side
 from lorakeet.verification.checks import (
     GREEDY_TOKENS,
-    Probes,
     RecordedArtefact,
     answer,
     answers_of_rows,
@@ -41,6 +40,7 @@ from lorakeet.verification.checks import (
     share_error,
 )
 from lorakeet.verification.label_answers import check_label_answers
+from lorakeet.verification.probes import Probes
 from tiny.exports import loud_run
 from tiny.held import HeldBytes
 from tiny.runs import quiet

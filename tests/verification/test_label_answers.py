@@ -14,7 +14,6 @@ from lorakeet.data.chat import Candidates
 from lorakeet.evaluate.certificate import Check
 from lorakeet.evaluate.spec import EvaluateSpec
 from lorakeet.exporting.tolerances import F16, F32, Q2, Q3, Q4, Q8, Allowed
-from lorakeet.verification.checks import Probes
 from lorakeet.verification.label_answers import (
     ALARM,
     ALIKE,
@@ -26,6 +25,7 @@ from lorakeet.verification.label_answers import (
     rows_that_tell,
     weak_answers,
 )
+from lorakeet.verification.probes import Probes
 
 SPEC = EvaluateSpec(resamples=100)
 EMPTY = np.array([1], np.int64)

@@ -31,13 +31,13 @@ from lorakeet.serve.engine import Engine
 from lorakeet.serve.registry import Registry
 from lorakeet.serve.service import Service
 from lorakeet.verbs.options import VerifyOptions
-from lorakeet.verbs.verify import probes_of, verify
+from lorakeet.verbs.verify import verify
 from lorakeet.verification import modules as modules_file
 from lorakeet.verification.artefact import InTorch, live_side
-from lorakeet.verification.checks import Probes
 from lorakeet.verification.diagnose import changed_pairs
 from lorakeet.verification.left_out import left_out
 from lorakeet.verification.modules import Further, check_modules, choose_rows, sets_of
+from lorakeet.verification.probes import Probes, probes_of
 from lorakeet.verification.rounding import Reported
 from lorakeet.verification.server import Server, check_server
 from tiny.exports import loud_run, write_model

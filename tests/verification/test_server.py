@@ -32,9 +32,10 @@ from lorakeet.serve.registry import Registry
 from lorakeet.serve.service import Service
 from lorakeet.verbs.convert import convert
 from lorakeet.verbs.options import ConvertOptions, VerifyOptions
-from lorakeet.verbs.verify import probes_of, verify
+from lorakeet.verbs.verify import verify
 from lorakeet.verification import server, server_apis
 from lorakeet.verification.artefact import InTorch, live_side
+from lorakeet.verification.probes import probes_of
 from lorakeet.verification.rounding import Reported
 from lorakeet.verification.server import Server, _label, check_server
 from lorakeet.verification.server_apis import Api, Step, Token, Written

@@ -16,9 +16,9 @@ from lorakeet.evaluate.spec import EvaluateSpec
 from lorakeet.exporting.tolerances import F16
 from lorakeet.models.generate.sample import end_ids
 from lorakeet.runs.open_adapter import open_adapter
-from lorakeet.verbs.verify import probes_of
 from lorakeet.verification import server
 from lorakeet.verification.artefact import live_side
+from lorakeet.verification.probes import probes_of
 from lorakeet.verification.server_apis import Step, Token, Written
 from lorakeet.verification.written_text import read_text
 from tiny.exports import loud_run

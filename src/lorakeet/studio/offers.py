@@ -30,7 +30,7 @@ from lorakeet.kinds.images.data.folder import ENDINGS
 from lorakeet.studio.pages import json_answer, studio_of
 from lorakeet.studio.places import UPLOADED, Places
 from lorakeet.studio.safety import LARGEST_UPLOAD
-from lorakeet.verbs.quickstart_packages import QUICKSTART_PACKAGES, installed_version
+from lorakeet.verbs.packages import QUICKSTART_PACKAGES, installed_version
 
 ROWS = (".jsonl", ".json", ".csv", ".tsv", ".txt", ".parquet", *WORKBOOKS, ".zip", ".gz")
 OTHER_TABLES = (".xls", ".xlsb", ".ods", ".numbers")  # of offices, which save them as .xlsx

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import functools
 import os
-import shlex
 import shutil
 import sys
 import tempfile
@@ -15,12 +14,11 @@ from typing import TYPE_CHECKING, Any
 
 from packaging.requirements import Requirement
 
-from lorakeet.errors import EnvironmentProblem, LorakeetError
+from lorakeet.errors import LorakeetError
 from lorakeet.memory.budget import available_memory
 from lorakeet.registry import declarations
-from lorakeet.verbs.installer import install_command
 from lorakeet.verbs.options import DoctorOptions
-from lorakeet.verbs.quickstart_packages import QUICKSTART_PACKAGES, installed_version, requirements_of
+from lorakeet.verbs.packages import QUICKSTART_PACKAGES, installed_version, pip_command, requirements_of
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -107,15 +105,6 @@ def doctor(options: DoctorOptions = DoctorOptions(), *, console: Console) -> Che
     checkup = Checkup(tuple(findings), kernels)
     _print(checkup, console)
     return checkup
-
-
-def pip_command(needs: list[Requirement], *flags: str) -> str:
-    """The command that installs these requirements into the environment that is running."""
-    words = [f"{need.name}{need.specifier}" for need in needs]
-    try:
-        return shlex.join(install_command(words, *flags))
-    except EnvironmentProblem as error:
-        return str(error)
 
 
 def _packages(name: str, needs: Sequence[Requirement], found: str, lacking: str, *flags: str, required: bool = False) -> Finding:

@@ -39,8 +39,8 @@ from lorakeet.runs.open_adapter import Opened, open_adapter
 from lorakeet.runs.output_paths import require_absent, require_place
 from lorakeet.runs.residency import peak_said, temporary_stores
 from lorakeet.verbs.early.pushing_options import beside
-from lorakeet.verbs.options import ExportOptions, VerifyOptions
-from lorakeet.verbs.verify import certify_artefacts
+from lorakeet.verbs.options import ExportOptions
+from lorakeet.verification.certify import HowCompared, certify_artefacts
 from lorakeet.verification.checks import named_check
 
 CERTIFICATE, README = "certificate.json", "README.md"
@@ -295,8 +295,9 @@ def _certify(job: _Job, out: Path) -> Certificate | None:
         return None
     try:
         with temporary_stores(job.opened.residency):
-            check_options = VerifyOptions(job.options.run_or_adapter, against=(str(out),), rows=CHECK_ROWS)
-            found = certify_artefacts(job.opened, check_options, job.console)
+            found = certify_artefacts(
+                job.opened, [str(out)], HowCompared(CHECK_ROWS), job.console, of=job.options.run_or_adapter
+            )
     except ModelRefused as error:
         names = ("live adapter", out.name)
         said = str(error).replace(str(out), out.name)

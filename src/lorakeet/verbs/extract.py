@@ -21,11 +21,11 @@ from lorakeet.evaluate.spec import EvaluateSpec
 from lorakeet.evaluate.values import encode
 from lorakeet.formats.peft import peft
 from lorakeet.kinds.terminal import progress_line, show_certificate
-from lorakeet.kinds.text.evaluate import sampled_texts
 from lorakeet.merging.checkpoint import open_checkpoint
 from lorakeet.merging.extract import Extracted, extract_adapter
 from lorakeet.models.files.quantized import skeleton
 from lorakeet.models.files.source import find_source
+from lorakeet.models.generate.sample import sampled_texts
 from lorakeet.models.spec import ModelSpec
 from lorakeet.models.text.adapters import add_adapter
 from lorakeet.models.text.compare import compare_outputs, first_tokens

@@ -24,13 +24,13 @@ from lorakeet.evaluate.values import encode
 from lorakeet.formats.identity import with_note
 from lorakeet.formats.peft import peft
 from lorakeet.kinds.terminal import progress_line, show_certificate
-from lorakeet.kinds.text.evaluate import sampled_texts
 from lorakeet.merging.checkpoint import Checkpoint, copy_along, tokenizer_files
 from lorakeet.merging.combine import Combination, Combined, CombineSpec, combination
 from lorakeet.merging.dequantise import open_dequantised, rounding_steps
 from lorakeet.merging.edits import EMBEDDINGS, HEADS
 from lorakeet.merging.merged_folder import Dtype, MergeResult, merge_into, needs_of
 from lorakeet.models.files.source import find_source
+from lorakeet.models.generate.sample import sampled_texts
 from lorakeet.models.inject import activate
 from lorakeet.models.spec import ModelSpec
 from lorakeet.models.text.adapters import add_adapter

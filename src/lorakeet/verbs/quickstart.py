@@ -10,7 +10,7 @@ from lorakeet.config import RunConfig
 from lorakeet.errors import EnvironmentProblem
 from lorakeet.train.launch import launched
 from lorakeet.verbs.options import QuickstartOptions
-from lorakeet.verbs.quickstart_packages import fetch_packages, missing_packages
+from lorakeet.verbs.packages import fetch_packages, missing_packages
 
 if TYPE_CHECKING:
     from rich.console import Console

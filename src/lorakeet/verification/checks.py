@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import math
 from collections.abc import Callable, Hashable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -27,34 +27,10 @@ from lorakeet.planning.check import GREEDY_TOKENS, distinguishing_endings
 from lorakeet.runs.open_adapter import Opened
 from lorakeet.train.progress import Count, uncounted
 from lorakeet.verification.artefact import Artefact, InTorch, Messages
+from lorakeet.verification.probes import Probes
 
 _SWALLOWED = 1.5  # rounding so many times larger than the change, and no larger than it has to be, is no mistake
 _SIGMA = 5  # of what rounding alone explains
-
-
-@dataclass(frozen=True)
-class Probes:
-    """What goes through both sides: held-out conversations, raw texts, whole rows as ids, and labelled prompts."""
-
-    conversations: Sequence[tuple[Messages, Ids]]  # messages, and the ids of the prompt in training
-    texts: Sequence[str]
-    rows: Sequence[Ids]
-    labelled: Sequence[Candidates]
-    prompts: Sequence[Ids]  # for greedy texts
-    most: int | None = None  # tokens of each that are compared; None: all
-    too_long: int = 0  # labelled prompts that were longer, and are left out
-    further: Callable[[int], Sequence[Candidates]] = lambda count: ()  # up to so many more labelled prompts
-    pool: Callable[[], Sequence[Ids]] = tuple  # further held-out rows, for a server of which more must be seen
-
-    def cut_to(self, most: int | None) -> Probes:
-        """Rows and prompts for greedy texts up to their first `most` tokens; without labelled prompts that have more."""
-        if most is None:
-            return self
-        rows, prompts = ([ids[:most] for ids in texts] for texts in (self.rows, self.prompts))
-        labelled = [row for row in self.labelled if len(row.prompt) + max(map(len, row.completions)) <= most]
-        return replace(
-            self, rows=rows, prompts=prompts, labelled=labelled, most=most, too_long=len(self.labelled) - len(labelled)
-        )
 
 
 def check_prompts(live: InTorch, artefact: Artefact, probes: Probes) -> Check:

@@ -27,7 +27,8 @@ from lorakeet.exporting.tolerances import Q8, Allowed
 from lorakeet.planning.check import distinguishing_endings
 from lorakeet.train.progress import Count, uncounted
 from lorakeet.verification.artefact import Artefact, InTorch
-from lorakeet.verification.checks import Probes, named_check, scores_of_labels
+from lorakeet.verification.checks import named_check, scores_of_labels
+from lorakeet.verification.probes import Probes
 
 ALARM = 0.01  # of the checks of right artefacts, the most that the number of different answers fails
 ALIKE = 0.05  # of the checks of random answers, the most that pass

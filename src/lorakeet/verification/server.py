@@ -31,9 +31,10 @@ from lorakeet.models.inject import adapter_of
 from lorakeet.planning.check import GREEDY_TOKENS
 from lorakeet.runs.server_answer import CallRefused
 from lorakeet.verification.artefact import InTorch
-from lorakeet.verification.checks import Probes, answers_of_rows, check_ids, compare_labels, named_check
+from lorakeet.verification.checks import answers_of_rows, check_ids, compare_labels, named_check
 from lorakeet.verification.diagnose import LIKELY_CAUSE, cause_from_reported, changed_pairs
 from lorakeet.verification.modules import MINUTES, Further, check_modules
+from lorakeet.verification.probes import Probes
 from lorakeet.verification.rounding import LIKELY, Place, Reading, Reported, replicas, replicas_of_few_bits, seen_by
 from lorakeet.verification.same_file import check_same_file
 from lorakeet.verification.server_apis import TOP, Token, Written, find_api

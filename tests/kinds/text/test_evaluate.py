@@ -14,7 +14,8 @@ import torch
 from lorakeet.data.chat import Encoder
 from lorakeet.data.rows import Row, Turn
 from lorakeet.errors import DataError
-from lorakeet.kinds.text.evaluate import LIKELIEST_LABEL, NO_FEW_SHOT, TextEvaluator, sampled_texts
+from lorakeet.kinds.text.evaluate import LIKELIEST_LABEL, NO_FEW_SHOT, TextEvaluator
+from lorakeet.models.generate.sample import sampled_texts
 from lorakeet.models.inject import activate
 from lorakeet.models.text.load import set_attention
 from lorakeet.models.text.model import TextModel

@@ -108,7 +108,7 @@ def test_each_verb_that_reads_files_has_its_check() -> None:
 
 def test_the_quickstart_is_refused_an_old_folder_before_it_fetches(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """They are fetched first; and a dry run is told so by the verb."""
-    monkeypatch.setattr("lorakeet.verbs.quickstart_packages.installed_version", lambda need: None)
+    monkeypatch.setattr("lorakeet.verbs.packages.installed_version", lambda need: None)
     config = read_run(config_path(), {"out": str(tmp_path / "new")})
     early_checks.check_early("quickstart", FinetuneOptions(), config)
     (tmp_path / "old").mkdir()

@@ -23,6 +23,7 @@ from lorakeet.verbs.options import ServeOptions
 from lorakeet.verbs.vllm import vllm_process, with_vllm
 from lorakeet.verbs.vllm.vllm_process import VARIABLE
 from lorakeet.verbs.vllm.with_vllm import serve_with_vllm, vllm_command
+from lorakeet.verification.certify import HowCompared
 from tiny.exports import loud_run, write_model
 from tiny.fake_vllm import TESTS, fake_python
 from tiny.prepared import Prepared
@@ -89,8 +90,8 @@ def test_the_key_goes_to_the_verification_and_ctrl_c_in_it_is_no_success(
 ) -> None:
     given: dict[str, Any] = {}
 
-    def interrupted(opened: Any, options: Any, console: Any, *, key: str) -> None:
-        given["key"] = key
+    def interrupted(opened: Any, against: Any, how: HowCompared, console: Any, *, of: str) -> None:
+        given["key"] = how.key
         raise KeyboardInterrupt
 
     monkeypatch.setenv("VLLM_API_KEY", "sesame-sesame")

@@ -10,8 +10,7 @@ import numpy as np
 from rich.console import Console
 
 from lorakeet.config import RunConfig
-from lorakeet.core.initialise import seed_for
-from lorakeet.data.chat import Candidates, Encoder, Example, encode_rows
+from lorakeet.data.chat import Candidates, Encoder, encode_rows
 from lorakeet.data.few_shot import FewShot, choose_examples
 from lorakeet.data.leaks import counted_once
 from lorakeet.data.pack import Batch, micro_batches
@@ -31,7 +30,7 @@ from lorakeet.evaluate.temperature import calibrated
 from lorakeet.kinds.text.kept_answers import KeptAnswers
 from lorakeet.kinds.text.reply import ADAPTER, BASE, FEW_SHOT, FewShotLimits, Replier, few_shot_limits
 from lorakeet.memory.allocator import release_free_memory
-from lorakeet.models.generate.sample import sample
+from lorakeet.models.generate.sample import sampled_texts
 from lorakeet.models.generate.score import label_endings, label_scores, row_losses
 from lorakeet.models.inject import activate
 from lorakeet.models.text.compare import compare_outputs
@@ -251,18 +250,6 @@ class TextEvaluator:
                 read = [(row.ids, row.supervised.astype(np.int64)) for row in examples]
                 found = self.kept.numbers(system, read, score, tokens=counts)
         return RowLosses(system, found[:, 0], found[:, 1].astype(np.int64), row_groups(rows))
-
-
-def sampled_texts(text: TextModel, count: int, tokens: int, *, seed: int) -> list[Example]:
-    """Texts that the base samples from its BOS token at temperature 1; every token but the first is a target."""
-    activate(text.model, None)
-    start = next((t for t in (text.tokenizer.bos_token_id, text.tokenizer.eos_token_id) if t is not None), 0)
-    written = sample(text, [[int(start)]] * count, max_tokens=tokens, seed=seed_for(seed, "drift") % 2**31, temperature=1.0)
-    texts = [np.array([int(start), *ids], np.int64) for ids in written]
-    return [
-        Example(ids, np.arange(len(ids)) > 0, f"sample-{number}", None, False)
-        for number, ids in enumerate(texts) if len(ids) > 1
-    ]  # fmt: skip
 
 
 def _label(row: Row) -> str:

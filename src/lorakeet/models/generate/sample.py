@@ -17,10 +17,12 @@ from transformers.cache_utils import DynamicCache, DynamicLayer, DynamicSlidingW
 from transformers.modeling_outputs import BaseModelOutputWithPast
 
 from lorakeet.core.initialise import seed_for
+from lorakeet.data.chat import Example
 from lorakeet.data.prefix import PASS
 from lorakeet.memory.spill import Spill
 from lorakeet.models.attention import temperature_start
 from lorakeet.models.families import READS_PADDING
+from lorakeet.models.inject import activate
 from lorakeet.models.modules import decoder_of
 from lorakeet.models.text.load import ATTENTION_TOLERANCE, set_attention
 from lorakeet.models.text.model import TextModel
@@ -377,3 +379,15 @@ class _SpilledLayer(DynamicLayer):  # type: ignore[misc]
         self._spill.put((self._number, what, self._pieces), states.contiguous())
         self._pieces += last
         return whole
+
+
+def sampled_texts(text: TextModel, count: int, tokens: int, *, seed: int) -> list[Example]:
+    """Texts that the base samples from its BOS token at temperature 1; every token but the first is a target."""
+    activate(text.model, None)
+    start = next((t for t in (text.tokenizer.bos_token_id, text.tokenizer.eos_token_id) if t is not None), 0)
+    written = sample(text, [[int(start)]] * count, max_tokens=tokens, seed=seed_for(seed, "drift") % 2**31, temperature=1.0)
+    texts = [np.array([int(start), *ids], np.int64) for ids in written]
+    return [
+        Example(ids, np.arange(len(ids)) > 0, f"sample-{number}", None, False)
+        for number, ids in enumerate(texts) if len(ids) > 1
+    ]  # fmt: skip

@@ -15,7 +15,7 @@ from lorakeet.studio.screens.runs import lines_of
 from lorakeet.train.run import RunFolder
 from lorakeet.verbs.early.checks import require_new_run
 from lorakeet.verbs.options import VERBS
-from lorakeet.verbs.quickstart_packages import missing_packages
+from lorakeet.verbs.packages import missing_packages
 
 _NEWEST = 5
 

@@ -44,7 +44,7 @@ from lorakeet.verbs.options import (
     TuneOptions,
     VerifyOptions,
 )
-from lorakeet.verbs.quickstart_packages import missing_packages
+from lorakeet.verbs.packages import missing_packages
 
 
 def require_new_run(run: RunFolder) -> None:

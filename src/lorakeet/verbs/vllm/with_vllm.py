@@ -32,9 +32,9 @@ from lorakeet.serve.listening import LOOPBACK, require_free_port
 from lorakeet.train.durable import new_folder
 from lorakeet.train.interrupt import terminable
 from lorakeet.verbs.early.serving_options import vllm_flags
-from lorakeet.verbs.options import ServeOptions, VerifyOptions
-from lorakeet.verbs.verify import certify_artefacts
+from lorakeet.verbs.options import ServeOptions
 from lorakeet.verbs.vllm.vllm_process import INSTALL, KEY, base_url, running_vllm, vllm_python
+from lorakeet.verification.certify import HowCompared, certify_artefacts
 
 CHECK_ROWS = 4
 
@@ -137,8 +137,7 @@ def serve_with_vllm(options: ServeOptions, adapters: Mapping[str, Path], console
 def _verify(path: Path, target: str, model: str, key: str, console: Console) -> None:
     """VerificationFailed where the served adapter is not the live one."""
     opened = open_adapter(path, base=model, uncertified=True, say=lambda _: None)  # compared before the server began
-    check = VerifyOptions(str(path), against=(target,), rows=CHECK_ROWS, modules=False)
-    found = certify_artefacts(opened, check, console, key=key)
+    found = certify_artefacts(opened, [target], HowCompared(CHECK_ROWS, minutes=0.0, key=key), console, of=str(path))
     show_certificate(found, console)
     found.raise_if_failed()
 

@@ -1,21 +1,24 @@
-"""The packages that `lorakeet quickstart` needs besides Lorakeet's own: which are missing, and how they are fetched."""
+"""Python packages: which are missing, what `lorakeet quickstart` fetches, and the command that installs them."""
 
 from __future__ import annotations
 
 import importlib
+import os
 import shlex
+import shutil
 import subprocess
 import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
 from importlib import metadata
+from importlib.util import find_spec
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 from packaging.requirements import Requirement
 
 from lorakeet.data.locate import PACKAGE
 from lorakeet.errors import EnvironmentProblem
-from lorakeet.verbs.installer import install_command
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -125,3 +128,29 @@ def installed_version(need: Requirement) -> str | None:
     except metadata.PackageNotFoundError:
         return None
     return version if need.specifier.contains(version, prereleases=True) else None
+
+
+def install_command(words: Sequence[str], *flags: str) -> list[str]:
+    """Installs the requirements `words` here; `flags` are pip's, which uv has too.
+
+    An environment of `pipx install` or `uvx` may have no pip. Raises EnvironmentProblem where nothing is found that installs.
+    """
+    prefix = Path(sys.prefix)
+    if find_spec("pip"):
+        return [sys.executable, "-m", "pip", "install", *flags, *words]
+    if prefix.parent.name == "venvs" and (prefix / "pipx_metadata.json").is_file() and (pipx := shutil.which("pipx")):
+        return [pipx, "runpip", prefix.name, "install", *flags, *words]  # inject fails where dependencies are left out
+    if uv := os.environ.get("UV") or shutil.which("uv"):
+        return [uv, "pip", "install", "--python", sys.executable, *flags, *words]
+    raise EnvironmentProblem(
+        f"Neither pip, pipx nor uv is there to install {', '.join(words)} into {sys.prefix}. Install one of them."
+    )
+
+
+def pip_command(needs: list[Requirement], *flags: str) -> str:
+    """The command that installs these requirements into the environment that is running."""
+    words = [f"{need.name}{need.specifier}" for need in needs]
+    try:
+        return shlex.join(install_command(words, *flags))
+    except EnvironmentProblem as error:
+        return str(error)

@@ -15,9 +15,9 @@ from rich.console import Console
 
 from lorakeet.config import read_run
 from lorakeet.errors import EnvironmentProblem
-from lorakeet.verbs import quickstart_packages as module
+from lorakeet.verbs import packages as module
+from lorakeet.verbs.packages import NeededPackage, fetch_packages, install_command, missing_packages, pip_command
 from lorakeet.verbs.quickstart import config_path
-from lorakeet.verbs.quickstart_packages import NeededPackage, fetch_packages, missing_packages
 
 NAME = "lorakeet-tiny-rows"
 NEED = NeededPackage(Requirement(f"{NAME}==1.0"), "three rows", 0.1, alone=True)
@@ -111,3 +111,39 @@ def test_an_installer_that_installed_nothing_is_noticed(index: Path, monkeypatch
     monkeypatch.setattr(module.subprocess, "run", lambda command, **_: subprocess.CompletedProcess(command, 0, "", ""))
     with pytest.raises(EnvironmentProblem, match="reported success, but lorakeet-tiny-rows==1"):
         fetch_packages([NEED], quiet(), yes=True)
+
+
+@pytest.fixture
+def bare(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Path:
+    """An environment without pip, and without anything that could install into it."""
+    monkeypatch.setattr(module, "find_spec", lambda name: None)
+    monkeypatch.setattr(module.shutil, "which", lambda name: None)
+    monkeypatch.delenv("UV", raising=False)
+    prefix = tmp_path / "venvs" / "lorakeet"
+    prefix.mkdir(parents=True)
+    monkeypatch.setattr(sys, "prefix", str(prefix))
+    return prefix
+
+
+def test_pip_installs_where_it_is() -> None:
+    assert install_command(["a>=1"], "--no-deps") == [sys.executable, "-m", "pip", "install", "--no-deps", "a>=1"]
+
+
+def test_uv_installs_where_there_is_no_pip(bare: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("UV", "uv-of-uvx")
+    expected = ["uv-of-uvx", "pip", "install", "--python", sys.executable, "--quiet", "--no-deps", "a==1"]
+    assert install_command(["a==1"], "--quiet", "--no-deps") == expected
+
+
+def test_pipx_adds_to_an_environment_that_it_made(bare: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(module.shutil, "which", lambda name: f"/bin/{name}")
+    assert install_command(["a"])[0] == "/bin/uv"
+    (bare / "pipx_metadata.json").write_text("{}")
+    assert install_command(["a"]) == ["/bin/pipx", "runpip", "lorakeet", "install", "a"]
+    assert install_command(["a"], "--quiet", "--no-deps")[3:] == ["install", "--quiet", "--no-deps", "a"]
+
+
+def test_where_nothing_installs_the_message_says_so(bare: Path) -> None:
+    with pytest.raises(EnvironmentProblem, match=r"Neither pip, pipx nor uv is there to install a, b into .*lorakeet"):
+        install_command(["a", "b"])
+    assert pip_command([]).startswith("Neither pip, pipx nor uv")
