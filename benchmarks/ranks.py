@@ -44,6 +44,7 @@ from lorakeet.evaluate.likelihood import RowLosses
 from lorakeet.evaluate.spec import EvaluateSpec
 from lorakeet.kinds.text.assemble import TextAssembly, add_pairs, assemble_text, text_task
 from lorakeet.kinds.text.evaluate import TextEvaluator
+from lorakeet.kinds.text.rank_curve import moments_of
 from lorakeet.kinds.text.ranks import choose_ranks
 from lorakeet.models.fits import plan_of
 from lorakeet.models.inject import adapter_of, eject, trained_parameters
@@ -52,12 +53,12 @@ from lorakeet.models.text.adapters import add_adapter
 from lorakeet.ranks.allocate import pair_parameters
 from lorakeet.ranks.prune import START_OVER_END
 from lorakeet.ranks.resize import cut_to_budget
+from lorakeet.ranks.resize import spectra as spectra_of
 from lorakeet.ranks.spec import RanksSpec
 from lorakeet.runs.pruning import pruned_plan
 from lorakeet.train.loop import train
 from lorakeet.train.run import RunFolder
 from lorakeet.train.text.multi_adapter import Member, Progress, train_many
-from lorakeet.verbs.compress import weighed
 from lorakeet.verbs.quickstart import config_path
 
 LINES = Path(__file__).with_name("partial") / "ranks.jsonl"
@@ -216,7 +217,7 @@ def _compressed(setup: TextAssembly, name: str, adapter: Adapter, at: Progress) 
     """The adapter on the model cut to the parameters of lower ranks, each measured."""
     text, found = setup.text, []
     plan = plan_of(text.model, adapter)
-    spectra = weighed(adapter, text, setup.config, setup.train.examples[:256], "loss", name)
+    spectra = spectra_of(adapter, moments_of(text, setup.config, setup.train.examples[:256], name), "loss")
     for arm, rank in COMPRESSED.items():
         budget = pair_parameters(replace(plan, entries=tuple(replace(entry, rank=rank) for entry in plan.entries)))
         cut = cut_to_budget(adapter, plan, spectra, budget)

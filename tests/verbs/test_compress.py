@@ -7,12 +7,10 @@ import itertools
 import re
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass, field, replace
+from dataclasses import replace
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 
-import numpy as np
 import pytest
 import torch
 from rich.console import Console
@@ -21,10 +19,10 @@ from lorakeet.config import dump_yaml, read_run
 from lorakeet.core.adapter import Adapter
 from lorakeet.errors import ConfigError, DataError, VerificationFailed
 from lorakeet.evaluate.certificate import read_certificate
-from lorakeet.evaluate.likelihood import RowLosses
 from lorakeet.evaluate.report.report import read_report
-from lorakeet.evaluate.spec import EvaluateSpec
 from lorakeet.formats.peft import peft
+from lorakeet.kinds.text import rank_curve as curves
+from lorakeet.kinds.text.rank_curve import CHOSEN_HERE
 from lorakeet.runs.open_adapter import open_adapter
 from lorakeet.verbs import compress as compressing
 from lorakeet.verbs.compress import compress
@@ -82,7 +80,7 @@ def compressed(trained: Path, tmp_path_factory: pytest.TempPathFactory, said: Co
         console.print(f"{what} ({sum(done)} of {total} done)")
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(compressing, "counted", to_the_end)
+        patch.setattr(curves, "counted", to_the_end)
         result = compress(CompressOptions(str(trained), out=tmp_path_factory.mktemp("cut") / "cut", **WIDE), console=said)
     assert tree(trained) == before
     return result
@@ -152,8 +150,8 @@ def test_a_size_that_is_measured_on_the_rows_that_chose_it_is_said_to_be(compres
     config.write_text(dump_yaml(replace(before, data=replace(before.data, test=None))))
     options = CompressOptions(str(trained / "adapter"), out=tmp_path / "cut", config=config, **WIDE)
     found = compress(options, console=quiet())
-    assert found.report.part == "held-out" and compressing.CHOSEN_HERE in found.report.warnings
-    assert compressing.CHOSEN_HERE not in compressed.report.warnings, "there are test rows"
+    assert found.report.part == "held-out" and CHOSEN_HERE in found.report.warnings
+    assert CHOSEN_HERE not in compressed.report.warnings, "there are test rows"
 
 
 def test_the_requested_size_is_what_is_written(trained: Path, tmp_path: Path) -> None:
@@ -214,38 +212,6 @@ def test_rows_too_few_to_show_anything_are_said_before_anything_is_loaded(
     for share, words in (("2%", few), ("0", "no number of rows shows")):
         with pytest.raises(ConfigError, match=words):
             compress(CompressOptions(str(trained), out=tmp_path / "cut", metric_tolerance=share), console=quiet())
-
-
-@dataclass(frozen=True)
-class MadeUpEvaluator:
-    """Forty rows whose mean loss is 3 with the base, 1 with the whole adapter, and as `mean` says with the cut on the model."""
-
-    mean: dict[str, float]
-    config: Any
-    text: Any
-    encoder: Any
-    name: str = ""
-    console: Any = field(default_factory=quiet)
-
-    def fitting(self) -> list[int]:
-        return list(range(40))
-
-    def losses(self, rows: list[int], system: str) -> RowLosses:
-        mean = 3.0 if system == "base" else self.mean.get(self.name, 1.0)
-        return RowLosses(system, mean + 0.2 * np.sin(np.arange(40.0)), np.ones(40, int))
-
-
-def test_a_cut_is_taken_only_below_larger_ones_that_are_good(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Otherwise the luckiest of eight cuts would pass for the smallest that loses nothing."""
-    mean: dict[str, float] = {}
-    monkeypatch.setattr(compressing, "attach", lambda model, adapter, name: mean.update({name: adapter}))
-    monkeypatch.setattr(compressing, "eject", lambda model, name: mean.pop(name))
-    lost = {10: 0.0, 50: 0.0, 40: 0.0, 30: 0.5, 20: 0.0}
-    cuts: list[Any] = [SimpleNamespace(name=f"cut to {size}", parameters=size, adapter=1 + less) for size, less in lost.items()]
-    parts = SimpleNamespace(evaluate=EvaluateSpec()), SimpleNamespace(model=None), SimpleNamespace(labels=())
-    evaluator: Any = MadeUpEvaluator(mean, *parts)
-    curve, margin = compressing._curve(evaluator, cuts, None, 60, (0.01, 0.01))
-    assert curve.marked == "cut to 40" and margin.loss == pytest.approx(0.01, rel=0.1)
 
 
 def test_what_there_is_to_lose(finished: Any, trained: Path, tmp_path: Path) -> None:

@@ -11,9 +11,9 @@ import numpy as np
 from scipy import special
 
 from lorakeet.errors import DataError
-from lorakeet.evaluate.answers import HIGHER_IS_BETTER, Answers
+from lorakeet.evaluate.answers import HIGHER_IS_BETTER, Answers, measure
 from lorakeet.evaluate.intervals import UNBOUNDED, Estimate, Floats, Statistic, ratio, ratio_with_test
-from lorakeet.evaluate.likelihood import RowLosses
+from lorakeet.evaluate.likelihood import RowLosses, measure_losses
 from lorakeet.evaluate.paired import (
     MCNEMAR,
     RANDOMISATION,
@@ -241,6 +241,11 @@ Scores = Answers | RowLosses
 def per_row(scores: Scores) -> Floats:
     """The loss of each row in nats (n,): −log p of the right label, or the summed loss of its tokens."""
     return scores.surprise if isinstance(scores, Answers) else scores.losses
+
+
+def measure_scores(scores: Scores, spec: EvaluateSpec) -> dict[str, Estimate]:
+    """Every metric of what one system scored, with its interval."""
+    return measure(scores, spec) if isinstance(scores, Answers) else measure_losses(scores, spec)
 
 
 def compare_scores(left: Scores, right: Scores, spec: EvaluateSpec) -> tuple[Comparison, ...]:

@@ -27,7 +27,7 @@ from lorakeet.core.math import alpha_for
 from lorakeet.core.plan import Plan
 from lorakeet.errors import ConfigError, DataError, Problems
 from lorakeet.models import modules
-from lorakeet.ranks.allocate import allocate
+from lorakeet.ranks.allocate import allocate, pair_parameters
 from lorakeet.ranks.spec import parameter_count
 
 DAMPING = 0.01  # share of the mean of C and S added to every direction, since few rows leave some unseen
@@ -170,3 +170,37 @@ def cut_to_target(text: str, adapter: Adapter, plan: Plan, found: Mapping[str, S
     if not number.isdigit() or not 1 <= int(number) < highest:
         raise ConfigError(f"--to is {text!r}; expected parameters such as 0.5M, or 'rank N' with N from 1 to {highest - 1}.")
     return cut_to_ranks(adapter, found, dict.fromkeys(adapter.pairs, int(number)))
+SHARES = (0.75, 0.5, 0.375, 0.25, 0.1875, 0.125, 0.0625, 0.03125)  # of the pairs' parameters: the points of the curve
+
+
+@dataclass(frozen=True)
+class RankedCut:
+    """An adapter cut to a size, and what that is called."""
+
+    name: str
+    adapter: Adapter
+    parameters: int
+
+
+def sizes_of(adapter: Adapter, plan: Plan, found: Mapping[str, Spectrum], to: str | None) -> list[RankedCut]:
+    """The requested size, then the other sizes of the curve, the largest first."""
+    full = pair_parameters(plan)
+    least = pair_parameters(replace(plan, entries=tuple(replace(entry, rank=1) for entry in plan.entries)))
+    cuts = [] if to is None else [_size(cut_to_target(to, adapter, plan, found))]
+    if to is not None and cuts[0].parameters >= full:
+        raise ConfigError(f"--to {to} is not less than the {full:,} parameters of the pairs. Give a smaller size.")
+    for share in SHARES:
+        if least <= round(share * full) < full:
+            item = _size(cut_to_budget(adapter, plan, found, round(share * full)))
+            if item.parameters not in {other.parameters for other in cuts}:
+                cuts.append(item)
+    if not cuts:
+        raise ConfigError(f"The pairs have {full:,} parameters and rank 1 each: there is nothing to cut. Keep the adapter.")
+    return cuts
+
+
+def _size(adapter: Adapter) -> RankedCut:
+    parameters = sum(pair.A.numel() + pair.B.numel() for pair in adapter.pairs.values())
+    ranks = sorted({pair.rank for pair in adapter.pairs.values()})
+    span = f"rank {ranks[0]}" if len(ranks) == 1 else f"ranks {ranks[0]}-{ranks[-1]}"
+    return RankedCut(f"{parameters:,} parameters, {span}", adapter, parameters)

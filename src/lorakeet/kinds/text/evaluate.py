@@ -20,6 +20,7 @@ from lorakeet.data.rows import Row, row_groups
 from lorakeet.errors import ConfigError, DataError
 from lorakeet.evaluate.answers import Answers
 from lorakeet.evaluate.baselines import majority_class, tfidf_logistic
+from lorakeet.evaluate.compare import Scores
 from lorakeet.evaluate.intervals import Floats
 from lorakeet.evaluate.judge import ReplyPair
 from lorakeet.evaluate.likelihood import RowLosses, label_log_probs
@@ -107,9 +108,7 @@ class TextEvaluator:
             )  # fmt: skip
         else:
             losses = self.losses(rows, BASE), self.losses(rows, ADAPTER)
-            common = self.config, self.text, self.encoder, self.console, self.name
-            replier = Replier(*common, self.metric, self.residency, self.kept)
-            answered = replier.answered(rows, baseline_rows)
+            answered = self.replier().answered(rows, baseline_rows)
             texts, truths = ([text_of_turns(row, supervised=supervised) for row in rows] for supervised in (False, True))
             if answered is not None:  # whose references are the truth
                 texts = [_before_last(row) for row in rows]
@@ -177,6 +176,15 @@ class TextEvaluator:
     def short_enough(self) -> list[Row]:
         """The rows of at most data.max_tokens tokens."""
         return [row for row in self.rows if self.encoder.encode(row) is not None]
+
+    def replier(self) -> Replier:
+        """What writes replies with the same model."""
+        own = self.metric, self.residency, self.kept
+        return Replier(self.config, self.text, self.encoder, self.console, self.name, *own)
+
+    def scores(self, rows: Sequence[Row], system: str) -> Scores:
+        """The answers of `system` to labelled rows; its losses on others."""
+        return self.answers(rows, system) if self.encoder.labels else self.losses(rows, system)
 
     def answers(self, rows: Sequence[Row], system: str) -> Answers:
         """The label probabilities of `system` on labelled rows."""

@@ -176,5 +176,4 @@ def _scores(opened: Opened, dataset: Dataset, base: str, console: Console) -> An
     encoder = Encoder(text.tokenizer, opened.config.data, dataset.labels)
     evaluator = TextEvaluator(opened.config, text, encoder, dataset.held_out, console, NAME)
     with stream_closed(text):
-        rows = evaluator.fitting()
-        return replace(evaluator.answers(rows, ADAPTER) if dataset.labels else evaluator.losses(rows, ADAPTER), system=base)
+        return replace(evaluator.scores(evaluator.fitting(), ADAPTER), system=base)

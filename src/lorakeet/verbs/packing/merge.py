@@ -193,8 +193,7 @@ class Merging:
         evaluated = self.dataset.test or self.dataset.held_out
         config = self.opened.config.changed(train={"micro_tokens": MICRO_TOKENS})
         evaluator = TextEvaluator(config, text, encoder, evaluated, self.console, NAME)
-        rows = evaluator.fitting()
-        return evaluator.answers(rows, system) if self.dataset.labels else evaluator.losses(rows, system)
+        return evaluator.scores(evaluator.fitting(), system)
 
     @staticmethod
     def _folded(text: TextModel, path: str) -> nn.Module:
