@@ -42,8 +42,8 @@ from lorakeet.runs.open_adapter import Opened, open_adapter
 from lorakeet.runs.output_paths import folder_above
 from lorakeet.runs.residency import RESIDENT, MemoryPlan, Residency, Way, require_planned_attention
 from lorakeet.verbs.merge import merge
+from lorakeet.verbs.merges import into_packed as merge_packed
 from lorakeet.verbs.options import MergeOptions, QuantizeOptions
-from lorakeet.verbs.packing import merge as merge_packed
 from lorakeet.verbs.quantize import quantize
 from tiny.gguf_file import write_tiny_gguf
 from tiny.held import HeldBytes, counted_from

@@ -21,8 +21,8 @@ from lorakeet.settings import load as load_settings
 from lorakeet.verbs.evaluate import evaluate as evaluate_verb
 from lorakeet.verbs.export import Exported
 from lorakeet.verbs.export import export as export_verb
-from lorakeet.verbs.merge import Merged
 from lorakeet.verbs.merge import merge as merge_verb
+from lorakeet.verbs.merges.into_model import Merged
 from lorakeet.verbs.options import EvaluateOptions, ExportOptions, MergeOptions, PredictOptions, VerifyOptions
 from lorakeet.verbs.predict import Predicted
 from lorakeet.verbs.predict import predict as predict_verb

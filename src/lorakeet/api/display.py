@@ -14,7 +14,7 @@ from lorakeet.evaluate.certificate import Certificate
 from lorakeet.evaluate.report.report import Report, render_html
 from lorakeet.evaluate.wording import bytes_text
 from lorakeet.kinds.protocol import PlanResult
-from lorakeet.verbs.merge import Merged
+from lorakeet.verbs.merges.into_model import Merged
 
 _LONGEST = 290  # characters
 HEAD = ("weights", "shape", "rank", "scale", "trained parameters")

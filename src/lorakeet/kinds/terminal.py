@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
@@ -128,6 +128,12 @@ def show_certificate(certificate: Certificate, console: Console) -> None:
         console.print(Text(f"{certificate.verdict}.", style="bold yellow"))
 
 
+def conclude(certificate: Certificate, console: Console) -> None:
+    """Prints the certificate. Raises VerificationFailed if a check failed."""
+    show_certificate(certificate, console)
+    certificate.raise_if_failed()
+
+
 def show_peak(result: PlanResult, console: Console, how: str = "") -> None:
     """Prints the peak of a planned run against its budget; `how` says how it is computed."""
     against = ""
@@ -167,3 +173,11 @@ def _cell(estimate: Estimate | None, words: MetricWords) -> Text:
     if estimate is None:
         return Text("")
     return Text(f"{words.level(estimate.value)} [{words.ends(estimate, between=', ')}]")
+
+
+def show_matrices(found: Mapping[str, tuple[int, float]], console: Console) -> None:
+    """A table of the rank and the relative error of each matrix."""
+    table = WholeTable("matrix", "rank", "relative error", title="‖ΔW − B·A‖ / ‖ΔW‖", title_justify="left")
+    for path, (rank, error) in found.items():
+        table.add_row(Text(path), str(rank), f"{error:.4f}")
+    console.print(table)

@@ -35,6 +35,12 @@ def require_absent(out: Path) -> None:
         raise ConfigError(said, code="output-exists", values={"path": str(out)})
 
 
+def require_new(out: Path) -> None:
+    """Raises ConfigError if something is at `out`, EnvironmentProblem unless it can be made."""
+    require_absent(out)
+    require_place(out)
+
+
 def require_empty(out: Path) -> None:
     """Raises ConfigError unless `out` is missing or an empty folder, and EnvironmentProblem where it cannot be made."""
     if out.exists() and not (out.is_dir() and not any(out.iterdir())):

@@ -14,7 +14,7 @@ from rich.console import Console
 
 from lorakeet.disk import written_whole
 from lorakeet.errors import ConfigError, EnvironmentProblem, PackageMissing
-from lorakeet.evaluate.certificate import Certificate, read_certificate
+from lorakeet.evaluate.certificate import CERTIFICATE, Certificate, read_certificate
 from lorakeet.evaluate.report.report import Report, read_report
 from lorakeet.evaluate.values import encode
 from lorakeet.exporting import ollama
@@ -43,7 +43,7 @@ from lorakeet.verbs.options import ExportOptions
 from lorakeet.verification.certify import HowCompared, certify_artefacts
 from lorakeet.verification.checks import named_check
 
-CERTIFICATE, README = "certificate.json", "README.md"
+README = "README.md"
 CHECK_ROWS = 8
 
 

@@ -9,34 +9,33 @@ from typing import Any
 
 from rich.console import Console
 
-from lorakeet.data.chat import Encoder, Example, encode_rows
+from lorakeet.data.chat import Example
 from lorakeet.data.pack import micro_batches
 from lorakeet.data.prepare import find_labels
 from lorakeet.data.read import read_rows
 from lorakeet.data.rows import Row
 from lorakeet.data.spec import DataSpec
 from lorakeet.errors import DataError, percent
-from lorakeet.evaluate.certificate import Certificate, tolerance_check
+from lorakeet.evaluate.certificate import CERTIFICATE, Certificate, tolerance_check
 from lorakeet.evaluate.spec import EvaluateSpec
 from lorakeet.evaluate.values import encode
 from lorakeet.formats.peft import peft
-from lorakeet.kinds.terminal import progress_line, show_certificate
+from lorakeet.kinds.terminal import conclude, progress_line, show_matrices
 from lorakeet.merging.checkpoint import open_checkpoint
 from lorakeet.merging.extract import Extracted, extract_adapter
 from lorakeet.models.files.quantized import skeleton
 from lorakeet.models.files.source import find_source
-from lorakeet.models.generate.sample import sampled_texts
 from lorakeet.models.spec import ModelSpec
 from lorakeet.models.text.adapters import add_adapter
-from lorakeet.models.text.compare import compare_outputs, first_tokens
+from lorakeet.models.text.compare import compare_outputs
 from lorakeet.models.text.load import load_text_model, read_config
 from lorakeet.models.text.model import TextModel
 from lorakeet.planning.check import MERGE_TOKENS, why_not_on_gpu
 from lorakeet.runs.certified import certified_whole, identified
 from lorakeet.runs.open_adapter import NAME
-from lorakeet.runs.output_paths import require_absent, require_place
-from lorakeet.verbs.merge import CERTIFICATE, CHECK_TOKENS, SAMPLED_TEXTS, SAMPLED_TOKENS, show_matrices
+from lorakeet.runs.output_paths import require_new
 from lorakeet.verbs.options import ExtractOptions
+from lorakeet.verification.merged_model import rows_to_read
 
 
 @dataclass(frozen=True)
@@ -70,8 +69,7 @@ def extract(options: ExtractOptions, *, console: Console) -> ExtractedAdapter:
     models do not share, VerificationFailed (exit code 3) where the adapter does not bring the base nearer to the tuned model.
     """
     out, tuned, base, data = options.out, options.tuned, options.base, options.data or ""
-    require_absent(out)
-    require_place(out)
+    require_new(out)
     rows = tuple(read_rows(data, DataSpec(train=data))) if data else ()
     folder, source = (find_source(ModelSpec(path=name), console.print) for name in (tuned, base))
     plain = skeleton(read_config(source))
@@ -90,8 +88,7 @@ def extract(options: ExtractOptions, *, console: Console) -> ExtractedAdapter:
         certificate = identified(certificate, made, ModelSpec(path=base))
         certificate.write(made / CERTIFICATE)
     console.print(f"Wrote an adapter of {found.adapter.parameters:,} parameters to {out}", soft_wrap=True)
-    show_certificate(certificate, console)
-    certificate.raise_if_failed()
+    conclude(certificate, console)
     return ExtractedAdapter(out, found, certificate)
 
 
@@ -110,13 +107,11 @@ def _show(found: Extracted, console: Console) -> None:
 
 def _examples(rows: Sequence[Row], data: str, text: TextModel) -> Sequence[Example]:
     """The rows with every token a target, or texts that `text` writes where there are none."""
-    if not rows:
-        return sampled_texts(text, SAMPLED_TEXTS, SAMPLED_TOKENS, seed=EvaluateSpec().seed)
-    spec = DataSpec(train=data, supervise="all")
-    found = encode_rows(rows, Encoder(text.tokenizer, spec, find_labels(rows, spec))).examples
-    if not found:
+    spec = DataSpec(train=data)
+    found = rows_to_read(text, rows or None, spec, find_labels(rows, spec), seed=EvaluateSpec().seed)
+    if rows and not found:
         raise DataError(f"{data} has no row that could be read as tokens; name a file with rows in --data.")
-    return first_tokens(found, CHECK_TOKENS)
+    return found
 
 
 def _certify(

@@ -15,8 +15,10 @@ from torch import Tensor
 from lorakeet.core.adapter import Adapter
 from lorakeet.core.layers.experts import stored_transposed
 from lorakeet.core.tiled_product import RowSource, parts
-from lorakeet.data.chat import Example
+from lorakeet.data.chat import Encoder, Example, encode_rows
 from lorakeet.data.pack import micro_batches
+from lorakeet.data.rows import Row
+from lorakeet.data.spec import DataSpec
 from lorakeet.errors import ConfigError
 from lorakeet.evaluate.certificate import Certificate, Check, tolerance_check, worst_layer
 from lorakeet.evaluate.parity import TOLERANCES, Parity, Precision
@@ -24,18 +26,31 @@ from lorakeet.evaluate.spec import EvaluateSpec
 from lorakeet.merging.checkpoint import Checkpoint, open_checkpoint
 from lorakeet.merging.combine import Combination, Combined, dense_delta
 from lorakeet.merging.edits import find_shared, fold_change
+from lorakeet.models.generate.sample import sampled_texts
 from lorakeet.models.modules import find, kind_of, unwrapped
 from lorakeet.models.streaming.load import Changes
-from lorakeet.models.text.compare import Side, compare_outputs
+from lorakeet.models.text.compare import Side, compare_outputs, first_tokens
 from lorakeet.models.text.folded_weights import folded_weights, frozen_weights
 from lorakeet.models.text.model import TextModel
 from lorakeet.planning.check import MERGE_TOKENS
 
+CHECK_TOKENS = 8192  # at most so many tokens of rows go through both models
+SAMPLED_TEXTS, SAMPLED_TOKENS = 32, 64  # where there are no rows, a model writes these itself
 ROW_TOLERANCE = 1e-4  # of one row of a weight; a pair that matters moves it by 1e-3 and more
 FLIPS = 3
 COMBINED_TOLERANCE = 1e-4  # of a matrix's ΔW; fp32 sums differ by about 1e-6 of it
 WEIGHT_TOLERANCE = 1e-5  # sums in another order differ by about 1e-7 of a weight; a pair that matters moves it by 1e-3 and more
 PRECISIONS: dict[str, Precision] = {"float32": "fp32", "bfloat16": "bf16", "float16": "fp16"}
+
+
+def rows_to_read(
+    text: TextModel, rows: Sequence[Row] | None, data: DataSpec, labels: Sequence[str], *, seed: int
+) -> Sequence[Example]:
+    """What two models are compared on: the first tokens of `rows`, every one a target; without rows, texts that `text` writes."""
+    if rows is None:
+        return sampled_texts(text, SAMPLED_TEXTS, SAMPLED_TOKENS, seed=seed)
+    encoder = Encoder(text.tokenizer, replace(data, supervise="all"), tuple(labels))
+    return first_tokens(encode_rows(rows, encoder).examples, CHECK_TOKENS)
 
 
 def certify_merge(

@@ -22,7 +22,7 @@ from lorakeet.formats.detect import detect, read_certified
 from lorakeet.formats.identity import require_base
 from lorakeet.formats.limits import check_vllm, misread_by_vllm, uniform, vllm_max_rank
 from lorakeet.formats.peft import peft
-from lorakeet.kinds.terminal import show_certificate
+from lorakeet.kinds.terminal import conclude
 from lorakeet.models.files.source import find_source
 from lorakeet.models.spec import ModelSpec
 from lorakeet.runs.certified import base_identity
@@ -138,8 +138,7 @@ def _verify(path: Path, target: str, model: str, key: str, console: Console) -> 
     """VerificationFailed where the served adapter is not the live one."""
     opened = open_adapter(path, base=model, uncertified=True, say=lambda _: None)  # compared before the server began
     found = certify_artefacts(opened, [target], HowCompared(CHECK_ROWS, minutes=0.0, key=key), console, of=str(path))
-    show_certificate(found, console)
-    found.raise_if_failed()
+    conclude(found, console)
 
 
 def _until_it_ends(process: subprocess.Popen[bytes]) -> None:

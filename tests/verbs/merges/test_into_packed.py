@@ -22,9 +22,9 @@ from lorakeet.formats.peft import peft
 from lorakeet.models.text.packed_layout import read_layout
 from lorakeet.runs.open_adapter import open_adapter
 from lorakeet.verbs.merge import merge
+from lorakeet.verbs.merges import into_packed as packing
+from lorakeet.verbs.merges.packing_steps import FEEDBACK, FINISHED, NEAREST, WRITTEN
 from lorakeet.verbs.options import MergeOptions, QuantizeOptions
-from lorakeet.verbs.packing import merge as packing
-from lorakeet.verbs.packing.merge import FEEDBACK, FINISHED, NEAREST, WRITTEN
 from lorakeet.verbs.quantize import quantize
 from tiny.adapters import random_adapter
 from tiny.dense import folded
@@ -136,7 +136,7 @@ def test_a_run_on_gptq_prints_a_merge_that_works(on_gptq: Path) -> None:
 
 def test_less_than_was_asked_for_is_a_failure_that_says_what_survived(on_gptq: Path, tmp_path: Path) -> None:
     """A file whose own form has lost the adapter, as when none of it reaches the codes."""
-    from lorakeet.verbs.packing import merge as workflow
+    from lorakeet.verbs.merges import into_packed as workflow
 
     real = workflow.write_repacked
 

@@ -1,4 +1,4 @@
-"""`verbs.packing.base_choice`: both bases of a quantised run are measured, the better one is merged into, and it is said why."""
+"""`verbs.merges.base_choice`: both bases of a quantised run are measured, the better one is merged into, and it is said why."""
 
 from __future__ import annotations
 
@@ -19,9 +19,9 @@ from lorakeet.models.modules import original_modules
 from lorakeet.quant.packed import PackedLinear
 from lorakeet.runs.open_adapter import Opened, open_adapter
 from lorakeet.verbs.merge import merge
+from lorakeet.verbs.merges import base_choice as workflow
+from lorakeet.verbs.merges.base_choice import BASES, BaseChoice, both_bases, choose_base
 from lorakeet.verbs.options import MergeOptions, QuantizeOptions
-from lorakeet.verbs.packing import base_choice as workflow
-from lorakeet.verbs.packing.base_choice import BASES, BaseChoice, both_bases, choose_base
 from lorakeet.verbs.quantize import quantize
 from tiny.dense import folded
 from tiny.gguf_file import write_tiny_gguf

@@ -13,9 +13,8 @@ from rich.console import Console
 from lorakeet.data.chat import Encoder
 from lorakeet.data.prepare import Dataset
 from lorakeet.errors import ConfigError
-from lorakeet.evaluate.answers import Answers, measure
-from lorakeet.evaluate.compare import Comparison, compare_answers, compare_losses
-from lorakeet.evaluate.likelihood import RowLosses, measure_losses
+from lorakeet.evaluate.answers import Answers
+from lorakeet.evaluate.compare import Comparison, Scores, compare_answers, compare_scores, measure_scores
 from lorakeet.evaluate.report.report import Report, SystemResult
 from lorakeet.evaluate.values import encode
 from lorakeet.kinds.terminal import show_results
@@ -143,16 +142,12 @@ def _measured(bases: Bases, dataset: Dataset, console: Console) -> BaseChoice:
     gc.collect()  # … and before those that are merged and checked
     spec = bases.of("original").config.evaluate
     original, dequantised = found["original"], found["dequantised"]
-    comparisons: tuple[Comparison, ...]
     if isinstance(original, Answers) and isinstance(dequantised, Answers):
         comparisons = compare_answers(dequantised, original, spec)
-        deciding = next(item for item in comparisons if item.metric == "log_loss")
-        metrics = {"original": measure(original, spec), "dequantised": measure(dequantised, spec)}
     else:
-        assert isinstance(original, RowLosses) and isinstance(dequantised, RowLosses)
-        deciding = compare_losses(dequantised, original, spec)
-        comparisons = (deciding,)
-        metrics = {"original": measure_losses(original, spec), "dequantised": measure_losses(dequantised, spec)}
+        comparisons = compare_scores(dequantised, original, spec)
+    deciding = next(item for item in comparisons if item.metric in ("log_loss", "loss"))
+    metrics = {name: measure_scores(scores, spec) for name, scores in found.items()}
     best: Base = "dequantised" if deciding.difference.value < 0 else "original"
     systems = tuple(SystemResult(name, "adapter" if name == best else "base", values) for name, values in metrics.items())
     task: Literal["classification", "language"] = "classification" if deciding.metric == "log_loss" else "language"
@@ -167,7 +162,7 @@ def _measured(bases: Bases, dataset: Dataset, console: Console) -> BaseChoice:
     return BaseChoice(best, why, systems, (deciding, *(item for item in comparisons if item is not deciding)))
 
 
-def _scores(opened: Opened, dataset: Dataset, base: str, console: Console) -> Answers | RowLosses:
+def _scores(opened: Opened, dataset: Dataset, base: str, console: Console) -> Scores:
     console.print(f"Measuring the adapter over the {base} base")
     gc.collect()  # a model before this one, whose parts know each other
     workload = Workload(bool(dataset.labels), sum(len(row.text) for row in dataset.held_out))
