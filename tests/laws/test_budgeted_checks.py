@@ -20,9 +20,9 @@ from lorakeet.memory.store import StoreWriter
 from lorakeet.merging.merged_folder import MergeResult, merge_into
 from lorakeet.planning.check import ModelCheck
 from lorakeet.runs.residency import MemoryPlan, Way
-from lorakeet.verbs import merge as workflow
 from lorakeet.verbs.export import export
 from lorakeet.verbs.merge import merge
+from lorakeet.verbs.merges import into_model as workflow
 from lorakeet.verbs.options import ExportOptions, MergeOptions, VerifyOptions
 from lorakeet.verbs.verify import verify
 from tiny.models import save_tiny_llama

@@ -18,8 +18,8 @@ from lorakeet.errors import ConfigError, VerificationFailed
 from lorakeet.evaluate.certificate import read_certificate
 from lorakeet.formats.peft import peft
 from lorakeet.merging.combine import METHODS, Combination
-from lorakeet.verbs import merge as workflow
 from lorakeet.verbs.merge import merge
+from lorakeet.verbs.merges import into_model as workflow
 from lorakeet.verbs.options import MergeOptions
 from tiny.adapters import random_adapter
 from tiny.dense import change
@@ -116,7 +116,7 @@ def test_a_combined_adapter_that_went_wrong_is_named(
     adapters: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     real = peft.write
-    monkeypatch.setattr(workflow.peft, "write", lambda adapter, folder: real(damaged(adapter), folder))
+    monkeypatch.setattr(peft, "write", lambda adapter, folder: real(damaged(adapter), folder))
     with pytest.raises(VerificationFailed, match=r"worst layer is model\.layers\.1\.mlp\.down_proj"):
         merge(MergeOptions(adapters, out=tmp_path / "both"), console=quiet())
     assert not read_certificate(tmp_path / "both" / "certificate.json").passed

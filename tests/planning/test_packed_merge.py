@@ -43,6 +43,7 @@ from lorakeet.runs.output_paths import folder_above
 from lorakeet.runs.residency import RESIDENT, MemoryPlan, Residency, Way, require_planned_attention
 from lorakeet.verbs.merge import merge
 from lorakeet.verbs.merges import into_packed as merge_packed
+from lorakeet.verbs.merges import packing_steps
 from lorakeet.verbs.options import MergeOptions, QuantizeOptions
 from lorakeet.verbs.quantize import quantize
 from tiny.gguf_file import write_tiny_gguf
@@ -165,8 +166,9 @@ def test_a_gguf_file_is_patched_to_the_same_bytes(
 @pytest.fixture
 def held(monkeypatch: pytest.MonkeyPatch) -> Iterator[HeldBytes]:
     """Counts tensors from the first model of a merge on; micro-batches are small, as there are few tokens."""
-    monkeypatch.setattr(merge_packed, "MICRO_TOKENS", 256)
-    with counted_from(merge_packed.Merging, "measure_live") as counting:
+    for module in (merge_packed, packing_steps):
+        monkeypatch.setattr(module, "MICRO_TOKENS", 256)
+    with counted_from(packing_steps.Merging, "measure_live") as counting:
         yield counting
 
 
@@ -291,22 +293,22 @@ def test_the_result_is_counted_on_its_own_disk(runs: Path, going: Any, tmp_path:
 def test_one_layer_at_a_time_is_dense(runs: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """While a layer is rounded no other is plain numbers, and nothing of its size is kept after it."""
     held: list[set[str]] = []
-    real = merge_packed.fold_layers
+    real = packing_steps.fold_layers
 
     def watched(model: nn.Module, name: str, paths: list[str]) -> None:
         real(model, name, paths)
         held.append({path for path in watching if type(find(model, path)) is nn.Linear})
 
     watching = list(open_adapter(runs / "on_nf4").adapter.pairs)
-    monkeypatch.setattr(merge_packed, "fold_layers", watched)
-    rounding = merge_packed.round_with_feedback
+    monkeypatch.setattr(packing_steps, "fold_layers", watched)
+    rounding = packing_steps.round_with_feedback
     found = []
 
     def kept(*given: object, **more: object) -> object:
         found.append(rounding(*given, **more))  # type: ignore[arg-type]
         return found[-1]
 
-    monkeypatch.setattr(merge_packed, "round_with_feedback", kept)
+    monkeypatch.setattr(packing_steps, "round_with_feedback", kept)
     merge(MergeOptions((str(runs / "on_nf4"),), out=tmp_path / "out", memory="8GiB", **FEW_ROWS), console=quiet())
     assert all(len(dense) == 1 for dense in held) and len(held) == 6 * (7 + 7)
     assert len(found) == 6 * 7 and all(one.latent is None for one in found)

@@ -23,8 +23,8 @@ from lorakeet.errors import ConfigError, DataError, EnvironmentProblem, Verifica
 from lorakeet.evaluate.certificate import Certificate, read_certificate
 from lorakeet.formats.peft import peft
 from lorakeet.merging.merged_folder import MergeResult, merge_into
-from lorakeet.verbs import merge as workflow
 from lorakeet.verbs.merge import merge
+from lorakeet.verbs.merges import into_model as workflow
 from lorakeet.verbs.options import MergeOptions
 from tiny.models import save_tiny_llama
 from tiny.peft_oracle import by_peft
