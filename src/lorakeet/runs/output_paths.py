@@ -35,7 +35,7 @@ def require_absent(out: Path) -> None:
         raise ConfigError(said, code="output-exists", values={"path": str(out)})
 
 
-def require_new(out: Path) -> None:
+def require_new_place(out: Path) -> None:
     """Raises ConfigError if something is at `out`, EnvironmentProblem unless it can be made."""
     require_absent(out)
     require_place(out)

@@ -33,7 +33,7 @@ from lorakeet.models.text.model import TextModel
 from lorakeet.planning.check import MERGE_TOKENS, why_not_on_gpu
 from lorakeet.runs.certified import certified_whole, identified
 from lorakeet.runs.open_adapter import NAME
-from lorakeet.runs.output_paths import require_new
+from lorakeet.runs.output_paths import require_new_place
 from lorakeet.verbs.options import ExtractOptions
 from lorakeet.verification.merged_model import rows_to_read
 
@@ -69,7 +69,7 @@ def extract(options: ExtractOptions, *, console: Console) -> ExtractedAdapter:
     models do not share, VerificationFailed (exit code 3) where the adapter does not bring the base nearer to the tuned model.
     """
     out, tuned, base, data = options.out, options.tuned, options.base, options.data or ""
-    require_new(out)
+    require_new_place(out)
     rows = tuple(read_rows(data, DataSpec(train=data))) if data else ()
     folder, source = (find_source(ModelSpec(path=name), console.print) for name in (tuned, base))
     plain = skeleton(read_config(source))

@@ -16,7 +16,7 @@ from lorakeet.merging.checkpoint import copy_along, tokenizer_files
 from lorakeet.merging.combine import Combination, CombineSpec, combination
 from lorakeet.runs.certified import identified
 from lorakeet.runs.open_adapter import Opened, open_adapter
-from lorakeet.runs.output_paths import require_new, writing
+from lorakeet.runs.output_paths import require_new_place, writing
 from lorakeet.train.durable import new_folder
 from lorakeet.verbs.merges.into_model import Merged, ModelMerge, combined_with_progress
 from lorakeet.verbs.merges.into_packed import merge_packed
@@ -34,7 +34,7 @@ def merge(options: MergeOptions, *, console: Console) -> Merged:
     With `into` "packed" the model stays quantised (verbs/merges/into_packed); the options of PACKED_ONLY are for that.
     """
     paths, out, to = options.runs_or_adapters, options.out, options.to
-    require_new(out)
+    require_new_place(out)
     if out.suffix.lower() == ".gguf" and options.into != "packed":
         instead = f"For a GGUF file: lorakeet export {paths[0]} --out {out}"
         raise ConfigError(f"--out is {out.name}, but a folder is written. {instead}")

@@ -50,7 +50,7 @@ from lorakeet.planning.encoded_rows import within_context
 from lorakeet.planning.evaluation import fit_evaluation
 from lorakeet.planning.forecast_text_run import Workload
 from lorakeet.runs.open_adapter import NAME, Opened, open_adapter
-from lorakeet.runs.output_paths import require_new, writing
+from lorakeet.runs.output_paths import require_new_place, writing
 from lorakeet.runs.residency import peak_said
 from lorakeet.runs.trained_prompt import trained_labels
 from lorakeet.train.progress import counted
@@ -143,7 +143,7 @@ def predict(options: PredictOptions, *, console: Console) -> Predicted:
     mark for review; prompts get the greedy answer. A row without text gets no answer. Raises ConfigError and DataError before
     the model is loaded.
     """
-    require_new(options.out)
+    require_new_place(options.out)
     require_written_format(options.out)
     require_rereadable(options.data)
     if not 0 <= options.review <= 1:

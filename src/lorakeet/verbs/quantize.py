@@ -47,7 +47,7 @@ from lorakeet.quant.gptq_solve import GptqLayout
 from lorakeet.quant.int8 import Int8Base
 from lorakeet.quant.nf4 import Nf4Base
 from lorakeet.quant.packed import TILE, PackedBase
-from lorakeet.runs.output_paths import require_new, require_place
+from lorakeet.runs.output_paths import require_new_place, require_place
 from lorakeet.runs.residency import Residency, peak_said, require_planned_attention, stream_closed, temporary_stores
 from lorakeet.verbs.options import QuantizeOptions
 
@@ -131,7 +131,7 @@ def _pack(options: QuantizeOptions, console: Console) -> Quantized:
     """nf4 and int8: each weight by itself."""
     model, method, out = options.model, options.method, options.out
     budget = Budget.parse(options.memory)
-    require_new(out)
+    require_new_place(out)
     source = find_source(ModelSpec(path=model), console.print)
     config = read_config(source)
     if stored := stored_quantisation(config):
