@@ -16,14 +16,11 @@ import pytest
 
 import lorakeet as lk
 from lorakeet.data.chat import Encoder
-from lorakeet.data.predicted.written_records import TableForm
 from lorakeet.data.rows import Row
-from lorakeet.data.tables import FileRecord
 from lorakeet.errors import ConfigError, DataError
-from lorakeet.evaluate.calibration import ReliabilityBin
-from lorakeet.evaluate.intervals import proportion
 from lorakeet.evaluate.replies import Replies
-from lorakeet.evaluate.report.report import read_report
+from lorakeet.kinds.text import answerer
+from lorakeet.kinds.text.answerer import RightShare
 from lorakeet.kinds.text.evaluate import TextEvaluator
 from lorakeet.kinds.text.reply import Replier
 from lorakeet.runs.open_adapter import NAME, open_adapter
@@ -63,7 +60,7 @@ def test_probabilities_are_those_of_the_report(finished: Any, tmp_path: Path) ->
     assert [row["label_probability"] for row in written] == [round(float(one), 6) for one in report.confidence]
     ordered = np.sort(report.probabilities, axis=1)
     assert [row["label_margin"] for row in written] == pytest.approx((ordered[:, -1] - ordered[:, -2]).tolist(), abs=1e-6)
-    measured = predicting._RunReport.of(open_adapter(finished.path))
+    measured = RightShare.of(open_adapter(finished.path))
     doubtful = [one < 0.8 or measured.doubts(0.8, one) for one in report.confidence.tolist()]
     assert [row["label_review"] == "yes" for row in written] == doubtful
 
@@ -82,18 +79,6 @@ def test_a_table_comes_out_as_it_was_with_more_columns(finished: Any, tmp_path: 
     assert found.rows == 3 and found.answered == 2
     assert found.notes[0] == "Column 'TEXT' is taken for 'text', as it was called in training."
     assert found.notes[1].startswith("1 of 3 rows get no answer; first new.csv:3: column 'TEXT' is empty")
-
-
-@pytest.mark.parametrize(
-    ("delimiter", "cells", "mark"),
-    [
-        (";", ("1,5", "-2,25"), ","), (";", ("1.234,50", "x"), ","), (",", ("0,5", ""), ","), (";", ("12", "1.2.2024"), ","),
-        (";", ("1.5", "2"), "."), (",", ("a", "1.234"), "."), (";", ("1.234", "7"), ","), (",", (1.5, None), "."),
-    ],
-)  # fmt: skip
-def test_new_numbers_have_the_decimal_mark_of_the_table(delimiter: str, cells: tuple[object, ...], mark: str) -> None:
-    records = [FileRecord("a.csv:2", {str(place): cell for place, cell in enumerate(cells)})]
-    assert predicting.table_decimal(records, TableForm(delimiter)) == mark
 
 
 def test_probabilities_of_a_table_with_decimal_commas_have_commas(finished: Any, tmp_path: Path) -> None:
@@ -240,7 +225,7 @@ def test_an_error_while_rows_are_answered_leaves_no_file(finished: Any, tmp_path
     def fails(*_: Any, **__: Any) -> Any:
         raise DataError("no")
 
-    monkeypatch.setattr(predicting, "label_scores", fails)
+    monkeypatch.setattr(answerer, "label_scores", fails)
     with pytest.raises(DataError, match="no"):
         predict(PredictOptions(str(finished.path), str(data), tmp_path / "out.jsonl"), console=quiet())
     assert [path.name for path in tmp_path.iterdir()] == ["new.jsonl"]
@@ -307,16 +292,3 @@ def test_from_python(finished: Any, tmp_path: Path) -> None:
     found = lk.predict(lk.open_run(finished.path), data, tmp_path / "out.csv", quiet=True, column="Sorte")
     assert found.columns == ("Sorte", "Sorte_probability", "Sorte_margin", "Sorte_review") and found.to_mapping()["rows"] == 1
     assert table_of(tmp_path / "out.csv")[0]["Sorte"] in lk.open_run(finished.path).labels
-
-
-def test_rows_are_marked_for_review_by_what_the_report_measured(finished: Any, tmp_path: Path) -> None:
-    """365 rows had one answer each, and 0 were marked, under a verdict of 0 of 26 right: they were sure of it."""
-    opened = open_adapter(finished.path)
-    report = read_report(opened.run.report)  # type: ignore[union-attr]
-    bins = ReliabilityBin(0.99, proportion(0, 13)), ReliabilityBin(0.5, proportion(6, 13))
-    wrong = predicting._RunReport(proportion(0, 26), bins)
-    assert wrong.doubts(0.8) and wrong.doubts(0.8, 0.97) and not wrong.doubts(0.6, 0.55)
-    assert not predicting._RunReport().doubts(0.8, 0.9)
-    measured = predicting._RunReport.of(opened)
-    [adapter] = [one for one in report.systems if one.role == "adapter"]
-    assert measured.right == adapter.metrics["accuracy"] and measured.bins
