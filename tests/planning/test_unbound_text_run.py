@@ -14,7 +14,8 @@ from lorakeet.config import RunConfig, read_run
 from lorakeet.errors import ConfigError
 from lorakeet.evaluate.certificate import read_certificate
 from lorakeet.kinds.text import assemble as assemble_text
-from lorakeet.kinds.text import plan as text_kind
+from lorakeet.kinds.text import kind as text_kind
+from lorakeet.kinds.text import plan as text_plan
 from lorakeet.memory.budget import Budget
 from lorakeet.memory.cuda import CONTEXT
 from lorakeet.memory.free import MARGIN
@@ -216,9 +217,9 @@ def test_a_plan_says_how_a_run_fits_the_card_that_is_here_or_that_it_is_refused(
     settings = config()
     work, said = UnboundTextRun(settings, ROWS, print), list[str]()
     precision, planned = text_run.precision_of(settings), work.plan(RESIDENT)
-    result = text_kind.TextPlanResult(config=settings, device=precision.device, planned=planned, precision=precision, speed=None)
+    result = text_plan.TextPlanResult(config=settings, device=precision.device, planned=planned, precision=precision, speed=None)
     sizes = Budget(1 << 40, "1 TiB", "cuda:0"), Budget(CONTEXT, "512 MiB", "cuda:0")
-    fitting, [refused] = (list(text_kind._refusals(result, work, free, said.append)) for free in sizes)
+    fitting, [refused] = (list(text_plan._refusals(result, work, free, said.append)) for free in sizes)
     assert "planned of 1 TiB free on cuda:0 for this run" in said[0] and fitting == []
     assert refused.startswith("512 MiB of memory are free on cuda:0, but this run takes at least")
 
