@@ -93,6 +93,9 @@ class KindDeclaration:
     conflicts: Callable[[Any], list[str]] = _no_conflicts  # RunConfig → a message for each conflict of settings
     require_rows: str = ""  # "module:function" (RunConfig, whole=bool) that raises DataError for missing rows, without torch
     require_model: str = ""  # the same (RunConfig) for a missing model
+    metrics: Mapping[str, Any] = field(default_factory=dict)  # name → evaluate.wording.MetricWords of what only it measures
+    rivals: Mapping[str, str] = field(default_factory=dict)  # what its adapter is compared with, as a headline names it
+    row_unit: str = " nats"  # of a row's loss in its report
     trials: str = ""  # "module:class" of the trials with which lorakeet tune searches its settings; empty: it cannot
     package: str = "lorakeet"  # that registered it; known when it was found
 

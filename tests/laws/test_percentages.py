@@ -21,7 +21,7 @@ from lorakeet.evaluate.compare import Comparison
 from lorakeet.evaluate.intervals import Estimate, proportion
 from lorakeet.evaluate.report.report import Report, ScoredAnswer, SideBySide, SystemResult, read_report, render_html, write_report
 from lorakeet.evaluate.verdict import verdict_of
-from lorakeet.evaluate.wording import METRIC_WORDS
+from lorakeet.evaluate.wording import all_metric_words
 from lorakeet.exporting.card import CardFacts, card
 from lorakeet.kinds.terminal import show_results
 from lorakeet.runs.remarks import few_rows_note
@@ -29,6 +29,7 @@ from lorakeet.studio.app import make_studio, studio_app
 from lorakeet.studio.places import Places
 from structure.tree import SOURCE
 
+METRIC_WORDS = all_metric_words()
 SHARES = sorted(name for name, words in METRIC_WORDS.items() if words.share)
 RIGHT, BASE = proportion(13, 16), proportion(4, 16)  # 0.8125 and 0.25, 57.0 to 93.4 %
 GAIN = Estimate(0.5625, 0.25, 0.75, 16, "McNemar")

@@ -24,7 +24,7 @@ PLACES: dict[str, tuple[str, ...]] = {
     "click": ("cli/",),
     "yaml": ("config.py", "formats/files/yaml_mapping.py", "models/files/origin.py", "exporting/card.py",
              "exporting/published_readme.py"),
-    "scipy": ("evaluate/",),
+    "scipy": ("evaluate/", "kinds/preference/measure.py"),
     "sklearn": (),
     "regex": ("data/copies/words.py", "evaluate/reading/", "formats/peft/patterns.py"),
     "datasets": ("data/",),

@@ -10,9 +10,9 @@ from typing import Literal
 from lorakeet.evaluate.answers import Answers, Confusion, balanced_accuracy, none_right, recall_of_rarest
 from lorakeet.evaluate.baselines import CONSTANT, EMBEDDED, MAJORITY, MEDIAN, NEAREST, TFIDF
 from lorakeet.evaluate.compare import Comparison
-from lorakeet.evaluate.preferences import DIFFERENCE, LIKELIER, LONGER, PREFERRED, PREFERRED_ALIKE, SHORTER
 from lorakeet.evaluate.spec import EvaluateSpec
 from lorakeet.evaluate.wording import metric_words, signed
+from lorakeet.registry import declarations
 
 NAMED = {
     "base": "its base",
@@ -22,16 +22,11 @@ NAMED = {
     NEAREST: "copies of the nearest training answers",
     CONSTANT: "a constant answer",
     MEDIAN: "the median training answer",
-    LONGER: "the longer answer",
-    SHORTER: "the shorter answer",
-    DIFFERENCE: "TF-IDF of the answers alone",
-    "reference": "its reference",
 }  # systems as a sentence names them
 ONE_SEED = "One seed was trained"
 COPIES = (NEAREST, CONSTANT, MEDIAN)
 WITHOUT_MODEL = (TFIDF, EMBEDDED, MAJORITY, *COPIES)
 GRADED = ("valid_json", "chrf")  # of replies: how near they come where few are right; named before others
-BESIDE_ANSWERS = {"loss", PREFERRED, PREFERRED_ALIKE, LIKELIER}  # all other metrics say how good answers are
 NAMED_ELSEWHERE = 2  # metrics beside the headline's that it names at most, of each direction
 Tone = Literal["better", "mixed", "none", "worse"]
 
@@ -154,7 +149,7 @@ def _lead(one: Comparison) -> float:
 
 def _elsewhere(one: Comparison, comparisons: Sequence[Comparison], verdict: str) -> list[Comparison]:
     """Comparisons of the same systems in other metrics of answers that have this verdict."""
-    rest = [other for other in comparisons if other.metric not in BESIDE_ANSWERS | {one.metric}]
+    rest = [other for other in comparisons if metric_words(other.metric).of_answers and other.metric != one.metric]
     found = [other for other in rest if other.right == one.right and other.verdict == verdict]
     return sorted(found, key=lambda other: other.metric not in GRADED)[:NAMED_ELSEWHERE]
 
@@ -204,7 +199,8 @@ def _later(comparison: Comparison, before: Comparison, *, unit: bool) -> Phrase:
 
 
 def _named(system: str) -> str:
-    return NAMED.get(system, system)
+    of_kinds = {name: words for one in declarations().values() for name, words in one.rivals.items()}
+    return (NAMED | of_kinds).get(system, system)
 
 
 def _size(comparison: Comparison, *, unit: bool = True) -> str:

@@ -7,6 +7,7 @@ from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
 from lorakeet.errors import percent
+from lorakeet.registry import declarations
 
 if TYPE_CHECKING:
     from lorakeet.evaluate.intervals import Estimate
@@ -17,7 +18,7 @@ class MetricWords:
     """A metric's name in a heading and inside a sentence, its meaning, and its direction.
 
     A metric that is not `drawn` has no chart and is in the table only. A `share` of rows is written in percent, and differences
-    of it in points; all others are written as they are.
+    of it in points; all others are written as they are. One that is not `of_answers` says nothing of how good answers are.
     """
 
     title: str
@@ -27,6 +28,7 @@ class MetricWords:
     digits: int = 3
     drawn: bool = True
     share: bool = False
+    of_answers: bool = True
 
     def level(self, value: float, digits: int | None = None) -> str:
         """A value with its unit."""
@@ -55,20 +57,6 @@ class MetricWords:
 
 
 METRIC_WORDS = {
-    "preferred": MetricWords("Chosen preferred", "of the pairs", "Share of pairs whose chosen answer is preferred", True),
-    "preferred_alike": MetricWords(
-        "… equal length", "of the pairs of equal length", "The same for answers whose tokens differ by at most 10 %", True
-    ),
-    "likelier": MetricWords("Chosen likelier", "of the pairs", "Share of pairs: chosen has the higher mean log p", True),
-    "lead": MetricWords(
-        "Lead", "nats", "Lead of the chosen answer, in nats; a token if divided by length (ipo, orpo, simpo)", True, drawn=False
-    ),
-    "chosen_change": MetricWords(
-        "Chosen, change", "nats a token", "log p of the chosen answers less that of the reference or base", True, drawn=False
-    ),
-    "rejected_change": MetricWords(
-        "Rejected, change", "nats a token", "log p of the rejected answers less that of the reference or base", False, drawn=False
-    ),
     "accuracy": MetricWords("Accuracy", "accuracy", "Share of rows answered correctly", True),
     "macro_f1": MetricWords("Macro-F1", "macro-F1", "Mean F1 over labels, equally weighted", True),
     "balanced_accuracy": MetricWords("Balanced accuracy", "balanced accuracy", "Mean recall of the labels", True),
@@ -97,14 +85,11 @@ METRIC_WORDS = {
     "refusals": MetricWords("Refusals", "refusals", "By their first words, in English", False, drawn=False),
     "reply_words": MetricWords("Words a reply", "words a reply", "", False, 1, drawn=False),
     "brier": MetricWords("Brier score", "Brier score", "Squared error of the probabilities", False, drawn=False),
-    "loss": MetricWords("Loss", "nats a token", "Mean −log p of a token, in nats", False),
-    "denoising_loss": MetricWords("Denoising loss", "mean squared error", "Squared error of the predicted noise", False, 4),
-    "prompt_distance": MetricWords("Prompt distance", "prompt distance", "1 − CLIP cosine: sample, prompt", False, 4),
-    "style_distance": MetricWords("Style distance", "style distance", "1 − CLIP cosine: sample, evaluation pictures", False, 4),
+    "loss": MetricWords("Loss", "nats a token", "Mean −log p of a token, in nats", False, of_answers=False),
     "perplexity": MetricWords("Perplexity", "perplexity", "exp(loss)", False, 2),
 }
 _SHARES = (  # of rows, replies or pairs; recall and confidence too are shares
-    "preferred", "preferred_alike", "likelier", "accuracy", "balanced_accuracy", "calibration_error", "exact_match",
+    "accuracy", "balanced_accuracy", "calibration_error", "exact_match",
     "normalised_match", "json_match", "numeric_match", "set_match", "valid_json", "judge_wins", "empty", "cut_off", "repeats",
     "refusals",
 )  # fmt: skip
@@ -135,9 +120,14 @@ def compact(value: float) -> str:
     return f"{value:.3g}".replace("e-0", "e-").replace("e+0", "e").replace("e+", "e").replace("-", "−")
 
 
+def all_metric_words() -> dict[str, MetricWords]:
+    """The words for each metric in the order of a report: those of kinds first."""
+    return {name: words for one in declarations().values() for name, words in one.metrics.items()} | METRIC_WORDS
+
+
 def metric_words(name: str) -> MetricWords:
     """The words for a metric; an unknown one keeps its name, and higher counts as better."""
-    return METRIC_WORDS.get(name) or MetricWords(name.replace("_", " "), name.replace("_", " "), "", True)
+    return all_metric_words().get(name) or MetricWords(name.replace("_", " "), name.replace("_", " "), "", True)
 
 
 def number(value: float | None, digits: int = 3) -> str:

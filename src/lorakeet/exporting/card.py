@@ -19,7 +19,7 @@ from lorakeet.errors import LorakeetError, visible
 from lorakeet.evaluate.certificate import Certificate
 from lorakeet.evaluate.intervals import Estimate
 from lorakeet.evaluate.report.report import Report
-from lorakeet.evaluate.wording import METRIC_WORDS, MetricWords, metric_words
+from lorakeet.evaluate.wording import MetricWords, all_metric_words, metric_words
 from lorakeet.models.files.origin import readme_metadata
 
 _HUB = "hub:"
@@ -95,8 +95,7 @@ def _front(facts: CardFacts, report: Report | None) -> str:
     names = [name[len(_HUB) :].partition("#")[0] for name in facts.datasets if name.startswith(_HUB)]
     if names:
         front["datasets"] = names
-    measured = [] if report is None else [name for name in METRIC_WORDS if any(name in one.metrics for one in report.systems)]
-    if measured:
+    if report is not None and (measured := _measured(report)):
         front["metrics"] = measured
     front |= {"pipeline_tag": facts.task, "tags": ["lora", "lorakeet"]}
     return f"---\n{yaml.safe_dump(front, sort_keys=False, allow_unicode=True)}---\n"
@@ -110,9 +109,14 @@ def _is_hub_id(name: str) -> bool:
         return False
 
 
+def _measured(report: Report) -> list[str]:
+    """The metrics of any system, in the order of a report."""
+    return [name for name in all_metric_words() if any(name in system.metrics for system in report.systems)]
+
+
 def _results(report: Report) -> list[str]:
     """The table of systems with their intervals, and the paired differences."""
-    names = [name for name in METRIC_WORDS if any(name in system.metrics for system in report.systems)]
+    names = _measured(report)
     titles = " | ".join(metric_words(name).title for name in names)
     lines = [f"| system | {titles} | n |", "| --- |" + " --- |" * (len(names) + 1)]
     for system in report.systems:

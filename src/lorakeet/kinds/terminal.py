@@ -16,7 +16,7 @@ from lorakeet.evaluate.intervals import Estimate
 from lorakeet.evaluate.replies import SCORES
 from lorakeet.evaluate.report.report import Report
 from lorakeet.evaluate.report.target_row import TargetRow
-from lorakeet.evaluate.wording import METRIC_WORDS, MetricWords, bytes_text, metric_words, number, span
+from lorakeet.evaluate.wording import MetricWords, all_metric_words, bytes_text, metric_words, number, span
 from lorakeet.kinds.trained_targets import STAYED, target_rows
 from lorakeet.memory.forecast import KINDS, Forecast
 from lorakeet.models.module_kinds import VECTORS
@@ -70,8 +70,8 @@ def show_plan(columns: tuple[str, str], rows: Iterable[tuple[str, ...]], plan: P
 
 def show_results(report: Report, console: Console) -> None:
     """Prints every system's metrics with their intervals, the paired differences, and the verdict."""
-    found = {name for system in report.systems for name in system.metrics}
-    names = [name for name in METRIC_WORDS if name in found] + sorted(found - METRIC_WORDS.keys())
+    found, known = {name for system in report.systems for name in system.metrics}, all_metric_words()
+    names = [name for name in known if name in found] + sorted(found - known.keys())
     replied = any(name in SCORES for name in names) and report.task == "language"
     if replied:
         names = [name for name in names if name in (report.comparisons[0].metric, "exact_match", *BESIDE, "cut_off", "loss")]

@@ -9,12 +9,12 @@ import pytest
 import torch
 from rich.console import Console
 
-from lorakeet.evaluate.report.compose import denoising_report
 from lorakeet.kinds.images.assemble import assemble_images, image_task
 from lorakeet.kinds.images.data.split import evaluation_groups
 from lorakeet.kinds.images.evaluate import Drawn, ImageEvaluator, features_of, pooled_side, scaled_adapter
 from lorakeet.kinds.images.model.clip_scorer import load_scorer
 from lorakeet.kinds.images.model.sample import Sampler, draw_latents
+from lorakeet.kinds.images.report import denoising_report
 from lorakeet.models.inject import activate, adapter_names, adapter_of, attach, trained_parameters
 from tiny.image_runs import image_config
 from tiny.pipelines import save_tiny_scorer

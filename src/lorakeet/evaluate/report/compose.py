@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Hashable, Mapping, Sequence
+from collections.abc import Hashable, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
 
@@ -13,7 +13,7 @@ from lorakeet.evaluate.answers import Answers, balanced_accuracy, confusion, dom
 from lorakeet.evaluate.baselines import MAJORITY, majority_class
 from lorakeet.evaluate.calibration import reliability
 from lorakeet.evaluate.compare import Comparison, compare_answers, compare_losses, compare_statistics, compare_values
-from lorakeet.evaluate.intervals import FEWEST, Floats, Statistic, bootstrap_or_words, mean
+from lorakeet.evaluate.intervals import Floats, Statistic, bootstrap_or_words, mean
 from lorakeet.evaluate.likelihood import RowLosses, measure_losses
 from lorakeet.evaluate.own_metric import OwnMetric
 from lorakeet.evaluate.reading.conventions import scale_of_labels
@@ -32,8 +32,6 @@ from lorakeet.evaluate.spec import LEAST_ANSWERS, EvaluateSpec
 from lorakeet.evaluate.suspects import suspect_labels, with_shared_words
 from lorakeet.evaluate.verdict import of_uneven, of_unfound, verdict_of
 from lorakeet.evaluate.wording import metric_words
-
-METRIC, PROMPT_DISTANCE, STYLE_DISTANCE = "denoising_loss", "prompt_distance", "style_distance"  # of image runs
 
 
 @dataclass(frozen=True, eq=False)
@@ -195,7 +193,7 @@ def language_report(
     systems = tuple(SystemResult(rows.system, role, measure_losses(rows, spec)) for rows, role in roles)
     comparisons: tuple[Comparison, ...] = (compare_losses(adapter, base, spec),)
     if answered is None:
-        rows = _largest_changes(adapter, base, texts, truths, sources, spec)
+        rows = largest_changes(adapter, base, texts, truths, sources, spec)
     else:
         systems, comparisons = _with_replies(systems, comparisons, answered, spec)
         theirs, mine = (_scored(*pair) for pair in ((answered.base, answered, base), (answered.adapter, answered, adapter)))
@@ -281,60 +279,7 @@ def _scored(replies: Replies, answered: Answered, losses: RowLosses) -> list[Sco
     ]
 
 
-def denoising_report(
-    title: str, *, adapter: RowLosses, base: RowLosses, captions: Sequence[str], sources: Sequence[str], spec: EvaluateSpec
-) -> Report:
-    """The loss of each system with its interval, the paired difference and the verdict; a row is a picture.
-
-    `losses` are sums of squared errors over fixed timesteps, `tokens` the number of timesteps.
-    """
-    roles: tuple[tuple[RowLosses, Role], ...] = ((adapter, "adapter"), (base, "base"))
-    comparison = replace(compare_losses(adapter, base, spec), metric=METRIC)
-    independent = len(captions) if adapter.groups is None else len(set(adapter.groups))
-    return Report(
-        title,
-        task="image",
-        systems=tuple(SystemResult(rows.system, role, {METRIC: measure_losses(rows, spec)["loss"]}) for rows, role in roles),
-        comparisons=(comparison,),
-        verdict=verdict_of((comparison,)),
-        rows=_largest_changes(adapter, base, captions, sources, sources, spec),
-        rows_of=len(captions),
-        warnings=too_few(len(captions), independent),
-    )
-
-
-def with_distances(report: Report, distances: Mapping[str, tuple[RowLosses, RowLosses]], spec: EvaluateSpec) -> Report:
-    """Adds metrics by name, each of (adapter, base) on the same samples; lower is better.
-
-    The verdict stays that of the denoising loss: samples are few, and the encoder is only a second opinion.
-    """
-    adapter, base = report.systems
-    comparisons = list(report.comparisons)
-    for name, (mine, other) in distances.items():
-        adapter = replace(adapter, metrics={**adapter.metrics, name: measure_losses(mine, spec)["loss"]})
-        base = replace(base, metrics={**base.metrics, name: measure_losses(other, spec)["loss"]})
-        comparisons.append(replace(compare_losses(mine, other, spec), metric=name))
-    return replace(report, systems=(adapter, base), comparisons=tuple(comparisons))
-
-
-def too_few(pictures: int, groups: int | None = None) -> tuple[str, ...]:
-    """A warning if there are too few evaluation pictures to show any difference.
-
-    `groups` is the number of pictures without copies of each other.
-    """
-    count = pictures if groups is None else groups
-    if count >= FEWEST:
-        return ()
-    said = f"Only {count} pictures are held out"
-    if count < pictures:
-        said = f"The {pictures} held-out pictures are {count} and copies of these"
-    return (
-        f"{said}: too few for an interval, so no difference can be shown. "
-        f"Hold out {FEWEST} or more (data.held_out_fraction, or a folder as data.held_out).",
-    )
-
-
-def _largest_changes(
+def largest_changes(
     adapter: RowLosses,
     base: RowLosses,
     texts: Sequence[str],

@@ -13,9 +13,7 @@ from shlex import quote
 from typing import Any, Literal
 
 import jinja2
-import numpy as np
 from markupsafe import Markup
-from numpy.typing import NDArray
 
 from lorakeet.disk import read_regular
 from lorakeet.errors import DataError, Remedy, percent, reader
@@ -23,7 +21,7 @@ from lorakeet.evaluate.answers import Confusion
 from lorakeet.evaluate.calibration import ReliabilityBin
 from lorakeet.evaluate.certificate import CERTIFICATE, Certificate, digest_of_json, pop_digest, read_certificate, with_digest
 from lorakeet.evaluate.compare import Comparison
-from lorakeet.evaluate.intervals import Estimate, Floats
+from lorakeet.evaluate.intervals import Estimate
 from lorakeet.evaluate.report import charts
 from lorakeet.evaluate.report.charts import Curves
 from lorakeet.evaluate.report.rank_values import RankCurve, RankMap, Search, curve_plot
@@ -32,7 +30,8 @@ from lorakeet.evaluate.report.templates import page_templates
 from lorakeet.evaluate.suspects import SuspectLabel
 from lorakeet.evaluate.values import decode, from_text, put_text, to_text
 from lorakeet.evaluate.verdict import Verdict
-from lorakeet.evaluate.wording import METRIC_WORDS, bytes_text, check_words, compact, metric_words, number, signed, span
+from lorakeet.evaluate.wording import all_metric_words, bytes_text, check_words, compact, metric_words, number, signed, span
+from lorakeet.registry import declarations
 
 Role = Literal["adapter", "base", "floor"]
 OUTCOMES = {"fixed": "adapter fixed", "broke": "adapter broke", "both-wrong": "both wrong", "both-right": "both right"}
@@ -210,7 +209,7 @@ class Report:
     """
 
     title: str
-    task: Literal["classification", "language", "preference", "image"] = "classification"
+    task: Literal[("classification", "language", *declarations())] = "classification"  # type: ignore[valid-type]
     subtitle: str = ""
     created: str = ""
     facts: dict[str, str] = field(default_factory=dict)
@@ -297,13 +296,14 @@ def _templates() -> jinja2.Environment:
         number=number, signed=signed, span=span, percent=percent, bytes=bytes_text, metric=metric_words, measure=check_words,
         compact=compact,
     )  # fmt: skip
-    environment.globals.update(charts=charts, metric_words=METRIC_WORDS, outcomes=OUTCOMES, rank_plot=curve_plot)
+    environment.globals.update(charts=charts, outcomes=OUTCOMES, rank_plot=curve_plot)
     return environment
 
 
 def render_html(report: Report) -> str:
     """Renders one self-contained page: inline style, script and charts, nothing fetched, all data escaped."""
-    present = dict.fromkeys(name for system in report.systems for name in system.metrics)
+    known, present = all_metric_words(), dict.fromkeys(name for system in report.systems for name in system.metrics)
+    of_kind = declarations().get(report.task)
     differences: dict[str, list[Comparison]] = {}
     for comparison in report.comparisons:
         differences.setdefault(comparison.metric, []).append(comparison)
@@ -313,7 +313,8 @@ def render_html(report: Report) -> str:
         style=Markup(_asset("report.css")),
         script=Markup(_asset("report.js")),
         roles={system.name: system.role for system in report.systems},
-        metrics=[*(name for name in METRIC_WORDS if name in present), *(name for name in present if name not in METRIC_WORDS)],
+        metrics=[*(name for name in known if name in present), *(name for name in present if name not in known)],
+        row_unit=" nats" if of_kind is None else of_kind.row_unit,
         confidence=next((item.confidence for item in _estimates(report)), 0.95),
         seeds=sorted({item.seed for item in _estimates(report) if item.seed is not None}),
         pairs=next((item for item in report.comparisons if item.paired is not None), None),  # whose row counts are drawn
@@ -327,21 +328,3 @@ def _estimates(report: Report) -> list[Estimate]:
     return [item for system in report.systems for item in system.metrics.values()] + [
         item.difference for item in report.comparisons
     ]
-
-
-def nearest_distances(pictures: Floats, training: Floats) -> tuple[Floats, NDArray[np.int64]]:
-    """For each of `pictures` (n, features), the cosine distance to its nearest of `training` (m, features), and the index.
-
-    The mean of `training` is subtracted from all features.
-    """
-    if not len(training) or pictures.shape[1:] != training.shape[1:]:
-        raise DataError(f"{pictures.shape} features cannot be compared with {training.shape}; expected as many for each picture.")
-    centre = training.mean(0)
-    distance = 1 - _unit(pictures - centre) @ _unit(training - centre).T
-    nearest = distance.argmin(1)
-    return distance[np.arange(len(nearest)), nearest], nearest.astype(np.int64)
-
-
-def _unit(rows: Floats) -> Floats:
-    length = np.linalg.norm(rows, axis=1, keepdims=True)
-    return np.asarray(rows / np.maximum(length, np.finfo(np.float64).tiny))

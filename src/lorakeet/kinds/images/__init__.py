@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 from lorakeet.kinds.images.spec import DiffusionSpec, ImageSpec
+from lorakeet.kinds.images.wording import METRICS
 from lorakeet.registry import KindDeclaration, Section
 
 
@@ -27,6 +28,8 @@ DECLARATION = KindDeclaration(
     taken_as=("kohya", "diffusers", "push"),
     rows_page="lorakeet.kinds.images.album:show_album",
     try_page="pictures",
+    metrics=METRICS,
+    row_unit="",
     conflicts=_conflicts,
     require_rows="lorakeet.kinds.images.early:require_pictures",
 )

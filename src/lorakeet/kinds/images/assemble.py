@@ -14,7 +14,6 @@ from rich.console import Console
 from lorakeet.config import RunConfig
 from lorakeet.data.split import read_split_record
 from lorakeet.errors import Problems
-from lorakeet.evaluate.report.compose import too_few
 from lorakeet.kinds.images.data.folder import fit_remarks
 from lorakeet.kinds.images.data.record import recorded_images
 from lorakeet.kinds.images.data.split import ImageDataset, load_images
@@ -25,6 +24,7 @@ from lorakeet.kinds.images.model.model import ImageModel, image_plan, load_image
 from lorakeet.kinds.images.model.noise import check_betas
 from lorakeet.kinds.images.model.sample import Sampler
 from lorakeet.kinds.images.plan import ImageRunPlan, fit_images
+from lorakeet.kinds.images.report import too_few
 from lorakeet.kinds.images.spec import diffusion_of, images_of
 from lorakeet.kinds.images.task import ImageTask
 from lorakeet.kinds.protocol import Assembly

@@ -18,16 +18,17 @@ from lorakeet.core.adapter import Adapter
 from lorakeet.disk import write_new
 from lorakeet.errors import DataError
 from lorakeet.evaluate.likelihood import RowLosses
-from lorakeet.evaluate.report.compose import PROMPT_DISTANCE, STYLE_DISTANCE, denoising_report, with_distances
-from lorakeet.evaluate.report.report import Memorisation, Near, Report, Sample, SampleGrid, SampleRow, nearest_distances
+from lorakeet.evaluate.report.report import Memorisation, Near, Report, Sample, SampleGrid, SampleRow
 from lorakeet.kinds.images.assemble import sampler_of
 from lorakeet.kinds.images.data.folder import Pixels, open_pixels, png_of
 from lorakeet.kinds.images.model.clip_scorer import ImageScorer
 from lorakeet.kinds.images.model.latent_cache import Captions, EncodedImage
 from lorakeet.kinds.images.model.model import ImageModel
 from lorakeet.kinds.images.model.sample import draw_latents
+from lorakeet.kinds.images.report import denoising_report, nearest_distances, with_distances
 from lorakeet.kinds.images.spec import diffusion_of
 from lorakeet.kinds.images.task import denoising_errors
+from lorakeet.kinds.images.wording import PROMPT_DISTANCE, STYLE_DISTANCE
 from lorakeet.models.inject import activate, adapter_of, attach, eject
 from lorakeet.train import durable, rng
 from lorakeet.train.progress import counted

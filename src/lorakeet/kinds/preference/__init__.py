@@ -7,6 +7,7 @@ from typing import Any
 
 from lorakeet.core.spec import MEASURED
 from lorakeet.kinds.preference.spec import OBJECTIVES, PreferenceSpec, ReferenceSpec, declared_objective, needs_reference
+from lorakeet.kinds.preference.wording import METRICS, RIVALS
 from lorakeet.kinds.text import DECLARATION as TEXT
 from lorakeet.registry import BASE, START, Section
 
@@ -45,6 +46,8 @@ DECLARATION = replace(
     train=ReferenceSpec,
     sections={"preference": Section(PreferenceSpec, "The loss of a preference objective.")},
     lacks={"compress": "A cut is compared by loss and replies, and this run by preferences. Train with a smaller lora.rank."},
+    metrics=METRICS,
+    rivals=RIVALS,
     trials="lorakeet.kinds.preference.trials:PairTrials",
     conflicts=_conflicts,
 )

@@ -19,12 +19,12 @@ from lorakeet.data.pairs import encode_pair
 from lorakeet.data.rows import Row, row_groups
 from lorakeet.errors import DataError
 from lorakeet.evaluate.likelihood import RowLosses
-from lorakeet.evaluate.preferences import TIE, PairPreferences, length_of_answers, tfidf_difference
 from lorakeet.evaluate.report.compose import language_report
-from lorakeet.evaluate.report.compose_preference import PreferenceScores, with_preferences
 from lorakeet.evaluate.report.report import Report
 from lorakeet.evaluate.wording import number, span
 from lorakeet.kinds.preference.loss import log_ratio_gap
+from lorakeet.kinds.preference.measure import TIE, PairPreferences, length_of_answers, tfidf_difference
+from lorakeet.kinds.preference.report import PreferenceScores, with_preferences
 from lorakeet.kinds.preference.spec import KTO, needs_reference, preference_of, reference_of
 from lorakeet.kinds.preference.task import Floats, pair_scores
 from lorakeet.kinds.text.continued import read_earlier

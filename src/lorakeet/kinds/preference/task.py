@@ -24,9 +24,9 @@ from lorakeet.data.pack import Batch, micro_batches
 from lorakeet.data.pairs import pair_batches
 from lorakeet.data.prefix import BatchLimits
 from lorakeet.errors import VerificationFailed
-from lorakeet.evaluate.preferences import TIE
 from lorakeet.kernels.host_copies import to_device, together_on
 from lorakeet.kinds.preference.loss import PairScores, kto_losses, log_ratio_gap, preference_losses
+from lorakeet.kinds.preference.measure import TIE
 from lorakeet.kinds.preference.spec import KTO, PreferenceSpec
 from lorakeet.models.generate.score import row_losses
 from lorakeet.models.text.model import TextModel

@@ -11,23 +11,18 @@ from lorakeet.errors import percent
 from lorakeet.evaluate.calibration import reliability
 from lorakeet.evaluate.compare import Comparison, compare_values
 from lorakeet.evaluate.intervals import SHARE, Estimate, Floats, mean
-from lorakeet.evaluate.preferences import (
-    CHOSEN_CHANGE,
-    DIFFERENCE,
-    LEAD,
-    LIKELIER,
-    PREFERRED,
-    REJECTED_CHANGE,
+from lorakeet.evaluate.report.report import Reliability, Report, SystemResult
+from lorakeet.evaluate.spec import EvaluateSpec
+from lorakeet.evaluate.verdict import Phrase, Verdict, verdict_of
+from lorakeet.evaluate.wording import metric_words, signed, span
+from lorakeet.kinds.preference.measure import (
     PairPreferences,
     compare_preferences,
     equal_lengths,
     mean_change,
     measure_preferences,
 )
-from lorakeet.evaluate.report.report import Reliability, Report, SystemResult
-from lorakeet.evaluate.spec import EvaluateSpec
-from lorakeet.evaluate.verdict import Phrase, Verdict, verdict_of
-from lorakeet.evaluate.wording import metric_words, signed, span
+from lorakeet.kinds.preference.wording import CHOSEN_CHANGE, DIFFERENCE, LEAD, LIKELIER, PREFERRED, REJECTED_CHANGE
 
 
 @dataclass(frozen=True, eq=False)

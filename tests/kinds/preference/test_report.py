@@ -8,11 +8,11 @@ import numpy as np
 
 from lorakeet.evaluate.intervals import Estimate
 from lorakeet.evaluate.likelihood import RowLosses
-from lorakeet.evaluate.preferences import DIFFERENCE, PairPreferences
 from lorakeet.evaluate.report.compose import language_report
-from lorakeet.evaluate.report.compose_preference import PreferenceScores, displacement, with_preferences
 from lorakeet.evaluate.report.report import Report, render_html
 from lorakeet.evaluate.spec import EvaluateSpec
+from lorakeet.kinds.preference.measure import DIFFERENCE, PairPreferences
+from lorakeet.kinds.preference.report import PreferenceScores, displacement, with_preferences
 
 COUNT, SPEC = 40, EvaluateSpec(resamples=200)
 

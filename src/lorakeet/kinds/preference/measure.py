@@ -20,10 +20,8 @@ from lorakeet.evaluate.classifier.terms import Terms, characters_of, words_of
 from lorakeet.evaluate.compare import Comparison, compare_values
 from lorakeet.evaluate.intervals import SHARE, Estimate, Floats, mean, share
 from lorakeet.evaluate.spec import EvaluateSpec
+from lorakeet.kinds.preference.wording import DIFFERENCE, LONGER, PREFERRED, PREFERRED_ALIKE, SHORTER
 
-PREFERRED, PREFERRED_ALIKE, LIKELIER = "preferred", "preferred_alike", "likelier"
-CHOSEN_CHANGE, REJECTED_CHANGE, LEAD = "chosen_change", "rejected_change", "lead"
-LONGER, SHORTER, DIFFERENCE = "longer answer", "shorter answer", "TF-IDF of the answers"
 ALIKE = 0.1  # answers whose numbers of tokens differ by no more than this share are of equal length
 TIE = 0.01  # nats, or nats a token: scores nearer to 0 are rounding, and prefer neither answer
 FEWEST_ALIKE = 10  # pairs from which those of equal length are evaluated by themselves

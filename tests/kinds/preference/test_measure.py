@@ -8,7 +8,8 @@ import numpy as np
 import pytest
 
 from lorakeet.errors import DataError
-from lorakeet.evaluate.preferences import (
+from lorakeet.evaluate.spec import EvaluateSpec
+from lorakeet.kinds.preference.measure import (
     PREFERRED,
     PREFERRED_ALIKE,
     PairPreferences,
@@ -19,7 +20,6 @@ from lorakeet.evaluate.preferences import (
     measure_preferences,
     tfidf_difference,
 )
-from lorakeet.evaluate.spec import EvaluateSpec
 
 SPEC = EvaluateSpec(resamples=200)
 ALL = np.ones(40, bool)
