@@ -6,7 +6,7 @@ lorakeet.config, so that it must import neither that nor torch; what does the wo
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, make_dataclass, replace
 from functools import cache
 from importlib import import_module
@@ -47,12 +47,26 @@ class Objective:
     titles: tuple[str, ...] = ("One training row",)  # of the answers of the row that is shown
     nats: bool = True  # its loss is in nats a token
     rate_factor: float = 1.0  # of the default learning rate
+    shapes: tuple[str, ...] = ()  # of the rows that it trains, by their names in data.format; empty: one answer, or none
+    rows: str = ""  # "module:function" (rows, Objective, part, trained=bool): the rows as it takes them; DataError for others
     compared_with: Callable[[Any], str] = lambda train: ""  # TrainSpec → START, BASE, or the path of an adapter; empty: nothing
     varied: str = ""  # the setting of its loss that lorakeet tune can choose
     older: bool = False  # its runs can be older than the settings that kinds add to `train`, and are resumed
 
     def __str__(self) -> str:
         return f"train.objective is {self.name}"
+
+    @property
+    def one_answer(self) -> bool:
+        """Whether it trains on the one answer that a row has."""
+        return bool(self.name) and not self.shapes
+
+    def taken(self, rows: Sequence[Any], part: str, *, trained: bool = True) -> tuple[Any, ...]:
+        """The rows of a part as it takes them. Raises DataError for others, and for those that cannot be `trained`."""
+        return tuple(function_at(self.rows)(rows, self, part, trained=trained) if self.rows else rows)
+
+
+ANY = Objective(name="")  # of rows of any shape
 
 
 @dataclass(frozen=True)
@@ -93,6 +107,7 @@ class KindDeclaration:
     conflicts: Callable[[Any], list[str]] = _no_conflicts  # RunConfig → a message for each conflict of settings
     require_rows: str = ""  # "module:function" (RunConfig, whole=bool) that raises DataError for missing rows, without torch
     require_model: str = ""  # the same (RunConfig) for a missing model
+    shapes: Mapping[str, str] = field(default_factory=dict)  # "module:name" of a data.shapes.AddedShape, by its data.format
     metrics: Mapping[str, Any] = field(default_factory=dict)  # name → evaluate.wording.MetricWords of what only it measures
     rivals: Mapping[str, str] = field(default_factory=dict)  # what its adapter is compared with, as a headline names it
     row_unit: str = " nats"  # of a row's loss in its report
@@ -151,12 +166,22 @@ def objectives() -> Mapping[str, Objective]:
     return {one.name: one for declaration in declarations().values() for one in declaration.objectives}
 
 
+def first_objective() -> Objective:
+    """The default of train.objective."""
+    return next(iter(objectives().values()))
+
+
+def shape_names() -> tuple[str, ...]:
+    """What kinds add to data.format."""
+    return tuple(name for one in declarations().values() for name in one.shapes)
+
+
 def train_settings() -> type[TrainedObjective]:
     """A dataclass of train.objective and of the settings that kinds add to `train`."""
     known = declarations().values()
     words = f"What is trained: {', '.join(one.trains for one in known if one.trains)}."
     names = "Literal[tuple(objectives())]"  # evaluated at each reading: of every kind
-    chosen = ("objective", names, setting(next(iter(objectives())), words))
+    chosen = ("objective", names, setting(first_objective().name, words))
     about: dict[str, Any] = {"frozen": True, "namespace": {"__module__": __name__}}
     first = make_dataclass("ChosenObjective", [chosen], bases=(TrainedObjective,), **about)
     added = [one.train for one in known if one.train is not None]

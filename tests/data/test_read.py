@@ -16,6 +16,7 @@ from pyarrow import parquet
 from lorakeet.data.read import check_first_record, folder_records, hub_records, is_hub_id, read_rows
 from lorakeet.data.spec import DataSpec
 from lorakeet.errors import DataError, EnvironmentProblem
+from lorakeet.registry import first_objective
 
 ROWS = [{"text": "good film", "label": "yes"}, {"text": 'a "bad",\nfilm', "label": "no"}, {"text": "so so", "label": "yes"}]
 LINES = "".join(json.dumps(row) + "\n" for row in ROWS)
@@ -80,10 +81,11 @@ def test_the_objective_decides_between_shapes(tmp_path):
     path.write_text('{"text": "a", "chosen": "b", "rejected": "c"}\n')
     spec = DataSpec(train="x", label_column="stars")
     check_first_record(str(path), spec)
-    for check in (lambda: check_first_record(str(path), spec, "sft"), lambda: read_rows(str(path), spec, objective="sft")):
+    given = str(path), spec
+    for check in (lambda: check_first_record(*given, first_objective()), lambda: read_rows(*given, registered=first_objective())):
         with pytest.raises(DataError, match="no column 'stars'"):
             check()
-    assert read_rows(str(path), DataSpec(train="x"), objective="sft")[0].text == "a"
+    assert read_rows(str(path), DataSpec(train="x"), registered=first_objective())[0].text == "a"
 
 
 def test_saved_data_set_folder(tmp_path):

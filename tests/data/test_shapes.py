@@ -6,12 +6,13 @@ from lorakeet.data.shapes import columns_used, shape_rows
 from lorakeet.data.spec import DataSpec
 from lorakeet.data.tables import FileRecord, RowProblems
 from lorakeet.errors import DataError
+from lorakeet.registry import ANY, objectives
 
 
 def shape(*values, objective=None, **settings):
     problems = RowProblems("bad")
     records = (FileRecord(f"f:{number}", value) for number, value in enumerate(values, start=1))
-    rows = list(shape_rows(records, "f.jsonl", DataSpec(train="f", **settings), problems, objective))
+    rows = list(shape_rows(records, "f.jsonl", DataSpec(train="f", **settings), problems, objectives().get(objective, ANY)))
     problems.raise_if_any()
     return rows
 
@@ -206,7 +207,7 @@ def test_kto_reads_a_verdict_of_any_kind(value, wanted):
 def test_the_columns_that_are_read_are_named(values, settings, expected):
     spec = DataSpec(train="f", **settings)
     objective = "dpo" if "chosen" in values else "sft"
-    assert columns_used(FileRecord("f:1", values), "f.jsonl", spec, objective) == expected
+    assert columns_used(FileRecord("f:1", values), "f.jsonl", spec, objectives()[objective]) == expected
 
 
 def test_a_record_of_no_shape_names_no_columns():

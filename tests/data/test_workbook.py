@@ -23,6 +23,7 @@ from lorakeet.data.spec import DataSpec
 from lorakeet.data.tables import RowProblems
 from lorakeet.data.workbook import MOST_COLUMNS, MOST_ROWS, sheet_names
 from lorakeet.errors import LONGEST_MESSAGE, DataError
+from lorakeet.registry import first_objective
 from tiny.damage import other_folder
 from tiny.fuzz import case_folder, fuzzed
 
@@ -253,6 +254,6 @@ def test_damaged_workbooks(files: dict[str, bytes]) -> None:
             for name, content in files.items():
                 archive.writestr(name, content)
         try:
-            read_rows(str(path), DataSpec(), [], "sft")
+            read_rows(str(path), DataSpec(), [], first_objective())
         except DataError as error:
             assert "a.xlsx" in str(error) and len(str(error)) <= LONGEST_MESSAGE

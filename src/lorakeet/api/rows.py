@@ -21,6 +21,7 @@ from lorakeet.data.spec import DataSpec
 from lorakeet.data.tables import IN_MEMORY, InMemory
 from lorakeet.disk import write_whole
 from lorakeet.errors import ConfigError, spelling
+from lorakeet.registry import ANY
 from lorakeet.settings import load as load_settings
 
 _SHOWN, _SHOWN_TEXT = 5, 120  # rows, and characters of each, in a notebook
@@ -121,7 +122,7 @@ class RowSet:
     def dataset(self) -> Dataset:
         """All parts, with labels and leaks. Raises ConfigError or DataError, as a run would."""
         with self.naming_rows(), spelling(in_python):
-            return load_dataset(self.spec, None)
+            return load_dataset(self.spec, ANY)
 
     def naming_rows(self, spec: DataSpec | None = None) -> AbstractContextManager[None]:
         """`naming_rows` for these rows; `spec`: the settings of a run with them (`beside`)."""

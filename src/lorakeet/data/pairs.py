@@ -1,6 +1,6 @@
 """Rows with two answers as tokens, and micro-batches that keep both together.
 
-The examples of a preference run stand in pairs: number 2i has the chosen answer, 2i + 1 the rejected one. Both begin with the
+The examples of compared answers stand in pairs: number 2i has the chosen answer, 2i + 1 the rejected one. Both begin with the
 same prompt, to the token. Pairs of one long prompt have a batch of their own, where the prompt is computed once for all answers
 (data/prefix); the others are packed together.
 """
@@ -15,9 +15,8 @@ import numpy as np
 
 from lorakeet.data.chat import Encoded, Encoder, Example
 from lorakeet.data.pack import Batch, even_bins, pack_examples, padded_bins
-from lorakeet.data.preferences import common_turns
 from lorakeet.data.prefix import UNIT, BatchLimits, common_prefix
-from lorakeet.data.rows import Row
+from lorakeet.data.rows import Row, common_turns
 from lorakeet.data.template import WITHOUT
 from lorakeet.errors import DataError, spelt
 
@@ -31,7 +30,7 @@ def encode_pair(row: Row, encoder: Encoder) -> tuple[Example, Example] | None:
     """
     other = row.other
     if other is None:
-        raise DataError(f"{row.source} has one answer only; a preference needs two, in the columns chosen and rejected.")
+        raise DataError(f"{row.source} has one answer only; two are compared, in the columns chosen and rejected.")
     fitted = _shortened(row, other, encoder)
     if fitted is None:
         return None

@@ -10,14 +10,15 @@ from dataclasses import dataclass
 from lorakeet.data.copies.answer_copies import answer_copy_notes
 from lorakeet.data.copies.prompt_leaks import prompt_leak_notes
 from lorakeet.data.leaks import CleanParts, LeakReport, check_leaks
-from lorakeet.data.preferences import rows_for, verdict_notes
 from lorakeet.data.proposals.answers import broken_json_notes
 from lorakeet.data.proposals.labels import alike, doubtful_labels, label_notes, merging
 from lorakeet.data.read import read_rows
 from lorakeet.data.rows import Row, some_sources
+from lorakeet.data.shapes import added_shapes
 from lorakeet.data.spec import DataSpec
 from lorakeet.data.split import Split, by_content, split_record, split_rows
 from lorakeet.errors import DataError, Problems, Remedy, nearest, spelt
+from lorakeet.registry import Objective, first_objective
 
 _SAMPLED = 16  # rows, whose prompts are of one template
 _LONGEST = 1000  # characters of all labels in a proposed template
@@ -51,20 +52,23 @@ class Dataset:
 
 
 def load_dataset(
-    spec: DataSpec, objective: str | None = "sft", *, most_compared: int | None = None, say: Callable[[str], None] | None = None
-) -> Dataset:
+    spec: DataSpec, registered: Objective | None = None, *, most_compared: int | None = None,
+    say: Callable[[str], None] | None = None,
+) -> Dataset:  # fmt: skip
     """Loads the rows that `spec` describes and applies its leak policy. Raises ConfigError or DataError.
 
-    `objective` is train.objective, which says of what shape the rows must be; None for any. More rows than `most_compared` are
-    split only: copies are neither searched nor dropped, and `leaks.searched` is empty. `say` is given what is done, in words.
+    `registered` is what is trained, which says of what shape the rows must be; left out, that is the default. More rows than
+    `most_compared` are split only: copies are neither searched nor dropped, and `leaks.searched` is empty. `say` is given what
+    is done, in words.
     """
+    registered = first_objective() if registered is None else registered
     spec.validate()
     notes: list[str] = []
     remedies: list[Remedy] = []
-    rows = read_rows(spec.train, spec, notes, objective, remedies, say)
-    test = read_rows(spec.test, spec, notes, objective) if spec.test else []
+    rows = read_rows(spec.train, spec, notes, registered, remedies, say)
+    test = read_rows(spec.test, spec, notes, registered) if spec.test else []
     if spec.held_out:
-        split = Split(by_content(rows, spec.split_seed), tuple(read_rows(spec.held_out, spec, notes, objective)))
+        split = Split(by_content(rows, spec.split_seed), tuple(read_rows(spec.held_out, spec, notes, registered)))
     else:
         split = split_rows(rows, spec)
     if say is not None:
@@ -84,8 +88,9 @@ def load_dataset(
     every = [row for rows in parts.values() for row in rows]
     notes += label_notes(label_counts(every, labels), spec.rename_labels)
     notes += broken_json_notes(every)
-    shaped = [rows_for(rows, objective, part, trained=part == "training") for part, rows in parts.items()]
-    notes += verdict_notes({part: rows for part, rows in parts.items() if part != "training"})
+    shaped = [registered.taken(rows, part, trained=part == "training") for part, rows in parts.items()]
+    measured = {part: rows for part, rows in parts.items() if part != "training"}
+    notes += [note for shape in added_shapes().values() for note in shape.part_notes(measured)]
     return Dataset(shaped[0], shaped[1], shaped[2], labels, clean.report, tuple(notes), tuple(remedies))
 
 

@@ -12,7 +12,6 @@ from typing import Any
 
 from lorakeet.data.locate import PACKAGE, WORKBOOKS, locate_data, quiet_hub
 from lorakeet.data.parquet import parquet_records
-from lorakeet.data.preferences import common_words_note, unread_verdict_note, with_prompt_groups
 from lorakeet.data.proposals.columns import (
     SAMPLED,
     doubtful_label_note,
@@ -22,11 +21,13 @@ from lorakeet.data.proposals.columns import (
 )
 from lorakeet.data.proposals.reading_on import every_problem
 from lorakeet.data.rows import Row
-from lorakeet.data.shapes import shape_rows
+from lorakeet.data.shapes import added_shapes, shape_rows
 from lorakeet.data.spec import DataSpec
+from lorakeet.data.split import with_prompt_groups
 from lorakeet.data.tables import READERS, SHOWN_PROBLEMS, FileRecord, RowProblems, TextFormat, given_name, text_records
 from lorakeet.data.workbook import sheets_note, workbook_records
 from lorakeet.errors import DataError, EnvironmentProblem, PackageMissing, Remedy, nearest
+from lorakeet.registry import ANY, Objective
 
 HUB = "hub:"
 SAID_EACH = 20_000  # rows
@@ -40,29 +41,26 @@ def read_rows(
     name: str,
     spec: DataSpec,
     notes: list[str] | None = None,
-    objective: str | None = None,
+    registered: Objective = ANY,
     proposed: list[Remedy] | None = None,
     say: Callable[[str], None] | None = None,
 ) -> list[Row]:
-    """Reads the rows of one file, folder or hub data set, at most `spec.limit` of them; `objective` as in `shape_rows`.
+    """Reads the rows of one file, folder or hub data set, at most `spec.limit` of them, as what is trained takes them.
 
-    Preferences on one prompt are a group.
+    Answers that are compared on one prompt are a group.
 
     Raises one DataError that lists all problems of single rows, and of the file (`every_problem`). With data.bad_rows "drop" such
     rows are left out; a sentence about them is added to `notes`. So is one about a column of labels or verdicts that is not read,
     and about a prompt that is guessed; the setting of labels is added to `proposed`. `say` is given their number meanwhile.
     """
     first: list[FileRecord] = []
-    with all_problems(name, spec, objective):
-        rows = _read(name, spec, notes, objective, first=first, say=say)
+    with all_problems(name, spec, registered):
+        rows = _read(name, spec, notes, registered, first=first, say=say)
     words, values = given_name(name), [each.values for each in first]
     if notes is not None and (several := sheets_note(name)):
         notes.append(several)
-    unread = "" if objective != "sft" or rows[0].label is not None else unread_verdict_note(words, values)
-    if unread and notes is not None:
-        notes.append(unread)
-    if rows[0].rejected and notes is not None and (guessed := common_words_note(words, first[0].values)):
-        notes.append(guessed)
+    if notes is not None:
+        notes += filter(None, (shape.note(words, rows[0], values, registered) for shape in added_shapes().values()))
     plain = not rows[0].turns[0].role and spec.label_column is None and spec.format == "auto"
     if plain and notes is not None:
         used = {spec.text_column, spec.group_column or ""}
@@ -77,7 +75,7 @@ def read_rows(
 
 
 @contextmanager
-def all_problems(name: str, spec: DataSpec, objective: str | None = None) -> Iterator[None]:
+def all_problems(name: str, spec: DataSpec, registered: Objective = ANY) -> Iterator[None]:
     """A context in which the DataError of reading a file becomes one of all its problems (`every_problem`)."""
     try:
         yield
@@ -87,7 +85,7 @@ def all_problems(name: str, spec: DataSpec, objective: str | None = None) -> Ite
         most = min(spec.limit or _READ_ON, _READ_ON)
 
         def read(other: DataSpec) -> object:
-            return _read(name, replace(other, limit=most), None, objective, shown=3)
+            return _read(name, replace(other, limit=most), None, registered, shown=3)
 
         raise every_problem(error, given_name(name), spec, read) from error
 
@@ -96,7 +94,7 @@ def _read(
     name: str,
     spec: DataSpec,
     dropped: list[str] | None,
-    objective: str | None,
+    registered: Objective,
     *,
     shown: int = SHOWN_PROBLEMS,
     first: list[FileRecord] | None = None,
@@ -105,7 +103,7 @@ def _read(
     words = given_name(name)
     problems = RowProblems(f"{words} cannot be used as it is", shown)
     records = _first_kept(islice(read_records(name, problems, spec), spec.limit), first, say)
-    rows = list(shape_rows(records, words, spec, problems, objective))
+    rows = list(shape_rows(records, words, spec, problems, registered))
     if spec.bad_rows == "stop" or not rows:
         problems.raise_if_any()
     if not rows:
@@ -129,7 +127,7 @@ def _first_kept(
         yield record
 
 
-def check_first_record(name: str, spec: DataSpec, objective: str | None = None) -> None:
+def check_first_record(name: str, spec: DataSpec, registered: Objective = ANY) -> None:
     """Raises what `read_rows` would for a missing file, an unknown extension or a missing column; reads one record of the file,
     and where that is wrong more, for its other problems.
 
@@ -138,8 +136,8 @@ def check_first_record(name: str, spec: DataSpec, objective: str | None = None) 
     if not _opens_again(name):
         return
     problems = RowProblems(name)  # of single rows: all are named once the whole file is read
-    with all_problems(name, spec, objective):
-        next(shape_rows(read_records(name, problems, spec), given_name(name), spec, problems, objective), None)
+    with all_problems(name, spec, registered):
+        next(shape_rows(read_records(name, problems, spec), given_name(name), spec, problems, registered), None)
 
 
 def _opens_again(name: str) -> bool:

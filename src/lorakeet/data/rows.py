@@ -7,6 +7,7 @@ import json
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
+from itertools import takewhile
 from typing import Any
 
 PROMPT_GROUP = "prompt "  # what the groups of rows with one prompt begin with
@@ -40,7 +41,7 @@ class Row:
     """A conversation, a prompt with its completion, a labelled text or a raw text.
 
     `source` is its place, as "file.tsv:17"; rows of one `group` stay on one side of a split. `tools` are the descriptions of
-    callable functions for the chat template, as JSON text. A row of preferences has a second answer, in `rejected`: the same
+    callable functions for the chat template, as JSON text. A row of compared answers has a second one, in `rejected`: the same
     turns with another end. `desirable` says whether the answer of a row of KTO's is wanted.
     """
 
@@ -96,3 +97,9 @@ def some_sources(sources: Sequence[str]) -> str:
 def row_groups(rows: Sequence[Row]) -> tuple[str, ...] | None:
     """The group of each row, or its own source; None if no row has a group."""
     return tuple(row.group or row.source for row in rows) if any(row.group for row in rows) else None
+
+
+def common_turns(one: Sequence[Turn], other: Sequence[Turn]) -> int:
+    """How many turns both begin with; the last turn of each is an answer of its own."""
+    both = zip(one[:-1], other[:-1], strict=False)
+    return sum(1 for _ in takewhile(lambda turns: turns[0] == turns[1], both))

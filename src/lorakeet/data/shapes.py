@@ -1,4 +1,4 @@
-"""Turns records into rows: chat messages, prompt and completion, Alpaca, plain text, labelled texts, and preferences."""
+"""Turns records into rows: chat messages, prompt and completion, Alpaca, plain text, labelled texts, and what kinds add."""
 
 from __future__ import annotations
 
@@ -6,34 +6,20 @@ import html
 import json
 import math
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import replace
 from itertools import islice
-from typing import Any
+from typing import Any, ClassVar
 
-from lorakeet.data.preferences import (
-    CHOSEN,
-    PROMPTS,
-    RATED,
-    REJECTED,
-    VERDICT,
-    answers_of,
-    is_preference,
-    is_rated,
-    preferred,
-    split_texts,
-    verdict,
-    with_prompt,
-)
 from lorakeet.data.proposals.columns import SAMPLED, column_remedy, near_column, propose_answers, propose_columns
 from lorakeet.data.rows import Row, Turn
 from lorakeet.data.spec import DataSpec, fill_template, template_fields
 from lorakeet.data.tables import FileRecord, RowProblems, UnusableRow, separator_hint, separator_remedies
 from lorakeet.data.tool_calls import message_extra, row_tools
 from lorakeet.errors import DataError, Remedy, nearest, spelt
+from lorakeet.registry import ANY, Objective, declarations, function_at
 
 ROLES = ("system", "user", "assistant", "tool")
-_CHAT_COLUMNS = ("messages", "conversations")
-_COMPLETION_COLUMNS = (("prompt", "completion"), ("prompt", "response"))
+CHAT_COLUMNS = ("messages", "conversations")
+COMPLETION_COLUMNS = (("prompt", "completion"), ("prompt", "response"))
 _OTHER_ROLES = {
     "human": "user", "gpt": "assistant", "developer": "system", "function": "tool", "observation": "tool",
     "function_call": "assistant",
@@ -41,19 +27,56 @@ _OTHER_ROLES = {
 _LABEL = "label"
 
 
+class AddedShape:
+    """A shape of rows that a kind of run brings, by its name in data.format (registry.KindDeclaration.shapes)."""
+
+    columns: ClassVar[Mapping[str, str]] = {}  # that it reads, each with what it becomes
+    expected: str = ""  # its columns in words, where those of a file fit no shape
+    has: str = ""  # what one of its rows has, in words
+
+    def fits(self, columns: Mapping[str, object], registered: Objective) -> bool:
+        """Whether a record with these columns is of this shape, for what is trained."""
+        raise NotImplementedError
+
+    def needed(self, columns: Mapping[str, object]) -> dict[str, str]:
+        """The columns that a record must have, each with what to do where it is missing."""
+        raise NotImplementedError
+
+    def turns(self, values: dict[str, object], spec: DataSpec) -> tuple[tuple[Turn, ...], tuple[Turn, ...], bool | None]:
+        """The turns of a row, those with its other answer, and whether its answer is wanted. Raises UnusableRow."""
+        raise NotImplementedError
+
+    def is_of(self, row: Row) -> bool:
+        """Whether a row was read in this shape."""
+        raise NotImplementedError
+
+    def note(self, name: str, row: Row, records: Sequence[Mapping[str, object]], registered: Objective) -> str:
+        """A sentence on what was guessed or not read of the first records, the first of which became `row`; or empty."""
+        return ""
+
+    def part_notes(self, parts: Mapping[str, Sequence[Row]]) -> list[str]:
+        """Sentences on rows of the named parts."""
+        return []
+
+
+def added_shapes() -> dict[str, AddedShape]:
+    """The shapes that kinds bring, by name."""
+    return {name: function_at(place) for one in declarations().values() for name, place in one.shapes.items()}
+
+
 def shape_rows(
-    records: Iterator[FileRecord], name: str, spec: DataSpec, problems: RowProblems, objective: str | None = None
+    records: Iterator[FileRecord], name: str, spec: DataSpec, problems: RowProblems, registered: Objective = ANY
 ) -> Iterator[Row]:
     """Yields the rows of the records; with format "auto" the first record decides the shape.
 
     Columns of no known shape end in a DataError that proposes some, by their names and what the first records hold.
-    Of several shapes that fit, a known `objective` (train.objective) takes that of its rows. Raises DataError for a missing
-    column; problems of single records are added to `problems`.
+    Of several shapes that fit, what is trained takes that of its rows. Raises DataError for a missing column; problems of
+    single records are added to `problems`.
     """
     shape = ""
     for record in records:
         if not shape:
-            shape = _find_shape(record, name, spec, objective, records)
+            shape = _find_shape(record, name, spec, registered, records)
             _require_columns(record, shape, name, spec, records)
         try:
             row = _shape(record, shape, spec)
@@ -63,9 +86,9 @@ def shape_rows(
             problems.add(record.source, str(error))
 
 
-def columns_used(record: FileRecord, name: str, spec: DataSpec, objective: str | None = None) -> tuple[str, dict[str, str]]:
+def columns_used(record: FileRecord, name: str, spec: DataSpec, registered: Objective = ANY) -> tuple[str, dict[str, str]]:
     """The shape of a record, and the columns of it that are read, each with what it becomes. DataError as `shape_rows`."""
-    shape = _find_shape(record, name, spec, objective, iter(()))
+    shape = _find_shape(record, name, spec, registered, iter(()))
     _require_columns(record, shape, name, spec, iter(()))
     used: dict[str, str] = {}
     if shape == "classification":
@@ -75,14 +98,13 @@ def columns_used(record: FileRecord, name: str, spec: DataSpec, objective: str |
     elif shape == "text":
         used[spec.text_column] = "text"
     else:
-        chats = dict.fromkeys(_CHAT_COLUMNS, "conversation")
-        pairs = {prompt: "prompt" for prompt, _ in _COMPLETION_COLUMNS} | {answer: "answer" for _, answer in _COMPLETION_COLUMNS}
-        used = {
+        chats = dict.fromkeys(CHAT_COLUMNS, "conversation")
+        pairs = {prompt: "prompt" for prompt, _ in COMPLETION_COLUMNS} | {answer: "answer" for _, answer in COMPLETION_COLUMNS}
+        used |= {
             "chat": {**chats, "tools": "tools"},
             "completion": pairs,
             "alpaca": {"instruction": "prompt", "input": "prompt", "output": "answer"},
-            "preference": {**dict.fromkeys(PROMPTS, "prompt"), CHOSEN: "better answer", REJECTED: "worse answer"},
-            "rated": {**chats, **pairs, VERDICT: "whether the answer is wanted"},
+            **{name: one.columns for name, one in added_shapes().items()},
         }[shape]
     if spec.group_column is not None:
         used[spec.group_column] = "group, kept on one side of the split"
@@ -99,17 +121,18 @@ def _require_length(row: Row, spec: DataSpec) -> None:
 
 
 def _find_shape(
-    record: FileRecord, name: str, spec: DataSpec, objective: str | None, following: Iterator[FileRecord]
+    record: FileRecord, name: str, spec: DataSpec, registered: Objective, following: Iterator[FileRecord]
 ) -> str:
     columns = record.values
     if spec.format != "auto":
-        return spec.format
-    compared, plain = _compared_shape(columns, objective), _plain_shape(columns, spec, objective)
-    if found := (plain or compared) if objective == "sft" else (compared or plain):
+        return str(spec.format)
+    added = next((shape for shape, one in added_shapes().items() if one.fits(columns, registered)), "")
+    plain = _plain_shape(columns, spec, registered)
+    if found := (plain or added) if registered.one_answer else (added or plain):
         return found
     said = (
         f"{name}: the columns {_listed(columns)} match no known shape; expected 'messages', or 'prompt' and 'completion', "
-        f"or 'instruction' and 'output', or 'chosen' and 'rejected', or '{spec.text_column}'."
+        f"or 'instruction' and 'output', {''.join(one.expected for one in added_shapes().values())}or '{spec.text_column}'."
     )
     named = f"{spelt('data.text_column')} (and {spelt('data.label_column')} for labelled texts)"
     general = f"Name yours with {named}, or choose {spelt('data.format')}."
@@ -123,22 +146,13 @@ def _find_shape(
     raise DataError(message, code="columns-unclear", values=values, remedies=proposal.remedies if proposal else ())
 
 
-def _compared_shape(columns: Mapping[str, object], objective: str | None) -> str:
-    """The shape of records of preferences; empty if they are none. For kto a label of any value is a verdict."""
-    if objective == "kto" and is_rated(columns, of_any_value=True):
-        return "rated"
-    if is_preference(columns):
-        return "preference"
-    return "rated" if is_rated(columns) else ""
-
-
-def _plain_shape(columns: Mapping[str, object], spec: DataSpec, objective: str | None) -> str:
+def _plain_shape(columns: Mapping[str, object], spec: DataSpec, registered: Objective) -> str:
     """The shape of records that have one answer, or none; empty if they are of no known shape."""
-    if objective == "sft" and spec.label_column is not None and all(each in columns for each in _classified_columns(spec)):
+    if registered.one_answer and spec.label_column is not None and all(each in columns for each in _classified_columns(spec)):
         return "classification"
-    if any(column in columns for column in _CHAT_COLUMNS):
+    if any(column in columns for column in CHAT_COLUMNS):
         return "chat"
-    if any(prompt in columns and answer in columns for prompt, answer in _COMPLETION_COLUMNS):
+    if any(prompt in columns and answer in columns for prompt, answer in COMPLETION_COLUMNS):
         return "completion"
     if "instruction" in columns and "output" in columns:
         return "alpaca"
@@ -162,18 +176,14 @@ def _require_columns(
 ) -> None:
     columns = record.values
     needed: dict[str, str] = {}
-    if shape == "chat" and not any(column in columns for column in _CHAT_COLUMNS):
+    if shape == "chat" and not any(column in columns for column in CHAT_COLUMNS):
         needed["messages"] = "rename the column of the messages"
-    if shape == "completion" and not any(p in columns and a in columns for p, a in _COMPLETION_COLUMNS):
-        needed |= dict.fromkeys(_COMPLETION_COLUMNS[0], "rename the column")
+    if shape == "completion" and not any(p in columns and a in columns for p, a in COMPLETION_COLUMNS):
+        needed |= dict.fromkeys(COMPLETION_COLUMNS[0], "rename the column")
     if shape == "alpaca":
         needed |= {"instruction": "rename the column", "output": "rename the column"}
-    if shape == "preference":
-        needed |= dict.fromkeys((CHOSEN, REJECTED), "rename the columns of the two answers")
-    if shape == "rated":
-        needed |= {VERDICT: "rename the column that says whether an answer is wanted"}
-        if not any(all(column in columns for column in some) for some in RATED):
-            needed |= dict.fromkeys(_COMPLETION_COLUMNS[0], "rename the column")
+    if added := added_shapes().get(shape):
+        needed |= added.needed(columns)
     if shape == "text":
         needed[spec.text_column] = f"name it with {spelt('data.text_column')}"
     if shape == "classification":
@@ -221,84 +231,49 @@ def _shape(record: FileRecord, shape: str, spec: DataSpec) -> Row:
     values = record.values
     label, tools, desirable = None, "", None
     rejected: tuple[Turn, ...] = ()
-    if shape in ("chat", "preference", "rated"):
+    added = added_shapes().get(shape)
+    if shape == "chat" or added is not None:
         tools = row_tools(values)
-    if shape == "preference":
-        turns, rejected = _preference(values, spec)
-    elif shape == "rated":
-        turns, desirable = _rated(values, spec)
+    if added is not None:
+        turns, rejected, desirable = added.turns(values, spec)
     elif shape == "chat":
         turns = _messages(_as_list(values.get(_chat_column(values))), spec)
     elif shape == "completion":
         turns = _completion(values, spec)
     elif shape == "alpaca":
-        instruction, extra = _text(values, "instruction", spec), _text(values, "input", spec, may_be_empty=True)
-        turns = _pair(f"{instruction}\n\n{extra}" if extra else instruction, _text(values, "output", spec))
+        instruction, extra = column_text(values, "instruction", spec), column_text(values, "input", spec, may_be_empty=True)
+        turns = _pair(f"{instruction}\n\n{extra}" if extra else instruction, column_text(values, "output", spec))
     elif shape == "classification":
         turns, label = _classification(values, spec)
     else:
-        turns = (Turn("", _text(values, spec.text_column, spec), supervised=True),)
+        turns = (Turn("", column_text(values, spec.text_column, spec), supervised=True),)
     if spec.system and shape != "text" and turns[0].role != "system":
         first = Turn("system", spec.system, supervised=False)
         turns, rejected = (first, *turns), (first, *rejected) if rejected else ()
-    group = None if spec.group_column is None else _text(values, spec.group_column, spec)
+    group = None if spec.group_column is None else column_text(values, spec.group_column, spec)
     return Row(turns, label, group, record.source, tools, rejected, desirable)
 
 
 def _chat_column(values: dict[str, object]) -> str:
-    return next((column for column in _CHAT_COLUMNS if column in values), _CHAT_COLUMNS[0])
+    return next((column for column in CHAT_COLUMNS if column in values), CHAT_COLUMNS[0])
 
 
-def _preference(values: dict[str, object], spec: DataSpec) -> tuple[tuple[Turn, ...], tuple[Turn, ...]]:
-    """The turns with the chosen answer, and those with the rejected one."""
-    column = next((column for column in PROMPTS if values.get(column)), None)
-    given = None if column is None else values[column]
-    prompt: tuple[Turn, ...] = ()
-    if isinstance(given, list):
-        prompt = _turns_of(given, spec)
-    elif column is not None:
-        text = _text(values, column, spec)
-        extra = _text(values, "input", spec, may_be_empty=True) if column == "instruction" else ""
-        prompt = (Turn("user", f"{text}\n\n{extra}" if extra else text, supervised=False),)
-    if isinstance(values.get("system"), str) and values["system"] and not (prompt and prompt[0].role == "system"):
-        prompt = (Turn("system", _text(values, "system", spec), supervised=False), *prompt)
-    if (both := answers_of(values)) is not None and not (column is not None and isinstance(values[CHOSEN], str)):
-        chosen, rejected = (_turns_of(each, spec) for each in both)
-    elif column is not None:
-        chosen, rejected = ((Turn("assistant", _text(values, name, spec), supervised=True),) for name in (CHOSEN, REJECTED))
-    else:
-        texts = [_text(values, name, spec) for name in (CHOSEN, REJECTED)]
-        beginning, *ends = split_texts(*texts)
-        if texts[0] != texts[1] and not all(part.strip() for part in (beginning, *ends)):
-            raise UnusableRow(
-                "chosen and rejected are texts without common first words and different ends, and there is no column 'prompt'; "
-                "add one, or give lists of messages."
-            )
-        prompt = (*prompt, Turn("user", beginning, supervised=False))
-        chosen, rejected = ((Turn("assistant", end, supervised=True),) for end in ends)
-    return preferred(with_prompt(prompt, chosen), with_prompt(prompt, rejected))
-
-
-def _rated(values: dict[str, object], spec: DataSpec) -> tuple[tuple[Turn, ...], bool]:
-    """The turns of one answer, and whether it is wanted."""
-    if VERDICT not in values:
-        raise UnusableRow("column 'label' is missing; expected true for an answer that is wanted, or false.")
-    wanted, column = verdict(values[VERDICT]), _chat_column(values)
-    turns = _messages(_as_list(values[column]), spec) if column in values else _completion(values, spec)
-    if turns[-1].role != "assistant":
-        raise UnusableRow("the last message is not of the assistant, so there is no answer that is wanted or not.")
-    return (*(replace(turn, supervised=False) for turn in turns[:-1]), replace(turns[-1], supervised=True)), wanted
-
-
-def _turns_of(messages: list[Any], spec: DataSpec) -> tuple[Turn, ...]:
+def message_turns(messages: list[Any], spec: DataSpec) -> tuple[Turn, ...]:
+    """The turns of messages, of any role."""
     return tuple(_message(message, number, spec) for number, message in enumerate(messages, start=1))
 
 
+def answer_turns(values: dict[str, object], spec: DataSpec) -> tuple[Turn, ...]:
+    """The turns of a record with one answer: its messages, or prompt and completion."""
+    column = _chat_column(values)
+    return _messages(_as_list(values[column]), spec) if column in values else _completion(values, spec)
+
+
 def _completion(values: dict[str, object], spec: DataSpec) -> tuple[Turn, ...]:
-    prompt, answer = next(((p, a) for p, a in _COMPLETION_COLUMNS if p in values and a in values), _COMPLETION_COLUMNS[0])
+    prompt, answer = next(((p, a) for p, a in COMPLETION_COLUMNS if p in values and a in values), COMPLETION_COLUMNS[0])
     if isinstance(values.get(prompt), list) and isinstance(values.get(answer), list):
         return _messages([*_as_list(values[prompt]), *_as_list(values[answer])], spec)
-    return _pair(_text(values, prompt, spec), _text(values, answer, spec))
+    return _pair(column_text(values, prompt, spec), column_text(values, answer, spec))
 
 
 def _classification(values: dict[str, object], spec: DataSpec) -> tuple[tuple[Turn, ...], str]:
@@ -306,13 +281,13 @@ def _classification(values: dict[str, object], spec: DataSpec) -> tuple[tuple[Tu
     filled: dict[str, str] = {}
     for field in fields:
         column = spec.text_column if field == "text" else field
-        filled[field] = _text(values, column, spec, may_be_empty=column != spec.text_column)
+        filled[field] = column_text(values, column, spec, may_be_empty=column != spec.text_column)
     # A template such as "{review}" uses the text column by its own name.
     free = "text" if "text" in fields else spec.text_column
     prompt, span = fill_template(spec.template, filled, free)
     if not prompt.strip():
         raise UnusableRow("the prompt is empty; remove the row or fill its columns.")
-    label = _text(values, spec.label_column or _LABEL, spec).strip()
+    label = column_text(values, spec.label_column or _LABEL, spec).strip()
     label = spec.rename_labels.get(label, label)
     if spec.labels and label not in spec.labels:
         known = ", ".join(map(repr, spec.labels))
@@ -331,7 +306,7 @@ def _pair(prompt: str, answer: str) -> tuple[Turn, ...]:
 
 
 def _messages(messages: list[Any], spec: DataSpec) -> tuple[Turn, ...]:
-    turns = _turns_of(messages, spec)
+    turns = message_turns(messages, spec)
     if not any(turn.supervised for turn in turns):
         raise UnusableRow("no message of the assistant, so nothing to train on; add one with the role 'assistant'.")
     return turns
@@ -367,7 +342,8 @@ def _as_list(value: object) -> list[Any]:
     raise UnusableRow(f"expected a list of messages, got {str(value)[:60]!r}.")
 
 
-def _text(values: dict[str, object], column: str, spec: DataSpec, may_be_empty: bool = False) -> str:
+def column_text(values: dict[str, object], column: str, spec: DataSpec, may_be_empty: bool = False) -> str:
+    """The text of a column. Raises UnusableRow for a value that is none, or an empty one."""
     value = values.get(column)
     if value is not None and not isinstance(value, (str, int, float)):
         raise UnusableRow(f"column '{column}' has a value of type {type(value).__name__}; expected text.")

@@ -8,6 +8,7 @@ from dataclasses import dataclass, field
 from typing import Literal
 
 from lorakeet.errors import ConfigError, Problems, spelt
+from lorakeet.registry import shape_names
 from lorakeet.setting import setting
 from lorakeet.settings import require_types
 
@@ -24,7 +25,9 @@ class DataSpec:
     )
     held_out: str | None = setting(None, "File of held-out rows; by default they are split off the training rows.")
     test: str | None = setting(None, "File of test rows, never used to choose a setting or a checkpoint.")
-    format: Literal["auto", "chat", "completion", "alpaca", "text", "classification", "preference", "rated"] = setting(
+    format: Literal[  # type: ignore[valid-type]  # evaluated at each reading: of every kind
+        ("auto", "chat", "completion", "alpaca", "text", "classification", *shape_names())
+    ] = setting(
         "auto", "Format of the rows; auto decides by the columns of the first row. A rated row is an answer with true or false."
     )
     text_column: str = setting("text", "Column of the text, for text and classification rows.")

@@ -5,12 +5,12 @@ from __future__ import annotations
 import hashlib
 import json
 import math
-from collections import defaultdict
+from collections import Counter, defaultdict
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
-from lorakeet.data.rows import PROMPT_GROUP, Row
+from lorakeet.data.rows import PROMPT_GROUP, Row, common_turns
 from lorakeet.data.spec import DataSpec
 from lorakeet.disk import read_regular, write_whole
 from lorakeet.errors import DataError, percent, spelt
@@ -30,7 +30,7 @@ class Split:
 def split_rows(rows: Sequence[Row], spec: DataSpec) -> Split:
     """Holds out `spec.held_out_fraction` of the rows, chosen by a hash of seed and content.
 
-    Rows of one group, and rows of equal content, stay on one side. Every label, or verdict of kto, keeps its share on both
+    Rows of one group, and rows of equal content, stay on one side. Every label or verdict keeps its share on both
     sides as far as groups allow, and none is held out as a whole. Of both verdicts at least one row is held out, if that can be.
     Raises DataError for too few rows.
     """
@@ -72,6 +72,34 @@ def held_out_count(rows: int, spec: DataSpec) -> int:
     return min(count, rows - 1)
 
 
+def with_prompt_groups(rows: list[Row]) -> list[Row]:
+    """The rows whose answers are compared, those on one prompt as a group: their answers depend on each other.
+
+    Groups that were given stay, and a row without one joins the first of those that its prompt has. A prompt that all rows have
+    tells none apart, and makes no group.
+    """
+    if not all(row.rejected or row.desirable is not None for row in rows):
+        return rows
+    prompts = [_prompt_digest(row) for row in rows]
+    counts, given = Counter(prompts), dict[str, str]()
+    if len(counts) == 1:
+        return rows
+    for row, key in zip(rows, prompts, strict=True):
+        if row.group is not None:
+            given.setdefault(key, row.group)
+    return [
+        row if row.group is not None or counts[key] == 1 else replace(row, group=given.get(key, f"{PROMPT_GROUP}{key}"))
+        for row, key in zip(rows, prompts, strict=True)
+    ]
+
+
+def _prompt_digest(row: Row) -> str:
+    """SHA-256 of the turns before the answers, of any speaker but the system."""
+    common = len(row.turns) - 1 if row.desirable is not None else common_turns(row.turns, row.rejected)
+    said = [[turn.role, turn.free_text.strip(), turn.extra] for turn in row.turns[:common] if turn.role != "system"]
+    return hashlib.sha256(json.dumps(said).encode()).hexdigest()
+
+
 def by_content(rows: Iterable[Row], seed: int) -> tuple[Row, ...]:
     """The rows in the order of their seeded content hash."""
     return tuple(sorted(rows, key=lambda row: (_rank(row.key, seed), row.source)))
@@ -81,7 +109,7 @@ def split_record(
     train: Sequence[Row], held_out: Sequence[Row], test: Sequence[Row] = (), *, labels: Sequence[str] = ()
 ) -> dict[str, object]:
     """The content of split.json: labels, the held-out rows' hashes, one hash for all training and all test rows, and how many
-    rows with preferences share their prompt with others, if any do.
+    rows with compared answers share their prompt with others, if any do.
     """
     shared = sum((row.group or "").startswith(PROMPT_GROUP) for row in (*train, *held_out))
     return {

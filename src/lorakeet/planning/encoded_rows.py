@@ -12,7 +12,6 @@ from lorakeet.config import RunConfig
 from lorakeet.data.chat import Encoded, Encoder, encode_rows
 from lorakeet.data.locate import state_of_data
 from lorakeet.data.pairs import encode_pairs
-from lorakeet.data.preferences import rows_for
 from lorakeet.data.prepare import find_labels, load_dataset
 from lorakeet.data.read import is_absent, read_rows
 from lorakeet.data.rows import Row
@@ -141,13 +140,13 @@ def _prepared(config: RunConfig) -> tuple[Sequence[Sequence[Row]], tuple[str, ..
 
     Rows with which no run starts are in one part, as they are in their files.
     """
-    data, objective = config.data, config.train.objective
+    data, registered = config.data, config.train.registered
     try:
-        dataset = load_dataset(data, objective, most_compared=MOST_COMPARED)
+        dataset = load_dataset(data, registered, most_compared=MOST_COMPARED)
     except DataError as error:
         notes: list[str] = []
         names = [name for name in (data.train, data.held_out, data.test) if name]
-        parts = [rows_for(read_rows(name, data, notes, objective), objective, name, trained=name == data.train) for name in names]
+        parts = [registered.taken(read_rows(name, data, notes, registered), name, trained=name == data.train) for name in names]
         return parts, find_labels(parts[0], data), notes, str(error), True
     said = [*dataset.notes, *(remark.words for remark in remarks_on(dataset, data, few_shot=config.evaluate.examples > 0))]
     if not (exact := bool(dataset.leaks.searched)):
@@ -164,7 +163,7 @@ def _keys(config: RunConfig, source: Path) -> tuple[str, ...]:
     files = [state_of_data(name) for name in (data.train, data.held_out, data.test)]
     if None in files:
         return ()
-    settings = replace(data, max_tokens=1), config.lora.new_tokens, config.train.objective, config.evaluate.examples > 0
+    settings = replace(data, max_tokens=1), config.lora.new_tokens, config.train.registered.name, config.evaluate.examples > 0
     parts = files, state_of(source), *settings
     return f"rows {parts!r}", f"rows {parts!r} {data.max_tokens}"
 

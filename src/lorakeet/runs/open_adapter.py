@@ -53,7 +53,7 @@ class Opened:
         """The rows of config.data: read, split and checked once for this adapter and its copies. Raises DataError."""
         data = self.config.data
         if data not in self._datasets:
-            self._datasets[data] = load_dataset(data, self.config.train.objective)
+            self._datasets[data] = load_dataset(data, self.config.train.registered)
         return self._datasets[data]
 
     @property

@@ -37,7 +37,7 @@ from lorakeet.studio.workbench import Send
 
 MOST_LABELS = 30  # with a bar
 FIRST, PAIRS, COUNTED = 5, 60, 4000  # rows, pairs, rows whose lengths are counted, that are shown
-ALL_MEASURED = "they stay, and each is measured"  # of preferences
+ALL_MEASURED = "they stay, and each is measured"  # of compared answers
 REPEATED = "exact copies among measured rows are measured once; repeated training rows count twice"
 BARS = 24
 NO_MODEL = "none"
@@ -65,16 +65,16 @@ def _in_page_words(part: dict[str, Any]) -> dict[str, Any]:
 
 
 def _show_text(config: RunConfig, send: Send) -> None:
-    data, objective = config.data, config.train.objective
+    data, registered = config.data, config.train.registered
     if (found := sheet_values(data.train))["sheets"]:
         send({"part": "sheets", **found})
-    with all_problems(data.train, data, objective):
+    with all_problems(data.train, data, registered):
         records = list(islice(read_records(data.train, RowProblems(data.train), data), SAMPLED))
         send({"part": "first", **first_values(records[:FIRST])})
         if not records:
             raise DataError(f"{data.train} has no rows; expected at least one record below the header.")
         try:
-            shape, used = columns_used(records[0], data.train, data, objective)
+            shape, used = columns_used(records[0], data.train, data, registered)
         except DataError as error:
             given: dict[str, str | None] = {"text": data.text_column, "label": data.label_column}
             proposal = propose_columns(records, given)
@@ -82,7 +82,7 @@ def _show_text(config: RunConfig, send: Send) -> None:
             raise
     send({"part": "columns", "shape": shape, "used": used, **label_values(records, used, data)})
     send({"say": "Reads all rows"})
-    dataset = load_dataset(data, objective, say=lambda line: send({"say": line}))
+    dataset = load_dataset(data, registered, say=lambda line: send({"say": line}))
     remarks = remarks_on(dataset, data, few_shot=config.evaluate.examples > 0)
     send({"part": "split", **split_values(dataset, remarks, data)})
     if config.model.path == NO_MODEL:

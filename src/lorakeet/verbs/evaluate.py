@@ -16,7 +16,6 @@ from lorakeet.config import RunConfig
 from lorakeet.data.chat import Encoder
 from lorakeet.data.copies.prompt_leaks import prompt_leak_notes
 from lorakeet.data.leaks import LeakReport, search_leaks
-from lorakeet.data.preferences import rows_for
 from lorakeet.data.prepare import check_labels, find_labels
 from lorakeet.data.read import read_rows
 from lorakeet.data.rows import Row
@@ -198,9 +197,9 @@ def _rows_of_file(opened: Opened, data: str) -> _EvaluationRows:
     """
     settings: RunConfig = opened.config
     dropped: list[str] = []
-    objective = settings.train.objective
-    given = read_rows(data, dataclasses.replace(settings.data, limit=None), dropped, objective)
-    rows = rows_for(given, objective, "evaluated", trained=False)
+    registered = settings.train.registered
+    given = read_rows(data, dataclasses.replace(settings.data, limit=None), dropped, registered)
+    rows = registered.taken(given, "evaluated", trained=False)
     dropped += prompt_leak_notes({"evaluated": rows}, settings.data.on_leak)
     if not settings.data.train:
         return _EvaluationRows(rows, _named(data), find_labels(rows, settings.data), (), warnings=tuple(dropped))

@@ -8,6 +8,7 @@ from lorakeet.data.copies.answer_copies import OFTEN, answer_copy_notes
 from lorakeet.data.prepare import load_dataset
 from lorakeet.data.rows import Row, Turn
 from lorakeet.data.spec import DataSpec
+from lorakeet.registry import objectives
 from tiny.runs import write_rows
 
 LONG, OTHER, THIRD = (f"the {word} river flows to the north sea" for word in ("first", "second", "third"))
@@ -39,5 +40,5 @@ def test_a_run_says_it(tmp_path: Path) -> None:
     rows = [{"prompt": f"What is number {n}?", "chosen": f"{LONG} of {n}", "rejected": f"{OTHER} of {n}"} for n in range(4)]
     held_out = [{**rows[1], "prompt": "How long is the longest bridge?"}, {"prompt": "Who?", "chosen": "A", "rejected": "B"}]
     paths = [str(write_rows(tmp_path / name, part)) for name, part in (("train.jsonl", rows), ("held_out.jsonl", held_out))]
-    found = load_dataset(DataSpec(train=paths[0], held_out=paths[1], near_duplicates=0.0), objective="dpo")
+    found = load_dataset(DataSpec(train=paths[0], held_out=paths[1], near_duplicates=0.0), objectives()["dpo"])
     assert any(note.startswith("1 held-out row has an answer that a training row has too") for note in found.notes)

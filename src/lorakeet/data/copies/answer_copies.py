@@ -1,4 +1,4 @@
-"""Finds evaluated preferences with an answer of a training row under another prompt: which is preferred may be known by heart."""
+"""Finds compared answers that a training row has too, under another prompt: which is preferred may be known by heart."""
 
 from __future__ import annotations
 
@@ -6,8 +6,7 @@ from collections import Counter
 from collections.abc import Mapping, Sequence
 
 from lorakeet.data.copies.words import letters, normal_words
-from lorakeet.data.preferences import common_turns
-from lorakeet.data.rows import Row, some_sources
+from lorakeet.data.rows import Row, common_turns, some_sources
 from lorakeet.errors import spelt
 
 FEWEST = 6  # words of an answer that two people do not write by chance
@@ -15,7 +14,7 @@ OFTEN = 3  # rows; an answer of more is a set phrase, such as an excuse
 
 
 def answer_copy_notes(parts: Mapping[str, Sequence[Row]]) -> list[str]:
-    """A sentence for each part but the training rows of which some preferences have an answer of a training row.
+    """A sentence for each part but the training rows of which some rows have an answer of a training row.
 
     Case, punctuation and spacing are no difference. Answers of fewer than FEWEST words are not compared.
     """
@@ -38,7 +37,7 @@ def answer_copy_notes(parts: Mapping[str, Sequence[Row]]) -> list[str]:
 
 
 def _answers(row: Row) -> frozenset[str]:
-    """The answers of a row of preferences, by their letters; those that are long enough."""
+    """The answers of a row that are compared, by their letters; those that are long enough."""
     if row.desirable is None and not row.rejected:
         return frozenset()
     common = common_turns(row.turns, row.rejected) if row.rejected else len(row.turns) - 1

@@ -38,6 +38,7 @@ def declared_objective(name: str) -> Objective:
     titles = "One training row, with its chosen answer", "and with its rejected answer"
     return Objective(
         name=name, answers=2, nats=False, rate_factor=RATE_FACTOR, compared_with=reference_of, varied="preference.beta",
+        shapes=("rated",) if name == KTO else ("preference",), rows="lorakeet.kinds.preference.rows:rows_for",
         only_read=int(name == KTO),
         titles=("One training row", "the same prompt with another row's answer") if name == KTO else titles,
     )  # fmt: skip

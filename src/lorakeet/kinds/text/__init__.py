@@ -26,7 +26,7 @@ DECLARATION = KindDeclaration(
     name="text",
     help="a causal language model",
     module="lorakeet.kinds.text.kind",
-    objectives=(Objective(name="sft", older=True),),
+    objectives=(Objective(name="sft", rows="lorakeet.kinds.text.rows:with_one_answer", older=True),),
     trains="answers (sft)",
     text_model=True,
     taken_as=("merge", "gguf", "ollama", "mlx", "push"),

@@ -108,7 +108,7 @@ def assemble_text(
         console.print(why, markup=False, soft_wrap=True)
     config = with_earlier(on_own_device(config, processes))
     start_note = earlier_note(config)
-    dataset = load_dataset(config.data, config.train.objective)
+    dataset = load_dataset(config.data, config.train.registered)
     if not dataset.held_out:
         raise DataError(
             "No rows are held out, so nothing could be proved. Set data.held_out_fraction above 0, or name a data.held_out file."

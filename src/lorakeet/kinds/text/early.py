@@ -19,9 +19,9 @@ def require_text_rows(config: RunConfig, *, whole: bool) -> None:
     """
     data = config.data
     for name in filter(None, (data.train, data.test, data.held_out)):
-        check_first_record(name, data, config.train.objective)
+        check_first_record(name, data, config.train.registered)
         if whole and _is_small(Path(name).expanduser()):
-            read_rows(name, data, None, config.train.objective)
+            read_rows(name, data, None, config.train.registered)
 
 
 def require_text_base(config: RunConfig) -> None:

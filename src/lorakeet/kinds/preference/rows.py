@@ -12,18 +12,19 @@
 
 from __future__ import annotations
 
-import hashlib
-import json
 import re
-from collections import Counter
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from itertools import takewhile
-from typing import Any
+from typing import Any, ClassVar
 
-from lorakeet.data.rows import PROMPT_GROUP, Row, Turn
+from lorakeet.data.rows import Row, Turn, common_turns
+from lorakeet.data.shapes import CHAT_COLUMNS, COMPLETION_COLUMNS, AddedShape, answer_turns, column_text, message_turns
+from lorakeet.data.spec import DataSpec
 from lorakeet.data.tables import UnusableRow
-from lorakeet.errors import DataError, spelt
+from lorakeet.errors import DataError
+from lorakeet.kinds.preference.spec import KTO
+from lorakeet.registry import Objective
 
 CHOSEN, REJECTED, VERDICT = "chosen", "rejected", "label"
 RATED = (("messages",), ("conversations",), ("prompt", "completion"), ("prompt", "response"))  # columns of one answer
@@ -114,12 +115,6 @@ def preferred(chosen: Sequence[Turn], rejected: Sequence[Turn]) -> tuple[tuple[T
     return (*before, *chosen), (*before, *rejected)
 
 
-def common_turns(one: Sequence[Turn], other: Sequence[Turn]) -> int:
-    """How many turns both begin with; the last turn of each is an answer of its own."""
-    both = zip(one[:-1], other[:-1], strict=False)
-    return sum(1 for _ in takewhile(lambda turns: turns[0] == turns[1], both))
-
-
 def _system(turns: Sequence[Turn]) -> Sequence[Turn]:
     return turns[:1] if turns and turns[0].role == "system" else ()
 
@@ -146,37 +141,26 @@ def with_mismatches(rows: Sequence[Row]) -> tuple[Row, ...]:
     )
 
 
-def rows_for(rows: Sequence[Row], objective: str | None, part: str, *, trained: bool = True) -> tuple[Row, ...]:
-    """The rows as `objective` takes them: for kto with the answer of another row to each prompt. None takes any.
+def rows_for(rows: Sequence[Row], registered: Objective, part: str, *, trained: bool) -> tuple[Row, ...]:
+    """The rows as an objective of this kind takes them: for kto with the answer of another row to each prompt.
 
     Raises DataError for rows of another shape, and where kto is `trained` with wanted or unwanted answers only.
     """
-    if objective is None:
-        return tuple(rows)
     rated = [row for row in rows if _is_rated(row)]
     pairs = [row for row in rows if row.rejected and not _is_rated(row)]
-    if objective == "sft":
-        if pairs or rated:
-            shape, instead = ("two answers", "dpo") if pairs else ("a verdict on its answer", "kto")
-            raise DataError(
-                f"{(pairs or rated)[0].source} has {shape}, but train.objective is sft, which trains on every answer. Set "
-                f"--train.objective {instead}, or give rows with a prompt and one good answer. If other columns "
-                f"have these, choose {spelt('data.format')} chat|completion|alpaca|classification|text."
-            )
-        return tuple(rows)
-    if objective != "kto":
+    if registered.name != KTO:
         if len(pairs) < len(rows):
             other = next(row for row in rows if not row.rejected or row.desirable is not None)
             advice = "take kto, which has one answer and a label" if rated else "take sft, which has one answer"
             raise DataError(
-                f"{other.source} has no two answers, but train.objective is {objective}. Give rows with prompt, chosen and "
+                f"{other.source} has no two answers, but {registered}. Give rows with prompt, chosen and "
                 f"rejected, or {advice}."
             )
         return tuple(rows)
     if len(rated) < len(rows):
         other = next(row for row in rows if not _is_rated(row))
         raise DataError(
-            f"{other.source} has no verdict on its answer, but train.objective is kto. Give rows with prompt, completion and "
+            f"{other.source} has no verdict on its answer, but {registered}. Give rows with prompt, completion and "
             "label (true or false), or take dpo for rows with chosen and rejected."
         )
     if trained and (only := _only_verdict(rows)):
@@ -187,65 +171,116 @@ def rows_for(rows: Sequence[Row], objective: str | None, part: str, *, trained: 
     return with_mismatches(rows)
 
 
-def with_prompt_groups(rows: list[Row]) -> list[Row]:
-    """The rows with preferences on one prompt as a group: their answers depend on each other.
+class PairedShape(AddedShape):
+    """A prompt with a chosen and a rejected answer."""
 
-    Groups that were given stay, and a row without one joins the first of those that its prompt has. A prompt that all rows have
-    tells none apart, and makes no group.
-    """
-    if not all(row.rejected or _is_rated(row) for row in rows):
-        return rows
-    prompts = [_prompt_digest(row) for row in rows]
-    counts, given = Counter(prompts), dict[str, str]()
-    if len(counts) == 1:
-        return rows
-    for row, key in zip(rows, prompts, strict=True):
-        if row.group is not None:
-            given.setdefault(key, row.group)
-    return [
-        row if row.group is not None or counts[key] == 1 else replace(row, group=given.get(key, f"{PROMPT_GROUP}{key}"))
-        for row, key in zip(rows, prompts, strict=True)
-    ]
+    columns: ClassVar[Mapping[str, str]] = {
+        **dict.fromkeys(PROMPTS, "prompt"), CHOSEN: "better answer", REJECTED: "worse answer"
+    }  # fmt: skip
+    expected = f"or '{CHOSEN}' and '{REJECTED}', "
+    has = "two answers"
+
+    def fits(self, columns: Mapping[str, object], registered: Objective) -> bool:
+        return is_preference(columns) and not (registered.name == KTO and is_rated(columns, of_any_value=True))
+
+    def needed(self, columns: Mapping[str, object]) -> dict[str, str]:
+        return dict.fromkeys((CHOSEN, REJECTED), "rename the columns of the two answers")
+
+    def turns(self, values: dict[str, object], spec: DataSpec) -> tuple[tuple[Turn, ...], tuple[Turn, ...], bool | None]:
+        column = next((column for column in PROMPTS if values.get(column)), None)
+        given = None if column is None else values[column]
+        prompt: tuple[Turn, ...] = ()
+        if isinstance(given, list):
+            prompt = message_turns(given, spec)
+        elif column is not None:
+            text = column_text(values, column, spec)
+            extra = column_text(values, "input", spec, may_be_empty=True) if column == "instruction" else ""
+            prompt = (Turn("user", f"{text}\n\n{extra}" if extra else text, supervised=False),)
+        if isinstance(values.get("system"), str) and values["system"] and not (prompt and prompt[0].role == "system"):
+            prompt = (Turn("system", column_text(values, "system", spec), supervised=False), *prompt)
+        if (both := answers_of(values)) is not None and not (column is not None and isinstance(values[CHOSEN], str)):
+            chosen, rejected = (message_turns(each, spec) for each in both)
+        elif column is not None:
+            texts = [column_text(values, name, spec) for name in (CHOSEN, REJECTED)]
+            chosen, rejected = ((Turn("assistant", text, supervised=True),) for text in texts)
+        else:
+            texts = [column_text(values, name, spec) for name in (CHOSEN, REJECTED)]
+            beginning, *ends = split_texts(*texts)
+            if texts[0] != texts[1] and not all(part.strip() for part in (beginning, *ends)):
+                raise UnusableRow(
+                    "chosen and rejected are texts without common first words and different ends, and there is no column "
+                    "'prompt'; add one, or give lists of messages."
+                )
+            prompt = (*prompt, Turn("user", beginning, supervised=False))
+            chosen, rejected = ((Turn("assistant", end, supervised=True),) for end in ends)
+        return *preferred(with_prompt(prompt, chosen), with_prompt(prompt, rejected)), None
+
+    def is_of(self, row: Row) -> bool:
+        return bool(row.rejected) and not _is_rated(row)
+
+    def note(self, name: str, row: Row, records: Sequence[Mapping[str, object]], registered: Objective) -> str:
+        """Where the prompt is what the two texts begin with, which is a guess."""
+        texts = records[0].get(CHOSEN), records[0].get(REJECTED)
+        if not row.rejected or any(records[0].get(column) for column in PROMPTS) or answers_of(records[0]) is not None:
+            return ""
+        if not (isinstance(texts[0], str) and isinstance(texts[1], str)):
+            return ""
+        return (
+            f"{name} has no column 'prompt': the words that chosen and rejected begin with are taken for it, first "
+            f"{split_texts(texts[0], texts[1])[0][-60:]!r}. Answers that begin alike lose those words; add the column if they do."
+        )
 
 
-def _prompt_digest(row: Row) -> str:
-    """SHA-256 of the turns before the answers, of any speaker but the system."""
-    common = len(row.turns) - 1 if row.desirable is not None else common_turns(row.turns, row.rejected)
-    said = [[turn.role, turn.free_text.strip(), turn.extra] for turn in row.turns[:common] if turn.role != "system"]
-    return hashlib.sha256(json.dumps(said).encode()).hexdigest()
+class RatedShape(AddedShape):
+    """A prompt with one answer, and whether it is wanted."""
+
+    columns: ClassVar[Mapping[str, str]] = {
+        **dict.fromkeys(CHAT_COLUMNS, "conversation"),
+        **{prompt: "prompt" for prompt, _ in COMPLETION_COLUMNS}, **{answer: "answer" for _, answer in COMPLETION_COLUMNS},
+        VERDICT: "whether the answer is wanted",
+    }  # fmt: skip
+    has = "a verdict on its answer"
+
+    def fits(self, columns: Mapping[str, object], registered: Objective) -> bool:
+        return is_rated(columns, of_any_value=registered.name == KTO)
+
+    def needed(self, columns: Mapping[str, object]) -> dict[str, str]:
+        answered = any(all(column in columns for column in some) for some in RATED)
+        expected = {} if answered else dict.fromkeys(COMPLETION_COLUMNS[0], "rename the column")
+        return {VERDICT: "rename the column that says whether an answer is wanted", **expected}
+
+    def turns(self, values: dict[str, object], spec: DataSpec) -> tuple[tuple[Turn, ...], tuple[Turn, ...], bool | None]:
+        if VERDICT not in values:
+            raise UnusableRow("column 'label' is missing; expected true for an answer that is wanted, or false.")
+        wanted, turns = verdict(values[VERDICT]), answer_turns(values, spec)
+        if turns[-1].role != "assistant":
+            raise UnusableRow("the last message is not of the assistant, so there is no answer that is wanted or not.")
+        before = (replace(turn, supervised=False) for turn in turns[:-1])
+        return (*before, replace(turns[-1], supervised=True)), (), wanted
+
+    def is_of(self, row: Row) -> bool:
+        return _is_rated(row)
+
+    def note(self, name: str, row: Row, records: Sequence[Mapping[str, object]], registered: Objective) -> str:
+        """Where records that are read as one answer have a verdict on it, which is not read."""
+        if not registered.one_answer or row.label is not None or not any(is_rated(columns) for columns in records):
+            return ""
+        return (
+            f"{name} has a column '{VERDICT}' of true and false, which {registered.name} does not read: answers of false are "
+            "trained too. If it says which answers are wanted, set --train.objective kto, or leave rows of false out."
+        )
+
+    def part_notes(self, parts: Mapping[str, Sequence[Row]]) -> list[str]:
+        """Which of the parts have the same verdict in all their rows."""
+        found = {part: _only_verdict(rows) for part, rows in parts.items()}
+        return [
+            f"All {len(parts[part])} {part} rows have the label {only}. An evaluation compares answers of both labels, so it "
+            f"refuses these rows alone; add some with the label {'false' if only == 'true' else 'true'}."
+            for part, only in found.items() if only
+        ]  # fmt: skip
 
 
-def verdict_notes(parts: Mapping[str, Sequence[Row]]) -> list[str]:
-    """A sentence for each of the named parts whose rows all have the same verdict; for rows without one, none."""
-    found = {part: _only_verdict(rows) for part, rows in parts.items()}
-    return [
-        f"All {len(parts[part])} {part} rows have the label {only}. An evaluation compares answers of both labels, so it refuses "
-        f"these rows alone; add some with the label {'false' if only == 'true' else 'true'}."
-        for part, only in found.items() if only
-    ]  # fmt: skip
-
-
-def unread_verdict_note(name: str, records: Iterable[Mapping[str, object]]) -> str:
-    """A sentence if records that sft reads have a verdict on their answers, which it does not read; else empty."""
-    if not any(is_rated(columns) for columns in records):
-        return ""
-    return (
-        f"{name} has a column '{VERDICT}' of true and false, which sft does not read: answers of false are trained too. If it "
-        "says which answers are wanted, set --train.objective kto, or leave rows of false out."
-    )
-
-
-def common_words_note(name: str, record: Mapping[str, object]) -> str:
-    """A sentence where the prompt of a record is what its two texts begin with, which is a guess; else empty."""
-    texts = record.get(CHOSEN), record.get(REJECTED)
-    if any(record.get(column) for column in PROMPTS) or answers_of(record) is not None:
-        return ""
-    if not (isinstance(texts[0], str) and isinstance(texts[1], str)):
-        return ""
-    return (
-        f"{name} has no column 'prompt': the words that chosen and rejected begin with are taken for it, first "
-        f"{split_texts(texts[0], texts[1])[0][-60:]!r}. Answers that begin alike lose those words; add the column if they do."
-    )
+PAIRED, RATED_ROWS = PairedShape(), RatedShape()
 
 
 def _only_verdict(rows: Sequence[Row]) -> str:

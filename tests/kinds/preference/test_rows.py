@@ -8,13 +8,14 @@ from typing import Any
 
 import pytest
 
-from lorakeet.data.preferences import dialogue, rows_for, split_texts, verdict, with_mismatches
 from lorakeet.data.prepare import load_dataset
 from lorakeet.data.read import read_rows
 from lorakeet.data.rows import Row
 from lorakeet.data.spec import DataSpec
 from lorakeet.data.tables import UnusableRow
 from lorakeet.errors import DataError
+from lorakeet.kinds.preference.rows import dialogue, split_texts, verdict, with_mismatches
+from lorakeet.registry import objectives
 from tiny.runs import write_rows
 
 USER = {"role": "user", "content": "Which way?"}
@@ -125,7 +126,7 @@ def test_a_pair_whose_prompt_is_a_copy_is_found_whatever_its_answers(tmp_path: P
     train = [_pair(f"{prompt}?", "They are ready."), _pair("Which of the two rivers is longer, and by how much?", "The first.")]
     held_out = [_pair(prompt.upper(), "Something else."), _pair("Another question?", "Yes, it is.")]
     paths = [str(write_rows(tmp_path / f"{name}.jsonl", rows)) for name, rows in (("train", train), ("held_out", held_out))]
-    found = load_dataset(DataSpec(train=paths[0], held_out=paths[1]), objective="dpo")
+    found = load_dataset(DataSpec(train=paths[0], held_out=paths[1]), objectives()["dpo"])
     assert [pair.kind for pair in found.leaks.across] == ["prompt"] and len(found.train) == 1
 
 
@@ -173,12 +174,12 @@ def test_verdicts_are_read_beside_other_names_of_an_answer(record: dict[str, Any
 
 def test_sft_says_that_it_reads_no_verdict(tmp_path: Path) -> None:
     rated = [{"prompt": f"{n}?", "completion": "a", "label": n % 2 == 0} for n in range(40)]
-    found = load_dataset(DataSpec(train=str(write_rows(tmp_path / "r.jsonl", rated))), "sft")
+    found = load_dataset(DataSpec(train=str(write_rows(tmp_path / "r.jsonl", rated))), objectives()["sft"])
     (note,) = [note for note in found.notes if "train.objective kto" in note]
     assert "a column 'label' of true and false, which sft does not read: answers of false are trained too" in note
     stars = [{**record, "label": n % 5} for n, record in enumerate(rated)]
-    other = load_dataset(DataSpec(train=str(write_rows(tmp_path / "s.jsonl", stars))), "sft")
-    wanted = load_dataset(DataSpec(train=str(tmp_path / "r.jsonl")), "kto")
+    other = load_dataset(DataSpec(train=str(write_rows(tmp_path / "s.jsonl", stars))), objectives()["sft"])
+    wanted = load_dataset(DataSpec(train=str(tmp_path / "r.jsonl")), objectives()["kto"])
     assert not any("train.objective kto" in note for note in (*other.notes, *wanted.notes))
 
 
@@ -217,22 +218,22 @@ def test_rows_of_another_objective_are_refused(
 ) -> None:
     rows = read(tmp_path, *records)
     with pytest.raises(DataError) as caught:
-        rows_for(rows, objective, "training")
+        objectives()[objective].taken(rows, "training")
     assert said in str(caught.value)
 
 
 def test_rows_of_two_kinds_are_read_by_the_objective(tmp_path: Path) -> None:
     rows = [{"prompt": f"{n}?", "completion": "a", "label": str(n % 2 == 0)} for n in range(40)]
     rated = write_rows(tmp_path / "r.jsonl", rows)
-    assert {row.desirable for row in load_dataset(DataSpec(train=str(rated)), "kto").train} == {True, False}
+    assert {row.desirable for row in load_dataset(DataSpec(train=str(rated)), objectives()["kto"]).train} == {True, False}
     rows = [{"messages": [USER, {**GOOD, "content": f"{n}."}], "label": True} for n in range(40)]
     both = write_rows(tmp_path / "b.jsonl", rows)
-    assert all(row.desirable is None for row in load_dataset(DataSpec(train=str(both)), "sft").train)
+    assert all(row.desirable is None for row in load_dataset(DataSpec(train=str(both)), objectives()["sft"]).train)
 
 
 def test_sft_names_the_format_as_another_remedy(tmp_path: Path) -> None:
     with pytest.raises(DataError, match=r"--data\.format chat\|completion\|alpaca\|classification\|text"):
-        rows_for(read(tmp_path, SHAPES["texts"]), "sft", "training")
+        objectives()["sft"].taken(read(tmp_path, SHAPES["texts"]), "training")
 
 
 @pytest.mark.parametrize("label", [True, False])
@@ -242,12 +243,12 @@ def test_held_out_rows_of_one_verdict_are_noted(label: bool, tmp_path: Path) -> 
         return str(write_rows(tmp_path / f"{name}.jsonl", records))
 
     spec = DataSpec(train=rated("train", 8, (True, False)), held_out=rated("held", 3, (label,)), test=rated("test", 2, (label,)))
-    found = load_dataset(spec, "kto")
+    found = load_dataset(spec, objectives()["kto"])
     assert len(found.held_out) == 3 and len(found.test) == 2
     for part, count in (("held-out", 3), ("test", 2)):
         assert any(note.startswith(f"All {count} {part} rows have the label {str(label).lower()}") for note in found.notes)
     with pytest.raises(DataError, match=f"All 3 training rows have the label {str(label).lower()}"):
-        load_dataset(DataSpec(train=spec.held_out, held_out=spec.train), "kto")
+        load_dataset(DataSpec(train=spec.held_out, held_out=spec.train), objectives()["kto"])
 
 
 def test_a_dialogue_needs_its_speakers() -> None:
@@ -262,7 +263,7 @@ def _pair(prompt: str, chosen: str, **more: Any) -> dict[str, Any]:
 def test_pairs_of_one_prompt_stay_on_one_side_and_are_one_group(tmp_path: Path) -> None:
     pairs = [_pair(f"Question {number // 4}?", f"Answer {number}.") for number in range(48)]
     path = write_rows(tmp_path / "rows.jsonl", pairs)
-    found = load_dataset(DataSpec(train=str(path), held_out_fraction=0.25), objective="dpo")
+    found = load_dataset(DataSpec(train=str(path), held_out_fraction=0.25), objectives()["dpo"])
     sides = [{row.text for row in part} for part in (found.train, found.held_out)]
     assert all(sides) and not sides[0] & sides[1]
     assert all(row.group for row in (*found.train, *found.held_out))
