@@ -36,6 +36,8 @@ from lorakeet.evaluate.spec import EvaluateSpec
 from lorakeet.formats.detect import read_adapter
 from lorakeet.kinds.images.data.folder import read_album
 from lorakeet.kinds.images.data.split import evaluation_groups
+from lorakeet.kinds.images.drawing_options import GenerateOptions
+from lorakeet.kinds.images.generate import generate
 from lorakeet.kinds.images.model.latent_cache import Captions, encode_images
 from lorakeet.kinds.images.model.model import load_image_model, put_image_adapter
 from lorakeet.kinds.images.task import denoising_errors
@@ -44,8 +46,6 @@ from lorakeet.models.files.gguf_copy import cache_folder
 from lorakeet.models.inject import activate
 from lorakeet.runs.output_paths import require_empty
 from lorakeet.verbs.finetune import finetune
-from lorakeet.verbs.generate import generate
-from lorakeet.verbs.options import GenerateOptions
 
 LOOK = "negative"
 KIND = UNSEEN[0]

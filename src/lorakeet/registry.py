@@ -30,6 +30,17 @@ class Section:
     help: str
 
 
+@dataclass(frozen=True)
+class AddedVerb:
+    """A command that one kind brings: its class of options, and "module:function" of its work (options, console=...)."""
+
+    name: str
+    summary: str
+    options: type[Any]
+    function: str
+    checks: str = ""  # "module:function" (options) that raises what can be refused before torch is imported
+
+
 def _no_conflicts(*_: Any, **__: Any) -> list[str]:
     return []
 
@@ -105,6 +116,7 @@ class KindDeclaration:
     rows_page: str = ""  # "module:function" (RunConfig, send) that shows its rows in the studio; empty: rows of text
     try_page: str = ""  # the studio's page that tries its runs; empty: that of texts, if it has a text model
     conflicts: Callable[[Any], list[str]] = _no_conflicts  # RunConfig → a message for each conflict of settings
+    verbs: tuple[AddedVerb, ...] = ()
     require_rows: str = ""  # "module:function" (RunConfig, whole=bool) that raises DataError for missing rows, without torch
     require_model: str = ""  # the same (RunConfig) for a missing model
     shapes: Mapping[str, str] = field(default_factory=dict)  # "module:name" of a data.shapes.AddedShape, by its data.format

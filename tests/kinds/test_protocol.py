@@ -127,6 +127,7 @@ codes += [main(["evaluate", run, "--base", "other"]), main(["verify", run, "--ag
 with open(written, "a") as file:
     file.write("# changed")
 codes += [main(["check", run, "--loss", "<=0.1"]), main(["evaluate", run, "--uncertified", "--out", "again"])]
+codes += [main(["draw-line", "--run", run, "--json"]), main(["draw-line"])]
 help_code = main(["finetune", "--help"])
 print(json.dumps(codes))
 """
@@ -145,9 +146,10 @@ def test_every_verb_goes_through_it(tmp_path: Path) -> None:
     )  # fmt: skip
     assert found.returncode == 0, found.stdout + found.stderr
     codes = json.loads(found.stdout.strip().rpartition("\n")[2])
-    assert codes == [0, 0, 0, 0, 0, 0, 2, 2, 2, 2, 0, 3, 0], found.stdout + found.stderr
+    assert codes == [0, 0, 0, 0, 0, 0, 2, 2, 2, 2, 0, 3, 0, 0, 2], found.stdout + found.stderr
     said = " ".join((found.stdout + found.stderr).split())
     assert "--line.start" in said and "text (a causal language model), image (a diffusion model) or line (a line through" in said
+    assert '"weights": [' in found.stdout and "No run is given; name one with --run." in said, "its own verb"
     assert "A line has one solution" in said and "a line has no layers to quantise" in said
     assert "is a run of kind line" in said and "file line.txt has changed" in said
     assert "line" in (run / "config.yaml").read_text() and "Fitting a line" in (run / "report.html").read_text()

@@ -10,11 +10,10 @@ from pathlib import Path
 from lorakeet.config import read_run
 from lorakeet.disk import open_regular
 from lorakeet.errors import ConfigError, DataError
+from lorakeet.kinds.images.drawing_options import GenerateOptions, adapters_and_mixes
 from lorakeet.studio.deleted import jobs_of_run
 from lorakeet.studio.jobs import Job, Queue
 from lorakeet.studio.places import NotHere, Places
-from lorakeet.verbs.early.drawing_options import adapters_and_mixes
-from lorakeet.verbs.options import GenerateOptions
 
 STRENGTHS = (0.0, 0.25, 0.5, 0.75, 1.0, 1.25, 1.5)
 _NAME = "it"  # of the adapter, in the command

@@ -12,6 +12,7 @@ from typing import Any, ClassVar, Literal
 
 from lorakeet.errors import ConfigError
 from lorakeet.memory.import_cost import without_triton
+from lorakeet.registry import declarations
 from lorakeet.setting import Removed, setting
 
 __all__ = ["VERBS", "Verb", "non_default"]
@@ -260,42 +261,6 @@ class VerifyOptions:
 
 
 @dataclass(frozen=True)
-class GenerateOptions:
-    """Options of `lorakeet generate`."""
-
-    prompt: tuple[str, ...] = field(metadata=_help("Prompt of a picture; may be repeated.", whole=True))
-    out: Path = field(metadata=_help("Folder for the pictures; it must not exist yet."))
-    model: str | None = setting(
-        None, "A folder saved by diffusers, a .safetensors file, or a hub id; the default is the adapter's base."
-    )
-    config: str | None = setting(None, "For a single .safetensors file: the folder with its configurations and tokenizer.")
-    adapter: tuple[str, ...] = field(
-        default=(), metadata=_help("NAME=PATH of a run folder or an adapter of any format; may be repeated.", whole=True)
-    )
-    weights: dict[str, float] = field(
-        default_factory=dict,
-        metadata=_help("Adapter weights of all pictures, such as a=0.7,b=0.3; a single adapter has weight 1."),
-    )
-    each: tuple[str, ...] = setting(
-        (), "Adapter weights of each prompt, in order: a name, base, or names with weights such as a=0.7+b=0.3."
-    )
-    count: int = setting(1, "Pictures per prompt.")
-    seed: int = setting(0, "Seed of the first picture's noise; further pictures of a prompt count up from it.")
-    steps: int = setting(30, "Number of sampling steps.")
-    guidance: float | None = setting(
-        None, "Classifier-free guidance scale; 1 turns it off; the default depends on the model family."
-    )
-    negative: str = setting("", "Negative prompt.")
-    size: str | None = setting(None, "Width x height in pixels, such as 512x768; the default is the model's own.")
-    prediction: Literal["auto", "epsilon", "v_prediction", "flow"] = setting(
-        "auto", "Prediction type of the model; auto uses that of the adapter's run on it, else the scheduler's."
-    )
-    dtype: Literal["auto", "float32", "bfloat16", "float16"] = setting("auto", "Dtype of the model.")
-    device: str = setting("auto", "Device: auto, cpu, cuda, cuda:1 or mps.")
-    uncertified: bool = setting(False, _UNCERTIFIED)
-
-
-@dataclass(frozen=True)
 class TuneOptions:
     """Options of `lorakeet tune`."""
 
@@ -309,11 +274,11 @@ class TuneOptions:
     rate_factors: tuple[float, ...] = setting(RATES, "Lowest and highest learning rate, as factors of the run file's.")
     rank_choices: tuple[int, ...] = setting(RANKS, "Ranks to choose from.")
     target_choices: tuple[str, ...] = setting(TARGETS, "Targets to choose from, as in lora.target_modules.")
-    beta_choices: tuple[float, ...] = setting((), "Values of preference.beta to choose from, for objectives other than sft.")
+    beta_choices: tuple[float, ...] = setting((), "Values of the loss's beta to choose from, where it has one (dpo and others).")
     seeds: int | None = setting(
         None, "Number of new seeds for the confirmation (default 3); 1 reuses the trials of the search, as --try-rates does."
     )
-    difference: float = setting(0.05, "Difference in nats per token that the comparison of trials should detect (sft).")
+    difference: float = setting(0.05, "Difference in nats per token that the comparison of trials should detect.")
 
     def folder(self, out: str) -> Path:
         """The folder of the results of a search from a run file whose `out` is given."""
@@ -495,7 +460,7 @@ class Verb:
     reads_rows: bool = True  # without a run file, data.train must be named
     together: bool = False  # whether torchrun may start it in several processes
     ends_itself: bool = False  # whether it handles SIGTERM itself
-    checks: str = ""  # the verb whose early checks it has (verbs/early/checks); empty for none
+    checks: str = ""  # the verb whose early checks it has (verbs/early/checks), or "module:function"; empty for none
 
     @property
     def place(self) -> tuple[str, str]:
@@ -562,7 +527,10 @@ VERBS = (
     Verb("export", "Write the merged model as GGUF or for Ollama, and check it.", ExportOptions, checks="export"),
     Verb("verify", "Verify that what was merged, exported or served is the model.", VerifyOptions, checks="verify"),
     Verb("check", "Hold a run against requirements, for a pipeline.", CheckOptions),
-    Verb("generate", "Draw pictures with an image model and its adapters.", GenerateOptions, checks="generate"),
+    *(
+        Verb(verb.name, verb.summary, verb.options, function=verb.function, checks=verb.checks)
+        for kind in declarations().values() for verb in kind.verbs
+    ),
     Verb("chat", "Talk to a run, an adapter, a model or a server in the terminal.", ChatOptions, checks="chat"),
     Verb("serve", "Serve one base with many adapters over HTTP.", ServeOptions, ends_itself=True, checks="serve"),
     Verb("studio", "Do it all in the browser.", StudioOptions, function="lorakeet.studio.start:studio", checks="studio"),

@@ -5,7 +5,8 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any
 
-from lorakeet.registry import KindDeclaration, Section
+from lorakeet.errors import ConfigError
+from lorakeet.registry import AddedVerb, KindDeclaration, Section
 from lorakeet.setting import setting
 
 
@@ -16,6 +17,18 @@ class LineSpec:
     start: float = setting(0.0, "Both weights before training.")
 
 
+@dataclass(frozen=True)
+class DrawLineOptions:
+    """Options of the verb that this kind brings."""
+
+    run: str = setting("", "The run whose line is printed.")
+
+
+def require_line(options: DrawLineOptions) -> None:
+    if not options.run:
+        raise ConfigError("No run is given; name one with --run.")
+
+
 def _conflicts(config: Any) -> list[str]:
     asked = config.kind == "line" and config.model.quantize.method != "none"
     return ["model.quantize is set, but a line has no layers to quantise. Leave it out."] if asked else []
@@ -24,5 +37,6 @@ def _conflicts(config: Any) -> list[str]:
 DECLARATION = KindDeclaration(
     name="line", help="a line through numbers", module="line_kind.kind",
     sections={"line": Section(LineSpec, "The line, for kind line.")},
+    verbs=(AddedVerb("draw-line", "Print a line.", DrawLineOptions, "line_kind.kind:draw_line", "line_kind:require_line"),),
     lacks={"seeds": "A line has one solution. Leave --seeds out."}, conflicts=_conflicts,
 )  # fmt: skip

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 from torch.nn import Parameter
 
-from line_kind import LineSpec
+from line_kind import DrawLineOptions, LineSpec
 from lorakeet.config import RunConfig
 from lorakeet.core.plan import Plan, PlanEntry
 from lorakeet.data.batches import StepOrder
@@ -112,6 +112,17 @@ class LineKind(RunKind[LineAssembly]):
     def model_text(self, setup: LineAssembly) -> str:
         return "two weights, zero at first"
 
+
+@dataclass(frozen=True)
+class DrawnLine:
+    weights: list[float]
+
+    def to_mapping(self) -> dict[str, Any]:
+        return {"weights": self.weights}
+
+
+def draw_line(options: DrawLineOptions, *, console: Any) -> DrawnLine:
+    return DrawnLine(read_weights(Path(options.run) / "adapter")[0].tolist())
 
 
 def numbers(rows: Any) -> Tensor:

@@ -4,9 +4,10 @@ from __future__ import annotations
 
 from typing import Any
 
+from lorakeet.kinds.images.drawing_options import GenerateOptions
 from lorakeet.kinds.images.spec import DiffusionSpec, ImageSpec
 from lorakeet.kinds.images.wording import METRICS
-from lorakeet.registry import KindDeclaration, Section
+from lorakeet.registry import AddedVerb, KindDeclaration, Section
 
 
 def _conflicts(config: Any) -> list[str]:
@@ -30,6 +31,12 @@ DECLARATION = KindDeclaration(
     try_page="pictures",
     metrics=METRICS,
     row_unit="",
+    verbs=(
+        AddedVerb(
+            "generate", "Draw pictures with an image model and its adapters.", GenerateOptions,
+            "lorakeet.kinds.images.generate:generate", "lorakeet.kinds.images.early:require_drawable",
+        ),
+    ),
     conflicts=_conflicts,
     require_rows="lorakeet.kinds.images.early:require_pictures",
 )

@@ -23,7 +23,6 @@ from lorakeet.runs.output_paths import require_absent, require_empty, require_pl
 from lorakeet.train.launch import launched
 from lorakeet.train.run import RunFolder
 from lorakeet.verbs.early.chat_options import require_chattable
-from lorakeet.verbs.early.drawing_options import adapters_and_mixes
 from lorakeet.verbs.early.pushing_options import require_pushable
 from lorakeet.verbs.early.serving_options import named_paths, require_servable, vllm_flags
 from lorakeet.verbs.early.studio_options import require_studio
@@ -34,7 +33,6 @@ from lorakeet.verbs.options import (
     ExportOptions,
     ExtractOptions,
     FinetuneOptions,
-    GenerateOptions,
     MergeOptions,
     PlanOptions,
     PredictOptions,
@@ -146,15 +144,6 @@ def _before_verify(options: VerifyOptions) -> None:
         _require_rows(settings)
 
 
-def _before_generate(options: GenerateOptions) -> None:
-    require_empty(options.out)
-    paths, _ = adapters_and_mixes(options)
-    for path in paths.values():
-        require_adapter(path)
-    if options.model:
-        locate_model(options.model)
-
-
 def _before_serve(options: ServeOptions) -> None:
     paths = named_paths(options.adapter)
     if options.engine == "vllm":  # whose model may be on another machine
@@ -181,7 +170,7 @@ def _settings(path: str, config: Path | None) -> RunConfig | None:
 
 
 def _require_rows(config: RunConfig | None, *, whole: bool = False) -> None:
-    """Raises DataError for rows or pictures that are missing; nothing for an adapter without a run.
+    """Raises DataError for rows that are missing; nothing for an adapter without a run.
 
     `whole`: also for single rows of a file that is read in less time than torch is imported.
     """
@@ -208,7 +197,6 @@ _CHECKS: dict[str, Callable[..., None]] = {
     "convert": _before_convert,
     "export": _before_export,
     "verify": _before_verify,
-    "generate": _before_generate,
     "serve": _before_serve,
     "chat": require_chattable,
     "studio": require_studio,
@@ -217,6 +205,9 @@ _CHECKS: dict[str, Callable[..., None]] = {
 
 
 def check_early(verb: str, options: Any, config: RunConfig | None) -> None:
-    """Raises what `verb` would raise later for these options, and for the run file if it takes one."""
-    check = _CHECKS[verb]
+    """Raises what `verb` would raise later for these options, and for the run file if it takes one.
+
+    A verb that a kind brings names "module:function" instead.
+    """
+    check = function_at(verb) if ":" in verb else _CHECKS[verb]
     check(options) if config is None else check(config, options)

@@ -21,11 +21,11 @@ from lorakeet.formats.components import with_components, without_component
 from lorakeet.formats.diffusion import diffusers
 from lorakeet.formats.peft import peft
 from lorakeet.kinds.images.data.folder import open_pixels
+from lorakeet.kinds.images.drawing_options import GenerateOptions
+from lorakeet.kinds.images.generate import _base_of, generate
 from lorakeet.kinds.images.model.model import image_plan, load_image_model
 from lorakeet.models.inject import adapter_of, inject, trained_parameters
 from lorakeet.models.spec import ModelSpec
-from lorakeet.verbs.generate import _base_of, generate
-from lorakeet.verbs.options import GenerateOptions
 from tiny.image_runs import image_config, image_run
 from tiny.pipelines import save_tiny_sd
 
@@ -193,7 +193,7 @@ def test_pictures_are_drawn_with_the_base_of_the_run(
         asked.append(spec)
         return load_image_model(spec, **options)
 
-    monkeypatch.setattr("lorakeet.verbs.generate.load_image_model", load)
+    monkeypatch.setattr("lorakeet.kinds.images.generate.load_image_model", load)
     drawn(tmp_path / "out", adapter=(str(run / inside),), steps=1, uncertified=True)
     assert [(spec.path, spec.quantize.method, spec.dtype) for spec in asked] == [(str(tiny_sd_folder), "int8", "float32")]
 

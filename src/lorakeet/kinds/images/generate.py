@@ -20,6 +20,7 @@ from lorakeet.errors import ConfigError, DataError, LorakeetError, Problems, Ver
 from lorakeet.formats.detect import read_certified
 from lorakeet.formats.identity import require_base
 from lorakeet.kinds.images.data.folder import png_of
+from lorakeet.kinds.images.drawing_options import GenerateOptions, adapters_and_mixes
 from lorakeet.kinds.images.evaluate import scaled_adapter
 from lorakeet.kinds.images.model.model import ImageModel, load_image_model, put_image_adapter
 from lorakeet.kinds.images.model.sample import Mix, Sampler, draw_latents, require_finite_latents, why_not_mixed
@@ -32,8 +33,6 @@ from lorakeet.runs.output_paths import require_empty, writing
 from lorakeet.train import durable
 from lorakeet.train.progress import counted
 from lorakeet.train.run import RunFolder
-from lorakeet.verbs.early.drawing_options import adapters_and_mixes
-from lorakeet.verbs.options import GenerateOptions
 
 
 @dataclass(frozen=True)

@@ -8,8 +8,7 @@ from typing import Any
 import pytest
 
 from lorakeet.errors import ConfigError
-from lorakeet.verbs.early.drawing_options import adapters_and_mixes, parse_mix
-from lorakeet.verbs.options import GenerateOptions
+from lorakeet.kinds.images.drawing_options import GenerateOptions, adapters_and_mixes, parse_mix
 
 
 def options(**given: Any) -> GenerateOptions:

@@ -1,4 +1,4 @@
-"""The options of `lorakeet generate` that can be checked without a model: adapters by name, mixes, numbers.
+"""The options of `lorakeet generate`, and what can be checked of them without a model: adapters by name, mixes, numbers.
 
 Imports no torch.
 """
@@ -7,13 +7,51 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Literal
 
 from lorakeet.errors import ConfigError, Problems, nearest
-from lorakeet.verbs.options import GenerateOptions
+from lorakeet.setting import setting
 
 BASE = "base"
 SEEDS = 2**64  # of torch's generators
+
+
+@dataclass(frozen=True)
+class GenerateOptions:
+    """Options of `lorakeet generate`."""
+
+    prompt: tuple[str, ...] = field(metadata={"help": "Prompt of a picture; may be repeated.", "whole": True})
+    out: Path = field(metadata={"help": "Folder for the pictures; it must not exist yet."})
+    model: str | None = setting(
+        None, "A folder saved by diffusers, a .safetensors file, or a hub id; the default is the adapter's base."
+    )
+    config: str | None = setting(None, "For a single .safetensors file: the folder with its configurations and tokenizer.")
+    adapter: tuple[str, ...] = field(
+        default=(), metadata={"help": "NAME=PATH of a run folder or an adapter of any format; may be repeated.", "whole": True}
+    )
+    weights: dict[str, float] = field(
+        default_factory=dict,
+        metadata={"help": "Adapter weights of all pictures, such as a=0.7,b=0.3; a single adapter has weight 1."},
+    )
+    each: tuple[str, ...] = setting(
+        (), "Adapter weights of each prompt, in order: a name, base, or names with weights such as a=0.7+b=0.3."
+    )
+    count: int = setting(1, "Pictures per prompt.")
+    seed: int = setting(0, "Seed of the first picture's noise; further pictures of a prompt count up from it.")
+    steps: int = setting(30, "Number of sampling steps.")
+    guidance: float | None = setting(
+        None, "Classifier-free guidance scale; 1 turns it off; the default depends on the model family."
+    )
+    negative: str = setting("", "Negative prompt.")
+    size: str | None = setting(None, "Width x height in pixels, such as 512x768; the default is the model's own.")
+    prediction: Literal["auto", "epsilon", "v_prediction", "flow"] = setting(
+        "auto", "Prediction type of the model; auto uses that of the adapter's run on it, else the scheduler's."
+    )
+    dtype: Literal["auto", "float32", "bfloat16", "float16"] = setting("auto", "Dtype of the model.")
+    device: str = setting("auto", "Device: auto, cpu, cuda, cuda:1 or mps.")
+    uncertified: bool = setting(False, "Use an adapter whose content is not that of its certificate; results say so.")
 
 
 def adapters_and_mixes(options: GenerateOptions) -> tuple[dict[str, Path], list[dict[str, float]]]:
