@@ -49,7 +49,7 @@ class _CommonSettings:
     memory: MemorySpec = field(default_factory=MemorySpec, metadata={"help": "The memory budget.", "shorthand": "budget"})
     evaluate: EvaluateSpec = field(default_factory=EvaluateSpec, metadata={"help": "Evaluation."})
     kind: Literal[tuple(own_kinds())] = field(  # type: ignore[valid-type]  # evaluated at each reading: of every kind
-        default="text", metadata={"help": _kind_help()}
+        default=own_kinds()[0], metadata={"help": _kind_help()}
     )
     out: str = setting("runs/lorakeet", "Folder of the run; it must not exist yet.")
     uncertified: bool = setting(
@@ -82,7 +82,7 @@ class _CommonSettings:
     @property
     def declaration(self) -> KindDeclaration:
         """What the kind that carries the run out says of itself."""
-        return declared(self.kind, self.train.objective)
+        return declared(self.kind, self.train.registered.name)
 
     def validate(self) -> list[str]:
         """Returns a message for every conflict between parts."""
@@ -111,10 +111,6 @@ if TYPE_CHECKING:
     @dataclass(frozen=True)
     class RunConfig(_CommonSettings):
         """All settings of a fine-tuning run, with the same keys in YAML, in flags and in the saved run."""
-
-        preference: Any = None
-        images: Any = None
-        diffusion: Any = None
 
 else:
     RunConfig = make_dataclass(

@@ -39,6 +39,8 @@ class AddedVerb:
     options: type[Any]
     function: str
     checks: str = ""  # "module:function" (options) that raises what can be refused before torch is imported
+    record: str = ""  # the file in its --out that lists samples, if it draws some: so the studio tries runs
+    prompts: str = ""  # the setting whose first value is its prompt there
 
 
 def _no_conflicts(*_: Any, **__: Any) -> list[str]:
@@ -112,6 +114,12 @@ class KindDeclaration:
     text_model: bool = False  # its base is a causal language model: what opens one (runs/open_adapter) takes its runs
     instead: str = ""  # what to do where a text model is needed and this kind has none, in sentences
     lacks: Mapping[str, str] = field(default_factory=dict)  # what else it cannot do, such as "seeds" → why, and what instead
+    rows_called: str = "rows"  # in the plural
+    rows_help: str = ""  # how its rows are named in data.train, where they are no file of rows
+    rows_settings: tuple[str, ...] = ()  # that the studio shows with its rows, in place of columns
+    described: tuple[str, ...] = ()  # endings of files that a text of the same name describes
+    read_paths: tuple[str, ...] = ()  # settings that are paths, of what is read
+    written_paths: tuple[str, ...] = ()  # and of what is written
     taken_as: tuple[str, ...] = ()  # ways in which the studio takes its results away (studio/taking.WAYS)
     rows_page: str = ""  # "module:function" (RunConfig, send) that shows its rows in the studio; empty: rows of text
     try_page: str = ""  # the studio's page that tries its runs; empty: that of texts, if it has a text model

@@ -169,7 +169,7 @@ def test_pictures_are_shown_before_during_and_after_a_training(page: Any, studio
         (run / "progress" / "step-1" / "0.png").write_bytes(picture)
         page.wait_for_selector("#samples img")
         assert page.eval_on_selector("#samples img", "image => image.decode().then(() => image.naturalWidth)") > 0
-    page.at("/try/pictures/drawing")
+    page.at("/try/strengths/drawing")
     page.fill("#prompt", "a red box")
     page.dblclick("button:has-text('Draw')")
     page.wait_for_selector("[data-reload]")

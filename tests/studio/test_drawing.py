@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from lorakeet.errors import ConfigError
-from lorakeet.studio.drawing import STRENGTHS, draw_strengths, drawing_jobs, drawn_pictures, picture_bytes
+from lorakeet.studio.drawing import STRENGTHS, draw_strengths, drawing_jobs, sample_bytes, samples_of
 from lorakeet.studio.pages import Studio
 from lorakeet.studio.places import NotHere
 
@@ -27,7 +27,7 @@ def test_each_strength_is_drawn_with_the_same_seed(studio: Studio, run: Path) ->
     assert words[:2] == ["generate", "--adapter"] and words[2] == f"it={run}" and job.device == "cpu"
     assert words.count("a red box, by day") == len(STRENGTHS) == words.count("--each") and words.count("--seed") == 1
     assert [words[at + 1] for at, word in enumerate(words) if word == "--each"][:2] == ["base", "it=0.25"]
-    assert drawing_jobs(studio.places, studio.queue, "pictures") == [job] and drawn_pictures(job) == []
+    assert drawing_jobs(studio.places, studio.queue, "pictures") == [job] and samples_of(job) == []
     assert drawing_jobs(studio.places, studio.queue, "other") == []
 
 
@@ -39,10 +39,10 @@ def test_what_was_drawn_is_shown_by_strength_and_nothing_else(studio: Studio, ru
     (out / "pictures.json").write_text(json.dumps(listed))
     (out / "000.png").write_bytes(b"\x89PNG")
     (out.parent / "secret").write_text("x")
-    assert [one.strength for one in drawn_pictures(job)] == [0.0, 0.0, 1.5] and picture_bytes(job, "000.png") == b"\x89PNG"
+    assert [one.strength for one in samples_of(job)] == [0.0, 0.0, 1.5] and sample_bytes(job, "000.png") == b"\x89PNG"
     for file in ("../secret", "pictures.json", "gone.png"):
         with pytest.raises(NotHere):
-            picture_bytes(job, file)
+            sample_bytes(job, file)
 
 
 @pytest.mark.parametrize(

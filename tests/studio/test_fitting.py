@@ -14,6 +14,7 @@ from typing import Any
 import pytest
 from torch._subclasses.fake_tensor import FakeTensorMode  # torch offers no public name
 
+from lorakeet.config import RunConfig
 from lorakeet.errors import ConfigError
 from lorakeet.evaluate.wording import bytes_text
 from lorakeet.memory import ledger
@@ -228,4 +229,5 @@ def test_every_kind_of_memory_has_plain_words() -> None:
 
 
 def test_the_time_of_pictures_is_said_to_be_unknown() -> None:
-    assert "of a run on pictures" in time_words(SimpleNamespace(device=SimpleNamespace(type="cpu")))  # type: ignore[arg-type]
+    result: Any = SimpleNamespace(device=SimpleNamespace(type="cpu"), config=RunConfig(kind="image"))
+    assert "of a run on pictures" in time_words(result)

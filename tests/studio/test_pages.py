@@ -20,11 +20,11 @@ from lorakeet.studio.safety import csrf_of
 from studio.conftest import ADDRESS
 
 EMPTY, PAGES = ["/runs", "/result", "/try"], [
-    "/", "/run", "/result/mine", "/take/mine", "/try", "/try/pictures/drawing", "/runs/compare?name=mine&name=other"
+    "/", "/run", "/result/mine", "/take/mine", "/try", "/try/strengths/drawing", "/runs/compare?name=mine&name=other"
 ]  # fmt: skip
-STARTS = r"/quickstart|/run|/run/mine/resume|/try/open|/try/pictures/drawing|/take/mine/\w+|/runs/compare\?.*"
+STARTS = r"/quickstart|/run|/run/mine/resume|/try/open|/try/strengths/drawing|/take/mine/\w+|/runs/compare\?.*"
 OTHERS = r"/run/mine/stop"  # a second signal is not sent
-FILLED = {"/try/open": {"run": "mine"}, "/try/pictures/drawing": {"prompt": "a red box"}}
+FILLED = {"/try/open": {"run": "mine"}, "/try/strengths/drawing": {"prompt": "a red box"}}
 
 
 class Forms(HTMLParser):
@@ -103,7 +103,7 @@ def test_a_second_click_starts_nothing(browser: TestClient, studio: Studio, tmp_
     sent = twice(browser, studio, forms_of(browser, PAGES), filled)
     ways = {f"/take/mine/{way}" for way in ("answer", "merge", "gguf", "ollama", "mlx")}
     assert resumed == {"/run/mine/resume"}
-    assert sent == {"/quickstart", "/run", "/try/open", "/try/pictures/drawing", "/runs/compare", *ways}
+    assert sent == {"/quickstart", "/run", "/try/open", "/try/strengths/drawing", "/runs/compare", *ways}
 
 
 def test_the_page_that_says_what_is_fetched_starts_one_quickstart(browser: TestClient, studio: Studio) -> None:

@@ -8,7 +8,7 @@ from types import SimpleNamespace
 import pytest
 from rich.console import Console
 
-from lorakeet.train.progress import PICTURES, Bar, Lines, Reporter, counted, reporter_for
+from lorakeet.train.progress import Bar, Lines, Reporter, Words, counted, reporter_for
 
 STEP = {"step": 3, "loss": 1.25, "tokens_per_second": 401.7, "memory_bytes": 1_600_000_000}
 HELD_OUT = {"step": 3, "held_out_loss": 1.5, "low": 1.4, "high": 1.6, "n": 64}
@@ -49,7 +49,7 @@ def test_the_bar_shows_loss_held_out_loss_speed_and_memory() -> None:
 
 def test_pictures_are_counted_as_pictures() -> None:
     out = io.StringIO()
-    run(reporter_for(Console(file=out, width=60), words=PICTURES))
+    run(reporter_for(Console(file=out, width=60), words=Words("pictures", "pictures")))
     assert "64 held-out pictures." in out.getvalue()
     assert "402 pictures/s" in out.getvalue() and "1.6000, 64 pictures)" in out.getvalue() and "token" not in out.getvalue()
 

@@ -41,7 +41,7 @@ from lorakeet.verbs.finetune import finetune as finetune_run
 from lorakeet.verbs.options import FinetuneOptions
 
 _SAID = 120  # characters of a headline in the text of a run
-_LOSSES = ("loss", "log_loss", "denoising_loss")
+_LOSSES = ("loss", "log_loss")  # before those of kinds
 Called = Callable[[Record], object]
 
 
@@ -253,8 +253,8 @@ class ShownSystem:
 
     def __getattr__(self, name: str) -> Any:
         metrics = self.__dict__["value"].metrics if "value" in self.__dict__ else {}
-        if name == "loss":  # of labels it is that of the label, of pictures that of the noise
-            name = next((one for one in _LOSSES if one in metrics), name)
+        if name == "loss":  # of labels it is that of the label, of other kinds one of their own
+            name = next((one for one in (*_LOSSES, *metrics) if one in metrics and one.endswith("loss")), name)
         if name not in metrics:
             raise AttributeError(f"{name!r} was not measured; there are {', '.join(metrics) or 'no metrics'}.")
         return metrics[name]

@@ -28,7 +28,7 @@ def calibrated(answers: Answers, known: Answers) -> Answers:
     logs, width = np.maximum(known.log_probs, -700.0), len(known.labels)
     truth = np.eye(width)[known.truth]
 
-    def objective(parameters: Floats) -> tuple[float, Floats]:
+    def loss_at(parameters: Floats) -> tuple[float, Floats]:
         scale = float(np.exp(parameters[0]))
         found = log_softmax(scale * logs + parameters[1:], axis=1)
         error = np.exp(found) - truth  # of the loss by the scores
@@ -37,6 +37,6 @@ def calibrated(answers: Answers, known: Answers) -> Answers:
         return loss, slope + PRIOR_ROWS * parameters
 
     bounds = [(-5.0, 3.0), *[(None, None)] * width]
-    fitted = optimize.minimize(objective, np.zeros(1 + width), jac=True, method="L-BFGS-B", bounds=bounds)
+    fitted = optimize.minimize(loss_at, np.zeros(1 + width), jac=True, method="L-BFGS-B", bounds=bounds)
     scale, bias = float(np.exp(fitted.x[0])), fitted.x[1:]
     return replace(answers, log_probs=np.asarray(log_softmax(scale * np.maximum(answers.log_probs, -700.0) + bias, axis=1)))

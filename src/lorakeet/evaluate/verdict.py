@@ -138,7 +138,7 @@ def _without_model(chosen: Sequence[Comparison], comparisons: Sequence[Compariso
 
 def _subject(level: Comparison, chosen: Sequence[Comparison]) -> str:
     """The method as the subject of a sentence: not named again where it was the last that was named."""
-    named = _named(level.right)
+    named = named_system(level.right)
     return "That method" if level is chosen[-1] else f"{named[:1].upper()}{named[1:]}"
 
 
@@ -172,7 +172,7 @@ def _signed_phrases(start: str, found: Sequence[Comparison]) -> list[Phrase]:
 
 
 def _first(comparison: Comparison) -> Phrase:
-    left, right = f"The {comparison.left}", _named(comparison.right)
+    left, right = f"The {comparison.left}", named_system(comparison.right)
     if comparison.verdict == "better":
         return Phrase(f"{left} beats {right}{_size(comparison)}", _interval(comparison, first=True))
     if comparison.verdict == "worse":
@@ -184,7 +184,7 @@ def _first(comparison: Comparison) -> Phrase:
 def _later(comparison: Comparison, before: Comparison, *, unit: bool) -> Phrase:
     """A further rival; with the `unit`, where other metrics say something else of it."""
     word = "and" if comparison.verdict == before.verdict else "but"
-    right = _named(comparison.right)
+    right = named_system(comparison.right)
     anew = before.verdict == "no difference shown"  # whose clause has another subject
     link, subject = ("; ", " it") if anew else (", ", "")
     if comparison.verdict == "better":
@@ -198,7 +198,8 @@ def _later(comparison: Comparison, before: Comparison, *, unit: bool) -> Phrase:
     return Phrase(text, _interval(comparison, first=False))
 
 
-def _named(system: str) -> str:
+def named_system(system: str) -> str:
+    """A system as a sentence names it."""
     of_kinds = {name: words for one in declarations().values() for name, words in one.rivals.items()}
     return (NAMED | of_kinds).get(system, system)
 

@@ -52,16 +52,6 @@ class Family:
 
 GENERIC = Family("generic", (), attention=(), mlp=(), blocks="")
 
-# The UNet and the CLIP encoders of Stable Diffusion, and the transformers of SD3 and FLUX, in diffusers' and transformers' names.
-DIFFUSION = Family(
-    "diffusion",
-    (),
-    attention=("to_q", "to_k", "to_v", "to_out.0", "add_q_proj", "add_k_proj", "add_v_proj", "to_add_out",
-               "q_proj", "k_proj", "v_proj", "out_proj"),
-    mlp=("ff.net.0.proj", "ff.net.2", "ff_context.net.0.proj", "ff_context.net.2", "proj_mlp", "fc1", "fc2"),
-    blocks="",
-)  # fmt: skip
-
 FAMILIES: tuple[Family, ...] = (
     Family("llama", ("llama",)),
     Family("mistral", ("mistral", "ministral")),

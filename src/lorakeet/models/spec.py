@@ -17,11 +17,11 @@ class ModelSpec:
 
     path: str = setting("", "A folder, a .gguf file, package:NAME (a model shipped in an installed package), or a hub id.")
     config: str | None = setting(
-        None, "For a single .safetensors file of an image model: the folder with its configurations and tokenizer."
+        None, "For a single .safetensors file: the folder with its configurations and tokenizer."
     )
     revision: str | None = setting(None, "Branch, tag or commit of a hub id.")
     dtype: Literal["auto", "float32", "bfloat16", "float16"] = setting(
-        "auto", "Dtype of the frozen weights; auto is bfloat16 if the processor supports it; float16 is for images only."
+        "auto", "Dtype of the frozen weights; auto is bfloat16 if the processor supports it; float16 is not for text."
     )
     products: Literal["auto", "float32", "bfloat16", "float16"] = setting(
         "auto", "Dtype of the matrix products; auto measures which is fastest here for the weights' dtype."

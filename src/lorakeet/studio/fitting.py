@@ -177,7 +177,7 @@ def bar_values(phase: Phase, words: Mapping[str, str]) -> dict[str, Any]:
 def time_words(result: PlanResult) -> str:
     """The time of a step and of training on this machine in a sentence; why not, where it is not estimated."""
     if not isinstance(result, TextPlanResult) or result.speed is None:
-        what = "on a GPU" if result.device.type == "cuda" else "of a run on pictures"
+        what = "on a GPU" if result.device.type == "cuda" else f"of a run on {result.config.declaration.rows_called}"
         return f"The time {what} is not estimated; a run says it after its first steps."
     lengths, steps, seconds = result.lengths, result.steps, result.training_seconds
     if lengths is None or steps is None or seconds is None:

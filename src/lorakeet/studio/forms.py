@@ -15,6 +15,7 @@ from typing import Any, Literal
 from lorakeet.config import RunConfig, dump_yaml, read_run
 from lorakeet.errors import LorakeetError
 from lorakeet.evaluate.report.templates import SHOWN
+from lorakeet.registry import declarations
 from lorakeet.settings import Setting, choices, fields_of, shown_default, to_mapping
 
 # What a first run needs; everything else stands behind "More settings".
@@ -29,7 +30,8 @@ _LABELS = {  # where the last part of the path says too little
     "data.on_leak": "copies on both sides", "data.bad_rows": "rows that cannot be read", "data.format": "format of the rows",
     "data.rename_labels": "labels to merge",
     "data.template": "prompt template", "data.system": "system prompt", "data.delimiter": "separator",
-    "kind": "texts or pictures", "train.micro_tokens": "tokens at once", "images.near_duplicates": "near-copies",
+    "train.micro_tokens": "tokens at once",
+    "kind": " or ".join(one.rows_called for one in declarations().values() if not one.over),
 }  # fmt: skip
 _LINES = ("data.template", "data.label_template", "data.system", "data.separator")  # whose texts may have several lines
 Widget = Literal["choice", "number", "text", "lines"]
@@ -65,7 +67,8 @@ def form_field(setting: Setting) -> FormField:
     plural = typing.get_origin(setting.kind) in (tuple, dict)
     widget: Widget = "choice" if words and not plural else "number" if numeric and not plural else "text"
     widget = "lines" if setting.path in _LINES else widget
-    label = _LABELS.get(setting.path) or setting.path.rpartition(".")[2].replace("_", " ")
+    name = setting.path.rpartition(".")[2]
+    label = _LABELS.get(setting.path) or _LABELS.get(f"data.{name}") or name.replace("_", " ")
     return FormField(setting.path, label, setting.help, widget, default, words, setting.path in ("model.path", "data.train"))
 
 

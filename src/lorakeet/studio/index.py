@@ -23,7 +23,7 @@ from lorakeet.train.log import read_metrics
 from lorakeet.train.run import RunFolder
 
 TAGS = ".studio.json"  # in a run folder
-VERSION = 3  # of what is cached
+VERSION = 4  # of what is cached
 _SPARK = 40  # points of a small curve
 _MOST_TAGS, _LONGEST_TAG = 100, 100  # that are shown of what is in a file
 
@@ -36,7 +36,6 @@ class RunSummary:
     made: float = 0.0  # seconds since 1970
     model: str = ""
     rows: str = ""
-    objective: str = "sft"
     ended: str = ""
     step: int = 0
     loss: float | None = None
@@ -128,7 +127,6 @@ def _read_into(found: dict[str, Any], run: RunFolder) -> None:
     settings = read_yaml(run.config)
     found["model"] = str(_inner(settings, "model", "path"))
     found["rows"] = str(_inner(settings, "data", "train"))
-    found["objective"] = str(_inner(settings, "train", "objective") or "sft")
     if regular_within(run.path, run.metrics):
         found |= _numbers(read_metrics(run.metrics))
     if regular_within(run.path, run.report):

@@ -26,7 +26,7 @@ from lorakeet.disk import create, erase, open_in_place, stage_in_use, written_wh
 from lorakeet.errors import ConfigError
 from lorakeet.evaluate.wording import bytes_text
 from lorakeet.formats.files.digest import sha256_of
-from lorakeet.kinds.images.data.folder import ENDINGS
+from lorakeet.registry import declarations
 from lorakeet.studio.pages import json_answer, studio_of
 from lorakeet.studio.places import UPLOADED, Places
 from lorakeet.studio.safety import LARGEST_UPLOAD
@@ -106,8 +106,9 @@ def _walk(folder: Path, runs: Path, depth: int) -> Iterator[tuple[Path, list[str
 
 
 def _captions(names: list[str]) -> set[str]:
-    """The texts that lie beside the pictures that they describe."""
-    return {f"{stem}.txt" for stem, ending in map(os.path.splitext, names) if ending.lower() in ENDINGS}
+    """The texts that lie beside the files that they describe."""
+    described = {ending for kind in declarations().values() for ending in kind.described}
+    return {f"{stem}.txt" for stem, ending in map(os.path.splitext, names) if ending.lower() in described}
 
 
 def _is_run(names: list[str]) -> bool:

@@ -15,16 +15,17 @@ from pathlib import Path
 
 from lorakeet.disk import open_in_place, open_regular, write_whole
 from lorakeet.errors import ConfigError, LorakeetError, Problems
+from lorakeet.registry import declarations
 
 OWN = ".studio"  # the studio's own folder within that of the runs
 UPLOADED = "rows"  # the folder of uploaded rows in it
 _ID = ".studio-id"  # in a run folder: it stays with the folder, whatever that is named and wherever it lies
 _SECRET = 32  # bytes
 _REMOTE = ("package:", "hub:")
-_WRITTEN = ("memory.store", "images.cache")  # settings that are paths, even where nothing is there yet
+_WRITTEN = ("memory.store",)  # settings that are paths, even where nothing is there yet
 _READ = (
     "model.path", "model.config", "data.train", "data.held_out", "data.test", "lora.continue_from", "lora.on_top_of",
-    "train.reference", "evaluate.encoder", "evaluate.metric", "images.prior", "diffusion.scorer",
+    "evaluate.encoder", "evaluate.metric",
 )  # fmt: skip
 
 
@@ -90,9 +91,10 @@ class Places:
 
 def _names(setting: str, text: str, path: Path) -> bool:
     """True if a setting with this text names this path: of other settings than those of paths, only a text with a slash does."""
-    if setting in _WRITTEN:
+    kinds = declarations().values()
+    if setting in {*_WRITTEN, *(each for kind in kinds for each in kind.written_paths)}:
         return True
-    if setting in _READ:
+    if setting in {*_READ, *(each for kind in kinds for each in kind.read_paths)}:
         return path.is_absolute() or _exists(path)
     return ("/" in text or text.startswith("~")) and _exists(path)
 

@@ -25,7 +25,7 @@ class Words:
     evaluated: str = "rows"
 
 
-TEXT, PICTURES = Words(), Words("pictures", "pictures")
+TEXT = Words()
 
 
 class Reporter:

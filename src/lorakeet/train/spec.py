@@ -62,7 +62,7 @@ class TrainSpec(_Added):
         5, "Stop after this many held-out evaluations in a row without improvement; 0 turns early stopping off."
     )
     min_improvement: float = setting(
-        0.0, "Smallest decrease of the held-out loss that counts for patience, in the unit of that loss (sft: nats per token)."
+        0.0, "Smallest decrease of the held-out loss that counts for patience, in its unit (of answers: nats per token)."
     )
     checkpoint_every: int | None = setting(None, "Steps between checkpoints; by default one at every held-out evaluation.")
     keep_checkpoints: int = setting(2, "Number of latest checkpoints to keep; the best adapter is kept as well.")

@@ -18,5 +18,5 @@ def test_pictures_have_captions_sizes_and_copies(tmp_path: Path, monkeypatch: py
     show_rows_of({**given, "images.resolution": "64"}, sent.append)
     [found] = [part for part in sent if part.get("part") == "album"]
     assert sum(found["counts"].values()) == 8 == found["shown"] and sum(count for _, count in found["buckets"]) == 8
-    assert found["pictures"][0]["thumb"].startswith("data:image/png;base64,") and found["pictures"][0]["caption"]
-    assert "trained as" in found["pictures"][0]["size"] and found["alike"] == []
+    assert found["shown_rows"][0]["thumb"].startswith("data:image/png;base64,") and found["shown_rows"][0]["caption"]
+    assert "trained as" in found["shown_rows"][0]["size"] and found["alike"] == []

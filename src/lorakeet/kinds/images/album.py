@@ -40,7 +40,8 @@ def album_values(dataset: ImageDataset, sizes: list[tuple[int, int]]) -> dict[st
         "buckets": [[f"{width}×{height}", count] for (height, width), count in buckets.most_common()],
         "remarks": [*dataset.remarks, *fit_remarks([row for _, row in every], sizes)],
         "alike": [asdict(one) for one in dataset.alike[:PAIRS]],
-        "pictures": [_picture(part, row, sizes) for part, row in every[:PICTURES]],
+        "called": "pictures",
+        "shown_rows": [_picture(part, row, sizes) for part, row in every[:PICTURES]],
         "shown": min(len(every), PICTURES),
     }
 

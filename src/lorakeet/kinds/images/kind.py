@@ -36,7 +36,7 @@ from lorakeet.models.placement import planned_on
 from lorakeet.runs.output_paths import writing
 from lorakeet.runs.run_folder import hashes_of_parts
 from lorakeet.train.processes import Processes
-from lorakeet.train.progress import PICTURES
+from lorakeet.train.progress import Words
 from lorakeet.train.run import RunFolder
 
 # The version of how latents and conditioning are computed. 2: SDXL's latents are standardised by latents_mean and latents_std,
@@ -63,7 +63,7 @@ class ImagePlanResult(PlanResult):
 class ImageRunKind(RunKind[ImageAssembly]):
     """A diffusion model on pictures with captions."""
 
-    words = PICTURES
+    words = Words("pictures", "pictures")
     peft_adapter = True
     hub_task = "text-to-image"
 

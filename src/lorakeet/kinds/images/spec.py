@@ -7,6 +7,8 @@ from typing import Any, Literal, cast
 
 from lorakeet.setting import setting
 
+ENDINGS = (".png", ".jpg", ".jpeg", ".jpe", ".jfif", ".webp", ".bmp", ".gif", ".tif", ".tiff")  # of files of pictures
+
 
 @dataclass(frozen=True)
 class ImageSpec:

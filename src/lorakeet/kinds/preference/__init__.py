@@ -46,6 +46,7 @@ DECLARATION = replace(
     train=ReferenceSpec,
     sections={"preference": Section(PreferenceSpec, "The loss of a preference objective.")},
     lacks={"compress": "A cut is compared by loss and replies, and this run by preferences. Train with a smaller lora.rank."},
+    read_paths=("train.reference",),
     shapes={"preference": "lorakeet.kinds.preference.rows:PAIRED", "rated": "lorakeet.kinds.preference.rows:RATED_ROWS"},
     metrics=METRICS,
     rivals=RIVALS,

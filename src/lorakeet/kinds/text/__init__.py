@@ -29,6 +29,7 @@ DECLARATION = KindDeclaration(
     objectives=(Objective(name="sft", rows="lorakeet.kinds.text.rows:with_one_answer", older=True),),
     trains="answers (sft)",
     text_model=True,
+    rows_called="texts",
     taken_as=("merge", "gguf", "ollama", "mlx", "push"),
     trials="lorakeet.kinds.text.tuning.trials:Trials",
     conflicts=_conflicts,

@@ -1,4 +1,4 @@
-"""Data: the rows or pictures of a run as it would read them: columns, trained tokens, leaks and copies, the split, lengths."""
+"""Data: the rows of a run as it would read them: columns, trained tokens, leaks and copies, the split, lengths."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from starlette.routing import Route
 
 from lorakeet.config import read_run
 from lorakeet.errors import ConfigError, LorakeetError
-from lorakeet.registry import function_at
+from lorakeet.registry import KindDeclaration, declarations, function_at
 from lorakeet.studio.forms import FormField, command_line, run_fields, run_file, run_words
 from lorakeet.studio.offers import offers
 from lorakeet.studio.pages import Screen, Studio, draft_of, event, event_stream, page, refused_values, studio_of
@@ -27,7 +27,6 @@ SPLIT = (
     "data.max_tokens", "data.too_long", "data.held_out_fraction", "data.held_out", "data.test", "data.near_duplicates",
     "data.on_leak",
 )  # fmt: skip
-PICTURES = ("images.caption", "images.resolution", "images.near_duplicates")
 
 
 def data_fields(paths: tuple[str, ...]) -> list[FormField]:
@@ -36,13 +35,22 @@ def data_fields(paths: tuple[str, ...]) -> list[FormField]:
     return [replace(by_path[path], required=path == "data.train") for path in paths]
 
 
+def _kinds() -> list[KindDeclaration]:
+    return [one for one in declarations().values() if not one.over]
+
+
+def _others() -> str:
+    """What rows can be instead of a file of rows, in words."""
+    return "".join(f", or, {one.rows_help}" for one in _kinds() if one.rows_help)
+
+
 def same_rows(settings: Mapping[str, str]) -> dict[str, str]:
     """The command that prints the same, and the run file; both empty without a model, which they need.
 
     Raises ConfigError or DataError for settings that cannot be used and rows that are not there, as the command does.
     """
     if not settings.get("data.train"):
-        raise ConfigError("data is missing. Choose a file of rows, or a folder of pictures with kind image.")
+        raise ConfigError(f"data is missing. Choose a file of rows{_others()}.")
     config = read_run(None, {"model.path": "none", **settings})
     if not config.declaration.text_model:
         function_at(config.declaration.require_rows)(config, whole=False)
@@ -54,11 +62,12 @@ def same_rows(settings: Mapping[str, str]) -> dict[str, str]:
 def _data(request: Request) -> Response:
     studio, draft = studio_of(request), draft_of(request)
     studio.workbench.start()
-    shown = (*CHOSEN, *COLUMNS, *SPLIT, *PICTURES)
+    of_kinds = {one.name: (one.rows_called, data_fields(one.rows_settings)) for one in _kinds() if one.rows_settings}
+    shown = {*CHOSEN, *COLUMNS, *SPLIT, *(path for one in _kinds() for path in one.rows_settings)}
     return page(
         request, "data.html", chosen=data_fields(CHOSEN), columns=data_fields(COLUMNS), split=data_fields(SPLIT),
-        pictures=data_fields(PICTURES), offers=offers(studio.places),
-        more=[path for path in draft if path not in (*shown, "out")],
+        of_kinds=of_kinds, others=_others(), offers=offers(studio.places),
+        more=[path for path in draft if path not in {*shown, "out"}],
     )  # fmt: skip
 
 

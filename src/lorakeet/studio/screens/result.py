@@ -18,8 +18,9 @@ from lorakeet.data.spec import DataSpec
 from lorakeet.errors import LorakeetError, shortened
 from lorakeet.evaluate.baselines import CONSTANT, MAJORITY
 from lorakeet.evaluate.report.report import OUTCOMES, Report, read_report, render_html
-from lorakeet.evaluate.verdict import NAMED, WITHOUT_MODEL
+from lorakeet.evaluate.verdict import WITHOUT_MODEL, named_system
 from lorakeet.evaluate.wording import check_words, compact, metric_words
+from lorakeet.registry import declarations
 from lorakeet.runs.trained_prompt import trained_labels
 from lorakeet.studio.forms import settings_of
 from lorakeet.studio.pages import Screen, moved, page, page_address, studio_of
@@ -57,6 +58,7 @@ def _result(request: Request) -> Response:
     counts = {outcome: sum(row.outcome == outcome for row in report.rows) for outcome in OUTCOMES}
     return page(
         request, "result.html", name=name, report=report, others=others[:50], metrics={key: metric_words(key) for key in names},
+        answers=(of_kind := declarations().get(report.task)) is None or of_kind.text_model,
         outcomes=OUTCOMES, counts=counts, unproved=unproved(report, labels_of(folder)), check_words=check_words, compact=compact,
         first=_FIRST, folder=str(folder), measure=_shown(studio.places, name), plain=plain_sentences(report),
         warnings=[page_words(text, rows, report.remedies) for text in report.warnings],
@@ -97,7 +99,7 @@ def plain_sentences(report: Report) -> list[str]:
     for one in report.systems:
         if one.role != "floor" or right.get(one.name, -1) < mine:
             continue
-        named = NAMED.get(one.name, one.name)
+        named = named_system(one.name)
         said = f"{named[:1].upper()}{named[1:]} has {right[one.name]} of {of} right"
         if one.name in (MAJORITY, CONSTANT):
             always = f" (it {page_words(one.note)})" if one.name == MAJORITY and one.note else ""

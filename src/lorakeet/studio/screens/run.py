@@ -217,7 +217,7 @@ class _Moment:
 
     live: LiveRun
     log: str
-    pictures: list[str]
+    samples: list[str]
 
 
 def _seen(studio: Studio, name: str, numbers: RunNumbers) -> _Moment:
@@ -249,7 +249,7 @@ async def _stream(studio: Studio, name: str) -> AsyncIterator[str]:
             log = seen.log if before is None or seen.log != before.log else None
             values = {"run": plain_values(seen.live), "records": thinned(records), "restarted": restarted, "log": log}
             values["now"] = time.time()  # a browser elsewhere may have another clock
-            yield event({**values, "pictures": seen.pictures}, name="run")
+            yield event({**values, "samples": seen.samples}, name="run")
         if seen.live.state not in GOING and end == offset:
             yield event({}, name="over")
             return
@@ -257,8 +257,8 @@ async def _stream(studio: Studio, name: str) -> AsyncIterator[str]:
         await asyncio.sleep(0 if records else EVERY)
 
 
-def _picture(request: Request) -> Response:
-    """One sample of an image run."""
+def _sample(request: Request) -> Response:
+    """One sample that a run has drawn."""
     folder, file = studio_of(request).places.run(_name(request)), str(request.path_params["file"])
     if file not in drawn_samples(folder):
         raise NotHere(f"There is no sample {file:.200}.")
@@ -279,7 +279,7 @@ SCREEN = Screen(
         Route("/run/{name}/events", _events),
         Route("/run/{name}/state", _state),
         Route("/jobs/{name}/stop", _stop_job, methods=["POST"]),
-        Route("/run/{name}/sample/{file:path}", _picture),
+        Route("/run/{name}/sample/{file:path}", _sample),
         UPLOAD,
     ),
     draft=True,

@@ -13,12 +13,12 @@ from starlette.responses import Response, StreamingResponse
 from starlette.routing import Route
 
 from lorakeet.errors import ConfigError, LorakeetError
-from lorakeet.registry import declared
+from lorakeet.registry import declared, own_kinds
 from lorakeet.studio.forms import settings_of
 from lorakeet.studio.jobs import last_line
 from lorakeet.studio.pages import Screen, Studio, form_of, json_answer, moved, once_of, page, page_address, studio_of
 from lorakeet.studio.remedies import page_words
-from lorakeet.studio.screens import pictures
+from lorakeet.studio.screens import strengths
 from lorakeet.studio.taking import is_uncertified
 from lorakeet.studio.trial import (
     TriedModel,
@@ -70,7 +70,7 @@ def _trained(studio: Studio, trial: TriedModel | None, path: str) -> str:
 
 def _open(request: Request) -> Response:
     studio, run = studio_of(request), form_of(request).get("run", "")
-    if other := declared(settings_of(studio.places.run(run)).get("kind", "text")).try_page:
+    if other := declared(settings_of(studio.places.run(run)).get("kind", own_kinds()[0])).try_page:
         return moved(page_address("try", other, run))
     uncertified = form_of(request).get("uncertified") == "true"
     open_trial(studio.places, studio.queue, run, once=once_of(request), uncertified=uncertified)
@@ -144,6 +144,6 @@ SCREEN = Screen(
         Route("/try/state", _state),
         Route("/try/add", _add, methods=["POST"]),
         Route("/try/say", _say, methods=["POST"]),
-        *pictures.ROUTES,
+        *strengths.ROUTES,
     ),
 )

@@ -111,18 +111,19 @@ const draw = {
   },
   album(part) {
     const total = Object.values(part.counts).reduce((sum, count) => sum + count, 0);
-    say(`${short(part.counts.training)} pictures to train on, ${short(total - part.counts.training)} to measure on.`, part.alike.length ? "none" : "fits");
+    say(`${short(part.counts.training)} ${part.called} to train on, ${short(total - part.counts.training)} to measure on.`, part.alike.length ? "none" : "fits");
     by("split").hidden = false;
     by("split-bar").replaceChildren(shares(part.counts));
     by("labels").replaceChildren(bars("Sizes that are trained (buckets)", part.buckets));
     by("notes").replaceChildren(...part.remarks.map((line) => make("p", { class: "warning" }, line)));
     by("leaks").hidden = false;
-    by("leaks-says").textContent = part.alike.length ? `${short(part.alike.length)} training pictures show the same as one that is held out.` : "No held-out picture is among the training pictures.";
+    by("leaks-says").textContent = part.alike.length ? `${short(part.alike.length)} training ${part.called} show the same as one that is held out.` : `None of the held-out ${part.called} is among those of the training.`;
     by("next").hidden = false;
     by("pairs").replaceChildren(...part.alike.map((one) => make("div", { class: "pair" }, make("p", {}, make("b", {}, `${one.train} and ${one.evaluated}`), ` ${one.words}: ${one.action}.`))));
     by("album").hidden = false;
+    by("album-title").textContent = part.called;
     by("buckets").textContent = part.shown < total ? `The first ${part.shown} of ${short(total)}.` : "";
-    by("album-grid").replaceChildren(...part.pictures.map((one) => make("figure", {}, make("img", { src: one.thumb, alt: one.caption, loading: "lazy" }), make("figcaption", {}, make("b", {}, one.source), ` ${one.caption} `, make("span", { class: "soft" }, `${one.part}; ${one.size}`)))));
+    by("album-grid").replaceChildren(...part.shown_rows.map((one) => make("figure", {}, make("img", { src: one.thumb, alt: one.caption, loading: "lazy" }), make("figcaption", {}, make("b", {}, one.source), ` ${one.caption} `, make("span", { class: "soft" }, `${one.part}; ${one.size}`)))));
   },
 };
 
@@ -183,14 +184,14 @@ function ask() {
   problems([]);
   const fields = filled();
   const query = new URLSearchParams(fields);
-  const image = fields.kind === "image";
+  const own = document.querySelector(`[data-kind="${CSS.escape(fields.kind ?? "")}"]`); // what a kind shows in place of columns
   history.replaceState(null, "", `/data?${query}`);
   by("go-on").href = `/run?${query}`;
   by("to-fit").href = `/fit?${query}`;
   by("next").hidden = true; // until the rows can be used
   by("guess").replaceChildren();
-  by("columns-part").hidden = image;
-  by("pictures-part").hidden = !image;
+  by("columns-part").hidden = own !== null;
+  for (const part of document.querySelectorAll("[data-kind]")) part.hidden = part !== own;
   for (const id of SECTIONS) by(id).hidden = true;
   by("same").hidden = true;
   by("sheets").hidden = true;
@@ -207,7 +208,7 @@ function ask() {
       const section = { first: "columns", columns: "columns", split: "split" }[part.part];
       if (section) by(section).hidden = false;
     },
-    done() { if (!filled()["model.path"] && !image) by("sentence").append(make("span", { class: "soft" }, " Choose a model, and it is shown how the rows become its tokens.")); },
+    done() { if (!filled()["model.path"] && !own) by("sentence").append(make("span", { class: "soft" }, " Choose a model, and it is shown how the rows become its tokens.")); },
   };
   answers.open(`/data/events?${query}`, shown, (seconds) => `${doing}, for ${duration(seconds)}`);
 }

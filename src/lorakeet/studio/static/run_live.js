@@ -85,7 +85,7 @@ function take(event) {
     records.push(record);
   }
   show(found.run);
-  samples(found.pictures);
+  samples(found.samples);
   const now = `${records.length} ${records.at(-1)?.step} ${found.run.base}`;
   if (now !== seen || found.restarted) curve(found.run);
   seen = now;

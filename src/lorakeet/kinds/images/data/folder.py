@@ -26,9 +26,8 @@ from lorakeet.data.spec import DataSpec
 from lorakeet.data.tables import RowProblems, text_records
 from lorakeet.disk import FULL, erase, read_regular, write_new, written_whole
 from lorakeet.errors import DataError, EnvironmentProblem, PackageMissing, Problems, percent
-from lorakeet.kinds.images.spec import ImageSpec
+from lorakeet.kinds.images.spec import ENDINGS, ImageSpec
 
-ENDINGS = (".png", ".jpg", ".jpeg", ".jpe", ".jfif", ".webp", ".bmp", ".gif", ".tif", ".tiff")
 IF_BUILT_IN = (".avif",)  # formats that Pillow may be built without
 NOT_READ = (".heic", ".heif", ".avif", ".jxl", ".jp2", ".j2k", ".psd", ".tga", ".svg", ".eps", ".dng", ".cr2", ".cr3", ".nef",
             ".arw", ".orf", ".rw2", ".raf")  # fmt: skip

@@ -35,7 +35,7 @@ from lorakeet.kinds.images.model.noise import Noising, noising_of
 from lorakeet.kinds.images.model.schedule import scheduler_for
 from lorakeet.kinds.images.model.single_file import load_single, open_single, single_denoiser_files
 from lorakeet.models.every_weight import every_weight
-from lorakeet.models.families import DIFFUSION
+from lorakeet.models.families import Family
 from lorakeet.models.files.foreign_code import read_native, require_native_parts
 from lorakeet.models.inject import attach
 from lorakeet.models.modules import find
@@ -43,6 +43,17 @@ from lorakeet.models.placement import device_for, dtype_for
 from lorakeet.models.spec import ModelSpec
 from lorakeet.models.targets import plan_for
 from lorakeet.models.text.digests import frozen_digests
+
+# The UNet and the CLIP encoders of Stable Diffusion, and the transformers of SD3 and FLUX, in diffusers' and transformers' names.
+DIFFUSION = Family(
+    "diffusion",
+    (),
+    attention=("to_q", "to_k", "to_v", "to_out.0", "add_q_proj", "add_k_proj", "add_v_proj", "to_add_out",
+               "q_proj", "k_proj", "v_proj", "out_proj"),
+    mlp=("ff.net.0.proj", "ff.net.2", "ff_context.net.0.proj", "ff_context.net.2", "proj_mlp", "fc1", "fc2"),
+    blocks="",
+)  # fmt: skip
+
 
 
 def stack(parts: Sequence[Conditioning]) -> Conditioning:

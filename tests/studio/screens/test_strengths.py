@@ -1,4 +1,4 @@
-"""`studio.screens.pictures`: the page of an image run, and its slider."""
+"""`studio.screens.strengths`: the page of an image run, and its slider."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ def test_an_image_run_is_tried_by_drawing(browser: TestClient, studio: Studio) -
     (folder / "adapter").mkdir(parents=True)
     (folder / "config.yaml").write_text("model: m\ndata: r\nkind: image\ndiffusion: {prompts: ['a <b>red</b> box']}\n")
     address = browser.post("/try/open", data={"run": "mine"}).headers["location"]
-    assert address == "/try/pictures/mine" and 'value="a &lt;b&gt;red&lt;/b&gt; box"' in browser.get(address).text
+    assert address == "/try/strengths/mine" and 'value="a &lt;b&gt;red&lt;/b&gt; box"' in browser.get(address).text
     refused = browser.post(address, data={"prompt": "<i>x</i>", "seed": "?"})
     assert refused.status_code == 400 and "expected whole numbers" in refused.text and "&lt;i&gt;x&lt;/i&gt;" in refused.text
     assert browser.post(address, data={"prompt": "a box", "seed": "1", "steps": "2"}).status_code == 303
@@ -35,4 +35,4 @@ def test_an_image_run_is_tried_by_drawing(browser: TestClient, studio: Studio) -
     assert studio.queue.jobs()[-1].words == (*job.words, "--uncertified")
     picture = browser.get(f"{address.replace('mine', job.name)}/001.png")
     assert picture.content == b"\x89PNG" and picture.headers["content-type"] == "image/png"
-    assert browser.get(f"/try/pictures/{job.name}/pictures.json").status_code == 404
+    assert browser.get(f"/try/strengths/{job.name}/pictures.json").status_code == 404

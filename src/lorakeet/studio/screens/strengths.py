@@ -1,4 +1,4 @@
-"""Try, for image runs: one prompt at several strengths of the adapter, with a slider between them."""
+"""Try, for runs whose kind draws samples: one prompt at several strengths of the adapter, with a slider between them."""
 
 from __future__ import annotations
 
@@ -7,27 +7,28 @@ from starlette.responses import Response
 from starlette.routing import Route
 
 from lorakeet.errors import LorakeetError
-from lorakeet.studio.drawing import draw_strengths, drawing_jobs, drawn_pictures, picture_bytes
+from lorakeet.studio.drawing import draw_strengths, drawing_jobs, sample_bytes, samples_of, sampling_verb
 from lorakeet.studio.forms import settings_of
 from lorakeet.studio.pages import form_of, moved, once_of, page, page_address, studio_of
 from lorakeet.studio.remedies import page_words
 from lorakeet.studio.taking import add_uncertified, is_uncertified
 
 
-def _pictures(request: Request, problem: str = "", status: int = 200) -> Response:
+def _strengths(request: Request, problem: str = "", status: int = 200) -> Response:
     studio, name = studio_of(request), str(request.path_params["name"])
     folder = studio.places.run(name)
     jobs = drawing_jobs(studio.places, studio.queue, name)
     job = jobs[0] if jobs else None
-    prompts = settings_of(folder).get("diffusion.prompts", "")
+    verb = sampling_verb(folder)
+    prompts = settings_of(folder).get(verb.prompts, "")
     form = form_of(request)
     return page(
-        request, "pictures.html", status, name=name, job=job, state=job.state if job else "", problem=problem,
+        request, "strengths.html", status, name=name, job=job, state=job.state if job else "", problem=problem,
         error=page_words(job.error) if job else "",
         refused=job is not None and is_uncertified(job),
-        pictures=drawn_pictures(job) if job else [], prompt=form.get("prompt") or prompts.partition(",")[0],
+        samples=samples_of(job) if job else [], prompt=form.get("prompt") or prompts.partition(",")[0],
         seed=form.get("seed", "0"), steps=form.get("steps", "30"),
-        words=list(job.words) if job else ["generate", "--adapter", f"it={folder}", "--prompt", "…", "--out", "pictures"],
+        words=list(job.words) if job else [verb.name, "--adapter", f"it={folder}", "--prompt", "…", "--out", "samples"],
     )  # fmt: skip
 
 
@@ -41,17 +42,17 @@ def _draw(request: Request) -> Response:
         else:
             draw_strengths(studio.places, studio.queue, name, **given, once=once_of(request))
     except LorakeetError as error:
-        return _pictures(request, str(error), 400)
-    return moved(page_address("try", "pictures", name))
+        return _strengths(request, str(error), 400)
+    return moved(page_address("try", "strengths", name))
 
 
-def _picture(request: Request) -> Response:
+def _sample(request: Request) -> Response:
     job = studio_of(request).queue.job(str(request.path_params["job"]))
-    return Response(picture_bytes(job, str(request.path_params["file"])), media_type="image/png")
+    return Response(sample_bytes(job, str(request.path_params["file"])), media_type="image/png")
 
 
 ROUTES = (
-    Route("/try/pictures/{name}", _pictures, methods=["GET"]),
-    Route("/try/pictures/{name}", _draw, methods=["POST"]),
-    Route("/try/pictures/{job}/{file}", _picture),
+    Route("/try/strengths/{name}", _strengths, methods=["GET"]),
+    Route("/try/strengths/{name}", _draw, methods=["POST"]),
+    Route("/try/strengths/{job}/{file}", _sample),
 )

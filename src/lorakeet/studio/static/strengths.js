@@ -1,4 +1,4 @@
-// Pictures of one prompt: a slider between the strengths of the adapter, and a page that waits for its pictures.
+// Samples of one prompt: a slider between the strengths of the adapter, and a page that waits for its samples.
 import "./compare.js"; // waits in the same way
 
 const slider = document.getElementById("strength");
