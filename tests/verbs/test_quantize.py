@@ -10,13 +10,10 @@ from typing import Any
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
-from torch import nn
 from transformers import AutoModelForCausalLM, BitsAndBytesConfig
-from transformers.pytorch_utils import Conv1D
 
 from lorakeet.cli.main import main
 from lorakeet.errors import ConfigError, DataError
-from lorakeet.formats.files.safetensors_file import open_safetensors
 from lorakeet.models.files.quantized import linear_layers
 from lorakeet.models.spec import ModelSpec
 from lorakeet.models.text.load import load_text_model
@@ -26,8 +23,7 @@ from lorakeet.quant.gptq_solve import GptqLayout
 from lorakeet.quant.packed import PackedBase
 from lorakeet.quant.spec import QuantSpec
 from lorakeet.verbs.options import QuantizeOptions
-from lorakeet.verbs.quantize import LAYOUTS, _part, bytes_of_packing, quantize, write_gptq
-from tiny.held import HeldBytes
+from lorakeet.verbs.quantize import quantize, write_gptq
 from tiny.models import save_tiny_llama
 from tiny.runs import quiet, reviews, run, write_rows
 
@@ -120,21 +116,6 @@ def test_what_is_refused(tiny_llama_folder: Path, tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match="quantised weights"):
         quantize(QuantizeOptions(str(tmp_path / "packed"), method="nf4", out=tmp_path / "twice"), console=quiet())
     assert sorted(path.name for path in tmp_path.iterdir()) == ["packed", "there"]
-
-
-@pytest.mark.parametrize("method", ["nf4", "int8"])
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-@pytest.mark.parametrize("transposed", [False, True])
-def test_packing_a_weight_holds_what_is_planned(method: str, dtype: torch.dtype, transposed: bool, tmp_path: Path) -> None:
-    """Never more; the weight as it was read is counted with what packing makes."""
-    weight = torch.randn(1024, 2304).to(dtype)
-    save_file({"w": weight}, tmp_path / "one.safetensors")
-    layer = Conv1D(2304, 1024) if transposed else nn.Linear(2304, 1024, bias=False)
-    part = _part("w", open_safetensors(tmp_path / "one.safetensors"), layer, LAYOUTS[method], {})
-    with HeldBytes() as held:
-        part.make()
-    most = held.peak + weight.nbytes  # which torch does not make
-    assert most <= bytes_of_packing(weight.numel(), dtype) <= 2.5 * most
 
 
 def loaded(folder: Path) -> TextModel:

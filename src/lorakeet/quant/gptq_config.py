@@ -16,7 +16,8 @@ from torch import Tensor
 
 from lorakeet.errors import ConfigError, DataError, Problems, nearest
 from lorakeet.kernels.gptq_words import WORD
-from lorakeet.quant.gptq import BITS, PARTS, GptqBase, ZeroFormat, gptq_buffer_shapes, groups_in_order
+from lorakeet.quant.gptq import BITS, PARTS, GptqBase, gptq_buffer_shapes, groups_in_order
+from lorakeet.quant.gptq_solve import GptqLayout
 
 METHOD = "gptq"
 OLD_CONFIG = "quantize_config.json"
@@ -37,14 +38,9 @@ _OVERRIDES = {"bits", "group_size", "sym", "desc_act"}
 
 
 @dataclass(frozen=True)
-class GptqConfig:
+class GptqConfig(GptqLayout):
     """How the layers of a checkpoint are packed. `dynamic`: by pattern of the path, other settings, or None for a dense layer."""
 
-    bits: int
-    group_size: int
-    desc_act: bool = False
-    sym: bool = True
-    zero_format: ZeroFormat = "gptq"
     dynamic: tuple[tuple[str, Mapping[str, Any] | None], ...] = field(default=())
 
     def for_layer(self, path: str) -> GptqConfig | None:
@@ -85,7 +81,7 @@ def parse(stored: Mapping[str, Any], where: str) -> GptqConfig:
     return GptqConfig(**values, zero_format=zero_format, dynamic=tuple(dynamic))  # type: ignore[arg-type]
 
 
-def gptq_mapping(config: GptqConfig, *, damping: float, version: str) -> dict[str, Any]:
+def gptq_mapping(config: GptqLayout, *, damping: float, version: str) -> dict[str, Any]:
     """The quantization_config of a folder written here, as transformers with gptqmodel reads it."""
     return {
         "quant_method": METHOD,

@@ -6,7 +6,7 @@ is said. gptq has weights calibrated on rows, in the layout that transformers lo
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
@@ -14,25 +14,21 @@ from typing import Any
 
 import torch
 from rich.console import Console
-from rich.progress import Progress as Bar
-from torch import Tensor, nn
 
 from lorakeet import __version__
 from lorakeet.data.chat import Encoder, encode_rows
 from lorakeet.data.read import read_rows
 from lorakeet.data.spec import DataSpec
 from lorakeet.errors import ConfigError, Problems, percent
-from lorakeet.exporting.model_folder import TensorGroup, write_model
-from lorakeet.formats.files.safetensors_file import SafeFile
+from lorakeet.exporting.model_folder import Progress, write_model
+from lorakeet.exporting.packed_tensors import LAYOUTS, SolvedBlocks, bytes_of_packing, packed_part, part_as_it_is, solved_part
 from lorakeet.kinds.terminal import progress_line
 from lorakeet.memory.budget import Budget
-from lorakeet.memory.spill import Spill
 from lorakeet.merging.checkpoint import files_along, open_checkpoint
 from lorakeet.models.files.origin import packed_readme
 from lorakeet.models.files.quantized import kept_experts, linear_layers, owners, packable, skeleton, with_quantisation
 from lorakeet.models.files.source import find_source
 from lorakeet.models.files.stored_tensors import method_of, stored_dtype, stored_quantisation, tensor_files
-from lorakeet.models.modules import kind_of, weight_shape
 from lorakeet.models.placement import dtype_for
 from lorakeet.models.spec import ModelSpec
 from lorakeet.models.text import gptq_blocks
@@ -40,50 +36,15 @@ from lorakeet.models.text.load import load_text_model, load_tokenizer, read_conf
 from lorakeet.models.text.model import TextModel
 from lorakeet.planning.check import why_not_on_gpu
 from lorakeet.planning.quantizing import QuantizeJob, check_written, fit_quantizing
-from lorakeet.quant import safetensors_layout
-from lorakeet.quant.gptq import BITS, PARTS, gptq_buffer_shapes
-from lorakeet.quant.gptq_config import GptqConfig, gptq_mapping
+from lorakeet.quant.gptq import BITS
+from lorakeet.quant.gptq_config import gptq_mapping
 from lorakeet.quant.gptq_solve import GptqLayout
-from lorakeet.quant.int8 import Int8Base
-from lorakeet.quant.nf4 import Nf4Base
-from lorakeet.quant.packed import TILE, PackedBase
 from lorakeet.runs.output_paths import require_new_place, require_place
 from lorakeet.runs.residency import Residency, peak_said, require_planned_attention, stream_closed, temporary_stores
 from lorakeet.verbs.options import QuantizeOptions
 
-COPIES = 10  # bytes of each number of a weight while it is packed: it and what it became in fp32, and its codes twice
 DAMPING = 0.01  # of GPTQ: the paper's
 MICRO_TOKENS = 2048
-TILE_COPIES = 20  # bytes of each number of those that are packed at once (quant/packed)
-
-
-@dataclass(frozen=True)
-class PackedFormat:
-    """How a method packs one weight and what it writes; the names of tensors follow the weight's own."""
-
-    pack: Callable[[Tensor], PackedBase]
-    shapes: Callable[[tuple[int, int]], safetensors_layout.Shapes]
-    tensors: Callable[[Any, torch.dtype], Mapping[str, Tensor]]
-    config: Callable[[list[str], str], dict[str, Any]]  # from the layers that are kept and the dtype of the model
-    note: str  # who reads it
-
-
-LAYOUTS: dict[str, PackedFormat] = {
-    "nf4": PackedFormat(
-        pack=Nf4Base.of,
-        shapes=lambda shape: safetensors_layout.nf4_shapes(shape, block_size=64, double_quant=True),
-        tensors=safetensors_layout.nf4_tensors,
-        config=lambda kept, dtype: safetensors_layout.nf4_config(block_size=64, double_quant=True, dense=kept, dtype=dtype),
-        note="transformers loads it where bitsandbytes is installed, and so does Lorakeet.",
-    ),
-    "int8": PackedFormat(
-        pack=Int8Base.of,
-        shapes=safetensors_layout.int8_shapes,
-        tensors=lambda base, dtype: safetensors_layout.int8_tensors(base),
-        config=lambda kept, dtype: safetensors_layout.int8_config(kept),
-        note="int8 is a layout of Lorakeet's own, which no other program reads.",
-    ),
-}
 
 
 @dataclass(frozen=True)
@@ -132,10 +93,7 @@ def _pack(options: QuantizeOptions, console: Console) -> Quantized:
     model, method, out = options.model, options.method, options.out
     budget = Budget.parse(options.memory)
     require_new_place(out)
-    source = find_source(ModelSpec(path=model), console.print)
-    config = read_config(source)
-    if stored := stored_quantisation(config):
-        raise ConfigError(f"{model} holds quantised weights ({method_of(stored)}); name the unquantised model.")
+    source, config = _unquantised(model, console)
     checkpoint = open_checkpoint(source)
     plain = skeleton(config)
     chosen = packable(plain, head=options.head == "quantize")
@@ -152,7 +110,7 @@ def _pack(options: QuantizeOptions, console: Console) -> Quantized:
     )  # fmt: skip
     residency = fit_quantizing(budget, job, out, console)
     places, error = owners(plain, files), dict[str, float]()
-    parts = [_part(name, file, chosen.get(places.get(name, "")), layout, error) for name, file in files.items()]
+    parts = [packed_part(name, file, chosen.get(places.get(name, "")), layout, error) for name, file in files.items()]
     with temporary_stores(residency), peak_said(residency, console):
         with progress_line(console, "packing") as step:
             written = write_model(
@@ -164,29 +122,6 @@ def _pack(options: QuantizeOptions, console: Console) -> Quantized:
         console.print(f"Packing moved {result.worst[0]} most: by {percent(result.worst[1], 2)} of its length.", soft_wrap=True)
         check_written(out, job, residency, console.print)
     return result
-
-
-def bytes_of_packing(numbers: int, stored: torch.dtype) -> int:
-    """The peak in bytes while one weight is packed by nf4 or int8, and compared with what it was."""
-    return numbers * (stored.itemsize + COPIES) + TILE_COPIES * min(TILE, numbers)
-
-
-def _part(name: str, file: SafeFile, module: nn.Module | None, layout: PackedFormat, error: dict[str, float]) -> TensorGroup:
-    """The tensor as it is, or, where it is the weight of `module`, packed; `error` takes down what packing did to it."""
-    if module is None:
-        return _as_it_is(name, file)
-    transposed = kind_of(module) == "conv1d"
-    out, width = weight_shape(module, "conv1d" if transposed else "linear")
-
-    def make() -> dict[str, Tensor]:
-        weight = file.read(name)
-        base = layout.pack(weight.t() if transposed else weight)
-        exact, packed = weight.float(), base.dense()
-        norm = exact.norm().clamp_min(torch.finfo(torch.float32).tiny)
-        error[name] = float(packed.sub_(exact.t() if transposed else exact).norm() / norm)
-        return {name + part: tensor for part, tensor in layout.tensors(base, weight.dtype).items()}
-
-    return TensorGroup({name + part: found for part, found in layout.shapes((out, width)).items()}, make)
 
 
 def write_gptq(options: QuantizeOptions, layout: GptqLayout, console: Console) -> tuple[int, dict[str, float]]:
@@ -212,10 +147,9 @@ def write_gptq(options: QuantizeOptions, layout: GptqLayout, console: Console) -
     layers = gptq_blocks.layers_in_blocks(plain, model)
     gptq_blocks.check_layers(layers, layout)
     gptq_blocks.check_tokens(examples, gptq_blocks.inputs_of_widest(layers))
-    job = QuantizeJob(
-        model, config, with_quantisation(config, _words(layout)), getattr(torch, spec.dtype), layout=layout, rows=examples,
-        micro_tokens=MICRO_TOKENS,
-    )  # fmt: skip
+    packed = with_quantisation(config, gptq_mapping(layout, damping=DAMPING, version=__version__))
+    dtype = getattr(torch, spec.dtype)
+    job = QuantizeJob(model, config, packed, dtype, layout=layout, rows=examples, micro_tokens=MICRO_TOKENS)
     if why := why_not_on_gpu("the quantisation", spec.device, plain, dtype=job.dtype, beside=2 * job.state_bytes):
         console.print(why, markup=False, soft_wrap=True)
         spec = replace(spec, device="cpu")
@@ -234,15 +168,8 @@ def _quantised(
         experts = kept_experts(text.model)
         if experts:  # said before the long work, not after it
             console.print(experts, soft_wrap=True)
-        errors: dict[str, float] = {}
-        with Bar(console=console, transient=True, disable=not console.is_terminal) as bar:
-            task = bar.add_task("measuring inputs", total=None)
-
-            def done(block: gptq_blocks.QuantisedBlock) -> None:
-                errors.update(block.errors)
-                bar.update(task, total=block.count, completed=block.number + 1, description=f"block {block.number + 1}")
-
-            written = _write(job, text, residency, layout, out, done)
+        with progress_line(console, "quantising") as step:
+            written, errors = _write(job, text, residency, layout, out, step)
     del text
     worst = max(errors, key=lambda path: (errors[path], path))
     console.print(
@@ -283,79 +210,39 @@ def _check(options: QuantizeOptions, layout: GptqLayout) -> None:
     require_place(options.out)
 
 
-def _as_stored(model: str, console: Console) -> ModelSpec:
-    """The model in the dtype of its files, or in fp32, so that weights are rounded once."""
+def _unquantised(model: str, console: Console) -> tuple[Path, Any]:
+    """The folder of the model, and its configuration. ConfigError if its weights are quantised."""
     source = find_source(ModelSpec(path=model), console.print)
     config = read_config(source)
     if stored := stored_quantisation(config):
         raise ConfigError(f"{model} holds quantised weights ({method_of(stored)}); name the unquantised model.")
+    return source, config
+
+
+def _as_stored(model: str, console: Console) -> ModelSpec:
+    """The model in the dtype of its files, or in fp32, so that weights are rounded once."""
+    source, config = _unquantised(model, console)
     narrow = getattr(config, "dtype", None) == torch.bfloat16
     return ModelSpec(path=str(source), dtype="bfloat16" if narrow else "float32", products="bfloat16" if narrow else "float32")
 
 
-def _words(layout: GptqLayout) -> dict[str, Any]:
-    """The layout, as config.json has it."""
-    config = GptqConfig(layout.bits, layout.group_size, layout.desc_act, layout.sym, layout.zero_format)
-    return gptq_mapping(config, damping=DAMPING, version=__version__)
-
-
 def _write(
-    job: QuantizeJob, text: TextModel, residency: Residency[Any], layout: GptqLayout, out: Path,
-    done: Callable[[gptq_blocks.QuantisedBlock], None],
-) -> int:  # fmt: skip
-    """Writes the folder, block by block as they are quantised; returns its bytes."""
+    job: QuantizeJob, text: TextModel, residency: Residency[Any], layout: GptqLayout, out: Path, step: Progress
+) -> tuple[int, dict[str, float]]:
+    """Writes the folder, block by block as they are quantised; returns its bytes, and how far each layer's outputs moved."""
     plain = skeleton(job.config)
     shapes = {path: gptq_blocks.weight_of(module).shape for path, module in gptq_blocks.layers_in_blocks(plain, job.name).items()}
     checkpoint, files = open_checkpoint(text.source), tensor_files(text.source)
     places = {name: path for name, path in owners(plain, files).items() if path in shapes}
     spill = partial(residency.spilled_states, text)
     blocks = gptq_blocks.quantise_blocks(text, job.rows, layout, damping=DAMPING, micro_tokens=job.micro_tokens, spill=spill)
-    solved = _Solved(blocks, residency.waiting(), done)
+    solved = SolvedBlocks(blocks, residency.waiting(), step)
     solved.advance()  # what is wrong with rows or layers is said before anything is written
     parts = [
-        _packed(name, places[name], shapes[places[name]], layout, solved) if name in places else _as_it_is(name, file)
+        solved_part(name, places[name], shapes[places[name]], layout, solved) if name in places else part_as_it_is(name, file)
         for name, file in files.items()
     ]
-    config = {**checkpoint.config, "quantization_config": _words(layout)}
+    config = {**checkpoint.config, "quantization_config": gptq_mapping(layout, damping=DAMPING, version=__version__)}
     readme, along = packed_readme(job.name, f"GPTQ, {layout.bits} bits"), files_along(text.source, None)
-    return write_model(out, parts, config=config, along=along, readme=readme, waiting=residency.waiting())
+    return write_model(out, parts, config=config, along=along, readme=readme, waiting=residency.waiting()), solved.errors
 
-
-class _Solved:
-    """The packed layers by path; blocks are quantised as they are needed, and wait in `waiting`."""
-
-    def __init__(
-        self, blocks: Iterator[gptq_blocks.QuantisedBlock], waiting: Spill, done: Callable[[gptq_blocks.QuantisedBlock], None]
-    ) -> None:
-        self.blocks, self.waiting, self.done = blocks, waiting, done
-
-    def advance(self) -> None:
-        """Quantises the next block."""
-        block = next(self.blocks)
-        for path, base in block.layers.items():
-            for part in PARTS:
-                self.waiting.put((path, part), base.get_buffer(part).cpu())
-        self.done(block)
-
-    def take(self, path: str) -> dict[str, Tensor]:
-        """The tensors of the packed layer at `path`, which is forgotten here."""
-        while (path, PARTS[0]) not in self.waiting:
-            self.advance()
-        return {part: self.waiting.take((path, part)) for part in PARTS}
-
-
-def _packed(name: str, path: str, shape: Sequence[int], layout: GptqLayout, solved: _Solved) -> TensorGroup:
-    """The four tensors that stand for the weight `name` of the layer at `path`."""
-    groups = 1 if layout.group_size == -1 else shape[1] // layout.group_size
-    own = name.removesuffix(".weight")
-
-    def make() -> Mapping[str, Tensor]:
-        return {f"{own}.{part}": tensor for part, tensor in solved.take(path).items()}
-
-    stored = gptq_buffer_shapes((shape[0], shape[1]), bits=layout.bits, groups=groups)
-    return TensorGroup({f"{own}.{part}": kind for part, kind in stored.items()}, make)
-
-
-def _as_it_is(name: str, file: SafeFile) -> TensorGroup:
-    stored = file.tensors[name]
-    return TensorGroup({name: (stored.dtype, stored.shape)}, lambda: {name: file.read(name)})
