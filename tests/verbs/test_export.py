@@ -19,7 +19,9 @@ from lorakeet.cli.main import main
 from lorakeet.errors import ConfigError, EnvironmentProblem, PackageMissing, VerificationFailed
 from lorakeet.evaluate.certificate import read_certificate
 from lorakeet.exporting.gguf_model import DIGEST, NAME
+from lorakeet.exporting.runtime_support import require_separable
 from lorakeet.formats.files.gguf_file import GgufFile
+from lorakeet.runs.open_adapter import open_adapter
 from lorakeet.verbs import export as workflow
 from lorakeet.verbs.export import export
 from lorakeet.verbs.options import ExportOptions, VerifyOptions
@@ -125,11 +127,11 @@ def test_what_cannot_be_is_refused_before_anything_is_written(finished: Any, tmp
 
 
 def test_an_adapter_that_gguf_cannot_hold_is_not_kept_separate(finished: Any, tmp_path: Path) -> None:
-    opened = workflow.open_adapter(finished.path)
+    opened = open_adapter(finished.path)
     pairs = {path: replace(pair, magnitude=torch.ones(pair.B.shape[0])) for path, pair in opened.adapter.pairs.items()}
     dora = replace(opened, adapter=replace(opened.adapter, pairs=pairs))
     with pytest.raises(ConfigError, match=r"--separate: .*DoRA \(.*Leave out --separate: the merged model holds all of it"):
-        workflow._require_separable(dora)
+        require_separable(dora.adapter)
 
 
 def test_without_llama_cpp_it_is_said_that_nothing_was_checked(

@@ -214,7 +214,7 @@ def test_an_answer_that_the_encoding_cannot_write_is_kept_with_a_note(
 
 def test_a_pipe_is_refused_before_the_model(finished: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     os.mkfifo(tmp_path / "p.csv")
-    monkeypatch.setattr(predicting, "open_adapter", lambda *_, **__: pytest.fail("the adapter was opened"))
+    monkeypatch.setattr(predicting, "open_by_options", lambda *_, **__: pytest.fail("the adapter was opened"))
     with pytest.raises(DataError, match="is a pipe or a device; expected a regular file"):
         predict(PredictOptions(str(finished.path), str(tmp_path / "p.csv"), tmp_path / "out.csv"), console=quiet())
 

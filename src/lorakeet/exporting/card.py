@@ -20,7 +20,10 @@ from lorakeet.evaluate.certificate import Certificate
 from lorakeet.evaluate.intervals import Estimate
 from lorakeet.evaluate.report.report import Report
 from lorakeet.evaluate.wording import MetricWords, all_metric_words, metric_words
-from lorakeet.models.files.origin import readme_metadata
+from lorakeet.exporting.gguf_model import GgufModel
+from lorakeet.exporting.ollama import ADAPTER, MODELFILE
+from lorakeet.models.files.origin import base_form, readme_metadata
+from lorakeet.models.spec import ModelSpec
 
 _HUB = "hub:"
 # What Markdown reads as more than text: signs of emphasis, code, links, HTML and tables; and at the beginning, of blocks.
@@ -43,6 +46,26 @@ class CardFacts:
     relation: str = "finetune"  # to the base model, as model hubs call it
     task: str = "text-generation"  # as model hubs call it
     base_form: str = ""  # how the base was stored and packed while the adapter was trained
+
+
+def card_of_export(
+    model: GgufModel, out: Path, name: str, *, source: Path, base: ModelSpec, rows: str | None,
+    said: tuple[Report | None, Certificate | None],
+) -> str:  # fmt: skip
+    """The card of the export `out`, a GGUF file or a folder for Ollama; `rows` are those of the training, None without a run."""
+    files = {model.path.name: f"the model, {model.bytes:,} bytes (tensors: {model.words})"}
+    usage = [f"llama-server -m {out.name}"]
+    if out.is_dir():
+        files |= {MODELFILE: "the instructions for Ollama"}
+        if (out / ADAPTER).exists():
+            files[ADAPTER] = "the adapter, applied to the model as it runs"
+        usage = ["cd FOLDER", f"ollama create {name} -f {MODELFILE}", f"ollama run {name}"]
+    settings = {} if rows is None else {"Learning rows": Path(rows).name or "not known"}
+    facts = CardFacts(
+        title=name, base_model=base.path, files=files, usage=usage, library="gguf", licence=licence_of(source),
+        datasets=(rows or "",), notes=model.notes, settings=settings, base_form=base_form(base),
+    )  # fmt: skip
+    return card(facts, *said)
 
 
 def card(facts: CardFacts, report: Report | None, certificate: Certificate | None) -> str:

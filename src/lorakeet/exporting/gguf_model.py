@@ -19,12 +19,16 @@ import numpy as np
 
 from lorakeet.core.adapter import Adapter
 from lorakeet.core.tiled_product import RowSource, as_matrix, parts
+from lorakeet.disk import written_whole
 from lorakeet.errors import Problems
 from lorakeet.exporting.gguf_layout import ModelLayout, model_layout
 from lorakeet.exporting.gguf_vocabulary import Vocabulary, name_for_llama_cpp, vocabulary_of
+from lorakeet.exporting.llama_cpp import quantise
 from lorakeet.exporting.merged_tensors import MergedTensors, Part
 from lorakeet.formats.files.gguf_array import WholeArray
+from lorakeet.formats.files.gguf_file import GgufFile
 from lorakeet.formats.files.gguf_header import gguf_package
+from lorakeet.formats.files.safetensors_file import open_safetensors
 from lorakeet.formats.files.whole_output import new_output, require_free, require_new
 from lorakeet.models.text.load import read_config
 
@@ -56,6 +60,17 @@ class GgufModel:
     bytes: int
     types: Mapping[str, int]
     notes: tuple[str, ...]
+
+    @classmethod
+    def of(cls, path: Path, notes: tuple[str, ...] = ()) -> GgufModel:
+        """A file that is there."""
+        return cls(path, path.stat().st_size, dict(GgufFile(path).tensor_types), notes)
+
+    @property
+    def words(self) -> str:
+        """How many tensors of each type it has, the commonest first."""
+        return ", ".join(f"{count:,} {name}" for name, count in sorted(self.types.items(), key=lambda item: -item[1]))
+
 
 
 @dataclass(frozen=True)
@@ -130,11 +145,18 @@ def write_gguf(
 ) -> GgufModel:
     """Writes the model in `source` with `adapter` merged in to the new file `out`, which appears whole or not at all.
 
-    quant: f32, f16, bf16 or q8_0; other types are made from such a file by `exporting/llama_cpp`. `facts` go into the metadata,
-    general.name as llama.cpp needs it (`name_for_llama_cpp`).
+    quant: f32, f16, bf16 or q8_0; other types are made by llama.cpp from a wide file, which is then removed. `facts` go into the
+    metadata, general.name as llama.cpp needs it (`name_for_llama_cpp`).
     ConfigError lists what does not fit or exists already, EnvironmentProblem what the machine lacks.
     """
     require_new(out)
+    if quant not in DIRECT:
+        with written_whole(out) as made:
+            wide = made.with_name(f"{out.name}.wide")
+            more: dict[str, Any] = {"tokenizer": tokenizer, "facts": facts, "on_progress": on_progress}
+            kept = write_gguf(source, adapter, wide, quant=wide_type(source), **more)
+            quantise(wide, made, quant)
+        return GgufModel.of(out, kept.notes)
     merged = GgufTensors(source, adapter)
     vocabulary = vocabulary_of(tokenizer, merged.shape("token_embd.weight")[0])
     items, notes = _items(merged, DIRECT[quant][0])
@@ -226,3 +248,14 @@ def _add_vocabulary(writer: Any, vocabulary: Vocabulary) -> None:
     writer.add_add_space_prefix(vocabulary.space_prefix)
     if vocabulary.chat_template is not None:
         writer.add_chat_template(vocabulary.chat_template)
+
+
+def wide_type(source: Path) -> str:
+    """The type that loses nothing of the stored base: f32, or bf16 where all matrices are bf16."""
+    kinds = {
+        str(stored.dtype)
+        for file in source.glob("*.safetensors")
+        for stored in open_safetensors(file).tensors.values()
+        if len(stored.shape) > 1
+    }
+    return "bf16" if kinds == {"torch.bfloat16"} else "f32"

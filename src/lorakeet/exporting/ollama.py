@@ -212,3 +212,4 @@ def _pieces(path: Path, size: int, on_progress: Progress | None) -> Iterator[byt
             yield piece
             if on_progress is not None:
                 on_progress(path.name, sent, size)
+

@@ -113,5 +113,6 @@ def solved_part(name: str, path: str, shape: Sequence[int], layout: GptqLayout, 
 
 
 def part_as_it_is(name: str, file: SafeFile) -> TensorGroup:
+    """The stored tensor, unchanged."""
     stored = file.tensors[name]
     return TensorGroup({name: (stored.dtype, stored.shape)}, lambda: {name: file.read(name)})

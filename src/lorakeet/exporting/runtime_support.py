@@ -14,6 +14,7 @@ from typing import Literal
 
 from lorakeet.core.adapter import Adapter, Pair
 from lorakeet.core.plan import Plan, PlanEntry
+from lorakeet.errors import ConfigError
 
 Runtime = Literal["vllm", "llama.cpp", "ollama", "peft"]
 Feature = Literal[
@@ -147,3 +148,17 @@ def _ranks(ranks: Iterable[int]) -> set[Feature]:
     if largest > 512:
         return {"rank above 512"}
     return {"rank above 16"} if largest > 16 else set()
+REFUSES_ADAPTERS = (
+    "Ollama from 0.34.1 refuses a Modelfile with ADAPTER, so a folder of --separate is for older versions and for llama.cpp. "
+    "For a newer Ollama leave out --separate: the adapter is then merged into the model."
+)
+
+
+def require_separable(adapter: Adapter) -> None:
+    """ConfigError where the adapter has what a GGUF adapter beside its base cannot hold."""
+    limits = limits_of("ollama", features_of_adapter(adapter, tied=False))
+    if refused := [f"{limit.feature} ({limit.what})" for limit in limits if limit.effect == "refused"]:
+        raise ConfigError(
+            f"--separate: this adapter cannot stay in a file of its own for Ollama: {'; '.join(refused)}. Leave out --separate: "
+            "the merged model holds all of it."
+        )

@@ -23,6 +23,7 @@ from rich.console import Console
 from torch import nn
 
 from lorakeet.config import RunConfig
+from lorakeet.core.adapter import Adapter
 from lorakeet.core.plan import Plan
 from lorakeet.data.chat import Candidates, Encoder, Example, Ids
 from lorakeet.data.prepare import Dataset
@@ -30,6 +31,7 @@ from lorakeet.data.rows import Row
 from lorakeet.errors import DataError
 from lorakeet.evaluate.parity import CELLS
 from lorakeet.evaluate.wording import bytes_text
+from lorakeet.exporting.gguf_model import DIRECT, GgufTensors, wide_type
 from lorakeet.exporting.llama_cpp import PASS, context_bytes
 from lorakeet.exporting.merged_tensors import PART_BYTES
 from lorakeet.memory.budget import Budget
@@ -393,3 +395,13 @@ def with_later(forecast: Forecast, later: tuple[Phase, ...]) -> Forecast:
     """`forecast` with these phases in place of those of the same name."""
     names = {phase.name for phase in later}
     return Forecast((*(phase for phase in forecast.phases if phase.name not in names), *later))
+
+
+def export_sizes(source: Path, adapter: Adapter, quant: str) -> tuple[int, int]:
+    """Bytes of memory while the file is written, a tensor at a time, and about those of the file and of a wide one beside it."""
+    folded = GgufTensors(source, adapter)
+    sizes = {name: math.prod(folded.shape(name)) for name in folded.names}
+    changed = max((folded.whole(name) for name in folded.names), default=0)
+    wide = FP32 if quant == "f32" or (quant not in DIRECT and wide_type(source) == "f32") else FP32 // 2
+    numbers = sum(sizes.values())
+    return tensor_peak(FP32 * changed, max(sizes.values())), numbers * (wide + (0 if quant in DIRECT else 1))

@@ -15,7 +15,17 @@ from lorakeet.errors import LorakeetError
 from lorakeet.evaluate.certificate import Certificate
 from lorakeet.exporting.ollama import MODELFILE
 from lorakeet.formats.files.json_object import read_object
-from lorakeet.formats.identity import CONFIG_NAME, QUANTISATION, WEIGHTS, Say, identity_of, require_base, tokenizer_identity
+from lorakeet.formats.identity import (
+    CONFIG_NAME,
+    QUANTISATION,
+    WEIGHTS,
+    Say,
+    accept_content,
+    content_differences,
+    identity_of,
+    require_base,
+    tokenizer_identity,
+)
 from lorakeet.models.files.fingerprint import content_of
 from lorakeet.models.spec import ModelSpec
 from lorakeet.runs.output_paths import writing
@@ -66,6 +76,12 @@ def model_identity(model: Path) -> dict[str, str]:
         files = sorted(file for file in model.iterdir() if file.suffix == ".gguf" or file.name == MODELFILE)
         return {f"model {file.name}": content_of(file) for file in files}
     return {"model weights": content_of(model)} | (tokenizer_identity(model) if model.is_dir() else {})
+
+
+def require_certified_model(model: Path, certificate: Certificate, *, uncertified: bool, say: Say) -> None:
+    """Raises VerificationFailed where a written model is not what its certificate was made for, unless `uncertified`."""
+    apart = content_differences(certificate.identity, model_identity(model)) if certificate.identity else []
+    accept_content(str(model), apart, uncertified=uncertified, say=say)
 
 
 @contextmanager

@@ -7,7 +7,7 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 from rich.console import Console
 
@@ -149,6 +149,23 @@ def open_adapter(
     otherwise = run is None or config is not None  # nothing says how a bare adapter's base was quantised
     about = require_base(path, partial(base_identity, settings.model), quantised=otherwise, uncertified=uncertified, say=say)
     return Opened(adapter, settings, run, run.adapter if run else path, joined_notes(note, about))
+
+
+class OpeningOptions(Protocol):
+    """The options of a verb that opens an adapter."""
+
+    @property
+    def base(self) -> str | None: ...
+    @property
+    def memory(self) -> str | None: ...
+    @property
+    def uncertified(self) -> bool: ...
+
+
+def open_by_options(path: str | Path, options: OpeningOptions, console: Console, *, config: Path | None = None) -> Opened:
+    """As `open_adapter`, by a verb's options, which bound the memory too."""
+    found = open_adapter(Path(path), base=options.base, config=config, uncertified=options.uncertified, say=console.print)
+    return found.within(options.memory)
 
 
 def require_text_run(path: Path, settings: RunConfig) -> None:

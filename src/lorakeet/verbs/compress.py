@@ -54,7 +54,7 @@ from lorakeet.ranks import resize
 from lorakeet.ranks.allocate import pair_parameters, rank_pattern
 from lorakeet.ranks.resize import SHARES, RankedCut, sizes_of
 from lorakeet.runs.certified import identified
-from lorakeet.runs.open_adapter import NAME, Opened, open_adapter
+from lorakeet.runs.open_adapter import NAME, Opened, open_by_options
 from lorakeet.runs.output_paths import require_empty, writing
 from lorakeet.runs.residency import peak_said
 from lorakeet.train.durable import new_folder
@@ -94,12 +94,9 @@ def compress(options: CompressOptions, *, console: Console) -> Compressed:
     """
     require_empty(options.out)
     shares = _share(options.tolerance, "--tolerance"), _share(options.metric_tolerance, "--metric-tolerance")
-    path = Path(options.run)
-    opened = open_adapter(
-        path, base=options.base, config=options.config, uncertified=options.uncertified, say=console.print
-    ).within(options.memory)
+    opened = open_by_options(options.run, options, console, config=options.config)
     if why := opened.config.declaration.lacks.get("compress"):
-        said, values = f"{path} was trained by {opened.config.train.registered.name}. {why}", {"what": "compress"}
+        said, values = f"{options.run} was trained by {opened.config.train.registered.name}. {why}", {"what": "compress"}
         raise ConfigError(said, code="kind-lacks", values={"kind": opened.config.declaration.name, **values})
     resize.check_pairs(opened.adapter)
     if not opened.config.data.train:

@@ -15,7 +15,7 @@ from lorakeet.kinds.terminal import conclude
 from lorakeet.merging.checkpoint import copy_along, tokenizer_files
 from lorakeet.merging.combine import Combination, CombineSpec, combination
 from lorakeet.runs.certified import identified
-from lorakeet.runs.open_adapter import Opened, open_adapter
+from lorakeet.runs.open_adapter import Opened, open_by_options
 from lorakeet.runs.output_paths import require_new_place, writing
 from lorakeet.train.durable import new_folder
 from lorakeet.verbs.merges.into_model import Merged, ModelMerge, combined_with_progress
@@ -38,7 +38,7 @@ def merge(options: MergeOptions, *, console: Console) -> Merged:
     if out.suffix.lower() == ".gguf" and options.into != "packed":
         instead = f"For a GGUF file: lorakeet export {paths[0]} --out {out}"
         raise ConfigError(f"--out is {out.name}, but a folder is written. {instead}")
-    opened = [item.within(options.memory) for item in _opened(paths, options, console)]
+    opened = _opened(paths, options, console)
     density, seed = options.density, options.seed
     spec = CombineSpec(options.method, tuple(options.weights), options.rank, density, seed)
     alone = len(opened) == 1 and spec == CombineSpec(density=density, seed=seed)  # no option combines or compresses
@@ -79,7 +79,7 @@ def _opened(paths: Sequence[str], options: MergeOptions, console: Console) -> li
     if twice:
         problems.add(f"{', '.join(twice)} is named more than once; name each adapter once and give it a weight.")
     problems.raise_if_any()
-    opened = [open_adapter(Path(path), base=options.base, uncertified=options.uncertified, say=console.print) for path in paths]
+    opened = [open_by_options(path, options, console) for path in paths]
     bases = {item.config.model.path for item in opened}
     if len(bases) > 1:
         named = "; ".join(f"{path} on {item.config.model.path}" for path, item in zip(paths, opened, strict=True))

@@ -33,7 +33,7 @@ from lorakeet.planning.encoded_rows import within_context
 from lorakeet.planning.evaluation import fit_evaluation
 from lorakeet.planning.forecast_text_run import Workload
 from lorakeet.replying.rows_file import RowsFile, read_rows_file
-from lorakeet.runs.open_adapter import Opened, open_adapter
+from lorakeet.runs.open_adapter import Opened, open_by_options
 from lorakeet.runs.output_paths import require_new_place, writing
 from lorakeet.runs.residency import peak_said
 from lorakeet.runs.trained_prompt import trained_labels
@@ -75,10 +75,7 @@ def predict(options: PredictOptions, *, console: Console) -> Predicted:
     if not 0 <= options.review <= 1:
         raise ConfigError(f"{spelt('review')} is {options.review}; expected a probability from 0 to 1, such as 0.8.")
     say = partial(console.print, markup=False, soft_wrap=True)
-    path = Path(options.run_or_adapter)
-    opened = open_adapter(
-        path, base=options.base, config=options.config, uncertified=options.uncertified, say=console.print
-    ).within(options.memory)
+    opened = open_by_options(options.run_or_adapter, options, console, config=options.config)
     require_encodable(opened.config)
     labels = trained_labels(opened.run, opened.config.data)
     with spelling(_own_spelling()):

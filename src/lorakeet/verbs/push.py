@@ -16,8 +16,8 @@ from lorakeet.evaluate.certificate import read_certificate, with_digest
 from lorakeet.evaluate.report.report import read_report, render_html
 from lorakeet.exporting.hub import Uploaded, upload
 from lorakeet.exporting.published_readme import published_readme
-from lorakeet.formats.identity import accept_content, content_differences, require_certified
-from lorakeet.runs.certified import model_identity, require_own_base
+from lorakeet.formats.identity import require_certified
+from lorakeet.runs.certified import require_certified_model, require_own_base
 from lorakeet.train.run import RunFolder
 from lorakeet.verbs.early.pushing_options import CERTIFICATE, certificate_of, named_base, named_here, require_pushable
 from lorakeet.verbs.options import PushOptions
@@ -50,8 +50,7 @@ def push_run(options: PushOptions, *, console: Console) -> Pushed:
     require_own_base(run.path, uncertified=options.uncertified, say=say)
     for artefact in filter(None, (options.merged, options.gguf)):
         certificate = read_certificate(certificate_of(artefact))
-        apart = content_differences(certificate.identity, model_identity(artefact)) if certificate.identity else []
-        accept_content(str(artefact), apart, uncertified=options.uncertified, say=say)
+        require_certified_model(artefact, certificate, uncertified=options.uncertified, say=say)
     files = _files(options, run)
     if REPORT in files:
         say(f"{REPORT} shows rows of the data; --no-report leaves it out.")

@@ -27,7 +27,7 @@ from lorakeet.planning.check import (
     maps_a_file,
     size_of_check,
 )
-from lorakeet.runs.open_adapter import Opened, open_adapter
+from lorakeet.runs.open_adapter import Opened, open_by_options
 from lorakeet.runs.residency import peak_said, temporary_stores
 from lorakeet.train.run import RunFolder
 from lorakeet.verbs.deployment import Deployable, check_deployment
@@ -104,7 +104,7 @@ def verify(options: VerifyOptions, *, console: Console) -> Verified | VerifiedAd
         keep_checks(run, found, path.absolute().parent)
         found.raise_if_failed()
         return Verified(found)
-    opened = open_adapter(path, base=options.base, uncertified=options.uncertified, say=console.print).within(options.memory)
+    opened = open_by_options(path, options, console)
     options = replace(options, against=options.against or _found_beside(opened))
     source = find_source(opened.config.model, console.print)
     size = partial(size_of_check, opened, options.against, source, "this check", rows=_rows(options))
@@ -163,7 +163,7 @@ def _watched(path: Path, target: str, options: VerifyOptions, console: Console) 
     if options.rounds < 0:
         raise ConfigError(f"--rounds is {options.rounds}; it must be 0 (no end) or more.")
     every = parse_duration(options.every)
-    opened = open_adapter(path, base=options.base, uncertified=options.uncertified, say=console.print).within(options.memory)
+    opened = open_by_options(path, options, console)
     few = replace(options, against=(target,), rows=min(_rows(options), WATCHED_ROWS), modules=False)
     compare, say = partial(_certified, opened, few, console), partial(console.print, markup=False, soft_wrap=True)
     found = watch_server(compare, target, every, rounds=options.rounds, metrics=options.metrics, say=say)
