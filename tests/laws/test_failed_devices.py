@@ -14,6 +14,7 @@ from lorakeet.errors import EnvironmentProblem, RunStopped, is_device_fault, is_
 from lorakeet.kinds import certify_pairs
 from lorakeet.memory.budget import Budget
 from lorakeet.memory.cuda import enforcing_gpu_budget
+from lorakeet.runs.run_folder import evaluating, stoppable
 from lorakeet.train import checkpoint, gradients
 from lorakeet.verbs import finetune as workflow
 from lorakeet.verbs.options import FinetuneOptions
@@ -89,14 +90,14 @@ def test_a_run_keeps_its_checkpoint_and_goes_on_from_it(
 
 
 def test_before_a_checkpoint_it_says_so(tmp_path: Path) -> None:
-    with pytest.raises(RunStopped, match="No checkpoint was written yet"), workflow._stoppable(workflow.RunFolder(tmp_path)):
+    with pytest.raises(RunStopped, match="No checkpoint was written yet"), stoppable(workflow.RunFolder(tmp_path)):
         raise RuntimeError(FAULTS[1])
-    with pytest.raises(RuntimeError, match="a bug"), workflow._stoppable(workflow.RunFolder(tmp_path)):
+    with pytest.raises(RuntimeError, match="a bug"), stoppable(workflow.RunFolder(tmp_path)):
         raise RuntimeError("a bug")
 
 
 def test_after_training_the_adapter_is_named(tmp_path: Path) -> None:
-    with pytest.raises(RunStopped) as stopped, workflow._evaluating(workflow.RunFolder(tmp_path)):
+    with pytest.raises(RunStopped) as stopped, evaluating(workflow.RunFolder(tmp_path)):
         raise RuntimeError(FAULTS[2])
     words = str(stopped.value)
     assert words.startswith(f"The training is done and {tmp_path / 'adapter'} is whole, but not evaluated. The GPU failed: CUDA ")

@@ -27,6 +27,7 @@ from lorakeet.memory.spill import HostSpill, Spill
 from lorakeet.memory.transfer import CudaTransfer
 from lorakeet.models.targets import plan_for
 from lorakeet.models.text.adapters import initialise_adapter
+from lorakeet.runs.run_folder import evaluating
 from lorakeet.train.loop import train
 from lorakeet.train.processes import Processes
 from lorakeet.train.progress import Reporter
@@ -58,7 +59,7 @@ def test_what_is_beside_the_tensors_lacks_memory_too(said: str, tmp_path: Path, 
     def full(*_: Any, **__: Any) -> Any:
         raise error
 
-    with pytest.raises(RunStopped, match=r"done and .*, but not evaluated"), workflow._evaluating(RunFolder(tmp_path)):
+    with pytest.raises(RunStopped, match=r"done and .*, but not evaluated"), evaluating(RunFolder(tmp_path)):
         full()
     with pytest.raises(EnvironmentProblem, match="The device ran out of memory"), enforcing_gpu_budget(Budget(), ""):
         full()

@@ -5,16 +5,20 @@ from __future__ import annotations
 import hashlib
 import json
 import shutil
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from typing import Any
 
 from lorakeet.config import RunConfig, dump_yaml
 from lorakeet.data.split import check_split_record, read_split_record, write_split_record
 from lorakeet.disk import read_regular
+from lorakeet.errors import RunStopped, is_device_fault, is_out_of_memory
 from lorakeet.evaluate.report.rank_values import Search
 from lorakeet.evaluate.values import from_text, to_text
+from lorakeet.memory.cuda import device_fault_text, out_of_memory_text
 from lorakeet.models.spec import ModelSpec
 from lorakeet.runs.output_paths import writing
+from lorakeet.train.checkpoint import found as checkpoints
 from lorakeet.train.run import RunFolder
 
 
@@ -62,3 +66,41 @@ def begin_run(
 def rates_of(run: RunFolder) -> Search | None:
     """The trial that chose the learning rate of a run; None where there was none. DataError where its file is broken."""
     return from_text(Search, read_regular(run.rates).decode(), where=str(run.rates)) if run.rates.is_file() else None
+
+
+@contextmanager
+def stoppable(run: RunFolder) -> Iterator[None]:
+    """A context that turns a second Ctrl-C in training, which stops at once, or a GPU that failed into RunStopped with what is
+    kept."""
+    try:
+        yield
+    except (KeyboardInterrupt, RuntimeError) as error:
+        newest = next(reversed(checkpoints(run.checkpoints)), None)
+        if isinstance(error, KeyboardInterrupt):
+            kept = f"the newest checkpoint is {newest}" if newest else "no checkpoint was written yet"
+            by = str(error) or "Ctrl-C"
+            raise RunStopped(f"{by}: stopped at once, and {kept}. Resume with: {run.resume_command}") from None
+        if not is_device_fault(error):
+            raise
+        kept = f"The newest checkpoint, {newest}, is whole" if newest else "No checkpoint was written yet"
+        raise RunStopped(f"{device_fault_text(error, run.resume_command)} {kept}.") from error
+
+
+@contextmanager
+def evaluating(run: RunFolder) -> Iterator[None]:
+    """A context that turns Ctrl-C, a signal of the same effect (train/processes), or a full device into RunStopped, with what is
+    complete."""
+    try:
+        yield
+    except KeyboardInterrupt as stopped:
+        raise RunStopped(
+            f"{str(stopped) or 'Ctrl-C'}: the training is done and {run.adapter} is whole, but its evaluation was interrupted. "
+            f"Evaluate it with: {run.resume_command}"
+        ) from None
+    except RuntimeError as error:
+        said = f"The training is done and {run.adapter} is whole, but not evaluated."
+        if is_device_fault(error):
+            raise RunStopped(f"{said} {device_fault_text(error, run.resume_command)}") from error
+        if not is_out_of_memory(error):
+            raise
+        raise RunStopped(f"{said} {out_of_memory_text(error)} Then evaluate it with: {run.resume_command}") from error

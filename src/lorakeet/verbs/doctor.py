@@ -18,7 +18,7 @@ from lorakeet.errors import LorakeetError
 from lorakeet.memory.budget import available_memory
 from lorakeet.registry import declarations
 from lorakeet.verbs.options import DoctorOptions
-from lorakeet.verbs.packages import QUICKSTART_PACKAGES, installed_version, pip_command, requirements_of
+from lorakeet.verbs.packages import QUICKSTART_PACKAGES, USER_EXTRAS, installed_version, pip_command, requirements_of
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -27,16 +27,6 @@ if TYPE_CHECKING:
 
 __all__ = ["Checkup", "Finding", "doctor"]
 
-USER_EXTRAS = {
-    "gguf": "models in .gguf files",
-    "nf4": "faster kernels for weights in NF4",
-    "cuda": "faster kernels for NVIDIA GPUs",
-    "parquet": ".parquet data files",
-    "hub": "datasets folders and hub ids",
-    "track": "TensorBoard",
-    "wandb": "Weights & Biases",
-    "trackers": "Trackio and MLflow",
-}
 GIB = 1024**3
 MEMORY_WANTED = 3 * GIB  # more than the quickstart takes
 DISK_WANTED = 2 * GIB  # the dense copy of the quickstart's model, a run and its checkpoints
@@ -77,8 +67,7 @@ class Checkup:
 
     def to_mapping(self) -> dict[str, Any]:
         """Plain values for --json."""
-        findings, kernels = ([asdict(each) for each in self.findings], [asdict(each) for each in self.kernels])
-        return {"ok": self.exit_code == 0, "findings": findings, "kernels": kernels}
+        return {"ok": self.exit_code == 0, **asdict(self)}
 
 
 def doctor(options: DoctorOptions = DoctorOptions(), *, console: Console) -> Checkup:
@@ -237,9 +226,7 @@ def _print(checkup: Checkup, console: Console) -> None:
 
     from lorakeet.runs.terminal import WholeTable
 
-    table = WholeTable(box=None, pad_edge=False)
-    for heading in ("", "What", "Found"):
-        table.add_column(heading)
+    table = WholeTable("", "What", "Found", box=None, pad_edge=False)
     ordered = sorted(checkup.findings, key=lambda one: (one.good, not one.required))  # what is wrong comes first
     for finding in ordered:
         mark = Text("ok", "green") if finding.good else Text("missing", "bold red" if finding.required else "yellow")
@@ -250,9 +237,7 @@ def _print(checkup: Checkup, console: Console) -> None:
             kind = "required" if finding.required else "optional"
             console.print(Text(f"\n{finding.name} ({kind}), to fix it:\n  {finding.remedy}"), soft_wrap=True)
     for device in dict.fromkeys(use.device for use in checkup.kernels):  # the tasks, the kernel of each, why not those before it
-        table = WholeTable(box=None, pad_edge=False)
-        for heading in (f"Kernels ({device})", "Used", "Not used, since"):
-            table.add_column(heading)
+        table = WholeTable(f"Kernels ({device})", "Used", "Not used, since", box=None, pad_edge=False)
         for use in checkup.kernels:
             if use.device == device:
                 reasons = "\n".join(f"{name}: {reason}" for name, reason in use.passed_over.items())
@@ -260,6 +245,5 @@ def _print(checkup: Checkup, console: Console) -> None:
         console.print()
         console.print(table)
     missing = [finding.name for finding in ordered if finding.required and not finding.good]
-    console.print(
-        f"\nRequired and missing: {', '.join(missing)}; see above." if missing else "\nEverything required is installed."
-    )
+    said = f"Required and missing: {', '.join(missing)}; see above." if missing else "Everything required is installed."
+    console.print(f"\n{said}")

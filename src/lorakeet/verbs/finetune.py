@@ -9,8 +9,6 @@ from __future__ import annotations
 
 import dataclasses
 import time
-from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, ClassVar
@@ -18,7 +16,7 @@ from typing import Any, ClassVar
 from rich.console import Console
 
 from lorakeet.config import RunConfig
-from lorakeet.errors import ConfigError, Problems, RunStopped, is_device_fault, is_out_of_memory
+from lorakeet.errors import ConfigError, Problems
 from lorakeet.evaluate.report.rank_values import Search
 from lorakeet.evaluate.report.report import Report, read_report, write_report
 from lorakeet.evaluate.values import encode
@@ -29,14 +27,13 @@ from lorakeet.kinds.terminal import show_certificate, show_results
 from lorakeet.kinds.text.tuning.learning_rate import FEWEST_STEPS, choose_rate
 from lorakeet.kinds.trained_targets import Moved, target_rows
 from lorakeet.memory.allocator import release_free_memory
-from lorakeet.memory.cuda import device_fault_text, enforcing_gpu_budget, out_of_memory_text
+from lorakeet.memory.cuda import enforcing_gpu_budget
 from lorakeet.memory.measure import PeakMemory
 from lorakeet.runs.certified import identified
 from lorakeet.runs.multi_process import evaluating_together, require_combinable, starting_together
 from lorakeet.runs.output_paths import writing
 from lorakeet.runs.residency import say_peak
-from lorakeet.runs.run_folder import begin_run, rates_of
-from lorakeet.train.checkpoint import found as checkpoints
+from lorakeet.runs.run_folder import begin_run, evaluating, rates_of, stoppable
 from lorakeet.train.launch import launched
 from lorakeet.train.log import require_sink
 from lorakeet.train.loop import Outcome, train
@@ -161,11 +158,11 @@ def _trained(
     task = kind.task(setup, run, console)
     record, before, start = kind.split_record(setup), kind.frozen_digests(setup), StartValues.of(task.parameters())
     processes.from_first(lambda: begin_run(run, setup.config, record, resume=resume, rates=search))
-    with _stoppable(run), kind.training(setup, task, run, console):
+    with stoppable(run), kind.training(setup, task, run, console):
         identity, budget = kind.identity(setup, before), setup.residency.budget.limit
         outcome = train(task, setup.config.train, run=run, identity=identity, resume=resume, report=report, budget=budget)
     setup = kind.trained(dataclasses.replace(setup, moved=Moved(start.moved(task.parameters()))), task)
-    with _evaluating(run), evaluating_together(processes, run, outcome):
+    with evaluating(run), evaluating_together(processes, run, outcome):
         if not setup.sharded:
             processes.disband()
             if not processes.first:
@@ -210,46 +207,6 @@ def _reported(
     for item in report.next_commands:
         console.print(f"Next: {item.command}   ({item.purpose})", markup=False, highlight=False, soft_wrap=True)
     return report
-
-
-@contextmanager
-def _stoppable(run: RunFolder) -> Iterator[None]:
-    """A context that turns a second Ctrl-C in training, which stops at once, or a GPU that failed into RunStopped with what is
-    kept."""
-    try:
-        yield
-    except KeyboardInterrupt as stopped:
-        newest = next(reversed(checkpoints(run.checkpoints)), None)
-        kept = f"the newest checkpoint is {newest}" if newest else "no checkpoint was written yet"
-        by = str(stopped) or "Ctrl-C"
-        raise RunStopped(f"{by}: stopped at once, and {kept}. Resume with: {run.resume_command}") from None
-    except RuntimeError as error:
-        if not is_device_fault(error):
-            raise
-        newest = next(reversed(checkpoints(run.checkpoints)), None)
-        kept = f"The newest checkpoint, {newest}, is whole" if newest else "No checkpoint was written yet"
-        raise RunStopped(f"{device_fault_text(error, run.resume_command)} {kept}.") from error
-
-
-@contextmanager
-def _evaluating(run: RunFolder) -> Iterator[None]:
-    """A context that turns Ctrl-C, a signal of the same effect (train/processes), or a full device into RunStopped, with what is
-    complete."""
-    try:
-        yield
-    except KeyboardInterrupt as stopped:
-        raise RunStopped(
-            f"{str(stopped) or 'Ctrl-C'}: the training is done and {run.adapter} is whole, but its evaluation was interrupted. "
-            f"Evaluate it with: {run.resume_command}"
-        ) from None
-    except RuntimeError as error:
-        if is_device_fault(error):
-            said = f"The training is done and {run.adapter} is whole, but not evaluated."
-            raise RunStopped(f"{said} {device_fault_text(error, run.resume_command)}") from error
-        if not is_out_of_memory(error):
-            raise
-        said = f"The training is done and {run.adapter} is whole, but not evaluated. {out_of_memory_text(error)}"
-        raise RunStopped(f"{said} Then evaluate it with: {run.resume_command}") from error
 
 
 def _check_try_rates(config: RunConfig, options: FinetuneOptions, kind: RunKind[Any]) -> None:

@@ -154,3 +154,13 @@ def pip_command(needs: list[Requirement], *flags: str) -> str:
         return shlex.join(install_command(words, *flags))
     except EnvironmentProblem as error:
         return str(error)
+USER_EXTRAS = {
+    "gguf": "models in .gguf files",
+    "nf4": "faster kernels for weights in NF4",
+    "cuda": "faster kernels for NVIDIA GPUs",
+    "parquet": ".parquet data files",
+    "hub": "datasets folders and hub ids",
+    "track": "TensorBoard",
+    "wandb": "Weights & Biases",
+    "trackers": "Trackio and MLflow",
+}
