@@ -52,7 +52,7 @@ def card_of_export(
     model: GgufModel, out: Path, name: str, *, source: Path, base: ModelSpec, rows: str | None,
     said: tuple[Report | None, Certificate | None],
 ) -> str:  # fmt: skip
-    """The card of the export `out`, a GGUF file or a folder for Ollama; `rows` are those of the training, None without a run."""
+    """The model card of `out`, a GGUF file or a folder for Ollama; `rows` are those of the training, None without a run."""
     files = {model.path.name: f"the model, {model.bytes:,} bytes (tensors: {model.words})"}
     usage = [f"llama-server -m {out.name}"]
     if out.is_dir():
