@@ -1,4 +1,4 @@
-"""Sizes and names: 600 lines a file, 60 a function, no drawers."""
+"""Sizes and names: 600 lines a file, 250 a verb, 60 a function, no drawers."""
 
 from __future__ import annotations
 
@@ -12,6 +12,7 @@ from structure.tree import ROOT, committed_files, named, nodes_of
 
 FILE_LINES = 600
 TEST_FILE_LINES = 600
+VERB_LINES = 250
 FUNCTION_LINES = 60
 DRAWERS = re.compile(r"((utils?|common|misc|helpers?|other|stuff)|.*_(v\d+|old|legacy|new|extended))(\..*)?", re.IGNORECASE)
 
@@ -28,6 +29,15 @@ def test_files_are_short() -> None:
         if lines > budget:
             too_long.append(f"{named(path)}: {lines} lines, budget {budget}")
     assert not too_long, "give the second concept of each its own file:\n" + "\n".join(too_long)
+
+
+def test_a_verb_is_one_story() -> None:
+    """What does not fit is not the verb's: it belongs to the floor of its concept. options.py is a table, a row an option."""
+    verbs = ROOT / "src" / "lorakeet" / "verbs"
+    files = [path for path in python_files() if path.is_relative_to(verbs) and path != verbs / "options.py"]
+    lines = {named(path): len(path.read_text(encoding="utf-8").splitlines()) for path in files}
+    assert len(files) > 20
+    assert not {name: count for name, count in lines.items() if count > VERB_LINES}
 
 
 @pytest.mark.slow

@@ -207,7 +207,7 @@ def test_rows_too_few_to_show_anything_are_said_before_anything_is_loaded(
     trained: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """28 held-out rows were measured with eight sizes, of which none could have passed."""
-    monkeypatch.setattr(compressing, "fit_evaluation", lambda *_: pytest.fail("it went on"))
+    monkeypatch.setattr(compressing, "model_to_measure", lambda *_: pytest.fail("it went on"))
     few = r"2 points of accuracy less, and \d+ held-out rows cannot show .* it takes 189\. Allow more \(--metric-tolerance \d+%"
     for share, words in (("2%", few), ("0", "no number of rows shows")):
         with pytest.raises(ConfigError, match=words):

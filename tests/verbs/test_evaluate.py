@@ -15,12 +15,9 @@ import transformers
 from rich.console import Console
 
 from lorakeet.config import RunConfig, read_run
-from lorakeet.data.read import read_rows
-from lorakeet.data.spec import DataSpec
 from lorakeet.errors import ConfigError, DataError, EnvironmentProblem
 from lorakeet.evaluate.report.report import read_report
 from lorakeet.evaluate.spec import EvaluateSpec
-from lorakeet.verbs import evaluate as evaluating
 from lorakeet.verbs.evaluate import evaluate
 from lorakeet.verbs.options import EvaluateOptions
 from tiny.models import save_tiny_llama
@@ -145,18 +142,6 @@ def test_labels_that_the_run_does_not_know_are_named(finished: Any, tmp_path: Pa
     data = write_rows(tmp_path / "rows.jsonl", [*reviews(6), {"text": "odd", "label": "goood"}])
     with pytest.raises(DataError, match=r"'goood' of 1 evaluated rows .*unseen in training.*Did you mean 'good'"):
         evaluate(EvaluateOptions(str(finished.path), data=str(data)), console=quiet())
-
-
-def test_a_file_of_another_shape_is_said_to_be_one(finished: Any, tmp_path: Path) -> None:
-    """Its rows were told to be labelled, or to be removed."""
-    replies = write_rows(tmp_path / "chats.jsonl", chats(6))
-    with pytest.raises(DataError, match=r"chats.jsonl has no labels, but .* trained on labelled texts. .*'text' and 'label'"):
-        evaluate(EvaluateOptions(str(finished.path), data=str(replies)), console=quiet())
-    labelled, (row, *_) = write_rows(tmp_path / "labelled.jsonl", reviews(6)), read_rows(str(replies), DataSpec())
-    rows = read_rows(str(labelled), DataSpec())
-    with pytest.raises(DataError, match=r"labelled.jsonl has texts with a label, .* its training rows, chats.jsonl"):
-        evaluating._require_shape(rows, (), DataSpec(train=str(replies)), "labelled.jsonl")
-    evaluating._require_shape([row], (), DataSpec(), "")
 
 
 def test_a_report_never_lands_on_something_else(finished: Any, tmp_path: Path) -> None:

@@ -122,7 +122,7 @@ def test_what_is_wrong_with_a_file_is_said_before_and_nothing_is_written(
     finished: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     run_path = str(finished.path)
-    monkeypatch.setattr(predicting, "fit_evaluation", lambda *_: pytest.fail("the model was planned"))
+    monkeypatch.setattr(predicting, "model_to_measure", lambda *_: pytest.fail("the model was planned"))
     cases: list[tuple[str, dict[str, Any], type[Exception], str]] = [
         ("id,Beschwerde\n1,a\n", {}, DataError, r"no column 'text'.*--text-column Beschwerde"),
         ("text\n\n", {}, DataError, "has no rows"),

@@ -7,16 +7,19 @@ the evaluation takes them, and for `compress` a backward pass over the pairs and
 from __future__ import annotations
 
 from collections.abc import Iterator
-from functools import cached_property
+from contextlib import contextmanager
+from dataclasses import replace
+from functools import cached_property, partial
 from pathlib import Path
 from typing import Any
 
 import torch
+from rich.console import Console
 
 from lorakeet.config import RunConfig
 from lorakeet.core.adapter import Adapter
 from lorakeet.kernels.device import standing_for
-from lorakeet.memory.cuda import allocated_bytes, phases_on_gpu
+from lorakeet.memory.cuda import allocated_bytes, enforcing_gpu_budget, phases_on_gpu
 from lorakeet.memory.forecast import Forecast, phases_of
 from lorakeet.memory.free import free_memory
 from lorakeet.memory.usage import Usage, add_usage, larger_usage
@@ -25,6 +28,7 @@ from lorakeet.models.fits import plan_of
 from lorakeet.models.placement import device_for
 from lorakeet.models.streaming.load import empty_model
 from lorakeet.models.text.load import read_config
+from lorakeet.models.text.model import TextModel
 from lorakeet.planning.fit import BudgetedWork, Say, fit_budget, fit_free
 from lorakeet.planning.forecast_text_run import (
     INTERVALS,
@@ -41,7 +45,8 @@ from lorakeet.planning.planned_model import builder_of
 from lorakeet.planning.reference import evaluated_copies
 from lorakeet.planning.rehearse_text import BEGIN, FINAL, STEP, Weigh, rehearse_evaluation
 from lorakeet.planning.text_run import precision_of, tiles_of_head
-from lorakeet.runs.residency import ALONE, FEWEST, RESIDENT, MemoryPlan, Residency, Way
+from lorakeet.runs.open_adapter import Opened
+from lorakeet.runs.residency import ALONE, FEWEST, RESIDENT, MemoryPlan, Residency, Way, peak_said
 
 
 def fit_evaluation(
@@ -55,6 +60,17 @@ def fit_evaluation(
     if not config.memory.limit and work.device.type == "cuda":
         return fit_free(work, free_memory(work.device), say)
     return fit_budget(work, config.memory.limit, say)
+
+
+@contextmanager
+def model_to_measure(
+    opened: Opened, console: Console, workload: Workload, weigh: Weigh | None = None, copies: float = 1.0
+) -> Iterator[tuple[TextModel, Residency[MemoryPlan]]]:
+    """A context with the model and its adapter, as they keep the budget (`fit_evaluation`); at its end the peak is printed."""
+    say = partial(console.print, markup=False, soft_wrap=True)
+    residency = fit_evaluation(opened.config, opened.adapter, say, workload, weigh, copies)
+    with enforcing_gpu_budget(residency.budget, "Raise it with --memory."), peak_said(residency, console):
+        yield replace(opened, residency=residency).text_model(console), residency
 
 
 class Evaluation(BudgetedWork[MemoryPlan]):

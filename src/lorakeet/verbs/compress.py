@@ -42,12 +42,11 @@ from lorakeet.kinds.text.rank_curve import (
     why_none,
 )
 from lorakeet.kinds.text.reply import ADAPTER
-from lorakeet.memory.cuda import enforcing_gpu_budget
 from lorakeet.models.fits import plan_of
 from lorakeet.models.targets import plan_for
 from lorakeet.models.text.model import TextModel
 from lorakeet.planning.encoded_rows import within_context
-from lorakeet.planning.evaluation import fit_evaluation
+from lorakeet.planning.evaluation import model_to_measure
 from lorakeet.planning.forecast_text_run import Workload, largest_rows
 from lorakeet.planning.rehearse_text import made_up_rows
 from lorakeet.ranks import resize
@@ -56,7 +55,6 @@ from lorakeet.ranks.resize import SHARES, RankedCut, sizes_of
 from lorakeet.runs.certified import identified
 from lorakeet.runs.open_adapter import NAME, Opened, open_by_options
 from lorakeet.runs.output_paths import require_empty, writing
-from lorakeet.runs.residency import peak_said
 from lorakeet.train.durable import new_folder
 from lorakeet.train.run import RunFolder
 from lorakeet.verbs.options import CompressOptions
@@ -112,12 +110,8 @@ def compress(options: CompressOptions, *, console: Console) -> Compressed:
     most, parts = largest_rows(config), (*dataset.train, *dataset.held_out, *dataset.test)
     workload = Workload(bool(dataset.labels), sum(len(row.text) for row in parts))
     made_up = made_up_rows(most, 2)  # from the second batch on, gradients are accumulated
-    residency = fit_evaluation(
-        config, opened.adapter, partial(console.print, markup=False, soft_wrap=True), workload,
-        weigh=lambda text: moments_of(text, config, made_up, NAME), copies=COPIES,
-    )  # fmt: skip
-    with enforcing_gpu_budget(residency.budget, "Raise it with --memory."), peak_said(residency, console):
-        text = opened.text_model(console)
+    weigh = partial(moments_of, config=config, rows=made_up, name=NAME)
+    with model_to_measure(opened, console, workload, weigh, COPIES) as (text, _):
         chosen, curve, evaluator = _chosen(opened, text, dataset, options, shares, console)
         return _write(opened, chosen, curve, evaluator, dataset, options.out)
 

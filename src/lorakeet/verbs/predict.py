@@ -28,14 +28,12 @@ from lorakeet.formats.identity import Uncertified
 from lorakeet.kinds.text.answerer import Answerer, RightShare, ends_with_line
 from lorakeet.kinds.text.evaluate import require_encodable
 from lorakeet.kinds.text.reply import LINE
-from lorakeet.memory.cuda import enforcing_gpu_budget
 from lorakeet.planning.encoded_rows import within_context
-from lorakeet.planning.evaluation import fit_evaluation
+from lorakeet.planning.evaluation import model_to_measure
 from lorakeet.planning.forecast_text_run import Workload
 from lorakeet.replying.rows_file import RowsFile, read_rows_file
 from lorakeet.runs.open_adapter import Opened, open_by_options
 from lorakeet.runs.output_paths import require_new_place, writing
-from lorakeet.runs.residency import peak_said
 from lorakeet.runs.trained_prompt import trained_labels
 from lorakeet.train.progress import counted
 from lorakeet.verbs.options import PredictOptions
@@ -83,9 +81,7 @@ def predict(options: PredictOptions, *, console: Console) -> Predicted:
     one_line, unknown = (False, "") if labels else ends_with_line(opened)
     for note in file.notes:
         say(note)
-    residency = fit_evaluation(opened.config, opened.adapter, say, Workload(bool(labels), file.characters))
-    with enforcing_gpu_budget(residency.budget, "Raise it with --memory."), peak_said(residency, console):
-        text = dataclasses.replace(opened, residency=residency).text_model(console)
+    with model_to_measure(opened, console, Workload(bool(labels), file.characters)) as (text, _):
         settings = within_context(dataclasses.replace(opened.config, data=file.spec), text.name, text.context, say)
         encoder = Encoder(text.tokenizer, settings.data, labels)
         plain = not labels and not uses_template(text.tokenizer, settings.data)
