@@ -183,10 +183,10 @@ def _run(verb: Verb, command: click.Command, values: dict[str, Any]) -> int:
         if not verb.reads_rows and not values.get("config"):
             flags.setdefault("data.train", NO_ROWS)
         config = _config(verb, values.get("config"), getattr(options, "resume", None), flags)
-    if verb.checks and launch.count == 1:  # of several processes the first alone decides
+    if verb.early_checks and launch.count == 1:  # of several processes the first alone decides
         from lorakeet.verbs.early.checks import check_early
 
-        check_early(verb.checks, options, config)
+        check_early(verb.early_checks, options, config)
     # names of files may hold [brackets]
     console = TerminalConsole(stderr=values["json"], markup=False, emoji=False, quiet=not launch.first)
     with nullcontext() if verb.ends_itself or launch.count > 1 else terminable():

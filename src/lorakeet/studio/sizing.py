@@ -36,7 +36,7 @@ EXACT = ("f32", "f16", "bf16", "q8_0")
 PROBE = 32 << 20  # bytes that are written to measure the disk
 STARTING = 12.0  # seconds to import, to read the tokenizer and to open the run
 QUANTISED = 20e6  # weights a second, about, in llama.cpp on two cores
-MERGE_TOKENS, EXPORT_ROWS = 8192, 8  # that are compared after a merge and an export (verbs/merge, verbs/export)
+MERGE_TOKENS, EXPORT_ROWS = 8192, 8  # that are compared after a merge and an export (verification/merged_model, verbs/export)
 
 
 @dataclass(frozen=True)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 from collections import Counter
 from collections.abc import Callable
 from dataclasses import dataclass, replace
@@ -20,6 +19,7 @@ from lorakeet.formats.components import with_components, without_component
 from lorakeet.formats.compress import CompressionTarget, fold_dora
 from lorakeet.formats.detect import FORMATS, Found, detect, format_of, read_certified, read_found
 from lorakeet.formats.files.base_model import CONFIG, BaseModel, check_fits, open_base
+from lorakeet.formats.files.whole_output import require_new
 from lorakeet.formats.peft.renamed_targets import model_type_of
 from lorakeet.models.files.source import find_source, on_this_machine
 from lorakeet.runs.certified import require_own_base
@@ -136,8 +136,7 @@ def _base_of_run(source: Path, say: Callable[[str], None]) -> BaseModel | None:
 
 
 def _check_out(out: Path, to: Target) -> None:
-    if os.path.lexists(out):
-        raise ConfigError(f"{out} exists already and is never overwritten. Choose another name or remove it.")
+    require_new(out)
     suffix = format_of(to).SUFFIX  # empty for a folder
     if suffix and out.suffix != suffix:
         raise ConfigError(f"OUT is {out}, but {to} is a single file; expected a name like {out.name}{suffix}.")

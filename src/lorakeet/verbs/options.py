@@ -460,7 +460,7 @@ class Verb:
     reads_rows: bool = True  # without a run file, data.train must be named
     together: bool = False  # whether torchrun may start it in several processes
     ends_itself: bool = False  # whether it handles SIGTERM itself
-    checks: str = ""  # the verb whose early checks it has (verbs/early/checks), or "module:function"; empty for none
+    checks: str | None = None  # "module:function" of its early checks; None: those of its name in verbs/early; empty: none
 
     @property
     def place(self) -> tuple[str, str]:
@@ -474,6 +474,11 @@ class Verb:
         with without_triton():
             function = getattr(_imported(module), name)
             return function(options, console=console) if self.config == "none" else function(config, options, console=console)
+
+    @property
+    def early_checks(self) -> str:
+        """What verbs/early/checks has its early checks by; empty for none."""
+        return self.name if self.checks is None else self.checks
 
     def shipped_config(self) -> Path:
         """Returns the path of the verb's run file in the package."""
@@ -492,48 +497,27 @@ def _imported(module: str) -> ModuleType:
 
 
 VERBS = (
-    Verb(
-        "quickstart",
-        "Fine-tune a small model on real reviews, start to end.",
-        QuickstartOptions,
-        "shipped",
-        together=True,
-        checks="quickstart",
-    ),
-    Verb(
-        "finetune",
-        "Train an adapter and prove it against its base.",
-        FinetuneOptions,
-        "file",
-        together=True,
-        checks="finetune",
-    ),
-    Verb(
-        "plan",
-        "Estimate the memory and time of a run, without its weights.",
-        PlanOptions,
-        "file",
-        reads_rows=False,
-        checks="plan",
-    ),
-    Verb("tune", "Choose learning rate, rank, targets and beta on held-out rows.", TuneOptions, "file", checks="tune"),
-    Verb("evaluate", "Measure a run or an adapter on rows of your own.", EvaluateOptions, checks="evaluate"),
-    Verb("predict", "Answer the rows of a file, and write it with the answers.", PredictOptions, checks="predict"),
-    Verb("merge", "Merge adapters into a model, or combine them; certified.", MergeOptions, checks="merge"),
-    Verb("compress", "Compress an adapter to the smallest size shown to be as good.", CompressOptions, checks="compress"),
-    Verb("extract", "Extract an adapter from a fully fine-tuned model.", ExtractOptions, checks="extract"),
-    Verb("quantize", "Quantise a model's linear layers to 4 or 8 bits, on disk.", QuantizeOptions, checks="quantize"),
-    Verb("convert", "Write an adapter in another program's format, and check it.", ConvertOptions, checks="convert"),
-    Verb("export", "Write the merged model as GGUF or for Ollama, and check it.", ExportOptions, checks="export"),
-    Verb("verify", "Verify that what was merged, exported or served is the model.", VerifyOptions, checks="verify"),
-    Verb("check", "Hold a run against requirements, for a pipeline.", CheckOptions),
+    Verb("quickstart", "Fine-tune a small model on real reviews, start to end.", QuickstartOptions, "shipped", together=True),
+    Verb("finetune", "Train an adapter and prove it against its base.", FinetuneOptions, "file", together=True),
+    Verb("plan", "Estimate the memory and time of a run, without its weights.", PlanOptions, "file", reads_rows=False),
+    Verb("tune", "Choose learning rate, rank, targets and beta on held-out rows.", TuneOptions, "file"),
+    Verb("evaluate", "Measure a run or an adapter on rows of your own.", EvaluateOptions),
+    Verb("predict", "Answer the rows of a file, and write it with the answers.", PredictOptions),
+    Verb("merge", "Merge adapters into a model, or combine them; certified.", MergeOptions),
+    Verb("compress", "Compress an adapter to the smallest size shown to be as good.", CompressOptions),
+    Verb("extract", "Extract an adapter from a fully fine-tuned model.", ExtractOptions),
+    Verb("quantize", "Quantise a model's linear layers to 4 or 8 bits, on disk.", QuantizeOptions),
+    Verb("convert", "Write an adapter in another program's format, and check it.", ConvertOptions),
+    Verb("export", "Write the merged model as GGUF or for Ollama, and check it.", ExportOptions),
+    Verb("verify", "Verify that what was merged, exported or served is the model.", VerifyOptions),
+    Verb("check", "Hold a run against requirements, for a pipeline.", CheckOptions, checks=""),
     *(
         Verb(verb.name, verb.summary, verb.options, function=verb.function, checks=verb.checks)
         for kind in declarations().values() for verb in kind.verbs
     ),
-    Verb("chat", "Talk to a run, an adapter, a model or a server in the terminal.", ChatOptions, checks="chat"),
-    Verb("serve", "Serve one base with many adapters over HTTP.", ServeOptions, ends_itself=True, checks="serve"),
-    Verb("studio", "Do it all in the browser.", StudioOptions, function="lorakeet.studio.start:studio", checks="studio"),
-    Verb("push", "Share a run on a model hub, with its certificate.", PushOptions, function="push:push_run", checks="push"),
-    Verb("doctor", "Check this machine: what is missing, and how to install it.", DoctorOptions),
+    Verb("chat", "Talk to a run, an adapter, a model or a server in the terminal.", ChatOptions),
+    Verb("serve", "Serve one base with many adapters over HTTP.", ServeOptions, ends_itself=True),
+    Verb("studio", "Do it all in the browser.", StudioOptions, function="lorakeet.studio.start:studio"),
+    Verb("push", "Share a run on a model hub, with its certificate.", PushOptions, function="push:push_run"),
+    Verb("doctor", "Check this machine: what is missing, and how to install it.", DoctorOptions, checks=""),
 )

@@ -101,7 +101,7 @@ def test_what_is_missing_is_refused_without_torch(arguments: list[str], words: s
 
 
 def test_each_verb_that_reads_files_has_its_check() -> None:
-    named = {verb.name: verb.checks for verb in VERBS if verb.checks}
+    named = {verb.name: verb.early_checks for verb in VERBS if verb.early_checks}
     assert {verb.name for verb in VERBS} - set(named) == {"doctor", "check"}  # these import no torch at all
     assert {one for one in named.values() if ":" not in one} == set(early_checks._CHECKS)
     assert all(callable(function_at(one)) for one in named.values() if ":" in one), "those of kinds"
