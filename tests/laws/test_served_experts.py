@@ -22,8 +22,7 @@ from lorakeet.models.text.load import load_text_model
 from lorakeet.models.text.serving import ServingModel
 from lorakeet.serve.adapter_files import inspect_adapter, read_stored_adapter
 from lorakeet.serve.engine import Engine
-from lorakeet.serve.registry import AdapterMemoryFull, Registry
-from lorakeet.verbs.serve import expert_capacity
+from lorakeet.serve.registry import AdapterMemoryFull, Registry, expert_capacity
 from tiny.asking import Asking
 from tiny.family_columns import in_transformers, saved
 

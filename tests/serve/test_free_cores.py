@@ -8,8 +8,10 @@ import sys
 import time
 
 import pytest
+import torch
 
-from lorakeet.serve.free_cores import INTERVAL, FreeCores, available, seconds
+from lorakeet.kernels.threads import compute_with
+from lorakeet.serve.free_cores import INTERVAL, FreeCores, available, cores_for_the_engine, engine_cores, seconds
 from tiny.proc import proc_file
 
 
@@ -66,3 +68,29 @@ def test_where_the_system_does_not_tell_all_cores_are_used(monkeypatch: pytest.M
     proc_file(monkeypatch, "/proc/stat", None)
     assert seconds() == (0.0, 0.0)
     assert FreeCores(4)() == 4
+
+
+@pytest.mark.parametrize(
+    ("cores", "given", "apart", "expected"),
+    [(4, None, True, 4), (4, None, False, 3), (1, None, False, 1), (4, "4", False, 4), (2, "2", True, 2)],
+)
+def test_the_engine_has_every_core_where_others_can_compute_by_themselves(
+    cores: int, given: str | None, apart: bool, expected: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("torch.get_num_threads", lambda: cores)
+    monkeypatch.setattr("lorakeet.serve.free_cores.can_compute_alone", lambda: apart)
+    monkeypatch.delenv("OMP_NUM_THREADS", raising=False)
+    if given is not None:
+        monkeypatch.setenv("OMP_NUM_THREADS", given)
+    assert engine_cores()() == expected
+
+
+def test_whoever_answers_computes_by_itself() -> None:
+    before = torch.get_num_threads()
+    try:
+        compute_with(2)
+        with cores_for_the_engine():
+            assert torch.get_num_threads() == 1
+        assert torch.get_num_threads() == 2
+    finally:
+        compute_with(before)

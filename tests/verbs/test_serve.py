@@ -27,13 +27,12 @@ from lorakeet.formats.detect import read_adapter
 from lorakeet.formats.files.digest import sha256_of
 from lorakeet.formats.limits import misread_by_vllm
 from lorakeet.formats.peft import peft
-from lorakeet.kernels.threads import compute_with
 from lorakeet.models import servable
 from lorakeet.models.servable import REMEDY
 from lorakeet.models.text import load
 from lorakeet.verbs import serve as serve_module
 from lorakeet.verbs.options import VerifyOptions
-from lorakeet.verbs.serve import _cores, cores_for_the_engine, existing_objects_frozen
+from lorakeet.verbs.serve import existing_objects_frozen
 from lorakeet.verbs.verify import verify
 from tiny.adapters import random_adapter
 from tiny.family_columns import saved
@@ -148,32 +147,6 @@ def test_a_run_is_served_as_it_was_trained_and_its_certificate_says_so(
     assert [check.name for check in certificate.checks[-7:]] == [*(f"{url}/v1#run: {what}" for what in asked), "served"]
     served = certificate.checks[-1]
     assert served.right == "the record of the training" and served.measured["logprob_difference"] < 2e-3
-
-
-@pytest.mark.parametrize(
-    ("cores", "given", "apart", "expected"),
-    [(4, None, True, 4), (4, None, False, 3), (1, None, False, 1), (4, "4", False, 4), (2, "2", True, 2)],
-)
-def test_the_engine_has_every_core_where_others_can_compute_by_themselves(
-    cores: int, given: str | None, apart: bool, expected: int, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr("torch.get_num_threads", lambda: cores)
-    monkeypatch.setattr("lorakeet.verbs.serve.can_compute_alone", lambda: apart)
-    monkeypatch.delenv("OMP_NUM_THREADS", raising=False)
-    if given is not None:
-        monkeypatch.setenv("OMP_NUM_THREADS", given)
-    assert _cores()() == expected
-
-
-def test_whoever_answers_computes_by_itself() -> None:
-    before = torch.get_num_threads()
-    try:
-        compute_with(2)
-        with cores_for_the_engine():
-            assert torch.get_num_threads() == 1
-        assert torch.get_num_threads() == 2
-    finally:
-        compute_with(before)
 
 
 @pytest.mark.parametrize("frozen", [False, True])

@@ -63,7 +63,7 @@ from lorakeet.planning.planned_model import Precision, builder_of
 from lorakeet.planning.rehearse_text import FINAL, EvaluationSize, NotPlanned, Rehearsal, RowShape, rehearse_evaluation
 from lorakeet.quant.spec import QuantSpec
 from lorakeet.runs.open_adapter import Opened
-from lorakeet.runs.residency import ALONE, RESIDENT, STREAMED, MemoryPlan, Way
+from lorakeet.runs.residency import ALONE, RESIDENT, STREAMED_WAYS, MemoryPlan, Way
 
 COPIES = 4  # of a matrix in fp32: as it is, its change, their sum, and one as it was stored or is compared
 FP32 = 4  # bytes
@@ -296,7 +296,7 @@ class ModelCheck(BudgetedWork[MemoryPlan]):
             length = size.evaluation.rows.length - GREEDY_TOKENS
             shortest = not self.cut or length <= FEWEST_TOKENS
             if shortest or self.runtime + size.beside <= budget:  # else llama.cpp alone takes more
-                for way in (RESIDENT, *STREAMED):
+                for way in (RESIDENT, *STREAMED_WAYS):
                     yield replace(way, longest=longest)
             if shortest:
                 return

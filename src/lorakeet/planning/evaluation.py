@@ -46,7 +46,7 @@ from lorakeet.planning.reference import evaluated_copies
 from lorakeet.planning.rehearse_text import BEGIN, FINAL, STEP, Weigh, rehearse_evaluation
 from lorakeet.planning.text_run import precision_of, tiles_of_head
 from lorakeet.runs.open_adapter import Opened
-from lorakeet.runs.residency import ALONE, RESIDENT, STREAMED, MemoryPlan, Residency, Way, peak_said
+from lorakeet.runs.residency import ALONE, RESIDENT, STREAMED_WAYS, MemoryPlan, Residency, Way, peak_said
 
 
 def fit_evaluation(
@@ -98,7 +98,7 @@ class Evaluation(BudgetedWork[MemoryPlan]):
     def ways(self, budget: int) -> Iterator[Way]:
         yield RESIDENT
         if self.weigh is None:
-            yield from STREAMED
+            yield from STREAMED_WAYS
 
     def plan(self, way: Way) -> MemoryPlan:
         config, precision, (model_config, source) = self.config, precision_of(self.config), self.model

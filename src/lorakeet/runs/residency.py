@@ -50,7 +50,7 @@ class Way:
 
 
 RESIDENT = Way()
-STREAMED = Way(streamed=True, slots=FEWEST), Way(streamed=True, slots=ALONE)  # the first one that fits
+STREAMED_WAYS = Way(streamed=True, slots=FEWEST), Way(streamed=True, slots=ALONE)  # the first one that fits
 
 
 @dataclass(frozen=True)

@@ -9,8 +9,13 @@ from __future__ import annotations
 import math
 import os
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
+
+import torch
+
+from lorakeet.kernels.threads import can_compute_alone, compute_alone, compute_with
 
 INTERVAL = 0.5  # seconds between two measurements
 LONGEST = 2.0  # seconds that a measurement may span: a longer one says little of the present
@@ -72,3 +77,26 @@ def seconds() -> tuple[float, float]:
             ticks += sum(int(field) for place, field in enumerate(fields[:_GUESTS]) if place not in _IDLE)
     own = os.times()
     return ticks / os.sysconf("SC_CLK_TCK"), own.user + own.system
+
+
+def engine_cores() -> Callable[[], int]:
+    """A function that returns the number of cores for the next step: those that are free, or OMP_NUM_THREADS.
+
+    If thread teams cannot be separated (kernels/threads), one core is always left free: on 2 cores, teams that sleep between two
+    products while the clients' traffic sometimes takes a core were half as fast as one thread.
+    """
+    most = torch.get_num_threads()
+    if "OMP_NUM_THREADS" in os.environ:
+        return lambda: most
+    return FreeCores(most if can_compute_alone() else max(1, most - 1))
+
+
+@contextmanager
+def cores_for_the_engine() -> Iterator[None]:
+    """A context in which this thread computes on one core, so that the engine can use all of them."""
+    before = torch.get_num_threads()
+    compute_alone()
+    try:
+        yield
+    finally:
+        compute_with(before)

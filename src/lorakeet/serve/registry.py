@@ -18,6 +18,7 @@ from pathlib import Path
 
 from lorakeet.core.adapter import Adapter
 from lorakeet.errors import ConfigError, EnvironmentProblem, VerificationFailed, nearest
+from lorakeet.evaluate.wording import bytes_text
 from lorakeet.formats.files.loaded_file import free_spare_memory
 from lorakeet.formats.identity import AdapterFiles, find_certificate, require_base, require_certified
 from lorakeet.models.text.serving import ServingModel
@@ -435,3 +436,20 @@ class Registry:
 def _is_mix(adapters: Key) -> bool:
     """True for a weighted mix, whose texts have a copy of their own."""
     return len(adapters) > 1 or any(weight != 1.0 for _, weight in adapters)
+
+
+def expert_capacity(registry: Registry) -> list[str]:
+    """A sentence on how many adapters with pairs on experts are in memory at once; none where none is registered."""
+    known = [version.source for version in registry.versions if version.source.of_experts]
+    if not known:
+        return []
+    largest = max(known, key=lambda source: source.bytes + max(source.filled, source.beside))
+    who, it = (f"{len(known):,} adapters have", "the largest") if len(known) > 1 else ("An adapter has", "it")
+    said = f"{who} pairs on experts, and {it} takes {bytes_text(largest.bytes)} once it is read."
+    count = registry.most_alike(largest)
+    if count is None:
+        return [f"{said} All requested ones stay in memory; --memory limits them."]
+    if not count:
+        return [f"{said} None of them fits --memory, so that requests for the largest are refused."]
+    fit = "one fits" if count == 1 else f"{count:,} fit"
+    return [f"{said} Of such, {fit} in memory at once (--memory); the others are read again on their next request."]

@@ -4,9 +4,8 @@ from __future__ import annotations
 
 import gc
 import logging
-import os
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import datetime, timezone
@@ -14,12 +13,9 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-import torch
 from rich.console import Console
 
 from lorakeet.errors import ConfigError, EnvironmentProblem, LorakeetError, is_out_of_memory, visible
-from lorakeet.evaluate.wording import bytes_text
-from lorakeet.kernels.threads import can_compute_alone, compute_alone, compute_with
 from lorakeet.memory.budget import larger_than_machine, parse_size
 from lorakeet.memory.cuda import out_of_memory_text
 from lorakeet.memory.onednn_code import SERVING, limit_code_cache
@@ -34,9 +30,9 @@ from lorakeet.runs.terminal import print_address
 from lorakeet.serve.access import read_keys
 from lorakeet.serve.adapter_store import AdapterStore
 from lorakeet.serve.engine import Engine
-from lorakeet.serve.free_cores import FreeCores
+from lorakeet.serve.free_cores import cores_for_the_engine, engine_cores
 from lorakeet.serve.load_places import LoadPlaces
-from lorakeet.serve.registry import Registry
+from lorakeet.serve.registry import Registry, expert_capacity
 from lorakeet.serve.service import RequestLimits, Service
 from lorakeet.verbs.early.serving_options import named_paths, require_servable
 from lorakeet.verbs.options import ServeOptions
@@ -84,7 +80,7 @@ def serve(options: ServeOptions, *, console: Console) -> Served:
     with _on_its_device(options):
         live = ServingModel(text := load_text_model(spec, say=console.print, before=before))
         context = _context(options, served_context_of(text.model.config))
-        runner = Engine(text, live.selection, slots=options.slots, context=context, waiting=options.queue, cores=_cores())
+        runner = Engine(text, live.selection, slots=options.slots, context=context, waiting=options.queue, cores=engine_cores())
     store = None if options.adapters_dir is None else AdapterStore(options.adapters_dir, parse_size(options.uploads_total))
 
     def changed() -> None:
@@ -155,23 +151,6 @@ def _on_its_device(options: ServeOptions) -> Iterator[None]:
         raise EnvironmentProblem(f"{options.model} cannot be served. {out_of_memory_text(error, _smaller(options))}") from error
 
 
-def expert_capacity(registry: Registry) -> list[str]:
-    """A sentence on how many adapters with pairs on experts are in memory at once; none where none is registered."""
-    known = [version.source for version in registry.versions if version.source.of_experts]
-    if not known:
-        return []
-    largest = max(known, key=lambda source: source.bytes + max(source.filled, source.beside))
-    who, it = (f"{len(known):,} adapters have", "the largest") if len(known) > 1 else ("An adapter has", "it")
-    said = f"{who} pairs on experts, and {it} takes {bytes_text(largest.bytes)} once it is read."
-    count = registry.most_alike(largest)
-    if count is None:
-        return [f"{said} All requested ones stay in memory; --memory limits them."]
-    if not count:
-        return [f"{said} None of them fits --memory, so that requests for the largest are refused."]
-    fit = "one fits" if count == 1 else f"{count:,} fit"
-    return [f"{said} Of such, {fit} in memory at once (--memory); the others are read again on their next request."]
-
-
 @contextmanager
 def existing_objects_frozen() -> Iterator[None]:
     """A context in which the garbage collector ignores all objects that exist now: a model, thousands of known adapters.
@@ -186,29 +165,6 @@ def existing_objects_frozen() -> Iterator[None]:
     finally:
         if not others:
             gc.unfreeze()
-
-
-def _cores() -> Callable[[], int]:
-    """A function that returns the number of cores for the next step: those that are free, or OMP_NUM_THREADS.
-
-    If thread teams cannot be separated (kernels/threads), one core is always left free: on 2 cores, teams that sleep between two
-    products while the clients' traffic sometimes takes a core were half as fast as one thread.
-    """
-    most = torch.get_num_threads()
-    if "OMP_NUM_THREADS" in os.environ:
-        return lambda: most
-    return FreeCores(most if can_compute_alone() else max(1, most - 1))
-
-
-@contextmanager
-def cores_for_the_engine() -> Iterator[None]:
-    """A context in which this thread computes on one core, so that the engine can use all of them."""
-    before = torch.get_num_threads()
-    compute_alone()
-    try:
-        yield
-    finally:
-        compute_with(before)
 
 
 _LINE_ENDS = {ord("\n"): "\\n", ord("\t"): "\\t", 0x2028: "\\u2028", 0x2029: "\\u2029"}
