@@ -142,11 +142,7 @@ def write_repacked(
     files = tensor_files(layout.folder)
     parts = [_part(layout.names[path], partial(bases.__getitem__, path), files) for path in bases]
     taken = {name for path in bases for name in _names(layout.names[path], layout.method)}
-    parts += [
-        TensorGroup({name: (file.tensors[name].dtype, file.tensors[name].shape)}, _reader(file, name))
-        for name, file in files.items()
-        if name not in taken
-    ]
+    parts += [part_as_it_is(name, file) for name, file in files.items() if name not in taken]
     config = read_object(layout.folder / CONFIG, expected="the settings of a model")
     return write_model(out, parts, config=config, along=files_along(layout.folder, tokenizer), waiting=waiting)
 
@@ -183,10 +179,6 @@ def _tensors(name: str, base: PackedBase, files: Mapping[str, SafeFile]) -> dict
     raise ValueError(f"{type(base).__name__} is no base of a GPTQ or NF4 folder")
 
 
-def _reader(file: SafeFile, name: str) -> Callable[[], Mapping[str, Tensor]]:
-    return lambda: {name: file.read(name)}
-
-
 def _patched(source: Path, blocks: Iterable[tuple[int, bytes]], out: Path) -> int:
     """A copy of `source` with other bytes at some offsets."""
     require_new(out)
@@ -197,3 +189,9 @@ def _patched(source: Path, blocks: Iterable[tuple[int, bytes]], out: Path) -> in
                 file.seek(offset)
                 file.write(content)
     return out.stat().st_size
+
+
+def part_as_it_is(name: str, file: SafeFile) -> TensorGroup:
+    """The stored tensor, unchanged."""
+    stored = file.tensors[name]
+    return TensorGroup({name: (stored.dtype, stored.shape)}, lambda: {name: file.read(name)})

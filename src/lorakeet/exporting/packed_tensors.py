@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from lorakeet.exporting.model_folder import Progress, TensorGroup
+from lorakeet.exporting.model_folder import Progress, TensorGroup, part_as_it_is
 from lorakeet.formats.files.safetensors_file import SafeFile
 from lorakeet.memory.spill import Spill
 from lorakeet.models.modules import kind_of, weight_shape
@@ -111,8 +111,3 @@ def solved_part(name: str, path: str, shape: Sequence[int], layout: GptqLayout, 
     stored = gptq_buffer_shapes((shape[0], shape[1]), bits=layout.bits, groups=groups)
     return TensorGroup({f"{own}.{part}": kind for part, kind in stored.items()}, make)
 
-
-def part_as_it_is(name: str, file: SafeFile) -> TensorGroup:
-    """The stored tensor, unchanged."""
-    stored = file.tensors[name]
-    return TensorGroup({name: (stored.dtype, stored.shape)}, lambda: {name: file.read(name)})

@@ -20,8 +20,8 @@ from lorakeet.data.chat import Encoder, encode_rows
 from lorakeet.data.read import read_rows
 from lorakeet.data.spec import DataSpec
 from lorakeet.errors import ConfigError, Problems, percent
-from lorakeet.exporting.model_folder import Progress, write_model
-from lorakeet.exporting.packed_tensors import LAYOUTS, SolvedBlocks, bytes_of_packing, packed_part, part_as_it_is, solved_part
+from lorakeet.exporting.model_folder import Progress, part_as_it_is, write_model
+from lorakeet.exporting.packed_tensors import LAYOUTS, SolvedBlocks, bytes_of_packing, packed_part, solved_part
 from lorakeet.kinds.terminal import progress_line
 from lorakeet.memory.budget import Budget
 from lorakeet.merging.checkpoint import files_along, open_checkpoint
