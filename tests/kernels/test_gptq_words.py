@@ -8,18 +8,8 @@ import pytest
 import torch
 
 from lorakeet.memory.ledger import Ledger
-from lorakeet.quant.gptq import BITS, GptqBase
-
-
-def base(bits: int, zero_format: Literal["gptq", "gptq_v2"] = "gptq", shape: tuple[int, int] = (96, 128)) -> GptqBase:
-    """Random words, whose zero points also wrap, and columns of four groups in no order."""
-    draw = torch.Generator().manual_seed(bits)
-    found = GptqBase(shape, bits=bits, groups=4, sym=False, zero_format=zero_format)
-    for words in (found.qweight, found.qzeros):
-        words.copy_(torch.randint(-(1 << 31), 1 << 31, words.shape, generator=draw).to(torch.int32))
-    found.scales.copy_(torch.rand(found.scales.shape, generator=draw) + 0.5)
-    found.g_idx.copy_(torch.randint(4, found.g_idx.shape, generator=draw))
-    return found
+from lorakeet.quant.gptq import BITS
+from tiny.gptq_base import base
 
 
 @pytest.mark.parametrize("bits", BITS)

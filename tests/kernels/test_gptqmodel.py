@@ -15,7 +15,6 @@ import pytest
 import torch
 from torch import Tensor
 
-from kernels.test_gptq_words import base
 from lorakeet.core.scratch import SCRATCH
 from lorakeet.kernels import choose, proof
 from lorakeet.kernels import gptqmodel as kernels
@@ -23,6 +22,7 @@ from lorakeet.kernels.choose import dequantised_by_columns, passed_over
 from lorakeet.kernels.cpu.operators import torch_only
 from lorakeet.kernels.protocol import Situation
 from lorakeet.quant.int8 import Int8Base
+from tiny.gptq_base import base
 from tiny.triton_device import behave_like_a_card, needs_triton
 
 pytestmark = needs_triton

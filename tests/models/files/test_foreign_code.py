@@ -9,10 +9,20 @@ from typing import Any
 
 import pytest
 import torch
-from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForMultimodalLM, AutoTokenizer, dynamic_module_utils
+from transformers import (
+    AutoConfig,
+    AutoModel,
+    AutoModelForCausalLM,
+    AutoModelForMultimodalLM,
+    AutoTokenizer,
+    dynamic_module_utils,
+)
 
 from lorakeet.errors import DataError, EnvironmentProblem
 from lorakeet.models.files.foreign_code import build_native, no_foreign_code, read_native, require_native_parts
+from lorakeet.models.spec import ModelSpec
+from lorakeet.models.text.load import load_text_model
+from lorakeet.quant.spec import QuantSpec
 
 
 def test_what_an_installed_class_reads_is_read_by_it(tiny_llama_folder: Path) -> None:
@@ -59,7 +69,7 @@ def test_a_tokenizer_class_must_be_a_tokenizer(tmp_path: Path, tiny_llama_folder
     for file in tiny_llama_folder.iterdir():
         (tmp_path / file.name).write_bytes(file.read_bytes())
     (tmp_path / "tokenizer_config.json").write_text('{"tokenizer_class": "AutoModelForCausalLM"}')
-    with pytest.raises(DataError, match="names LlamaForCausalLM as the class of its tokenizer"):
+    with pytest.raises(DataError, match="names AutoModelForCausalLM as the class of its tokenizer"):
         read_native(AutoTokenizer, tmp_path)
 
 
@@ -87,3 +97,10 @@ def test_a_part_of_a_pipeline_is_of_a_named_class(tmp_path: Path, index: dict[st
 def test_usual_pipelines_pass(tiny_sd_folder: Path) -> None:
     require_native_parts(tiny_sd_folder, json.loads((tiny_sd_folder / "model_index.json").read_text()))
     require_native_parts("some/hub-id", {"image_encoder": [None, None], "vae": ["diffusers", "AutoencoderKL"], "requires": True})
+
+
+@pytest.mark.parametrize("quantize", [QuantSpec(), QuantSpec("nf4")])
+def test_no_kernel_of_the_hub_takes_the_place_of_a_layer(tiny_llama_folder: Path, quantize: QuantSpec) -> None:
+    spec = ModelSpec(path=str(tiny_llama_folder), device="cpu", quantize=quantize)
+    assert not getattr(load_text_model(spec, say=lambda line: None).model, "use_kernels", False)
+    assert not getattr(read_native(AutoModel, tiny_llama_folder), "use_kernels", False)

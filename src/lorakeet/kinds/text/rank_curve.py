@@ -16,6 +16,7 @@ from lorakeet.data.chat import Example
 from lorakeet.data.pack import micro_batches
 from lorakeet.data.prepare import Dataset
 from lorakeet.data.rows import Row
+from lorakeet.errors import percent
 from lorakeet.evaluate.answers import Answers
 from lorakeet.evaluate.compare import Comparison, Scores, compare_scores, measure_scores, per_row
 from lorakeet.evaluate.likelihood import RowLosses
@@ -102,7 +103,7 @@ def rank_curve(
         gain = compare_scores(base, measured.scores, spec)[-1].difference
         points.append(CurvePoint(item.name, item.parameters, gain, found, margin.why_not(found)))
     unit = "nats a row" if labelled else "nats a token"
-    allowed = f"{margin.loss:.4f} {unit} more loss ({100 * shares[0]:g} % of the uncut adapter's)"
+    allowed = f"{margin.loss:.4f} {unit} more loss ({percent(shares[0], 2)} of the uncut adapter's)"
     if len(points[-1].against_full) > 1:
         allowed += f" and {metric_words(points[-1].against_full[0].metric).said(shares[1]).removeprefix('+')} less"
     rule = f"is shown to be as good as the uncut adapter, within {allowed}"

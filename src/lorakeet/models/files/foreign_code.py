@@ -13,7 +13,8 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from transformers import AutoTokenizer, GenerationConfig, PreTrainedTokenizerBase, dynamic_module_utils
+from transformers import AutoTokenizer, GenerationConfig, PreTrainedModel, PreTrainedTokenizerBase, dynamic_module_utils
+from transformers.models.auto.auto_factory import _BaseAutoModelClass
 from transformers.models.auto.tokenization_auto import tokenizer_class_from_name
 
 from lorakeet.disk import read_regular
@@ -25,6 +26,8 @@ _NAMING = ("tokenizer_config.json", "processor_config.json", "preprocessor_confi
 _LIBRARIES = ("diffusers", "transformers")
 _SAFETY = "stable_diffusion"  # diffusers' own folder of the checker of its first pipelines
 dynamic_module_utils.TIME_OUT_REMOTE_CODE = 0  # in this process transformers refuses and does not ask
+# From 5.25 on, transformers fetches kernels of the hub for every model that it loads, and calls them in place of its own layers.
+NO_HUB_KERNELS = {"use_kernels": False}
 _CHOICES = ("_attn_implementation_internal", "_experts_implementation_internal")
 
 
@@ -36,13 +39,14 @@ def read_native(owner: Any, source: str | Path, **settings: Any) -> Any:
     require_regular_files(Path(source))
     if owner is AutoTokenizer:
         _require_native_tokenizer(Path(source))
+    if issubclass(owner, (PreTrainedModel, _BaseAutoModelClass)):
+        settings = NO_HUB_KERNELS | settings
     with no_foreign_code(source):
         found = owner.from_pretrained(source, trust_remote_code=False, **settings)
     if isinstance(found, GenerationConfig):
         vars(found).pop("trust_remote_code", None)  # it keeps each argument as a setting
     if owner is AutoTokenizer and not isinstance(found, PreTrainedTokenizerBase):
-        kind = type(found).__name__
-        raise DataError(f"{source} names {kind} as the class of its tokenizer, which is none. Correct tokenizer_class there.")
+        raise DataError(_no_tokenizer(source, type(found).__name__))
     for part in (found, *(getattr(found, name, None) for name in getattr(found, "sub_configs", ()))):
         for choice in _CHOICES:  # of a configuration: a kernel of the hub may be named there; each caller chooses its own
             if getattr(part, choice, None) is not None:
@@ -90,9 +94,9 @@ def no_foreign_code(source: str | Path) -> Iterator[None]:
 
 
 def _require_native_tokenizer(folder: Path) -> None:
-    """Raises DataError if the tokenizer of `folder` has a class that only code of the folder defines.
+    """Raises DataError if the tokenizer of `folder` has a class that is none, or one that only code of the folder defines.
 
-    transformers would read such a folder as a tokenizer of another class.
+    transformers would read the latter as a tokenizer of another class.
     """
     file = folder / "tokenizer_config.json"
     if not file.is_file():
@@ -102,6 +106,18 @@ def _require_native_tokenizer(folder: Path) -> None:
     names_code = isinstance(code, list) or (isinstance(code, Mapping) and "AutoTokenizer" in code)
     if names_code and isinstance(name, str) and not any(map(_is_known, (name, f"{name}Fast", name.removesuffix("Fast")))):
         raise DataError(_refusal(file, "auto_map", code))
+    found = tokenizer_class_from_name(name) if isinstance(name, str) else None
+    if isinstance(found, type) and not issubclass(found, PreTrainedTokenizerBase) and not _stands_in(found):
+        raise DataError(_no_tokenizer(folder, found.__name__))
+
+
+def _stands_in(found: type) -> bool:
+    """True of AutoTokenizer, and of a class in place of one whose package is missing: it says which when it is called."""
+    return found is AutoTokenizer or found.__module__.startswith("transformers.utils.dummy")
+
+
+def _no_tokenizer(source: str | Path, name: str) -> str:
+    return f"{source} names {name} as the class of its tokenizer, which is none. Correct tokenizer_class there."
 
 
 def require_native_parts(folder: str | Path, index: Mapping[str, Any], unused: Collection[str] = ()) -> None:

@@ -33,7 +33,7 @@ from lorakeet.evaluate.wording import bytes_text
 from lorakeet.formats.files.safetensors_file import SafeFile
 from lorakeet.models import modules
 from lorakeet.models.files.float_scales import Dequantised
-from lorakeet.models.files.foreign_code import build_native
+from lorakeet.models.files.foreign_code import NO_HUB_KERNELS, build_native
 from lorakeet.models.files.joined_experts import JoinedStack, joined_stacks, rows_joined
 from lorakeet.models.files.quiet import quiet_transformers
 from lorakeet.models.files.stored_tensors import READERS, StoredModel, dense_model, method_of, stored_quantisation, tensor_files
@@ -305,6 +305,7 @@ def read_into(empty: Any, reads: Mapping[str, Callable[[], Any]], dtype: torch.d
             dtype=dtype,
             attn_implementation="eager",
             output_loading_info=True,
+            **NO_HUB_KERNELS,
             **settings,
         )
     return found
