@@ -24,7 +24,7 @@ FEW = 16  # up to so many tokens of one mix gather their rows one by one; more a
 class Share:
     """The units start … stop − 1 of a batch use `name` with `weight`; weight 1 is the adapter as it is.
 
-    A unit is a token of packed rows, or a row or picture of a padded batch.
+    A unit is a token of packed rows, or a row of a padded batch.
     """
 
     start: int

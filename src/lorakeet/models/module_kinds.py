@@ -25,7 +25,7 @@ class ModuleKind:
     names: tuple[str, ...] = ()
 
 
-# Parts of a model beside its text part or its denoiser: whatever is in them is called after them.
+# Parts of a model beside the one that is trained: whatever is in them is called after them.
 PARTS = (
     ModuleKind(
         "vision tower",

@@ -218,7 +218,7 @@ def all_records(folder: Path) -> list[dict[str, Any]]:
 
 
 def drawn_samples(folder: Path) -> list[str]:
-    """The samples that an image run has drawn so far, as paths below RUN/progress."""
+    """The samples that a run has drawn so far, as paths below RUN/progress."""
     progress = folder / "progress"
     found = (path for path in sorted(progress.glob("step-*/*.png")) if regular_within(folder, path))
     return [str(path.relative_to(progress)) for path in found][-60:]

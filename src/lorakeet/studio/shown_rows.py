@@ -1,4 +1,4 @@
-"""What the screen Data shows of rows or pictures: how they are read, the tokens that are trained, leaks, the split, and lengths.
+"""What the screen Data shows of a run's rows: how they are read, the tokens that are trained, leaks, the split, and lengths.
 
 Imports torch: it is carried out by the workbench alone.
 """
@@ -45,11 +45,11 @@ _LONGEST = 4000  # characters of a text that a page shows
 
 
 def show_rows_of(settings: Mapping[str, str], send: Send) -> None:
-    """Reads the rows or pictures of `settings` as a run would, and sends each part as soon as it is known.
+    """Reads the rows of `settings` as a run would, and sends each part as soon as it is known.
 
     Parts: sheets (of a workbook), first (records and columns), columns (what they become), split (counts, labels, leaks), tokens
-    (rows as the model sees them), lengths; of pictures one: album. Raises what a run would raise; what is known before that was
-    sent.
+    (rows as the model sees them), lengths. A kind with a page of its own sends its own parts. Raises what a run would raise;
+    what is known before that was sent.
     """
     config = read_run(None, {"model.path": NO_MODEL, **settings})
     require_local_rows(config.data)

@@ -58,7 +58,7 @@ class Spoken(Reporter):
 
 
 class Bar(Spoken):
-    """One line at the bottom of a terminal: loss, held-out loss, tokens or pictures per second, memory, time left."""
+    """One line at the bottom of a terminal: loss, held-out loss, what is computed per second, memory, time left."""
 
     def __init__(self, console: Console, words: Words = TEXT) -> None:
         super().__init__(console, words)

@@ -34,7 +34,7 @@ class RunFolder:
     config = _Inside("config.yaml")
     split = _Inside("split.json")
     rates = _Inside("rates.json")
-    reference = _Inside("reference.safetensors")  # log-probabilities of a preference run's answers
+    reference = _Inside("reference.safetensors")  # log-probabilities that training compares with
     reference_adapter = _Inside("reference_adapter")  # a copy of the adapter that is its reference
     adapter = _Inside("adapter")
     checkpoints = _Inside("checkpoints")

@@ -1,4 +1,4 @@
-"""The interface between the training loop and a task; implemented by train/text/task and kinds/images/task."""
+"""The interface between the training loop and a task; implemented by train/text/task and by each kind of run."""
 
 from __future__ import annotations
 
@@ -92,7 +92,7 @@ class Task(Protocol[BatchT]):
 
     @property
     def held_out_rows(self) -> Sequence[Any]:
-        """The rows or pictures of `held_out`."""
+        """The rows of `held_out`."""
         ...
 
     @property

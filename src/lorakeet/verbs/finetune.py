@@ -2,7 +2,7 @@
 
 assemble (rows, model, plan) → choose the rate → add pairs → train → evaluate (base, adapter) → certify → report.
 
-What text and images do in each of these is in kinds/protocol.
+What a kind of run does in each of these is in kinds/protocol.
 """
 
 from __future__ import annotations

@@ -34,7 +34,7 @@ class ChartPoint:
 class Curves:
     """Train and held-out loss and learning rate by step; `best_step` is the kept checkpoint, `ended` why training ended.
 
-    `preferred` is the share of held-out pairs whose chosen answer is preferred, of a preference run.
+    `preferred` is the share of held-out pairs whose chosen answer is preferred, of a run on pairs.
     """
 
     train: tuple[ChartPoint, ...] = ()

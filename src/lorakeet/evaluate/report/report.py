@@ -135,7 +135,7 @@ class Command:
 
 @dataclass(frozen=True)
 class Sample:
-    """One picture as base64 of a PNG; `column` names the adapter weight it was drawn with."""
+    """One drawn sample as base64 of a PNG; `column` names the adapter weight it was drawn with."""
 
     column: str
     png: str
@@ -161,12 +161,12 @@ class SampleGrid:
 
 @dataclass(frozen=True)
 class Near:
-    """A sample and its nearest training picture."""
+    """A sample and its nearest training row."""
 
     prompt: str
     seed: int
     column: str
-    source: str  # of the training picture
+    source: str  # of the training row
     distance: float
     suspicious: bool
 
@@ -183,10 +183,10 @@ class SeedSpread:
 
 @dataclass(frozen=True)
 class Memorisation:
-    """Checks samples for repeated training pictures, with the evaluation pictures as reference.
+    """Checks samples for repeated training rows, with the evaluation rows as reference.
 
-    `floor` is the least distance of an evaluation picture (not trained on) from a training picture; a nearer sample is
-    suspicious. `typical` is the median of the evaluation pictures' nearest distances.
+    `floor` is the least distance of an evaluation row (not trained on) from a training row; a nearer sample is
+    suspicious. `typical` is the median of the evaluation rows' nearest distances.
     """
 
     nearest: tuple[Near, ...]
