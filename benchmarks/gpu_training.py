@@ -42,11 +42,11 @@ from roofline import block_weights
 
 MODELS = {"1B": "meta-llama/Llama-3.2-1B", "8B": "meta-llama/Llama-3.1-8B"}
 QUICK_MODEL, QUICK_LAYERS, QUICK_TOKENS = "HuggingFaceTB/SmolLM2-135M", 2, 128
-CONTENDERS = {  # in the table's order: module, whether it has an environment of its own, whether it needs a GPU
-    "lorakeet": ("packed_lorakeet", False, False),
-    "trl": ("packed_trl", False, False),
-    "trl-keeping": ("packed_trl_keeping", False, False),
-    "unsloth": ("packed_unsloth", True, False),
+CONTENDERS = {  # in the table's order: module, options, whether it has an environment of its own
+    "lorakeet": ("packed_lorakeet", (), False),
+    "trl": ("packed_trl", (), False),
+    "trl-keeping": ("packed_trl", ("--way", "keeping"), False),
+    "unsloth": ("packed_unsloth", (), True),
 }
 OURS, LIKE, PEERS = "lorakeet", "trl", ("trl", "trl-keeping", "unsloth")
 CLOSE = 0.05  # nats, in bf16; seen in four steps of the quick run on a CPU: 0.0003
@@ -184,16 +184,14 @@ class NotHere(Exception):
 
 
 def _one(name: str, workload: Path, unsloth: Path | None, *, gpu: bool) -> Run:
-    module, own_python, needs_gpu = CONTENDERS[name]
-    if needs_gpu and not gpu:
-        raise NotHere("not run: it needs a GPU")
+    module, more, own_python = CONTENDERS[name]
     if own_python and unsloth is None:
         raise NotHere("not run: no --unsloth-python was given (unsloth pins other releases and needs an environment of its own)")
     python = str(unsloth) if own_python else sys.executable
     if own_python:
         run([python, "-c", "import unsloth"], log=workload.with_name(f"{name}.import.log"), gpu=gpu)
     result = workload.with_name(f"{name}.json")
-    options = [str(workload), str(result), "--dtype", "bfloat16"]
+    options = [str(workload), str(result), "--dtype", "bfloat16", *more]
     run_module(python, f"contenders.{module}", options, log=workload.with_name(f"{name}.log"), gpu=gpu)
     found: Run = json.loads(result.read_text(encoding="utf-8"))
     return found

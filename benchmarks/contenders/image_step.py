@@ -1,10 +1,7 @@
-"""One training step of LoRA on a UNet of published shape with random weights: planned on shapes, or really computed."""
+"""Training steps of LoRA on a UNet of published shape with random weights."""
 
 from __future__ import annotations
 
-import json
-import sys
-import time
 from collections.abc import Sequence
 from pathlib import Path
 from types import SimpleNamespace
@@ -21,8 +18,6 @@ from lorakeet.kinds.images.model.latent_cache import EncodedImage
 from lorakeet.kinds.images.model.model import ImageModel, image_plan
 from lorakeet.kinds.images.spec import DiffusionSpec, ImageSpec
 from lorakeet.kinds.images.task import ImageBatch, ImageTask
-from lorakeet.memory.ledger import Ledger
-from lorakeet.memory.measure import peak_bytes, resident_bytes
 from lorakeet.models.inject import inject
 from lorakeet.train.optimizer import Optimizer
 from lorakeet.train.spec import TrainSpec
@@ -39,39 +34,6 @@ SHAPES: dict[str, dict[str, Any]] = {
     },
 }  # fmt: skip
 POOLED = 1280
-
-
-def main() -> None:
-    asked = json.loads(Path(sys.argv[1]).read_text(encoding="utf-8"))
-    found = planned(asked) if asked["planned"] else measured(asked)
-    Path(sys.argv[2]).write_text(json.dumps(found), encoding="utf-8")
-
-
-def planned(asked: dict[str, Any]) -> dict[str, Any]:
-    """The most bytes of tensors at once in two micro-batches and an optimizer step, and what they were."""
-    with Ledger() as ledger:
-        task, optimizer = image_task(asked, device="cpu", fill=False)
-        parameters = task.parameters()
-        trained = {id(parameter) for parameter in parameters.values()}
-        ledger.name("base", [p for p in task.model.parts.parameters() if id(p) not in trained])
-        ledger.name("adapter", parameters.values())
-        ledger.watch_gradients(parameters.values())
-        with ledger.phase("step"):
-            for _ in range(2):  # the second step has moments from the first
-                one_step(task, optimizer)
-                ledger.name("moments", optimizer.state().values())
-    held = ledger.peaks["step"]
-    return {"bytes": held.bytes, "kinds": held.kinds, "trained": sum(p.numel() for p in parameters.values())}
-
-
-def measured(asked: dict[str, Any]) -> dict[str, Any]:
-    """Resident bytes before the model, the process's own peak, seconds of the step, and the loss."""
-    before = resident_bytes()
-    task, optimizer = image_task(asked, device="cpu", fill=True)
-    loaded = resident_bytes()
-    began = time.perf_counter()
-    loss = one_step(task, optimizer)
-    return {"before": before, "loaded": loaded, "peak": peak_bytes(), "seconds": time.perf_counter() - began, "loss": loss}
 
 
 class _Told:
@@ -92,11 +54,10 @@ class _Task(ImageTask):
         return [ImageBatch(latents, torch.randn_like(latents), torch.full((1,), 500), ("a photo",), self.train[0].sizes)]
 
 
-def image_task(asked: dict[str, Any], *, device: str, fill: bool) -> tuple[ImageTask, Optimizer]:
+def image_task(asked: dict[str, Any], *, device: str) -> tuple[ImageTask, Optimizer]:
     shape = SHAPES[asked["shape"]]
     dtype = getattr(torch, asked["dtype"])
-    # Without numbers its tensors are the ledger's.
-    unet = random_unet(shape, dtype).to(device) if fill else _outline(shape, dtype, "cpu")
+    unet = random_unet(shape, dtype).to(device)
     scheduler = diffusers().DDPMScheduler(beta_start=0.00085, beta_end=0.012, beta_schedule="scaled_linear")
     kind = KINDS["sdxl" if shape.get("addition_embed_type") else "sd"]
     pipeline = SimpleNamespace(scheduler=scheduler, vae=None, vae_scale_factor=8)
@@ -117,21 +78,17 @@ def image_task(asked: dict[str, Any], *, device: str, fill: bool) -> tuple[Image
 
 def random_unet(shape: dict[str, Any], dtype: torch.dtype) -> Any:
     """A UNet of that shape with frozen random weights."""
-    unet = _outline(shape, dtype, "meta").to_empty(device="cpu")
+    usual = torch.get_default_dtype()
+    torch.set_default_dtype(dtype)
+    try:
+        with torch.device("meta"):
+            unet = diffusers().UNet2DConditionModel(**shape).requires_grad_(False).to_empty(device="cpu")
+    finally:
+        torch.set_default_dtype(usual)
     with torch.no_grad():
         for name, parameter in unet.named_parameters():
             _begin(name, parameter)
     return unet
-
-
-def _outline(shape: dict[str, Any], dtype: torch.dtype, device: str) -> Any:
-    usual = torch.get_default_dtype()
-    torch.set_default_dtype(dtype)
-    try:
-        with torch.device(device):
-            return diffusers().UNet2DConditionModel(**shape).requires_grad_(False)
-    finally:
-        torch.set_default_dtype(usual)
 
 
 def _begin(name: str, parameter: Tensor) -> None:
@@ -147,6 +104,3 @@ def one_step(task: ImageTask, optimizer: Optimizer) -> float:
     optimizer.step(1e-4)
     return float(loss.item())
 
-
-if __name__ == "__main__":
-    main()

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from harness.planted import REVIEWS
+from harness.reviews import REVIEWS
 
 from contenders.timed_step import answer
 from lorakeet.core.spec import LoraSpec

@@ -5,6 +5,7 @@ from __future__ import annotations
 import time
 from collections.abc import Sequence
 from contextlib import ExitStack
+from functools import partial
 from pathlib import Path
 from tempfile import TemporaryDirectory
 
@@ -114,4 +115,9 @@ def require_same_rows(task: TextTask, workload: Workload) -> None:
 
 
 if __name__ == "__main__":
-    contender(train_lorakeet)
+    contender(
+        train_lorakeet,
+        unshared=partial(train_lorakeet, shares_prefix=False),  # which no setting turns off
+        top8=partial(train_lorakeet, layers="top:8"),
+        int8=partial(train_lorakeet, in_int8=True),
+    )

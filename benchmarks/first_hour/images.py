@@ -34,7 +34,7 @@ def _steps(found: Findings, shape: str) -> dict[str, Any]:
     from contenders.image_step import image_task, one_step
 
     asked = {"shape": shape, "dtype": str(found.dtype).removeprefix("torch."), "targets": ["attention"], "checkpointing": True}
-    task, optimizer = image_task(asked, device=str(found.device), fill=True)
+    task, optimizer = image_task(asked, device=str(found.device))
     if not found.toy:
         torch.cuda.reset_peak_memory_stats(found.device)
     seconds, losses = [], []

@@ -81,7 +81,7 @@ def _tests(found: Findings) -> dict[str, Any]:
     chosen = [str(TESTS / "test_kernels.py")] if found.toy else [str(TESTS), "-m", "gpu"]
     if found.toy:
         os.environ["LORAKEET_GPU_TESTS"] = "cpu"
-    os.environ["PYTEST_DISABLE_PLUGIN_AUTOLOAD"] = "1"  # none is needed, and pytest-cov would import benchmarks/coverage.py
+    os.environ["PYTEST_DISABLE_PLUGIN_AUTOLOAD"] = "1"  # none is needed
     os.chdir(root)
     code = pytest.main(["-q", "-p", "no:cacheprovider", "--rootdir", str(root), "-W", REWRITTEN, *chosen], plugins=[outcomes])
     found.values.pop("tests", None)

@@ -83,17 +83,20 @@ class StepLog:
         path.write_text(json.dumps(found, indent=1), encoding="utf-8")
 
 
-def contender(train: Callable[[Workload, str], StepLog], arguments: Sequence[str] | None = None) -> None:
-    """Runs `train(workload, dtype)` in this process and writes what it measured."""
+def contender(
+    train: Callable[[Workload, str], StepLog], arguments: Sequence[str] | None = None, **ways: Callable[[Workload, str], StepLog]
+) -> None:
+    """Runs `train(workload, dtype)`, or the way that --way names, in this process and writes what it measured."""
     parser = argparse.ArgumentParser()
     parser.add_argument("workload", type=Path)
     parser.add_argument("result", type=Path)
     parser.add_argument("--dtype", choices=("auto", "float32", "bfloat16"), default="auto")
+    parser.add_argument("--way", choices=sorted(ways))
     parser.add_argument("--rows-at-once", type=int, help="of a step; all")
     given = parser.parse_args(arguments)
     saved, at_once = str(given.result.with_suffix("")), given.rows_at_once
     workload = replace(read_workload(given.workload), saved=saved, rows_at_once=at_once)
-    log = train(workload, given.dtype)
+    log = ways.get(given.way, train)(workload, given.dtype)
     if not len(log.losses) == len(log.seconds) == len(workload.steps):
         raise SystemExit(f"{len(log.losses)} losses and {len(log.seconds)} times of {len(workload.steps)} steps were recorded")
     log.write(given.result)

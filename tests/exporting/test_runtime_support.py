@@ -91,7 +91,7 @@ def test_every_row_of_the_table_is_whole() -> None:
 
 
 def test_vllms_rules_say_what_a_real_vllm_did() -> None:
-    """The newest result of benchmarks/vllm_rules.py, rule by rule; what is refused there is never said to load here."""
+    """The newest result of trying vLLM, rule by rule; what is refused there is never said to load here."""
     newest = max(ROOT.glob("benchmarks/results/vllm_rules.*.json"), key=lambda path: json.loads(path.read_text())["began"])
     result = json.loads(newest.read_text())
     assert json.loads(result["vllm"])["version"] == VLLM_TRIED

@@ -25,7 +25,7 @@ KINDS = {
     "group": "same group",
 }
 MANY = (20, 0.01)  # rows, and their share of all, from which one whole prompt is an instruction
-RECALL, RECALL_LEFT_OUT = "97 %", "79 %"  # the least that benchmarks/leaks.py measured, of a word left out in labels
+RECALL, RECALL_LEFT_OUT = "97 %", "79 %"  # the least that was measured (docs/explain/held-out.md), of a word left out in labels
 UNSEEN = "paraphrases, translations, changes within text that many rows share, and another word in the only slot of such text"
 _SHOWN = 5
 _MANY_NEAR = (5, 0.02)  # rows, and their share of the training rows

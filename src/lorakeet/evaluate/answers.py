@@ -28,7 +28,7 @@ from lorakeet.evaluate.spec import EvaluateSpec
 
 METRICS = ("accuracy", "macro_f1", "log_loss", "calibration_error", "brier")
 DOMINANT = 0.8  # share of the rows with one label from which always saying it looks like skill
-FEWEST_OF_LABEL = 5  # rows of each label from which the interval of macro-F1 covers (benchmarks/coverage.py)
+FEWEST_OF_LABEL = 5  # rows of each label from which the interval of macro-F1 covers (docs/explain/held-out.md)
 HIGHER_IS_BETTER = {"accuracy": True, "macro_f1": True, "log_loss": False, "calibration_error": False, "brier": False}
 
 

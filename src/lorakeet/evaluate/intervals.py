@@ -25,7 +25,7 @@ Statistic = Callable[[Floats], Floats]  # weights (draws, n) -> values (draws,)
 
 _CELLS = 2_000_000  # weights in memory at once: 16 MB for any n
 _JACKKNIFE_BLOCKS = 400  # enough for the acceleration
-FEWEST = 10  # independent rows or groups from which the interval of a mean covers (benchmarks/coverage.py)
+FEWEST = 10  # independent rows or groups from which the interval of a mean covers (docs/explain/held-out.md)
 _ENOUGH = 20  # rows below which tests of means reject a little too often: their level is lowered in proportion (the same)
 _WIDEST = 5  # times Student's t: beyond that a few rows decide how wide an interval is
 UNBOUNDED, SHARE = (-math.inf, math.inf), (0.0, 1.0)

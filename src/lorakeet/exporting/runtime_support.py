@@ -1,7 +1,7 @@
 """Which features of an adapter each runtime supports, refuses, or silently computes wrongly.
 
 A table of facts with their sources. vLLM: `vllm/lora/peft_helper.py` and the engine's arguments as of October 2025, and one real
-attempt for each rule (benchmarks/vllm_rules.py). Versions differ: several ranks and scales are right in VLLM_TRIED. llama.cpp:
+attempt for each rule (benchmarks/results). Versions differ: several ranks and scales are right in VLLM_TRIED. llama.cpp:
 `src/llama-adapter.cpp` and this package's own GGUF adapters, which carry the true scale of every pair. Ollama: `convert/` and
 `server/create.go`; it starts llama.cpp's server, and gets GGUF from here, never safetensors. PEFT: 0.21, by running it.
 """
