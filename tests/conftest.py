@@ -228,6 +228,23 @@ def finished(tiny_llama_folder: Path, tmp_path_factory: pytest.TempPathFactory) 
     return Finished(result, folder / "run", tiny_llama_folder, data, judged)
 
 
+@pytest.fixture(scope="session")
+def loud(finished: Finished, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """That run with an adapter whose effect is visible: 14 pairs on 2 blocks. Do not write into it."""
+    from tiny.exports import loud_run
+
+    return loud_run(finished.path, tmp_path_factory.mktemp("loud") / "run")
+
+
+@pytest.fixture
+def card() -> Iterator[Any]:
+    """The simulated card (tiny/simulated_card.Card)."""
+    from tiny.simulated_card import simulated_card
+
+    with simulated_card() as found:
+        yield found
+
+
 @pytest.fixture
 def config_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """A folder with a config.json and nothing else; the order to the C library would outlast the test."""

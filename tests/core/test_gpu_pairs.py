@@ -2,15 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-
 import pytest
 import torch
 from torch import Tensor
 
 from lorakeet.core.gpu_pairs import wide_mm
 from lorakeet.core.pair_products import PairProducts, PairSpan
-from tiny.simulated_card import Card, simulated_card
+from tiny.simulated_card import Card
 
 WIDTH, OUTPUTS, TOKENS = 64, (32, 96), 50
 PLACES = {
@@ -18,12 +16,6 @@ PLACES = {
     "scales differ": [PairSpan(0, TOKENS, 3.0), PairSpan(0, TOKENS, 0.5, 1)],
     "rows differ": [PairSpan(0, 20, 2.0), PairSpan(0, 20, 0.5, 1), PairSpan(20, 33, 1.0, 1), PairSpan(40, 50, 3.0)],
 }
-
-
-@pytest.fixture
-def card() -> Iterator[Card]:
-    with simulated_card() as found:
-        yield found
 
 
 def passes(places: list[PairSpan], dtype: torch.dtype, device: str) -> list[Tensor]:

@@ -16,15 +16,10 @@ from lorakeet.runs.open_adapter import open_adapter
 from lorakeet.verbs.options import VerifyOptions
 from lorakeet.verbs.verify import verify
 from tiny import servers
-from tiny.exports import loud_run, write_model
+from tiny.exports import write_model
 from tiny.hostile_server import answering
 from tiny.runs import quiet
 from tiny.servers import Fake, serving
-
-
-@pytest.fixture(scope="module")
-def loud(finished: Any, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return loud_run(finished.path, tmp_path_factory.mktemp("loud") / "run")
 
 
 @pytest.fixture(scope="module")

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -33,12 +32,6 @@ CASES: dict[str, dict[str, Any]] = {
     "dropout": {"lora": replace(LORA, dropout=0.1)},
     "moments of 8 bits": {"spec": replace(SPEC, moments="8bit")},
 }
-
-
-@pytest.fixture
-def card() -> Iterator[Card]:
-    with simulated_card() as found:
-        yield found
 
 
 @pytest.mark.slow

@@ -52,7 +52,7 @@ from lorakeet.verbs.quantize import quantize
 from lorakeet.verbs.tune import tune
 from lorakeet.verbs.verify import verify
 from tiny.card_column import same_on_card
-from tiny.exports import loud_run, write_folder
+from tiny.exports import write_folder
 from tiny.family_columns import saved
 from tiny.gguf_file import write_tiny_gguf
 from tiny.models import save_tiny_llama
@@ -68,12 +68,6 @@ def card() -> Iterator[Card]:
     with simulated_card() as found:
         yield found
     assert found.launches["mm"] > 0, "nothing was computed there"
-
-
-@pytest.fixture(scope="module")
-def loud(finished: Any, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A run, made on the CPU, whose adapter has a visible effect."""
-    return loud_run(finished.path, tmp_path_factory.mktemp("loud") / "run")
 
 
 @pytest.mark.slow

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -13,15 +12,9 @@ from lorakeet.memory.store import WeightStore
 from lorakeet.models.text import tiled_loss
 from tiny.card_steps import BEGINNING, SPEC, rows_behind, stepped, training_on_card
 from tiny.models import save_tiny_llama
-from tiny.simulated_card import Card, simulated_card
+from tiny.simulated_card import Card
 
 BLOCKS = 4
-
-
-@pytest.fixture
-def card() -> Iterator[Card]:
-    with simulated_card() as found:
-        yield found
 
 
 @pytest.fixture

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from contextvars import ContextVar
 from pathlib import Path
 
@@ -11,15 +11,9 @@ import torch
 from torch import Tensor
 
 from lorakeet.kernels.cpu import operators
-from tiny.simulated_card import CUDA, Card, simulated_card
+from tiny.simulated_card import CUDA, Card
 
 SEEN = ContextVar("seen", default="nothing")
-
-
-@pytest.fixture
-def card() -> Iterator[Card]:
-    with simulated_card() as found:
-        yield found
 
 
 def test_gradients_are_those_of_the_cpu(card: Card) -> None:

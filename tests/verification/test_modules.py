@@ -40,7 +40,7 @@ from lorakeet.verification.modules import Further, check_modules, choose_rows, s
 from lorakeet.verification.probes import Probes, probes_of
 from lorakeet.verification.rounding import Reported
 from lorakeet.verification.server import Server, check_server
-from tiny.exports import loud_run, write_model
+from tiny.exports import write_model
 from tiny.llama_cpp import llama_server
 from tiny.runs import quiet
 from tiny.servers import serving
@@ -49,12 +49,6 @@ from tiny.site import Site
 GATE = "model.layers.1.mlp.gate_proj"
 BLOCK = "model.layers.0."
 FAULTS = {"float32": ((), (GATE,)), "bfloat16": ((BLOCK,), (".mlp.",))}
-
-
-@pytest.fixture(scope="module")
-def loud(finished: Any, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A run whose adapter has 14 pairs on 2 blocks."""
-    return loud_run(finished.path, tmp_path_factory.mktemp("loud") / "run")
 
 
 def lacking(held: Adapter, parts: tuple[str, ...]) -> Adapter:

@@ -26,14 +26,9 @@ from lorakeet.verbs.verify import verify
 from lorakeet.verification.artefact import InTorch, live_side
 from lorakeet.verification.diagnose import changed_pairs
 from lorakeet.verification.rounding import Reading, SplitSums, in_groups, replicas, replicas_of_few_bits, seen_by
-from tiny.exports import certified_anew, loud_run
+from tiny.exports import certified_anew
 from tiny.runs import quiet
 from tiny.site import Site
-
-
-@pytest.fixture(scope="module")
-def loud(finished: Any, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return loud_run(finished.path, tmp_path_factory.mktemp("loud") / "run")
 
 
 def test_sums_in_parts_are_the_same_sums() -> None:

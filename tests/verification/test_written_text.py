@@ -21,13 +21,7 @@ from lorakeet.verification.artefact import live_side
 from lorakeet.verification.probes import probes_of
 from lorakeet.verification.server_apis import Step, Token, Written
 from lorakeet.verification.written_text import read_text
-from tiny.exports import loud_run
 from tiny.runs import quiet
-
-
-@pytest.fixture(scope="module")
-def loud(finished: Any, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return loud_run(finished.path, tmp_path_factory.mktemp("loud") / "run")
 
 
 def test_a_text_is_read_up_to_a_piece_of_a_character_that_is_reported_with_the_next_token(loud: Path) -> None:

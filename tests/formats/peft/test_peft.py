@@ -57,32 +57,17 @@ CASES: dict[str, tuple[str, dict[str, Any], dict[str, Any]]] = {
 
 
 @pytest.mark.parametrize("case", CASES)
-def test_reads_what_peft_writes(case: str, tmp_path: Path) -> None:
-    family, changes, config = CASES[case]
-    theirs = logits(by_peft(tmp_path, tiny_model(family, **changes), task_type="CAUSAL_LM", **config))
-    base = tiny_model(family, **changes)
-    before = logits(base)
-    ours = logits(fold_into(base, lorakeet_peft.read(tmp_path)))
-    assert (theirs - before).abs().max() > 1e-2
-    assert (theirs - ours).abs().max() <= TOLERANCE
-
-
-@pytest.mark.parametrize("case", CASES)
-def test_peft_loads_what_we_write(case: str, tmp_path: Path) -> None:
+def test_what_peft_writes_is_read_attached_and_written_back(case: str, tmp_path: Path) -> None:
+    """Folded into the weights, on a live model, and in PEFT again: the logits of PEFT's own model."""
     family, changes, config = CASES[case]
     theirs = logits(by_peft(tmp_path / "theirs", tiny_model(family, **changes), task_type="CAUSAL_LM", **config))
-    lorakeet_peft.write(lorakeet_peft.read(tmp_path / "theirs"), tmp_path / "ours")
-    back = logits(into_peft(tiny_model(family, **changes), tmp_path / "ours"))
-    assert (theirs - back).abs().max() <= TOLERANCE
-
-
-@pytest.mark.parametrize("case", CASES)
-def test_live_logits_equal_pefts(case: str, tmp_path: Path) -> None:
-    family, changes, config = CASES[case]
-    theirs = logits(by_peft(tmp_path, tiny_model(family, **changes), task_type="CAUSAL_LM", **config))
-    live = tiny_model(family, **changes)
-    attach(live, lorakeet_peft.read(tmp_path))
+    base, live, adapter = tiny_model(family, **changes), tiny_model(family, **changes), lorakeet_peft.read(tmp_path / "theirs")
+    assert (theirs - logits(base)).abs().max() > 1e-2
+    assert (theirs - logits(fold_into(base, adapter))).abs().max() <= TOLERANCE
+    attach(live, adapter)
     assert (theirs - logits(live)).abs().max() <= TOLERANCE
+    lorakeet_peft.write(adapter, tmp_path / "ours")
+    assert (theirs - logits(into_peft(tiny_model(family, **changes), tmp_path / "ours"))).abs().max() <= TOLERANCE
 
 
 @pytest.mark.parametrize("dora", [False, True])

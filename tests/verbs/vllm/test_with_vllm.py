@@ -24,16 +24,11 @@ from lorakeet.verbs.vllm import vllm_process, with_vllm
 from lorakeet.verbs.vllm.vllm_process import VARIABLE
 from lorakeet.verbs.vllm.with_vllm import serve_with_vllm, vllm_command
 from lorakeet.verification.certify import HowCompared
-from tiny.exports import loud_run, write_model
+from tiny.exports import write_model
 from tiny.fake_vllm import TESTS, fake_python
 from tiny.prepared import Prepared
 from tiny.runs import quiet
 from verbs.vllm.test_vllm_process import free_port
-
-
-@pytest.fixture(scope="module")
-def loud(finished: Any, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return loud_run(finished.path, tmp_path_factory.mktemp("loud") / "run")
 
 
 def test_a_gguf_model_is_named_by_its_dense_copy(
