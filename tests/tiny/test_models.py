@@ -1,4 +1,4 @@
-"""The tiny models themselves: every family builds, answers with spread-out logits, and the saved folder loads."""
+"""The tiny models themselves: every family builds and answers with spread-out logits."""
 
 from __future__ import annotations
 
@@ -6,7 +6,6 @@ from pathlib import Path
 
 import pytest
 import torch
-import transformers
 
 from tiny.models import FAMILIES, VOCAB, save_tiny_llama, tiny_model
 from tiny.runs import tree
@@ -17,21 +16,6 @@ def test_every_family_answers_with_spread_out_logits(family: str) -> None:
     logits = tiny_model(family)(torch.arange(3, 13)[None]).logits
     assert logits.shape == (1, 10, VOCAB)
     assert logits.std() > 0.1
-
-
-def test_the_same_seed_gives_the_same_weights() -> None:
-    one, two, other = (tiny_model("llama", seed=seed).state_dict() for seed in (1, 1, 2))
-    assert all(torch.equal(one[key], two[key]) for key in one)
-    assert not torch.equal(one["lm_head.weight"], other["lm_head.weight"])
-
-
-def test_the_saved_folder_loads_with_its_tokenizer(tiny_llama_folder: Path) -> None:
-    tokenizer = transformers.AutoTokenizer.from_pretrained(tiny_llama_folder)
-    text = "héllo 你好, worked well"
-    assert tokenizer.decode(tokenizer(text)["input_ids"]) == text
-    shown = tokenizer.apply_chat_template([{"role": "user", "content": "hi"}], tokenize=False, add_generation_prompt=True)
-    assert shown == "<|im_start|>user\nhi<|im_end|>\n<|im_start|>assistant\n"
-    assert transformers.AutoConfig.from_pretrained(tiny_llama_folder).vocab_size == len(tokenizer)
 
 
 @pytest.mark.parametrize("family", ["llama", "gpt2"])

@@ -104,6 +104,16 @@ def by_parts(text: TextModel, of: Callable[[], dict[str, Tensor]], monkeypatch: 
         return of()
 
 
+def require_parts(
+    text: TextModel, examples: list[Example], expected: list[bool], used: list[bool], monkeypatch: pytest.MonkeyPatch
+) -> dict[str, Tensor]:
+    """The blocks that compute themselves are `expected`, and their bits those of the parts."""
+    found = step(text, examples, "default")
+    assert used == expected
+    require_same(found, by_parts(text, lambda: step(text, examples, "default"), monkeypatch))
+    return found
+
+
 @pytest.mark.parametrize("count", [1, 3, 11], ids=lambda n: f"{n} rows")
 @pytest.mark.parametrize("prefix", [0, 21])
 def test_losses_and_gradients_are_those_of_the_parts_to_the_last_bit(
@@ -121,17 +131,13 @@ def test_losses_and_gradients_are_those_of_the_parts_to_the_last_bit(
 def test_other_pairs_too(folder: Path, changes: Any, used: list[bool], monkeypatch: pytest.MonkeyPatch) -> None:
     """Factors that are made of others, and more ranks than a register has numbers."""
     text, examples = load(folder, LoraSpec(alpha=8.0, **changes)), rows(4)
-    found = step(text, examples, "default")
-    assert used == [True] * 3
-    require_same(found, by_parts(text, lambda: step(text, examples, "default"), monkeypatch))
+    require_parts(text, examples, [True] * 3, used, monkeypatch)
 
 
 @pytest.mark.parametrize("count", [2, 11], ids=lambda n: f"{n} rows")
 def test_wider_layers_too(wide_folder: Path, count: int, used: list[bool], monkeypatch: pytest.MonkeyPatch) -> None:
     text, examples = load(wide_folder), rows(count, prefix=9)
-    found = step(text, examples, "default")
-    assert used == [True] * 2
-    require_same(found, by_parts(text, lambda: step(text, examples, "default"), monkeypatch))
+    require_parts(text, examples, [True] * 2, used, monkeypatch)
 
 
 @pytest.mark.parametrize("kind", ["", "int8", "in int8"])
@@ -144,9 +150,8 @@ def test_with_biases_on_queries_keys_and_values(
     for number in range(3):
         for name in ("q_proj", "k_proj", "v_proj"):
             part(text, number, f"self_attn.{name}").bias.data.normal_(0, 0.3, generator=torch.Generator().manual_seed(number))
-    found = step(text, examples, "default")
-    assert used == [True] * 6 and not torch.equal(found["loss"], plain["loss"])
-    require_same(found, by_parts(text, lambda: step(text, examples, "default"), monkeypatch))
+    found = require_parts(text, examples, [True] * 6, used, monkeypatch)
+    assert not torch.equal(found["loss"], plain["loss"])
 
 
 @pytest.mark.parametrize(("count", "kind"), [(2, ""), (11, ""), (5, "nf4")])
@@ -157,9 +162,7 @@ def test_with_norms_of_heads(tmp_path: Path, count: int, kind: str, used: list[b
     for number in range(3):
         for name in ("q_norm", "k_norm"):
             modules.unwrapped(part(text, number, f"self_attn.{name}")).weight.data.uniform_(0.5, 3, generator=generator)
-    found = step(text, examples, "default")
-    assert used == [True] * 3
-    require_same(found, by_parts(text, lambda: step(text, examples, "default"), monkeypatch))
+    require_parts(text, examples, [True] * 3, used, monkeypatch)
 
 
 @pytest.mark.parametrize("kind", ["nf4", "int8", "gptq", "mixed"])
@@ -177,17 +180,15 @@ def test_products_in_int8_too(folder: Path, kind: str, used: list[bool], monkeyp
     text, examples = load(folder, kind=kind), rows(5, prefix=9)
     exact = step(text, examples, "default")
     assert enable_int8_products(text.model)
-    found = step(text, examples, "default")
-    assert used == [True] * 6 and not torch.equal(found["loss"], exact["loss"])
-    require_same(found, by_parts(text, lambda: step(text, examples, "default"), monkeypatch))
+    found = require_parts(text, examples, [True] * 6, used, monkeypatch)
+    assert not torch.equal(found["loss"], exact["loss"])
 
 
 def test_a_gradient_of_what_comes_in_too(folder: Path, used: list[bool], monkeypatch: pytest.MonkeyPatch) -> None:
     lora = LoraSpec(rank=4, alpha=8.0, target_modules=("all-linear", "embed_tokens"))
     text, examples = load(folder, lora), rows(3)
-    found = step(text, examples, "default")
-    assert used == [True] * 3 and any("embed_tokens" in key for key in found)
-    require_same(found, by_parts(text, lambda: step(text, examples, "default"), monkeypatch))
+    found = require_parts(text, examples, [True] * 3, used, monkeypatch)
+    assert any("embed_tokens" in key for key in found)
 
 
 def test_several_adapters_in_one_pass(folder: Path, used: list[bool], monkeypatch: pytest.MonkeyPatch) -> None:
@@ -211,9 +212,7 @@ def test_the_last_block_computes_only_what_is_read_by_its_parts(
 ) -> None:
     text = load(folder)
     examples = [Example(row.ids, np.arange(len(row.ids)) == len(row.ids) - 1, row.key, None, False) for row in rows(4)]
-    found = step(text, examples, "default")
-    assert used == [True, True, False]
-    require_same(found, by_parts(text, lambda: step(text, examples, "default"), monkeypatch))
+    require_parts(text, examples, [True, True, False], used, monkeypatch)
 
 
 @pytest.mark.parametrize("kind", ["", "nf4"])
