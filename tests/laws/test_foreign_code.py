@@ -79,7 +79,7 @@ def put_tokenizers(add: Put, llama: Path) -> None:
     add("tokenizer", "tokenizer", llama, TOKENIZER, lambda at: with_own_tokenizer(at, tokenizer_class="EvilTokenizer"))
     add("listed", "tokenizer", llama, TOKENIZER, listed)
     add("adapter", "tokenizer", llama, TOKENIZER, of_adapter)
-    add("no_tokenizer", "tokenizer", llama, ("config.json", "auto_map"), a_model)
+    add("no_tokenizer", "tokenizer", llama, ("names AutoModel as the class of its tokenizer",), a_model)
 
 
 def put_gguf(add: Put, name: str, source: Path, loader: str) -> None:

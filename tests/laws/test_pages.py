@@ -66,7 +66,7 @@ READ = {
     "plan examples/photos.yaml": ("rehearsals of pictures", "tests/kinds/images/test_plan.py"),
     "finetune examples/photos.yaml --memory": ("the same, before a run", "tests/kinds/images/test_plan.py"),
     "finetune my.yaml --model.device cuda": ("a GPU", "tests/gpu/test_training.py"),
-    "merge runs/mine --into packed": ("a run on a packed base", "tests/verbs/merges/test_merge.py"),
+    "merge runs/mine --into packed": ("a run on a packed base", "tests/verbs/merges/test_into_packed.py"),
     "check": ("a few-shot base, and answers in JSON", "tests/laws/test_examples.py"),
     "tune my-pairs.yaml": ("a search", "tests/laws/test_preference_search.py"),
     "push": ("the hub, in a process of its own", "tests/laws/test_examples.py"),

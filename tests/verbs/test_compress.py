@@ -197,7 +197,7 @@ def test_where_every_cut_loses_too_much_nothing_is_written(
     trained: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(compressing, "fewest_rows", lambda *_: 1)
-    words = r"No cut .* is shown to be as good .* within 0\.0000 nats a row more loss \(0 % .*nothing was written.*--to"
+    words = r"No cut .* is shown to be as good .* within 0\.0000 nats a row more loss \(0\.00 % .*nothing was written.*--to"
     with pytest.raises(VerificationFailed, match=words):
         compress(CompressOptions(str(trained), out=tmp_path / "cut", tolerance="0"), console=quiet())
     assert not (tmp_path / "cut").exists()
