@@ -56,6 +56,11 @@ INDEXED = {
     "indexer_n_heads": 4, "indexer_kv_heads": 1, "indexer_head_dim": 16, "indexer_budget": 8, "indexer_compress_ratio": 4,
     "linear_num_value_heads": 8,
 }  # fmt: skip
+POOLS = {
+    "num_hidden_layers": 4, "layer_types": ["sliding_attention", "indexed_attention"] * 2, "index_topk": 8,
+    "index_pool_size": 16, "index_compression": 4, "index_num_heads": 1, "index_num_local_tokens": 4,
+    "index_num_sink_tokens": 2, "mlp_only_intermediate_size": 96,
+}  # fmt: skip
 SLIDING = {"layer_types": ["sliding_attention", "full_attention"] * 2}  # as released
 CONVOLUTIONS = {"layer_types": ["conv", "full_attention"] * 2}
 CHANGES: dict[str, dict[str, Any]] = {
@@ -89,10 +94,12 @@ CHANGES: dict[str, dict[str, Any]] = {
     "hrm_text": {"num_hidden_layers": 2, "num_layers_per_stack": None},  # the first becomes the passes through all stacks
     "hunyuan_v1_dense": {"head_dim": 16},
     "hunyuan_v1_moe": {"head_dim": 16, "num_experts": 4, "moe_topk": 2},
+    "kolibri1_1": POOLS,
     "laguna": {**SLIDING, "num_attention_heads_per_layer": [8, 4] * 2},
     "lfm2": CONVOLUTIONS,
     "lfm2_moe": CONVOLUTIONS,
     "lfm2_vl": {"text_config": CONVOLUTIONS},
+    "llava_onevision1_5": {"vision_config": {"out_hidden_size": 64}},
     "longcat_flash": {"zero_expert_num": 2},  # of 256, few tokens would choose an expert with weights
     "mamba2": {"num_heads": 4, "head_dim": 32, "expand": 2},
     "ministral": {"head_dim": 16},

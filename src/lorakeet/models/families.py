@@ -7,7 +7,10 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 from dataclasses import dataclass, replace
+from importlib.metadata import version
 from typing import Any
+
+from packaging.version import Version
 
 LLAMA_LIKE = 0.781  # exponent p of the learning-rate rule 5e-5·10·(2000/hidden)^p
 QWEN_LIKE = 0.0775
@@ -81,7 +84,7 @@ READ_DIRECTLY = {
 
 
 # Wrappers whose own code multiplies by the head alone, without the factor that the code of their text part applies.
-UNSCALED = ("aya_vision", "cohere2_vision")
+UNSCALED = {"cohere2_vision", *(("aya_vision",) if Version(version("transformers")) < Version("5.25") else ())}
 # Modules that only choose which tokens are attended to: no gradient reaches them.
 CHOOSING = ("indexer",)
 # What configurations call the most tokens that a token attends to, where a model chooses them by scores; keys are multiplied.
