@@ -65,3 +65,12 @@ def test_suspects_that_share_a_shortcut_say_which_word_both_witnesses_read() -> 
     plain = [text.removesuffix(" zyx") for text in texts]
     wrong = with_shared_words(suspect_labels(left, right), [f"{text} {number % 7}" for number, text in enumerate(plain)], left)
     assert {one.shared for one in wrong} <= {"", "topic1"} and "zyx" not in str(wrong)
+
+
+def test_a_few_suspects_have_their_texts_and_no_shared_word() -> None:
+    truth = np.arange(300) % 3
+    said = truth.copy()
+    said[np.flatnonzero(truth == 1)[:2]] = 2
+    left, right = system("adapter", truth, said, seed=1, sure=0.91), system("floor", truth, said, seed=2)
+    found = with_shared_words(suspect_labels(left, right), [f"row {number}" for number in range(300)], left)
+    assert 1 <= len(found) <= 2 and all((one.text, one.shared) == (f"row {one.row}", "") for one in found)

@@ -65,16 +65,17 @@ def with_shared_words(suspects: Sequence[SuspectLabel], texts: Sequence[str], an
 
     At least half of them have it, and of the rows that are answered otherwise a tenth of that share at most.
     """
-    rows = [frozenset(words(text)) for text in texts] if len(suspects) >= FEWEST_WITH_WORD else []
-    shared = dict[str, str]()
+    if len(suspects) < FEWEST_WITH_WORD:
+        return tuple(replace(one, text=texts[one.row]) for one in suspects)
+    rows, shared = [frozenset(words(text)) for text in texts], dict[str, str]()
     for label in {one.suggested for one in suspects}:
-        ours = [rows[one.row] for one in suspects if one.suggested == label] if rows else []
-        others = Counter(word for row in np.flatnonzero(answers.predicted != answers.labels.index(label)) for word in rows[row])
-        against = max(1, int(np.sum(answers.predicted != answers.labels.index(label))))
+        ours = [rows[one.row] for one in suspects if one.suggested == label]
+        otherwise = np.flatnonzero(answers.predicted != answers.labels.index(label))
+        others = Counter(word for row in otherwise for word in rows[row])
         most = [
             (count, word)
             for word, count in Counter(word for row in ours for word in row).items()
-            if count >= len(ours) / 2 and others[word] / against <= 0.1 * count / len(ours)
+            if count >= len(ours) / 2 and others[word] / max(1, len(otherwise)) <= 0.1 * count / len(ours)
         ]
         if len(ours) >= FEWEST_WITH_WORD and most:
             shared[label] = max(most)[1]
